@@ -1,0 +1,53 @@
+"""Dyn-Adapter on PyTorch Lightning: a frozen timm trunk, small adapters, and early exits that really save compute."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from dynadapter.adapters import Adapter, AdapterSpec, AdaptFormer, LoRA, RepAdapter, inject, merge
+    from dynadapter.callbacks import BidirectionalSparsity, EarlyExit, ExitWeights, FlopsReport, PredictionWriter
+    from dynadapter.cost import ExitCosts, exit_costs
+    from dynadapter.data import Digits, ImageData, ImageFolder, ImagesToPredict, VTAB1k
+    from dynadapter.heads import Balanced, Heads, LinearHeads, MLPHeads
+    from dynadapter.losses import joint_loss
+    from dynadapter.metrics import ExitUse
+    from dynadapter.module import ExitClassifier, Mixing
+    from dynadapter.net import ExitNet, Routed
+    from dynadapter.policies import Confidence, Entropy, Margin, Never, Patience, Policy, route
+    from dynadapter.schedules import Constant, Cosine, Cubic, Linear, Schedule, Step, Warmup
+    from dynadapter.trunk import create_trunk
+    from dynadapter.weighting import EarlyToLate, LateToEarly, LinearInDepth, PerExit, Uniform, Weighting
+
+_HOMES = {
+    "adapters": "AdaptFormer Adapter AdapterSpec LoRA RepAdapter inject merge",
+    "callbacks": "BidirectionalSparsity EarlyExit ExitWeights FlopsReport PredictionWriter",
+    "cost": "ExitCosts exit_costs",
+    "data": "Digits ImageData ImageFolder ImagesToPredict VTAB1k",
+    "heads": "Balanced Heads LinearHeads MLPHeads",
+    "losses": "joint_loss",
+    "metrics": "ExitUse",
+    "module": "ExitClassifier Mixing",
+    "net": "ExitNet Routed",
+    "policies": "Confidence Entropy Margin Never Patience Policy route",
+    "schedules": "Constant Cosine Cubic Linear Schedule Step Warmup",
+    "trunk": "create_trunk",
+    "weighting": "EarlyToLate LateToEarly LinearInDepth PerExit Uniform Weighting",
+}
+_HOME = {name: f"dynadapter.{home}" for home, names in _HOMES.items() for name in names.split()}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a public name when it is first asked for, so that parts of the package do not load all of it."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'dynadapter' has no attribute {name!r}")
+    value = getattr(import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,20 @@
+"""Adapters on the named layers of a frozen trunk: the kinds, injection and merging."""
+
+from dynadapter.adapters.base import AdapterLayer, AdapterSpec
+from dynadapter.adapters.bottleneck import Adapter, AdaptFormer
+from dynadapter.adapters.injection import adapter_layers, inject
+from dynadapter.adapters.lora import LoRA
+from dynadapter.adapters.merging import merge
+from dynadapter.adapters.repadapter import RepAdapter
+
+__all__ = [
+    "AdaptFormer",
+    "Adapter",
+    "AdapterLayer",
+    "AdapterSpec",
+    "LoRA",
+    "RepAdapter",
+    "adapter_layers",
+    "inject",
+    "merge",
+]

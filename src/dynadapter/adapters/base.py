@@ -1,0 +1,155 @@
+"""What every adapter kind shares: its description and its wrapper around a layer of the trunk."""
+
+import math
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from dynadapter.adapters.droprate import DropRate, check_rate
+from dynadapter.spec import Spec
+
+
+class AdapterLayer(nn.Module):
+    """A wrapper around a layer of the trunk: that layer and the adapter's own tensors.
+
+    Args:
+        base_layer: The layer of the trunk.
+        spec: The kind that asks for it.
+
+    Attributes:
+        base_layer: The layer of the trunk, unchanged.
+        scale: Factor of the update.
+        dropout: Dropout in the adapter's bottleneck.
+        depth: Where the layer stands among the layers of its name, from 0 (first block) to 1 (last block).
+        kind: Name of the :class:`AdapterSpec` that it belongs to.
+        mergeable: Whether the update can be folded into the base layer.
+    """
+
+    kind: ClassVar[str]
+    mergeable: ClassVar[bool] = False
+    depth: float
+
+    def __init__(self, base_layer: nn.Module, spec: "AdapterSpec") -> None:
+        super().__init__()
+        matrix = matrices(base_layer)[-1]
+        self.base_layer = base_layer
+        self.scale = spec.scale
+        self.depth = 0.0
+        self.channels_first = isinstance(matrix, nn.Conv2d)
+        self.dropout = DropRate(spec.dropout).to(matrix.weight.device)
+        self.training = self.dropout.training = base_layer.training
+
+    def install(self, model: nn.Module, name: str) -> None:
+        """Puts the wrapper in its layer's place, the layer ``name`` of ``model``."""
+        model.set_submodule(name, self)
+
+    def merged(self) -> nn.Module:
+        """Gives a frozen copy of the base layer with the update folded in, computed in float64.
+
+        Raises:
+            ValueError: If the kind cannot be merged.
+        """
+        layers, kinds = list(AdapterLayer.__subclasses__()), []
+        for layer in layers:
+            layers += layer.__subclasses__()  # the list grows while it is walked
+            if layer.mergeable:
+                kinds.append(layer.kind)
+        raise ValueError(f"{self.kind} cannot be merged into the trunk; the kinds that can: {', '.join(sorted(kinds))}")
+
+    def extra_repr(self) -> str:
+        return f"scale={self.scale:g}, depth={self.depth:.2f}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterSpec(Spec):
+    """Describes a kind of adapter: what it is made of and which layers it wraps.
+
+    A new kind is one subclass of this and one of :class:`AdapterLayer`.
+
+    Args:
+        scale: Factor s of the update, above 0.
+        dropout: Fraction of the bottleneck's activations dropped in training, in [0, 1).
+        targets: Shell patterns on the full names of the trunk's layers, such as ``*.qkv``; each must match a layer.
+    """
+
+    scale: float = 1.0
+    dropout: float = 0.0
+    targets: tuple[str, ...] = ()
+
+    takes: ClassVar[str] = "an nn.Linear or a 1x1 nn.Conv2d"
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.scale) and self.scale > 0):
+            raise ValueError(f"scale={self.scale} must be a finite number above 0")
+        check_rate(self.dropout)
+        check_names("targets", self.targets, "*.qkv")
+        if not self.patterns:
+            raise ValueError(f"{type(self).__name__} needs a pattern in targets, such as ('*.qkv',)")
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """The patterns of the layers to wrap."""
+        return self.targets
+
+    def fits(self, layer: nn.Module) -> bool:
+        """Says whether the kind can wrap a layer of this type; ``takes`` says it in words."""
+        return is_matrix(layer)
+
+    @abstractmethod
+    def wrap(self, model: nn.Module, name: str) -> AdapterLayer:
+        """Builds the wrapper of one layer without changing the model.
+
+        Args:
+            model: The trunk.
+            name: Full name of a layer that :meth:`fits`.
+
+        Returns:
+            A wrapper whose output is exactly the layer's own; its new tensors come from :func:`parameter`.
+
+        Raises:
+            ValueError: If this layer cannot be wrapped; the message names it.
+        """
+
+
+def is_matrix(layer: nn.Module) -> bool:
+    """Says whether a layer multiplies each token by one matrix: a linear layer, or a 1x1 convolution."""
+    if isinstance(layer, nn.Conv2d):
+        return layer.kernel_size == layer.stride == (1, 1) and layer.padding in ((0, 0), "valid") and layer.groups == 1
+    return isinstance(layer, nn.Linear)
+
+
+def matrices(layer: nn.Module) -> list[nn.Linear | nn.Conv2d]:
+    """Lists the layer itself, or else those of its direct children, that multiply each token by one matrix."""
+    members = [unwrapped(member) for member in (layer, *layer.children())]
+    return [member for member in members if is_matrix(member)]  # type: ignore[misc]
+
+
+def unwrapped(layer: nn.Module) -> nn.Module:
+    """Gives the trunk's own layer, whether it is wrapped or not."""
+    return layer.base_layer if isinstance(layer, AdapterLayer) else layer
+
+
+def parameter(like: Tensor, *shape: int) -> nn.Parameter:
+    """Makes a trainable float32 tensor of zeros on the device of another; float32 whatever the trunk's type is."""
+    return nn.Parameter(torch.zeros(shape, dtype=torch.float32, device=like.device))
+
+
+def check_size(name: str, value: int) -> None:
+    """Raises a ValueError where a field is not a whole number of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
+
+
+def check_choice(name: str, value: str, *choices: str) -> None:
+    """Raises a ValueError where a field is none of the choices."""
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, choices))}")
+
+
+def check_names(name: str, value: tuple[str, ...], example: str) -> None:
+    """Raises a ValueError where a field is not a tuple of strings; a single string is the usual slip."""
+    if not isinstance(value, tuple) or not all(isinstance(item, str) for item in value):
+        raise ValueError(f"{name}={value!r} must be a tuple of names, such as ({example!r},)")

@@ -1,0 +1,187 @@
+"""Adapters with a nonlinear bottleneck: sequential (Houlsby et al.) and parallel (AdaptFormer)."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dynadapter.adapters.base import (
+    AdapterLayer,
+    AdapterSpec,
+    check_choice,
+    check_names,
+    check_size,
+    matrices,
+    parameter,
+)
+from dynadapter.adapters.lowrank import add_product, project
+
+
+class BottleneckLayer(AdapterLayer):
+    """A down-projection and an up-projection that starts at zero, both with biases.
+
+    Args:
+        base_layer: The layer of the trunk.
+        spec: The kind that asks for it.
+        width: Channels that go into the down-projection.
+        bottleneck: Channels in the middle.
+
+    Attributes:
+        down: (bottleneck, width).
+        down_bias: (bottleneck,).
+        up: (out, bottleneck).
+        up_bias: (out,).
+    """
+
+    def __init__(self, base_layer: nn.Module, spec: AdapterSpec, width: int, bottleneck: int) -> None:
+        super().__init__(base_layer, spec)
+        last = matrices(base_layer)[-1].weight
+        self.down = parameter(last, bottleneck, width)
+        self.down_bias = parameter(last, bottleneck)
+        self.up = parameter(last, last.shape[0], bottleneck)
+        self.up_bias = parameter(last, last.shape[0])
+        nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
+
+    def squeezed(self, x: Tensor) -> Tensor:
+        """Maps tokens (..., width) to the bottleneck (..., bottleneck), before its activation."""
+        return project(x, self.down, self.down_bias, self.channels_first)
+
+    def added(self, x: Tensor, hidden: Tensor) -> Tensor:
+        """Adds the scaled up-projection of the bottleneck to ``x`` (..., out)."""
+        return add_product(x, hidden, self.up, self.up_bias, self.scale, self.channels_first)
+
+
+class SequentialLayer(BottleneckLayer):
+    """``u + s * (up @ drop(gelu(down @ u + down_bias)) + up_bias)``, where u is the base layer's output."""
+
+    kind = "Adapter"
+
+    def forward(self, x: Tensor, **context: Tensor) -> Tensor:
+        """Maps the base layer's input to its adapted output; an attention's mask passes through as ``context``."""
+        x = self.base_layer(x, **context)
+        return self.added(x, self.dropout(F.gelu(self.squeezed(x))))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapter(AdapterSpec):
+    """Sequential adapter: a bottleneck with GELU after the MLP, or after attention and after the MLP.
+
+    Sources: Houlsby et al. 2019 (arXiv 1902.00751) for both places; after the MLP alone is what papers on vision
+    transformers call Adapter. The down-projection starts as ``nn.Linear`` does, everything else at zero (ours).
+
+    Args:
+        bottleneck: Channels in the middle.
+        placement: ``mlp``, or ``houlsby`` for a second one after attention.
+        targets: Patterns of linear layers, 1x1 convolutions, MLPs or attentions instead of the placement's.
+    """
+
+    bottleneck: int = 8
+    placement: Literal["mlp", "houlsby"] = "mlp"
+
+    takes = "an nn.Linear, a 1x1 nn.Conv2d, or a module that holds some, such as an MLP"
+
+    def __post_init__(self) -> None:
+        check_size("bottleneck", self.bottleneck)
+        check_choice("placement", self.placement, "mlp", "houlsby")
+        super().__post_init__()
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """The patterns of the layers to wrap: the targets, or else those of the placement."""
+        after_attention = ("*.attn.proj",) if self.placement == "houlsby" else ()
+        return self.targets or (*after_attention, "*blocks.*.mlp")
+
+    def fits(self, layer: nn.Module) -> bool:
+        """Says whether the layer is a matrix or has some among its children."""
+        return bool(matrices(layer))
+
+    def wrap(self, model: nn.Module, name: str) -> SequentialLayer:
+        """Builds the wrapper of one layer."""
+        layer = model.get_submodule(name)
+        return SequentialLayer(layer, self, matrices(layer)[-1].weight.shape[0], self.bottleneck)
+
+
+class ParallelLayer(BottleneckLayer):
+    """``layer(norm(x)) + s * (up @ drop(relu(down @ x + down_bias)) + up_bias)``, where x is not normalised.
+
+    The block calls its norm and then the layer, which therefore never sees x. So the wrapper takes the norm over and
+    leaves an identity in its place.
+
+    Args:
+        base_layer: The layer of the trunk.
+        norm: The norm that the block applies just before it.
+        norm_name: The norm's full name in the model.
+        spec: The kind that asks for it.
+        bottleneck: Channels in the middle.
+    """
+
+    kind = "AdaptFormer"
+
+    def __init__(
+        self, base_layer: nn.Module, norm: nn.Module, norm_name: str, spec: AdapterSpec, bottleneck: int
+    ) -> None:
+        super().__init__(base_layer, spec, matrices(base_layer)[0].weight.shape[1], bottleneck)
+        self.norm = norm
+        self.norm_name = norm_name
+
+    def install(self, model: nn.Module, name: str) -> None:
+        """Puts the wrapper in its layer's place and an identity in the norm's."""
+        super().install(model, name)
+        model.set_submodule(self.norm_name, nn.Identity())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps the norm's input to the adapted output of the base layer."""
+        return self.added(self.base_layer(self.norm(x)), self.dropout(F.relu(self.squeezed(x))))
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaptFormer(AdapterSpec):
+    """Parallel adapter: a bottleneck with ReLU beside the norm and the MLP, on tokens that are not normalised.
+
+    Source: Chen et al. 2022, AdaptFormer (arXiv 2205.13535). Where the block scales its MLP's output (LayerScale in
+    DINOv2, gamma in ConvNeXt), that scales the update, too (ours).
+
+    Args:
+        bottleneck: Channels in the middle.
+        norms: Names of the norm beside the target; the first one that the block holds before its target is taken.
+        targets: Patterns of the layers that directly follow their norm.
+    """
+
+    scale: float = 0.1
+    dropout: float = 0.1
+    targets: tuple[str, ...] = ("*blocks.*.mlp",)
+    bottleneck: int = 64
+    norms: tuple[str, ...] = ("norm2", "norm")
+
+    takes = Adapter.takes
+
+    def __post_init__(self) -> None:
+        check_size("bottleneck", self.bottleneck)
+        check_names("norms", self.norms, "norm2")
+        super().__post_init__()
+
+    def fits(self, layer: nn.Module) -> bool:
+        """Says whether the layer is a matrix or has some among its children."""
+        return bool(matrices(layer))
+
+    def wrap(self, model: nn.Module, name: str) -> ParallelLayer:
+        """Builds the wrapper of one layer.
+
+        Raises:
+            ValueError: If no norm of a known name stands before it.
+        """
+        block_name, _, key = name.rpartition(".")
+        children = [child for child, _ in model.get_submodule(block_name).named_children()]
+        # A block that normalises after its MLP (timm's ResPostBlock) holds that norm after it: not the one we need.
+        before = children[: children.index(key)]
+        norm = next((norm for norm in self.norms if norm in before), None)
+        if norm is None:
+            raise ValueError(
+                f"AdaptFormer finds none of norms={self.norms} before {name}; its block holds, in this order, "
+                f"{', '.join(children)}; name the norm that feeds it, if there is one"
+            )
+        norm_name = f"{block_name}.{norm}".lstrip(".")
+        layer, norm_layer = model.get_submodule(name), model.get_submodule(norm_name)
+        return ParallelLayer(layer, norm_layer, norm_name, self, self.bottleneck)

@@ -1,0 +1,88 @@
+"""Puts adapters around the layers of a trunk whose names match."""
+
+import re
+from collections.abc import Iterable, Iterator
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from dynadapter.adapters.base import AdapterLayer, AdapterSpec, unwrapped
+
+
+def inject(model: nn.Module, spec: AdapterSpec) -> list[str]:
+    """Wraps the layers that a kind's patterns match; the model's output stays exactly the same.
+
+    Patterns see the names of the bare trunk, also where an earlier injection has wrapped a module around a layer. The
+    trunk's own tensors keep their ``requires_grad``.
+
+    Args:
+        model: A timm model; it is changed in place.
+        spec: The kind of adapter.
+
+    Returns:
+        The names of the wrappers in the order of the model, as in :func:`adapter_layers`.
+
+    Raises:
+        ValueError: If a pattern matches nothing, or a layer that is wrapped already, or one that the kind cannot
+            take. The model is then untouched.
+    """
+    kind = type(spec).__name__
+    layers = {name: (path, layer) for name, path, layer in _layers(model)}
+    for pattern in spec.patterns:
+        if not any(fnmatchcase(name, pattern) for name in layers):
+            fitting = dict.fromkeys(
+                _collapsed(name) for name, (_, layer) in layers.items() if spec.fits(unwrapped(layer))
+            )
+            raise ValueError(
+                f"no layer of {type(model).__name__} matches the target {pattern!r} of {kind}; "
+                f"set targets; the layers that it can wrap: {', '.join(fitting) or 'none'}"
+            )
+    wrappers: dict[str, AdapterLayer] = {}
+    for name, (path, layer) in layers.items():
+        if not any(fnmatchcase(name, pattern) for pattern in spec.patterns):
+            continue
+        if isinstance(layer, AdapterLayer):
+            raise ValueError(f"{name} has an adapter already, {layer.kind}; choose other targets for {kind}")
+        if not spec.fits(layer):
+            raise ValueError(f"{kind} cannot wrap {name}, {_described(layer)}; it takes {spec.takes}")
+        wrappers[path] = spec.wrap(model, path)
+        wrappers[path].depth = _depth(name, layers)
+    # Inner layers first: once a module is wrapped, the paths of the layers in it are no longer these.
+    for path in reversed(wrappers):
+        wrappers[path].install(model, path)
+    added = set(map(id, wrappers.values()))
+    return [name for name, layer in adapter_layers(model).items() if id(layer) in added]
+
+
+def adapter_layers(model: nn.Module) -> dict[str, AdapterLayer]:
+    """Finds the wrappers in a model by their names, in the order of the model."""
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, AdapterLayer)}
+
+
+def _layers(module: nn.Module, name: str = "", path: str = "") -> Iterator[tuple[str, str, nn.Module]]:
+    """Yields each layer with its name in the bare trunk and its path now; a wrapped layer is there as its wrapper."""
+    for key, child in module.named_children():
+        child_name, child_path = f"{name}{key}", f"{path}{key}"
+        yield child_name, child_path, child
+        inside = f"{child_path}.base_layer." if isinstance(child, AdapterLayer) else f"{child_path}."
+        yield from _layers(unwrapped(child), f"{child_name}.", inside)
+
+
+def _numbers(name: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in name.split(".") if part.isdigit())
+
+
+def _collapsed(name: str) -> str:
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))
+
+
+def _depth(name: str, names: Iterable[str]) -> float:
+    """Ranks a layer among all layers of the trunk whose names differ from its own in the numbers alone."""
+    family = sorted({_numbers(other) for other in names if _collapsed(other) == _collapsed(name)})
+    return family.index(_numbers(name)) / max(1, len(family) - 1)
+
+
+def _described(layer: nn.Module) -> str:
+    """Describes a layer in one line."""
+    kind = type(layer).__name__
+    return re.sub(r"\s+", " ", repr(layer)) if not list(layer.children()) else f"a module of type {kind}"

@@ -1,0 +1,71 @@
+"""Folds adapters into the trunk, and proves on tokens that nothing else changed."""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from dynadapter.adapters.base import AdapterLayer, matrices
+from dynadapter.adapters.injection import adapter_layers
+
+
+def merge(model: nn.Module, tolerance: float = 1e-5) -> None:
+    """Replaces each wrapper by its base layer with the update folded in; the keys are timm's own again.
+
+    The merged layers are frozen. Each is compared with its wrapper on random tokens, before any is replaced. A model
+    without adapters stays as it is.
+
+    Args:
+        model: The trunk; it is changed in place.
+        tolerance: Largest relative error (Frobenius norm) of a merged layer's output.
+
+    Raises:
+        ValueError: If a kind cannot be merged, or an error is above the tolerance. The model is then untouched.
+    """
+    merged = {}
+    for name, layer in adapter_layers(model).items():
+        merged[name] = layer.merged()
+        error = _error(layer, merged[name])
+        if not error <= tolerance:  # NaN is above any tolerance
+            raise ValueError(
+                f"merging {name} changes its output by {error:.1e} (relative), more than tolerance={tolerance:.0e}; "
+                "nothing was merged: keep the adapters, merge in float32, or allow more"
+            )
+    for name, plain in merged.items():
+        model.set_submodule(name, plain)
+
+
+def exact(tensor: Tensor) -> Tensor:
+    """Gives a tensor in float64, on the CPU because not every accelerator has that type."""
+    return tensor.detach().to("cpu", torch.float64)
+
+
+def rebuilt(layer: nn.Module, weight: Tensor, bias: Tensor | None = None) -> nn.Module:
+    """Copies a linear layer or a 1x1 convolution with other values, frozen.
+
+    Args:
+        layer: The layer to copy.
+        weight: (out, width).
+        bias: (out,), or None to keep the layer's own.
+    """
+    layer = copy.deepcopy(layer).requires_grad_(False)
+    matrix = matrices(layer)[0]
+    matrix.weight.copy_(weight.view(matrix.weight.shape))
+    if bias is not None and matrix.bias is not None:
+        matrix.bias.copy_(bias)
+    return layer
+
+
+@torch.no_grad()
+def _error(layer: AdapterLayer, merged: nn.Module) -> float:
+    """Gives the relative distance between the outputs of a wrapper and of its merged layer, on random tokens."""
+    weight = matrices(merged)[0].weight
+    shape = (4, weight.shape[1], 8, 8) if layer.channels_first else (256, weight.shape[1])
+    generator = torch.Generator().manual_seed(0)  # the user's random numbers stay as they are
+    tokens = torch.randn(shape, generator=generator).to(weight)
+    training = layer.dropout.training
+    layer.dropout.eval()
+    expected = exact(layer(tokens))
+    layer.dropout.train(training)
+    difference = torch.linalg.vector_norm(exact(merged(tokens)) - expected)
+    return float(difference / torch.linalg.vector_norm(expected).clamp_min(torch.finfo(torch.float64).tiny))

@@ -1,0 +1,121 @@
+"""RepAdapter: a linear adapter before a frozen matrix, into which it can be folded."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from dynadapter.adapters.base import AdapterLayer, AdapterSpec, check_choice, check_size, matrices, parameter
+from dynadapter.adapters.lowrank import add_product, project
+from dynadapter.adapters.merging import exact, rebuilt
+
+
+class RepAdapterLayer(AdapterLayer):
+    """``W f(u) + b`` with ``f(u) = u + s * (up @ drop(down @ u + down_bias) + up_bias)``, up in groups.
+
+    Args:
+        base_layer: A linear layer or a 1x1 convolution.
+        spec: The kind that asks for it.
+
+    Attributes:
+        down: (bottleneck, width).
+        down_bias: (bottleneck,) or None.
+        up: (width, bottleneck / groups); as in a grouped convolution, each part of its rows reads its own part of the
+            bottleneck.
+        up_bias: (width,) or None.
+    """
+
+    kind = "RepAdapter"
+    mergeable = True
+
+    def __init__(self, base_layer: nn.Module, spec: "RepAdapter") -> None:
+        super().__init__(base_layer, spec)
+        weight = matrices(base_layer)[0].weight
+        width = weight.shape[1]
+        self.groups = spec.groups
+        self.down = parameter(weight, spec.bottleneck, width)
+        self.down_bias = parameter(weight, spec.bottleneck) if spec.bias else None
+        self.up = parameter(weight, width, spec.bottleneck // spec.groups)
+        self.up_bias = parameter(weight, width) if spec.bias else None
+        nn.init.xavier_uniform_(self.down)
+
+    def dense(self) -> Tensor:
+        """Gives ``up`` as one block-diagonal matrix (width, bottleneck): one product is faster than one per group."""
+        return torch.block_diag(*self.up.chunk(self.groups)) if self.groups > 1 else self.up
+
+    def forward(self, u: Tensor) -> Tensor:
+        """Maps tokens (..., width) to (..., out), or (batch, width, rows, columns) accordingly."""
+        return self.base_layer(self.adapted(u))
+
+    def adapted(self, u: Tensor) -> Tensor:
+        """Gives ``f(u)``, in the layout of ``u``."""
+        hidden = self.dropout(project(u, self.down, self.down_bias, self.channels_first))
+        return add_product(u, hidden, self.dense(), self.up_bias, self.scale, self.channels_first)
+
+    def some(self, u: Tensor, start: int, stop: int) -> Tensor:
+        """Gives only the outputs from ``start`` to ``stop`` for tokens (..., width)."""
+        matrix = matrices(self.base_layer)[0]
+        bias = None if matrix.bias is None else matrix.bias[start:stop]
+        return project(self.adapted(u), matrix.weight.flatten(1)[start:stop], bias, False)
+
+    def merged(self) -> nn.Module:
+        """Gives the base layer with ``W M`` and ``b + W c``, where ``f(u) = M u + c``."""
+        matrix = matrices(self.base_layer)[0]
+        weight, up = exact(matrix.weight.flatten(1)), exact(self.dense())
+        bias = None
+        if matrix.bias is not None and self.down_bias is not None and self.up_bias is not None:
+            bias = exact(matrix.bias) + self.scale * weight @ (up @ exact(self.down_bias) + exact(self.up_bias))
+        return rebuilt(self.base_layer, weight + self.scale * (weight @ up) @ exact(self.down), bias)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RepAdapter(AdapterSpec):
+    """Linear bottleneck before attention and before the MLP, after their norms; free of cost once it is merged.
+
+    Source: Luo et al. 2023, RepAdapter (arXiv 2302.08106).
+
+    Args:
+        bottleneck: Channels in the middle.
+        groups: Parts into which the up-projection is cut; divides ``bottleneck`` and the layer's width.
+        bias: Whether both projections have biases; the wrapped layers must then have one, too, to take them up in a
+            merge.
+        placement: ``block`` for both places, ``attn`` for the one before attention alone.
+        targets: Patterns of linear layers or 1x1 convolutions instead of the placement's.
+    """
+
+    dropout: float = 0.1
+    bottleneck: int = 8
+    groups: int = 2
+    bias: bool = True
+    placement: Literal["block", "attn"] = "block"
+
+    def __post_init__(self) -> None:
+        check_size("bottleneck", self.bottleneck)
+        check_size("groups", self.groups)
+        check_choice("placement", self.placement, "block", "attn")
+        if self.bottleneck % self.groups:
+            raise ValueError(f"groups={self.groups} must divide bottleneck={self.bottleneck}")
+        super().__post_init__()
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """The patterns of the layers to wrap: the targets, or else those of the placement."""
+        before_mlp = ("*blocks.*.mlp.fc1",) if self.placement == "block" else ()
+        return self.targets or ("*.attn.qkv", *before_mlp)
+
+    def wrap(self, model: nn.Module, name: str) -> RepAdapterLayer:
+        """Builds the wrapper of one layer.
+
+        Raises:
+            ValueError: If the groups do not divide its width, or if it has no bias to take up the adapter's.
+        """
+        layer = model.get_submodule(name)
+        matrix = matrices(layer)[0]
+        if matrix.weight.shape[1] % self.groups:
+            raise ValueError(
+                f"groups={self.groups} must divide the {matrix.weight.shape[1]} channels that {name} takes"
+            )
+        if self.bias and matrix.bias is None:
+            raise ValueError(f"{name} has no bias to take up the RepAdapter's in a merge; use bias=False")
+        return RepAdapterLayer(layer, self)

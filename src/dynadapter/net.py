@@ -1,0 +1,282 @@
+"""A frozen trunk cut into stages, with an exit after each: all exits for training, per-sample routing for use."""
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dynadapter import trunk as cut
+from dynadapter.adapters import AdapterLayer, merge
+from dynadapter.heads import Balanced, Heads
+from dynadapter.policies import Policy
+
+
+class Routed(NamedTuple):
+    """What routing a batch gave, in the order of its input.
+
+    ``logits`` (batch, classes) are those of the exit at which a sample left, ``exits`` (batch,) its zero-based index,
+    ``nonfinite`` (scalar) counts the samples whose last logits were not finite: nobody leaves early with such logits.
+    """
+
+    logits: Tensor
+    exits: Tensor
+    nonfinite: Tensor
+
+
+def exit_blocks(depth: int, every: int = 3, exits: Sequence[int] | None = None) -> tuple[int, ...]:
+    """Says after how many blocks each exit stands.
+
+    An interval puts an exit after every ``every`` blocks; the trunk's end is always the last exit, so an interval that
+    does not divide the depth leaves a shorter last stage.
+
+    >>> exit_blocks(12, every=3)
+    (3, 6, 9, 12)
+    >>> exit_blocks(12, every=5)
+    (5, 10, 12)
+    >>> exit_blocks(12, exits=[2, 7])
+    (2, 7, 12)
+
+    Args:
+        depth: Blocks of the trunk.
+        every: The interval in blocks, from 1 to ``depth``; ``depth`` itself gives the static network.
+        exits: An explicit list instead: strictly rising block counts; ``depth`` is added where it is missing, and an
+            empty list gives the static network.
+
+    Raises:
+        ValueError: If the interval or the list does not fit the depth.
+    """
+    if exits is None:
+        if not 1 <= every <= depth:
+            raise ValueError(
+                f"every={every} puts no exit inside a trunk of {depth} blocks; choose 1 to {depth}, or list the exits"
+            )
+        exits = range(every, depth + 1, every)
+    places = list(exits)
+    if not places or places[-1] != depth:
+        places.append(depth)
+    if places[0] < 1 or any(b <= a for a, b in pairwise(places)):
+        raise ValueError(
+            f"exits={list(exits)} must be strictly rising block counts between 1 and {depth}, the depth of this trunk"
+        )
+    return tuple(places)
+
+
+class ExitNet(nn.Module):
+    """A timm trunk with an early head after each stage; the last exit is the trunk's own head.
+
+    Args:
+        trunk: A timm model of a family that :mod:`dynadapter.trunk` can cut, with adapters injected or without.
+        heads: The kind of the early heads.
+        every: An exit after every so many blocks (the paper's interval T); see :func:`exit_blocks`.
+        exits: An explicit list of block counts instead of the interval.
+
+    Attributes:
+        exits: After how many blocks each exit stands; the last one is the depth.
+        exit_weights: Buffer (exits,), each exit's weight in the joint loss; written by schedules, not saved.
+
+    Raises:
+        TypeError: If no cut is known for the trunk's class.
+        ValueError: If the exits do not fit the depth, or the trunk has no classifier.
+    """
+
+    exit_weights: Tensor
+
+    def __init__(
+        self, trunk: nn.Module, heads: Heads | None = None, every: int = 3, exits: Sequence[int] | None = None
+    ) -> None:
+        super().__init__()
+        blocks = cut.blocks(trunk)
+        self.num_classes = int(trunk.num_classes)  # type: ignore[arg-type]
+        if self.num_classes < 1:
+            raise ValueError("the trunk has no classifier; create it with num_classes of at least 1")
+        self.depth = len(blocks)
+        self.exits = exit_blocks(self.depth, every, exits)
+        self.trunk = trunk
+        widths, heads = cut.widths(trunk), heads or Balanced()
+        self.heads = nn.ModuleList(
+            heads.build(
+                exit=k,
+                exits=self.num_exits,
+                width=widths[blocks_so_far - 1],
+                num_classes=self.num_classes,
+                prefix_tokens=cut.prefix_tokens(trunk),
+                class_token=cut.has_class_token(trunk),
+            )
+            for k, blocks_so_far in enumerate(self.exits[:-1])
+        )
+        self.register_buffer("exit_weights", torch.full((self.num_exits,), 1 / self.num_exits), persistent=False)
+        self.train(self.training)
+
+    @property
+    def num_exits(self) -> int:
+        """Number of exits, the last one included."""
+        return len(self.exits)
+
+    def train(self, mode: bool = True) -> "ExitNet":
+        """Sets the heads and adapters to training or evaluation; the frozen trunk stays in evaluation mode."""
+        super().train(mode)
+        self.trunk.eval()
+        for layer in self.trunk.modules():
+            if isinstance(layer, AdapterLayer):
+                layer.train(mode)
+                layer.base_layer.eval()
+        for head in cut.classifier(self.trunk):
+            head.train(mode)
+        return self
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Turns images (batch, channels, height, width) into what the first block takes."""
+        return cut.embed(self.trunk, images)
+
+    def stage_modules(self, k: int) -> Iterator[nn.Module]:
+        """Yields the modules between exit ``k - 1`` and exit ``k`` in the order in which they run."""
+        start = self.exits[k - 1] if k else 0
+        for unit in cut.blocks(self.trunk)[start : self.exits[k]]:
+            yield from unit
+
+    def stage(self, k: int, x: Tensor) -> Tensor:
+        """Runs the blocks between exit ``k - 1`` and exit ``k``."""
+        for module in self.stage_modules(k):
+            x = module(x)
+        return x
+
+    def head(self, k: int, x: Tensor) -> Tensor:
+        """Reads logits (batch, classes) off the output of stage ``k``."""
+        if k == self.num_exits - 1:
+            return cut.classify(self.trunk, cut.finish(self.trunk, x))
+        return self.heads[k](cut.tokens(self.trunk, x))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Runs every exit.
+
+        Args:
+            images: (batch, channels, height, width).
+
+        Returns:
+            Logits (exits, batch, classes).
+        """
+        x = self.embed(images)
+        logits = []
+        for k in range(self.num_exits):
+            x = self.stage(k, x)
+            logits.append(self.head(k, x))
+        return torch.stack(logits)
+
+    def early(self, images: Tensor, policy: Policy, class_first: bool = True) -> Routed:
+        """Lets each sample leave at the first exit where the policy is sure; the rest goes on as a smaller batch.
+
+        A stage runs only for the samples that are still in, and not at all when nobody is. Per exit there is one
+        synchronisation between host and device.
+
+        Where a head reads the class token alone, the last block before it first computes that token's row; only those
+        who go on finish the block. The result is the same to rounding, and whoever leaves saves five sixths of a block.
+
+        Args:
+            images: (batch, channels, height, width); an empty batch gives an empty result.
+            policy: Decides who leaves.
+            class_first: Whether to compute the class token's row first where that can be done.
+
+        Returns:
+            The logits and exits of all samples in the order of ``images``.
+
+        Raises:
+            ValueError: If the policy's thresholds do not fit the number of exits.
+        """
+        policy.check(self.num_exits)
+        rows = torch.arange(len(images), device=images.device)  # where the samples still in stand in the batch
+        exits = torch.zeros(len(images), dtype=torch.int64, device=images.device)
+        if not len(images):  # Swin cannot take an empty batch
+            empty = torch.zeros(0, self.num_classes, device=images.device)
+            return Routed(empty, exits, exits.sum())
+        x = self.embed(images)
+        out: Tensor | None = None
+        history: Tensor | None = None  # (exits so far, still in, classes)
+        for k in range(self.num_exits):
+            logits, go_on = self.reach(k, x, class_first)
+            # Everybody who is still in writes here; whoever goes on writes again.
+            out = logits.clone() if out is None else out.index_copy_(0, rows, logits)
+            exits[rows] = k
+            if k == self.num_exits - 1:
+                break
+            history = logits[None] if history is None else torch.cat([history, logits[None]])
+            stay = (~policy.leave(history)).nonzero()[:, 0]
+            if not len(stay):
+                break
+            if len(stay) == len(rows):
+                x = go_on(None)
+            else:
+                x, rows, history = go_on(stay), rows[stay], history[:, stay]
+        assert out is not None  # there is at least one exit
+        return Routed(out, exits, (~out.isfinite().all(-1)).sum())
+
+    def reach(self, k: int, x: Tensor, class_first: bool = True) -> tuple[Tensor, Callable[[Tensor | None], Tensor]]:
+        """Runs from exit ``k - 1`` to the logits of exit ``k``, and leaves open what only those who go on need.
+
+        Args:
+            k: Zero-based exit.
+            x: The output of the stage before, or of :meth:`embed`.
+            class_first: See :meth:`early`.
+
+        Returns:
+            The logits (batch, classes), and a function that takes the indices of those who go on (None for all) and
+            gives the output of stage ``k`` for them.
+        """
+        *begin, last = cut.blocks(self.trunk)[self.exits[k - 1] if k else 0 : self.exits[k]]
+        if not (class_first and self.reads_class_token(k) and cut.splits(self.trunk, last)):
+            x = self.stage(k, x)
+            return self.head(k, x), lambda stay: x if stay is None else x[stay]
+        for unit in begin:
+            for module in unit:
+                x = module(x)
+        (block,) = last
+        row, kept = cut.class_row(block, x)
+        return self.head(k, row), lambda stay: (
+            cut.other_rows(block, x, kept) if stay is None else cut.other_rows(block, x[stay], kept[stay])
+        )
+
+    def reads_class_token(self, k: int) -> bool:
+        """Says whether the head of exit ``k`` reads nothing but the class token."""
+        if k == self.num_exits - 1:
+            return cut.reads_class_row(self.trunk)
+        return self.heads[k].reads_class_token  # type: ignore[return-value]
+
+    def at(self, k: int) -> "Truncated":
+        """Gives the static network that ends at exit ``k``; it shares its modules with this one."""
+        return Truncated(self, k)
+
+    def merge(self, tolerance: float = 1e-5) -> "ExitNet":
+        """Folds the adapters into the trunk, whose keys are timm's own again.
+
+        Raises:
+            ValueError: If a kind cannot be merged, or the merged layer strays past the relative ``tolerance``.
+        """
+        merge(self.trunk, tolerance)
+        return self
+
+
+class Truncated(nn.Module):
+    """The part of an :class:`ExitNet` up to one exit, as a plain classifier.
+
+    Args:
+        net: The network whose modules it shares.
+        k: Zero-based exit; negative counts from the end.
+
+    Raises:
+        ValueError: If there is no such exit.
+    """
+
+    def __init__(self, net: ExitNet, k: int) -> None:
+        super().__init__()
+        if not -net.num_exits <= k < net.num_exits:
+            raise ValueError(f"there is no exit {k}; this network has {net.num_exits}, from 0 to {net.num_exits - 1}")
+        self.net = net
+        self.k = k % net.num_exits
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Maps images (batch, channels, height, width) to logits (batch, classes)."""
+        x = self.net.embed(images)
+        for k in range(self.k + 1):
+            x = self.net.stage(k, x)
+        return self.net.head(self.k, x)

@@ -1,0 +1,60 @@
+"""Three tiny trunks, one of each family, each six blocks deep, and images that fit them all."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dynadapter.trunk import create_trunk
+
+CLASSES = 5
+
+
+def make_vit(num_classes: int = CLASSES, **changes) -> nn.Module:
+    """A ViT with a class token and 16 patches: blocks give (batch, 17, 48)."""
+    options = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 6, "num_heads": 3}
+    return create_trunk("vit_tiny_patch16_224", num_classes, **(options | changes))
+
+
+def make_swin(num_classes: int = CLASSES, **changes) -> nn.Module:
+    """A Swin of three stages: (batch, 16, 16, 16), (batch, 8, 8, 32), (batch, 4, 4, 64) after two blocks each."""
+    options = {"img_size": 32, "patch_size": 2, "window_size": 4, "embed_dim": 16, "depths": (2, 2, 2)}
+    return create_trunk("swin_tiny_patch4_window7_224", num_classes, **(options | {"num_heads": (2, 2, 4)} | changes))
+
+
+def make_convnext(num_classes: int = CLASSES, **changes) -> nn.Module:
+    """A ConvNeXt with linear MLPs: channels 16, 16, 24, 32, 32, 48 after its blocks.
+
+    The layer scale starts at 1, as after training; timm's 1e-6 would hide whatever a block does.
+    """
+    options = {"patch_size": 2, "dims": (16, 24, 32, 48), "depths": (2, 1, 2, 1), "ls_init_value": 1.0}
+    return create_trunk("convnext_tiny", num_classes, **(options | changes))
+
+
+TRUNKS: dict[str, Callable[..., nn.Module]] = {"vit": make_vit, "swin": make_swin, "convnext": make_convnext}
+
+
+@pytest.fixture
+def vit() -> nn.Module:
+    return make_vit()
+
+
+@pytest.fixture
+def swin() -> nn.Module:
+    return make_swin()
+
+
+@pytest.fixture
+def convnext() -> nn.Module:
+    return make_convnext()
+
+
+@pytest.fixture(params=TRUNKS)
+def any_trunk(request: pytest.FixtureRequest) -> nn.Module:
+    return TRUNKS[request.param]()
+
+
+@pytest.fixture
+def images() -> Tensor:
+    return torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))

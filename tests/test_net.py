@@ -1,0 +1,309 @@
+"""ExitNet against timm's own forward and against one sample at a time."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+
+import pytest
+import torch
+from conftest import CLASSES, TRUNKS, make_vit
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from dynadapter import trunk as cut
+from dynadapter.adapters import AdapterLayer, LoRA, inject
+from dynadapter.heads import LinearHeads
+from dynadapter.net import ExitNet, exit_blocks
+from dynadapter.policies import (
+    Confidence,
+    Entropy,
+    Margin,
+    Never,
+    Patience,
+    Policy,
+    confidence,
+    entropy,
+    margin,
+    route,
+)
+
+EVERY = 2  # exits after blocks 2, 4 and 6 of six
+
+
+def pictures(count: int, seed: int) -> Tensor:
+    return torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
+
+
+@cache
+@torch.no_grad()
+def network(kind: str) -> ExitNet:
+    """A network whose exits differ in class and confidence from sample to sample, as after training."""
+    torch.manual_seed(0)
+    net = ExitNet(TRUNKS[kind](), LinearHeads(), every=EVERY).eval()
+    for head, logits in zip([*net.heads, *cut.classifier(net.trunk)], net(pictures(64, 0)), strict=True):
+        last = [layer for layer in head.modules() if isinstance(layer, nn.Linear)][-1]
+        spread, middle = logits.std(0) / 2.5, logits.mean(0)
+        last.weight /= spread[:, None]
+        last.bias.copy_((last.bias - middle) / spread)
+    return net
+
+
+@pytest.fixture(params=TRUNKS)
+def net(request: pytest.FixtureRequest) -> ExitNet:
+    return network(request.param)
+
+
+@contextmanager
+def rows_seen(net: ExitNet) -> Iterator[list[list[int]]]:
+    """Collects for every block the batch sizes with which it is called."""
+    units = cut.blocks(net.trunk)
+    seen: list[list[int]] = [[] for _ in units]
+    handles = [
+        unit[-1].register_forward_hook(lambda _, args, out, calls=calls: calls.append(len(out)))
+        for unit, calls in zip(units, seen, strict=True)
+    ]
+    yield seen
+    for handle in handles:
+        handle.remove()
+
+
+@torch.no_grad()
+def alone(net: ExitNet, image: Tensor, policy: Policy) -> tuple[int, Tensor]:
+    """Routes a single sample: the reference."""
+    x = net.embed(image[None])
+    history = []
+    for k in range(net.num_exits):
+        x = net.stage(k, x)
+        history.append(net.head(k, x))
+        if k == net.num_exits - 1 or policy.leave(torch.stack(history)).item():
+            return k, history[-1][0]
+    raise AssertionError("the last exit takes everybody")
+
+
+def clear_cut(policy: Policy, logits: Tensor) -> bool:
+    """Whether no score is so close to its threshold that the rounding of another batch size could decide."""
+    first, second = logits.topk(2).values.unbind(-1)
+    if isinstance(policy, Patience):
+        return bool((first - second > 1e-3).all())
+    for kind, score in ((Confidence, confidence), (Entropy, entropy), (Margin, margin)):
+        if isinstance(policy, kind):
+            return all(bool(((score(one) - policy.at(k)).abs() > 1e-4).all()) for k, one in enumerate(logits[:-1]))
+    return True
+
+
+thresholds = st.floats(0, 1) | st.tuples(st.floats(0, 1), st.floats(0, 1))
+policies = (
+    st.builds(Confidence, thresholds)
+    | st.builds(Entropy, thresholds)
+    | st.builds(Margin, thresholds)
+    | st.builds(Patience, st.integers(1, 4))
+    | st.just(Never())
+)
+
+
+@pytest.mark.parametrize("kind", TRUNKS)
+@given(policy=policies, batch=st.integers(0, 6), seed=st.integers(0, 9))
+@settings(max_examples=25, deadline=None)
+def test_routing_equals_one_sample_at_a_time(kind: str, policy: Policy, batch: int, seed: int) -> None:
+    net, images = network(kind), pictures(batch, seed)
+    with torch.no_grad():
+        stacked = net(images) if batch else torch.zeros(net.num_exits, 0, CLASSES)
+        assume(clear_cut(policy, stacked))
+        with rows_seen(net) as seen:
+            routed = net.early(images, policy)
+
+    expected = [alone(net, image, policy) for image in images]
+    assert routed.exits.tolist() == [k for k, _ in expected]
+    assert routed.logits.shape == (batch, CLASSES)
+    assert routed.nonfinite == 0
+    for logits, (_, reference) in zip(routed.logits, expected, strict=True):
+        torch.testing.assert_close(logits, reference, rtol=1e-4, atol=1e-4)
+
+    assert torch.equal(routed.exits, route(policy, stacked))
+    torch.testing.assert_close(routed.logits, stacked[routed.exits, range(batch)], rtol=1e-4, atol=1e-4)
+
+    for block, calls in enumerate(seen):  # each block ran once for those who were still in, and not for nobody
+        still_in = sum(block < net.exits[k] for k, _ in expected)
+        assert calls == ([still_in] if still_in else [])
+
+
+def test_the_network_of_these_tests_has_samples_for_every_exit(net: ExitNet) -> None:
+    exits = net.early(pictures(32, 0), Confidence(0.9)).exits
+    assert set(exits.tolist()) == {0, 1, 2}
+
+
+def test_all_leave_at_the_first_exit(net: ExitNet) -> None:
+    images = pictures(4, 1)
+    with torch.no_grad(), rows_seen(net) as seen:
+        routed = net.early(images, Confidence(0.0))
+    assert seen == [[4]] * EVERY + [[]] * (net.depth - EVERY)
+    assert routed.exits.tolist() == [0] * 4
+    assert torch.equal(routed.logits, net.at(0)(images))
+
+
+def test_nobody_leaves(net: ExitNet) -> None:
+    images = pictures(4, 1)
+    with torch.no_grad(), rows_seen(net) as seen:
+        routed = net.early(images, Never())
+    assert seen == [[4]] * net.depth
+    assert torch.equal(routed.logits, net(images)[-1])
+
+
+def test_order_follows_the_input(net: ExitNet) -> None:
+    images, order = pictures(12, 2), torch.randperm(12, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        straight, shuffled = net.early(images, Confidence(0.9)), net.early(images[order], Confidence(0.9))
+    assert len(straight.exits.unique()) > 1
+    assert torch.equal(shuffled.exits, straight.exits[order])
+    torch.testing.assert_close(shuffled.logits, straight.logits[order], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("policy", [Confidence(0.0), Entropy(1.0), Margin(0.0), Patience(1)])
+def test_logits_that_are_not_finite_go_on(net: ExitNet, policy: Policy, bad: float) -> None:
+    def spoil(head: nn.Module, args: tuple[Tensor], logits: Tensor) -> Tensor:
+        logits = logits.clone()
+        logits[1, 2] = bad
+        return logits
+
+    handle = net.heads[0].register_forward_hook(spoil)
+    try:
+        routed = net.early(pictures(3, 3), policy)
+    finally:
+        handle.remove()
+    assert routed.exits.tolist() == [0, 1, 0]
+    assert routed.nonfinite == 0
+
+
+def test_a_broken_image_is_counted_and_hurts_nobody_else(net: ExitNet) -> None:
+    images = pictures(3, 3)
+    clean = net.early(images, Confidence(0.0))
+    images[1] = math.nan
+    routed = net.early(images, Confidence(0.0))
+    assert routed.exits.tolist() == [0, net.num_exits - 1, 0]
+    assert routed.nonfinite == 1
+    assert torch.equal(routed.logits[[0, 2]], clean.logits[[0, 2]])
+
+
+@pytest.mark.parametrize("policy", [Confidence((0.9,)), Confidence((0.9, 0.8, 0.7)), Margin((0.5,)), Entropy(())])
+def test_thresholds_must_fit_before_anything_runs(net: ExitNet, policy: Policy) -> None:
+    with rows_seen(net) as seen, pytest.raises(ValueError, match=r"this network has 2 early exits \(3 exits\)"):
+        net.early(pictures(1, 0), policy)
+    assert not any(seen)
+
+
+@pytest.mark.parametrize("every", [2, 4, 6])
+def test_the_last_exit_is_timms_own_model(any_trunk: nn.Module, images: Tensor, every: int) -> None:
+    net = ExitNet(any_trunk, every=every)
+    logits = net(images)
+    assert logits.shape == (len(net.exits), len(images), CLASSES)
+    assert torch.equal(logits[-1], any_trunk(images))
+
+
+def test_an_early_exit_reads_the_blocks_output_in_timms_own_forward(any_trunk: nn.Module, images: Tensor) -> None:
+    net, outputs = ExitNet(any_trunk, every=EVERY), []
+    for blocks in net.exits[:-1]:
+        cut.blocks(any_trunk)[blocks - 1][-1].register_forward_hook(lambda _, args, out: outputs.append(out))
+    any_trunk(images)
+    expected = [head(cut.tokens(any_trunk, x)) for head, x in zip(net.heads, outputs, strict=True)]
+    assert torch.equal(net(images)[:-1], torch.stack(expected))
+
+
+def test_at_ends_at_one_exit(net: ExitNet) -> None:
+    images = pictures(2, 0)
+    with torch.no_grad():
+        logits = net(images)
+        for k in range(net.num_exits):
+            with rows_seen(net) as seen:
+                assert torch.equal(net.at(k)(images), logits[k])
+            assert sum(map(len, seen)) == net.exits[k]
+        assert torch.equal(net.at(-1)(images), logits[-1])
+
+
+@pytest.mark.parametrize("k", [3, -4])
+def test_at_an_exit_that_is_not_there(net: ExitNet, k: int) -> None:
+    with pytest.raises(ValueError, match=f"there is no exit {k}; this network has 3, from 0 to 2"):
+        net.at(k)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "places"),
+    [
+        ({}, (3, 6, 9, 12)),
+        ({"every": 12}, (12,)),
+        ({"every": 1}, tuple(range(1, 13))),
+        ({"every": 7}, (7, 12)),
+        ({"exits": [1]}, (1, 12)),
+        ({"exits": [4, 12]}, (4, 12)),
+        ({"exits": []}, (12,)),
+    ],
+)
+def test_exit_blocks(arguments: dict, places: tuple[int, ...]) -> None:
+    assert exit_blocks(12, **arguments) == places
+
+
+@pytest.mark.parametrize("every", [0, -1, 13])
+def test_an_interval_that_does_not_fit(every: int) -> None:
+    with pytest.raises(ValueError, match=f"every={every} puts no exit inside a trunk of 12 blocks; choose 1 to 12"):
+        exit_blocks(12, every=every)
+
+
+@pytest.mark.parametrize("exits", [[0], [3, 3], [6, 3], [13], [3, 13], [-1, 3]])
+def test_exits_that_do_not_fit(exits: list[int]) -> None:
+    with pytest.raises(ValueError, match="must be strictly rising block counts between 1 and 12") as error:
+        exit_blocks(12, exits=exits)
+    assert "\n" not in str(error.value)
+
+
+def test_a_trunk_without_a_classifier(vit: nn.Module) -> None:
+    vit.reset_classifier(0)  # type: ignore[operator]
+    with pytest.raises(ValueError, match="the trunk has no classifier"):
+        ExitNet(vit)
+
+
+def test_the_trunk_stays_in_evaluation_mode(any_trunk: nn.Module) -> None:
+    inject(any_trunk, LoRA(targets=("*.mlp.fc1",)))
+    net = ExitNet(any_trunk, every=EVERY)
+    adapters = [module for module in net.modules() if isinstance(module, AdapterLayer)]
+    assert adapters
+    trained = {id(part) for module in [*adapters, *net.heads, *cut.classifier(any_trunk)] for part in module.modules()}
+    trained -= {id(part) for layer in adapters for part in layer.base_layer.modules()}
+    for mode in (True, False, True):
+        net.train(mode)
+        assert net.training == mode
+        for part in net.trunk.modules():
+            assert part.training == (mode and id(part) in trained), part
+        assert all(part.training == mode for part in net.heads.modules())
+
+
+def test_only_heads_and_adapters_learn(any_trunk: nn.Module, images: Tensor) -> None:
+    inject(any_trunk, LoRA(targets=("*.mlp.fc1",)))
+    net = ExitNet(any_trunk, every=EVERY).train()
+    net(images).sum().backward()
+    classifier = {id(p) for head in cut.classifier(any_trunk) for p in head.parameters()}
+    for name, parameter in net.named_parameters():
+        ours = name.startswith("heads.") or id(parameter) in classifier or "base_layer" not in name
+        assert (parameter.grad is not None) == parameter.requires_grad
+        assert parameter.requires_grad <= ours
+
+
+def test_exit_weights_are_a_buffer_that_is_not_saved() -> None:
+    net = ExitNet(make_vit(), every=EVERY)
+    assert torch.equal(net.exit_weights, torch.full((3,), 1 / 3))
+    assert "exit_weights" in dict(net.named_buffers())
+    assert "exit_weights" not in net.state_dict()
+
+
+def test_merging_keeps_the_exits_and_gives_timms_keys_back(vit: nn.Module, images: Tensor) -> None:
+    keys = set(vit.state_dict())
+    inject(vit, LoRA(rank=2))
+    net = ExitNet(vit, every=EVERY).eval()
+    for parameter in net.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, std=0.1)
+    with torch.no_grad():
+        before = net(images)
+        torch.testing.assert_close(net.merge()(images), before, rtol=1e-4, atol=1e-4)
+    assert set(net.trunk.state_dict()) == keys
