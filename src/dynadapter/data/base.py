@@ -1,0 +1,259 @@
+"""What all image data modules share: reading, batches, order, and what to do with a broken file."""
+
+import os
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_warn
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset, RandomSampler
+
+from dynadapter.data.images import find_images, load_image, why_unreadable
+from dynadapter.data.transforms import Interpolation, Normalization, Preprocess, Resize
+
+Split = Literal["train", "val", "test"]
+Sample = tuple[Path | Image.Image, int | str]  # where the pixels are; the class index, or the path under predict
+
+STAGES = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}
+
+
+class ImageDataset(Dataset[tuple[torch.Tensor, int | str]]):
+    """Images and what to say about them, decoded one by one or, with `cache`, once.
+
+    Args:
+        samples: Pairs (file or image, class index or path).
+        preprocess: From image to tensor.
+        flip: Mirror every second image, by chance.
+        cache: Keep all resized images in memory as bytes: 147 MiB for 1000 images of 224 px.
+    """
+
+    def __init__(self, samples: Sequence[Sample], preprocess: Preprocess, *, flip: bool = False, cache: bool = False):
+        self.samples = samples
+        self.preprocess = preprocess
+        self.flip = flip
+        self.cached: torch.Tensor | None = None
+        if cache and samples:
+            self.cached = torch.empty(len(samples), 3, preprocess.image_size, preprocess.image_size, dtype=torch.uint8)
+            with ThreadPoolExecutor() as pool:  # Pillow decodes outside the interpreter lock
+                for row, pixels in zip(self.cached, pool.map(self.pixels, [s for s, _ in samples]), strict=True):
+                    row.copy_(pixels)
+
+    def pixels(self, source: Path | Image.Image) -> torch.Tensor:
+        """Return the resized bytes of one image, ``(3, size, size)`` uint8."""
+        return self.preprocess.pixels(load_image(source))
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int | str]:
+        source, target = self.samples[index]
+        pixels = self.pixels(source) if self.cached is None else self.cached[index]
+        if self.flip and torch.rand(()) < 0.5:
+            pixels = pixels.flip(-1)
+        return self.preprocess.normalize(pixels), target
+
+
+def collate(items: list[tuple[torch.Tensor, int | str]]) -> tuple[torch.Tensor, torch.Tensor | list[str]]:
+    """Stack items to images ``(batch, 3, size, size)`` and class indices ``(batch,)`` int64, or a list of paths."""
+    images, targets = zip(*items, strict=True)
+    return torch.stack(images), list(targets) if isinstance(targets[0], str) else torch.tensor(targets)
+
+
+class EpochShuffle(RandomSampler):
+    """Random order that depends on the seed and the epoch alone, so that a resumed run sees what a whole one would.
+
+    Lightning calls `set_epoch`; in a plain loop each pass is the next epoch.
+    """
+
+    def __init__(self, dataset: ImageDataset, seed: int):
+        super().__init__(dataset)
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order of this epoch."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed((self.seed + self.epoch) % 2**63)
+        self.epoch += 1
+        return iter(torch.randperm(len(self), generator=generator).tolist())
+
+
+class ImageData(LightningDataModule, ABC):
+    """Base of the data modules: a subclass sets `class_names` in its ``__init__`` and lists its `samples`.
+
+    Batches are (images ``(batch, 3, size, size)`` float32, class indices ``(batch,)`` int64); under predict the second
+    part is the list of paths. Training shuffles and drops the last incomplete batch, unless it is the only one.
+
+    Args:
+        batch_size: Images in a batch, on each device.
+        num_workers: Processes that read images beside the training one; 0 reads in the training process.
+        image_size: Height and width that the trunk takes, in pixels.
+        normalization: ``imagenet`` or ``half`` (mean and deviation 0.5) as the trunk was pre-trained with, ``none`` for
+            [0, 1], or a pair of (mean, deviation) with three values each. It moves results by points: name it.
+        interpolation: How pixels are resampled; bicubic and bilinear are antialiased.
+        resize: ``stretch`` to a square, as in VTAB-1k, or ``crop`` the centre after the shorter side fits.
+        augment: ``none``, as in VTAB-1k, or ``flip`` to mirror every second training image by chance.
+        cache: Decode training and validation images once and keep them in memory (147 MiB for 1000 images of 224 px).
+        on_error: ``raise`` at the first image that cannot be read, or ``skip``: read every image once before use, leave
+            the unreadable ones out and list them.
+        max_skipped: With ``skip``, more unreadable images than this are an error.
+        predict_images: For predict: a folder (searched with its subfolders), or a list of files.
+    """
+
+    class_names: list[str]
+    validation_switch: ClassVar[str] = ""  # the setting that gives validation images where there are none
+
+    def __init__(
+        self,
+        *,
+        batch_size: int = 64,
+        num_workers: int = 0,
+        image_size: int = 224,
+        normalization: Normalization = "imagenet",
+        interpolation: Interpolation = "bicubic",
+        resize: Resize = "stretch",
+        augment: Literal["none", "flip"] = "none",
+        cache: bool = False,
+        on_error: Literal["raise", "skip"] = "raise",
+        max_skipped: int = 10,
+        predict_images: list[str] | str | None = None,
+    ):
+        super().__init__()
+        for name, value, least in (
+            ("batch_size", batch_size, 1),
+            ("num_workers", num_workers, 0),
+            ("max_skipped", max_skipped, 0),
+        ):
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, not {value}")
+        for name, word, choices in (
+            ("augment", augment, ("none", "flip")),
+            ("on_error", on_error, ("raise", "skip")),
+        ):
+            if word not in choices:
+                raise ValueError(f"unknown {name} {word!r}; choose from: {', '.join(choices)}")
+        # The protocol belongs to a run's record; a logger would refuse names that the model has too.
+        self.save_hyperparameters(logger=False)
+        self.hparams.update({name: _plain(value) for name, value in self.hparams.items()})
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.preprocess = Preprocess(image_size, interpolation, resize, normalization)
+        self.augment = augment
+        self.cache = cache
+        self.on_error = on_error
+        self.max_skipped = max_skipped
+        self.predict_images = predict_images
+        self.skipped: dict[str, str] = {}
+        self._datasets: dict[str, ImageDataset] = {}
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes, known before `setup`."""
+        return len(self.class_names)
+
+    @property
+    def image_size(self) -> int:
+        """Height and width of the images in a batch, in pixels."""
+        return self.preprocess.image_size
+
+    @abstractmethod
+    def samples(self, split: Split) -> list[Sample]:
+        """List the images of a split with their class indices; empty for ``val`` when nothing is held out."""
+
+    def setup(self, stage: str) -> None:
+        """Find the images of a stage (``fit``, ``validate``, ``test``, ``predict``) and say what is missing."""
+        if stage not in STAGES:
+            raise ValueError(f"unknown stage {stage!r}; choose from: {', '.join(STAGES)}")
+        for split in STAGES[stage]:
+            if not len(self.dataset(split)) and (split != "val" or stage == "validate"):
+                advice = f"; set {self.validation_switch}" if split == "val" and self.validation_switch else ""
+                raise ValueError(f"{type(self).__name__} has no image for {split}{advice}")
+
+    def dataset(self, split: str) -> ImageDataset:
+        """Return the images of ``train``, ``val``, ``test`` or ``predict``, looked up once."""
+        if split not in self._datasets:
+            samples = self._predict_samples() if split == "predict" else self.samples(split)  # type: ignore[arg-type]
+            if self.on_error == "skip":
+                samples = self._readable(split, samples)
+            fitting = split in ("train", "val")  # what is read many times
+            flip = split == "train" and self.augment == "flip"
+            self._datasets[split] = ImageDataset(samples, self.preprocess, flip=flip, cache=self.cache and fitting)
+        return self._datasets[split]
+
+    def train_dataloader(self) -> DataLoader:
+        dataset = self.dataset("train")
+        share = len(dataset) // (self.trainer.world_size if self.trainer else 1)
+        # A process with less than one batch would train on nothing if the incomplete one was dropped.
+        order = EpochShuffle(dataset, torch.initial_seed())
+        return self._loader(dataset, sampler=order, drop_last=share >= self.batch_size)
+
+    def val_dataloader(self) -> DataLoader | list[DataLoader]:
+        dataset = self.dataset("val")
+        if len(dataset):
+            return self._loader(dataset)
+        # Lightning asks to make sure that this is intended; it is.
+        warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")
+        return []
+
+    def test_dataloader(self) -> DataLoader:
+        return self._loader(self.dataset("test"))
+
+    def predict_dataloader(self) -> DataLoader:
+        return self._loader(self.dataset("predict"))
+
+    def _loader(self, dataset: ImageDataset, **options: Any) -> DataLoader:
+        return DataLoader(
+            dataset,
+            batch_size=self.batch_size,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            collate_fn=collate,
+            **options,
+        )
+
+    def _predict_samples(self) -> list[Sample]:
+        if self.predict_images is None:
+            raise ValueError("predict needs predict_images: a folder of images or a list of files")
+        return [(path, str(path)) for path in find_images(self.predict_images)]
+
+    def _readable(self, split: str, samples: list[Sample]) -> list[Sample]:
+        """Decode every image once and keep the samples that can be read.
+
+        Done before any worker process starts, so that the list, its cap and the length of the set are exact.
+        """
+        with ThreadPoolExecutor() as pool:
+            reasons = list(pool.map(why_unreadable, [source for source, _ in samples]))
+        broken = {str(source): why for (source, _), why in zip(samples, reasons, strict=True) if why}
+        self.skipped |= broken
+        if len(self.skipped) > self.max_skipped:
+            raise ValueError(
+                f"{len(self.skipped)} images cannot be read, more than max_skipped={self.max_skipped}: "
+                + _shortened(self.skipped)
+            )
+        if len(broken) == len(samples) > 0:
+            raise ValueError(f"no image of {split} can be read: {_shortened(broken)}")
+        if broken:
+            rank_zero_warn(f"{split}: skipped {len(broken)} unreadable image(s): {_shortened(broken)}")
+        return [sample for sample, why in zip(samples, reasons, strict=True) if not why]
+
+
+def _plain(value: Any) -> Any:
+    """Turn paths into text, which a checkpoint can hold and load with ``weights_only``."""
+    if isinstance(value, list):
+        return [_plain(part) for part in value]
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def _shortened(broken: dict[str, str], most: int = 20) -> str:
+    lines = [f"{path} ({why})" for path, why in broken.items()]
+    rest = [f"and {len(lines) - most} more"] if len(lines) > most else []
+    return "; ".join(lines[:most] + rest)

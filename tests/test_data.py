@@ -1,0 +1,491 @@
+"""What all data modules share: decoding, preprocessing, batches, order, broken files, configs."""
+
+import contextlib
+import io
+import re
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from jsonargparse import ArgumentParser
+from lightning.pytorch import LightningModule, Trainer
+from PIL import Image
+
+from dynadapter.data import Digits, ImageData, ImageFolder, ImagesToPredict, Preprocess, UnreadableImage, VTAB1k
+from dynadapter.data.base import EpochShuffle, ImageDataset
+from dynadapter.data.images import find_images, load_image
+
+
+def noise(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def save(path: Path, pixels: np.ndarray | None = None, **options) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(noise(6, 5, 3) if pixels is None else pixels).save(path, **options)
+    return path
+
+
+class Files(ImageData):
+    """The smallest subclass: the images of a folder, all of class 0."""
+
+    def __init__(self, folder: Path, **options):
+        super().__init__(**options)
+        self.folder = folder
+        self.class_names = ["thing"]
+
+    def samples(self, split):
+        return [(path, 0) for path in sorted(self.folder.glob("*"))] if split != "val" else []
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Seven images of different sizes and one that is none."""
+    for i in range(7):
+        save(tmp_path / "set" / f"{i}.png", noise(5 + i, 9 - i, 3, seed=i))
+    (tmp_path / "set" / "broken.png").write_bytes((tmp_path / "set" / "3.png").read_bytes()[:60])
+    return tmp_path / "set"
+
+
+# Decoding
+
+
+def test_grey_of_16_bits_keeps_its_range(tmp_path):
+    values = np.array([[0, 255, 256], [32768, 65279, 65535]], dtype=np.uint16)
+    Image.fromarray(values).save(tmp_path / "grey.png")
+    Image.fromarray(values).save(tmp_path / "grey.tif")
+    for name in ("grey.png", "grey.tif"):
+        rgb = np.asarray(load_image(tmp_path / name))
+        np.testing.assert_array_equal(rgb, np.repeat(values[..., None] // 256, 3, axis=2))
+
+
+def test_transparent_pixels_lie_on_white(tmp_path):
+    rgba = noise(4, 4, 4)
+    rgba[0, :, 3], rgba[1, :, 3] = 0, 255
+    rgb = np.asarray(load_image(save(tmp_path / "a.png", rgba)), dtype=float)
+    alpha = rgba[..., 3:] / 255
+    np.testing.assert_allclose(rgb, rgba[..., :3] * alpha + 255 * (1 - alpha), atol=1)
+    assert (rgb[0] == 255).all()
+    np.testing.assert_array_equal(rgb[1], rgba[1, :, :3])
+
+
+def test_palettes_with_and_without_transparency(tmp_path):
+    palette = Image.fromarray(np.array([[0, 1], [2, 1]], dtype=np.uint8), mode=None)
+    palette = palette.convert("P")
+    palette.putpalette([10, 20, 30, 40, 50, 60, 70, 80, 90])
+    palette.save(tmp_path / "opaque.png")
+    palette.save(tmp_path / "clear.png", transparency=bytes([255, 0, 255]))
+    palette.save(tmp_path / "frames.gif")
+    opaque = [[[10, 20, 30], [40, 50, 60]], [[70, 80, 90], [40, 50, 60]]]
+    for name in ("opaque.png", "frames.gif"):
+        np.testing.assert_array_equal(np.asarray(load_image(tmp_path / name)), opaque)
+    clear = np.asarray(load_image(tmp_path / "clear.png"))
+    np.testing.assert_array_equal(clear, [[[10, 20, 30], [255] * 3], [[70, 80, 90], [255] * 3]])
+
+
+@pytest.mark.parametrize(("mode", "suffix"), [("1", "png"), ("L", "jpg"), ("LA", "png"), ("CMYK", "jpg"), ("L", "pgm")])
+def test_other_modes_become_rgb(tmp_path, mode, suffix):
+    Image.fromarray(noise(5, 4, 3)).convert(mode).save(tmp_path / f"image.{suffix}")
+    image = load_image(tmp_path / f"image.{suffix}")
+    assert (image.mode, image.size) == ("RGB", (4, 5))
+
+
+def test_photographs_are_turned_upright(tmp_path):
+    pixels = noise(8, 16, 3)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was held turned to the left: turn the image clockwise
+    save(tmp_path / "turned.png", pixels, exif=exif)
+    np.testing.assert_array_equal(np.asarray(load_image(tmp_path / "turned.png")), np.rot90(pixels, -1))
+
+
+def test_unknown_ranges_are_refused(tmp_path):
+    Image.fromarray(np.ones((2, 2), dtype=np.float32)).save(tmp_path / "float.tif")
+    Image.fromarray(np.full((2, 2), 70000, dtype=np.int32)).save(tmp_path / "int.tif")
+    with pytest.raises(UnreadableImage, match="float"):
+        load_image(tmp_path / "float.tif")
+    with pytest.raises(UnreadableImage, match="70000"):
+        load_image(tmp_path / "int.tif")
+
+
+def broken_files(folder: Path) -> list[Path]:
+    whole = save(folder / "whole.jpg", noise(32, 32, 3)).read_bytes()
+    contents = {
+        "empty.jpg": b"",
+        "cut.jpg": whole[: len(whole) // 2],
+        "text.png": b"not an image",
+        "program.png": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n",
+    }
+    for name, content in contents.items():
+        (folder / name).write_bytes(content)
+    (folder / "folder.png").mkdir()
+    return [*(folder / name for name in contents), folder / "folder.png", folder / "absent.png"]
+
+
+def test_broken_files_are_named_in_one_line(tmp_path):
+    for file in broken_files(tmp_path):
+        with pytest.raises(UnreadableImage) as caught:
+            load_image(file)
+        assert f"cannot read image {file}: " in str(caught.value)
+        assert "on_error: skip" in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+def test_decompression_bombs_are_refused(tmp_path, monkeypatch):
+    file = save(tmp_path / "big.png", noise(40, 40, 3))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 400)
+    with pytest.raises(UnreadableImage, match="decompression bomb"):
+        load_image(file)
+
+
+def test_damaged_bytes_are_an_image_or_an_unreadable_one(tmp_path):
+    generator = np.random.default_rng(0)
+    file = tmp_path / "damaged"
+    for form in ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM"):
+        stream = io.BytesIO()
+        Image.fromarray(noise(16, 16, 3)).save(stream, form)
+        for _ in range(15):
+            damaged = bytearray(stream.getvalue())
+            for place in generator.integers(0, len(damaged), 3):
+                damaged[place] = generator.integers(256)
+            file.write_bytes(damaged[: generator.integers(len(damaged) // 2, len(damaged) + 1)])
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # decoders grumble about what they can still read
+                with contextlib.suppress(UnreadableImage):  # anything else is a failure
+                    assert load_image(file).mode == "RGB"
+
+
+# Preprocessing
+
+
+@pytest.mark.parametrize(("interpolation", "pillow"), [("bicubic", 3), ("bilinear", 2), ("nearest", 0)])
+@pytest.mark.parametrize(
+    ("normalization", "mean", "deviation"),
+    [
+        ("imagenet", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+        ("half", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+        ("none", (0, 0, 0), (1, 1, 1)),
+        (((0.1, 0.2, 0.3), (0.4, 0.5, 0.6)), (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)),
+    ],
+)
+def test_preprocessing_is_pillow_and_arithmetic(interpolation, pillow, normalization, mean, deviation):
+    image = Image.fromarray(noise(30, 50, 3))
+    expected = np.asarray(image.resize((12, 12), pillow), dtype=np.float64) / 255
+    expected = ((expected - mean) / deviation).transpose(2, 0, 1)
+    tensor = Preprocess(12, interpolation, normalization=normalization)(image)
+    assert tensor.dtype == torch.float32
+    np.testing.assert_allclose(tensor, expected, atol=1e-6)
+
+
+def test_crop_keeps_the_proportions():
+    image = Image.fromarray(noise(16, 32, 3))
+    cropped = Preprocess(8, resize="crop", normalization="none")(image)
+    expected = np.asarray(image.resize((16, 8), 3).crop((4, 0, 12, 8)), dtype=np.float32) / 255
+    np.testing.assert_allclose(cropped, expected.transpose(2, 0, 1), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"image_size": 0}, "image_size must be at least 1 pixel, not 0"),
+        ({"interpolation": "cubic"}, "unknown interpolation 'cubic'; choose from: bicubic, bilinear, nearest"),
+        ({"resize": "pad"}, "unknown resize 'pad'; choose from: stretch, crop"),
+        ({"normalization": "clip"}, "unknown normalization 'clip'; choose from: imagenet, half, none, or a pair"),
+        ({"normalization": ((0, 0, 0), (1, 1, 0))}, "is not"),
+        ({"normalization": ((0, 0), (1, 1))}, "is not"),
+        ({"batch_size": 0}, "batch_size must be at least 1, not 0"),
+        ({"num_workers": -1}, "num_workers must be at least 0, not -1"),
+        ({"max_skipped": -1}, "max_skipped must be at least 0, not -1"),
+        ({"augment": "mixup"}, "unknown augment 'mixup'; choose from: none, flip"),
+        ({"on_error": "ignore"}, "unknown on_error 'ignore'; choose from: raise, skip"),
+    ],
+)
+def test_wrong_options_are_named(options, words):
+    with pytest.raises(ValueError, match=re.escape(words)) as caught:
+        Digits(**options)
+    assert "\n" not in str(caught.value)
+
+
+# Batches and their order
+
+
+def test_batches_and_what_is_dropped(folder):
+    (folder / "broken.png").unlink()
+    data = Files(folder, batch_size=3, image_size=8)
+    data.setup("fit")
+    train = list(data.train_dataloader())
+    assert [len(images) for images, _ in train] == [3, 3]
+    data.setup("test")
+    test = list(data.test_dataloader())
+    assert [len(images) for images, _ in test] == [3, 3, 1]
+    images, targets = test[0]
+    assert (images.shape, images.dtype, targets.dtype) == ((3, 3, 8, 8), torch.float32, torch.int64)
+    expected = [data.preprocess(load_image(path)) for path in sorted(folder.glob("*"))]
+    assert torch.equal(torch.cat([images for images, _ in test]), torch.stack(expected))
+
+
+def test_a_set_smaller_than_a_batch_is_still_trained_on(folder):
+    (folder / "broken.png").unlink()
+    ((images, _),) = Files(folder, batch_size=64, image_size=4).train_dataloader()
+    assert len(images) == 7
+
+
+def test_order_depends_on_seed_and_epoch_alone():
+    dataset = ImageDataset([(Image.new("L", (2, 2)), 0)] * 50, Preprocess(2))
+
+    def orders(seed: int, epochs: range) -> list[list[int]]:
+        sampler = EpochShuffle(dataset, seed)
+        result = []
+        for epoch in epochs:
+            sampler.set_epoch(epoch)
+            torch.rand(3)  # whatever else draws numbers
+            result.append(list(sampler))
+        return result
+
+    whole = orders(0, range(4))
+    assert orders(0, range(2, 4)) == whole[2:]  # as after a resume
+    assert orders(7, range(4))[0] != whole[0]
+    assert len({tuple(order) for order in whole}) == 4
+    assert all(sorted(order) == list(range(50)) for order in whole)
+    plain = EpochShuffle(dataset, 0)  # nobody calls set_epoch
+    assert [list(plain) for _ in range(4)] == whole
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_cache_changes_nothing_but_speed(folder, flip, monkeypatch):
+    (folder / "broken.png").unlink()
+    options = {"image_size": 8, "batch_size": 7, "augment": "flip" if flip else "none"}
+
+    def epoch(cache: bool) -> torch.Tensor:
+        torch.manual_seed(0)
+        data = Files(folder, cache=cache, **options)
+        data.setup("fit")
+        if cache:
+            monkeypatch.setattr("dynadapter.data.base.load_image", None)
+        return next(iter(data.train_dataloader()))[0]
+
+    plain = epoch(cache=False)
+    assert torch.equal(plain, epoch(cache=True))
+    monkeypatch.undo()
+
+
+def test_flip_mirrors_about_half_of_the_training_images_only(folder):
+    (folder / "broken.png").unlink()
+    data = Files(folder, image_size=8, augment="flip")
+    torch.manual_seed(0)
+    mirrored = 0
+    for _ in range(20):
+        for index in range(7):
+            tested, trained = data.dataset("test")[index][0], data.dataset("train")[index][0]
+            assert torch.equal(trained, tested) or torch.equal(trained, tested.flip(-1))
+            mirrored += not torch.equal(trained, tested)
+    assert 40 < mirrored < 100
+
+
+# Broken files
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_unreadable_image_stops_with_its_name(folder, workers):
+    data = Files(folder, num_workers=workers, image_size=8)
+    data.setup("test")
+    with pytest.raises(UnreadableImage) as caught:
+        list(data.test_dataloader())
+    assert str(caught.value).startswith(f"cannot read image {folder / 'broken.png'}: ")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_skip_leaves_it_out_and_lists_it(folder, workers):
+    data = Files(folder, num_workers=workers, image_size=8, batch_size=4, on_error="skip")
+    with pytest.warns(UserWarning, match=r"test: skipped 1 unreadable image\(s\): .*broken.png \("):
+        data.setup("test")
+    assert list(data.skipped) == [str(folder / "broken.png")]
+    assert [len(images) for images, _ in data.test_dataloader()] == [4, 3]
+    data.setup("test")  # a second call reads nothing again
+
+
+def test_more_than_the_cap_is_an_error_with_the_list(tmp_path):
+    save(tmp_path / "good.png")
+    for i in range(3):
+        (tmp_path / f"bad{i}.png").write_bytes(b"")
+    data = Files(tmp_path, on_error="skip", max_skipped=2)
+    with pytest.raises(ValueError, match="3 images cannot be read, more than max_skipped=2") as caught:
+        data.setup("fit")
+    assert all(f"bad{i}.png" in str(caught.value) for i in range(3))
+    assert "\n" not in str(caught.value)
+
+
+def test_an_image_in_two_sets_counts_once(folder):
+    data = Files(folder, on_error="skip", max_skipped=1)
+    with pytest.warns(UserWarning, match="train: skipped 1"):
+        data.setup("fit")
+    with pytest.warns(UserWarning, match="test: skipped 1"):
+        data.setup("test")
+    assert len(data.skipped) == 1
+
+
+def test_nothing_readable_is_an_error(tmp_path):
+    (tmp_path / "bad.png").write_bytes(b"")
+    with pytest.raises(ValueError, match="no image of train can be read"):
+        Files(tmp_path, on_error="skip").setup("fit")
+
+
+# Predict
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_predict_gives_images_and_paths(tmp_path, workers):
+    files = [save(tmp_path / name, noise(4, 4, 3)) for name in ("b.png", "sub/a.JPG", "a.webp")]
+    (tmp_path / "notes.txt").write_text("no image")
+    save(tmp_path / ".hidden" / "c.png")
+    data = Digits(predict_images=str(tmp_path), num_workers=workers, batch_size=2, image_size=8)
+    data.setup("predict")
+    batches = list(data.predict_dataloader())
+    assert [path for _, paths in batches for path in paths] == sorted(map(str, files))
+    images, paths = batches[0]
+    assert images.shape == (2, 3, 8, 8)
+    assert torch.equal(images[0], data.preprocess(Image.open(paths[0])))
+
+
+def test_predict_takes_files_and_folders(tmp_path):
+    one, two = save(tmp_path / "one.png"), save(tmp_path / "more" / "two.png")
+    assert find_images([one, str(tmp_path / "more")]) == [one, two]
+    assert find_images(one) == [one]
+
+
+def test_predict_without_images(tmp_path):
+    with pytest.raises(ValueError, match=r"no image in .*: looked for files ending in \.png, \.jpg"):
+        Digits(predict_images=tmp_path).setup("predict")
+    with pytest.raises(ValueError, match=r"nothing.png does not exist; give a folder"):
+        Digits(predict_images=[tmp_path / "nothing.png"]).setup("predict")
+    with pytest.raises(ValueError, match="predict needs predict_images"):
+        Digits().setup("predict")
+    with pytest.raises(ValueError, match="predict_images is empty"):
+        Digits(predict_images=[]).setup("predict")
+
+
+def test_predict_skips_too(folder):
+    with pytest.raises(UnreadableImage, match=r"broken\.png"):
+        list(Digits(predict_images=str(folder), image_size=8).predict_dataloader())
+    data = Digits(predict_images=str(folder), on_error="skip", image_size=8)
+    with pytest.warns(UserWarning, match=r"broken\.png"):
+        data.setup("predict")
+    ((images, paths),) = data.predict_dataloader()
+    assert len(images) == len(paths) == 7
+
+
+def test_images_to_predict_have_no_other_stage(folder):
+    (folder / "broken.png").unlink()
+    data = ImagesToPredict(["cat", "dog"], str(folder), image_size=4)
+    assert (data.num_classes, data.class_names) == (2, ["cat", "dog"])
+    assert sum(len(paths) for _, paths in data.predict_dataloader()) == 7
+    for stage, split in (("fit", "train"), ("validate", "val"), ("test", "test")):
+        with pytest.raises(ValueError, match=f"ImagesToPredict has no image for {split}$"):
+            data.setup(stage)
+
+
+def test_unknown_stage():
+    with pytest.raises(ValueError, match="unknown stage 'train'; choose from: fit, validate, test, predict"):
+        Digits().setup("train")
+
+
+# Lightning and its command line
+
+
+class Mean(LightningModule):
+    """Learns one number, to see the batches pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.number = torch.nn.Parameter(torch.zeros(()))
+        self.seen: dict[str, int] = {"train": 0, "val": 0, "test": 0}
+
+    def training_step(self, batch, index):
+        self.seen["train"] += len(batch[0])
+        return (batch[0].mean() - self.number) ** 2
+
+    def validation_step(self, batch, index):
+        self.seen["val"] += len(batch[0])
+
+    def test_step(self, batch, index):
+        self.seen["test"] += len(batch[0])
+
+    def predict_step(self, batch, index):
+        return batch[1]
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+# Lightning's advice on machines with more cores; these images are tiny
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+# Lightning 2.6.6 under torch 2.15
+@pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated:FutureWarning")
+def test_every_stage_under_a_trainer(tmp_path, folder):
+    (folder / "broken.png").unlink()
+    options = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = Trainer(max_epochs=2, default_root_dir=tmp_path, enable_checkpointing=True, **options)
+    data = Files(folder, batch_size=2, image_size=4, predict_images=str(folder))
+    model = Mean()
+    trainer.fit(model, data)
+    assert model.seen == {"train": 12, "val": 0, "test": 0}
+    trainer.test(model, data)
+    assert model.seen["test"] == 7
+    predicted = trainer.predict(model, data)
+    assert [path for paths in predicted for path in paths] == sorted(map(str, folder.glob("*")))
+    checkpoint = torch.load(next(tmp_path.rglob("*.ckpt")), weights_only=True)["datamodule_hyper_parameters"]
+    assert checkpoint["image_size"] == 4
+
+
+def test_settings_are_plain_data_and_complete(tmp_path):
+    save(tmp_path / "train" / "a" / "0.png")
+    data = ImageFolder(tmp_path, image_size=32, normalization="half", predict_images=tmp_path)
+    torch.save(dict(data.hparams), tmp_path / "settings.pt")
+    settings = torch.load(tmp_path / "settings.pt", weights_only=True)
+    assert settings["root"] == settings["predict_images"] == str(tmp_path)
+    assert ImageFolder(**settings).hparams == data.hparams
+
+
+def parser() -> ArgumentParser:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(ImageData, "data")
+    return parser
+
+
+@pytest.mark.parametrize("kind", [VTAB1k, ImageFolder, Digits])
+def test_every_setting_can_stand_in_a_config(kind):
+    common = {
+        "batch_size": 8,
+        "num_workers": 1,
+        "image_size": 64,
+        "normalization": [[0.1, 0.2, 0.3], [0.4, 0.5, 0.6]],
+        "interpolation": "bilinear",
+        "resize": "crop",
+        "augment": "flip",
+        "cache": True,
+        "on_error": "skip",
+        "max_skipped": 3,
+        "predict_images": ["a.png", "b.png"],
+    }
+    own = {VTAB1k: {"root": "data", "task": "cifar"}, ImageFolder: {"root": "data"}, Digits: {}}[kind]
+    config = parser().parse_object({"data": {"class_path": kind.__name__, "init_args": common | own}})
+    parsed = config.data.init_args
+    assert parsed.normalization == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    assert {name: parsed[name] for name in common if name != "normalization"} == {
+        name: value for name, value in common.items() if name != "normalization"
+    }
+
+
+def test_a_folder_can_be_given_on_the_command_line():
+    config = parser().parse_args(["--data=Digits", "--data.predict_images=my photos/[1]", "--data.normalization=half"])
+    assert config.data.init_args.predict_images == "my photos/[1]"
+    assert config.data.init_args.normalization == "half"
+
+
+def test_a_misspelt_setting_is_an_error():
+    with pytest.raises(Exception, match="bach_size"):
+        parser().parse_args(["--data=Digits", "--data.bach_size=4"])
+    with pytest.raises(TypeError, match="bach_size"):
+        Digits(bach_size=4)

@@ -1,0 +1,105 @@
+"""A folder per class."""
+
+import re
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from dynadapter.data import ImageFolder
+
+
+def make(root: Path, **splits: dict[str, int]) -> Path:
+    """Write ``root/split/CLASS/0.png`` and so on."""
+    for split, classes in splits.items():
+        for name, count in classes.items():
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                Image.new("RGB", (4, 3), (i, i, i)).save(folder / f"{i}.png")
+    return root
+
+
+def listed(data: ImageFolder, split: str) -> list[tuple[str, int]]:
+    return [(str(path.relative_to(data.root)), label) for path, label in data.dataset(split).samples]
+
+
+def fails(words: str, make_data) -> None:
+    with pytest.raises(ValueError, match=re.escape(words)) as caught:
+        make_data()
+    assert "\n" not in str(caught.value)
+
+
+def test_classes_are_mapped_by_name(tmp_path):
+    make(tmp_path, train={"cat": 2, "ant": 1, "bee": 1}, val={"cat": 1}, test={"cat": 1, "bee": 2})
+    data = ImageFolder(tmp_path)
+    assert data.class_names == ["ant", "bee", "cat"]
+    assert data.num_classes == 3
+    assert listed(data, "train") == [
+        ("train/ant/0.png", 0),
+        ("train/bee/0.png", 1),
+        ("train/cat/0.png", 2),
+        ("train/cat/1.png", 2),
+    ]
+    assert listed(data, "val") == [("val/cat/0.png", 2)]
+    assert listed(data, "test") == [("test/bee/0.png", 1), ("test/bee/1.png", 1), ("test/cat/0.png", 2)]
+
+
+def test_a_share_of_train_is_held_out_where_val_is_missing(tmp_path):
+    make(tmp_path, train={"a": 10, "b": 20, "c": 1})
+    data = ImageFolder(tmp_path, val_fraction=0.3)
+    train, val = listed(data, "train"), listed(data, "val")
+    assert Counter(label for _, label in val) == {0: 3, 1: 6}
+    assert not set(train) & set(val)
+    assert len(set(train) | set(val)) == 31
+    assert listed(ImageFolder(str(tmp_path), val_fraction=0.3), "val") == val
+    assert listed(ImageFolder(tmp_path, val_fraction=0.3, split_seed=1), "val") != val
+
+
+def test_no_validation(tmp_path):
+    make(tmp_path, train={"a": 3, "b": 3})
+    data = ImageFolder(tmp_path, val_fraction=0, image_size=4)
+    data.setup("fit")
+    assert len(data.dataset("train")) == 6
+    assert data.val_dataloader() == []
+    fails("ImageFolder has no image for val; set val_fraction above 0", lambda: data.setup("validate"))
+
+
+def test_images_are_found_at_any_depth(tmp_path):
+    make(tmp_path, train={"a": 1, "b/deep/er": 2, ".cache": 1})
+    (tmp_path / "train" / "a" / "notes.txt").write_text("not an image")
+    (tmp_path / "train" / "a" / "._0.png").write_text("not an image")
+    data = ImageFolder(tmp_path, val_fraction=0)
+    assert data.class_names == ["a", "b"]
+    assert [label for _, label in listed(data, "train")] == [0, 1, 1]
+
+
+def test_an_unknown_class_lists_both_sides(tmp_path):
+    make(tmp_path, train={"a": 1, "b": 1}, test={"a": 1, "z": 1})
+    fails("test has classes that train has not: z; train has: a, b", lambda: ImageFolder(tmp_path).setup("test"))
+
+
+def test_missing_folders(tmp_path):
+    fails(f"root {tmp_path / 'no'} does not exist", lambda: ImageFolder(tmp_path / "no"))
+    fails(
+        f"{tmp_path / 'train'} does not exist; expected train/CLASS/image.png, but in root are: no folder",
+        lambda: ImageFolder(tmp_path),
+    )
+    make(tmp_path, cats={"a": 1}, dogs={"b": 1})
+    fails("but in root are: cats, dogs", lambda: ImageFolder(tmp_path))
+    (tmp_path / "train").mkdir()
+    fails("holds no class folder", lambda: ImageFolder(tmp_path))
+    make(tmp_path, train={"a": 1})
+    fails("test does not exist; expected test/CLASS/image.png", lambda: ImageFolder(tmp_path).setup("test"))
+
+
+def test_a_class_without_images(tmp_path):
+    make(tmp_path, train={"a": 1, "b": 0}, val={"a": 0})
+    fails("train for: b; looked for files ending in .png", lambda: ImageFolder(tmp_path).setup("fit"))
+    fails("val for: a; looked for files", lambda: ImageFolder(tmp_path).setup("validate"))
+
+
+@pytest.mark.parametrize("fraction", [-0.1, 1.0])
+def test_impossible_fractions(tmp_path, fraction):
+    fails("val_fraction must lie in [0, 1)", lambda: ImageFolder(make(tmp_path, train={"a": 1}), val_fraction=fraction))
