@@ -1,0 +1,73 @@
+"""Imports run downwards: each room knows only the rooms that it stands on."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import dynadapter
+
+SOURCE = Path(dynadapter.__file__).parent
+BELOW = {
+    "spec": set(),
+    "trunk": set(),
+    "adapters": {"spec"},
+    "heads": {"spec"},
+    "policies": {"spec"},
+    "schedules": {"spec"},
+    "losses": set(),
+    "metrics": set(),
+    "weighting": {"spec", "schedules"},
+    "temperature": {"spec", "policies"},
+    "risk": set(),
+    "calibrate": {"spec", "policies", "temperature", "risk"},
+    "net": {"trunk", "adapters", "heads", "policies"},
+    "cost": {"trunk", "adapters", "heads", "policies", "net"},
+    # ---- above this line nothing imports lightning
+    "data": set(),
+    "module": {"spec", "trunk", "adapters", "heads", "policies", "schedules", "losses", "net"},
+    "callbacks": {"adapters", "policies", "schedules", "weighting", "metrics", "net", "cost"},
+}
+LIGHTNING = {"data", "module", "callbacks", "cli"}
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path.name}: relative import"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def room(path: Path) -> str:
+    return path.relative_to(SOURCE).parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("path", sorted(SOURCE.rglob("*.py")), ids=lambda p: str(p.relative_to(SOURCE)))
+def test_imports_run_downwards(path):
+    me = room(path)
+    ours = {name.split(".")[1] for name in imports(path) if name.startswith("dynadapter.")}
+    if me in BELOW:
+        assert ours - {me} <= BELOW[me]
+    else:
+        assert me in {"cli", "__init__"}, f"{me} is a new room: say in this table what it stands on"
+    if me not in LIGHTNING:
+        assert not any(name.startswith(("lightning", "pytorch_lightning")) for name in imports(path))
+
+
+def test_the_torch_part_does_not_load_lightning():
+    code = "import sys, dynadapter.cost, dynadapter.net; print('lightning' in sys.modules, 'fvcore' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "False"]
+
+
+def test_every_public_name_is_there():
+    for name in dynadapter.__all__:
+        assert getattr(dynadapter, name).__name__ == name
+    with pytest.raises(AttributeError, match="no attribute 'Nope'"):
+        dynadapter.Nope  # noqa: B018

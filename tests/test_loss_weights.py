@@ -1,0 +1,187 @@
+"""ExitWeights in somebody else's LightningModule: values, logs, resume, and trainings without an end."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from jsonargparse import ArgumentParser
+from lightning.pytorch import Callback
+from lightning.pytorch.loggers import CSVLogger
+from tiny import QUIET, SaveFirstEpoch, TinyModule, loader, trainer
+from torch import Tensor
+from torch.utils.data import IterableDataset
+
+from dynadapter.callbacks.loss_weights import ExitWeights
+from dynadapter.schedules import Constant, Cosine
+from dynadapter.weighting import EarlyToLate, LateToEarly, LinearInDepth, PerExit, Uniform, Weighting
+
+pytestmark = [pytest.mark.filterwarnings(line) for line in QUIET]
+
+
+def profile(weighting: Weighting, *progress: float) -> list[tuple[float, ...]]:
+    return [pytest.approx(weighting(p, 3), abs=1e-6) for p in progress]
+
+
+@pytest.mark.parametrize("weighting", [EarlyToLate(), LateToEarly(0.0, Cosine(0.0, 1.0)), LinearInDepth()])
+def test_each_step_sees_its_weights_from_the_first_to_the_last(weighting: Weighting) -> None:
+    module = TinyModule()
+    buffer = module.net.exit_weights
+    trainer(ExitWeights(weighting)).fit(module, loader(3))
+    assert module.seen == profile(weighting, *(step / 5 for step in range(6)))
+    assert module.net.exit_weights is buffer  # written in place
+
+
+def test_weights_are_logged(tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path, name="", version="")
+    trainer(ExitWeights(), logger=logger).fit(TinyModule(), loader(3))
+    names, *rows = [line.split(",") for line in (tmp_path / "metrics.csv").read_text().split()]
+    logged = [tuple(float(row[names.index(f"exit_weights/{k}")]) for k in (1, 2, 3)) for row in rows]
+    assert logged == profile(EarlyToLate(), *(step / 5 for step in range(6)))
+
+
+def test_weights_stay_within_an_accumulation_window() -> None:
+    module = TinyModule()
+    trainer(ExitWeights(), accumulate_grad_batches=2).fit(module, loader(3))  # windows of 2 and 1 batches per epoch
+    assert module.seen == profile(EarlyToLate(), 0, 0, 1 / 3, 2 / 3, 2 / 3, 1)
+
+
+def test_every_n_steps() -> None:
+    module = TinyModule()
+    trainer(ExitWeights(every_n_steps=2)).fit(module, loader(3))
+    assert module.seen == profile(EarlyToLate(), 0, 0, 2 / 5, 2 / 5, 4 / 5, 4 / 5)
+
+
+def test_a_single_step_has_the_first_weights() -> None:
+    module = TinyModule()
+    trainer(ExitWeights(), max_steps=1).fit(module, loader(3))
+    assert module.seen == profile(EarlyToLate(), 0)
+
+
+def test_resume_goes_on_exactly(tmp_path: Path) -> None:
+    straight, resumed = TinyModule(), TinyModule()
+    trainer(ExitWeights(), SaveFirstEpoch(tmp_path / "0.ckpt")).fit(straight, loader(3))
+    trainer(ExitWeights()).fit(resumed, loader(3), ckpt_path=tmp_path / "0.ckpt", weights_only=True)
+    assert resumed.seen == straight.seen[3:]
+
+
+class StopAfter(Callback):
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+
+    def on_train_batch_end(self, trainer, *args) -> None:
+        trainer.should_stop = trainer.global_step >= self.steps
+
+
+class Endless(IterableDataset):
+    def __iter__(self):
+        batches = list(loader(1))
+        while True:
+            yield from batches
+
+
+ENDLESS = [({"max_epochs": -1}, lambda: loader(2)), ({"max_epochs": 1}, Endless)]
+
+
+def endless(data) -> torch.utils.data.DataLoader:
+    return torch.utils.data.DataLoader(data, batch_size=None) if isinstance(data, Endless) else data
+
+
+@pytest.mark.parametrize(("options", "data"), ENDLESS)
+def test_training_without_an_end_needs_constant_weights(options: dict, data) -> None:
+    with pytest.raises(ValueError, match="no known end; set max_steps") as error:
+        trainer(ExitWeights(), **options).fit(TinyModule(), endless(data()))
+    assert "\n" not in str(error.value)
+    for weighting in (Uniform(), LinearInDepth(), EarlyToLate(ease=Constant(0.5)), PerExit((Constant(1.0),) * 3)):
+        module = TinyModule()
+        trainer(ExitWeights(weighting), StopAfter(3), min_epochs=0, **options).fit(module, endless(data()))
+        assert module.seen == profile(weighting, 0, 0, 0)
+
+
+@pytest.mark.parametrize(("options", "data"), ENDLESS)
+def test_max_steps_is_an_end(options: dict, data) -> None:
+    module = TinyModule()
+    trainer(ExitWeights(), max_steps=5, **options).fit(module, endless(data()))
+    assert module.seen == profile(EarlyToLate(), 0, 1 / 4, 2 / 4, 3 / 4, 1)
+
+
+class ByHand(TinyModule):
+    """Two optimisers, each stepping once a batch: Lightning counts both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        loss = super().training_step(batch, batch_idx)
+        optimizers = self.optimizers()
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        self.manual_backward(loss)
+        for optimizer in optimizers:
+            optimizer.step()
+
+    def configure_optimizers(self):
+        heads = list(self.net.heads.parameters())
+        return self.optimizer(heads), self.optimizer(self.adapter_tensors())
+
+
+@pytest.mark.parametrize("options", [{}, {"max_steps": 6, "max_epochs": -1}])
+def test_manual_optimisation_with_two_optimisers(options: dict) -> None:
+    module = ByHand()
+    trainer(ExitWeights(), **options).fit(module, loader(3))
+    total = options.get("max_steps", 12)
+    assert module.seen == profile(EarlyToLate(), *(2 * k / (total - 1) for k in range(total // 2)))
+
+
+def test_the_same_callback_serves_a_second_fit() -> None:
+    callback, modules = ExitWeights(), [TinyModule(), TinyModule()]
+    trainer(callback, max_epochs=1).fit(modules[0], loader(2))
+    trainer(callback, max_epochs=1).fit(modules[1], loader(3))
+    assert modules[0].seen == profile(EarlyToLate(), 0, 1)
+    assert modules[1].seen == profile(EarlyToLate(), 0, 0.5, 1)
+
+
+class NoNet(TinyModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = self.net.trunk
+        del self.net
+
+
+class TwoNets(TinyModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.other = TinyModule().net
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        (NoNet, "ExitWeights needs one ExitNet in NoNet and found none"),
+        (TwoNets, "ExitWeights needs one ExitNet in TwoNets and found 2 of them"),
+    ],
+)
+def test_modules_without_a_network_or_with_several(module: type[TinyModule], message: str) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        trainer(ExitWeights()).fit(module(), loader())
+    assert "\n" not in str(error.value)
+
+
+def test_a_wrong_number_of_schedules_shows_before_the_first_step() -> None:
+    module = TinyModule()
+    with pytest.raises(ValueError, match="gives 1 weights, this network has 3 exits"):
+        trainer(ExitWeights(PerExit((Constant(1.0),)))).fit(module, loader())
+    assert not module.seen
+
+
+def test_every_n_steps_below_one() -> None:
+    with pytest.raises(ValueError, match="every_n_steps=0 must be at least 1"):
+        ExitWeights(every_n_steps=0)
+
+
+def test_a_config_builds_it() -> None:
+    parser = ArgumentParser()
+    parser.add_class_arguments(ExitWeights, "weights")
+    config = parser.parse_args(["--weights.weighting=LateToEarly", "--weights.weighting.floor=0.2"])
+    built = (getattr(parser, "instantiate", None) or parser.instantiate_classes)(config).weights
+    assert built.weighting == LateToEarly(0.2)

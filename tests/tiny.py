@@ -1,0 +1,89 @@
+"""A LightningModule as somebody else might write it, and a short training, for the tests of the callbacks."""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from conftest import CLASSES, make_vit
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from dynadapter.adapters import AdapterLayer, LoRA, inject
+from dynadapter.heads import LinearHeads
+from dynadapter.losses import joint_loss
+from dynadapter.net import ExitNet
+
+QUIET = [
+    "ignore:Found .* in eval mode",  # the frozen trunk
+    "ignore:The 'train_dataloader' does not have many workers",
+    "ignore:.*LeafSpec.* is deprecated:FutureWarning",  # Lightning 2.6 on torch 2.15
+]
+
+Optimizers = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+
+
+def adamw(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.1)
+
+
+class TinyModule(LightningModule):
+    """LoRA on a tiny ViT with three exits; no adapter tensor is zero, so that every element has a gradient."""
+
+    def __init__(self, optimizer: Optimizers = adamw) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        trunk = make_vit()
+        inject(trunk, LoRA(rank=2))
+        self.net = ExitNet(trunk, LinearHeads(), every=2)
+        for element in self.adapter_tensors():
+            nn.init.normal_(element, std=0.2)
+        self.optimizer = optimizer
+        self.seen: list[tuple[float, ...]] = []
+
+    def adapter_tensors(self) -> list[nn.Parameter]:
+        layers = [layer for layer in self.net.modules() if isinstance(layer, AdapterLayer)]
+        assert layers
+        return [p for layer in layers for p in layer.parameters() if p.requires_grad]
+
+    def on_train_batch_start(self, batch: list[Tensor], batch_idx: int) -> None:
+        torch.manual_seed(self.global_step)  # the layers' random numbers go on alike after a resume
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        images, targets = batch
+        self.seen.append(tuple(self.net.exit_weights.tolist()))
+        return joint_loss(self.net(images), targets, self.net.exit_weights)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return self.optimizer([p for p in self.parameters() if p.requires_grad])
+
+
+def loader(batches: int = 3) -> DataLoader:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(2 * batches, 3, 32, 32, generator=generator)
+    targets = torch.randint(CLASSES, (2 * batches,), generator=generator)
+    return DataLoader(TensorDataset(images, targets), batch_size=2)
+
+
+def trainer(*callbacks: Any, **options: Any) -> Trainer:
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    quiet |= {
+        "enable_model_summary": False,
+        "accelerator": "cpu",
+        "devices": 1,
+        "max_epochs": 2,
+        "log_every_n_steps": 1,
+    }
+    return Trainer(callbacks=list(callbacks), **(quiet | options))
+
+
+class SaveFirstEpoch(Callback):
+    """Writes a checkpoint where ModelCheckpoint would; without its state, nobody asks for it at resume."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.current_epoch == 0:
+            trainer.save_checkpoint(self.path)
