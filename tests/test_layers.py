@@ -12,6 +12,7 @@ import dynadapter
 SOURCE = Path(dynadapter.__file__).parent
 BELOW = {
     "spec": set(),
+    "spec_json": {"spec"},
     "trunk": set(),
     "adapters": {"spec"},
     "heads": {"spec"},

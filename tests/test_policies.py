@@ -69,7 +69,8 @@ def every_kind(kind: type) -> set[type]:
 
 
 def test_every_kind_is_tried_here() -> None:
-    assert {type(kind) for kind in KINDS} == every_kind(Policy)
+    here = {kind for kind in every_kind(Policy) if kind.__module__ == Policy.__module__}
+    assert {type(kind) for kind in KINDS} == here
 
 
 @given(

@@ -7,6 +7,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from dynadapter.adapters import Adapter, AdapterSpec, AdaptFormer, LoRA, RepAdapter, inject, merge
+    from dynadapter.calibrate import Calibrated, evaluate, to_accuracy_drop, to_cost, with_guarantee
     from dynadapter.callbacks import BidirectionalSparsity, EarlyExit, ExitWeights, FlopsReport, PredictionWriter
     from dynadapter.cost import ExitCosts, exit_costs
     from dynadapter.data import Digits, ImageData, ImageFolder, ImagesToPredict, VTAB1k
@@ -17,11 +18,13 @@ if TYPE_CHECKING:
     from dynadapter.net import ExitNet, Routed
     from dynadapter.policies import Confidence, Entropy, Margin, Never, Patience, Policy, route
     from dynadapter.schedules import Constant, Cosine, Cubic, Linear, Schedule, Step, Warmup
+    from dynadapter.temperature import Scaled, fit_temperatures
     from dynadapter.trunk import create_trunk
     from dynadapter.weighting import EarlyToLate, LateToEarly, LinearInDepth, PerExit, Uniform, Weighting
 
 _HOMES = {
     "adapters": "AdaptFormer Adapter AdapterSpec LoRA RepAdapter inject merge",
+    "calibrate": "Calibrated evaluate to_accuracy_drop to_cost with_guarantee",
     "callbacks": "BidirectionalSparsity EarlyExit ExitWeights FlopsReport PredictionWriter",
     "cost": "ExitCosts exit_costs",
     "data": "Digits ImageData ImageFolder ImagesToPredict VTAB1k",
@@ -32,6 +35,7 @@ _HOMES = {
     "net": "ExitNet Routed",
     "policies": "Confidence Entropy Margin Never Patience Policy route",
     "schedules": "Constant Cosine Cubic Linear Schedule Step Warmup",
+    "temperature": "Scaled fit_temperatures",
     "trunk": "create_trunk",
     "weighting": "EarlyToLate LateToEarly LinearInDepth PerExit Uniform Weighting",
 }

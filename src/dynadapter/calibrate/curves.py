@@ -1,0 +1,93 @@
+"""The whole accuracy-cost curve of a kind of policy from one pass."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dynadapter.calibrate.ladder import ladder
+from dynadapter.calibrate.stacked import Outcome, Stacked
+from dynadapter.policies import Confidence, Never, Policy
+
+
+@dataclass(frozen=True)
+class Point(Outcome):
+    """One point of an accuracy-cost curve.
+
+    Args:
+        label: The kind of policy, or "exit 1", "exit 2" ... where every sample leaves at one exit.
+        threshold: The threshold or the patience; None where there is none.
+        policy: Ready to route raw logits; None for a single exit before the last.
+    """
+
+    label: str
+    threshold: float | None
+    policy: Policy | None
+
+
+class Curve(NamedTuple):
+    """The accuracy-cost curve of one kind of policy, costs rising, and its reference points.
+
+    ``routed`` ends with the full depth, where nobody leaves early. ``anytime`` has one point per exit, at which
+    everybody leaves (MSDNet's anytime prediction), and so ends with the full depth too.
+    """
+
+    routed: tuple[Point, ...]
+    anytime: tuple[Point, ...]
+
+
+def curve(
+    logits: Tensor,
+    targets: Tensor,
+    costs: Sequence[float] | Tensor,
+    kind: type[Policy] = Confidence,
+    *,
+    temperatures: Sequence[float] | None = None,
+    full: float | None = None,
+    points: int = 200,
+) -> Curve:
+    """Gives accuracy against cost for every shared threshold that makes a difference, thinned evenly in cost.
+
+    Args:
+        logits: (exits, samples, classes).
+        targets: (samples,).
+        costs: (exits,), cumulative.
+        kind: Confidence, Entropy, Margin or Patience.
+        temperatures: (exits,), or none.
+        full: Cost of the full trunk.
+        points: How many routed points there are at most; both ends are always among them.
+
+    Raises:
+        ValueError: If arguments do not fit.
+    """
+    if points < 2:
+        raise ValueError(f"points={points} must be at least 2, for both ends of the curve")
+    data = Stacked(logits, targets, costs, full, temperatures)
+    steps = ladder(kind, data)
+    kept = torch.arange(len(steps.cost)).flip(0)  # cheapest first
+    if len(kept) > points:
+        rising = steps.cost[kept]
+        even = torch.linspace(rising[0].item(), rising[-1].item(), points, dtype=torch.float64)
+        even[-1] = rising[-1]
+        kept = kept[torch.searchsorted(rising, even).unique()]
+
+    def routed(step: int) -> Point:
+        policy = steps.policy(step)
+        return Point(
+            cost=steps.cost[step].item(),
+            accuracy=steps.right[step].item() / data.samples,
+            shares=tuple(count / data.samples for count in steps.counts[step].tolist()),
+            samples=data.samples,
+            label=kind.__name__.lower() if step else f"exit {data.exits}",
+            threshold=getattr(policy, "threshold", getattr(policy, "patience", None)),
+            policy=data.complete(policy),
+        )
+
+    def anytime(k: int) -> Point:
+        outcome = data.outcome(torch.full((data.samples,), k, device=data.logits.device))
+        policy = Never() if k == data.exits - 1 else None
+        return Point(**vars(outcome), label=f"exit {k + 1}", threshold=None, policy=policy)
+
+    return Curve(tuple(routed(step) for step in kept.tolist()), tuple(anytime(k) for k in range(data.exits)))

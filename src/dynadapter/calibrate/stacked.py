@@ -1,0 +1,199 @@
+"""What a policy does to a set of samples, from their stacked logits."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dynadapter.policies import Never, Patience, Policy, route
+from dynadapter.temperature import Scaled, check_logits, check_targets
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a policy does to a set of samples.
+
+    Args:
+        cost: Average cost relative to the full trunk.
+        accuracy: Share of right predictions, in [0, 1]; NaN without targets.
+        shares: Share of the samples that leave at each exit (exits,).
+        samples: How many samples.
+    """
+
+    cost: float
+    accuracy: float
+    shares: tuple[float, ...]
+    samples: int
+
+
+@dataclass(frozen=True)
+class Calibrated(Outcome):
+    """A policy that was chosen, and what it does on the very samples it was chosen on: :func:`evaluate` it on others.
+
+    Args:
+        policy: Ready to route raw logits: the temperatures are inside where they matter.
+        temperatures: One per exit; 1 where none were given.
+        method: How the policy was found, in words.
+        notes: What the user should know, e.g. a guarantee in full or why there is none.
+        risk: Mean loss on these samples, where one was bounded; see :func:`with_guarantee`.
+    """
+
+    policy: Policy
+    temperatures: tuple[float, ...]
+    method: str
+    notes: tuple[str, ...] = ()
+    risk: float | None = None
+
+
+class Stacked:
+    """Logits, targets and costs of some samples, checked, with what is computed from them once.
+
+    Args:
+        logits: (exits, samples, classes).
+        targets: (samples,), or None.
+        costs: (exits,), cumulative.
+        full: Cost of the full trunk, or None for that of the last exit.
+        temperatures: (exits,), or None.
+
+    Attributes:
+        predictions: Classes (exits, samples), -1 for a row that holds NaN.
+        right: Whether each exit is right (exits, samples) bool; nowhere without targets.
+    """
+
+    def __init__(
+        self,
+        logits: Tensor,
+        targets: Tensor | None,
+        costs: Sequence[float] | Tensor,
+        full: float | None = None,
+        temperatures: Sequence[float] | None = None,
+    ) -> None:
+        check_logits(logits)
+        self.logits = logits.detach()
+        self.exits, self.samples, _ = logits.shape
+        self.predictions = torch.where(self.logits.isnan().any(-1), -1, self.logits.argmax(-1))
+        self.labelled = targets is not None
+        self.right = torch.zeros_like(self.predictions, dtype=torch.bool)
+        if targets is not None:
+            self.right = self.predictions == check_targets(logits, targets)
+        self.costs, self.full = _check_costs(costs, full, self.exits)
+        self.temperatures = (1.0,) * self.exits if temperatures is None else tuple(float(t) for t in temperatures)
+        Scaled(Never(), self.temperatures).check(self.exits)
+
+    def complete(self, policy: Policy) -> Policy:
+        """Puts the temperatures into a policy on whose decisions they bear."""
+        if isinstance(policy, (Patience, Never)) or all(t == 1 for t in self.temperatures):
+            return policy
+        return Scaled(policy, self.temperatures)
+
+    def counts(self, taken: Tensor) -> Tensor:
+        """Counts the samples that leave at each exit: (samples,) to (exits,) int64 on the CPU."""
+        return torch.bincount(taken, minlength=self.exits).cpu()
+
+    def cost(self, counts: Tensor) -> Tensor:
+        """Gives the average relative cost, exact for whole costs: (..., exits) counts to (...) float64."""
+        total = torch.zeros(counts.shape[:-1], dtype=torch.float64)
+        for k, cost in enumerate(self.costs):  # one order of summation for every shape: equal counts cost the same
+            total += counts[..., k].double() * cost
+        return total / (self.samples * self.full)
+
+    def outcome(self, taken: Tensor) -> Outcome:
+        """Says what it means that the samples leave at the exits ``taken`` (samples,)."""
+        counts = self.counts(taken)
+        return Outcome(
+            cost=self.cost(counts).item(),
+            accuracy=self.right.gather(0, taken[None]).sum().item() / self.samples if self.labelled else math.nan,
+            shares=tuple(count / self.samples for count in counts.tolist()),
+            samples=self.samples,
+        )
+
+    def calibrated(self, policy: Policy, method: str, *notes: str, risk: float | None = None) -> Calibrated:
+        """Routes by a policy, into which the temperatures are put, and says what comes of it."""
+        policy = self.complete(policy)
+        stuck = (~self.logits[:-1].isfinite().all(-1)).any(0).sum().item()
+        if stuck:
+            notes += (f"{stuck} of {self.samples} samples have logits that are not finite at an early exit",)
+        return Calibrated(
+            **vars(self.outcome(route(policy, self.logits))),
+            policy=policy,
+            temperatures=self.temperatures,
+            method=method,
+            notes=notes,
+            risk=risk,
+        )
+
+
+def _check_costs(costs: Sequence[float] | Tensor, full: float | None, exits: int) -> tuple[list[float], float]:
+    values = [float(cost) for cost in costs]
+    if len(values) != exits:
+        raise ValueError(
+            f"costs has {len(values)} values, the logits have {exits} exits; give the cost up to each exit"
+        )
+    if not all(a < b < math.inf for a, b in zip([0.0, *values], values, strict=False)):  # NaN fails as well
+        raise ValueError(f"costs={values} must be above 0 and rise from exit to exit: each is the cost up to its exit")
+    whole = values[-1] if full is None else float(full)
+    if not 0 < whole < math.inf:
+        raise ValueError(f"full={full} must be the cost of the whole trunk, above 0, in the unit of costs")
+    return values, whole
+
+
+def evaluate(
+    policy: Policy,
+    logits: Tensor,
+    targets: Tensor | None,
+    costs: Sequence[float] | Tensor,
+    *,
+    full: float | None = None,
+) -> Outcome:
+    """Says what a policy does to these samples; on held-out ones an honest estimate of cost and accuracy.
+
+    >>> from dynadapter.policies import Confidence
+    >>> logits = torch.tensor([[[3.0, 0.0], [0.1, 0.0]], [[3.0, 0.0], [0.0, 3.0]]])  # two exits, two samples
+    >>> evaluate(Confidence(0.9), logits, torch.tensor([0, 1]), costs=[1, 4])
+    Outcome(cost=0.625, accuracy=1.0, shares=(0.5, 0.5), samples=2)
+
+    Args:
+        policy: Ready to route these logits, e.g. ``Calibrated.policy``.
+        logits: (exits, samples, classes).
+        targets: (samples,), or None if there are none.
+        costs: (exits,), cumulative.
+        full: Cost of the full trunk.
+
+    Raises:
+        ValueError: If the policy does not fit the number of exits, or arguments do not fit.
+    """
+    data = Stacked(logits, targets, costs, full)
+    return data.outcome(route(policy, data.logits))
+
+
+def split_halves(samples: int, seed: int = 0, targets: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Splits samples at random into two halves, one to calibrate on and one to report on.
+
+    With targets the halves are stratified: each class has as many samples in both, or one more in one of them. Leave
+    the targets out where one half goes to :func:`with_guarantee`, which wants independent samples.
+
+    >>> first, second = split_halves(5)
+    >>> len(first), len(second), sorted(torch.cat([first, second]).tolist())
+    (3, 2, [0, 1, 2, 3, 4])
+
+    Args:
+        samples: How many there are; at least 2.
+        seed: Decides the split, together with the targets.
+        targets: Classes (samples,).
+
+    Returns:
+        Indices of both halves in rising order, (ceil(samples / 2),) and (floor(samples / 2),) int64.
+
+    Raises:
+        ValueError: If there are fewer than 2 samples, or another number of targets.
+    """
+    if samples < 2:
+        raise ValueError(f"samples={samples} cannot be split; give at least 2")
+    order = torch.randperm(samples, generator=torch.Generator().manual_seed(seed))
+    if targets is not None:
+        if targets.shape != (samples,):
+            raise ValueError(f"targets have shape {tuple(targets.shape)}; give ({samples},), one per sample")
+        order = order[targets.cpu()[order].argsort(stable=True)]  # class by class, each in random order
+    return order[::2].sort().values, order[1::2].sort().values
