@@ -112,7 +112,7 @@ def test_routing_equals_one_sample_at_a_time(kind: str, policy: Policy, batch: i
         stacked = net(images) if batch else torch.zeros(net.num_exits, 0, CLASSES)
         assume(clear_cut(policy, stacked))
         with rows_seen(net) as seen:
-            routed = net.early(images, policy)
+            routed = net.early(images, policy, class_first=False)
 
     expected = [alone(net, image, policy) for image in images]
     assert routed.exits.tolist() == [k for k, _ in expected]
@@ -137,7 +137,7 @@ def test_the_network_of_these_tests_has_samples_for_every_exit(net: ExitNet) -> 
 def test_all_leave_at_the_first_exit(net: ExitNet) -> None:
     images = pictures(4, 1)
     with torch.no_grad(), rows_seen(net) as seen:
-        routed = net.early(images, Confidence(0.0))
+        routed = net.early(images, Confidence(0.0), class_first=False)
     assert seen == [[4]] * EVERY + [[]] * (net.depth - EVERY)
     assert routed.exits.tolist() == [0] * 4
     assert torch.equal(routed.logits, net.at(0)(images))
@@ -146,7 +146,7 @@ def test_all_leave_at_the_first_exit(net: ExitNet) -> None:
 def test_nobody_leaves(net: ExitNet) -> None:
     images = pictures(4, 1)
     with torch.no_grad(), rows_seen(net) as seen:
-        routed = net.early(images, Never())
+        routed = net.early(images, Never(), class_first=False)
     assert seen == [[4]] * net.depth
     assert torch.equal(routed.logits, net(images)[-1])
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate, takewhile
+from itertools import takewhile
 from math import isclose, prod
 from typing import Any
 
@@ -36,12 +36,15 @@ class ExitCosts:
             each element of a LayerNorm); ``macs - light`` is the exact count of products, convolutions and attention.
         trunk: The whole path without the early heads, adapters as they stand; without adapters the plain timm model.
         exits: After how many blocks each exit stands.
+        trunk_class_row: The same path where its last block computes the class token's row alone, which a static trunk
+            could do as well; None where that was not asked for.
     """
 
     macs: tuple[int, ...]
     light: tuple[int, ...]
     trunk: int
     exits: tuple[int, ...]
+    trunk_class_row: int | None = None
 
     @property
     def gmacs(self) -> tuple[float, ...]:
@@ -79,9 +82,15 @@ class ExitCosts:
 
 
 def exit_costs(
-    net: ExitNet, image_size: int | tuple[int, int] | None = None, handles: Mapping[str, Handle] | None = None
+    net: ExitNet,
+    image_size: int | tuple[int, int] | None = None,
+    handles: Mapping[str, Handle] | None = None,
+    class_first: bool = False,
 ) -> ExitCosts:
     """Counts the multiply-adds of one image up to each exit, with one trace for all exits.
+
+    Without ``class_first`` these are the numbers of papers: whole blocks, as :meth:`ExitNet.forward` runs them. With it
+    they are what :meth:`ExitNet.early` runs, where the last block before an exit computes the class token's row first.
 
     What is counted is what runs: in evaluation mode, on the network's device and dtype, attention in either form,
     adapters injected or merged. The network's modes and the random state are left as they were.
@@ -90,6 +99,7 @@ def exit_costs(
         net: The network.
         image_size: Height and width in pixels, or one number for both; by default the trunk's own input size.
         handles: Counts for further operators, or instead of the built-in ones, by traced name such as ``aten::einsum``.
+        class_first: Whether to count what routing runs by default; takes a second trace, for the static trunk.
 
     Returns:
         The costs.
@@ -107,7 +117,8 @@ def exit_costs(
         raise ValueError("the network is on the meta device, where nothing can be traced; move it to a real device")
     with _undisturbed(net, image.device):
         try:
-            counts, unknown = _trace(net, image, handles or {})
+            whole, unknown = _trace(_Parts(net, False), image, handles or {})
+            counts, _ = _trace(_Parts(net, True), image, handles or {}) if class_first else (whole, unknown)
         except Exception as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise ValueError(
@@ -119,19 +130,25 @@ def exit_costs(
             f"no count is known for {listed}; pass handles={{{sorted(unknown)[0]!r}: count}} to exit_costs, "
             "where count(inputs, outputs) gives the multiply-adds of one call, 0 for a light one"
         )
-
-    def up_to_each_exit(count: Callable[[Counter[str]], int]) -> tuple[int, ...]:
-        stages = [count(counts[f"stages.{k}"]) + count(counts[f"heads.{k}"]) for k in range(net.num_exits)]
-        return tuple(accumulate([count(counts["embed"]) + stages[0], *stages[1:]]))
-
-    macs = up_to_each_exit(Counter.total)
-    early_heads = sum(counts[f"heads.{k}"].total() for k in range(net.num_exits - 1))
+    last = (f"begins.{net.num_exits - 1}", f"heads.{net.num_exits - 1}")
+    trunk = sum(part.total() for name, part in whole.items() if name in ("embed", *last) or name.startswith("begins."))
     return ExitCosts(
-        macs=macs,
-        light=up_to_each_exit(lambda operators: operators["light"]),
-        trunk=macs[-1] - early_heads,
+        macs=_up_to_each_exit(net.num_exits, {name: part.total() for name, part in counts.items()}),
+        light=_up_to_each_exit(net.num_exits, {name: part["light"] for name, part in counts.items()}),
+        trunk=trunk,
         exits=net.exits,
+        trunk_class_row=trunk + sum(counts[n].total() - whole[n].total() for n in last) if class_first else None,
     )
+
+
+def _up_to_each_exit(exits: int, count: dict[str, int]) -> tuple[int, ...]:
+    """Adds up the parts on the way to each exit: who leaves needs no completion of the last stage."""
+    total, totals = count["embed"], []
+    for k in range(exits):
+        total += count[f"begins.{k}"] + count[f"heads.{k}"]
+        totals.append(total)
+        total += count[f"completions.{k}"]
+    return tuple(totals)
 
 
 def exit_parameters(net: ExitNet) -> tuple[int, ...]:
@@ -238,34 +255,38 @@ def _undisturbed(net: nn.Module, device: torch.device) -> Iterator[None]:
 class _Part(nn.Module):
     """One of the network's methods as a module, so that the trace has a scope for it."""
 
-    def __init__(self, method: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, method: Callable[[Any], Any]) -> None:
         super().__init__()
         self.method = method
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Any) -> Any:
         return self.method(x)
 
 
 class _Parts(nn.Module):
-    """The network's forward with a scope around each call: embed, then stage and head in turn."""
+    """The network's forward with a scope around each call: embed, then begin, head and complete in turn."""
 
-    def __init__(self, net: ExitNet) -> None:
+    def __init__(self, net: ExitNet, class_first: bool) -> None:
         super().__init__()
+        exits = range(net.num_exits)
         self.net = net  # its parameters must be known to the trace
         self.embed = _Part(net.embed)
-        self.stages = nn.ModuleList(_Part(partial(net.stage, k)) for k in range(net.num_exits))
-        self.heads = nn.ModuleList(_Part(partial(net.head, k)) for k in range(net.num_exits))
+        self.begins = nn.ModuleList(_Part(partial(net.begin, k, class_first=class_first)) for k in exits)
+        self.heads = nn.ModuleList(_Part(partial(net.head, k)) for k in exits)
+        self.completions = nn.ModuleList(_Part(partial(net.complete, k)) for k in exits)
 
     def forward(self, image: Tensor) -> list[Tensor]:
         x = self.embed(image)
         logits = []
-        for stage, head in zip(self.stages, self.heads, strict=True):
-            x = stage(x)
-            logits.append(head(x))
+        for begin, head, complete in zip(self.begins, self.heads, self.completions, strict=True):
+            seen, held = begin(x)
+            logits.append(head(seen))
+            if len(logits) < len(self.heads):
+                x = complete(held)
         return logits
 
 
-def _trace(net: ExitNet, image: Tensor, handles: Mapping[str, Handle]) -> tuple[dict[str, Counter[str]], Counter[str]]:
+def _trace(parts: _Parts, image: Tensor, handles: Mapping[str, Handle]) -> tuple[dict[str, Counter[str]], Counter[str]]:
     """Traces once; gives multiply-adds by part and operator, and how often each operator without a count occurs."""
     with warnings.catch_warnings():
         # fvcore calls torch.jit.script at its import and torch.jit's tracer later; torch announces the end of both.
@@ -273,12 +294,15 @@ def _trace(net: ExitNet, image: Tensor, handles: Mapping[str, Handle]) -> tuple[
         warnings.filterwarnings("ignore", message=r"`torch\.jit\.", category=DeprecationWarning)
         from fvcore.nn import FlopCountAnalysis
 
-        analysis = FlopCountAnalysis(_Parts(net), image)
+        analysis = FlopCountAnalysis(parts, image)
         analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
         analysis.ancestor_mode("caller")  # whatever runs during a part's call belongs to it
         analysis.set_op_handle(**_counts(), **{f"aten::{operator}": None for operator in _IGNORED.split()})
         analysis.set_op_handle(**handles)
-        return analysis.by_module_and_operator(), analysis.unsupported_ops()
+        counts, unknown = analysis.by_module_and_operator(), analysis.unsupported_ops()
+    groups = ("begins", "heads", "completions")
+    names = ["embed", *(f"{group}.{k}" for group in groups for k in range(len(parts.heads)))]
+    return {name: counts[name] for name in names}, unknown
 
 
 def _counts() -> dict[str, Callable[..., Any]]:

@@ -1,6 +1,6 @@
 """A frozen trunk cut into stages, with an exit after each: all exits for training, per-sample routing for use."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -194,7 +194,8 @@ class ExitNet(nn.Module):
         out: Tensor | None = None
         history: Tensor | None = None  # (exits so far, still in, classes)
         for k in range(self.num_exits):
-            logits, go_on = self.reach(k, x, class_first)
+            seen, held = self.begin(k, x, class_first)
+            logits = self.head(k, seen)
             # Everybody who is still in writes here; whoever goes on writes again.
             out = logits.clone() if out is None else out.index_copy_(0, rows, logits)
             exits[rows] = k
@@ -204,15 +205,14 @@ class ExitNet(nn.Module):
             stay = (~policy.leave(history)).nonzero()[:, 0]
             if not len(stay):
                 break
-            if len(stay) == len(rows):
-                x = go_on(None)
-            else:
-                x, rows, history = go_on(stay), rows[stay], history[:, stay]
+            if len(stay) < len(rows):
+                rows, history, held = rows[stay], history[:, stay], tuple(part[stay] for part in held)
+            x = self.complete(k, held)
         assert out is not None  # there is at least one exit
         return Routed(out, exits, (~out.isfinite().all(-1)).sum())
 
-    def reach(self, k: int, x: Tensor, class_first: bool = True) -> tuple[Tensor, Callable[[Tensor | None], Tensor]]:
-        """Runs from exit ``k - 1`` to the logits of exit ``k``, and leaves open what only those who go on need.
+    def begin(self, k: int, x: Tensor, class_first: bool = True) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Runs stage ``k`` as far as its head needs it.
 
         Args:
             k: Zero-based exit.
@@ -220,21 +220,28 @@ class ExitNet(nn.Module):
             class_first: See :meth:`early`.
 
         Returns:
-            The logits (batch, classes), and a function that takes the indices of those who go on (None for all) and
-            gives the output of stage ``k`` for them.
+            What :meth:`head` reads, and what :meth:`complete` needs: tensors with one row a sample.
         """
-        *begin, last = cut.blocks(self.trunk)[self.exits[k - 1] if k else 0 : self.exits[k]]
-        if not (class_first and self.reads_class_token(k) and cut.splits(self.trunk, last)):
+        if not (class_first and self.splits(k)):
             x = self.stage(k, x)
-            return self.head(k, x), lambda stay: x if stay is None else x[stay]
-        for unit in begin:
-            for module in unit:
-                x = module(x)
-        (block,) = last
-        row, kept = cut.class_row(block, x)
-        return self.head(k, row), lambda stay: (
-            cut.other_rows(block, x, kept) if stay is None else cut.other_rows(block, x[stay], kept[stay])
-        )
+            return x, (x,)
+        *modules, block = self.stage_modules(k)
+        for module in modules:
+            x = module(x)
+        row, keys_values = cut.class_row(block, x)
+        return row, (x, keys_values)
+
+    def complete(self, k: int, held: tuple[Tensor, ...]) -> Tensor:
+        """Gives the output of stage ``k`` for the samples whose rows of what :meth:`begin` held are given."""
+        if len(held) == 1:
+            return held[0]
+        *_, block = self.stage_modules(k)
+        return cut.other_rows(block, *held)
+
+    def splits(self, k: int) -> bool:
+        """Says whether stage ``k`` can compute the class token's row before the others, and its head needs no more."""
+        last = cut.blocks(self.trunk)[self.exits[k] - 1]
+        return self.reads_class_token(k) and cut.splits(self.trunk, last)
 
     def reads_class_token(self, k: int) -> bool:
         """Says whether the head of exit ``k`` reads nothing but the class token."""

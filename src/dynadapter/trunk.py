@@ -205,7 +205,7 @@ def splits(model: nn.Module, unit: tuple[nn.Module, ...]) -> bool:
     """Says whether :func:`class_row` and :func:`other_rows` may replace a block whose class token alone is read.
 
     They may where everything but attention works token by token: in timm's plain pre-norm ViT block, with adapters on
-    its qkv, its output projection or its MLP, or without.
+    its qkv, its output projection or its MLP, or without. A hook on the block itself is then not called.
     """
     block = unit[-1]
     if not isinstance(model, VisionTransformer) or len(unit) > 1 or type(block) is not vision_transformer.Block:
@@ -216,8 +216,6 @@ def splits(model: nn.Module, unit: tuple[nn.Module, ...]) -> bool:
         and getattr(attention, "gate", None) is None
         and (isinstance(attention.qkv, nn.Linear) or hasattr(attention.qkv, "some"))
         and isinstance(getattr(mlp, "base_layer", mlp), timm.layers.Mlp | timm.layers.GluMlp | timm.layers.SwiGLU)
-        and not block._forward_hooks
-        and not block._forward_pre_hooks
     )
 
 

@@ -1,0 +1,160 @@
+"""The class token's row first, the rest of the block for those who go on: the same answers for less."""
+
+import pytest
+import torch
+from conftest import make_convnext, make_swin, make_vit
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from dynadapter import trunk as cut
+from dynadapter.adapters import AdapterSpec, AdaptFormer, Adapter, LoRA, RepAdapter, inject
+from dynadapter.cost import exit_costs
+from dynadapter.heads import LinearHeads
+from dynadapter.net import ExitNet
+from dynadapter.policies import Confidence, Never, confidence
+from dynadapter.trunk import create_trunk
+
+ADAPTERS: list[AdapterSpec | None] = [
+    None,
+    Adapter(),
+    Adapter(placement="houlsby"),
+    AdaptFormer(bottleneck=4),
+    LoRA(rank=4),
+    LoRA(rank=4, split="qv"),
+    RepAdapter(),
+    RepAdapter(placement="attn", bias=False),
+]
+VITS = {
+    "plain": {},
+    "layer scale, norms of q and k": {"init_values": 0.3, "qk_norm": True},
+    "registers": {"reg_tokens": 3},
+    "pre-norm, no bias of qkv": {"pre_norm": True, "qkv_bias": False},
+}
+
+
+def network(trunk: nn.Module, adapter: AdapterSpec | None = None, **options) -> ExitNet:
+    if adapter is not None:
+        inject(trunk, adapter)
+    net = ExitNet(trunk, every=2, **options).eval()
+    torch.manual_seed(0)
+    for name, parameter in net.named_parameters():  # blocks that do something, adapters that are no identity
+        if parameter.ndim > 1 and "pos_embed" not in name:
+            nn.init.normal_(parameter, std=0.15)
+    return net
+
+
+def pictures(count: int = 12) -> torch.Tensor:
+    return torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+def middle_threshold(net: ExitNet, images: torch.Tensor) -> Confidence:
+    """A threshold per early exit half-way between two samples' confidences, so that rounding decides nothing."""
+    values = confidence(net(images))[:-1].sort(dim=1).values
+    middle = values.shape[1] // 2
+    return Confidence(tuple(values[:, middle - 1 : middle + 1].mean(1).tolist()))
+
+
+def assert_same(net: ExitNet) -> None:
+    images = pictures()
+    with torch.no_grad():
+        for policy in (Never(), Confidence(0.0), middle_threshold(net, images)):
+            plain, first = (net.early(images, policy, class_first=way) for way in (False, True))
+            assert torch.equal(first.exits, plain.exits)
+            torch.testing.assert_close(first.logits, plain.logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS, ids=str)
+def test_same_answers_with_every_adapter(adapter):
+    net = network(make_vit(), adapter)
+    assert all(net.splits(k) for k in range(net.num_exits))
+    assert_same(net)
+
+
+@pytest.mark.parametrize("options", VITS.values(), ids=VITS)
+def test_same_answers_on_every_kind_of_vit(options):
+    net = network(make_vit(**options))
+    assert all(net.splits(k) for k in range(net.num_exits))
+    assert_same(net)
+
+
+def test_same_answers_with_unfused_attention(monkeypatch):
+    net = network(make_vit(), LoRA(rank=4))
+    for module in net.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = False
+    assert_same(net)
+
+
+@pytest.mark.parametrize(
+    "net",
+    [
+        lambda: network(make_swin()),
+        lambda: network(make_convnext()),
+        lambda: network(make_vit(global_pool="avg")),
+        lambda: network(make_vit(), heads=LinearHeads(pooling="mean")),
+        lambda: network(make_swin(), LoRA(rank=4)),
+    ],
+    ids=["swin", "convnext", "mean pooling", "mean heads", "swin with LoRA"],
+)
+def test_falls_back_to_the_whole_block(net):
+    net = net()
+    assert not any(net.splits(k) for k in range(net.num_exits - 1))
+    assert_same(net)
+
+
+def test_a_distilled_trunk_reads_two_tokens_at_its_end():
+    trunk = create_trunk("deit_tiny_distilled_patch16_224", 5, img_size=32, patch_size=8, embed_dim=48, depth=4)
+    net = network(trunk)
+    assert [net.splits(k) for k in range(net.num_exits)] == [True, False]
+    assert_same(net)
+
+
+def test_who_leaves_computes_one_row_and_who_goes_on_computes_all():
+    net = network(make_vit())
+    images = pictures()
+    rows: list[tuple[int, int]] = []
+    mlp = net.trunk.blocks[net.exits[0] - 1].mlp
+    mlp.register_forward_hook(lambda module, inputs, output: rows.append(tuple(output.shape[:2])))
+    with torch.no_grad():
+        policy = middle_threshold(net, images)
+        rows.clear()
+        exits = net.early(images, policy).exits
+    assert rows == [(12, 1), (int((exits > 0).sum()), 17)]
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS, ids=str)
+def test_cost_is_what_runs(adapter):
+    """Up to each exit the meter agrees, to the last multiply-add, with torch's counter on real routing."""
+    net = network(make_vit().requires_grad_(False), adapter)
+    costs = exit_costs(net, class_first=True)
+    image = pictures(1)
+    for k in range(net.num_exits):
+        policy = Confidence(tuple(0.0 if i == k else 1.0 for i in range(net.num_exits - 1)))
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            assert net.early(image, policy).exits.tolist() == [k]
+        assert counter.get_total_flops() == 2 * (costs.macs[k] - costs.light[k])
+
+
+def test_both_baselines():
+    net = network(make_vit())
+    plain, first = exit_costs(net), exit_costs(net, class_first=True)
+    assert first.trunk == plain.trunk
+    assert plain.trunk_class_row is None
+    static = exit_costs(ExitNet(make_vit(), exits=[]), class_first=True)
+    assert static.macs == (first.trunk_class_row,) == (static.trunk_class_row,)
+    assert first.trunk_class_row < first.trunk
+    assert all(a < b for a, b in zip(first.macs, plain.macs, strict=True))
+
+
+def test_a_trunk_without_it_costs_the_same_either_way():
+    net = network(make_swin())
+    plain, first = exit_costs(net, 32), exit_costs(net, 32, class_first=True)
+    assert first.macs == plain.macs
+    assert first.trunk_class_row == plain.trunk
+
+
+def test_only_a_plain_linear_layer_or_one_that_gives_some_outputs_splits():
+    trunk = make_vit()
+    assert cut.splits(trunk, cut.blocks(trunk)[0])
+    trunk.blocks[0].attn.qkv = nn.Sequential(trunk.blocks[0].attn.qkv)
+    assert not cut.splits(trunk, cut.blocks(trunk)[0])
