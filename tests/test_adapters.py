@@ -51,6 +51,11 @@ CASES = [(variant, family) for variant in VARIANTS for family in FAMILIES]
 each = pytest.mark.parametrize(("variant", "family"), CASES, ids=lambda value: value)
 
 
+@pytest.fixture(autouse=True)
+def _same_random_numbers() -> None:
+    torch.manual_seed(0)
+
+
 def spec_for(variant: str, family: str) -> AdapterSpec:
     spec = VARIANTS[variant]
     if family.startswith("convnext") and variant in WITHOUT_ATTENTION:
@@ -567,7 +572,6 @@ def test_injection_follows_the_mode(vit):
         (lambda: LoRA(rank=2.5), "rank=2.5 must be a whole number"),
         (lambda: LoRA(split="kv"), "split='kv' must be one of 'fused', 'qv'"),
         (lambda: LoRA(targets="*.qkv"), r"targets='\*.qkv' must be a tuple of names, such as"),
-        (lambda: LoRA(targets=()), "LoRA needs a pattern in targets"),
         (lambda: LoRA(scale=math.inf), "scale=inf must be a finite number above 0"),
         (lambda: LoRA(scale=0.0), "scale=0.0 must be"),
         (lambda: LoRA(dropout=1.0), "dropout=1.0 must be a fraction"),
@@ -592,10 +596,10 @@ def test_merging_is_all_or_nothing(vit, images):
     scramble(vit)
     with torch.no_grad():
         vit.blocks[4].attn.qkv.lora_b.fill_(math.nan)
-    modules = dict(vit.named_modules())
+    modules = list(map(id, vit.modules()))
     with pytest.raises(ValueError, match=r"merging blocks.4.attn.qkv changes its output by nan .* tolerance=1e-05"):
         merge(vit)
-    assert dict(vit.named_modules()) == modules
+    assert list(map(id, vit.modules())) == modules
 
     mixed = make_vit()
     inject(mixed, LoRA())
@@ -625,9 +629,9 @@ def test_merging_in_training_mode_leaves_dropout_out(vit, images):
 
 
 def test_a_model_without_adapters_stays_as_it_is(vit):
-    modules = dict(vit.named_modules())
+    modules = list(map(id, vit.modules()))
     merge(vit)
-    assert dict(vit.named_modules()) == modules
+    assert list(map(id, vit.modules())) == modules
 
 
 def test_the_merged_update_against_peft_s_words(vit):

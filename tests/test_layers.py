@@ -26,6 +26,8 @@ BELOW = {
     "calibrate": {"spec", "policies", "temperature", "risk"},
     "net": {"trunk", "adapters", "heads", "policies"},
     "cost": {"trunk", "adapters", "heads", "policies", "net"},
+    "compiled": {"trunk", "policies", "net"},
+    "stream": {"policies", "net"},
     # ---- above this line nothing imports lightning
     "data": set(),
     "module": {"spec", "trunk", "adapters", "heads", "policies", "schedules", "losses", "net"},

@@ -73,6 +73,7 @@ class AdapterSpec(Spec):
         scale: Factor s of the update, above 0.
         dropout: Fraction of the bottleneck's activations dropped in training, in [0, 1).
         targets: Shell patterns on the full names of the trunk's layers, such as ``*.qkv``; each must match a layer.
+            Empty: the kind's own places.
     """
 
     scale: float = 1.0
@@ -86,13 +87,11 @@ class AdapterSpec(Spec):
             raise ValueError(f"scale={self.scale} must be a finite number above 0")
         check_rate(self.dropout)
         check_names("targets", self.targets, "*.qkv")
-        if not self.patterns:
-            raise ValueError(f"{type(self).__name__} needs a pattern in targets, such as ('*.qkv',)")
 
     @property
-    def patterns(self) -> tuple[str, ...]:
-        """The patterns of the layers to wrap."""
-        return self.targets
+    @abstractmethod
+    def places(self) -> tuple[str, ...]:
+        """The patterns of the layers that the kind wraps by itself."""
 
     def fits(self, layer: nn.Module) -> bool:
         """Says whether the kind can wrap a layer of this type; ``takes`` says it in words."""

@@ -74,7 +74,7 @@ class Adapter(AdapterSpec):
     Args:
         bottleneck: Channels in the middle.
         placement: ``mlp``, or ``houlsby`` for a second one after attention.
-        targets: Patterns of linear layers, 1x1 convolutions, MLPs or attentions instead of the placement's.
+        targets: Patterns of linear layers, 1x1 convolutions, MLPs or attentions; empty: as placed.
     """
 
     bottleneck: int = 8
@@ -88,10 +88,10 @@ class Adapter(AdapterSpec):
         super().__post_init__()
 
     @property
-    def patterns(self) -> tuple[str, ...]:
-        """The patterns of the layers to wrap: the targets, or else those of the placement."""
+    def places(self) -> tuple[str, ...]:
+        """After the MLP of each block, and after its attention."""
         after_attention = ("*.attn.proj",) if self.placement == "houlsby" else ()
-        return self.targets or (*after_attention, "*blocks.*.mlp")
+        return (*after_attention, "*blocks.*.mlp")
 
     def fits(self, layer: nn.Module) -> bool:
         """Says whether the layer is a matrix or has some among its children."""
@@ -146,12 +146,11 @@ class AdaptFormer(AdapterSpec):
     Args:
         bottleneck: Channels in the middle.
         norms: Names of the norm beside the target; the first one that the block holds before its target is taken.
-        targets: Patterns of the layers that directly follow their norm.
+        targets: Patterns of layers that directly follow their norm; empty: the blocks' MLPs.
     """
 
     scale: float = 0.1
     dropout: float = 0.1
-    targets: tuple[str, ...] = ("*blocks.*.mlp",)
     bottleneck: int = 64
     norms: tuple[str, ...] = ("norm2", "norm")
 
@@ -161,6 +160,11 @@ class AdaptFormer(AdapterSpec):
         check_size("bottleneck", self.bottleneck)
         check_names("norms", self.norms, "norm2")
         super().__post_init__()
+
+    @property
+    def places(self) -> tuple[str, ...]:
+        """Beside the MLP of each block."""
+        return ("*blocks.*.mlp",)
 
     def fits(self, layer: nn.Module) -> bool:
         """Says whether the layer is a matrix or has some among its children."""

@@ -28,7 +28,8 @@ def inject(model: nn.Module, spec: AdapterSpec) -> list[str]:
     """
     kind = type(spec).__name__
     layers = {name: (path, layer) for name, path, layer in _layers(model)}
-    for pattern in spec.patterns:
+    patterns = spec.targets or spec.places
+    for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in layers):
             fitting = dict.fromkeys(
                 _collapsed(name) for name, (_, layer) in layers.items() if spec.fits(unwrapped(layer))
@@ -39,7 +40,7 @@ def inject(model: nn.Module, spec: AdapterSpec) -> list[str]:
             )
     wrappers: dict[str, AdapterLayer] = {}
     for name, (path, layer) in layers.items():
-        if not any(fnmatchcase(name, pattern) for pattern in spec.patterns):
+        if not any(fnmatchcase(name, pattern) for pattern in patterns):
             continue
         if isinstance(layer, AdapterLayer):
             raise ValueError(f"{name} has an adapter already, {layer.kind}; choose other targets for {kind}")

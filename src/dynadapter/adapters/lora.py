@@ -77,10 +77,9 @@ class LoRA(AdapterSpec):
         rank: Rank r of the update, of each update where there are two.
         split: ``fused`` has one pair of matrices for the whole layer. ``qv`` has one for q and one for v, and none for
             k, where the layer is a fused qkv; elsewhere it is the same as ``fused``.
-        targets: Patterns of linear layers or 1x1 convolutions.
+        targets: Patterns of linear layers or 1x1 convolutions; empty: ``*.qkv``.
     """
 
-    targets: tuple[str, ...] = ("*.qkv",)
     rank: int = 8
     split: Literal["fused", "qv"] = "fused"
 
@@ -88,6 +87,11 @@ class LoRA(AdapterSpec):
         check_size("rank", self.rank)
         check_choice("split", self.split, "fused", "qv")
         super().__post_init__()
+
+    @property
+    def places(self) -> tuple[str, ...]:
+        """The fused q, k and v of each attention."""
+        return ("*.qkv",)
 
     def wrap(self, model: nn.Module, name: str) -> LoRALayer:
         """Builds the wrapper of one layer."""

@@ -81,7 +81,7 @@ class RepAdapter(AdapterSpec):
         bias: Whether both projections have biases; the wrapped layers must then have one, too, to take them up in a
             merge.
         placement: ``block`` for both places, ``attn`` for the one before attention alone.
-        targets: Patterns of linear layers or 1x1 convolutions instead of the placement's.
+        targets: Patterns of linear layers or 1x1 convolutions; empty: as placed.
     """
 
     dropout: float = 0.1
@@ -99,10 +99,10 @@ class RepAdapter(AdapterSpec):
         super().__post_init__()
 
     @property
-    def patterns(self) -> tuple[str, ...]:
-        """The patterns of the layers to wrap: the targets, or else those of the placement."""
+    def places(self) -> tuple[str, ...]:
+        """The first matrix of each attention, and that of each block's MLP."""
         before_mlp = ("*blocks.*.mlp.fc1",) if self.placement == "block" else ()
-        return self.targets or ("*.attn.qkv", *before_mlp)
+        return ("*.attn.qkv", *before_mlp)
 
     def wrap(self, model: nn.Module, name: str) -> RepAdapterLayer:
         """Builds the wrapper of one layer.
