@@ -7,8 +7,18 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from dynadapter.adapters import Adapter, AdapterSpec, AdaptFormer, LoRA, RepAdapter, inject, merge
+    from dynadapter.bundle import (
+        Bundle,
+        TrunkSource,
+        bundle_from_classifier,
+        from_pretrained,
+        load,
+        push_to_hub,
+        save_bundle,
+    )
     from dynadapter.calibrate import Calibrated, evaluate, to_accuracy_drop, to_cost, with_guarantee
     from dynadapter.callbacks import BidirectionalSparsity, EarlyExit, ExitWeights, FlopsReport, PredictionWriter
+    from dynadapter.compiled import CompiledNet
     from dynadapter.cost import ExitCosts, exit_costs
     from dynadapter.data import Digits, ImageData, ImageFolder, ImagesToPredict, VTAB1k
     from dynadapter.heads import Balanced, Heads, LinearHeads, MLPHeads
@@ -18,14 +28,17 @@ if TYPE_CHECKING:
     from dynadapter.net import ExitNet, Routed
     from dynadapter.policies import Confidence, Entropy, Margin, Never, Patience, Policy, route
     from dynadapter.schedules import Constant, Cosine, Cubic, Linear, Schedule, Step, Warmup
+    from dynadapter.stream import Stream
     from dynadapter.temperature import Scaled, fit_temperatures
     from dynadapter.trunk import create_trunk
     from dynadapter.weighting import EarlyToLate, LateToEarly, LinearInDepth, PerExit, Uniform, Weighting
 
 _HOMES = {
     "adapters": "AdaptFormer Adapter AdapterSpec LoRA RepAdapter inject merge",
+    "bundle": "Bundle TrunkSource bundle_from_classifier from_pretrained load push_to_hub save_bundle",
     "calibrate": "Calibrated evaluate to_accuracy_drop to_cost with_guarantee",
     "callbacks": "BidirectionalSparsity EarlyExit ExitWeights FlopsReport PredictionWriter",
+    "compiled": "CompiledNet",
     "cost": "ExitCosts exit_costs",
     "data": "Digits ImageData ImageFolder ImagesToPredict VTAB1k",
     "heads": "Balanced Heads LinearHeads MLPHeads",
@@ -35,6 +48,7 @@ _HOMES = {
     "net": "ExitNet Routed",
     "policies": "Confidence Entropy Margin Never Patience Policy route",
     "schedules": "Constant Cosine Cubic Linear Schedule Step Warmup",
+    "stream": "Stream",
     "temperature": "Scaled fit_temperatures",
     "trunk": "create_trunk",
     "weighting": "EarlyToLate LateToEarly LinearInDepth PerExit Uniform Weighting",

@@ -5,6 +5,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -163,6 +164,11 @@ class ImageData(LightningDataModule, ABC):
     def image_size(self) -> int:
         """Height and width of the images in a batch, in pixels."""
         return self.preprocess.image_size
+
+    @property
+    def preprocessing(self) -> dict[str, Any]:
+        """What happens to every image, as plain settings that travel with a model; `Preprocess` takes them again."""
+        return asdict(self.preprocess)
 
     @abstractmethod
     def samples(self, split: Split) -> list[Sample]:
