@@ -131,8 +131,18 @@ def test_cost_is_what_runs(adapter):
     for k in range(net.num_exits):
         policy = Confidence(tuple(0.0 if i == k else 1.0 for i in range(net.num_exits - 1)))
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            assert net.early(image, policy).exits.tolist() == [k]
+            assert net.early(image, policy, class_first=True).exits.tolist() == [k]
         assert counter.get_total_flops() == 2 * (costs.macs[k] - costs.light[k])
+
+
+def test_by_default_from_four_images_on():
+    net = network(make_vit())
+    rows: list[int] = []
+    net.trunk.blocks[1].mlp.register_forward_hook(lambda module, inputs, output: rows.append(output.shape[1]))
+    with torch.no_grad():
+        for count in (1, 3, 4):
+            net.early(pictures(count), Confidence(0.0))
+    assert rows == [17, 17, 1]
 
 
 def test_both_baselines():

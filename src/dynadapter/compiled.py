@@ -85,7 +85,9 @@ class CompiledNet:
         """See :meth:`ExitNet.complete`."""
         return held[0] if len(held) == 1 else self._padded(self._complete[k], *held)
 
-    def early(self, images: Tensor, policy: Policy, class_first: bool = True, chunk: int | None = None) -> Routed:
+    def early(
+        self, images: Tensor, policy: Policy, class_first: bool | None = None, chunk: int | None = None
+    ) -> Routed:
         """See :meth:`ExitNet.early`; what was compiled holds, and chunks are at most the largest size."""
         chunk = min(chunk or self.buckets[-1], self.buckets[-1])
         return ExitNet.early(self, images, policy, self.class_first, chunk)  # type: ignore[arg-type]

@@ -12,21 +12,26 @@ from dynadapter.adapters import AdapterLayer, merge
 from dynadapter.heads import Balanced, Heads
 from dynadapter.policies import Policy
 
-
 CPU_CHUNK = 32
 """Images that a CPU routes at a time: measured, 16 to 32 ran 1.1 times as fast as 64 (``benchmarks/latency.py``)."""
+
+CLASS_FIRST_FROM = 4
+"""Images from which the class token's row first pays: measured, a single one took 1.0 to 1.07 times as long with it."""
 
 
 class Routed(NamedTuple):
     """What routing a batch gave, in the order of its input.
 
-    ``logits`` (batch, classes) are those of the exit at which a sample left, ``exits`` (batch,) its zero-based index,
-    ``nonfinite`` (scalar) counts the samples whose last logits were not finite: nobody leaves early with such logits.
+    ``logits`` (batch, classes) are those of the exit at which a sample left, ``exits`` (batch,) its zero-based index.
     """
 
     logits: Tensor
     exits: Tensor
-    nonfinite: Tensor
+
+    @property
+    def nonfinite(self) -> Tensor:
+        """Counts (scalar) the samples whose last logits were not finite: nobody leaves early with such logits."""
+        return (~self.logits.isfinite().all(-1)).sum()
 
 
 def exit_blocks(depth: int, every: int = 3, exits: Sequence[int] | None = None) -> tuple[int, ...]:
@@ -168,7 +173,9 @@ class ExitNet(nn.Module):
             logits.append(self.head(k, x))
         return torch.stack(logits)
 
-    def early(self, images: Tensor, policy: Policy, class_first: bool = True, chunk: int | None = None) -> Routed:
+    def early(
+        self, images: Tensor, policy: Policy, class_first: bool | None = None, chunk: int | None = None
+    ) -> Routed:
         """Lets each sample leave at the first exit where the policy is sure; the rest goes on as a smaller batch.
 
         A stage runs only for the samples that are still in, and not at all when nobody is. Per exit there is one
@@ -180,7 +187,8 @@ class ExitNet(nn.Module):
         Args:
             images: (batch, channels, height, width); an empty batch gives an empty result.
             policy: Decides who leaves.
-            class_first: Whether to compute the class token's row first where that can be done.
+            class_first: Whether to compute the class token's row first where that can be done; None does so from four
+                images on, as fewer gain nothing.
             chunk: Route so many images at a time; None takes 32 on a CPU, where more only leave the caches, and all of
                 them elsewhere.
 
@@ -191,39 +199,39 @@ class ExitNet(nn.Module):
             ValueError: If the policy's thresholds do not fit the number of exits.
         """
         policy.check(self.num_exits)
+        class_first = len(images) >= CLASS_FIRST_FROM if class_first is None else class_first
         chunk = chunk or (CPU_CHUNK if images.device.type == "cpu" else len(images))
         if len(images) > chunk:
             parts = [self.early(part, policy, class_first, chunk) for part in images.split(chunk)]
-            return Routed(
-                torch.cat([part.logits for part in parts]),
-                torch.cat([part.exits for part in parts]),
-                torch.stack([part.nonfinite for part in parts]).sum(),
-            )
-        rows = torch.arange(len(images), device=images.device)  # where the samples still in stand in the batch
-        exits = torch.zeros(len(images), dtype=torch.int64, device=images.device)
+            return Routed(torch.cat([part.logits for part in parts]), torch.cat([part.exits for part in parts]))
         if not len(images):  # Swin cannot take an empty batch
-            empty = torch.zeros(0, self.num_classes, device=images.device)
-            return Routed(empty, exits, exits.sum())
+            return Routed(images.new_zeros(0, self.num_classes), images.new_zeros(0, dtype=torch.int64))
         x = self.embed(images)
-        out: Tensor | None = None
+        rows: Tensor | None = None  # where the samples still in stand in the batch; None while all are in
+        out, exits = torch.empty(0), torch.empty(0)
         history: Tensor | None = None  # (exits so far, still in, classes)
         for k in range(self.num_exits):
             seen, held = self.begin(k, x, class_first)
             logits = self.head(k, seen)
-            # Everybody who is still in writes here; whoever goes on writes again.
-            out = logits.clone() if out is None else out.index_copy_(0, rows, logits)
-            exits[rows] = k
-            if k == self.num_exits - 1:
+            stay = None
+            if k < self.num_exits - 1:
+                history = logits[None] if history is None else torch.cat([history, logits[None]])
+                stay = (~policy.leave(history)).nonzero()[:, 0]
+                if len(stay) == len(logits):
+                    x = self.complete(k, held)
+                    continue
+            # Somebody leaves. Everybody who is still in writes here; whoever goes on writes again.
+            if rows is None:
+                out, exits = logits.clone(), torch.full((len(images),), k, device=logits.device)
+            else:
+                out.index_copy_(0, rows, logits)
+                exits.index_fill_(0, rows, k)
+            if stay is None or history is None or not len(stay):
                 break
-            history = logits[None] if history is None else torch.cat([history, logits[None]])
-            stay = (~policy.leave(history)).nonzero()[:, 0]
-            if not len(stay):
-                break
-            if len(stay) < len(rows):
-                rows, history, held = rows[stay], history[:, stay], tuple(part[stay] for part in held)
-            x = self.complete(k, held)
-        assert out is not None  # there is at least one exit
-        return Routed(out, exits, (~out.isfinite().all(-1)).sum())
+            rows = stay if rows is None else rows.index_select(0, stay)
+            history = history.index_select(1, stay)
+            x = self.complete(k, tuple(part.index_select(0, stay) for part in held))
+        return Routed(out, exits)
 
     def begin(self, k: int, x: Tensor, class_first: bool = True) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Runs stage ``k`` as far as its head needs it.
