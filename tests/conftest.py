@@ -9,18 +9,26 @@ from torch import Tensor, nn
 from dynadapter.trunk import create_trunk
 
 CLASSES = 5
+VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 6, "num_heads": 3}
+SWIN = {
+    "img_size": 32,
+    "patch_size": 2,
+    "window_size": 4,
+    "embed_dim": 16,
+    "depths": (2, 2, 2),
+    "num_heads": (2, 2, 4),
+}
+CONVNEXT = {"patch_size": 2, "dims": (16, 24, 32, 48), "depths": (2, 1, 2, 1), "ls_init_value": 1.0}
 
 
 def make_vit(num_classes: int = CLASSES, **changes) -> nn.Module:
     """A ViT with a class token and 16 patches: blocks give (batch, 17, 48)."""
-    options = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 6, "num_heads": 3}
-    return create_trunk("vit_tiny_patch16_224", num_classes, **(options | changes))
+    return create_trunk("vit_tiny_patch16_224", num_classes, **(VIT | changes))
 
 
 def make_swin(num_classes: int = CLASSES, **changes) -> nn.Module:
     """A Swin of three stages: (batch, 16, 16, 16), (batch, 8, 8, 32), (batch, 4, 4, 64) after two blocks each."""
-    options = {"img_size": 32, "patch_size": 2, "window_size": 4, "embed_dim": 16, "depths": (2, 2, 2)}
-    return create_trunk("swin_tiny_patch4_window7_224", num_classes, **(options | {"num_heads": (2, 2, 4)} | changes))
+    return create_trunk("swin_tiny_patch4_window7_224", num_classes, **(SWIN | changes))
 
 
 def make_convnext(num_classes: int = CLASSES, **changes) -> nn.Module:
@@ -28,8 +36,7 @@ def make_convnext(num_classes: int = CLASSES, **changes) -> nn.Module:
 
     The layer scale starts at 1, as after training; timm's 1e-6 would hide whatever a block does.
     """
-    options = {"patch_size": 2, "dims": (16, 24, 32, 48), "depths": (2, 1, 2, 1), "ls_init_value": 1.0}
-    return create_trunk("convnext_tiny", num_classes, **(options | changes))
+    return create_trunk("convnext_tiny", num_classes, **(CONVNEXT | changes))
 
 
 TRUNKS: dict[str, Callable[..., nn.Module]] = {"vit": make_vit, "swin": make_swin, "convnext": make_convnext}

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from conftest import CLASSES, make_vit
+from conftest import CLASSES, CONVNEXT, SWIN, VIT, make_vit
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from dynadapter.adapters import AdapterLayer, LoRA, inject
 from dynadapter.heads import LinearHeads
 from dynadapter.losses import joint_loss
+from dynadapter.module import ExitClassifier
 from dynadapter.net import ExitNet
 
 QUIET = [
@@ -57,6 +58,21 @@ class TinyModule(LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return self.optimizer([p for p in self.parameters() if p.requires_grad])
+
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "vit": {"trunk": "vit_tiny_patch16_224", "trunk_args": VIT},
+    "swin": {"trunk": "swin_tiny_patch4_window7_224", "trunk_args": SWIN},
+    "convnext": {"trunk": "convnext_tiny", "trunk_args": CONVNEXT, "adapter": LoRA(rank=2, targets=("*.mlp.fc1",))},
+}
+
+
+def make_classifier(family: str = "vit", **changes: Any) -> ExitClassifier:
+    """An ExitClassifier with three exits on a tiny trunk; the same tensors every time."""
+    options: dict[str, Any] = {"num_classes": CLASSES, "pretrained": False, "adapter": LoRA(rank=2), "every": 2}
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        return ExitClassifier(**(options | FAMILIES[family] | changes))
 
 
 def loader(batches: int = 3) -> DataLoader:

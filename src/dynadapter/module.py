@@ -1,18 +1,24 @@
 """The LightningModule: a frozen trunk, adapters and exits, trained with one joint loss."""
 
-from collections.abc import Mapping
+import math
+import textwrap
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
-from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
+from torchmetrics import MeanMetric
+from torchmetrics.classification import MulticlassCalibrationError
 
-from dynadapter.adapters import AdapterSpec, LoRA, adapter_layers, inject
+from dynadapter.adapters import AdapterSpec, adapter_layers, inject
 from dynadapter.heads import Balanced, Heads
 from dynadapter.losses import exit_losses, joint_loss
 from dynadapter.net import ExitNet
@@ -27,19 +33,29 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Mixing(Spec):
-    """Mixup and CutMix, done by timm on whole batches (of even size).
+    """Mixup and CutMix, done by timm on whole batches.
 
     Args:
         mixup: Beta parameter of mixup; 0 switches it off.
         cutmix: Beta parameter of CutMix; 0 switches it off.
-        prob: Share of the batches that are mixed.
-        switch: Share of CutMix among those where both are on.
+        prob: Share of the batches that are mixed, in [0, 1].
+        switch: Share of CutMix among those where both are on, in [0, 1].
     """
 
     mixup: float = 0.8
     cutmix: float = 1.0
     prob: float = 1.0
     switch: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not (self.mixup >= 0 and self.cutmix >= 0 and self.mixup + self.cutmix > 0):
+            raise ValueError(
+                f"mixup={self.mixup} and cutmix={self.cutmix} must be at least 0 and one of them above; "
+                "for images as they are leave mixing out"
+            )
+        for name, share in (("prob", self.prob), ("switch", self.switch)):
+            if not 0 <= share <= 1:
+                raise ValueError(f"{name}={share} must be in [0, 1]")
 
 
 class ExitClassifier(LightningModule):
@@ -49,11 +65,14 @@ class ExitClassifier(LightningModule):
     :class:`~dynadapter.callbacks.ExitWeights` schedules those weights, without it they are equal. A checkpoint holds
     what is trained (adapters, early heads, the trunk's own head) and the name and hash of the trunk that it belongs to.
 
+    The random numbers of a training step (dropout, mixing) follow from the global seed and the step's number alone, so
+    that a training resumed with the same seed goes on as if it had never stopped.
+
     Args:
-        num_classes: Classes of the task.
+        num_classes: Classes of the task, at least 2.
         trunk: Name of a timm model with its weights' tag, e.g. ``vit_base_patch16_224.orig_in21k``.
         pretrained: Fetch the weights that belong to the name (needs a network the first time).
-        weights: A local file with the trunk's weights instead: ``.safetensors``, ``.pth``, ``.pt``, ``.bin`` or ``.npz``.
+        weights: A local file with the trunk's weights instead: ``.safetensors``, ``.pth``, ``.pt``, ``.bin``, ``.npz``.
         image_size: Pixels of the square input, for trunks with position embeddings; None leaves the trunk's own.
         trunk_args: Further arguments of timm's ``create_model``, e.g. ``{patch_size: 4, depth: 6}``.
         trunk_seed: Seed of the trunk's weights where neither ``pretrained`` nor ``weights`` is given.
@@ -61,12 +80,20 @@ class ExitClassifier(LightningModule):
         heads: Kind of the early heads.
         every: An exit after every so many blocks; the trunk's end is always the last exit.
         exits: An explicit list of block counts instead of the interval; an empty list is the static network.
-        optimizer: Takes the trainable parameters.
+        optimizer: Takes the trainable parameters. It is not saved: give it again to go on training from a checkpoint.
         lr_schedule: Factor on the optimiser's learning rate over the progress of training, step by step.
-        label_smoothing: Probability spread over all classes, from 0 to 1.
+        label_smoothing: Probability spread over all classes, in [0, 1).
         mixing: Mixup and CutMix; None leaves images as they are.
         class_names: Names of the classes, in the order of their indices; saved with the model.
-        full_checkpoint: Save the frozen trunk as well.
+        full_checkpoint: Save the frozen trunk as well; such a checkpoint loads without the trunk's weights at hand.
+
+    Attributes:
+        net: The network.
+        policy: Who leaves where in ``predict_step``; nobody leaves early until it is set, as ``EarlyExit`` does.
+        class_names: Names of the classes; a checkpoint's own after loading one.
+        preprocessing: How the data module of the training made tensors of images; empty where none was given.
+        data_config: The data module of the training as a config file names it; None where none was given.
+        trunk_hash: Hash of the frozen trunk.
     """
 
     def __init__(
@@ -78,8 +105,8 @@ class ExitClassifier(LightningModule):
         image_size: int | None = None,
         trunk_args: dict[str, Any] | None = None,
         trunk_seed: int = 0,
-        adapter: AdapterSpec | None = LoRA(),
-        heads: Heads = Balanced(),  # noqa: B008  (immutable)
+        adapter: AdapterSpec | None = None,
+        heads: Heads = Balanced(),  # noqa: B008
         every: int = 3,
         exits: list[int] | None = None,
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-3, weight_decay=1e-4),
@@ -91,6 +118,8 @@ class ExitClassifier(LightningModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters(ignore="optimizer")
+        if num_classes < 2:
+            raise ValueError(f"num_classes={num_classes} leaves nothing to tell apart; give at least 2 classes")
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"label_smoothing={label_smoothing} must be at least 0 and below 1")
         if class_names is not None and len(class_names) != num_classes:
@@ -109,21 +138,20 @@ class ExitClassifier(LightningModule):
         if adapter is not None:
             inject(model, adapter)
         self.net = ExitNet(model, heads, every, exits)
-        self.class_names = class_names or [str(i) for i in range(num_classes)]
+        self.class_names = list(class_names or _numbered(num_classes))
         self.preprocessing: dict[str, Any] = {}
-        self.policy: Policy = Never()  # for predict_step; EarlyExit sets it
+        self.data_config: dict[str, Any] | None = None
+        self.policy: Policy = Never()
         self.optimizer_callable = optimizer
         self.lr_schedule = lr_schedule
         self.label_smoothing = label_smoothing
-        self.full_checkpoint = full_checkpoint
         self.mixing = mixing and _mixer(mixing, num_classes, label_smoothing)
+        self.full_checkpoint = full_checkpoint
+        self.seed = 0  # of the random numbers in training; set when it starts
         for split in ("val", "test"):
-            for kind, metric in (("acc", MulticlassAccuracy), ("ece", MulticlassCalibrationError)):
-                options = {"average": "micro"} if kind == "acc" else {}
-                each = nn.ModuleList(metric(num_classes, **options) for _ in range(self.net.num_exits))
-                self.add_module(f"{split}_{kind}", each)
-        self.register_state_dict_post_hook(_drop_frozen)
-        self.register_load_state_dict_post_hook(_allow_frozen)
+            for kind, metric in (("acc", MeanMetric), ("ece", partial(_calibration_error, num_classes))):
+                self.add_module(f"{split}_{kind}", nn.ModuleList(metric() for _ in range(self.net.num_exits)))
+        trainable_only(self)
 
     def forward(self, images: Tensor) -> Tensor:
         """Maps images (batch, channels, height, width) to the logits of every exit (exits, batch, classes)."""
@@ -131,22 +159,64 @@ class ExitClassifier(LightningModule):
 
     # ---- training
 
+    def on_fit_start(self) -> None:
+        """Remembers the global seed, from which all steps' random numbers follow, the data, and its preprocessing."""
+        self.seed = torch.initial_seed()
+        data = getattr(self.trainer, "datamodule", None)
+        self.preprocessing = dict(getattr(data, "preprocessing", self.preprocessing))
+        if data is not None:
+            self.data_config = {
+                "class_path": f"{type(data).__module__}.{type(data).__qualname__}",
+                "init_args": {name: value for name, value in data.hparams.items() if not name.startswith("_")},
+            }
+
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Gives the joint loss of all exits on a batch of images and class indices."""
+        """Gives the joint loss of all exits on a batch of images and class indices.
+
+        Raises:
+            ValueError: If the loss is not finite.
+        """
         images, targets = batch
         smoothing = self.label_smoothing
-        if self.mixing is not None:
-            images, targets, smoothing = *self.mixing(images, targets), 0.0  # timm smooths while it mixes
-        loss = joint_loss(self.net(images), targets, self.net.exit_weights, smoothing)
+        with _drawn_from(self._step_seed(), images.device):
+            if self.mixing is not None:
+                images, targets = _mix(self.mixing, images, targets)
+                smoothing = 0.0  # timm smooths while it mixes
+            loss = joint_loss(self.net(images), targets, self.net.exit_weights, smoothing)
+        self._require_finite(loss, batch_idx)
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
+    def _step_seed(self) -> int:
+        """Gives the seed of this step in this process, another one for each."""
+        draw = self.trainer.fit_loop.total_batch_idx * self.trainer.world_size + self.global_rank
+        return (self.seed + 1_000_003 * (draw + 1)) % 2**63
+
+    def _require_finite(self, loss: Tensor, batch_idx: int) -> None:
+        # To look at a number on an accelerator is to wait for it, so there not every step is looked at: what is not
+        # finite stays in the weights and shows later, and the last batch comes before validation and checkpoint.
+        due = loss.device.type == "cpu" or batch_idx % 50 == 0 or self.trainer.is_last_batch
+        if due and not loss.isfinite():
+            raise ValueError(
+                f"the training loss is {loss.item()} at step {self.global_step} (epoch {self.current_epoch}); lower "
+                "the learning rate, clip gradients, train in bf16 or 32 bits, or look for images with broken values"
+            )
+
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """Hands the trainable parameters to the optimiser and schedules its learning rate over the planned steps."""
+        """Hands the trainable parameters to the optimiser and schedules its learning rate over the planned steps.
+
+        Raises:
+            ValueError: If the learning rate follows the progress of a training that has no known end.
+        """
         optimizer = self.optimizer_callable([p for p in self.parameters() if p.requires_grad])
         steps = self.trainer.estimated_stepping_batches
-        if steps == float("inf"):
-            raise ValueError("training without end has no progress to schedule; set trainer.max_epochs or max_steps")
+        if not 0 < steps < math.inf:  # Lightning says -1 for a loader without a length
+            if self.lr_schedule.varies:
+                raise ValueError(
+                    "lr_schedule follows the progress of training, and this training has no known end; set max_steps "
+                    "(or max_epochs, with a data loader that has a length), or choose a Constant schedule"
+                )
+            steps = 1
         last = max(1, int(steps) - 1)
         factor = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.lr_schedule(min(1.0, step / last)))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": factor, "interval": "step", "name": "lr"}}
@@ -159,12 +229,14 @@ class ExitClassifier(LightningModule):
         losses = exit_losses(logits, targets)
         on_epoch: dict[str, Any] = {"on_step": False, "on_epoch": True, "batch_size": len(targets)}
         for k, (exit_logits, loss) in enumerate(zip(logits.float(), losses, strict=True)):
-            for kind in ("acc", "ece"):
-                metric = getattr(self, f"{split}_{kind}")[k]
-                metric.update(exit_logits.softmax(-1), targets)
-                self.log(f"{split}/{kind}_exit{k + 1}", metric, **on_epoch)
+            accuracy, calibration = getattr(self, f"{split}_acc")[k], getattr(self, f"{split}_ece")[k]
+            finite = exit_logits.isfinite().all(-1)  # what is not finite is a wrong answer and has no confidence
+            accuracy.update((exit_logits.argmax(-1) == targets) & finite)
+            calibration.update(exit_logits[finite].softmax(-1), targets[finite])
+            self.log(f"{split}/acc_exit{k + 1}", accuracy, **on_epoch)
+            self.log(f"{split}/ece_exit{k + 1}", calibration, **on_epoch)
             self.log(f"{split}/loss_exit{k + 1}", loss, sync_dist=True, **on_epoch)
-        self.log(f"{split}/acc", getattr(self, f"{split}_acc")[-1], prog_bar=True, **on_epoch)
+        self.log(f"{split}/acc", accuracy, prog_bar=True, **on_epoch)
         return {"logits": logits, "targets": targets}
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Tensor]:
@@ -176,7 +248,7 @@ class ExitClassifier(LightningModule):
         return self._evaluate("test", batch)
 
     def predict_step(self, batch: tuple[Tensor, list[str]], batch_idx: int) -> dict[str, Any]:
-        """Routes a batch of images and file names by ``self.policy``; gives file, class, confidence and exit of each."""
+        """Routes images with their file names by ``self.policy``; gives file, class, confidence and exit of each."""
         images, files = batch
         routed = self.net.early(images, self.policy)
         classes = routed.logits.argmax(-1)
@@ -189,19 +261,19 @@ class ExitClassifier(LightningModule):
 
     # ---- what a checkpoint holds
 
-    def setup(self, stage: str) -> None:
-        """Remembers the data's preprocessing, so that it travels with the model."""
-        self.preprocessing = dict(getattr(self.trainer.datamodule, "preprocessing", None) or self.preprocessing)
-
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the trunk's name and hash, the class names and the preprocessing."""
         checkpoint["dynadapter"] = {
             "format": FORMAT,
             "trunk": self.trunk_name,
             "trunk_hash": self.trunk_hash,
+            "full": self.full_checkpoint,
             "class_names": self.class_names,
             "preprocessing": self.preprocessing,
+            "data": self.data_config,
         }
+        if self.full_checkpoint:  # then nothing has to be fetched to build the model again
+            checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY] |= {"pretrained": False, "weights": None}
 
     def on_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
         """Refuses a checkpoint of another trunk or of other classes.
@@ -211,35 +283,77 @@ class ExitClassifier(LightningModule):
         """
         saved = checkpoint.get("dynadapter")
         if saved is None:
-            raise ValueError("this checkpoint was not written by dynadapter: it names no trunk; load its weights by hand")
+            raise ValueError(
+                "this checkpoint was not written by dynadapter: it names no trunk; load its weights by hand"
+            )
         if saved["format"] > FORMAT:
             raise ValueError(
                 f"this checkpoint has format {saved['format']}, this dynadapter reads up to {FORMAT}; update dynadapter"
             )
-        if saved["trunk_hash"] != self.trunk_hash:
+        self._check_classes(saved["class_names"])
+        if saved["trunk_hash"] != self.trunk_hash and not saved["full"]:
             raise ValueError(
                 f"the checkpoint was trained on trunk {saved['trunk']!r} with weights {saved['trunk_hash'][:12]}, this "
                 f"model has {self.trunk_name!r} with {self.trunk_hash[:12]}; give the trunk, weights and trunk_args of "
                 "the training"
             )
-        named = self.class_names != [str(i) for i in range(len(self.class_names))]
-        if len(saved["class_names"]) != len(self.class_names) or (named and saved["class_names"] != self.class_names):
-            raise ValueError(
-                f"the checkpoint knows the classes {_short(saved['class_names'])}, the data has "
-                f"{_short(self.class_names)}; test on data with the classes of the training"
-            )
+        self.trunk_hash = saved["trunk_hash"]
         self.class_names = list(saved["class_names"])
         self.preprocessing = dict(saved["preprocessing"])
+        self.data_config = self.data_config or saved["data"]
+
+    def _check_classes(self, names: list[str]) -> None:
+        advice = "use data with the classes of the training, in its order"
+        if len(names) != len(self.class_names):
+            raise ValueError(f"the checkpoint knows {len(names)} classes, this model {len(self.class_names)}; {advice}")
+        if self.class_names == _numbered(len(names)):  # this model was told no names
+            return
+        for k, (theirs, ours) in enumerate(zip(names, self.class_names, strict=True)):
+            if theirs != ours:
+                raise ValueError(f"class {k} is {theirs!r} in the checkpoint and {ours!r} in this model; {advice}")
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Loads trained tensors, and those of the trunk where they are there.
+
+        Raises:
+            ValueError: In one line, if a trained tensor is missing, unknown or of another shape.
+        """
+        try:
+            return super().load_state_dict(state_dict, strict, assign)
+        except RuntimeError as error:
+            faults = [textwrap.shorten(line, 200, placeholder=" ...") for line in str(error).splitlines()[1:4]]
+            raise ValueError(
+                f"the checkpoint does not fit this model: {' '.join(faults)} Give the adapter, heads and exits of the "
+                "training"
+            ) from error
 
     def merge(self, tolerance: float = 1e-5) -> "ExitClassifier":
-        """Folds the adapters into the trunk; from then on a checkpoint holds the whole model."""
+        """Folds the adapters into the trunk; from then on a checkpoint holds the whole model.
+
+        Raises:
+            ValueError: If a kind cannot be merged, or the merged layer strays past the relative ``tolerance``.
+        """
         self.net.merge(tolerance)
-        self.full_checkpoint = True
+        self.trunk_hash = fingerprint(self.net.trunk)
+        self.hparams["adapter"] = None
+        self.full_checkpoint = self.hparams["full_checkpoint"] = True
         return self
 
 
+def trainable_only(module: nn.Module) -> None:
+    """Lets a module's state dict hold what is trained: not the frozen tensors of the :class:`ExitNet` in it.
+
+    Loading allows those to be missing and nothing else. A module with a true ``full_checkpoint`` saves everything.
+    """
+    module.register_state_dict_post_hook(_drop_frozen)
+    module.register_load_state_dict_post_hook(_allow_frozen)
+
+
 def frozen_keys(module: nn.Module) -> set[str]:
-    """Names the state-dict keys of the frozen trunks in a module: all but adapters, the trunk's own head, and what is trained."""
+    """Names the state-dict keys of a module that belong to a frozen trunk.
+
+    Those are all of the trunk but the adapters, its own head, and what else is trained.
+    """
     keys = set()
     for path, net in module.named_modules():
         if isinstance(net, ExitNet):
@@ -264,6 +378,14 @@ def _allow_frozen(module: nn.Module, keys: _IncompatibleKeys) -> None:
     keys.missing_keys[:] = [key for key in keys.missing_keys if not key.endswith(frozen)]
 
 
+def _numbered(classes: int) -> list[str]:
+    return [str(k) for k in range(classes)]
+
+
+def _calibration_error(num_classes: int) -> MulticlassCalibrationError:
+    return MulticlassCalibrationError(num_classes, n_bins=15, norm="l1", validate_args=False)
+
+
 def _mixer(spec: Mixing, num_classes: int, label_smoothing: float) -> Any:
     from timm.data import Mixup
 
@@ -277,5 +399,26 @@ def _mixer(spec: Mixing, num_classes: int, label_smoothing: float) -> Any:
     )
 
 
-def _short(names: list[str], most: int = 6) -> str:
-    return f"[{', '.join(names[:most])}{', ...' if len(names) > most else ''}] ({len(names)})"
+def _mix(mixer: Any, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Mixes images (batch, channels, height, width); their classes (batch,) become probabilities (batch, classes)."""
+    batch = len(images)
+    # timm mixes in place, and pairs the images off: in an odd batch the last one comes twice.
+    rows = [*range(batch), *[batch - 1] * (batch % 2)]
+    images, targets = mixer(images[rows], targets[rows])
+    return images[:batch], targets[:batch]
+
+
+@contextmanager
+def _drawn_from(seed: int, device: torch.device) -> Iterator[None]:
+    """Inside, random numbers follow from the seed alone; outside they go on as if none had been drawn."""
+    numpy_state = np.random.get_state()  # noqa: NPY002  (timm's mixing draws from numpy's global numbers)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        # torch.manual_seed would seed every accelerator there is
+        torch.default_generator.manual_seed(seed)
+        if device.type == "cuda":
+            torch.cuda.manual_seed(seed)
+        np.random.seed(seed % 2**32)  # noqa: NPY002
+        try:
+            yield
+        finally:
+            np.random.set_state(numpy_state)  # noqa: NPY002

@@ -1,13 +1,13 @@
 """Policies at evaluation time: who leaves where, and how accurate that is."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
-from torchmetrics.classification import MulticlassAccuracy
 
 from dynadapter.callbacks._common import exit_net
 from dynadapter.metrics import ExitUse
@@ -18,11 +18,11 @@ from dynadapter.policies import Confidence, Policy, route
 class PolicyResult:
     """What a policy gave on a whole split.
 
-    Attributes:
+    Args:
         name: The policy's short name.
         accuracy: Share of the samples that were classified right, in [0, 1].
         shares: Share of the samples that left at each exit (exits,), adding up to 1.
-        nonfinite: Samples whose logits were not finite; such a sample never leaves early.
+        nonfinite: Samples whose logits were not finite; they never leave early and count as wrong.
     """
 
     name: str
@@ -31,18 +31,37 @@ class PolicyResult:
     nonfinite: int
 
 
-class _Tally:
-    """Accuracy, exit use and non-finite logits of one policy while a split runs."""
+class PolicyUse(ExitUse):
+    """Counts at which exit samples left under a policy, how many of them were right, and non-finite logits.
 
-    def __init__(self, exits: int, classes: int, device: torch.device) -> None:
-        self.accuracy = MulticlassAccuracy(classes, average="micro").to(device)
-        self.use = ExitUse(exits).to(device)
-        self.nonfinite = torch.zeros((), dtype=torch.int64, device=device)
+    Args:
+        exits: Number of all exits, the last included.
+    """
 
-    def add(self, logits: Tensor, exits: Tensor, targets: Tensor) -> None:
-        self.accuracy.update(logits.argmax(-1), targets)  # of indices: a non-finite row is a wrong answer, not a crash
-        self.use.update(exits)
-        self.nonfinite += (~logits.isfinite().all(-1)).sum()
+    right: Tensor
+    nonfinite: Tensor
+
+    def __init__(self, exits: int) -> None:
+        super().__init__(exits)
+        self.add_state("right", torch.tensor(0), dist_reduce_fx="sum")
+        self.add_state("nonfinite", torch.tensor(0), dist_reduce_fx="sum")
+
+    def update(self, exits: Tensor, logits: Tensor, targets: Tensor) -> None:  # type: ignore[override]
+        """Counts a batch.
+
+        Args:
+            exits: Zero-based exits (batch,).
+            logits: Logits at those exits (batch, classes).
+            targets: Classes (batch,).
+        """
+        super().update(exits)
+        finite = logits.isfinite().all(-1)
+        self.right += ((logits.argmax(-1) == targets) & finite).sum()
+        self.nonfinite += (~finite).sum()
+
+    def compute(self) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
+        """Gives the shares (exits,), the accuracy, and the number of samples with non-finite logits."""
+        return super().compute(), self.right / self.counts.sum().clamp(min=1), self.nonfinite
 
 
 class EarlyExit(Callback):
@@ -52,14 +71,15 @@ class EarlyExit(Callback):
     from the logits of all exits, which the step returns anyway. Predictions follow the first policy.
     Each policy logs ``<split>/<policy>/acc`` and ``<split>/<policy>/share_exit<k>``.
 
-    A step of the LightningModule takes part by returning a mapping with ``logits`` (exits, batch, classes) and
-    ``targets`` (batch,); its test batches are ``(images, targets)``.
+    Works in any LightningModule that holds one :class:`~dynadapter.net.ExitNet`, if its validation step returns a
+    mapping with ``logits`` (exits, batch, classes) and ``targets`` (batch,), its test step one with ``targets``, and
+    its test batches start with the images. Its prediction step finds the policy as ``self.policy``.
 
     Args:
-        policies: The policies to apply, each with thresholds of its own.
+        policies: The policies to apply, each with thresholds of its own; null is ``Confidence(0.9)``.
 
-    Attributes:
-        results: What each policy gave on the last split.
+    Raises:
+        ValueError: If a policy is given twice; or, before anything runs, if thresholds do not fit the exits.
     """
 
     def __init__(self, policies: Sequence[Policy] | None = None) -> None:
@@ -67,8 +87,16 @@ class EarlyExit(Callback):
         names = [policy.name for policy in self.policies]
         if len(set(names)) < len(names):
             raise ValueError(f"each policy may be given once; got {', '.join(names)}")
-        self.results: list[PolicyResult] = []
-        self._tallies: dict[str, _Tally] = {}
+        self._uses: dict[str, PolicyUse] = {}
+
+    @property
+    def results(self) -> list[PolicyResult]:
+        """What each policy gave on the last split; empty where none has run."""
+        results = []
+        for name, use in self._uses.items():
+            shares, accuracy, nonfinite = use.compute()
+            results.append(PolicyResult(name, float(accuracy), shares.cpu(), int(nonfinite)))
+        return results
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Checks the thresholds before anything runs, and sets the policy of predictions."""
@@ -77,49 +105,70 @@ class EarlyExit(Callback):
             policy.check(net.num_exits)
         if stage == "predict" and self.policies:
             pl_module.policy = self.policies[0]  # type: ignore[assignment]
+        self._uses = {}
 
-    def _start(self, pl_module: LightningModule) -> None:
-        net = exit_net(pl_module, self)
-        self._tallies = {p.name: _Tally(net.num_exits, net.num_classes, pl_module.device) for p in self.policies}
+    # ---- validation: read off the logits of all exits
 
-    on_validation_epoch_start = on_test_epoch_start = lambda self, trainer, pl_module: self._start(pl_module)
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Starts to count."""
+        self._start(pl_module)
 
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
     ) -> None:
         """Reads off the stacked logits where each policy lets the samples leave."""
-        logits, targets = outputs["logits"], outputs["targets"]
+        logits, targets = self._output(outputs, "logits", "validation"), self._output(outputs, "targets", "validation")
+        rows = torch.arange(len(targets), device=targets.device)
         for policy in self.policies:
             exits = route(policy, logits)
-            self._tallies[policy.name].add(logits[exits, torch.arange(len(targets))], exits, targets)
+            self._uses[policy.name].update(exits, logits[exits, rows], targets)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Logs what each policy gave."""
+        self._log(pl_module, "val")
+
+    # ---- test: route
+
+    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Starts to count."""
+        self._start(pl_module)
 
     def on_test_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
     ) -> None:
         """Routes the batch once a policy."""
-        images, targets = batch[0], outputs["targets"]
-        net = exit_net(pl_module, self)
+        targets, net = self._output(outputs, "targets", "test"), exit_net(pl_module, self)
         for policy in self.policies:
             with trainer.precision_plugin.forward_context():
-                routed = net.early(images, policy)
-            self._tallies[policy.name].add(routed.logits, routed.exits, targets)
-
-    def _finish(self, trainer: Trainer, pl_module: LightningModule, split: str) -> None:
-        self.results = []
-        for name, tally in self._tallies.items():
-            nonfinite = trainer.strategy.reduce(tally.nonfinite, reduce_op="sum")
-            result = PolicyResult(name, float(tally.accuracy.compute()), tally.use.compute().cpu(), int(nonfinite))
-            self.results.append(result)
-            values = {f"{split}/{name}/acc": result.accuracy}
-            for k, share in enumerate(result.shares.tolist(), start=1):
-                values[f"{split}/{name}/share_exit{k}"] = share
-            # Every rank holds the same reduced values already.
-            pl_module.log_dict(values, on_step=False, on_epoch=True, rank_zero_only=True)
-
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Logs what each policy gave."""
-        self._finish(trainer, pl_module, "val")
+                routed = net.early(batch[0], policy)
+            self._uses[policy.name].update(routed.exits, routed.logits, targets)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Logs what each policy gave."""
-        self._finish(trainer, pl_module, "test")
+        self._log(pl_module, "test")
+
+    # ----
+
+    def _start(self, pl_module: LightningModule) -> None:
+        exits = exit_net(pl_module, self).num_exits
+        self._uses = {policy.name: PolicyUse(exits).to(pl_module.device) for policy in self.policies}
+
+    def _output(self, outputs: Any, key: str, step: str) -> Tensor:
+        if not isinstance(outputs, Mapping) or key not in outputs:
+            given = (
+                f"one with {', '.join(map(str, outputs))}" if isinstance(outputs, Mapping) else type(outputs).__name__
+            )
+            raise ValueError(f"EarlyExit needs {step}_step to return a mapping with {key!r}, not {given}")
+        return outputs[key]
+
+    def _log(self, pl_module: LightningModule, split: str) -> None:
+        for result in self.results:
+            values = {f"{split}/{result.name}/acc": result.accuracy}
+            for k, share in enumerate(result.shares.tolist(), start=1):
+                values[f"{split}/{result.name}/share_exit{k}"] = share
+            pl_module.log_dict(values, sync_dist=True)
+            if result.nonfinite:
+                rank_zero_warn(
+                    f"{split}, {result.name}: {result.nonfinite} sample(s) have logits that are not finite; they count "
+                    "as wrong and cannot leave early"
+                )

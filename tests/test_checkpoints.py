@@ -1,0 +1,375 @@
+"""Checkpoints of ExitClassifier: small, strict, resumable, and refused where they do not belong."""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from conftest import CLASSES, SWIN, VIT
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.loggers import CSVLogger
+from tiny import FAMILIES, SaveFirstEpoch, loader, make_classifier, trainer
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
+
+from dynadapter.adapters import Adapter, LoRA, RepAdapter, adapter_layers
+from dynadapter.callbacks import BidirectionalSparsity, ExitWeights
+from dynadapter.data import Digits
+from dynadapter.data.transforms import Preprocess
+from dynadapter.heads import LinearHeads
+from dynadapter.module import ExitClassifier, Mixing, trainable_only
+from dynadapter.net import ExitNet
+from dynadapter.schedules import Constant, Linear, Warmup
+
+pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
+
+
+def fitted(module: ExitClassifier, path: Path) -> Path:
+    fitting = trainer(max_steps=2)
+    fitting.fit(module, loader(2))
+    fitting.save_checkpoint(path)
+    return path
+
+
+def read(path: Path) -> dict[str, Any]:
+    return torch.load(path, weights_only=True)
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def logits(module: ExitClassifier) -> Tensor:
+    with torch.no_grad():
+        return module.eval().net(next(iter(loader(3)))[0])
+
+
+# ---- what is in it
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_checkpoint_holds_what_is_trained(family: str, tmp_path: Path) -> None:
+    module = make_classifier(family)
+    held = read(fitted(module, tmp_path / "a.ckpt"))["state_dict"]
+    trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    assert same(held, trained)
+    assert not any(name.startswith(("val_", "test_")) for name in held)
+
+
+def test_what_is_trained_beside_adapters_and_heads_is_held_too(tmp_path: Path) -> None:
+    module = make_classifier()
+    module.net.trunk.norm.requires_grad_(True)
+    path = fitted(module, tmp_path / "a.ckpt")
+    assert "net.trunk.norm.weight" in read(path)["state_dict"]
+    again = ExitClassifier.load_from_checkpoint(path)
+    assert torch.equal(again.net.trunk.norm.weight, module.net.trunk.norm.weight)
+
+
+@pytest.mark.parametrize(
+    "adapter", [LoRA(rank=3, split="qv"), Adapter(), RepAdapter(), None], ids=lambda a: type(a).__name__
+)
+def test_load_from_checkpoint(adapter: Any, tmp_path: Path) -> None:
+    settings = {
+        "heads": LinearHeads(),
+        "exits": [1, 4],
+        "lr_schedule": Warmup(0.5, 0.1, Linear(1.0, 0.0)),
+        "label_smoothing": 0.1,
+        "mixing": Mixing(),
+        "adapter": adapter,
+    }
+    module = make_classifier(**settings)
+    path = fitted(module, tmp_path / "a.ckpt")
+    again = ExitClassifier.load_from_checkpoint(path)
+    assert dict(again.hparams) == dict(module.hparams)
+    assert again.net.exits == (1, 4, 6)
+    assert torch.equal(logits(again), logits(module))
+    assert same(again.state_dict(), module.state_dict())
+
+
+@pytest.mark.parametrize(("classes", "weights", "resumable"), [(10, 0.46e6, 1.4e6), (100, 0.65e6, 1.9e6)])
+def test_size_for_lora_on_vit_tiny(classes: int, weights: float, resumable: float, tmp_path: Path) -> None:
+    module = ExitClassifier(classes, "vit_tiny_patch16_224", pretrained=False, adapter=LoRA())
+    images = TensorDataset(torch.randn(2, 3, 224, 224), torch.tensor([0, 1]))
+    fitting = trainer(max_steps=1)
+    fitting.fit(module, DataLoader(images, batch_size=2))
+    for name, most, alone in (("weights", weights, True), ("resumable", resumable, False)):  # AdamW: twice the weights
+        fitting.save_checkpoint(tmp_path / name, weights_only=alone)
+        assert (tmp_path / name).stat().st_size < most
+
+
+# ---- what travels with it
+
+
+def test_names_and_preprocessing_travel(tmp_path: Path) -> None:
+    data = Digits(image_size=32, batch_size=8, normalization="half", interpolation="bilinear")
+    module = make_classifier(num_classes=10, class_names=[f"digit {k}" for k in range(10)])
+    fitting = trainer(max_steps=1, limit_val_batches=1)
+    fitting.fit(module, datamodule=data)
+    fitting.save_checkpoint(tmp_path / "a.ckpt")
+    again = ExitClassifier.load_from_checkpoint(tmp_path / "a.ckpt")
+    assert again.class_names == [f"digit {k}" for k in range(10)]
+    assert again.preprocessing == data.preprocessing
+    assert again.preprocessing == {
+        "image_size": 32,
+        "normalization": "half",
+        "interpolation": "bilinear",
+        "resize": "stretch",
+    }
+    assert Preprocess(**again.preprocessing) == data.preprocess
+    assert again.data_config == module.data_config
+    assert again.data_config["init_args"]["normalization"] == "half"
+    unnamed = make_classifier(num_classes=10)  # was told no names, so those of the checkpoint are its own now
+    trainer().validate(unnamed, datamodule=data, ckpt_path=tmp_path / "a.ckpt", verbose=False, weights_only=True)
+    assert unnamed.class_names == again.class_names
+    assert unnamed.preprocessing == again.preprocessing
+    other = Digits(image_size=32, batch_size=8, normalization="imagenet")
+    trainer(max_steps=1, limit_val_batches=1).fit(again, datamodule=other)
+    assert again.preprocessing["normalization"] == "imagenet"  # of the last training
+
+
+def test_settings_are_logged(tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path, name="", version="a")
+    trainer(logger=logger, max_steps=1).fit(make_classifier(mixing=Mixing()), loader(1))
+    written = (tmp_path / "a" / "hparams.yaml").read_text()
+    assert "vit_tiny_patch16_224" in written
+    assert "rank" in written
+
+
+# ---- resume
+
+
+class SeenEverywhere(Callback):
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        self.steps.append(trainer.global_step)
+
+
+@pytest.mark.parametrize(("accumulate", "mixing"), [(1, None), (2, Mixing())])
+def test_resume_equals_training_straight_through(accumulate: int, mixing: Mixing | None, tmp_path: Path) -> None:
+    def train(*more: Callback, **where: Any) -> tuple[ExitClassifier, Any]:
+        torch.manual_seed(3)
+        torch.rand(len(where))  # the two have not drawn the same so far
+        module = make_classifier(mixing=mixing)
+        sparsity = BidirectionalSparsity(Linear(0.5, 0.2), Constant(0.1), keep=Linear(0.3, 0.9))
+        fitting = trainer(ExitWeights(), sparsity, *more, max_epochs=3, accumulate_grad_batches=accumulate)
+        fitting.fit(module, loader(3), loader(1), **where)
+        return module, fitting.optimizers[0].state_dict()
+
+    straight, one = train(SaveFirstEpoch(tmp_path / "0.ckpt"))
+    resumed, other = train(seen := SeenEverywhere(), ckpt_path=tmp_path / "0.ckpt", weights_only=True)
+    per_epoch = 3 if accumulate == 1 else 2
+    assert min(seen.steps) >= per_epoch
+    assert max(seen.steps) == 3 * per_epoch
+    assert same(straight.state_dict(), resumed.state_dict())
+    assert one["param_groups"] == other["param_groups"]
+    assert all(same(one["state"][k], other["state"][k]) for k in one["state"])
+
+
+def test_dropout_matters_in_that_comparison() -> None:
+    def train(seed: int) -> dict[str, Tensor]:
+        torch.manual_seed(seed)
+        module = make_classifier()
+        trainer(BidirectionalSparsity(Constant(0.5), keep=Constant(1.0)), max_epochs=1).fit(module, loader(3))
+        return module.state_dict()
+
+    assert same(train(0), train(0))
+    assert not same(train(0), train(1))
+
+
+# ---- averaging, copies, other modules
+
+
+def test_weight_averaging(tmp_path: Path) -> None:
+    class ByHand(Callback):
+        """The average of the trained tensors, and of them alone."""
+
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+            now = {name: p.detach().clone() for name, p in pl_module.named_parameters() if p.requires_grad}
+            old = getattr(self, "average", now)
+            self.average = {name: 0.9 * old[name] + 0.1 * now[name] for name in now}
+
+    def train(*more: Callback, **where: Any) -> tuple[ExitClassifier, Any]:
+        torch.manual_seed(0)
+        module = make_classifier(lr_schedule=Constant(1.0))
+        fitting = trainer(EMAWeightAveraging(decay=0.9, use_buffers=False), *more, max_epochs=2)
+        fitting.fit(module, loader(3), loader(1), **where)
+        return module, fitting
+
+    by_hand = ByHand()
+    straight, _ = train(by_hand, SaveFirstEpoch(tmp_path / "0.ckpt"))
+    held = read(tmp_path / "0.ckpt")
+    trained = {name for name, p in straight.named_parameters() if p.requires_grad}
+    assert set(held["state_dict"]) == set(held["current_model_state"]) == trained
+    after = straight.state_dict()
+    assert all(torch.allclose(after[name], by_hand.average[name], atol=1e-6) for name in trained)
+    resumed, _ = train(ckpt_path=tmp_path / "0.ckpt", weights_only=True)
+    assert all(torch.allclose(after[name], resumed.state_dict()[name], atol=1e-6) for name in trained)
+    # Averaging runs over the frozen trunk too: decay * p + (1 - decay) * p is p up to rounding.
+    fresh = dict(make_classifier().named_parameters())
+    for name, p in straight.named_parameters():
+        if name not in trained:
+            assert torch.allclose(p, fresh[name], rtol=1e-5, atol=1e-7), name
+
+
+def test_a_copy_is_a_model_of_its_own(tmp_path: Path) -> None:
+    module = make_classifier()
+    twin = copy.deepcopy(module)
+    fitted(twin, tmp_path / "twin.ckpt")
+    assert same(module.state_dict(), make_classifier().state_dict())
+    assert not same(twin.state_dict(), module.state_dict())
+    assert same(twin.state_dict(), read(tmp_path / "twin.ckpt")["state_dict"])
+    module.load_state_dict(twin.state_dict())
+    assert torch.equal(logits(module), logits(twin))
+
+
+def test_anybodys_module_can_hold_what_is_trained_alone() -> None:
+    class Wrapper(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = torch.nn.ModuleDict({"net": make_classifier().net})
+            self.own = torch.nn.Linear(2, 2).requires_grad_(False)  # frozen, but no trunk's
+            trainable_only(self)
+
+    module = Wrapper()
+    held = set(module.state_dict())
+    trained = {name for name, p in module.named_parameters() if p.requires_grad}
+    assert held == trained | {"own.weight", "own.bias"}
+    other = Wrapper()
+    other.load_state_dict(module.state_dict())
+    assert same(other.state_dict(), module.state_dict())
+    assert len(module.inner.state_dict()) > len(held)  # a part of it, asked by itself, is whole
+    bare = ExitNet(make_classifier().net.trunk)
+    whole = len(bare.state_dict())
+    trainable_only(bare)
+    assert 0 < len(bare.state_dict()) < whole
+
+
+# ---- what does not fit
+
+
+def change(path: Path, edit: Callable[[dict[str, Any]], Any]) -> Path:
+    checkpoint = read(path)
+    edit(checkpoint)
+    torch.save(checkpoint, path)
+    return path
+
+
+LORA_B = "net.trunk.blocks.3.attn.qkv.lora_b"
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda c: c["state_dict"].pop(LORA_B), rf"Missing key\(s\) in state_dict: \"{LORA_B}\""),
+        (lambda c: c["state_dict"].pop("net.trunk.head.bias"), "net.trunk.head.bias"),
+        (lambda c: c["state_dict"].update(extra=torch.zeros(1)), r"Unexpected key\(s\) in state_dict: \"extra\""),
+        (lambda c: c["state_dict"].update({LORA_B: torch.zeros(1)}), f"size mismatch for {LORA_B}"),
+        (lambda c: c.pop("dynadapter"), "not written by dynadapter: it names no trunk"),
+        (lambda c: c["dynadapter"].update(format=99), "format 99, this dynadapter reads up to 1; update dynadapter"),
+    ],
+)
+@pytest.mark.parametrize("way", ["python", "trainer"])
+def test_a_checkpoint_that_was_changed(edit: Any, message: str, way: str, tmp_path: Path) -> None:
+    path = change(fitted(make_classifier(), tmp_path / "a.ckpt"), edit)
+    ways = {
+        "python": lambda: ExitClassifier.load_from_checkpoint(path),
+        "trainer": lambda: trainer().validate(make_classifier(), loader(1), ckpt_path=path, weights_only=True),
+    }
+    with pytest.raises(ValueError, match=message) as error:
+        ways[way]()
+    assert "\n" not in str(error.value)
+
+
+ABC = [f"class {k}" for k in range(CLASSES)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"trunk_seed": 1}, r"trained on trunk 'vit_tiny_patch16_224' with weights \w{12}, this model has 'vit_tiny"),
+        ({"trunk": FAMILIES["swin"]["trunk"], "trunk_args": SWIN}, "this model has 'swin_tiny"),
+        ({"trunk_args": VIT | {"depth": 3}}, "give the trunk, weights and trunk_args of the training"),
+        ({"num_classes": 9, "class_names": None}, "the checkpoint knows 5 classes, this model 9"),
+        ({"class_names": [*ABC[:4], "other"]}, "class 4 is 'class 4' in the checkpoint and 'other' in this model"),
+        ({"class_names": ABC[::-1]}, "class 0 is 'class 0' in the checkpoint and 'class 4' in this model"),
+        ({"adapter": LoRA(rank=3)}, "does not fit this model: size mismatch for net.trunk.blocks.0.attn.qkv.lora_a"),
+        ({"adapter": Adapter()}, r"Missing key\(s\).*Unexpected key\(s\).*Give the adapter, heads and exits"),
+        ({"adapter": None}, r"Unexpected key\(s\) .*lora_a"),
+        ({"every": 3}, r"Unexpected key\(s\) .*net.heads.1"),
+        ({"heads": LinearHeads()}, r"net.heads.0"),
+    ],
+)
+def test_a_checkpoint_of_another_model(changes: dict, message: str, tmp_path: Path) -> None:
+    path = fitted(make_classifier(class_names=ABC), tmp_path / "a.ckpt")
+    with pytest.raises(ValueError, match=message) as error:
+        ExitClassifier.load_from_checkpoint(path, **changes)
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 700
+
+
+# ---- the whole model
+
+
+def test_a_full_checkpoint_needs_no_trunk(tmp_path: Path) -> None:
+    weights = tmp_path / "trunk.pth"
+    bare = make_classifier(adapter=None, trunk_seed=5).net.trunk.state_dict()
+    torch.save(bare, weights)
+    module = make_classifier(weights=str(weights), full_checkpoint=True)
+    path = fitted(module, tmp_path / "a.ckpt")
+    assert set(bare) <= {k.removeprefix("net.trunk.").replace("base_layer.", "") for k in read(path)["state_dict"]}
+    weights.unlink()
+    again = ExitClassifier.load_from_checkpoint(path)
+    assert torch.equal(logits(again), logits(module))
+    assert again.trunk_hash == module.trunk_hash
+    other = make_classifier()  # another trunk, which the checkpoint brings along
+    trainer().validate(other, loader(1), ckpt_path=path, verbose=False, weights_only=True)
+    assert torch.equal(logits(other), logits(module))
+    assert other.trunk_hash == module.trunk_hash
+    small = fitted(other, tmp_path / "small.ckpt")
+    assert read(small)["dynadapter"]["trunk_hash"] == module.trunk_hash
+
+
+@pytest.mark.parametrize("adapter", [LoRA(rank=2), RepAdapter()], ids=lambda a: type(a).__name__)
+def test_a_merged_model_is_saved_and_loaded_whole(adapter: Any, tmp_path: Path) -> None:
+    module = make_classifier(adapter=adapter)
+    fitted(module, tmp_path / "a.ckpt")
+    before = logits(module)
+    assert module.merge() is module
+    assert not adapter_layers(module)
+    torch.testing.assert_close(logits(module), before, rtol=1e-4, atol=1e-5)
+    path = tmp_path / "merged.ckpt"
+    saving = trainer()
+    saving.validate(module, loader(1), verbose=False)
+    saving.save_checkpoint(path)
+    again = ExitClassifier.load_from_checkpoint(path)
+    assert torch.equal(logits(again), logits(module))
+    plain = timm.create_model("vit_tiny_patch16_224", num_classes=CLASSES, **VIT)
+    held = {k.removeprefix("net.trunk."): v for k, v in read(path)["state_dict"].items() if "trunk" in k}
+    plain.load_state_dict(held)  # timm's names, all of them
+    images = next(iter(loader(3)))[0]
+    with torch.no_grad():
+        torch.testing.assert_close(plain.eval()(images), logits(module)[-1])
+    # Its heads alone do not belong on the trunk that it came from.
+    lean = ExitClassifier.load_from_checkpoint(path, full_checkpoint=False)
+    heads = fitted(lean, tmp_path / "heads.ckpt")
+    assert len(read(heads)["state_dict"]) < len(held)
+    with pytest.raises(ValueError, match="the checkpoint was trained on trunk"):
+        ExitClassifier.load_from_checkpoint(heads)
+
+
+def test_a_kind_that_cannot_be_merged_leaves_all_as_it_was(tmp_path: Path) -> None:
+    module = make_classifier(adapter=Adapter())
+    before = module.trunk_hash
+    with pytest.raises(ValueError, match="Adapter cannot be merged"):
+        module.merge()
+    assert module.trunk_hash == before
+    assert not module.full_checkpoint
+    again = ExitClassifier.load_from_checkpoint(fitted(module, tmp_path / "a.ckpt"))
+    assert same(again.state_dict(), module.state_dict())
+    assert len(adapter_layers(again)) == 6

@@ -1,0 +1,202 @@
+"""FlopsReport: the average over the exits that really occurred, in anybody's module, and the tables."""
+
+import io
+from typing import Any
+
+import pytest
+import torch
+from conftest import CLASSES
+from lightning.pytorch import Callback, LightningDataModule
+from rich.console import Console
+from rich.table import Table
+from tiny import FAMILIES, TinyModule, loader, make_classifier, trainer
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
+
+from dynadapter.callbacks import EarlyExit, FlopsReport
+from dynadapter.cost import exit_costs
+from dynadapter.net import Routed
+from dynadapter.policies import Confidence, Never, Patience, Policy
+
+
+def data(samples: int = 11) -> DataLoader:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(samples, 3, 32, 32, generator=generator)
+    return DataLoader(TensorDataset(images, torch.randint(CLASSES, (samples,), generator=generator)), batch_size=4)
+
+
+def rows(table: Table) -> list[dict[str, str]]:
+    """The table's cells by the heading of their column."""
+    columns = {str(column.header): list(column.cells) for column in table.columns}
+    return [dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
+
+
+class Alternating(Policy):
+    """Every second sample leaves at the first exit, whatever its logits."""
+
+    name = "alternating"
+
+    def sure(self, history: Tensor) -> Tensor:
+        return torch.arange(history.shape[1]) % 2 == 0 if len(history) == 1 else torch.zeros(history.shape[1]).bool()
+
+
+SHARES = [6 / 11, 0, 5 / 11]  # of batches of 4, 4 and 3
+
+
+@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_average_is_the_costs_weighed_by_the_shares(family: str, order: int) -> None:
+    module, report = make_classifier(family), FlopsReport(show=False)
+    early = EarlyExit([Alternating(), Never(), Confidence(0.0)])
+    run = trainer(*[early, report][::order])
+    macs = exit_costs(module.net, 32).macs
+    expected = {
+        "alternating": sum(share * count for share, count in zip(SHARES, macs, strict=True)) / 1e9,
+        "never": macs[-1] / 1e9,
+        "confidence_0": macs[0] / 1e9,
+    }
+    for split, loop in (("val", run.validate), ("test", run.test)):
+        (logged,) = loop(module, data(), verbose=False)
+        assert report.costs.macs == macs
+        assert report.average_gmacs == pytest.approx(expected)
+        assert {name: logged[f"{split}/{name}/gmacs"] for name in expected} == pytest.approx(expected)
+        assert f"{split}/gmacs" not in logged
+
+
+class Foreign(TinyModule):
+    """Steps that route by themselves and return what routing gives."""
+
+    def test_step(self, batch: list[Tensor], batch_idx: int) -> Routed:
+        return self.net.early(batch[0], Alternating())
+
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> dict[str, Any]:
+        routed = self.net.early(batch[0], Alternating())
+        return {"loss": routed.logits.sum(), "exits": routed.exits.tolist()}
+
+    def predict_step(self, batch: list[Tensor], batch_idx: int) -> Routed:
+        return self.test_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("loop", ["validate", "test", "predict"])
+def test_in_a_module_that_is_not_ours_and_without_early_exit(loop: str) -> None:
+    module, report = Foreign(), FlopsReport(show=False)
+    run = trainer(report)
+    assert report.average_gmacs == {}
+    options = {} if loop == "predict" else {"verbose": False}
+    got = getattr(run, loop)(module, data(), **options)
+    macs = exit_costs(module.net).macs
+    average = sum(share * count for share, count in zip(SHARES, macs, strict=True)) / 1e9
+    assert report.average_gmacs == {"": pytest.approx(average)}
+    if loop != "predict":
+        assert got[0][f"{'val' if loop == 'validate' else 'test'}/gmacs"] == pytest.approx(average)
+    exits, routing = report.tables(run, module, loop)
+    assert [row["share"] for row in rows(exits)] == ["54.5%", "0.0%", "45.5%"]
+    assert "accuracy" not in rows(exits)[0]
+    assert rows(routing)[0]["share of samples by exit"] == "54.5% / 0.0% / 45.5%"
+
+
+class Plain(TinyModule):
+    def test_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return self.net(batch[0]).sum()
+
+
+def test_where_nothing_is_routed_there_are_the_costs_alone() -> None:
+    module, report = Plain(), FlopsReport(show=False)
+    run = trainer(report)
+    (logged,) = run.test(module, data(), verbose=False)
+    assert logged == {}
+    assert report.average_gmacs == {}
+    (table,) = report.tables(run, module, "test")
+    assert list(rows(table)[0]) == ["exit", "after block", "GMACs", "of the trunk", "parameters"]
+
+
+def test_the_tables_say_what_was_measured() -> None:
+    module, early = make_classifier(), EarlyExit([Alternating(), Patience(2)])
+    report = FlopsReport(show=False)
+    run = trainer(report, early)
+    (logged,) = run.test(module, data(), verbose=False)
+    exits, policies = report.tables(run, module, "test")
+    assert exits.title == "Exits (test, shares under alternating)"
+    macs, trunk = report.costs.macs, report.costs.trunk
+    # Parameters that are trained and in use up to an exit: adapters of the blocks so far, and heads.
+    lora = sum(p.numel() for name, p in module.net.trunk.blocks[0].named_parameters() if "lora" in name)
+    heads = [sum(p.numel() for p in head.parameters()) for head in (*module.net.heads, module.net.trunk.head)]
+    for k, row in enumerate(rows(exits)):
+        assert row["exit"] == str(k + 1)
+        assert row["after block"] == str(2 * (k + 1))
+        assert row["GMACs"] == f"{macs[k] / 1e9:.3f}"
+        assert row["of the trunk"] == f"{macs[k] / trunk:.1%}"
+        assert row["accuracy"] == f"{logged[f'test/acc_exit{k + 1}']:.1%}"
+        assert row["share"] == f"{SHARES[k]:.1%}"
+        assert row["parameters"] == f"{2 * (k + 1) * lora + sum(heads[: k + 1]):,}"
+    assert int(rows(exits)[-1]["parameters"].replace(",", "")) == sum(
+        p.numel() for p in module.parameters() if p.requires_grad
+    )
+    for row, result in zip(rows(policies), early.results, strict=True):
+        assert row["policy"] == result.name
+        assert row["accuracy"] == f"{logged[f'test/{result.name}/acc']:.1%}"
+        assert float(row["GMACs"]) == pytest.approx(logged[f"test/{result.name}/gmacs"], rel=0.01)
+        assert row["of the trunk"] == f"{1e9 * report.average_gmacs[result.name] / trunk:.1%}"
+        shares = [logged[f"test/{result.name}/share_exit{k}"] for k in (1, 2, 3)]
+        assert row["share of samples by exit"] == " / ".join(f"{share:.1%}" for share in shares)
+    out = io.StringIO()
+    Console(file=out, width=100).print(exits, policies)
+    assert "…" not in out.getvalue()  # nothing is cut off
+
+
+def test_fit_prints_once_and_what_the_last_validation_gave(capsys: pytest.CaptureFixture) -> None:
+    module, early, report = make_classifier(), EarlyExit([Confidence(0.3)]), FlopsReport()
+
+    class Seen(Callback):
+        def on_train_end(self, *_: Any) -> None:
+            assert "Exits" not in capsys.readouterr().out  # not after each validation
+
+    run = trainer(report, early, Seen(), max_epochs=2)
+    run.fit(module, loader(2), data())
+    out = capsys.readouterr().out
+    assert out.count("Exits (val, shares under confidence_0.3)") == 1
+    (result,) = early.results
+    assert f"{result.accuracy:.1%}" in out
+    for k in (1, 2, 3):
+        assert f"{float(run.callback_metrics[f'val/acc_exit{k}']):.1%}" in out
+    run.validate(module, data(), verbose=False)
+    assert capsys.readouterr().out.count("Exits (val") == 1
+    run.test(module, data(), verbose=False)
+    assert capsys.readouterr().out.count("Exits (test") == 1
+    trainer(FlopsReport(show=False)).test(module, data(), verbose=False)
+    assert "Exits" not in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
+def test_a_fit_without_validation_prints_the_costs(capsys: pytest.CaptureFixture) -> None:
+    trainer(FlopsReport(), EarlyExit(), max_epochs=1).fit(make_classifier(), loader(1))
+    out = capsys.readouterr().out
+    assert "GMACs" in out
+    assert "accuracy" not in out
+    assert "Leaving early" not in out
+
+
+class Sized(LightningDataModule):
+    def __init__(self, image_size: int) -> None:
+        super().__init__()
+        self.image_size = image_size
+
+    def test_dataloader(self) -> DataLoader:
+        return DataLoader(TensorDataset(torch.zeros(2, 3, self.image_size, self.image_size), torch.zeros(2).long()))
+
+
+def test_the_image_size() -> None:
+    module = make_classifier("convnext")  # takes any
+    for size, report in ((64, FlopsReport(show=False)), (48, FlopsReport(image_size=48, show=False))):
+        trainer(report).test(module, datamodule=Sized(64), verbose=False)
+        assert report.costs == exit_costs(module.net, size)
+    with pytest.raises(ValueError, match="cannot count an image of 48 x 48 pixels") as error:
+        trainer(FlopsReport(image_size=48)).test(make_classifier(), data(), verbose=False)
+    assert "\n" not in str(error.value)
+
+
+def test_class_token_first() -> None:
+    module, report = make_classifier(), FlopsReport(class_first=True, show=False)
+    trainer(report).test(module, data(), verbose=False)
+    assert report.costs == exit_costs(module.net, class_first=True)
+    assert report.costs.macs[0] < exit_costs(module.net).macs[0]

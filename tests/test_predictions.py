@@ -1,0 +1,204 @@
+"""PredictionWriter: every image once, in its order, in a file that is whole or not there."""
+
+import csv
+import math
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny import TinyModule, make_classifier, trainer
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from dynadapter.callbacks import EarlyExit, PredictionWriter
+from dynadapter.data import ImagesToPredict
+from dynadapter.policies import Confidence
+
+NAMES = ["apple, green", 'a "pear"', "plum", "été", "5"]
+
+
+class Images(Dataset):
+    def __init__(self, files: list[str]) -> None:
+        self.files = files
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, str]:
+        return torch.randn(3, 32, 32, generator=torch.Generator().manual_seed(i)), self.files[i]
+
+
+def batches(*files: str) -> DataLoader:
+    return DataLoader(Images(list(files) or [f"{i}.png" for i in range(11)]), batch_size=4)
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
+        return list(csv.DictReader(file))
+
+
+def test_every_image_once_and_in_order(tmp_path: Path) -> None:
+    module = make_classifier(class_names=NAMES).eval()
+    with torch.no_grad():
+        for head in module.net.heads:  # logits with some spread
+            head.get_submodule(list(dict(head.named_modules()))[-1]).weight.mul_(20)
+        logits = torch.stack([module.net(Images(["?"] * 11)[i][0][None]) for i in range(11)])[:, :, 0]
+    confidences = logits.softmax(-1).amax(-1)
+    threshold = float(confidences[:, 0].sort().values[5:7].mean())
+    writer = PredictionWriter(tmp_path / "new" / "out.csv")
+    got = trainer(writer, EarlyExit([Confidence(threshold)])).predict(module, batches())
+    assert len(got) == 3
+    rows = read(tmp_path / "new" / "out.csv")
+    exits = [0 if float(c[0]) >= threshold else 1 if float(c[1]) >= threshold else 2 for c in confidences]
+    assert 0 < exits.count(0) < 11
+    assert [row["file"] for row in rows] == [f"{i}.png" for i in range(11)]
+    assert [row["exit"] for row in rows] == [str(k + 1) for k in exits]
+    assert [row["class"] for row in rows] == [NAMES[int(logits[i, k].argmax())] for i, k in enumerate(exits)]
+    for i, row in enumerate(rows):
+        assert float(row["confidence"]) == pytest.approx(float(confidences[i, exits[i]]), abs=1e-4)
+    assert list(rows[0]) == ["file", "class", "confidence", "exit"]
+    assert writer.rows == 11
+    assert os.listdir(tmp_path / "new") == ["out.csv"]
+
+
+def test_names_of_files_that_are_hard_to_write(tmp_path: Path) -> None:
+    hard = ["a, b.png", 'say "hi".png', "two\nlines.png", "日本.png", os.fsdecode(b"caf\xe9.png"), " space.png "]
+    trainer(PredictionWriter(tmp_path / "out.csv")).predict(make_classifier(class_names=NAMES), batches(*hard))
+    assert [row["file"] for row in read(tmp_path / "out.csv")] == hard
+    assert b"caf\xe9.png" in (tmp_path / "out.csv").read_bytes()
+
+
+def test_a_folder_of_images(tmp_path: Path) -> None:
+    for name in ("b/2.png", "a.png", "b/1.jpg"):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((20, 30, 3), 7, np.uint8)).save(tmp_path / "in" / name)
+    data = ImagesToPredict(NAMES, str(tmp_path / "in"), image_size=32, batch_size=2)
+    trainer(PredictionWriter(tmp_path / "out.csv")).predict(make_classifier(class_names=NAMES), datamodule=data)
+    assert [row["file"] for row in read(tmp_path / "out.csv")] == [
+        str(tmp_path / "in" / name) for name in ("a.png", "b/1.jpg", "b/2.png")
+    ]
+
+
+def test_without_an_output_it_only_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    writer = PredictionWriter(None)
+    run = trainer(writer)
+    for _ in range(2):
+        run.predict(make_classifier(), batches())
+        assert writer.rows == 11
+    assert os.listdir(tmp_path) == []
+
+
+def test_what_is_not_finite_is_written_as_it_is(tmp_path: Path) -> None:
+    module = make_classifier()
+    with torch.no_grad():
+        module.net.trunk.head.bias.fill_(math.nan)
+    trainer(PredictionWriter(tmp_path / "out.csv")).predict(module, batches("a.png"))
+    assert read(tmp_path / "out.csv")[0]["confidence"] == "nan"
+
+
+# ---- nothing is lost, nothing is half
+
+
+def test_a_file_that_is_there_is_not_replaced(tmp_path: Path) -> None:
+    out = tmp_path / "out.csv"
+    out.write_text("mine")
+    with pytest.raises(ValueError, match=r"out.csv exists; name another output, or .*overwrite=true") as error:
+        PredictionWriter(out)
+    assert "\n" not in str(error.value)
+    out.unlink()
+
+    class Untouched(Images):
+        def __getitem__(self, i: int) -> Any:
+            raise AssertionError("something was read")
+
+    writer = PredictionWriter(out)
+    out.write_text("mine")  # came later
+    with pytest.raises(ValueError, match="exists"):
+        trainer(writer).predict(make_classifier(), DataLoader(Untouched(["a"])))
+    assert out.read_text() == "mine"
+    trainer(PredictionWriter(out, overwrite=True)).predict(make_classifier(), batches())
+    assert len(read(out)) == 11
+
+
+class Fails(Images):
+    def __getitem__(self, i: int) -> tuple[Tensor, str]:
+        if i == 9:
+            raise OSError("the disk is gone")
+        return super().__getitem__(i)
+
+
+def test_a_failure_leaves_the_old_file_and_an_unfinished_one(tmp_path: Path) -> None:
+    out = tmp_path / "out.csv"
+    out.write_text("old")
+    writer = PredictionWriter(out, overwrite=True)
+    with pytest.raises(OSError, match="the disk is gone"):
+        trainer(writer).predict(make_classifier(), DataLoader(Fails(["x.png"] * 11), batch_size=4))
+    assert out.read_text() == "old"
+    assert len(read(tmp_path / "out.csv.partial")) == 8
+    trainer(writer).predict(make_classifier(), batches())  # again, and well
+    assert len(read(out)) == 11
+    assert os.listdir(tmp_path) == ["out.csv"]
+
+
+def test_killed_in_the_middle_there_is_only_the_unfinished_file(tmp_path: Path) -> None:
+    code = """
+        import sys, time
+        from test_predictions import *
+
+        class Slow(Images):
+            def __getitem__(self, i):
+                if i == 8:
+                    print("now", flush=True)
+                    time.sleep(60)
+                return super().__getitem__(i)
+
+        data = DataLoader(Slow([f"{i}.png" for i in range(11)]), batch_size=4)
+        trainer(PredictionWriter("out.csv")).predict(make_classifier(), data)
+    """
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+    run = subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", textwrap.dedent(code)],
+        cwd=tmp_path,
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert run.stdout.readline() == "now\n"
+        run.send_signal(signal.SIGKILL)
+    finally:
+        run.kill()
+        run.communicate()
+    assert os.listdir(tmp_path) == ["out.csv.partial"]
+
+
+# ---- mistakes
+
+
+class Silent(TinyModule):
+    def predict_step(self, batch: Any, batch_idx: int) -> Any:
+        return {"files": [], "exits": torch.zeros(0)}
+
+
+def test_a_step_that_returns_something_else(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"return a mapping with files, classes, .* got files, exits") as error:
+        trainer(PredictionWriter(tmp_path / "out.csv")).predict(Silent(), batches())
+    assert "\n" not in str(error.value)
+
+
+def test_several_processes(tmp_path: Path) -> None:
+    class Many:
+        world_size = 2
+
+    with pytest.raises(ValueError, match="written by one process, there are 2; set devices=1"):
+        PredictionWriter(tmp_path / "out.csv").setup(Many(), make_classifier(), "predict")  # type: ignore[arg-type]
+    PredictionWriter(tmp_path / "out.csv").setup(Many(), make_classifier(), "fit")  # type: ignore[arg-type]
