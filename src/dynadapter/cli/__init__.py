@@ -1,0 +1,95 @@
+"""The command line: ``dynadapter fit | validate | test | predict | flops``."""
+
+import sys
+import warnings
+from typing import NoReturn
+
+import dynadapter
+
+USAGE = """\
+usage: dynadapter COMMAND [--config FILE ...] [--KEY VALUE ...]
+
+Early exits and small adapters on a frozen timm backbone.
+
+commands:
+  fit         train adapters and exits on a task
+  validate    measure a checkpoint on the validation images
+  test        measure a checkpoint on the test images, with samples really leaving early
+  predict     classify a folder of images and write a CSV file
+  flops       count the multiply-adds up to each exit
+
+options:
+  COMMAND --help            every key of a command
+  COMMAND --print_config    the configuration that a command line stands for
+  --debug                   show where an error comes from
+  --version                 print the version
+
+examples:
+  dynadapter fit --config configs/quickstart.yaml
+  dynadapter test --ckpt_path runs/quickstart/version_0/checkpoints/last.ckpt
+  dynadapter predict --ckpt_path .../last.ckpt --images FOLDER --output out.csv
+  dynadapter fit --model.adapter.help LoRA
+
+Settings come in layers, each wins over those before it: defaults, the checkpoint's, config files in their order,
+the command line.
+"""
+COMMANDS = ("fit", "validate", "test", "predict", "flops")
+
+
+def main(args: list[str] | None = None) -> None:
+    """Runs the command line.
+
+    A mistake of the user's ends with one line and exit code 2, what looks like a bug with one line and 1, Ctrl-C with
+    130; ``--debug`` shows the traceback of all.
+    """
+    args = list(sys.argv[1:] if args is None else args)
+    debug = "--debug" in args
+    args = [arg for arg in args if arg != "--debug"]
+    if not args or args[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return
+    if args[0] == "--version":
+        print(f"dynadapter {dynadapter.__version__}")
+        return
+    from dynadapter.cli.errors import Stopped, judged
+
+    try:
+        _run(args)
+    except KeyboardInterrupt:
+        end("interrupted", 130)
+    except Stopped as stopped:
+        end(str(stopped), stopped.code)
+    except Exception as error:
+        if debug:
+            raise
+        end(*judged(error))
+
+
+def _run(args: list[str]) -> None:
+    from dynadapter.cli.errors import Mistake, nearest
+
+    command = args[0]
+    if command not in COMMANDS:
+        what = "the command comes first" if command.startswith("-") else f"there is no command {command!r}"
+        hint = nearest(command, COMMANDS, cutoff=0.5)
+        raise Mistake(f"{what}{hint + ' There' if hint else '; there'} are {', '.join(COMMANDS)}")
+    from dynadapter.cli.app import DynCLI  # here, because torch and Lightning take seconds to load
+
+    with warnings.catch_warnings():
+        # The trunk is in evaluation mode because it is frozen, and small sets load fastest in the main process.
+        warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")
+        warnings.filterwarnings("ignore", message=".*does not have many workers")
+        # Lightning's own use of torch's trees; nothing that a user could change.
+        warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
+        # A checkpoint remembers callbacks of the training that no other command needs.
+        warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`, callbacks")
+        # Calls of Lightning 2.6 that jsonargparse 5 will drop; the bound on its version keeps them.
+        warnings.filterwarnings("ignore", message=r"\s*.*was deprecated in v4\.")
+        warnings.filterwarnings("ignore", message=r"\s*By default only one JsonargparseDeprecationWarning")
+        DynCLI(args)
+
+
+def end(line: str, code: int) -> NoReturn:
+    """Prints one line and ends with an exit code."""
+    sys.stderr.write(f"dynadapter: {line}\n")
+    raise SystemExit(code)

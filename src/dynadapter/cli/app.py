@@ -1,0 +1,355 @@
+"""LightningCLI for an :class:`ExitClassifier`: one key for each part, runs that are kept apart, layered settings."""
+
+import logging
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any, ClassVar, NoReturn
+
+import lightning.pytorch as pl
+import yaml
+from jsonargparse import ActionConfigFile
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from rich.console import Console
+
+import dynadapter
+from dynadapter.adapters import adapter_layers
+from dynadapter.callbacks import BidirectionalSparsity, EarlyExit, ExitWeights, FlopsReport, PredictionWriter
+from dynadapter.cli.errors import Mistake, Stopped, explain
+from dynadapter.cli.layers import (
+    LINKED,
+    checkpoint_path,
+    checkpoint_settings,
+    config_files,
+    read_config,
+    switched_off,
+    with_fresh_adapters,
+)
+from dynadapter.cli.runs import RUN_FOLDERS, SaveConfig, claim_folder, forget, loggers, settle
+from dynadapter.cost import cost_table, exit_costs, exit_parameters
+from dynadapter.data import ImageData
+from dynadapter.module import ExitClassifier
+
+CALLBACKS: dict[str, type[Callback]] = {
+    "early_exit": EarlyExit,
+    "exit_weights": ExitWeights,
+    "sparsity": BidirectionalSparsity,
+    "flops_report": FlopsReport,
+    "predictions": PredictionWriter,
+    "checkpoint": ModelCheckpoint,
+}
+SECTIONS: dict[str, type] = {"model": ExitClassifier, "data": ImageData, **CALLBACKS, "trainer": Trainer}
+TITLES = {
+    "model": "the network and how it is trained",
+    "data": "the images",
+    "early_exit": "who may leave where, in validation, test and predict",
+    "exit_weights": "weights of the exits in the loss, in fit",
+    "sparsity": "dropout that falls with depth and masked adapter gradients, in fit",
+    "flops_report": "the tables at the end",
+    "predictions": "the file that predict writes",
+    "checkpoint": "what fit saves (Lightning's ModelCheckpoint)",
+    "trainer": "hardware, length and precision (Lightning's Trainer)",
+}
+DESCRIPTIONS = {
+    "fit": "Trains adapters and exits on a task.",
+    "validate": "Measures a checkpoint on the validation images.",
+    "test": "Measures a checkpoint on the test images; each policy really lets samples leave early.",
+    "predict": "Classifies a folder of images and writes a CSV file: file, class, confidence, exit.",
+    "flops": "Counts the multiply-adds up to each exit.",
+}
+
+
+class DynTrainer(Trainer):
+    """Lightning's Trainer with one more thing to do."""
+
+    def flops(
+        self, model: LightningModule, datamodule: LightningDataModule | None = None, merged: bool = False
+    ) -> None:
+        """Counts the multiply-adds up to each exit and prints the table."""
+        assert isinstance(model, ExitClassifier)
+        parameters = [f"{n:,}" for n in exit_parameters(model.net)]  # those that were trained, merged or not
+        if merged:
+            model.merge()
+        costs = exit_costs(model.net, getattr(datamodule, "image_size", None))
+        table = cost_table(costs, parameters=parameters)
+        table.title = f"{model.trunk_name}, one image{', adapters merged' if merged else ''}"
+        console = Console()
+        console.width = max(console.width, 100)  # a narrow pipe would fold the names
+        console.print(table)
+
+
+class Parser(LightningArgumentParser):
+    """Says in one line what is wrong with a configuration."""
+
+    keys: ClassVar[list[str]] = []
+
+    def __init__(self, **kwargs: Any) -> None:
+        # A key cut short would be taken for the long one, and a slip of the pen go unnoticed.
+        super().__init__(**kwargs, allow_abbrev=False)
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raises a :class:`Mistake`."""
+        if not self.exit_on_error:  # the parser of a class inside: the one outside knows the key
+            super().error(message, ex)
+        raise Mistake(explain(message, SECTIONS, self.keys)) from ex
+
+
+class DynCLI(LightningCLI):
+    """Model, data and callbacks from a configuration in layers, and a command to run on them.
+
+    Args:
+        args: The command line; the command comes first.
+    """
+
+    def __init__(self, args: list[str]) -> None:
+        self.args = args
+        self.run_folder: Path | None = None
+        _quiet_lightning()
+        try:
+            super().__init__(
+                ExitClassifier,
+                ImageData,
+                subclass_mode_data=True,
+                trainer_class=DynTrainer,
+                trainer_defaults={
+                    "default_root_dir": "runs",
+                    "max_epochs": 100,
+                    "log_every_n_steps": 10,
+                    "enable_model_summary": False,
+                },
+                save_config_callback=SaveConfig,
+                save_config_kwargs={"save_to_log_dir": False},
+                auto_configure_optimizers=False,
+                args=args,
+            )
+        except BaseException:
+            if self.run_folder is not None:
+                forget(self.run_folder)
+            raise
+
+    # ---- the parser
+
+    def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
+        command = self.args[0]
+        self._subcommand_method_arguments: dict[str, list[str]] = {}
+        subparser = self._prepare_subcommand_parser(DynTrainer, command)
+        self._subcommand_parsers = {command: subparser}  # the others would only cost time
+        parser.add_subcommands().add_subcommand(command, subparser)
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        usage = f"dynadapter {subcommand} [--config FILE ...] [--KEY VALUE ...]"
+        parser = self.init_parser(usage=usage, description=DESCRIPTIONS[subcommand])
+        self._add_own_arguments(parser, subcommand)
+        self._add_arguments(parser)
+        Parser.keys = [action.dest for action in parser._actions if action.dest not in ("help", "==SUPPRESS==")]
+        return parser
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """Makes a parser that reads config files."""
+        parser = Parser(**kwargs, dump_header=[f"dynadapter {dynadapter.__version__}, lightning {pl.__version__}"])
+        parser.add_argument(
+            "-c",
+            "--config",
+            action=ActionConfigFile,
+            help="A config file (YAML); several are laid over each other, and the command line over all of them.",
+        )
+        return parser
+
+    def _add_own_arguments(self, parser: LightningArgumentParser, command: str) -> None:
+        """Adds what a command takes beside the parts: here, because Lightning's wording is that of its methods."""
+        own = self._subcommand_method_arguments[command] = ["merged"] if command == "flops" else ["ckpt_path"]
+        what = {
+            "fit": "Checkpoint from which an interrupted training goes on; give the config.yaml of that run, too.",
+            "flops": "Checkpoint whose model settings are taken; its weights are not needed.",
+        }
+        parser.add_argument(
+            "--ckpt_path",
+            type=str | None,
+            help=what.get(command, "Checkpoint that fit wrote; the settings of its model and data come with it."),
+        )
+        if command == "flops":
+            parser.add_argument("--merged", type=bool, default=False, help="Fold the adapters into the trunk first.")
+        if command == "predict":
+            parser.add_argument("--images", type=str | None, help="Folder of images; short for data.predict_images.")
+            parser.add_argument("--output", type=str | None, help="The CSV file; short for predictions.output.")
+        if command in ("validate", "test"):
+            own.append("verbose")
+            parser.add_argument("--verbose", type=bool, default=False, help="Print all logged values as well.")
+
+    def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Adds the seed."""
+        parser.add_argument(
+            "--seed_everything",
+            type=bool | int,
+            default=0,
+            help="Seed of all that is drawn by chance; true draws the seed itself, false sets none.",
+        )
+
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Adds the parts in the order of what a user cares for; Lightning's own come last."""
+        parser.add_lightning_class_args(ExitClassifier, "model")
+        parser.add_lightning_class_args(ImageData, "data", subclass_mode=True)
+        for name in LINKED:
+            parser.link_arguments(f"data.{name}", f"model.{name}", apply_on="instantiate")
+        for key, callback in CALLBACKS.items():
+            parser.add_lightning_class_args(callback, key)
+        parser.set_defaults({"checkpoint.filename": "last"})
+        parser.add_lightning_class_args(DynTrainer, "trainer")
+        parser.set_defaults({f"trainer.{name}": value for name, value in self.trainer_defaults.items()})
+        help = "Where the images come from; its settings are --data.NAME VALUE, and --data.help CLASS lists them."
+        next(action for action in parser._actions if action.dest == "data").help = help
+        for key, group in (parser.groups or {}).items():
+            group.title = f"{key}: {TITLES[key]}"
+
+    # ---- layers of the configuration
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parses ``defaults < checkpoint < config files < command line``, in whatever order the files stand."""
+        command, *others = args
+        files, rest = config_files(others)
+        contents = {file: read_config(file, SECTIONS) for file in files}
+        off, rest = switched_off(rest, CALLBACKS)
+        path = checkpoint_path(contents.values(), rest)
+        if command == "fit" and path is not None and not files:
+            raise Mistake(_how_to_go_on(path))
+        with tempfile.TemporaryDirectory() as folder:
+            if path is not None:
+                below, above = checkpoint_settings(path, command)
+                files = [_written(below, folder, "below"), *files, _written(above, folder, "above")]
+                contents |= {files[0]: below, files[-1]: above}
+            args = with_fresh_adapters([*(f"--config={file}" for file in files), *rest], contents)
+            self.config = parser.parse_args([command, *args])
+        config = self.config[command]
+        for key in off:
+            config[key] = None
+        self.off = {key for key in CALLBACKS if config[key] in (None, False)}
+
+    def _parse_ckpt_path(self) -> None:
+        """Does nothing: Lightning would let a checkpoint's settings beat the command line (Lightning #20801)."""
+
+    def before_instantiate_classes(self) -> None:
+        """Hands short options to where they belong, and says what a command cannot do without."""
+        config = self.config[self.subcommand]
+        if self.subcommand in ("validate", "test", "predict") and config.ckpt_path is None:
+            raise Mistake(
+                f"{self.subcommand} needs a checkpoint, a network without one is untrained; "
+                "give --ckpt_path the file that fit wrote, such as runs/version_0/checkpoints/last.ckpt"
+            )
+        if self.subcommand == "predict":
+            if config.images is not None:
+                config.data.init_args.predict_images = config.images
+            if config.data.init_args.get("predict_images") is None:
+                raise Mistake("predict needs images; give --images a folder")
+            if config.output is not None:
+                config.predictions.output = config.output
+        if self.subcommand == "flops":  # no number depends on the weights: do not fetch any
+            config.model.pretrained, config.model.weights = False, None
+
+    def instantiate_classes(self) -> None:
+        """Builds the parts; what is switched off is built with its defaults, and dropped later."""
+        self.whole_config, self.config = self.config, self.config.clone()
+        for key in self.off:
+            self.config[self.subcommand].pop(key)
+        super().instantiate_classes()
+
+    # ---- the run
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Gives a run a folder of its own, with CSV and TensorBoard logs unless the config names loggers."""
+        self.config = self.whole_config  # the one to be saved: there, what is off stays off
+        config = self._get(self.config_init, "trainer")
+        kind = RUN_FOLDERS.get(self.subcommand or "")
+        if kind is None or config["fast_dev_run"] or config["barebones"]:
+            self.save_config_callback = None
+            return super().instantiate_trainer(**kwargs, logger=kind is not None and config["logger"])
+        self.run_folder = folder = claim_folder(Path(config["default_root_dir"]), kind)
+        if config["logger"] in (None, True):
+            kwargs["logger"] = loggers(folder)
+        return super().instantiate_trainer(**kwargs, default_root_dir=str(folder))
+
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Any]) -> Trainer:
+        dropped: set[type] = {CALLBACKS[key] for key in self.off}
+        if self.subcommand != "predict":
+            dropped.add(PredictionWriter)
+        if self.model.hparams.get("adapter") is None:
+            dropped.add(BidirectionalSparsity)  # nothing to sparsify
+        if self.subcommand != "fit" or config["enable_checkpointing"] is False or config["barebones"]:
+            dropped.add(ModelCheckpoint)
+        if ModelCheckpoint in dropped:
+            config["enable_checkpointing"] = False  # Lightning would add one of its own
+        callbacks = [callback for callback in callbacks if type(callback) not in dropped]
+        for callback in callbacks:
+            if isinstance(callback, ModelCheckpoint):
+                settle(callback, self.run_folder)
+        return super()._instantiate_trainer(config, callbacks)
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        self._introduce()
+        try:
+            super()._run_subcommand(subcommand)
+        except SystemExit as ending:  # Lightning has shut down after Ctrl-C or SIGTERM
+            if isinstance(ending, SIGTERMException):
+                raise Stopped(f"stopped by SIGTERM{self._way_on()}", 143) from ending
+            if isinstance(ending.__context__, KeyboardInterrupt):
+                raise Stopped(f"interrupted{self._way_on()}", 130) from ending
+            raise
+
+    def after_fit(self) -> None:
+        """Saves what was trained once more without the optimiser, a third of the size: enough for all but going on."""
+        checkpoint = self.trainer.checkpoint_callback
+        if self.run_folder is not None and isinstance(checkpoint, ModelCheckpoint) and checkpoint.dirpath:
+            path = Path(checkpoint.dirpath) / "weights.ckpt"
+            self.trainer.save_checkpoint(path, weights_only=True)
+            if self.trainer.is_global_zero:
+                print(f"the trained part is in {path} ({path.stat().st_size / 1e6:.2f} MB)")
+
+    def _way_on(self) -> str:
+        if self.subcommand != "fit" or self.run_folder is None:
+            return ""
+        saved = sorted(self.run_folder.glob("checkpoints/*.ckpt"), key=lambda path: path.stat().st_mtime)
+        if not saved:
+            return " before anything was saved"
+        return f"; go on with: dynadapter fit --config {self.run_folder / 'config.yaml'} --ckpt_path {saved[-1]}"
+
+    @rank_zero_only
+    def _introduce(self) -> None:
+        """Says what runs and where its results go."""
+        net = self.model.net
+        trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
+        frozen = sum(p.numel() for p in net.parameters() if not p.requires_grad)
+        adapters = Counter(layer.kind for layer in adapter_layers(net.trunk).values())
+        parts = [*(f"{count} x {kind}" for kind, count in adapters.items()), "the heads"]
+        where = " and ".join(parts)
+        print(f"{self.model.trunk_name}: {frozen:,} frozen parameters and {trained:,} trained ones in {where}")
+        print(f"exits after blocks {', '.join(map(str, net.exits))} of {net.depth}")
+        if self.run_folder is not None:
+            print(f"results in {self.run_folder}", flush=True)
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        kwargs = super()._prepare_subcommand_kwargs(subcommand)
+        return kwargs | {"return_predictions": False} if subcommand == "predict" else kwargs
+
+
+def _written(config: dict[str, Any], folder: str, name: str) -> str:
+    path = Path(folder) / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(config), encoding="utf-8")
+    return str(path)
+
+
+def _how_to_go_on(path: str) -> str:
+    config = Path(path).parent.parent / "config.yaml"
+    where = str(config) if config.is_file() else "the config.yaml in the folder of that run"
+    return f"a checkpoint holds the settings of model and data only, and fit needs all of its run; add --config {where}"
+
+
+def _not_an_advertisement(record: logging.LogRecord) -> bool:
+    return "Tip:" not in record.getMessage()
+
+
+def _quiet_lightning() -> None:
+    """Silences advertisements, of a logger and of a checkpoint store."""
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_not_an_advertisement)

@@ -1,0 +1,424 @@
+"""The command line as a user meets it: help, layers of settings, runs, and what a command prints and writes."""
+
+import csv
+import shutil
+import signal
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from lightning.pytorch import Trainer
+from PIL import Image
+
+from dynadapter.adapters import LoRA, RepAdapter
+from dynadapter.callbacks import EarlyExit, PredictionWriter
+from dynadapter.cli import main
+from dynadapter.cli.app import DynCLI
+from dynadapter.cli.runs import RUN_VARIABLE, claim_folder
+from dynadapter.data import Digits, ImagesToPredict
+from dynadapter.module import ExitClassifier
+
+TINY = str(Path(__file__).parent / "conf" / "tiny.yaml")
+REACHES = [  # a user's settings that are their own business
+    "ignore:The number of training batches",
+    "ignore:The `srun` command is available",
+]
+pytestmark = pytest.mark.filterwarnings(*REACHES)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run."""
+    root = tmp_path_factory.mktemp("runs")
+    main(["fit", "-c", TINY, f"--trainer.default_root_dir={root}"])
+    return root / "version_0"
+
+
+@pytest.fixture
+def checkpoint(trained: Path, tmp_path: Path) -> Path:
+    """A copy of that run's checkpoint, in a run of its own."""
+    return Path(shutil.copytree(trained, tmp_path / "runs" / "version_0")) / "checkpoints" / "last.ckpt"
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    folder = tmp_path / "pictures"
+    (folder / "more").mkdir(parents=True)
+    for k, name in enumerate(("a.png", "b.png", "more/c.png")):
+        Image.new("RGB", (40, 30), (80 * k, 90, 200)).save(folder / name)
+    return folder
+
+
+@pytest.fixture
+def built(monkeypatch: pytest.MonkeyPatch):
+    """Builds everything that a command line stands for, and runs nothing."""
+
+    def build(*args: str | Path) -> DynCLI:
+        made: list[DynCLI] = []
+        monkeypatch.setattr(DynCLI, "_run_subcommand", lambda self, subcommand: made.append(self))
+        main([str(arg) for arg in args])
+        return made[0]
+
+    return build
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def write(path: Path, config: dict) -> Path:
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+# ---- help
+
+
+def test_what_needs_no_torch_loads_none():
+    code = (
+        "import sys; from dynadapter.cli import main; main([]); main(['--help']); main(['--version'])\n"
+        "try: main(['fti'])\n"
+        "except SystemExit: print(any(name in sys.modules for name in ('torch', 'lightning', 'timm')))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("usage: dynadapter COMMAND")
+    assert done.stdout.endswith("False\n")
+    assert "did you mean 'fit'" in done.stderr
+
+
+def test_help_says_what_each_section_is_for(capsys):
+    with pytest.raises(SystemExit) as ending:
+        main(["fit", "--help"])
+    text = capsys.readouterr().out
+    assert not ending.value.code
+    assert text.startswith("usage: dynadapter fit [--config FILE ...] [--KEY VALUE ...]\n")
+    sections = ("model", "data", "early_exit", "exit_weights", "sparsity", "flops_report", "checkpoint", "trainer")
+    assert sorted(sections, key=lambda name: text.index(f"\n{name}: ")) == list(sections)
+    assert "dynadapter.LoRA" in text  # by the name that a config may use
+
+
+def test_help_of_a_class(capsys):
+    with pytest.raises(SystemExit):
+        main(["fit", "--model.adapter.help", "LoRA"])
+    assert "rank" in capsys.readouterr().out
+
+
+def test_a_printed_config_is_a_config(capsys, tmp_path, built):
+    with pytest.raises(SystemExit):
+        main(["fit", "-c", TINY, "--model.adapter.rank=3", "--print_config"])
+    printed = tmp_path / "printed.yaml"
+    printed.write_text(capsys.readouterr().out)
+    cli = built("fit", "-c", printed, "--trainer.fast_dev_run=true")
+    assert next(iter(cli.model.net.trunk.blocks)).attn.qkv.lora_a.shape[0] == 3
+
+
+# ---- runs
+
+
+def test_a_run_has_a_folder_with_everything(trained):
+    assert {path.name for path in trained.iterdir()} >= {"config.yaml", "metrics.csv", "checkpoints"}
+    assert list(trained.glob("events.out.tfevents.*"))
+    resumable, weights = (trained / "checkpoints" / name for name in ("last.ckpt", "weights.ckpt"))
+    assert set((trained / "checkpoints").iterdir()) == {resumable, weights}
+    assert weights.stat().st_size < resumable.stat().st_size
+    whole, part = (torch.load(path, weights_only=True)["state_dict"] for path in (resumable, weights))
+    assert whole.keys() == part.keys()
+    assert all(torch.equal(whole[name], part[name]) for name in whole)
+    assert any(row.get("val/acc") for row in rows(trained / "metrics.csv"))
+    assert yaml.safe_load((trained / "config.yaml").read_text())["model"]["adapter"]["class_path"] == "dynadapter.LoRA"
+
+
+def test_a_run_is_repeated_from_its_config_and_never_overwritten(trained, tmp_path):
+    root = tmp_path / "runs"
+    for _ in range(2):
+        main(["fit", "-c", str(trained / "config.yaml"), f"--trainer.default_root_dir={root}"])
+    states = [
+        torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+        for folder in (trained, root / "version_0", root / "version_1")
+    ]
+    for state in states[1:]:
+        assert state.keys() == states[0].keys()
+        assert all(torch.equal(state[key], states[0][key]) for key in state)
+
+
+def test_runs_that_start_together_get_folders_of_their_own(tmp_path):
+    with ThreadPoolExecutor(8) as pool:
+        folders = list(pool.map(lambda _: claim_folder(tmp_path / "runs", "version"), range(20)))
+    assert {folder.name for folder in folders} == {f"version_{k}" for k in range(20)}
+
+
+def test_processes_of_one_training_share_a_folder(tmp_path, monkeypatch):
+    from lightning.pytorch.utilities import rank_zero_only
+
+    first = claim_folder(tmp_path, "version")
+    monkeypatch.setattr(rank_zero_only, "rank", 1)
+    assert claim_folder(tmp_path, "version") == first
+    monkeypatch.delenv(RUN_VARIABLE)  # under a launcher that tells nothing
+    claim_folder(tmp_path, "version")
+    assert [path.name for path in tmp_path.iterdir()] == ["version_0"]
+
+
+def test_a_run_that_fails_at_once_leaves_nothing(tmp_path, capsys):
+    policy = "[{class_path: Confidence, init_args: {threshold: [0.1, 0.2, 0.3, 0.4]}}]"
+    with pytest.raises(SystemExit):
+        main(["fit", "-c", TINY, f"--trainer.default_root_dir={tmp_path}", f"--early_exit.policies={policy}"])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.filterwarnings("ignore:You are trying to `self.log")
+@pytest.mark.parametrize("off", ["--trainer.fast_dev_run=true", "--trainer.barebones=true"])
+def test_a_trial_leaves_nothing(off, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    main(["fit", "-c", TINY, off, *(["--trainer.log_every_n_steps=0"] if "bare" in off else [])])
+    assert not list(tmp_path.rglob("*"))
+
+
+def test_no_logger_and_ones_of_the_users_own(tmp_path, built):
+    cli = built("fit", "-c", TINY, "--trainer.logger=false", f"--trainer.default_root_dir={tmp_path}")
+    assert not cli.trainer.loggers
+    own = "{class_path: CSVLogger, init_args: {save_dir: elsewhere}}"
+    cli = built("fit", "-c", TINY, f"--trainer.logger={own}", f"--trainer.default_root_dir={tmp_path}")
+    assert [logger.save_dir for logger in cli.trainer.loggers] == ["elsewhere"]
+    saved = cli.trainer.checkpoint_callback.dirpath
+    assert saved == str(tmp_path / "version_1" / "checkpoints")
+
+
+def test_without_a_logger_runs_are_kept_apart_as_well(tmp_path):
+    for _ in range(2):
+        main(["fit", "-c", TINY, "--trainer.logger=false", f"--trainer.default_root_dir={tmp_path}"])
+    for number in range(2):
+        run = tmp_path / f"version_{number}"
+        assert {path.name for path in run.rglob("*")} == {"config.yaml", "checkpoints", "last.ckpt", "weights.ckpt"}
+
+
+def test_a_monitor_keeps_the_best_beside_the_last(tmp_path):
+    arguments = ["--checkpoint.monitor=val/acc", "--checkpoint.mode=max", "--trainer.max_epochs=2"]
+    main(["fit", "-c", TINY, f"--trainer.default_root_dir={tmp_path}", *arguments])
+    saved = {path.name for path in (tmp_path / "version_0" / "checkpoints").iterdir()}
+    assert saved == {"best.ckpt", "last.ckpt", "weights.ckpt"}
+
+
+def test_a_training_goes_on_with_the_settings_of_its_run(checkpoint, capsys):
+    with pytest.raises(SystemExit):
+        main(["fit", "--ckpt_path", str(checkpoint)])
+    config = str(checkpoint.parent.parent / "config.yaml")
+    assert f"--config {config}" in capsys.readouterr().err
+    root, saved = checkpoint.parent.parent.parent, checkpoint.read_bytes()
+    more = [f"--trainer.default_root_dir={root}", "--trainer.max_epochs=2"]
+    main(["fit", "--config", config, "--ckpt_path", str(checkpoint), *more])
+    assert checkpoint.read_bytes() == saved
+    again = torch.load(root / "version_1" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert again["global_step"] == 4  # two steps an epoch
+
+
+def test_ctrl_c_says_how_to_go_on(tmp_path, monkeypatch, capsys):
+    def interrupted(self, *args):
+        if self.current_epoch == 1:
+            raise KeyboardInterrupt
+        return step(self, *args)
+
+    step = ExitClassifier.training_step
+    monkeypatch.setattr(ExitClassifier, "training_step", interrupted)
+    handler = signal.getsignal(signal.SIGINT)  # Lightning turns it off for its way out
+    try:
+        with pytest.raises(SystemExit) as ending:
+            main(["fit", "-c", TINY, f"--trainer.default_root_dir={tmp_path}", "--trainer.max_epochs=2"])
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    assert ending.value.code == 130
+    last = capsys.readouterr().err.splitlines()[-1]
+    run = tmp_path / "version_0"
+    way = f"dynadapter fit --config {run / 'config.yaml'} --ckpt_path {run / 'checkpoints' / 'last.ckpt'}"
+    assert last == f"dynadapter: interrupted; go on with: {way}"
+    monkeypatch.setattr(ExitClassifier, "training_step", step)
+    main(way.split()[1:])
+    assert (tmp_path / "version_1" / "checkpoints" / "last.ckpt").is_file()
+
+
+# ---- layers of settings
+
+
+def test_test_needs_the_checkpoint_alone(checkpoint, tmp_path, monkeypatch, capsys):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    main(["test", "--ckpt_path", str(checkpoint)])
+    assert "confidence" in capsys.readouterr().out  # the table of the policies
+    results = tmp_path / "runs" / "test_0"  # beside the training
+    assert {path.name for path in results.iterdir()} == {"config.yaml", "metrics.csv", "hparams.yaml"}
+    assert rows(results / "metrics.csv")[0]["test/acc"]
+    assert not list(elsewhere.iterdir())
+
+
+def test_validate_needs_the_checkpoint_alone(checkpoint):
+    main(["validate", "--ckpt_path", str(checkpoint)])
+    assert rows(checkpoint.parents[2] / "validate_0" / "metrics.csv")[0]["val/acc"]
+
+
+def test_the_checkpoint_wins_over_defaults(checkpoint, built):
+    cli = built("test", "--ckpt_path", checkpoint)
+    assert cli.model.trunk_name == "vit_tiny_patch16_224"
+    assert cli.model.net.exits == (1, 2, 3)
+    assert isinstance(cli.datamodule, Digits)
+    assert (cli.datamodule.batch_size, cli.datamodule.preprocess.normalization) == (48, "half")
+
+
+def test_config_files_win_over_the_checkpoint(checkpoint, tmp_path, built):
+    one = write(tmp_path / "one.yaml", {"model": {"label_smoothing": 0.1}, "data": {"init_args": {"batch_size": 8}}})
+    two = write(tmp_path / "two.yaml", {"model": {"label_smoothing": 0.2}})
+    cli = built("test", "--ckpt_path", checkpoint, "-c", one, f"--config={two}")
+    assert (cli.model.label_smoothing, cli.datamodule.batch_size) == (0.2, 8)
+    assert cli.datamodule.preprocess.normalization == "half"  # what they do not name stays
+
+
+def test_the_command_line_wins_over_all_wherever_it_stands(checkpoint, tmp_path, built):
+    file = write(tmp_path / "a.yaml", {"ckpt_path": None, "model": {"label_smoothing": 0.1}, "data": "Digits"})
+    arguments = ["--model.label_smoothing=0.3", "--data.batch_size=7", "--ckpt_path", checkpoint]
+    for order in ([*arguments, "-c", file], ["-c", file, *arguments]):
+        cli = built("test", *order)
+        assert (cli.model.label_smoothing, cli.datamodule.batch_size) == (0.3, 7)
+
+
+def test_lightnings_own_order_is_not_in_force(checkpoint, built):
+    """Lightning would set the checkpoint's settings over those of the command line (Lightning #20801)."""
+    assert built("test", "--ckpt_path", checkpoint, "--model.label_smoothing=0.3").model.hparams.label_smoothing == 0.3
+
+
+def test_a_config_file_may_name_the_checkpoint(checkpoint, tmp_path, built):
+    file = write(tmp_path / "a.yaml", {"ckpt_path": str(checkpoint)})
+    assert built("test", "-c", file).model.net.exits == (1, 2, 3)
+
+
+def test_policies_are_chosen_at_test_time(checkpoint, capsys):
+    policies = "[{class_path: Margin, init_args: {threshold: 0.0}}, {class_path: Patience, init_args: {patience: 1}}]"
+    main(["test", "--ckpt_path", str(checkpoint), f"--early_exit.policies={policies}"])
+    text = capsys.readouterr().out
+    assert "margin" in text
+    assert "patience" in text
+
+
+def test_parts_are_switched_off(tmp_path, built, capsys):
+    file = write(tmp_path / "off.yaml", {"sparsity": None, "early_exit": False})
+    cli = built("fit", "-c", TINY, "-c", file, "--exit_weights", "null", f"--trainer.default_root_dir={tmp_path}")
+    names = {type(callback).__name__ for callback in cli.trainer.callbacks}
+    assert not names & {"BidirectionalSparsity", "EarlyExit", "ExitWeights"}
+    assert names >= {"FlopsReport", "ModelCheckpoint"}
+    cli = built("fit", "-c", TINY, "-c", file, "--checkpoint=null", f"--trainer.default_root_dir={tmp_path}")
+    assert not cli.trainer.checkpoint_callbacks
+
+
+def test_what_is_off_is_off_in_the_config_of_the_run(tmp_path):
+    main(["fit", "-c", TINY, "--sparsity=null", f"--trainer.default_root_dir={tmp_path}"])
+    assert yaml.safe_load((tmp_path / "version_0" / "config.yaml").read_text())["sparsity"] is None
+
+
+@pytest.mark.parametrize("adapter", [LoRA(rank=3), None])
+def test_a_checkpoint_made_in_python(adapter, tmp_path, built):
+    module = ExitClassifier(
+        10,
+        trunk="vit_tiny_patch16_224",
+        pretrained=False,
+        trunk_args={"patch_size": 16, "embed_dim": 24, "depth": 3, "num_heads": 3},
+        image_size=32,
+        adapter=adapter,
+        every=2,
+    )
+    options = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    trainer = Trainer(max_steps=1, limit_val_batches=0, default_root_dir=tmp_path, **options)
+    with pytest.warns():  # Lightning on a frozen trunk and few workers
+        trainer.fit(module, datamodule=Digits(image_size=32, normalization="none"))
+    trainer.save_checkpoint(tmp_path / "mine.ckpt")
+    cli = built("test", "--ckpt_path", tmp_path / "mine.ckpt", f"--trainer.default_root_dir={tmp_path}")
+    assert cli.model.net.exits == (2, 3)
+    assert cli.datamodule.preprocess.normalization == "none"
+    assert cli.model.trunk_hash == module.trunk_hash
+
+
+# ---- predict
+
+
+def test_predict_needs_checkpoint_and_images_alone(checkpoint, pictures, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    main(["predict", "--ckpt_path", str(checkpoint), "--images", str(pictures), "--output", "out.csv"])
+    table = rows(tmp_path / "out.csv")
+    assert list(table[0])[:4] == ["file", "class", "confidence", "exit"]
+    assert [Path(row["file"]).name for row in table] == ["a.png", "b.png", "c.png"]
+    assert {row["class"] for row in table} <= {str(digit) for digit in range(10)}
+    assert {path.name for path in tmp_path.iterdir()} == {"runs", "pictures", "out.csv"}  # and no run
+
+
+def test_predict_reads_images_as_the_training_did_whatever_a_config_says(checkpoint, pictures, tmp_path, built):
+    data = {
+        "class_path": "VTAB1k",
+        "init_args": {"root": "nowhere", "task": "cifar", "batch_size": 2, "image_size": 64},
+    }
+    file = write(tmp_path / "a.yaml", {"data": data, "predictions": {"output": str(tmp_path / "p.csv")}})
+    cli = built("predict", "-c", file, "--ckpt_path", checkpoint, "--images", pictures)
+    assert isinstance(cli.datamodule, ImagesToPredict)
+    assert (cli.datamodule.image_size, cli.datamodule.preprocess.normalization) == (32, "half")
+    assert cli.datamodule.batch_size == 2
+    writer = next(callback for callback in cli.trainer.callbacks if isinstance(callback, PredictionWriter))
+    assert writer.output == tmp_path / "p.csv"
+
+
+def test_predict_follows_the_first_policy(checkpoint, pictures, tmp_path):
+    out = tmp_path / "out.csv"
+    common = ["predict", "--ckpt_path", str(checkpoint), "--images", str(pictures), "--predictions.overwrite=true"]
+    for policy, exit in (("{class_path: Confidence, init_args: {threshold: 0.0}}", "1"), ("Never", "3")):
+        main([*common, "--output", str(out), f"--early_exit.policies=[{policy}]"])
+        assert {row["exit"] for row in rows(out)} == {exit}
+
+
+# ---- flops
+
+TRUNKS = {
+    "vit": ["vit_tiny_patch16_224", "{patch_size: 16, embed_dim: 24, depth: 3, num_heads: 3}"],
+    "swin": [
+        "swin_tiny_patch4_window7_224",
+        "{patch_size: 4, window_size: 4, embed_dim: 12, depths: [1, 2], num_heads: [2, 2]}",
+    ],
+    "convnext": ["convnext_tiny", "{dims: [8, 12, 12, 16], depths: [1, 1, 1, 1]}"],
+}
+
+
+@pytest.mark.parametrize("family", TRUNKS)
+@pytest.mark.parametrize("adapter", ["Adapter", "AdaptFormer", "LoRA", "RepAdapter"])
+def test_flops_of_every_family_and_adapter(family, adapter, capsys):
+    trunk, arguments = TRUNKS[family]
+    common = ["flops", "-c", TINY, "--model.trunk", trunk, f"--model.trunk_args={arguments}"]
+    where = {"Adapter": "*.mlp", "AdaptFormer": "*.mlp"}.get(adapter, "*.mlp.fc1")
+    targets = [f"--model.adapter.targets=['{where}']"] if family == "convnext" else []
+    main([*common, "--model.adapter", adapter, *targets])
+    assert "GMACs" in capsys.readouterr().out
+
+
+def test_flops_fetches_no_weights(built):
+    assert not built("flops", "-c", TINY, "--model.pretrained=true").model.hparams.pretrained
+
+
+def test_flops_of_a_checkpoint(checkpoint, capsys):
+    main(["flops", "--ckpt_path", str(checkpoint)])
+    assert "GMACs" in capsys.readouterr().out
+
+
+def test_flops_merged_are_those_of_the_trunk(built):
+    counted = {}
+    for adapter in ("null", "RepAdapter"):
+        cli = built("flops", "-c", TINY, f"--model.adapter={adapter}")
+        if adapter != "null":
+            assert isinstance(cli.model.hparams.adapter, dict | RepAdapter)
+            cli.model.merge()
+        from dynadapter.cost import exit_costs
+
+        counted[adapter] = exit_costs(cli.model.net, 32).macs
+    assert counted["null"] == counted["RepAdapter"]
+
+
+def test_early_exit_is_there_by_default(checkpoint, built):
+    cli = built("test", "--ckpt_path", checkpoint)
+    assert any(isinstance(callback, EarlyExit) for callback in cli.trainer.callbacks)
