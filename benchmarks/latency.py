@@ -5,9 +5,9 @@
 Protocol: one thread, CPU seconds of the process, arms interleaved call by call, medians of the ratios round by round.
 The static arm cuts its batch where that is faster for it. A control arm, the static one once more, runs in every round:
 where its ratio leaves 1 by more than 3 %, the run is void. Per-exit thresholds on the confidence are set so that the
-wanted shares leave at the four exits; weights are random, which changes nothing about the time. Efficiency = speed-up over
-the static trunk / speed-up in multiply-adds. "plain" runs whole blocks; "class first" computes the class token's row of
-the last block before an exit first, and has its own, smaller count of multiply-adds.
+wanted shares leave at the four exits; weights are random, which changes nothing about the time. Efficiency is the
+speed-up over the static trunk divided by the speed-up in multiply-adds. "plain" runs whole blocks; "class first" computes
+the class token's row of the last block before an exit first, and has its own, smaller count of multiply-adds.
 """
 
 import statistics

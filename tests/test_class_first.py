@@ -7,7 +7,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from dynadapter import trunk as cut
-from dynadapter.adapters import AdapterSpec, AdaptFormer, Adapter, LoRA, RepAdapter, inject
+from dynadapter.adapters import Adapter, AdapterSpec, AdaptFormer, LoRA, RepAdapter, inject
 from dynadapter.cost import exit_costs
 from dynadapter.heads import LinearHeads
 from dynadapter.net import ExitNet

@@ -124,7 +124,7 @@ def test_the_tables_say_what_was_measured() -> None:
     for k, row in enumerate(rows(exits)):
         assert row["exit"] == str(k + 1)
         assert row["after block"] == str(2 * (k + 1))
-        assert row["GMACs"] == f"{macs[k] / 1e9:.3f}"
+        assert row["GMACs"] == f"{macs[k] / 1e9:.4g}"
         assert row["of the trunk"] == f"{macs[k] / trunk:.1%}"
         assert row["accuracy"] == f"{logged[f'test/acc_exit{k + 1}']:.1%}"
         assert row["share"] == f"{SHARES[k]:.1%}"

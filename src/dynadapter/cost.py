@@ -200,7 +200,7 @@ def cost_table(costs: ExitCosts, **columns: Sequence[object]) -> Table:
     for k, row in enumerate(zip(costs.exits, costs.gmacs, costs.relative, strict=True)):
         block, gmacs, relative = row
         extra = [_cell(values[k]) for values in columns.values()]
-        table.add_row(str(k + 1), str(block), f"{gmacs:.3f}", f"{relative:.1%}", *extra)
+        table.add_row(str(k + 1), str(block), f"{gmacs:.4g}", f"{relative:.1%}", *extra)
     return table
 
 
