@@ -381,7 +381,8 @@ def test_table():
     out = io.StringIO()
     Console(file=out, width=100).print(table)
     lines = out.getvalue().splitlines()
-    assert "exit │ after block │ GMACs │ of the trunk │ accuracy │ train parameters" in " ".join(lines[1].replace("┃", "│").split())
+    heading = " ".join(lines[1].replace("┃", "│").split())
+    assert "exit │ after block │ GMACs │ of the trunk │ accuracy │ train parameters" in heading
     assert [cell.strip() for cell in lines[3].strip("│").split("│")] == ["1", "3", "4e-08", "40.0%", "0.500", "1,200"]
     assert "110.0%" in lines[5]
     with pytest.raises(ValueError, match="column 'accuracy' has 1 values for 3 exits"):

@@ -670,3 +670,8 @@ print(fingerprint(create_trunk("vit_tiny_patch16_224", 5, **options)))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == fingerprint(vit)
+
+
+def test_an_image_size_that_would_lose_pixels():
+    with pytest.raises(ValueError, match=r"image_size=30 is no multiple of the patch size 8 .* choose 24 or 32"):
+        create_trunk("vit_tiny_patch16_224", 5, image_size=30, patch_size=8, depth=1)

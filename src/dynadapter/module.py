@@ -84,13 +84,13 @@ class ExitClassifier(LightningModule):
         lr_schedule: Factor on the optimiser's learning rate over the progress of training, step by step.
         label_smoothing: Probability spread over all classes, in [0, 1).
         mixing: Mixup and CutMix; None leaves images as they are.
-        class_names: Names of the classes, in the order of their indices; saved with the model.
+        class_names: Names of the classes, in the order of their indices; saved with the model, and taken from
+            its checkpoint.
         full_checkpoint: Save the frozen trunk as well; such a checkpoint loads without the trunk's weights at hand.
 
     Attributes:
         net: The network.
         policy: Who leaves where in ``predict_step``; nobody leaves early until it is set, as ``EarlyExit`` does.
-        class_names: Names of the classes; a checkpoint's own after loading one.
         preprocessing: How the data module of the training made tensors of images; empty where none was given.
         data_config: The data module of the training as a config file names it; None where none was given.
         trunk_hash: Hash of the frozen trunk.

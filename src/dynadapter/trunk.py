@@ -458,6 +458,12 @@ def create_trunk(
     if image_size is not None and timm_args.get("img_size") is None and built_for(model) not in (None, image_size):
         timm_args["img_size"] = image_size
         model = _build(name, num_classes, seed, timm_args)
+        patch = model.patch_embed.patch_size[0]  # type: ignore[union-attr, index]
+        if image_size % patch:
+            raise ValueError(
+                f"image_size={image_size} is no multiple of the patch size {patch} of {name!r}, and pixels at the "
+                f"border would be lost; choose {image_size // patch * patch} or {(image_size // patch + 1) * patch}"
+            )
     if weights is not None:
         _load_weights(model, name, Path(weights).expanduser())
     elif pretrained:
@@ -555,7 +561,7 @@ def _wrong_argument(name: str, argument: str) -> str:
     if argument == "img_size":
         return f"{name!r} takes no img_size, because it works on images of any size; leave it out"
     known = {key for family in blocks.registry for key in inspect.signature(family).parameters if family is not object}
-    near = difflib.get_close_matches(argument, sorted(known), n=3)
+    near = difflib.get_close_matches(argument, sorted(known - {argument}), n=3)
     hint = f"the nearest in timm are {', '.join(near)}" if near else "see the class's arguments in timm"
     return f"{name!r} takes no argument {argument!r}; {hint}"
 

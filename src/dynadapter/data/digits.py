@@ -4,7 +4,6 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from sklearn.datasets import load_digits
 
 from dynadapter.data.base import ImageData, Sample, Split
 from dynadapter.data.splits import hold_out
@@ -22,6 +21,8 @@ class Digits(ImageData):
         self.class_names = [str(digit) for digit in range(10)]
 
     def samples(self, split: Split) -> list[Sample]:
+        from sklearn.datasets import load_digits  # here, because few configs need it and it takes its time
+
         digits = load_digits()
         labels = digits.target.tolist()
         rest, test = hold_out(labels, fraction=0.2, seed=0)
