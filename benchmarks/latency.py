@@ -6,8 +6,8 @@ Protocol: one thread, CPU seconds of the process, arms interleaved call by call,
 The static arm cuts its batch where that is faster for it. A control arm, the static one once more, runs in every round:
 where its ratio leaves 1 by more than 3 %, the run is void. Per-exit thresholds on the confidence are set so that the
 wanted shares leave at the four exits; weights are random, which changes nothing about the time. Efficiency is the
-speed-up over the static trunk divided by the speed-up in multiply-adds. "plain" runs whole blocks; "class first" computes
-the class token's row of the last block before an exit first, and has its own, smaller count of multiply-adds.
+speed-up over the static trunk divided by the speed-up in multiply-adds. "plain" runs whole blocks; "class first"
+computes the class token's row of the last block before an exit first, and has its own, smaller count.
 """
 
 import statistics
