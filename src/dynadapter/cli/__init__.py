@@ -1,4 +1,4 @@
-"""The command line: ``dynadapter fit | validate | test | predict | flops``."""
+"""The command line: ``dynadapter fit | validate | test | predict | flops | calibrate``."""
 
 import sys
 import warnings
@@ -17,6 +17,7 @@ commands:
   test        measure a checkpoint on the test images, with samples really leaving early
   predict     classify a folder of images and write a CSV file
   flops       count the multiply-adds up to each exit
+  calibrate   find thresholds for a cost, an accuracy or a guarantee, and write the folder to deploy
 
 options:
   COMMAND --help            every key of a command
@@ -28,12 +29,13 @@ examples:
   dynadapter fit --config configs/quickstart.yaml
   dynadapter test --ckpt_path runs/quickstart/version_0/checkpoints/last.ckpt
   dynadapter predict --ckpt_path .../last.ckpt --images FOLDER --output out.csv
+  dynadapter calibrate --ckpt_path .../last.ckpt --goal.cost 0.5 --bundle FOLDER
   dynadapter fit --model.adapter.help LoRA
 
 Settings come in layers, each wins over those before it: defaults, the checkpoint's, config files in their order,
 the command line.
 """
-COMMANDS = ("fit", "validate", "test", "predict", "flops")
+COMMANDS = ("fit", "validate", "test", "predict", "flops", "calibrate")
 
 
 def main(args: list[str] | None = None) -> None:

@@ -19,6 +19,7 @@ from rich.console import Console
 import dynadapter
 from dynadapter.adapters import adapter_layers
 from dynadapter.callbacks import BidirectionalSparsity, EarlyExit, ExitWeights, FlopsReport, PredictionWriter
+from dynadapter.cli import calibrate
 from dynadapter.cli.errors import Mistake, Stopped, explain
 from dynadapter.cli.layers import (
     LINKED,
@@ -60,11 +61,12 @@ DESCRIPTIONS = {
     "test": "Measures a checkpoint on the test images; each policy really lets samples leave early.",
     "predict": "Classifies a folder of images and writes a CSV file: file, class, confidence, exit.",
     "flops": "Counts the multiply-adds up to each exit.",
+    "calibrate": "Finds thresholds on validation images, says what they give on others, and writes a bundle.",
 }
 
 
 class DynTrainer(Trainer):
-    """Lightning's Trainer with one more thing to do."""
+    """Lightning's Trainer with two more things to do."""
 
     def flops(
         self, model: LightningModule, datamodule: LightningDataModule | None = None, merged: bool = False
@@ -80,6 +82,10 @@ class DynTrainer(Trainer):
         console = Console()
         console.width = max(console.width, 100)  # a narrow pipe would fold the names
         console.print(table)
+
+    def calibrate(self, model: ExitClassifier, datamodule: ImageData, settings: calibrate.Settings) -> None:
+        """Finds thresholds on validation images, prints what they give, and writes them."""
+        calibrate.calibrate(self, model, datamodule, settings)
 
 
 class Parser(LightningArgumentParser):
@@ -176,6 +182,9 @@ class DynCLI(LightningCLI):
         if command == "predict":
             parser.add_argument("--images", type=str | None, help="Folder of images; short for data.predict_images.")
             parser.add_argument("--output", type=str | None, help="The CSV file; short for predictions.output.")
+        if command == "calibrate":
+            own.clear()  # they come as one object
+            calibrate.add_arguments(parser)
         if command in ("validate", "test"):
             own.append("verbose")
             parser.add_argument("--verbose", type=bool, default=False, help="Print all logged values as well.")
@@ -234,7 +243,7 @@ class DynCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Hands short options to where they belong, and says what a command cannot do without."""
         config = self.config[self.subcommand]
-        if self.subcommand in ("validate", "test", "predict") and config.ckpt_path is None:
+        if self.subcommand in ("validate", "test", "predict", "calibrate") and config.ckpt_path is None:
             raise Mistake(
                 f"{self.subcommand} needs a checkpoint, a network without one is untrained; "
                 "give --ckpt_path the file that fit wrote, such as runs/version_0/checkpoints/last.ckpt"
@@ -246,6 +255,10 @@ class DynCLI(LightningCLI):
                 raise Mistake("predict needs images; give --images a folder")
             if config.output is not None:
                 config.predictions.output = config.output
+        if self.subcommand == "calibrate":
+            self.calibration = calibrate.Settings.read(config)
+            if config.trainer.devices == "auto":  # several would each see a part of the images
+                config.trainer.devices = 1
         if self.subcommand == "flops":  # no number depends on the weights: do not fetch any
             config.model.pretrained, config.model.weights = False, None
 
@@ -277,6 +290,8 @@ class DynCLI(LightningCLI):
             dropped.add(PredictionWriter)
         if self.model.hparams.get("adapter") is None:
             dropped.add(BidirectionalSparsity)  # nothing to sparsify
+        if self.subcommand == "calibrate":
+            dropped |= {EarlyExit, FlopsReport}  # their policies are not the one that is sought
         if self.subcommand != "fit" or config["enable_checkpointing"] is False or config["barebones"]:
             dropped.add(ModelCheckpoint)
         if ModelCheckpoint in dropped:
@@ -331,6 +346,8 @@ class DynCLI(LightningCLI):
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
+        if subcommand == "calibrate":
+            kwargs["settings"] = self.calibration
         return kwargs | {"return_predictions": False} if subcommand == "predict" else kwargs
 
 

@@ -167,6 +167,9 @@ def _no_key(given: str, keys: Iterable[str], sections: dict[str, type]) -> str:
         return f"{given!r} belongs to no setting; settings are given as --KEY VALUE"
     key, keys = given[2:].partition("=")[0], list(keys)
     section, _, rest = key.partition(".")
+    beside = [k for k in keys if k.startswith(f"{section}.{rest[:4]}")]  # a slip at the end of a name at this level
+    if hint := nearest(key, beside):
+        return f"there is no key {key!r}{hint}"
     if inner := next((k for k in keys if k.startswith(f"{section}.") and rest in _settings(k, sections)), None):
         return f"there is no key {key!r}; did you mean '{inner}.{rest}'?"
     if hint := nearest(key, keys):

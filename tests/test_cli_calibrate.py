@@ -1,0 +1,365 @@
+"""``dynadapter calibrate``: what it finds, writes and refuses."""
+
+import csv
+import json
+import math
+import re
+import shutil
+import sys
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+from jsonargparse import Namespace
+from PIL import Image
+from test_data_vtab import make as make_vtab
+from torch import Tensor
+
+from dynadapter import load
+from dynadapter.calibrate import (
+    KINDS,
+    curve,
+    evaluate,
+    fit_temperatures,
+    losses,
+    split_halves,
+    to_accuracy_drop,
+    to_cost,
+    with_guarantee,
+)
+from dynadapter.cli import main
+from dynadapter.cli.calibrate import Collector, Kind, Settings, _check_images, solve, thresholds
+from dynadapter.cli.errors import Mistake
+from dynadapter.cost import ExitCosts, exit_costs
+from dynadapter.data import Digits, ImageFolder, VTAB1k
+from dynadapter.module import ExitClassifier
+from dynadapter.policies import Policy
+from dynadapter.spec_json import restore
+
+TINY = str(Path(__file__).parent / "conf" / "tiny.yaml")
+QUIET = ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
+COSTS = ExitCosts(macs=(40, 70, 104), light=(0, 0, 0), trunk=100, exits=(2, 4, 6))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of a short training on digits, good enough that its exits differ."""
+    root = tmp_path_factory.mktemp("runs")
+    more = ["--trainer.limit_train_batches=1.0", "--trainer.max_epochs=2", "--trainer.logger=false"]
+    main(["fit", "-c", TINY, f"--trainer.default_root_dir={root}", "--model.optimizer.lr=0.01", *more])
+    return root / "version_0" / "checkpoints" / "last.ckpt"
+
+
+@pytest.fixture
+def checkpoint(trained: Path, tmp_path: Path) -> Path:
+    """A copy of it in a run of its own."""
+    folder = tmp_path / "runs" / "version_0" / "checkpoints"
+    folder.mkdir(parents=True)
+    return Path(shutil.copy(trained, folder))
+
+
+@pytest.fixture(scope="module")
+def stacked(trained: Path) -> tuple[Tensor, Tensor, ExitCosts]:
+    """Logits and targets of the validation images by a plain loop, and the costs."""
+    model = ExitClassifier.load_from_checkpoint(trained, map_location="cpu").eval()
+    loader = Digits(image_size=32, batch_size=48, normalization="half").val_dataloader()
+    with torch.no_grad():
+        seen = [(model(images), targets) for images, targets in loader]
+    costs = exit_costs(model.net, 32, class_first=True)
+    return torch.cat([logits for logits, _ in seen], 1), torch.cat([targets for _, targets in seen]), costs
+
+
+def run(checkpoint: Path, *args: str) -> None:
+    main(["calibrate", "--ckpt_path", str(checkpoint), *QUIET, *args])
+
+
+def result(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "calibration.json").read_text())
+
+
+def settings(goal: str = "cost", amount: float = 0.8, **changes: Any) -> Settings:
+    given: dict[str, Any] = {
+        "goal": goal,
+        "amount": amount,
+        "confidence": 0.9,
+        "policy": "confidence",
+        "temperatures": True,
+        "search": "shared",
+        "seed": 0,
+        "data_split": "val",
+        "ckpt_path": "last.ckpt",
+        "bundle": None,
+        "out": None,
+    }
+    return Settings(**(given | changes))
+
+
+def drawn(samples: int = 400, classes: int = 4) -> tuple[Tensor, Tensor]:
+    """Logits of three exits, each better than the one before."""
+    generator = torch.Generator().manual_seed(0)
+    targets = torch.randint(classes, (samples,), generator=generator)
+    logits = torch.randn(3, samples, classes, generator=generator)
+    logits += torch.nn.functional.one_hot(targets, classes) * torch.tensor([1.0, 2.0, 3.0])[:, None, None]
+    return logits, targets
+
+
+def agrees(written: dict[str, Any], logits: Tensor, targets: Tensor, costs: ExitCosts, stratified: bool) -> None:
+    """Says whether what is written of both halves is what the written policy gives on them."""
+    policy = restore(written["policy"], Policy)
+    halves = split_halves(len(targets), written["seed"], targets if stratified else None)
+    for name, half in zip(("calibration_half", "held_out_half"), halves, strict=True):
+        outcome = evaluate(policy, logits[:, half], targets[half], costs.macs, full=costs.trunk)
+        assert written[name]["cost"] == outcome.cost
+        assert written[name]["accuracy"] == outcome.accuracy
+        assert tuple(written[name]["shares"]) == outcome.shares
+        assert written[name]["lost"] == losses(policy, logits[:, half], targets[half]).mean().item()
+        assert written[name]["accuracy_last_exit"] == (logits[-1, half].argmax(-1) == targets[half]).double().mean()
+
+
+# ---- goals
+
+
+def test_a_cost_with_a_bundle(checkpoint, stacked, tmp_path, capsys):
+    logits, targets, costs = stacked
+    out, bundle = tmp_path / "out", tmp_path / "bundle"
+    run(checkpoint, "--goal.cost=0.8", f"--out={out}", f"--bundle={bundle}")
+    printed = capsys.readouterr().out
+    for words in ("cost at most 0.8 of the full trunk", "held-out half", "leave at exit 1", "temperature", str(out)):
+        assert words in printed
+    assert "confidence_0.9" not in printed  # the policy that test would try
+
+    written = result(out)
+    first, second = split_halves(len(targets), 0, targets)
+    temperatures = fit_temperatures(logits[:, first], targets[first])
+    common = {"temperatures": temperatures, "full": costs.trunk}
+    found = to_cost(logits[:, first], targets[first], costs.macs, 0.8, **common)
+    assert restore(written["policy"], Policy) == found.policy
+    assert written["calibration_half"]["cost"] == found.cost <= 0.8
+    assert tuple(written["temperatures"]) == temperatures
+    assert (written["samples"], written["seed"], written["goal"]) == (len(targets), 0, {"cost": 0.8})
+    assert "held out" in written["protocol"]
+    agrees(written, logits, targets, costs, stratified=True)
+
+    with (out / "curve.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    expected = curve(logits[:, second], targets[second], costs.macs, **common)
+    points = [*expected.routed, *expected.anytime]
+    assert [float(row["cost"]) for row in rows] == [point.cost for point in points]
+    assert [float(row["accuracy"]) for row in rows] == [point.accuracy for point in points]
+    assert [float(row["share_exit1"]) for row in rows] == [point.shares[0] for point in points]
+
+    shipped = load(bundle)
+    assert shipped.config.policy == found.policy
+    assert shipped.config.measured["accuracy"] == written["held_out_half"]["accuracy"]
+    assert "held-out half of the validation images" in (bundle / "README.md").read_text()
+
+
+def test_an_accuracy_drop_per_exit_beside_the_training(checkpoint, stacked):
+    logits, targets, costs = stacked
+    run(checkpoint, "--goal.accuracy_drop=2", "--policy=margin", "--search=refined", "--temperatures=false", "--seed=3")
+    folder = checkpoint.parents[2] / "calibrate_0"
+    written = result(folder)
+    first, _ = split_halves(len(targets), 3, targets)
+    options = {"kind": KINDS["margin"], "search": "refined", "full": costs.trunk}
+    found = to_accuracy_drop(logits[:, first], targets[first], costs.macs, 2, **options)
+    assert restore(written["policy"], Policy) == found.policy
+    assert written["temperatures"] == [1, 1, 1]
+    half = written["calibration_half"]
+    assert half["accuracy"] >= half["accuracy_last_exit"] - 0.02
+    agrees(written, logits, targets, costs, stratified=True)
+
+
+def test_a_guarantee_and_its_short_spelling(checkpoint, stacked, tmp_path):
+    logits, targets, costs = stacked
+    run(checkpoint, "--goal.risk=0.2", "--confidence=0.8", "--policy=entropy", f"--out={tmp_path / 'out'}")
+    written = result(tmp_path / "out")
+    certifies, other = split_halves(len(targets), 0)
+    temperatures = fit_temperatures(logits[:, other], targets[other])  # not on those that certify
+    options = {"kind": KINDS["entropy"], "temperatures": temperatures, "full": costs.trunk}
+    found = with_guarantee(logits[:, certifies], targets[certifies], costs.macs, 0.2, 0.8, **options)
+    assert restore(written["policy"], Policy) == found.policy
+    assert tuple(written["notes"]) == found.notes
+    assert written["goal"] == {"risk": 0.2, "confidence": 0.8}
+    assert written["calibration_half"]["lost"] == found.risk
+    agrees(written, logits, targets, costs, stratified=False)
+
+
+def test_too_few_for_a_guarantee_go_the_full_depth():
+    found = solve(*drawn(200), COSTS, settings("risk", 0.001))
+    assert found.held_out.outcome.shares == (0, 0, 1)
+    assert "100 samples are too few" in found.notes[0]
+
+
+@pytest.mark.parametrize("policy", KINDS)
+@pytest.mark.parametrize(("goal", "amount"), [("cost", 0.7), ("accuracy_drop", 3.0), ("risk", 0.1)])
+def test_every_policy_reaches_every_goal(policy, goal, amount):
+    found = solve(*drawn(), COSTS, settings(goal, amount, policy=policy))
+    half = found.calibration
+    reached = {"cost": half.outcome.cost, "accuracy_drop": 100 * (half.last - half.outcome.accuracy), "risk": half.lost}
+    assert reached[goal] <= amount + 1e-9
+    assert half.outcome.samples == found.held_out.outcome.samples == 200
+    assert len(thresholds(found.found.policy, 3)) == 3
+    assert any("patience" in note for note in found.notes) == (policy == "patience")
+
+
+def test_the_choices_are_the_kinds_there_are():
+    assert get_args(Kind) == tuple(KINDS)
+
+
+# ---- what the user is told
+
+
+def test_few_images_and_broken_logits_are_told():
+    logits, targets = drawn(30)
+    logits[0, 0, 0], logits[2, 1, 1] = torch.nan, torch.inf
+    found = solve(logits, targets, COSTS, settings("cost", 2.0))
+    assert found.nonfinite == 2
+    assert any(note.startswith("a half of 15 images") for note in found.notes)
+    assert any("2 of all 30 images" in note for note in found.notes)
+
+
+def test_test_and_training_images_only_in_words(checkpoint, tmp_path, capsys):
+    for split, samples in (("test", 359), ("train", len(Digits().samples("train")))):
+        out = tmp_path / split
+        args = ["--goal.cost=0.9", f"--data_split={split}", f"--out={out}"]
+        with pytest.raises(SystemExit) as ending:
+            run(checkpoint, *args)
+        assert ending.value.code == 2
+        assert "--accept_optimistic_numbers true" in capsys.readouterr().err
+        run(checkpoint, *args, "--accept_optimistic_numbers=true")
+        written = result(out)
+        assert written["samples"] == samples
+        assert written["data_split"] == split
+        assert written["notes"][-1].startswith(f"calibrated on {'test' if split == 'test' else 'training'} images")
+
+
+def test_without_matplotlib_there_is_no_picture(checkpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    run(checkpoint, "--goal.cost=0.9", f"--out={tmp_path / 'out'}")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"calibration.json", "curve.csv"}
+    assert "matplotlib is not installed" in capsys.readouterr().out
+
+
+def test_with_matplotlib_there_is_one(checkpoint, tmp_path):
+    pytest.importorskip("matplotlib")
+    run(checkpoint, "--goal.cost=0.9", f"--out={tmp_path / 'out'}")
+    with Image.open(tmp_path / "out" / "curve.png") as picture:
+        assert picture.size == (900, 600)
+
+
+# ---- mistakes
+
+
+@pytest.mark.parametrize(
+    ("args", "names"),
+    [
+        ("", ("there is no goal", "--goal.cost 0.5", "--goal.accuracy_drop", "--goal.risk")),
+        ("--goal.cost=0.5 --goal.risk=0.1", ("goal.cost and goal.risk are 2 goals",)),
+        ("--goal.cots=0.5", ("'goal.cots'", "'goal.cost'")),
+        ("--goal.cost=half", ("goal.cost", "a number", "'half'")),
+        ("--goal.risk=0.1 --confidence=1", ("goal.confidence=1", "between 0 and 1")),
+        ("--goal.cost=0.5 --policy=confidance", ("policy", "'confidance'", "'confidence'")),
+        ("--goal.cost=0.5 --data_split=val200", ("data_split", "val, test, train")),
+        ("--goal.cost=0.5 --bundle={W}", ("exists", "bundle=")),
+        ("--goal.cost=0.5 --out={W}", ("calibration.json already",)),
+        ("--goal.cost=0.5 --ckpt_path=null --data=Digits", ("calibrate needs a checkpoint",)),
+        ("--goal.cost=0.01", ("goal.cost=0.01 cannot be reached", "of the full trunk; give that or more")),
+        ("--goal.accuracy_drop=-99", ("goal.accuracy_drop=-99 cannot be reached", "give at least")),
+        ("--goal.cost=0.9 --trainer.limit_val_batches=1 --data.batch_size=1", ("one image cannot calibrate",)),
+    ],
+)
+def test_a_mistake_is_one_line(args, names, checkpoint, tmp_path, capsys):
+    world = tmp_path / "world"
+    world.mkdir()
+    (world / "calibration.json").write_text("{}")
+    with pytest.raises(SystemExit) as ending:
+        run(checkpoint, *args.replace("{W}", str(world)).split())
+    error = capsys.readouterr().err
+    lines = [line for line in error.splitlines() if line.startswith("dynadapter:")]
+    assert ending.value.code == 2
+    assert len(lines) == 1
+    assert "Traceback" not in error
+    assert all(name in lines[0] for name in names), lines[0]
+    assert not list(checkpoint.parents[2].glob("calibrate_*"))
+
+
+@pytest.mark.parametrize(
+    ("goal", "changes", "words"),
+    [
+        ({"cost": 0.0}, {}, "goal.cost=0.0 must be above 0"),
+        ({"cost": math.nan}, {}, "goal.cost=nan must be above 0"),
+        ({"accuracy_drop": 101.0}, {}, "goal.accuracy_drop=101.0 must be percentage points between -100 and 100"),
+        ({"risk": 1.0}, {}, "goal.risk=1.0 must be between 0 and 1"),
+        ({"risk": 0.1, "confidence": math.nan}, {}, "goal.confidence=nan must be between 0 and 1"),
+        ({"cost": 0.5, "confidence": 0.9}, {}, "goal.confidence belongs to goal.risk"),
+        ({"risk": 0.1}, {"search": "refined"}, "guarantee tests settings that are fixed beforehand"),
+        ({"cost": 0.5}, {"search": "refined", "policy": "patience"}, "patience has none"),
+        ({"cost": 0.5}, {"seed": -1}, "seed=-1 must be at least 0"),
+        ({"cost": 0.5}, {"out": __file__}, "exists and is no folder"),
+    ],
+)
+def test_settings_that_cannot_be(goal, changes, words):
+    """Without the command line, which takes its time to start."""
+    other = {**vars(settings()), "accept_optimistic_numbers": False, **changes}
+    none = dict.fromkeys(("cost", "accuracy_drop", "risk", "confidence"))
+    with pytest.raises(Mistake, match=re.escape(words)):
+        Settings.read(Namespace(**{**other, "goal": Namespace(**{**none, **goal})}))
+
+
+def test_no_validation_images(tmp_path):
+    data = VTAB1k(make_vtab(tmp_path), "toys", split="train800val200")
+    with pytest.raises(Mistake, match=r"VTAB1k has no validation images; calibrate .* trained with split: train800"):
+        _check_images(data, settings())
+
+
+def saved(path: Path, data: Any) -> str:
+    """A checkpoint, as far as it tells of the data of its training."""
+    config = {"class_path": f"dynadapter.data.{type(data).__name__}", "init_args": dict(data.hparams)}
+    torch.save({"dynadapter": {"data": config}}, path)
+    return str(path)
+
+
+def test_images_that_the_network_was_trained_on_are_found(tmp_path):
+    make_vtab(tmp_path)
+    file = saved(tmp_path / "all.ckpt", VTAB1k(str(tmp_path), "toys", split="train800val200"))
+    now = VTAB1k(str(tmp_path), "toys", split="train800")
+    with pytest.raises(Mistake, match="trained on 2 of these 2 validation images"):
+        _check_images(now, settings(ckpt_path=file))
+    file = saved(tmp_path / "part.ckpt", now)
+    assert _check_images(now, settings(ckpt_path=file)) == ()
+
+
+def test_another_split_seed_is_found(tmp_path):
+    for k in range(20):
+        folder = tmp_path / "train" / "ab"[k % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 4)).save(folder / f"{k}.png")
+    file = saved(tmp_path / "a.ckpt", ImageFolder(str(tmp_path), split_seed=0))
+    assert _check_images(ImageFolder(str(tmp_path), split_seed=0), settings(ckpt_path=file)) == ()
+    with pytest.raises(Mistake, match="was trained on"):
+        _check_images(ImageFolder(str(tmp_path), split_seed=1), settings(ckpt_path=file))
+
+
+def test_data_that_cannot_be_looked_up_is_a_note(tmp_path):
+    file = saved(tmp_path / "a.ckpt", Digits())
+    torch.save({"dynadapter": {"data": {"class_path": "nowhere.Data", "init_args": {}}}}, file)
+    [note] = _check_images(Digits(), settings(ckpt_path=file))
+    assert "could not be found out" in note
+
+
+def test_several_devices_are_refused():
+    class Several:
+        world_size = 2
+
+    from dynadapter.cli.calibrate import calibrate
+
+    with pytest.raises(Mistake, match=r"--trainer\.devices 1"):
+        calibrate(Several(), None, Digits(), settings())  # type: ignore[arg-type]
+
+
+def test_half_precision_is_collected_in_full():
+    collector = Collector()
+    outputs = {"logits": torch.ones(2, 3, 4, dtype=torch.bfloat16), "targets": torch.zeros(3)}
+    collector.on_test_batch_end(None, None, outputs, None, 0)
+    assert collector.logits[0].dtype == torch.float32
