@@ -101,7 +101,9 @@ def case(trunk: torch.nn.Module, net: ExitNet, batch: int, size: int, rounds: in
 
 def main() -> None:
     """Runs what is not done yet and prints the table."""
-    args = arguments(__doc__ or "", "latency.jsonl").parse_args()
+    parser = arguments(__doc__ or "", "latency.jsonl")
+    parser.add_argument("--batches", type=int, nargs="+", default=list(IMAGES), choices=list(IMAGES))
+    args = parser.parse_args()
     torch.set_num_threads(1)
     log = Log(args.out)
     table = Table(
@@ -111,7 +113,7 @@ def main() -> None:
         if args.only not in name:
             continue
         trunk, net = build(**options)  # type: ignore[arg-type]
-        for batch in IMAGES:
+        for batch in args.batches:
             key = {"trunk": name, "batch": batch, "rounds": args.rounds, "arms": "plain and class first"}
             line = log.find(key) or log.add(key, **case(trunk, net, batch, int(options["img_size"]), args.rounds))
             void = " VOID" if abs(line["control"] - 1) > VOID else ""
