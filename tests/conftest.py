@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from dynadapter.trunk import create_trunk
 
+torch.set_num_threads(1)  # for tensors this small a second thread costs more than it does
+
 CLASSES = 5
 VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 6, "num_heads": 3}
 SWIN = {
