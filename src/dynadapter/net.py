@@ -13,10 +13,10 @@ from dynadapter.heads import Balanced, Heads
 from dynadapter.policies import Policy
 
 CPU_CHUNK = 32
-"""Images that a CPU routes at a time: measured, 16 to 32 ran 1.1 times as fast as 64 (``benchmarks/latency.py``)."""
+"""Images that a CPU routes at a time; larger batches leave its caches (ours)."""
 
 CLASS_FIRST_FROM = 4
-"""Images from which the class token's row first pays: measured, a single one took 1.0 to 1.07 times as long with it."""
+"""Images from which the class token's row comes first; a single one gains little or loses (``benchmarks/latency.py``)."""
 
 
 class Routed(NamedTuple):
