@@ -16,7 +16,7 @@ CPU_CHUNK = 32
 """Images that a CPU routes at a time; larger batches leave its caches (ours)."""
 
 CLASS_FIRST_FROM = 4
-"""Images from which the class token's row comes first; a single one gains little or loses (``benchmarks/latency.py``)."""
+"""Images from which the class token's row comes first; one alone gains little or loses (``benchmarks/latency.py``)."""
 
 
 class Routed(NamedTuple):
