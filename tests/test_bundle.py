@@ -128,9 +128,10 @@ def whole(original: Path, tmp_path: Path) -> Path:
 
 
 def edited(place: Path, *path: str, value: object = ..., text: str | None = None) -> Path:
-    """Changes one entry of config.json, or takes it out."""
+    """Changes one entry of config.json on purpose, or takes it out."""
     file = place / "config.json"
     config = json.loads(file.read_text())
+    config.pop("checksum", None)
     inner = config
     for key in path[:-1]:
         inner = inner[key]
@@ -238,6 +239,19 @@ def test_pretrained_is_fetched_unless_forbidden(tmp_path, images, monkeypatch):
     assert asked == [True]
     with pytest.raises(ValueError, match="needs the weights"):
         load(place, pretrained=False)
+
+
+def test_a_config_that_changed_by_itself_is_refused(whole):
+    file = whole / "config.json"
+    text = file.read_text()
+    for old, new in (('"merged": false', '"merged": true'), ("vit_tiny", "vit_tinx"), ("0.", "1.")):
+        changed = text.replace(old, new, 1)
+        assert changed != text
+        file.write_text(changed)
+        with pytest.raises(ValueError, match="is not as it was written: the bundle is damaged"):
+            load(whole)
+    file.write_text(json.dumps(json.loads(text), sort_keys=True))  # another layout says the same
+    load(whole)
 
 
 def test_a_seed_that_draws_other_numbers_is_named(whole):

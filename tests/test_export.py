@@ -230,7 +230,7 @@ def test_eight_bits_are_measured(tmp_path: Path) -> None:
         whole = net(images)
     labels = whole[-1].argmax(-1)
     told = export_onnx(net, folder, **options(), int8=True, check_images=images, check_labels=labels)
-    assert told == json.loads((folder / "manifest.json").read_text())
+    assert told == runtime.Manifest(folder).content
     assert told["precision"] == "int8"
     runner, measured = Runner(folder), told["quantization"]
     parts = [runner.route(part.numpy()) for part in images.split([1, 3, 32, 4])]  # a batch decides on its own scales

@@ -680,3 +680,11 @@ def test_without_onnxruntime_it_says_so(spelled: Path, monkeypatch: pytest.Monke
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(ImportError, match="pip install onnxruntime"):
         Runner(spelled)
+
+
+def test_a_manifest_that_changed_by_itself_is_refused(tmp_path: Path) -> None:
+    content = {"format": 1, "kind": "onnx", "class_names": ["a"]}
+    content["checksum"] = runtime.checksum(content)
+    (tmp_path / "manifest.json").write_text(json.dumps(content).replace('"a"', '"b"'))
+    with pytest.raises(ValueError, match="is not as it was written: copy the exported folder again"):
+        runtime.Manifest(tmp_path)

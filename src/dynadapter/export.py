@@ -637,5 +637,6 @@ def _identity(file: Path) -> dict[str, Any]:
 
 
 def _write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+    manifest = {**manifest, "checksum": runtime.checksum(manifest)}
     text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
     (folder / "manifest.json").write_text(text, encoding="utf-8")

@@ -390,6 +390,11 @@ class Manifest:
         self.folder = Path(folder).expanduser()
         self.content = _read_json(self.folder / "manifest.json")
         _check_format(self.content, kind, self.folder)
+        if self.content.pop("checksum", None) not in (None, checksum(self.content)):
+            raise ValueError(
+                f"{self.folder / 'manifest.json'} is not as it was written: copy the exported folder again; if you "
+                "changed something on purpose, take the entry 'checksum' out"
+            )
         try:
             self._read()
         except KeyError as error:
@@ -479,6 +484,12 @@ def _check_file(file: Path, stage: dict[str, Any]) -> None:
             f"{file} is not the file that was exported: its SHA-256 starts with {digest[:12]}, the manifest's with "
             f"{str(stage['sha256'])[:12]}; copy the exported folder again"
         )
+
+
+def checksum(content: dict[str, Any]) -> str:
+    """Gives the hash of what a manifest says, whatever its layout, as 64 hexadecimal digits."""
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def sha256(file: Path) -> str:

@@ -1,7 +1,9 @@
 """Configuration objects as JSON and back. No name in a file is ever imported: a class is known already, or refused."""
 
 import difflib
+import hashlib
 import inspect
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from types import NoneType, UnionType
@@ -38,6 +40,16 @@ def plain(value: Any) -> Any:
     if value is None or isinstance(value, bool | int | float | str):
         return value
     raise ValueError(f"{value!r} cannot be written as JSON; give numbers, text, lists and mappings")
+
+
+def checksum(content: Mapping[str, Any]) -> str:
+    """Gives the SHA-256 of what a JSON object says, whatever its layout and the order of its keys.
+
+    >>> checksum({"a": 1, "b": 2}) == checksum({"b": 2, "a": 1})
+    True
+    """
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def restore(value: Any, hint: Any, where: str = "") -> Any:

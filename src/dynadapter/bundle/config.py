@@ -19,7 +19,7 @@ from dynadapter.heads import Heads
 from dynadapter.net import ExitNet
 from dynadapter.policies import Policy
 from dynadapter.preprocess import Preprocess
-from dynadapter.spec_json import plain, restore
+from dynadapter.spec_json import checksum, plain, restore
 from dynadapter.temperature import Scaled
 from dynadapter.trunk import create_trunk
 
@@ -139,10 +139,9 @@ class Config:
     def dumps(self) -> str:
         """Writes the text of ``config.json``."""
         try:
-            return (
-                json.dumps({"library": "dynadapter"} | plain(self), indent=2, allow_nan=False, ensure_ascii=False)
-                + "\n"
-            )
+            content = {"library": "dynadapter"} | plain(self)
+            content |= {"checksum": checksum(content)}
+            return json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
         except ValueError as error:
             raise ValueError(f"{CONFIG} cannot be written: {error}") from error
 
@@ -168,6 +167,11 @@ class Config:
         version = given.get("format")
         if not isinstance(version, int) or version > FORMAT:
             raise ValueError(f"{where} has format {version!r}, this dynadapter reads up to {FORMAT}; update dynadapter")
+        if given.pop("checksum", None) not in (None, checksum(given)):
+            raise ValueError(
+                f"{where} is not as it was written: the bundle is damaged, fetch or write it again; if you changed "
+                "something on purpose, take the line 'checksum' out"
+            )
         lacking = [entry.name for entry in fields(cls) if entry.name not in given]
         if lacking:
             raise ValueError(f"{where} lacks {lacking[0]!r}; the bundle is damaged: fetch or write it again")
