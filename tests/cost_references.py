@@ -140,7 +140,7 @@ def by_torch(net: ExitNet, side: int = SIDE) -> list[int]:
 
 @contextmanager
 def counting() -> Iterator[FlopCounterMode]:
-    """Torch's counter; it has no formula for products in place, which are those of the operators without underscore."""
+    """Torch's counter, with formulas for what it lacks: products in place, and before 2.15 attention on a CPU."""
 
     def addmm(_, left, right, out_shape=None, **__) -> int:
         return 2 * left[0] * left[1] * right[1]
@@ -148,8 +148,13 @@ def counting() -> Iterator[FlopCounterMode]:
     def baddbmm(_, left, right, out_shape=None, **__) -> int:
         return 2 * left[0] * left[1] * left[2] * right[2]
 
-    in_place = {torch.ops.aten.addmm_: addmm, torch.ops.aten.baddbmm_: baddbmm}
-    with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
+    def attention(query, key, value, *_, out_shape=None, **__) -> int:
+        (batch, heads, rows, width), (columns, out) = query, value[-2:]
+        return 2 * batch * heads * rows * columns * (width + out)
+
+    lacking = {torch.ops.aten.addmm_: addmm, torch.ops.aten.baddbmm_: baddbmm}
+    lacking[torch.ops.aten._scaled_dot_product_flash_attention_for_cpu] = attention
+    with FlopCounterMode(display=False, custom_mapping=lacking) as counter:
         yield counter
 
 
