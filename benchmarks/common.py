@@ -2,85 +2,104 @@
 
 import argparse
 import json
-import os
-import platform
-import statistics
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 
+from dynadapter import Balanced, Confidence, ExitNet, timing
+from dynadapter.timing import VOID, best_chunk, cpu_name, is_void, machine, ratio, share_thresholds
+
+__all__ = ["RESULTS", "VOID", "Log", "arguments", "best_chunk", "build", "interleave", "is_void", "machine", "ratio"]
+__all__ += ["IMAGES", "SHARES", "TRUNKS", "images_a_call", "mark", "shares_of", "thresholds"]
+
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("torch", "timm", "lightning", "fvcore", "dynadapter")
+
+TRUNKS = {
+    "ViT-Ti, 64 tokens": dict(name="vit_tiny_patch16_224", img_size=48, patch_size=6),
+    "ViT-S/16, 224": dict(name="vit_small_patch16_224", img_size=224),
+}
+SHARES = {"50/30/15/5": (0.5, 0.3, 0.15, 0.05), "25/25/25/25": (0.25, 0.25, 0.25, 0.25)}
+IMAGES = 20
+"""Images a call at least: enough that the shares come out whole, or nearly."""
 
 
-def machine() -> dict[str, Any]:
-    """Names the machine and the versions that a number belongs to."""
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        lines = [line for line in info.read_text().splitlines() if line.startswith("model name")]
-        cpu = lines[0].partition(":")[2].strip() if lines else cpu
-    found: dict[str, Any] = {
-        "cpu": cpu,
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-    }
-    if torch.cuda.is_available():
-        found["gpu"] = torch.cuda.get_device_name()
-    for package in PACKAGES:
-        found[package] = version(package)
-    return found
+# ---- time
 
 
-def interleave(arms: dict[str, Callable[[], Any]], rounds: int, warmup: int = 2) -> dict[str, list[float]]:
-    """Runs all arms once a round, in an order that turns from round to round; gives CPU seconds of the process.
+def interleave(
+    arms: Mapping[str, Callable[[], Any]], rounds: int, warmup: int = 2, device: str = "cpu"
+) -> dict[str, list[float]]:
+    """Runs all arms once a round, in an order drawn anew for each; gives seconds.
 
-    The arms stand side by side in time, so a machine that slows down slows them all; the order turns, so that no arm
-    always runs on the caches which the same other arm has left.
+    They are CPU seconds of the process, or on a GPU those between two events. See :func:`dynadapter.timing.interleave`.
     """
-    names = list(arms)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    for round in range(-warmup, rounds):
-        turn = round % len(names)
-        for name in names[turn:] + names[:turn]:
-            start = time.process_time()
-            arms[name]()
-            spent = time.process_time() - start
-            if round >= 0:
-                seconds[name].append(spent)
-    return seconds
+    clock = timing.clock_of(torch.device(device), threads=1)
+    times = timing.interleave(arms, rounds, warmup, device)
+    return {name: taken.rounds(clock) for name, taken in times.items()}
 
 
-def ratio(numerator: Iterable[float], denominator: Iterable[float]) -> float:
-    """Gives the median of the ratios round by round."""
-    return statistics.median(a / b for a, b in zip(numerator, denominator, strict=True))
+def mark(control: float) -> str:
+    """Prints the ratio of an arm to itself, and whether the run is void."""
+    return f"{control:.3f}{' VOID' if is_void(control) else ''}"
+
+
+# ---- networks and images
+
+
+def build(name: str, **options: Any) -> tuple[torch.nn.Module, ExitNet]:
+    """Makes a trunk and the network with four exits around it."""
+    torch.manual_seed(0)
+    trunk = timm.create_model(name, num_classes=10, **options).eval()
+    return trunk, ExitNet(trunk, Balanced(), every=max(len(trunk.blocks) // 4, 1)).eval()
+
+
+def images_a_call(batch: int) -> int:
+    """Says how many images an arm's call has: whole batches, at least 20 images."""
+    return batch * -(-IMAGES // batch)
+
+
+def thresholds(net: ExitNet, images: torch.Tensor, shares: tuple[float, ...]) -> Confidence:
+    """Finds per-exit thresholds with which the shares leave."""
+    with torch.no_grad():
+        return share_thresholds(torch.cat([net(part) for part in images.split(8)], dim=1), shares)
+
+
+def shares_of(exits: torch.Tensor, count: int) -> list[float]:
+    """Gives the share of samples that left at each exit."""
+    return (exits.cpu().bincount(minlength=count).double() / len(exits)).tolist()
+
+
+# ---- results
 
 
 class Log:
-    """A file with one JSON line a run; a run that is in it is not done again.
+    """A file with one JSON line a run; a run that is in it is not done again on the same machine.
 
-    The line's ``key`` says which run it is; delete the line (or the file) to run it once more.
+    The line's ``key`` says which run it is, the processor included; delete the line (or the file) to run it once more.
+    Lines from before the processor was in the key have it in ``machine``.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.lines = [json.loads(line) for line in self.path.read_text().splitlines()] if self.path.exists() else []
+        text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
+        if text and not text.endswith("\n"):
+            raise SystemExit(f"{path} ends in the middle of a line: a run was cut short; take that line out")
+        self.lines = [json.loads(line) for line in text.splitlines()]
 
     def find(self, key: dict[str, Any]) -> dict[str, Any] | None:
-        """Gives the line of a run that is done."""
-        return next((line for line in self.lines if line["key"] == key), None)
+        """Gives the line of a run that is done on this machine."""
+        here = {"cpu": cpu_name()} | key
+        return next((line for line in self.lines if {"cpu": line["machine"]["cpu"]} | line["key"] == here), None)
 
     def add(self, key: dict[str, Any], **values: Any) -> dict[str, Any]:
         """Appends a run, with the machine and the time."""
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        line = {"key": key, **values, "machine": machine(), "time": now}
+        line = {"key": {"cpu": cpu_name()} | key, **values, "machine": machine(), "time": now}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         self.lines.append(line)

@@ -1,6 +1,7 @@
 """What early exits save in time: per-sample routing against the static trunk, beside what the multiply-adds promise.
 
     python benchmarks/latency.py
+    python benchmarks/latency.py --device cuda
 
 Protocol: one thread, CPU seconds of the process, arms interleaved call by call, medians of the ratios round by round.
 The static arm cuts its batch where that is faster for it. A control arm, the static one once more, runs in every round:
@@ -8,122 +9,151 @@ where its ratio leaves 1 by more than 3 %, the run is void. Per-exit thresholds 
 wanted shares leave at the four exits; weights are random, which changes nothing about the time. Efficiency is the
 speed-up over the static trunk divided by the speed-up in multiply-adds. "plain" runs whole blocks; "class first"
 computes the class token's row of the last block before an exit first, and has its own, smaller count.
+
+On a GPU: ViT-B/16 in bfloat16, seconds between two events on the device, and from which batch on routing pays.
 """
 
-import statistics
 from collections.abc import Callable
+from typing import Any
 
-import timm
 import torch
-from common import Log, arguments, interleave, ratio
+from common import (
+    SHARES,
+    TRUNKS,
+    Log,
+    arguments,
+    best_chunk,
+    build,
+    images_a_call,
+    interleave,
+    mark,
+    ratio,
+    shares_of,
+    thresholds,
+)
 from rich.console import Console
 from rich.table import Table
 
-from dynadapter import Balanced, Confidence, ExitNet, Never, Policy, exit_costs
-from dynadapter.policies import confidence
+from dynadapter import ExitNet, Never, Policy, exit_costs
+from dynadapter.timing import clock_of, percentile
 
-TRUNKS = {
-    "ViT-Ti, 64 tokens": dict(name="vit_tiny_patch16_224", img_size=48, patch_size=6),
-    "ViT-S/16, 224": dict(name="vit_small_patch16_224", img_size=224),
+CASES = {
+    "cpu": (TRUNKS, (1, 8, 64), torch.float32),
+    "cuda": (
+        {"ViT-B/16, 224": dict(name="vit_base_patch16_224", img_size=224)},
+        (1, 2, 4, 8, 16, 32, 64, 128, 256),
+        torch.bfloat16,
+    ),
 }
-SHARES = {"50/30/15/5": (0.5, 0.3, 0.15, 0.05), "25/25/25/25": (0.25, 0.25, 0.25, 0.25)}
-IMAGES = {1: 20, 8: 24, 64: 64}
-"""Images a call by batch size: enough that the shares come out whole, or nearly."""
-CHUNKS = (8, 16, 32, 64)
-VOID = 0.03
+"""Trunks, batch sizes and type by device."""
 
 
-def build(name: str, **options: object) -> tuple[torch.nn.Module, ExitNet]:
-    """Makes a trunk and the network with four exits around it."""
-    torch.manual_seed(0)
-    trunk = timm.create_model(name, num_classes=10, **options).eval()
-    return trunk, ExitNet(trunk, Balanced(), every=3).eval()
-
-
-def thresholds(net: ExitNet, images: torch.Tensor, shares: tuple[float, ...]) -> Confidence:
-    """Finds per-exit thresholds such that the shares leave (MSDNet's walk over the exits)."""
-    with torch.no_grad():
-        scores = confidence(torch.cat([net(part) for part in images.split(8)], dim=1))  # (exits, images)
-    inside = torch.ones(len(images), dtype=torch.bool)
-    found = []
-    for k, share in enumerate(shares[:-1]):
-        count = min(round(share * len(images)), int(inside.sum()))
-        ranked = scores[k][inside].sort(descending=True).values
-        found.append(float((ranked[count - 1] + ranked[min(count, len(ranked) - 1)]) / 2))
-        inside &= scores[k] < found[-1]
-    return Confidence(tuple(found))
-
-
-def case(trunk: torch.nn.Module, net: ExitNet, batch: int, size: int, rounds: int) -> dict[str, object]:
-    """Times the static trunk, the control and each routing at one batch size."""
-    torch.manual_seed(1)
-    images = torch.randn(IMAGES[batch], 3, size, size)
+@torch.inference_mode()
+def case(trunk: torch.nn.Module, net: ExitNet, batch: int, size: int, rounds: int) -> dict[str, Any]:
+    """Times the static trunk, the control and each routing at one batch size, on the network's device."""
+    like = next(trunk.parameters())
+    images = torch.randn(images_a_call(batch), 3, size, size, generator=torch.Generator().manual_seed(1)).to(like)
 
     def static(chunk: int) -> Callable[[], object]:
-        return lambda: [trunk(part) for part in images.split(chunk)]
+        return lambda: [trunk(part) for call in images.split(batch) for part in call.split(chunk)]
 
     def routed(policy: Policy, class_first: bool) -> Callable[[], torch.Tensor]:
         return lambda: torch.cat([net.early(part, policy, class_first).exits for part in images.split(batch)])
 
-    arms: dict[str, Callable[[], object]] = {}
+    routings: dict[str, Callable[[], torch.Tensor]] = {}
     for name, share in SHARES.items():
         policy = thresholds(net, images, share)
-        arms[f"{name} plain"], arms[f"{name} class first"] = routed(policy, False), routed(policy, True)
-    arms["all last plain"], arms["all last class first"] = routed(Never(), False), routed(Never(), True)
-    names = list(arms)
+        routings[f"{name} plain"], routings[f"{name} class first"] = routed(policy, False), routed(policy, True)
+    routings["all last plain"], routings["all last class first"] = routed(Never(), False), routed(Never(), True)
     costs = {way: exit_costs(net, size, class_first=way == "class first") for way in ("plain", "class first")}
-    with torch.inference_mode():
-        reached = {n: (arms[n]().bincount(minlength=net.num_exits) / len(images)).tolist() for n in names}  # type: ignore[attr-defined]
-        chunks = {chunk: static(chunk) for chunk in CHUNKS if chunk < batch} | {batch: static(batch)}
-        trial = interleave({str(c): arm for c, arm in chunks.items()}, 5) if len(chunks) > 1 else {str(batch): [0.0]}
-        chunk = min(chunks, key=lambda c: statistics.median(trial[str(c)]))
-        arms["static"], arms["control"] = static(chunk), static(chunk)
-        seconds = interleave(arms, rounds)
-    result: dict[str, object] = {
+    reached = {name: shares_of(arm(), net.num_exits) for name, arm in routings.items()}
+    chunk = best_chunk(static, batch, clock_of(like.device, 1), like.device)
+    arms = {**routings, "static": static(chunk), "control": static(chunk)}
+    seconds = interleave(arms, rounds, device=str(like.device))
+    result: dict[str, Any] = {
         "control": ratio(seconds["control"], seconds["static"]),
         "static_chunk": chunk,
+        "milliseconds": {name: 1000 * percentile(taken, 0.5) / len(images) for name, taken in seconds.items()},
         "seconds": seconds,
     }
-    for name in names:
+    for name in routings:
         cost = costs["class first" if name.endswith("class first") else "plain"]
         promise = cost.trunk / cost.average(reached[name])
         speedup = ratio(seconds["static"], seconds[name])
-        plain = ratio(seconds[name.replace("class first", "plain")], seconds[name])
         result[name] = {
             "shares": reached[name],
             "mac_speedup": promise,
             "speedup": speedup,
             "efficiency": speedup / promise,
-            "over_plain": plain,
+            "over_plain": ratio(seconds[name.replace("class first", "plain")], seconds[name]),
         }
     return result
+
+
+def pays_from(lines: dict[int, dict[str, Any]], routing: str) -> int | None:
+    """Gives the smallest batch from which on routing is faster than the static trunk at every larger one."""
+    found = None
+    for batch in sorted(lines, reverse=True):
+        if lines[batch][routing]["speedup"] <= 1:
+            break
+        found = batch
+    return found
 
 
 def main() -> None:
     """Runs what is not done yet and prints the table."""
     parser = arguments(__doc__ or "", "latency.jsonl")
-    parser.add_argument("--batches", type=int, nargs="+", default=list(IMAGES), choices=list(IMAGES))
+    parser.add_argument("--device", default="cpu", choices=list(CASES))
+    parser.add_argument("--batches", type=int, nargs="+", help="images a call; by default those of the device")
     args = parser.parse_args()
+    trunks, batches, dtype = CASES[args.device]
+    device_key: dict[str, str] = {}
+    if args.device == "cuda":
+        if not torch.cuda.is_available():
+            raise SystemExit("torch finds no CUDA device here; leave --device out")
+        device_key = {"device": "cuda", "gpu": torch.cuda.get_device_name(), "type": str(dtype)}
     torch.set_num_threads(1)
     log = Log(args.out)
     table = Table(
-        "trunk", "batch", "control", "routing", "shares", "MAC speed-up", "speed-up", "efficiency", "over plain"
+        "trunk",
+        "batch",
+        "control",
+        "routing",
+        "shares",
+        "ms an image",
+        "MAC speed-up",
+        "speed-up",
+        "efficiency",
+        "over plain",
     )
-    for name, options in TRUNKS.items():
+    pays = []
+    for name, options in trunks.items():
         if args.only not in name:
             continue
-        trunk, net = build(**options)  # type: ignore[arg-type]
-        for batch in args.batches:
-            key = {"trunk": name, "batch": batch, "rounds": args.rounds, "arms": "plain and class first"}
+        trunk, net = build(**options)
+        net.to(args.device, dtype)
+        lines = {}
+        for batch in args.batches or batches:
+            key = {"trunk": name, "batch": batch, "rounds": args.rounds, "arms": "plain and class first", **device_key}
             line = log.find(key) or log.add(key, **case(trunk, net, batch, int(options["img_size"]), args.rounds))
-            void = " VOID" if abs(line["control"] - 1) > VOID else ""
+            lines[batch], times = line, line.get("milliseconds", {})  # older lines have none
+            table.add_row(name, str(batch), mark(line["control"]), "static", "", _milliseconds(times, "static"))
             for routing, got in line.items():
                 if isinstance(got, dict) and "efficiency" in got:
                     shares = "/".join(f"{100 * s:.0f}" for s in got["shares"])
                     factors = (f"{got[key]:.2f}x" for key in ("mac_speedup", "speedup"))
                     cells = (*factors, f"{got['efficiency']:.3f}", f"{got['over_plain']:.3f}")
-                    table.add_row(name, str(batch), f"{line['control']:.3f}{void}", routing, shares, *cells)
-    Console(width=140).print(table)
+                    table.add_row("", "", "", routing, shares, _milliseconds(times, routing), *cells)
+        for share in SHARES:
+            batch = pays_from(lines, f"{share} class first")
+            words = f"from batch {batch} on" if batch else "at no batch size that was run"
+            pays.append(f"{name}: routing at {share} with the class token first is faster than the trunk {words}")
+    Console(width=150).print(table)
+    print(*pays, sep="\n")
+
+
+def _milliseconds(times: dict[str, float], name: str) -> str:
+    return f"{times[name]:.3f}" if name in times else ""
 
 
 if __name__ == "__main__":

@@ -1,0 +1,172 @@
+"""A labelled set of small images as one uint8 tensor: from mosaics, a file a class, or from folders, one a class.
+
+Mosaics: ``train/NAME.webp`` and ``val/NAME.webp`` are grids of square tiles without gaps, all of the class NAME; an
+optional ``classes.txt`` gives the order: NAME, tab, words. Folders: ``train/NAME/*.jpg`` and ``val/NAME/*.jpg``.
+Needs torch, numpy and Pillow only.
+"""
+
+import hashlib
+import json
+import os
+import pickle
+import zipfile
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+SUFFIXES = (".webp", ".png", ".jpg", ".jpeg", ".bmp")
+
+
+@dataclass
+class Images:
+    """A split: pixels (count, 3, size, size) uint8, and the class index of each (count,)."""
+
+    pixels: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def to(self, device: torch.device) -> "Images":
+        """Moves the split to a device."""
+        return Images(self.pixels.to(device), self.labels.to(device))
+
+
+def read(root: str | Path, size: int, limit: int = 0, cache: Path | None = None) -> tuple[Images, Images, list[str]]:
+    """Decodes a whole set.
+
+    Args:
+        root: The folder that holds ``train`` and ``val``.
+        size: Height and width of the result in pixels: of a mosaic's tiles, or what other images are resized to (the
+            shorter side, then the centre is cut out).
+        limit: Take the first so many classes only; 0 takes all.
+        cache: A file that keeps the decoded set; read when it was made of the same files, else written.
+
+    Returns:
+        The images to train on, those to validate on, and the names of the classes.
+
+    Raises:
+        ValueError: If there are no such images, or a mosaic is not a grid of such tiles.
+    """
+    root = Path(root).expanduser()
+    names = class_names(root)
+    names = names[:limit] if limit else names
+    files = {split: [files_of(root / split, name) for name in names] for split in ("train", "val")}
+    key = fingerprint(root, size, names, files)
+    if cache is not None and cache.exists():
+        found = unpack(cache, key)
+        if found is not None:
+            return (*found, names)
+    train, val = (decode(root / split, files[split], size) for split in ("train", "val"))
+    if cache is not None:
+        pack(cache, key, train, val)
+    return train, val, names
+
+
+def class_names(root: Path) -> list[str]:
+    """Lists the classes in the order of ``classes.txt``, or by name where there is none."""
+    train = root / "train"
+    if not train.is_dir():
+        raise ValueError(f"{str(root)!r} has no folder 'train'; give the folder that holds train/ and val/")
+    found = sorted({path.stem for path in train.iterdir() if path.is_dir() or path.suffix.lower() in SUFFIXES})
+    if not found:
+        raise ValueError(f"{str(train)!r} holds neither mosaics (NAME.webp) nor a folder for each class")
+    table = root / "classes.txt"
+    if not table.is_file():
+        return found
+    listed = [line.split("\t")[0].strip() for line in table.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if sorted(listed) != found:
+        odd = sorted(set(listed) ^ set(found)) or ["a name twice"]
+        raise ValueError(f"{str(table)!r} and {str(train)!r} do not name the same classes: {', '.join(odd[:3])}")
+    return listed
+
+
+def files_of(split: Path, name: str) -> list[Path]:
+    """Lists a class's files: its mosaic, or what its folder holds."""
+    folder = split / name
+    within = folder.iterdir() if folder.is_dir() else (split / (name + suffix) for suffix in SUFFIXES)
+    found = sorted(path for path in within if path.suffix.lower() in SUFFIXES and path.is_file())
+    if not found:
+        raise ValueError(f"class {name!r} has no images in {str(split)!r}; it needs {name}.webp or a folder {name}/")
+    return found
+
+
+def decode(split: Path, classes: list[list[Path]], size: int) -> Images:
+    """Decodes the files of all classes of a split into one tensor; Pillow's decoders run beside each other."""
+
+    def pixels_of(path: Path) -> np.ndarray:
+        return tiles(path, size) if path.parent == split else square(path, size)  # a mosaic lies in the split itself
+
+    paths = [path for files in classes for path in files]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        parts = list(pool.map(pixels_of, paths))
+    owners = [index for index, files in enumerate(classes) for _ in files]
+    labels = np.repeat(owners, [len(part) for part in parts])
+    pixels = torch.from_numpy(np.concatenate(parts)).permute(0, 3, 1, 2).contiguous()
+    return Images(pixels, torch.from_numpy(labels).long())
+
+
+def tiles(path: Path, size: int) -> np.ndarray:
+    """Cuts a mosaic into its tiles, row by row: (count, size, size, 3)."""
+    pixels = rgb(path)
+    height, width, _ = pixels.shape
+    if height % size or width % size:
+        raise ValueError(f"mosaic {str(path)!r} of {width} x {height} pixels is no grid of tiles of {size} x {size}")
+    grid = pixels.reshape(height // size, size, width // size, size, 3)
+    return grid.swapaxes(1, 2).reshape(-1, size, size, 3)
+
+
+def square(path: Path, size: int) -> np.ndarray:
+    """Resizes an image by its shorter side and cuts out the centre: (1, size, size, 3)."""
+    image = Image.fromarray(rgb(path))
+    scale = size / min(image.size)
+    width, height = (max(size, round(side * scale)) for side in image.size)
+    left, top = (width - size) // 2, (height - size) // 2
+    resized = image.resize((width, height), Image.Resampling.BICUBIC)
+    return np.asarray(resized.crop((left, top, left + size, top + size)))[None]
+
+
+def rgb(path: Path) -> np.ndarray:
+    """Decodes a file: (height, width, 3) uint8."""
+    try:
+        with Image.open(path) as image:
+            return np.asarray(image.convert("RGB"))
+    except Exception as error:  # decoders fail in many ways on damaged bytes
+        raise ValueError(f"cannot read image {str(path)!r} ({type(error).__name__}: {error}); take it out") from None
+
+
+# ---- the decoded set in a file
+
+
+def fingerprint(root: Path, size: int, names: list[str], files: dict[str, list[list[Path]]]) -> str:
+    """Names a set by its files' names, sizes and times."""
+
+    def listed(paths: Iterable[Path]) -> list[tuple[str, int, int]]:
+        stats = ((path, path.stat()) for path in paths)
+        return [(str(path.relative_to(root)), stat.st_size, stat.st_mtime_ns) for path, stat in stats]
+
+    told = [str(root.resolve()), size, names, [listed(paths) for classes in files.values() for paths in classes]]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+
+
+def pack(cache: Path, key: str, train: Images, val: Images) -> None:
+    """Writes a decoded set, all of it or nothing."""
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    part = cache.with_name(cache.name + ".part")
+    torch.save({"key": key, "train": vars(train), "val": vars(val)}, part)
+    os.replace(part, cache)
+
+
+def unpack(cache: Path, key: str) -> tuple[Images, Images] | None:
+    """Reads a decoded set; None when it was made of other files or is damaged."""
+    try:
+        held = torch.load(cache, weights_only=True)
+        return (Images(**held["train"]), Images(**held["val"])) if held["key"] == key else None
+    except (RuntimeError, EOFError, KeyError, TypeError, ValueError, OSError, pickle.PickleError, zipfile.BadZipFile):
+        return None

@@ -1,0 +1,162 @@
+"""What is trained and how: the kinds of adapters, and the recipes for training them with exits or without."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from dynadapter import (
+    Adapter,
+    AdapterSpec,
+    Balanced,
+    Constant,
+    EarlyToLate,
+    Heads,
+    LateToEarly,
+    LinearHeads,
+    LinearInDepth,
+    LoRA,
+    MLPHeads,
+    PerExit,
+    RepAdapter,
+    Schedule,
+    Step,
+    Uniform,
+    Weighting,
+)
+
+METHODS: dict[str, Callable[[float], AdapterSpec] | None] = {
+    "probe": None,
+    "adapter": lambda scale: Adapter(scale=scale),
+    "lora": lambda scale: LoRA(scale=scale),
+    "repadapter": lambda scale: RepAdapter(scale=scale),
+    "full": None,
+}
+"""What learns, by name: an adapter of a scale; or the heads alone (probe), or everything (full)."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a network with exits is trained. The defaults are the package's own.
+
+    Args:
+        exits: After how many blocks the exits stand; None puts one after every ``every``, none at all is static.
+        every: Interval of the exits in blocks.
+        heads: The early heads.
+        weighting: The weights of the exits' losses over the progress of training.
+        shallow: Dropout in the first block's adapter; None leaves every adapter its own rate.
+        deep: Dropout in the last block's.
+        keep: Share of the adapter elements that move in a step.
+        masked: As in :class:`dynadapter.BidirectionalSparsity`.
+        distill: Share of an early exit's loss that is the divergence from the last exit's answer, in [0, 1].
+        temperature: Of that divergence; both answers are softened by it.
+        rescale: Scale the gradients that exits send into the trunk, so that a block gets the mean over the exits behind
+            it and not their sum (Li et al. 2019, gradient equilibrium).
+        within: Keep gradients inside their stage: an adapter learns from the next exit alone.
+        early_scale: Factor on the scale of the adapters before the first exit.
+        early_width: Factor on rank or bottleneck of the adapters before the first exit.
+    """
+
+    exits: tuple[int, ...] | None = None
+    every: int = 3
+    heads: Heads = Balanced()  # noqa: RUF009 - frozen
+    weighting: Weighting = EarlyToLate()  # noqa: RUF009
+    shallow: Schedule | None = Constant(0.2)  # noqa: RUF009
+    deep: Schedule = Constant(0.0)  # noqa: RUF009
+    keep: Schedule = Constant(0.9)  # noqa: RUF009
+    masked: Literal["frozen", "gradient"] = "frozen"
+    distill: float = 0.0
+    temperature: float = 2.0
+    rescale: bool = False
+    within: bool = False
+    early_scale: float = 1.0
+    early_width: int = 1
+
+    @property
+    def static(self) -> bool:
+        """Whether there is no exit but the last."""
+        return self.exits == ()
+
+
+def last_first(share: float, early: int = 3) -> PerExit:
+    """Gives weights by which the last exit learns alone for a share of training, and then all exits together.
+
+    Source: Kubaty et al. 2024 (arXiv 2407.14320), the mixed regime.
+    """
+    return PerExit((*(Step(0.0, 1.0, at=share),) * early, Constant(1.0)))
+
+
+STATIC: dict[str, Any] = {"exits": (), "weighting": Uniform(), "shallow": None, "keep": Constant(1.0)}
+"""Plain training, as the papers on adapters do it: no exits, the adapters' own dropout, no masks."""
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "static": STATIC,
+    "base": {},
+    # the paper's ingredients, one changed at a time
+    "linear-heads": {"heads": LinearHeads()},
+    "uniform": {"weighting": Uniform()},
+    "late-to-early": {"weighting": LateToEarly()},
+    "linear-in-depth": {"weighting": LinearInDepth()},
+    "no-forward": {"shallow": None},
+    "no-backward": {"keep": Constant(1.0)},
+    "no-sparsity": {"shallow": None, "keep": Constant(1.0)},
+    # sparsity without exits: what it does to the rival
+    "static-sparse": {"exits": (), "weighting": Uniform()},
+    # loss and gradients
+    "distill": {"distill": 0.5},
+    "distill-most": {"distill": 0.9},
+    "distill-hot": {"distill": 0.5, "temperature": 4.0},
+    "rescale": {"rescale": True},
+    "last-first": {"weighting": last_first(0.5)},
+    "last-first-25": {"weighting": last_first(0.25)},
+    "within": {"within": True},
+    "early-to-late-0": {"weighting": EarlyToLate(floor=0.0)},
+    "early-to-late-30": {"weighting": EarlyToLate(floor=0.3)},
+    # heads
+    "mlp-heads": {"heads": MLPHeads()},
+    "narrow-heads": {"heads": Balanced(hidden=32)},
+    "wide-heads": {"heads": Balanced(hidden=128)},
+    "wide-mlp-heads": {"heads": MLPHeads(hidden=128)},
+    "mean-pooling": {"heads": Balanced(pooling="mean")},
+    "mean-mlp-heads": {"heads": MLPHeads(pooling="mean")},
+    # where the exits stand
+    "every-2": {"every": 2},
+    "every-4": {"every": 4},
+    "exits-4-8": {"exits": (4, 8)},
+    "exits-4-6-8": {"exits": (4, 6, 8)},
+    "exits-6-9": {"exits": (6, 9)},
+    "exits-2-4-6-8-10": {"exits": (2, 4, 6, 8, 10)},
+    # dropout and masks
+    "dropout-flat": {"shallow": Constant(0.1), "deep": Constant(0.1)},
+    "dropout-rising": {"shallow": Constant(0.0), "deep": Constant(0.2)},
+    "dropout-strong": {"shallow": Constant(0.4)},
+    "keep-70": {"keep": Constant(0.7)},
+    "keep-50": {"keep": Constant(0.5)},
+    "keep-70-gradient": {"keep": Constant(0.7), "masked": "gradient"},
+    # adapters before the first exit
+    "early-scale-3": {"early_scale": 3.0},
+    "early-width-4": {"early_width": 4},
+}
+"""Changes of the recipe by name; names may be joined, as in ``distill+rescale``."""
+
+INGREDIENTS = ("linear-heads", "uniform", "late-to-early", "linear-in-depth", "no-forward", "no-backward")
+"""The paper's own, which the ablation takes away one by one."""
+
+DEFAULT = "base"
+"""The recipe that tables and figures show."""
+
+
+def recipe(name: str) -> Recipe:
+    """Makes the recipe of a name.
+
+    >>> recipe("distill+uniform").weighting
+    Uniform()
+
+    Raises:
+        ValueError: There is none of that name.
+    """
+    changes: dict[str, Any] = {}
+    for part in name.split("+"):
+        if part not in VARIANTS:
+            raise ValueError(f"there is no recipe {part!r}; there are {', '.join(VARIANTS)}, joined by +")
+        changes |= VARIANTS[part]
+    return replace(Recipe(), **changes)
