@@ -1,6 +1,13 @@
 """Checkpoints of ExitClassifier: small, strict, resumable, and refused where they do not belong."""
 
 import copy
+import errno
+import io
+import os
+import random
+import subprocess
+import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,14 +17,16 @@ import timm
 import torch
 from conftest import CLASSES, SWIN, VIT
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from tiny import FAMILIES, SaveFirstEpoch, loader, make_classifier, trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from dynadapter.adapters import Adapter, LoRA, RepAdapter, adapter_layers
-from dynadapter.callbacks import BidirectionalSparsity, ExitWeights
+from dynadapter.callbacks import BidirectionalSparsity, ExitWeights, WeightAverage
+from dynadapter.checkpoints import AtomicCheckpointIO, RunCheckpoint, check, newest
+from dynadapter.checkpoints import read as read_whole
 from dynadapter.data import Digits
 from dynadapter.data.transforms import Preprocess
 from dynadapter.heads import LinearHeads
@@ -197,7 +206,7 @@ def test_weight_averaging(tmp_path: Path) -> None:
     def train(*more: Callback, **where: Any) -> tuple[ExitClassifier, Any]:
         torch.manual_seed(0)
         module = make_classifier(lr_schedule=Constant(1.0))
-        fitting = trainer(EMAWeightAveraging(decay=0.9, use_buffers=False), *more, max_epochs=2)
+        fitting = trainer(WeightAverage(decay=0.9), *more, max_epochs=2)
         fitting.fit(module, loader(3), loader(1), **where)
         return module, fitting
 
@@ -210,11 +219,10 @@ def test_weight_averaging(tmp_path: Path) -> None:
     assert all(torch.allclose(after[name], by_hand.average[name], atol=1e-6) for name in trained)
     resumed, _ = train(ckpt_path=tmp_path / "0.ckpt", weights_only=True)
     assert all(torch.allclose(after[name], resumed.state_dict()[name], atol=1e-6) for name in trained)
-    # Averaging runs over the frozen trunk too: decay * p + (1 - decay) * p is p up to rounding.
     fresh = dict(make_classifier().named_parameters())
     for name, p in straight.named_parameters():
         if name not in trained:
-            assert torch.allclose(p, fresh[name], rtol=1e-5, atol=1e-7), name
+            assert torch.equal(p, fresh[name]), name
 
 
 def test_a_copy_is_a_model_of_its_own(tmp_path: Path) -> None:
@@ -373,3 +381,235 @@ def test_a_kind_that_cannot_be_merged_leaves_all_as_it_was(tmp_path: Path) -> No
     again = ExitClassifier.load_from_checkpoint(fitted(module, tmp_path / "a.ckpt"))
     assert same(again.state_dict(), module.state_dict())
     assert len(adapter_layers(again)) == 6
+
+
+# ---- older formats ---------------------------------------------------------------------------------------------------
+
+
+def aged(checkpoint: dict[str, Any], format: int | None, *without: str) -> None:
+    """Makes of a checkpoint one that an older version might have written."""
+    ours = checkpoint["dynadapter"]
+    if format is None:
+        del ours["format"]
+    else:
+        ours["format"] = format
+    for key in without:
+        del ours[key]
+
+
+@pytest.mark.parametrize("format", [0, None])
+def test_an_older_format_loads(format: int | None, tmp_path: Path) -> None:
+    module = make_classifier(class_names=ABC)
+    path = change(fitted(module, tmp_path / "a.ckpt"), lambda c: aged(c, format, "data", "preprocessing", "full"))
+    again = ExitClassifier.load_from_checkpoint(path)
+    assert torch.equal(logits(again), logits(module))
+    assert again.class_names == ABC
+    assert (again.preprocessing, again.data_config) == ({}, None)
+
+
+@pytest.mark.parametrize("missing", ["trunk_hash", "class_names"])
+def test_an_older_format_that_does_not_say_enough(missing: str, tmp_path: Path) -> None:
+    path = change(fitted(make_classifier(), tmp_path / "a.ckpt"), lambda c: aged(c, 0, missing))
+    with pytest.raises(ValueError, match=f"old format 0, which does not say its {missing}; .* or train again"):
+        ExitClassifier.load_from_checkpoint(path)
+
+
+def test_missing_keys_are_counted_and_all_named_underneath(tmp_path: Path) -> None:
+    path = fitted(make_classifier(), tmp_path / "a.ckpt")
+    with pytest.raises(ValueError, match=r"Missing key\(s\).* \.\.\. \((\d+) keys\)") as error:
+        ExitClassifier.load_from_checkpoint(path, adapter=Adapter())
+    whole = str(error.value.__cause__)
+    missing = next(line for line in whole.splitlines() if "Missing" in line)
+    assert f"({missing.count('net.')} keys)" in str(error.value)
+    with pytest.raises(ValueError, match=r"And \d+ more like this\."):  # one line each
+        ExitClassifier.load_from_checkpoint(path, adapter=LoRA(rank=3))
+
+
+def test_other_classes_are_shown_on_both_sides(tmp_path: Path) -> None:
+    path = fitted(make_classifier(class_names=ABC), tmp_path / "a.ckpt")
+    with pytest.raises(
+        ValueError, match=r"the checkpoint has 'class 0', 'class 1', .*; this model has 'a', 'b', 'c', "
+    ):
+        ExitClassifier.load_from_checkpoint(path, class_names=list("abcde"))
+    with pytest.raises(ValueError, match=r"this model has '0', '1', .*, '7' and 92 more"):
+        ExitClassifier.load_from_checkpoint(path, num_classes=100, class_names=None)
+
+
+# ---- whole or not there ----------------------------------------------------------------------------------------------
+
+CONTENT = {"state_dict": {"a": torch.arange(100.0)}, "optimizer_states": [], "global_step": 3, "name": "text"}
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    path = tmp_path / "checkpoints" / "last.ckpt"
+    AtomicCheckpointIO().save_checkpoint(CONTENT, path)
+    return path
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_what_is_saved_is_loaded(saved: Path) -> None:
+    for loaded in (AtomicCheckpointIO().load_checkpoint(saved), read_whole(saved)):
+        assert loaded["name"] == "text"
+        assert torch.equal(loaded["state_dict"]["a"], torch.arange(100.0))
+    with pytest.raises(FileNotFoundError):
+        AtomicCheckpointIO().load_checkpoint(saved.with_name("other.ckpt"))
+
+
+def test_another_file_system_is_lightnings_business() -> None:
+    where = "memory://folder/a.ckpt"
+    AtomicCheckpointIO().save_checkpoint(CONTENT, where)
+    assert AtomicCheckpointIO().load_checkpoint(where)["name"] == "text"
+    AtomicCheckpointIO().remove_checkpoint(where)
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_save_that_does_not_end_leaves_the_old_file(call: str, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(*_: Any) -> None:
+        raise Killed
+
+    monkeypatch.setattr(os, call, killed)
+    monkeypatch.setattr(Path, "unlink", lambda *_, **__: None)  # a kill tidies nothing up
+    with pytest.raises(Killed):
+        AtomicCheckpointIO().save_checkpoint(CONTENT | {"name": "new"}, saved)
+    monkeypatch.undo()
+    assert names(saved.parent) == ["last.ckpt", "last.ckpt.partial"]
+    assert read_whole(saved)["name"] == "text"
+    found = newest(saved.parent)
+    assert found is not None
+    assert (found.path, found.step, found.damaged) == (saved, 3, [])
+    AtomicCheckpointIO().save_checkpoint(CONTENT, saved.with_name("best.ckpt"))  # of any name
+    assert names(saved.parent) == ["best.ckpt", "last.ckpt"]
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_full_disk_is_one_line_and_loses_nothing(call: str, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, call, full)
+    told = f"checkpoint {saved} cannot be written: No space left on device; .* whole"
+    with pytest.raises(OSError, match=told) as error:
+        AtomicCheckpointIO().save_checkpoint(CONTENT | {"name": "new"}, saved)
+    assert "\n" not in str(error.value)
+    assert names(saved.parent) == ["last.ckpt"]
+    assert read_whole(saved)["name"] == "text"
+
+
+FULL = """
+import resource, sys
+from dynadapter.cli import main
+from dynadapter.checkpoints import AtomicCheckpointIO
+save = AtomicCheckpointIO.save_checkpoint
+def limited(self, checkpoint, *args, **kwargs):
+    if checkpoint["global_step"] == 4:  # from the second epoch on no file may have more than a few bytes
+        resource.setrlimit(resource.RLIMIT_FSIZE, (5000, resource.RLIM_INFINITY))
+    return save(self, checkpoint, *args, **kwargs)
+AtomicCheckpointIO.save_checkpoint = limited
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.slow
+def test_a_training_on_a_full_disk(tmp_path: Path) -> None:
+    tiny = Path(__file__).parent / "conf" / "tiny.yaml"
+    args = ["fit", "-c", str(tiny), "--trainer.max_epochs=4", f"--trainer.default_root_dir={tmp_path}"]
+    done = subprocess.run([sys.executable, "-c", FULL, *args], capture_output=True, text=True, check=False)
+    saved = tmp_path / "version_0" / "checkpoints"
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith(
+        f"dynadapter: error: checkpoint {saved / 'last.ckpt'} cannot be written: File too large; "
+    )
+    assert "Traceback" not in done.stderr
+    assert names(saved) == ["last.ckpt"]
+    assert read_whole(saved / "last.ckpt")["global_step"] == 2
+
+
+def test_what_would_not_load_again_is_not_saved(saved: Path) -> None:
+    with pytest.raises(ValueError, match=r"would not load again under weights_only=True: it holds pathlib\.\w+Path; "):
+        AtomicCheckpointIO().save_checkpoint(CONTENT | {"where": Path("a")}, saved)
+    assert read_whole(saved)["name"] == "text"
+
+
+@pytest.mark.parametrize("left", [0, 1, 100, -1, -30, -1000])
+def test_a_file_that_was_cut_off(left: int, saved: Path) -> None:
+    saved.write_bytes(saved.read_bytes()[:left])
+    for reader in (check, read_whole, AtomicCheckpointIO().load_checkpoint):
+        with pytest.raises(ValueError, match=rf"{saved} is no checkpoint that can be read: ") as error:
+            reader(saved)
+        assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match=r"can be read: last\.ckpt"):
+        newest(saved.parent)
+
+
+def test_a_flipped_bit_is_found_or_changes_nothing(tmp_path: Path) -> None:
+    path = fitted(make_classifier(), tmp_path / "a.ckpt")
+    whole, content = path.read_bytes(), read(path)
+    rng = random.Random(0)
+    found = 0
+    for _ in range(200):
+        place = rng.randrange(8 * len(whole))
+        flipped = bytearray(whole)
+        flipped[place // 8] ^= 1 << place % 8
+        path.write_bytes(flipped)
+        try:
+            again = read_whole(path)
+        except ValueError:
+            found += 1
+        else:
+            assert same(again["state_dict"], content["state_dict"]), place
+            assert again["optimizer_states"][0]["state"].keys() == content["optimizer_states"][0]["state"].keys()
+    assert found > 100  # the others hit padding, dates and the like
+
+
+def test_torch_itself_would_not_notice(tmp_path: Path) -> None:
+    path = tmp_path / "a.ckpt"
+    torch.save({"a": torch.zeros(1000)}, path)
+    data = bytearray(path.read_bytes())
+    data[data.index(bytes(1000)) + 500] = 1
+    path.write_bytes(data)
+    assert torch.load(path, weights_only=True)["a"].any()
+    with pytest.raises(ValueError, match="cut off or damaged"):
+        check(path)
+
+
+def test_a_hostile_archive_is_refused_before_it_is_unpacked(tmp_path: Path) -> None:
+    bomb = io.BytesIO()
+    with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", bytes(50_000_000))
+    (tmp_path / "bomb.ckpt").write_bytes(bomb.getvalue())
+    with pytest.raises(ValueError, match="torch has not written it"):
+        check(tmp_path / "bomb.ckpt")
+
+
+def test_the_checkpoint_with_the_most_steps_is_the_newest(tmp_path: Path) -> None:
+    assert newest(tmp_path) is None
+    for name, step in (("a", 5), ("b", 9), ("c", 7)):
+        AtomicCheckpointIO().save_checkpoint(CONTENT | {"global_step": step}, tmp_path / f"{name}.ckpt")
+    weights = {key: value for key, value in CONTENT.items() if key != "optimizer_states"}
+    AtomicCheckpointIO().save_checkpoint(weights | {"global_step": 20}, tmp_path / "weights.ckpt")
+    assert newest(tmp_path) == (tmp_path / "b.ckpt", 9, [])
+    (tmp_path / "b.ckpt").write_bytes((tmp_path / "b.ckpt").read_bytes()[:-9])
+    assert newest(tmp_path) == (tmp_path / "c.ckpt", 7, [tmp_path / "b.ckpt"])
+
+
+def test_lightnings_checkpoint_goes_on_from_ours_and_the_other_way() -> None:
+    for options in ({}, {"monitor": "val/acc", "mode": "max"}, {"every_n_train_steps": 5}):
+        assert RunCheckpoint(**options).state_key == ModelCheckpoint(**options).state_key
+
+
+def test_the_last_one_is_the_last_whatever_the_best_one_is(tmp_path: Path) -> None:
+    class Worse(Callback):
+        def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+            pl_module.log("score", -float(trainer.current_epoch))
+
+    saver = RunCheckpoint(dirpath=tmp_path, filename="best", monitor="score", mode="max", save_last=True)
+    trainer(Worse(), saver, max_epochs=3, enable_checkpointing=True).fit(make_classifier(), loader(2), loader(1))
+    assert {name: read(tmp_path / name)["global_step"] for name in names(tmp_path)} == {"best.ckpt": 2, "last.ckpt": 6}

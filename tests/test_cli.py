@@ -193,7 +193,8 @@ def test_without_a_logger_runs_are_kept_apart_as_well(tmp_path):
         main(["fit", "-c", TINY, "--trainer.logger=false", f"--trainer.default_root_dir={tmp_path}"])
     for number in range(2):
         run = tmp_path / f"version_{number}"
-        assert {path.name for path in run.rglob("*")} == {"config.yaml", "checkpoints", "last.ckpt", "weights.ckpt"}
+        found = {path.name for path in run.rglob("*")}
+        assert found == {"config.yaml", "run.json", "checkpoints", "last.ckpt", "weights.ckpt"}
 
 
 def test_a_monitor_keeps_the_best_beside_the_last(tmp_path):
@@ -207,7 +208,7 @@ def test_a_training_goes_on_with_the_settings_of_its_run(checkpoint, capsys):
     with pytest.raises(SystemExit):
         main(["fit", "--ckpt_path", str(checkpoint)])
     config = str(checkpoint.parent.parent / "config.yaml")
-    assert f"--config {config}" in capsys.readouterr().err
+    assert f"--resume {checkpoint.parent.parent}" in capsys.readouterr().err
     root, saved = checkpoint.parent.parent.parent, checkpoint.read_bytes()
     more = [f"--trainer.default_root_dir={root}", "--trainer.max_epochs=2"]
     main(["fit", "--config", config, "--ckpt_path", str(checkpoint), *more])
@@ -233,7 +234,7 @@ def test_ctrl_c_says_how_to_go_on(tmp_path, monkeypatch, capsys):
     assert ending.value.code == 130
     last = capsys.readouterr().err.splitlines()[-1]
     run = tmp_path / "version_0"
-    way = f"dynadapter fit --config {run / 'config.yaml'} --ckpt_path {run / 'checkpoints' / 'last.ckpt'}"
+    way = f"dynadapter fit --resume {run}"
     assert last == f"dynadapter: interrupted; go on with: {way}"
     monkeypatch.setattr(ExitClassifier, "training_step", step)
     main(way.split()[1:])
@@ -250,7 +251,7 @@ def test_test_needs_the_checkpoint_alone(checkpoint, tmp_path, monkeypatch, caps
     main(["test", "--ckpt_path", str(checkpoint)])
     assert "confidence" in capsys.readouterr().out  # the table of the policies
     results = tmp_path / "runs" / "test_0"  # beside the training
-    assert {path.name for path in results.iterdir()} == {"config.yaml", "metrics.csv", "hparams.yaml"}
+    assert {path.name for path in results.iterdir()} == {"config.yaml", "metrics.csv", "hparams.yaml", "run.json"}
     assert rows(results / "metrics.csv")[0]["test/acc"]
     assert not list(elsewhere.iterdir())
 
@@ -307,7 +308,7 @@ def test_parts_are_switched_off(tmp_path, built, capsys):
     cli = built("fit", "-c", TINY, "-c", file, "--exit_weights", "null", f"--trainer.default_root_dir={tmp_path}")
     names = {type(callback).__name__ for callback in cli.trainer.callbacks}
     assert not names & {"BidirectionalSparsity", "EarlyExit", "ExitWeights"}
-    assert names >= {"FlopsReport", "ModelCheckpoint"}
+    assert names >= {"FlopsReport", "RunCheckpoint"}
     cli = built("fit", "-c", TINY, "-c", file, "--checkpoint=null", f"--trainer.default_root_dir={tmp_path}")
     assert not cli.trainer.checkpoint_callbacks
 

@@ -1,5 +1,6 @@
 """``dynadapter calibrate``: what it finds, writes and refuses."""
 
+import copy
 import csv
 import json
 import math
@@ -14,9 +15,12 @@ import torch
 from jsonargparse import Namespace
 from PIL import Image
 from test_data_vtab import make as make_vtab
+from tiny import make_classifier
 from torch import Tensor
 
 from dynadapter import load
+from dynadapter.adapters import AdaptFormer, LoRA, adapter_layers
+from dynadapter.bundle import bundle_from_classifier
 from dynadapter.calibrate import (
     KINDS,
     curve,
@@ -29,12 +33,21 @@ from dynadapter.calibrate import (
     with_guarantee,
 )
 from dynadapter.cli import main
-from dynadapter.cli.calibrate import Collector, Kind, Settings, _check_images, solve, thresholds
+from dynadapter.cli.calibrate import (
+    Collector,
+    Kind,
+    Settings,
+    _check_images,
+    _check_mergeable,
+    _some_images,
+    solve,
+    thresholds,
+)
 from dynadapter.cli.errors import Mistake
 from dynadapter.cost import ExitCosts, exit_costs
 from dynadapter.data import Digits, ImageFolder, VTAB1k
 from dynadapter.module import ExitClassifier
-from dynadapter.policies import Policy
+from dynadapter.policies import Never, Policy
 from dynadapter.spec_json import restore
 
 TINY = str(Path(__file__).parent / "conf" / "tiny.yaml")
@@ -155,6 +168,39 @@ def test_a_cost_with_a_bundle(checkpoint, stacked, tmp_path, capsys):
     assert "held-out half of the validation images" in (bundle / "README.md").read_text()
 
 
+def test_a_merged_bundle_takes_the_place_of_one(checkpoint, stacked, tmp_path, capsys):
+    out, bundle = tmp_path / "out", tmp_path / "bundle"
+    net = ExitClassifier.load_from_checkpoint(checkpoint, map_location="cpu").eval().net
+    bundle_from_classifier(ExitClassifier.load_from_checkpoint(checkpoint, map_location="cpu"), bundle, policy=Never())
+    assert not load(bundle).config.merged
+    run(checkpoint, "--goal.cost=0.8", f"--out={out}", f"--bundle={bundle}", "--merge=true", "--overwrite=true")
+    printed, written, shipped = capsys.readouterr().out, result(out), load(bundle)
+    assert shipped.config.merged
+    assert shipped.config.whole
+    assert not adapter_layers(shipped.net.trunk)
+    assert shipped.config.policy == restore(written["policy"], Policy)
+    assert shipped.config.proof is not None
+    assert shipped.config.proof.images == 64
+    told = f"merged: on 64 validation images the logits differ by at most {shipped.config.proof.difference:.1e} of"
+    assert told in printed
+    # What is counted, by the goal as well, is the network that is shipped.
+    assert shipped.costs == exit_costs(copy.deepcopy(net).merge(), 32, class_first=True)
+    assert shipped.costs.macs < stacked[2].macs
+    agrees(written, stacked[0], stacked[1], shipped.costs, stratified=True)
+    images = torch.stack([image for image, _ in Digits(image_size=32, normalization="half").dataset("val")])
+    with torch.no_grad():
+        torch.testing.assert_close(shipped.net(images), net(images), atol=1e-4, rtol=1e-4)
+
+
+def test_the_images_to_compare_on_are_spread(tmp_path):
+    data = Digits(image_size=32, normalization="half")
+    images, some = data.dataset("val"), _some_images(data, "val")
+    assert len(some) == 64
+    assert all(torch.equal(some[k], images[k * len(images) // 64][0]) for k in range(64))
+    vtab = VTAB1k(make_vtab(tmp_path), "toys", split="train800")
+    assert len(_some_images(vtab, "val")) == len(vtab.dataset("val")) == 2
+
+
 def test_an_accuracy_drop_per_exit_beside_the_training(checkpoint, stacked):
     logits, targets, costs = stacked
     run(checkpoint, "--goal.accuracy_drop=2", "--policy=margin", "--search=refined", "--temperatures=false", "--seed=3")
@@ -261,7 +307,9 @@ def test_with_matplotlib_there_is_one(checkpoint, tmp_path):
         ("--goal.risk=0.1 --confidence=1", ("goal.confidence=1", "between 0 and 1")),
         ("--goal.cost=0.5 --policy=confidance", ("policy", "'confidance'", "'confidence'")),
         ("--goal.cost=0.5 --data_split=val200", ("data_split", "val, test, train")),
-        ("--goal.cost=0.5 --bundle={W}", ("exists", "bundle=")),
+        ("--goal.cost=0.5 --bundle={W}", ("exists", "bundle=", "--overwrite true")),
+        ("--goal.cost=0.5 --bundle={W} --overwrite=true", ("holds calibration.json", "--overwrite true replaces")),
+        ("--goal.cost=0.5 --merge=true", ("merge belongs to the bundle", "--bundle FOLDER")),
         ("--goal.cost=0.5 --out={W}", ("calibration.json already",)),
         ("--goal.cost=0.5 --ckpt_path=null --data=Digits", ("calibrate needs a checkpoint",)),
         ("--goal.cost=0.01", ("goal.cost=0.01 cannot be reached", "of the full trunk; give that or more")),
@@ -307,6 +355,13 @@ def test_settings_that_cannot_be(goal, changes, words):
         Settings.read(Namespace(**{**other, "goal": Namespace(**{**none, **goal})}))
 
 
+def test_adapters_that_cannot_be_merged():
+    _check_mergeable(make_classifier(adapter=LoRA(rank=2)))
+    _check_mergeable(make_classifier(adapter=None))
+    with pytest.raises(Mistake, match="AdaptFormer cannot be folded into the trunk; leave --merge out"):
+        _check_mergeable(make_classifier(adapter=AdaptFormer(bottleneck=2)))
+
+
 def test_no_validation_images(tmp_path):
     data = VTAB1k(make_vtab(tmp_path), "toys", split="train800val200")
     with pytest.raises(Mistake, match=r"VTAB1k has no validation images; calibrate .* trained with split: train800"):
@@ -315,7 +370,7 @@ def test_no_validation_images(tmp_path):
 
 def saved(path: Path, data: Any) -> str:
     """A checkpoint, as far as it tells of the data of its training."""
-    config = {"class_path": f"dynadapter.data.{type(data).__name__}", "init_args": dict(data.hparams)}
+    config = {"class_path": f"{type(data).__module__}.{type(data).__qualname__}", "init_args": dict(data.hparams)}
     torch.save({"dynadapter": {"data": config}}, path)
     return str(path)
 

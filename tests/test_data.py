@@ -4,18 +4,25 @@ import contextlib
 import io
 import re
 import warnings
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from jsonargparse import ArgumentParser
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
+from tiny import make_classifier, trainer
 
+from dynadapter.callbacks import BidirectionalSparsity
 from dynadapter.data import Digits, ImageData, ImageFolder, ImagesToPredict, Preprocess, UnreadableImage, VTAB1k
-from dynadapter.data.base import EpochShuffle, ImageDataset
 from dynadapter.data.images import find_images, load_image
+from dynadapter.data.samplers import EpochOrder, Evened
+from dynadapter.losses import IGNORED
+from dynadapter.module import Mixing
+from dynadapter.schedules import Constant, Linear
 
 
 def noise(*shape: int, seed: int = 0) -> np.ndarray:
@@ -195,6 +202,7 @@ def test_crop_keeps_the_proportions():
         ({"normalization": ((0, 0, 0), (1, 1, 0))}, "is not"),
         ({"normalization": ((0, 0), (1, 1))}, "is not"),
         ({"batch_size": 0}, "batch_size must be at least 1, not 0"),
+        ({"global_batch_size": 0}, "global_batch_size must be at least 1, not 0"),
         ({"num_workers": -1}, "num_workers must be at least 0, not -1"),
         ({"max_skipped": -1}, "max_skipped must be at least 0, not -1"),
         ({"augment": "mixup"}, "unknown augment 'mixup'; choose from: none, flip"),
@@ -231,25 +239,112 @@ def test_a_set_smaller_than_a_batch_is_still_trained_on(folder):
     assert len(images) == 7
 
 
-def test_order_depends_on_seed_and_epoch_alone():
-    dataset = ImageDataset([(Image.new("L", (2, 2)), 0)] * 50, Preprocess(2))
+def indices(order: EpochOrder) -> list[int]:
+    return [index for index, _ in order]
 
-    def orders(seed: int, epochs: range) -> list[list[int]]:
-        sampler = EpochShuffle(dataset, seed)
+
+def test_order_depends_on_seed_and_epoch_alone():
+    def orders(seed: int, epochs: range) -> list[list[tuple[int, int]]]:
+        order = EpochOrder(range(50), 5, seed=seed)
         result = []
         for epoch in epochs:
-            sampler.set_epoch(epoch)
+            order.set_epoch(epoch)
             torch.rand(3)  # whatever else draws numbers
-            result.append(list(sampler))
+            result.append(list(order))
         return result
 
     whole = orders(0, range(4))
     assert orders(0, range(2, 4)) == whole[2:]  # as after a resume
     assert orders(7, range(4))[0] != whole[0]
     assert len({tuple(order) for order in whole}) == 4
-    assert all(sorted(order) == list(range(50)) for order in whole)
-    plain = EpochShuffle(dataset, 0)  # nobody calls set_epoch
+    assert all(sorted(index for index, _ in order) == list(range(50)) for order in whole)
+    assert len({number for order in whole for _, number in order}) == 200
+    plain = EpochOrder(range(50), 5, seed=0)  # nobody calls set_epoch
     assert [list(plain) for _ in range(4)] == whole
+
+
+@pytest.mark.parametrize(("count", "together", "accumulated"), [(50, 12, 1), (48, 12, 1), (100, 6, 3), (11, 12, 2)])
+@pytest.mark.parametrize("processes", [1, 2, 3, 6])
+def test_processes_share_the_batches_of_one(count, together, accumulated, processes):
+    size = together // processes
+    one = EpochOrder(range(count), together, seed=3, accumulated=accumulated)
+    shares = [
+        EpochOrder(range(count), size, seed=3, processes=processes, rank=rank, accumulated=accumulated)
+        for rank in range(processes)
+    ]
+    steps = -(-len(one) // together)
+    for epoch in range(2):
+        for order in (one, *shares):
+            order.set_epoch(epoch)
+        expected, lists = list(one), [list(share) for share in shares]
+        assert [len(share) for share in shares] == [len(items) for items in lists]
+        for step in range(steps):
+            parts = [items[step * size : (step + 1) * size] for items in lists]
+            assert all(parts), "a process without a batch would keep the others waiting"
+            assert [index for index, _ in parts[0]] == shares[0].batch(epoch, step)
+            assert sorted(chain.from_iterable(parts)) == sorted(expected[step * together : (step + 1) * together])
+        assert sum(map(len, lists)) == len(expected) == len({index for index, _ in expected})
+
+
+def test_what_is_too_little_for_a_step_is_trained_on_all_the_same():
+    assert len(EpochOrder(range(10), 3, seed=0)) == 9
+    assert len(EpochOrder(range(10), 3, seed=0, accumulated=2)) == 6  # whole steps
+    assert len(EpochOrder(range(5), 3, seed=0, accumulated=2)) == 3
+    assert len(EpochOrder(range(2), 3, seed=0, accumulated=2)) == 2
+    uneven = [EpochOrder(range(7), 8, seed=0, processes=2, rank=rank) for rank in (0, 1)]
+    assert sorted(indices(uneven[0]) + indices(uneven[1])) == list(range(7))
+    assert [order.weight for order in uneven] == [8 / 7, 6 / 7]  # the mean of weighted means is the mean of all
+    with pytest.raises(ValueError, match=r"^2 training image\(s\) for 3 processes; train on at most 2$"):
+        EpochOrder(range(2), 3, seed=0, processes=3, rank=0)
+
+
+def test_a_set_filled_up_for_several_processes(folder):
+    (folder / "broken.png").unlink()
+    data = Files(folder, image_size=4, predict_images=str(folder))
+    filled, paths = Evened(data.dataset("test"), 4), Evened(data.dataset("predict"), 4)
+    assert (len(filled), len(paths), len(Evened(data.dataset("test"), 7))) == (8, 8, 7)
+    assert [target for _, target in filled] == [0] * 7 + [IGNORED]
+    assert [target for _, target in paths] == [*sorted(map(str, folder.glob("*"))), ""]
+    assert torch.nn.CrossEntropyLoss().ignore_index == IGNORED
+    assert len(Evened(data.dataset("val"), 3)) == 0
+
+
+@pytest.mark.parametrize(
+    ("given", "processes", "accumulated", "expected"),
+    [
+        (None, 1, 1, (5, None)),
+        (None, 2, 1, (5, "batches: 10 images = 2 processes x 5 (x 1 accumulated)")),
+        (12, 1, 1, (12, "batches: 12 images = 1 process x 12 (x 1 accumulated)")),
+        (12, 2, 3, (2, "batches: 12 images = 2 processes x 2 (x 3 accumulated)")),
+        (
+            12,
+            5,
+            1,
+            "global_batch_size=12 does not divide by 5 process(es) x 1 accumulated batch(es); give a multiple of 5",
+        ),
+        (2, 2, 2, "does not divide by 2 process(es) x 2 accumulated batch(es); give a multiple of 4"),
+    ],
+)
+def test_a_global_batch_is_divided(given, processes, accumulated, expected, monkeypatch):
+    said: list[str] = []
+    monkeypatch.setattr("dynadapter.data.base.rank_zero_info", said.append)
+    data = Digits(batch_size=5, global_batch_size=given)
+    if isinstance(expected, str):
+        with pytest.raises(ValueError, match=re.escape(expected)):
+            data._train_batch_size(processes, accumulated)
+        return
+    size, line = expected
+    assert data._train_batch_size(processes, accumulated) == size
+    assert said == ([line] if line else [])
+
+
+def test_a_global_batch_counts_accumulated_batches(folder):
+    (folder / "broken.png").unlink()
+    data = Files(folder, batch_size=1, global_batch_size=4, image_size=4)
+    model = Mean()
+    trainer(max_epochs=1, accumulate_grad_batches=2).fit(model, data)
+    assert model.seen["train"] == 4  # two batches of two: a step; three images are left over
+    assert [len(images) for images, _ in data.test_dataloader()] == [1] * 7  # evaluation keeps its own
 
 
 @pytest.mark.parametrize("flip", [False, True])
@@ -273,14 +368,27 @@ def test_cache_changes_nothing_but_speed(folder, flip, monkeypatch):
 def test_flip_mirrors_about_half_of_the_training_images_only(folder):
     (folder / "broken.png").unlink()
     data = Files(folder, image_size=8, augment="flip")
-    torch.manual_seed(0)
     mirrored = 0
-    for _ in range(20):
+    for number in range(20):
         for index in range(7):
-            tested, trained = data.dataset("test")[index][0], data.dataset("train")[index][0]
+            tested, trained = data.dataset("test")[index, number][0], data.dataset("train")[index, number][0]
+            assert torch.equal(tested, data.dataset("train")[index][0])  # as it is, where nothing is drawn
             assert torch.equal(trained, tested) or torch.equal(trained, tested.flip(-1))
             mirrored += not torch.equal(trained, tested)
-    assert 40 < mirrored < 100
+    assert mirrored == 70
+    numbers = [number for _, number in EpochOrder(range(1000), 10, seed=0)]
+    assert 400 < sum(number % 2 for number in numbers) < 600
+
+
+def test_what_is_drawn_for_an_image_does_not_depend_on_workers(folder):
+    (folder / "broken.png").unlink()
+
+    def epochs(workers: int) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        loader = Files(folder, num_workers=workers, batch_size=2, image_size=8, augment="flip").train_dataloader()
+        return [images for _ in range(3) for images, _ in loader]
+
+    assert all(torch.equal(a, b) for a, b in zip(epochs(0), epochs(2), strict=True))
 
 
 # Broken files
@@ -419,24 +527,127 @@ class Mean(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-# Lightning's advice on machines with more cores; these images are tiny
-@pytest.mark.filterwarnings("ignore:.*does not have many workers")
-# Lightning 2.6.6 under torch 2.15
-@pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated:FutureWarning")
 def test_every_stage_under_a_trainer(tmp_path, folder):
     (folder / "broken.png").unlink()
-    options = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    trainer = Trainer(max_epochs=2, default_root_dir=tmp_path, enable_checkpointing=True, **options)
+    run = trainer(default_root_dir=tmp_path, enable_checkpointing=True)
     data = Files(folder, batch_size=2, image_size=4, predict_images=str(folder))
     model = Mean()
-    trainer.fit(model, data)
+    run.fit(model, data)
     assert model.seen == {"train": 12, "val": 0, "test": 0}
-    trainer.test(model, data)
+    run.test(model, data)
     assert model.seen["test"] == 7
-    predicted = trainer.predict(model, data)
+    predicted = run.predict(model, data)
     assert [path for paths in predicted for path in paths] == sorted(map(str, folder.glob("*")))
     checkpoint = torch.load(next(tmp_path.rglob("*.ckpt")), weights_only=True)["datamodule_hyper_parameters"]
     assert checkpoint["image_size"] == 4
+
+
+elsewhere = pytest.mark.filterwarnings("ignore:The dirpath has changed")  # a resumed training saves in another folder
+
+
+class Noise(ImageData):
+    """Twenty-two images of three classes."""
+
+    def __init__(self, **options):
+        super().__init__(**({"batch_size": 6, "image_size": 32, "augment": "flip"} | options))
+        self.class_names = ["a", "b", "c"]
+
+    def samples(self, split):
+        return [(Image.fromarray(noise(8, 8, 3, seed=i)), i % 3) for i in range(22 if split == "train" else 4)]
+
+
+class Steps(Callback):
+    """Notes what each step of training sees."""
+
+    def __init__(self):
+        self.seen: list[tuple] = []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.seen.append((trainer.current_epoch, batch_idx, trainer.global_step, float(batch[0].sum())))
+
+
+def fitted(folder: Path, checkpoint: Path | None = None, seed: int = 0, accumulate: int = 1, **options):
+    """Three epochs of three batches, with a checkpoint after each optimiser step."""
+    torch.manual_seed(seed)
+    steps, module = Steps(), make_classifier(num_classes=3, mixing=Mixing(prob=0.5))
+    dropout = BidirectionalSparsity(shallow=Constant(0.3), keep=Linear(0.5, 1.0))
+    saving = ModelCheckpoint(folder, every_n_train_steps=1, save_top_k=-1, filename="{step}")
+    run = trainer(steps, dropout, saving, enable_checkpointing=True, max_epochs=3, accumulate_grad_batches=accumulate)
+    run.fit(module, datamodule=Noise(**options), ckpt_path=checkpoint)
+    return module.state_dict(), steps.seen
+
+
+@elsewhere
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_training_goes_on_in_the_middle_of_an_epoch(workers, accumulate, tmp_path):
+    options = {"accumulate": accumulate, "num_workers": workers}
+    whole, seen = fitted(tmp_path, **options)
+    assert len({total for *_, total in seen}) == len(seen) == 9
+    stops = {1: [1, 3, 5], 2: [1, 3, 4]}[accumulate]  # after the first step, at an end, and in between
+    for stop, left in zip(stops, {1: [8, 6, 4], 2: [7, 4, 3]}[accumulate], strict=True):
+        torch.rand(stop)
+        resumed, rest = fitted(tmp_path / f"{stop}", tmp_path / f"step={stop}.ckpt", **options)
+        assert rest == seen[-left:]
+        assert resumed.keys() == whole.keys()
+        assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+
+
+@elsewhere
+def test_what_cannot_go_on_in_the_middle_of_an_epoch(tmp_path, monkeypatch):
+    fitted(tmp_path)
+    _, rest = fitted(tmp_path / "ended", tmp_path / "step=3.ckpt", batch_size=11)  # between epochs all is possible
+    assert [batch for _, batch, *_ in rest] == [0, 1, 0, 1]
+    with pytest.raises(ValueError, match=r"in the middle of epoch 1, which had 6 images in a batch .* now there are 7"):
+        fitted(tmp_path / "no", tmp_path / "step=4.ckpt", batch_size=7)
+    monkeypatch.setattr(Noise, "samples", lambda self, split, samples=Noise.samples: samples(self, split)[:21])
+    with pytest.raises(ValueError, match="which had 22 training images, and now there are 21; give the same") as error:
+        fitted(tmp_path / "neither", tmp_path / "step=4.ckpt")
+    assert "\n" not in str(error.value)
+
+
+@elsewhere
+def test_the_order_goes_on_whatever_the_seed_is_now(tmp_path):
+    _, seen = fitted(tmp_path)
+    _, rest = fitted(tmp_path / "other", tmp_path / "step=2.ckpt", seed=5)
+    assert rest == seen[2:]
+
+
+def test_a_plain_loader_goes_on_too():
+    torch.manual_seed(0)
+    loader = Noise().train_dataloader()
+    whole = [images for images, _ in loader]
+    assert loader.state_dict()["batches"] == 3
+    stopped, again = Noise().train_dataloader(), Noise().train_dataloader()
+    batches = iter(stopped)
+    next(batches)
+    again.load_state_dict(stopped.state_dict())
+    assert again.state_dict() == stopped.state_dict()
+    assert all(torch.equal(a, b) for a, (b, _) in zip(whole[1:], again, strict=True))
+    assert again.sampler.epoch == 1
+    assert len(list(again)) == 3  # the next epoch is whole
+
+
+@pytest.mark.parametrize("label", [-1, -100, 3])
+def test_labels_that_are_no_class(label, monkeypatch):
+    monkeypatch.setattr(Noise, "samples", lambda self, split: [(Path("a.png"), 0), (Path("b.png"), label)])
+    for stage, split in (("fit", "train"), ("test", "test")):
+        with pytest.raises(ValueError, match=f"^label {label} of b.png for {split} is no class; .* classes 0 to 2$"):
+            Noise().setup(stage)
+
+
+def test_the_images_of_a_batch_are_known(folder):
+    (folder / "broken.png").unlink()
+    data = Files(folder, batch_size=2, image_size=4)
+    assert data.files(0, 0) == []  # not before there is an order
+    loader = data.train_dataloader()
+    for step, (images, _) in enumerate(loader):
+        expected = torch.stack([data.preprocess(load_image(Path(file))) for file in data.files(0, step)])
+        assert torch.equal(images, expected)
+    assert data.files(1, 0) != data.files(0, 0)
+    held = Noise()
+    held.train_dataloader()
+    assert re.fullmatch("image [0-9]+", held.files(0, 0)[0])
 
 
 def test_settings_are_plain_data_and_complete(tmp_path):
@@ -458,6 +669,7 @@ def parser() -> ArgumentParser:
 def test_every_setting_can_stand_in_a_config(kind):
     common = {
         "batch_size": 8,
+        "global_batch_size": 16,
         "num_workers": 1,
         "image_size": 64,
         "normalization": [[0.1, 0.2, 0.3], [0.4, 0.5, 0.6]],

@@ -17,6 +17,7 @@ BELOW = {
     "adapters": {"spec"},
     "heads": {"spec"},
     "policies": {"spec"},
+    "timing": {"policies"},
     "schedules": {"spec"},
     "losses": set(),
     "metrics": set(),
@@ -28,8 +29,10 @@ BELOW = {
     "cost": {"trunk", "adapters", "heads", "policies", "net"},
     "compiled": {"trunk", "policies", "net"},
     "stream": {"policies", "net"},
+    "sharding": {"trunk", "net"},
     "images": set(),
     "preprocess": set(),
+    "predictions": set(),
     "bundle": {
         "adapters",
         "cost",
@@ -45,11 +48,34 @@ BELOW = {
     "runtime": set(),
     "export": {"adapters", "cost", "images", "net", "policies", "preprocess", "runtime", "temperature"},
     # ---- above this line nothing imports lightning
-    "data": {"images", "preprocess"},
-    "module": {"spec", "trunk", "adapters", "heads", "policies", "schedules", "losses", "net"},
-    "callbacks": {"adapters", "policies", "schedules", "weighting", "metrics", "net", "cost"},
+    "data": {"images", "preprocess", "losses"},
+    "module": {
+        "adapters",
+        "heads",
+        "losses",
+        "metrics",
+        "net",
+        "policies",
+        "schedules",
+        "sharding",
+        "spec",
+        "temperature",
+        "trunk",
+    },
+    "checkpoints": set(),
+    "callbacks": {
+        "adapters",
+        "cost",
+        "losses",
+        "metrics",
+        "net",
+        "policies",
+        "schedules",
+        "sharding",
+        "weighting",
+    },
 }
-LIGHTNING = {"data", "module", "callbacks", "cli"}
+LIGHTNING = {"data", "module", "checkpoints", "callbacks", "cli"}
 
 
 def imports(path: Path) -> set[str]:

@@ -1,4 +1,4 @@
-"""ExitUse against a count by hand."""
+"""ExitUse and SampleMean against a count by hand."""
 
 from collections import Counter
 
@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dynadapter.metrics import ExitUse
+from dynadapter.metrics import ExitUse, SampleMean
 
 
 @given(st.lists(st.lists(st.integers(0, 3), max_size=8), min_size=1, max_size=5))
@@ -48,3 +48,19 @@ def test_an_exit_that_is_not_there(exits: list[int]) -> None:
 def test_a_network_has_an_exit() -> None:
     with pytest.raises(ValueError, match="exits=0 must be at least 1"):
         ExitUse(exits=0)
+
+
+@given(st.lists(st.lists(st.floats(-10, 10), max_size=8), min_size=1, max_size=5))
+@settings(deadline=None, max_examples=40)
+def test_means_do_not_depend_on_the_batches(batches: list[list[float]]) -> None:
+    mean, values = SampleMean(), [value for batch in batches for value in batch]
+    for batch in batches:
+        mean.update(torch.tensor(batch).mean(), len(batch))  # NaN for an empty batch
+    assert float(mean.compute()) == pytest.approx(sum(values) / max(len(values), 1), abs=1e-5)
+
+
+def test_a_mean_of_what_is_not_finite_is_not_finite() -> None:
+    mean = SampleMean()
+    mean.update(torch.tensor(1.0), 2)
+    mean.update(torch.tensor(float("nan")), 2)
+    assert mean.compute().isnan()

@@ -1,6 +1,7 @@
 """ExitClassifier: what it trains, what it leaves alone, and what it measures; against formulas written out by hand."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,15 +10,19 @@ import timm
 import torch
 from conftest import CLASSES
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
+from PIL import Image
 from tiny import FAMILIES, loader, make_classifier, trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from dynadapter.adapters import AdapterLayer, LoRA, RepAdapter
 from dynadapter.callbacks import BidirectionalSparsity
+from dynadapter.data import ImageFolder
 from dynadapter.module import ExitClassifier, Mixing
-from dynadapter.policies import Confidence
+from dynadapter.policies import Confidence, Patience
 from dynadapter.schedules import Constant, Cosine, Linear, Schedule, Warmup
+from dynadapter.temperature import Scaled
 
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
 
@@ -113,11 +118,82 @@ def test_a_loss_that_is_not_finite_stops_training(value: float) -> None:
     batches.dataset.tensors[0][2] = value  # in the second batch
     losses = Losses()
     with pytest.raises(
-        ValueError, match=r"the training loss is nan at step 1 \(epoch 0\); lower the learning"
+        ValueError,
+        match=r"the training loss is not finite at step 1 \(epoch 0, exit 1, 2, 3, 1 of 2 images\); lower the learning",
     ) as error:
         trainer(losses).fit(make_classifier(), batches)
     assert "\n" not in str(error.value)
     assert len(losses.seen) == 1
+
+
+class Spoilt(Callback):
+    """What is trained is not finite after a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+        self.steps = 0
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        self.steps += 1
+        if trainer.global_step == self.step:
+            with torch.no_grad():
+                pl_module.net.trunk.head.weight.fill_(math.inf)
+
+
+def saving(folder: Path) -> ModelCheckpoint:
+    return ModelCheckpoint(folder, every_n_train_steps=1, save_top_k=1, filename="last", enable_version_counter=False)
+
+
+def test_weights_that_are_not_finite_never_take_the_place_of_good_ones(tmp_path: Path) -> None:
+    spoilt = Spoilt(step=2)
+    with pytest.raises(ValueError, match=r"^1 trained tensors are not finite after step 2, net.trunk.head.weight") as e:
+        trainer(spoilt, saving(tmp_path), enable_checkpointing=True).fit(make_classifier(), data(6, 2))
+    assert "\n" not in str(e.value)
+    held = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert held["global_step"] == 1
+    assert all(tensor.isfinite().all() for tensor in held["state_dict"].values())
+
+
+@pytest.mark.parametrize("batch", [0, 1, 2])
+@pytest.mark.parametrize("save", [False, True])
+def test_on_an_accelerator_a_loss_is_looked_at_a_step_later(
+    batch: int, save: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ExitClassifier, "_known_at_once", staticmethod(lambda losses: False))
+    batches = data(6, 2)
+    batches.dataset.tensors[0][2 * batch] = math.nan
+    counted = Spoilt(step=-1)
+    options = {"enable_checkpointing": True} if save else {}
+    run = trainer(counted, *([saving(tmp_path)] if save else []), max_epochs=1, **options)
+    with pytest.raises(ValueError, match=rf"the training loss is not finite at step {batch} \(epoch 0, exit 1, 2, 3, "):
+        run.fit(make_classifier(), batches, data(2, 2))
+    assert counted.steps == batch + 1
+    assert not any(key.startswith("val") for key in run.callback_metrics)  # what is spoilt is not measured
+    held = [torch.load(path, weights_only=True)["global_step"] for path in tmp_path.glob("*.ckpt")]
+    assert held == ([batch] if save and batch else [])
+
+
+def test_a_loss_that_is_not_finite_names_exits_and_images(tmp_path: Path) -> None:
+    for i in range(6):
+        (tmp_path / "train" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 4), (40 * i, 0, 0)).save(tmp_path / "train" / "ab"[i % 2] / f"{i}.png")
+    module = make_classifier(num_classes=2)
+    last = list(dict(module.net.heads[1].named_modules()))[-1]
+    with torch.no_grad():
+        module.net.heads[1].get_submodule(last).bias.fill_(math.nan)
+    images = ImageFolder(tmp_path, val_fraction=0, batch_size=2, image_size=32)
+    with pytest.raises(ValueError, match=r"at step 0 \(epoch 0, exit 2, 2 of 2 images: \S+/\d.png, \S+/\d.png\); low"):
+        trainer().fit(module, datamodule=images)
+
+
+@pytest.mark.parametrize("label", [-1, -100, CLASSES])
+def test_labels_that_are_no_class(label: int) -> None:
+    batches = data(4, 2)
+    batches.dataset.tensors[1][3] = label
+    said = f"^label {label} in a batch; this model has classes 0 to 4; correct the labels"
+    for run in (trainer().fit, trainer().validate, trainer().test):
+        with pytest.raises(ValueError, match=said):
+            run(make_classifier(), batches)
 
 
 # ---- the frozen trunk
@@ -380,6 +456,19 @@ def test_predictions_are_those_of_the_policy() -> None:
     assert got["confidence"].tolist() == pytest.approx(
         [float(confidences[k, i]) for i, k in enumerate(leave)], rel=1e-4
     )
+
+
+@pytest.mark.parametrize("temperatures", [2.0, (0.5, 3.0, 2.0)])
+def test_confidence_is_that_after_the_temperature_of_its_exit(temperatures: Any) -> None:
+    module = shaken(make_classifier())
+    ((images, _),) = Named()
+    module.policy = Scaled(Scaled(Patience(2), 1.5), temperatures)
+    (got,) = trainer().predict(module, DataLoader(Named(), batch_size=None))
+    heat = [1.5 * t for t in (temperatures if isinstance(temperatures, tuple) else [temperatures] * 3)]
+    with torch.no_grad():
+        logits = module.eval().net(images)
+    for i, k in enumerate(got["exits"].tolist()):
+        assert float(got["confidence"][i]) == pytest.approx(float((logits[k, i] / heat[k]).softmax(-1).max()), rel=1e-4)
 
 
 # ---- mistakes

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from dynadapter.callbacks import EarlyExit, PredictionWriter
+from dynadapter.callbacks.predictions import _dealt_out
 from dynadapter.data import ImagesToPredict
 from dynadapter.policies import Confidence
 
@@ -195,10 +196,66 @@ def test_a_step_that_returns_something_else(tmp_path: Path) -> None:
     assert "\n" not in str(error.value)
 
 
-def test_several_processes(tmp_path: Path) -> None:
-    class Many:
-        world_size = 2
+# ---- several processes (that they write what one would is in test_distributed.py)
 
-    with pytest.raises(ValueError, match="written by one process, there are 2; set devices=1"):
-        PredictionWriter(tmp_path / "out.csv").setup(Many(), make_classifier(), "predict")  # type: ignore[arg-type]
-    PredictionWriter(tmp_path / "out.csv").setup(Many(), make_classifier(), "fit")  # type: ignore[arg-type]
+
+def test_rows_are_put_in_the_order_of_the_images() -> None:
+    for processes in (1, 2, 3, 5):
+        for count in range(11):
+            parts = [[[str(i)] for i in range(rank, count, processes)] for rank in range(processes)]
+            assert list(_dealt_out(parts)) == [[str(i)] for i in range(count)]
+
+
+@pytest.mark.parametrize("parts", [[1, 2], [3, 1], [2, 2, 3], [2, 1, 2]])
+def test_rows_that_are_not_dealt_out_in_turn(parts: list[int]) -> None:
+    with pytest.raises(ValueError, match="have not predicted every image once, in turn; give images by") as error:
+        list(_dealt_out([[["x"]] * rows for rows in parts]))
+    assert "\n" not in str(error.value)
+
+
+class Group:
+    """As much of a trainer as the end of predictions looks at."""
+
+    world_size, global_rank, is_global_zero = 2, 0, True
+
+    def __init__(self) -> None:
+        self.strategy = self
+        self.root_device = torch.device("cpu")
+
+    def reduce(self, tensor: Tensor, reduce_op: str) -> Tensor:
+        return tensor
+
+    def broadcast(self, value: Any) -> Any:
+        return value
+
+
+def test_parts_that_do_not_make_up_a_table(tmp_path: Path) -> None:
+    out, module = tmp_path / "out.csv", make_classifier()
+    writer = PredictionWriter(out)
+    writer.on_predict_start(Group(), module)
+    assert os.listdir(tmp_path) == ["out.csv.partial.0"]
+    with pytest.raises(ValueError, match=r"not put together: .*out.csv.partial.1 is missing; all processes must write"):
+        writer.on_predict_end(Group(), module)
+    assert not out.exists()
+    writer.on_predict_start(Group(), module)
+    (tmp_path / "out.csv.partial.1").write_text("file,class,confidence,exit\na,b,1.0,1\n")
+    with pytest.raises(ValueError, match="have not predicted every image once"):
+        writer.on_predict_end(Group(), module)
+    assert not out.exists()
+    assert (tmp_path / "out.csv.partial.1").exists()
+
+
+def test_parts_are_removed_when_they_are_put_together(tmp_path: Path) -> None:
+    writer, module = PredictionWriter(tmp_path / "[out].csv"), make_classifier()
+    for name in ("[out].csv.partial.7", "[out].csv.partial.mine", "o.csv.partial.1"):  # one of an earlier run
+        (tmp_path / name).write_text("")
+    writer.on_predict_start(Group(), module)
+    (tmp_path / "[out].csv.partial.1").write_text("file,class,confidence,exit\n")
+    writer.on_predict_end(Group(), module)
+    assert sorted(os.listdir(tmp_path)) == ["[out].csv", "[out].csv.partial.mine", "o.csv.partial.1"]
+    assert read(tmp_path / "[out].csv") == []
+
+
+def test_what_fills_up_a_batch_is_not_written(tmp_path: Path) -> None:
+    trainer(PredictionWriter(tmp_path / "out.csv")).predict(make_classifier(), batches("a", "b", "", "c", ""))
+    assert [row["file"] for row in read(tmp_path / "out.csv")] == ["a", "b", "c"]

@@ -17,7 +17,14 @@ if TYPE_CHECKING:
         save_bundle,
     )
     from dynadapter.calibrate import Calibrated, evaluate, to_accuracy_drop, to_cost, with_guarantee
-    from dynadapter.callbacks import BidirectionalSparsity, EarlyExit, ExitWeights, FlopsReport, PredictionWriter
+    from dynadapter.callbacks import (
+        BidirectionalSparsity,
+        EarlyExit,
+        ExitWeights,
+        FlopsReport,
+        PredictionWriter,
+        WeightAverage,
+    )
     from dynadapter.compiled import CompiledNet
     from dynadapter.cost import ExitCosts, exit_costs
     from dynadapter.data import Digits, ImageData, ImageFolder, ImagesToPredict, VTAB1k
@@ -37,7 +44,7 @@ _HOMES = {
     "adapters": "AdaptFormer Adapter AdapterSpec LoRA RepAdapter inject merge",
     "bundle": "Bundle TrunkSource bundle_from_classifier from_pretrained load push_to_hub save_bundle",
     "calibrate": "Calibrated evaluate to_accuracy_drop to_cost with_guarantee",
-    "callbacks": "BidirectionalSparsity EarlyExit ExitWeights FlopsReport PredictionWriter",
+    "callbacks": "BidirectionalSparsity EarlyExit ExitWeights FlopsReport PredictionWriter WeightAverage",
     "compiled": "CompiledNet",
     "cost": "ExitCosts exit_costs",
     "data": "Digits ImageData ImageFolder ImagesToPredict VTAB1k",

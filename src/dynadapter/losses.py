@@ -4,6 +4,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+IGNORED = -100
+"""The class of a sample that only fills up a batch; cross-entropy leaves it out, and so must every measure."""
+
 
 def exit_losses(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """Gives each exit's cross-entropy, the mean over the batch; half-precision logits are taken in float32.

@@ -5,6 +5,40 @@ from torch import Tensor
 from torchmetrics import Metric
 
 
+class SampleMean(Metric):
+    """The mean of a value over samples; the same for any number of processes and any split into batches.
+
+    Values that are not finite stay what they are.
+
+    >>> mean = SampleMean()
+    >>> mean.update(torch.tensor(1.0), samples=3)
+    >>> mean.update(torch.tensor(5.0), samples=1)
+    >>> mean.compute()
+    tensor(2.)
+    """
+
+    full_state_update = False
+    higher_is_better = None
+    is_differentiable = False
+    total: Tensor
+    samples: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("total", torch.tensor(0.0), dist_reduce_fx="sum")
+        self.add_state("samples", torch.tensor(0), dist_reduce_fx="sum")
+
+    def update(self, mean: Tensor, samples: int) -> None:
+        """Adds the mean of so many samples; of none, nothing."""
+        if samples:
+            self.total += mean.detach() * samples
+            self.samples += samples
+
+    def compute(self) -> Tensor:
+        """Gives the mean of all samples, a scalar; 0 if there was none."""
+        return self.total / self.samples.clamp(min=1)
+
+
 class ExitUse(Metric):
     """Counts at which exit samples left; the same for any number of processes and any split into batches.
 

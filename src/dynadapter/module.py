@@ -1,8 +1,10 @@
 """The LightningModule: a frozen trunk, adapters and exits, trained with one joint loss."""
 
 import math
+import os
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -15,16 +17,19 @@ from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
-from torchmetrics import MeanMetric
+from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassCalibrationError
 
 from dynadapter.adapters import AdapterSpec, adapter_layers, inject
 from dynadapter.heads import Balanced, Heads
-from dynadapter.losses import exit_losses, joint_loss
-from dynadapter.net import ExitNet
-from dynadapter.policies import Never, Policy, confidence
+from dynadapter.losses import IGNORED, exit_losses
+from dynadapter.metrics import SampleMean
+from dynadapter.net import ExitNet, Routed
+from dynadapter.policies import Never, Policy, route
 from dynadapter.schedules import Cosine, Schedule, Warmup
+from dynadapter.sharding import is_sharded, shard
 from dynadapter.spec import Spec
+from dynadapter.temperature import tempered_confidence
 from dynadapter.trunk import classifier, create_trunk, fingerprint
 
 FORMAT = 1
@@ -58,6 +63,27 @@ class Mixing(Spec):
                 raise ValueError(f"{name}={share} must be in [0, 1]")
 
 
+@dataclass
+class _Step:
+    """What a step of training has shown, and where in the training it was.
+
+    Args:
+        losses: Of each exit (exits,), the mean over all processes.
+        finite: Whether the logits of each image of this process are finite (batch,).
+        step: Optimiser steps before it.
+        epoch: Its epoch.
+        batch: Its place in the epoch.
+        copied: When ``losses`` can be looked at; None if at once.
+    """
+
+    losses: Tensor
+    finite: Tensor
+    step: int
+    epoch: int
+    batch: int
+    copied: torch.cuda.Event | None = None
+
+
 class ExitClassifier(LightningModule):
     """A frozen timm trunk that learns a task through adapters, with an exit after each stage.
 
@@ -67,6 +93,10 @@ class ExitClassifier(LightningModule):
 
     The random numbers of a training step (dropout, mixing) follow from the global seed and the step's number alone, so
     that a training resumed with the same seed goes on as if it had never stopped.
+
+    Several processes (``strategy: ddp``) train and measure what one would at the same global batch. Under Lightning's
+    ``ModelParallelStrategy`` the network is sharded block by block (FSDP2), frozen tensors included. Such a training
+    goes on sharded or not; one that was not sharded cannot go on sharded.
 
     Args:
         num_classes: Classes of the task, at least 2.
@@ -148,14 +178,37 @@ class ExitClassifier(LightningModule):
         self.mixing = mixing and _mixer(mixing, num_classes, label_smoothing)
         self.full_checkpoint = full_checkpoint
         self.seed = 0  # of the random numbers in training; set when it starts
+        self._last: _Step | None = None  # the step that has not been looked at yet
+        metrics: dict[str, Callable[[], Metric]] = {
+            "acc": MeanMetric,
+            "ece": partial(_calibration_error, num_classes),
+            "loss": SampleMean,
+        }
         for split in ("val", "test"):
-            for kind, metric in (("acc", MeanMetric), ("ece", partial(_calibration_error, num_classes))):
+            for kind, metric in metrics.items():
                 self.add_module(f"{split}_{kind}", nn.ModuleList(metric() for _ in range(self.net.num_exits)))
         trainable_only(self)
 
     def forward(self, images: Tensor) -> Tensor:
         """Maps images (batch, channels, height, width) to the logits of every exit (exits, batch, classes)."""
         return self.net(images)
+
+    def configure_model(self) -> None:
+        """Shards the network where the strategy has a mesh of devices.
+
+        Raises:
+            ValueError: If single tensors are to be computed by several processes (tensor parallelism).
+        """
+        mesh = self.device_mesh
+        if mesh is None or is_sharded(self.net):
+            return
+        if (size := mesh["tensor_parallel"].size()) > 1:
+            raise ValueError(
+                f"tensor_parallel_size={size} is not supported: the trunk's layers are not cut; "
+                f"give ModelParallelStrategy data_parallel_size={mesh.size()} and tensor_parallel_size=1"
+            )
+        shard(self.net, mesh["data_parallel"])
+        self.strict_loading = False  # Lightning would ask for frozen tensors; on_load_checkpoint asks for the others
 
     # ---- training
 
@@ -174,33 +227,129 @@ class ExitClassifier(LightningModule):
         """Gives the joint loss of all exits on a batch of images and class indices.
 
         Raises:
-            ValueError: If the loss is not finite.
+            ValueError: If the loss is not finite, in this process or another; on an accelerator, that of the step
+                before.
         """
+        self._require_finite()
         images, targets = batch
+        if targets.device.type == "cpu":  # elsewhere to look at them is to wait
+            self._require_classes(targets)
         smoothing = self.label_smoothing
         with _drawn_from(self._step_seed(), images.device):
             if self.mixing is not None:
                 images, targets = _mix(self.mixing, images, targets)
                 smoothing = 0.0  # timm smooths while it mixes
-            loss = joint_loss(self.net(images), targets, self.net.exit_weights, smoothing)
-        self._require_finite(loss, batch_idx)
-        self.log("train/loss", loss, prog_bar=True)
-        return loss
+            logits = self.net(images)
+            losses = exit_losses(logits, targets, smoothing) * self._weight()
+        shared = self._over_processes(losses.detach())
+        self._notice(shared, logits.detach(), batch_idx)
+        if self._known_at_once(shared):
+            self._require_finite()
+        self.log("train/loss", (self.net.exit_weights * shared).sum(), prog_bar=True)
+        return (self.net.exit_weights * losses).sum()
 
     def _step_seed(self) -> int:
         """Gives the seed of this step in this process, another one for each."""
         draw = self.trainer.fit_loop.total_batch_idx * self.trainer.world_size + self.global_rank
         return (self.seed + 1_000_003 * (draw + 1)) % 2**63
 
-    def _require_finite(self, loss: Tensor, batch_idx: int) -> None:
-        # To look at a number on an accelerator is to wait for it, so there not every step is looked at: what is not
-        # finite stays in the weights and shows later, and the last batch comes before validation and checkpoint.
-        due = loss.device.type == "cpu" or batch_idx % 50 == 0 or self.trainer.is_last_batch
-        if due and not loss.isfinite():
+    def _weight(self) -> float:
+        """Says what the mean over this process's images counts; 1 where all processes have as many."""
+        return getattr(getattr(self.trainer.train_dataloader, "sampler", None), "weight", 1.0)
+
+    # ---- losses that are not finite
+
+    @staticmethod
+    def _known_at_once(losses: Tensor) -> bool:
+        return losses.device.type == "cpu"
+
+    def _notice(self, losses: Tensor, logits: Tensor, batch: int) -> None:
+        """Keeps what a step has shown, to be looked at by :meth:`_require_finite`."""
+        # To look at a number on an accelerator is to wait for it. So it is copied as soon as it is there, and looked at
+        # when the next step begins, while the accelerator is still busy with this one.
+        copied = None
+        if losses.device.type == "cuda":
+            losses = torch.empty(losses.shape, dtype=losses.dtype, pin_memory=True).copy_(losses, non_blocking=True)
+            copied = torch.cuda.Event()
+            copied.record()
+        finite = logits.isfinite().all(-1).all(0)
+        self._last = _Step(losses, finite, self.global_step, self.current_epoch, batch, copied)
+
+    def _require_finite(self) -> None:
+        """Looks at the last step; all processes come here at the same places and find the same."""
+        last, self._last = self._last, None
+        if last is None:
+            return
+        if last.copied is not None:
+            last.copied.synchronize()
+        if last.losses.isfinite().all():
+            return
+        exits = [str(k) for k, loss in enumerate(last.losses.tolist(), start=1) if not math.isfinite(loss)]
+        where = [part for part in self._from_processes(self._images_of(last)) if part]
+        raise ValueError(
+            f"the training loss is not finite at step {last.step} (epoch {last.epoch}, exit {', '.join(exits)}"
+            f"{', ' if where else ''}{'; '.join(where)}); lower the learning rate, clip gradients, train in bf16 or 32 "
+            "bits, or look for images with broken values"
+        )
+
+    def _images_of(self, last: _Step) -> str:
+        """Names the images of this process whose logits were not finite."""
+        broken = (~last.finite).nonzero()[:, 0].tolist()
+        if not broken:
+            return ""
+        known = getattr(getattr(self.trainer, "datamodule", None), "files", None)
+        names = known(last.epoch, last.batch) if known is not None else []
+        count = f"{len(broken)} of {len(last.finite)} images"
+        process = f" in process {self.global_rank}" if _together() else ""
+        if len(names) != len(last.finite):
+            return count + process
+        listed = ", ".join(names[row] for row in broken[:8]) + (" ..." if len(broken) > 8 else "")
+        return f"{count}{process}: {listed}"
+
+    def on_validation_start(self) -> None:
+        """Looks at the last step before it is measured."""
+        self._require_finite()
+
+    def on_train_end(self) -> None:
+        """Looks at the very last step."""
+        self._require_finite()
+
+    def _require_finite_weights(self, checkpoint: Mapping[str, Any]) -> None:
+        trained = {name for name, tensor in self.named_parameters() if tensor.requires_grad}
+        states = [checkpoint.get(key, {}) for key in ("state_dict", "current_model_state")]
+        broken = [
+            name
+            for state in states
+            for name, tensor in state.items()
+            if name in trained and not _own_part(tensor).isfinite().all()
+        ]
+        named = [name for names in self._from_processes(broken) for name in names]
+        if named:
             raise ValueError(
-                f"the training loss is {loss.item()} at step {self.global_step} (epoch {self.current_epoch}); lower "
-                "the learning rate, clip gradients, train in bf16 or 32 bits, or look for images with broken values"
+                f"{len(set(named))} trained tensors are not finite after step {self.global_step}, {named[0]} among "
+                "them; nothing is saved over what was saved before: go on from that with a lower learning rate, "
+                "clipped gradients, or in bf16 or 32 bits"
             )
+
+    # ---- several processes
+
+    def _over_processes(self, values: Tensor) -> Tensor:
+        """Gives the mean over all processes."""
+        if not _together():
+            return values
+        values = values / torch.distributed.get_world_size()
+        torch.distributed.all_reduce(values)
+        return values
+
+    def _from_processes(self, value: Any) -> list[Any]:
+        """Gives the values of all processes, in their order."""
+        if not _together():
+            return [value]
+        values = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(values, value)
+        return values
+
+    # ---- the optimiser
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Hands the trainable parameters to the optimiser and schedules its learning rate over the planned steps.
@@ -225,19 +374,33 @@ class ExitClassifier(LightningModule):
 
     def _evaluate(self, split: str, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
         images, targets = batch
-        logits = self.net(images)
-        losses = exit_losses(logits, targets)
+        every = self.net(images)
+        logits, classes = every, targets
+        if _together():  # then some samples may only fill up the batch
+            counted = (targets != IGNORED).nonzero()[:, 0]
+            logits, classes = every[:, counted], targets[counted]
+        self._require_classes(classes)
+        losses = exit_losses(logits, classes) if len(classes) else logits.new_zeros(len(logits))
         on_epoch: dict[str, Any] = {"on_step": False, "on_epoch": True, "batch_size": len(targets)}
-        for k, (exit_logits, loss) in enumerate(zip(logits.float(), losses, strict=True)):
-            accuracy, calibration = getattr(self, f"{split}_acc")[k], getattr(self, f"{split}_ece")[k]
+        for k, (exit_logits, exit_loss) in enumerate(zip(logits.float(), losses, strict=True)):
+            accuracy, calibration, loss = (getattr(self, f"{split}_{kind}")[k] for kind in ("acc", "ece", "loss"))
             finite = exit_logits.isfinite().all(-1)  # what is not finite is a wrong answer and has no confidence
-            accuracy.update((exit_logits.argmax(-1) == targets) & finite)
-            calibration.update(exit_logits[finite].softmax(-1), targets[finite])
+            accuracy.update((exit_logits.argmax(-1) == classes) & finite)
+            calibration.update(exit_logits[finite].softmax(-1), classes[finite])
+            loss.update(exit_loss, len(classes))
             self.log(f"{split}/acc_exit{k + 1}", accuracy, **on_epoch)
             self.log(f"{split}/ece_exit{k + 1}", calibration, **on_epoch)
-            self.log(f"{split}/loss_exit{k + 1}", loss, sync_dist=True, **on_epoch)
+            self.log(f"{split}/loss_exit{k + 1}", loss, **on_epoch)
         self.log(f"{split}/acc", accuracy, prog_bar=True, **on_epoch)
-        return {"logits": logits, "targets": targets}
+        return {"logits": every, "targets": targets}
+
+    def _require_classes(self, targets: Tensor) -> None:
+        wrong = targets[(targets < 0) | (targets >= self.net.num_classes)]
+        if len(wrong):
+            raise ValueError(
+                f"label {wrong[0].item()} in a batch; this model has classes 0 to {self.net.num_classes - 1}; correct "
+                "the labels, or give the model more classes"
+            )
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Tensor]:
         """Measures every exit; returns the logits (exits, batch, classes) and targets for callbacks."""
@@ -250,19 +413,34 @@ class ExitClassifier(LightningModule):
     def predict_step(self, batch: tuple[Tensor, list[str]], batch_idx: int) -> dict[str, Any]:
         """Routes images with their file names by ``self.policy``; gives file, class, confidence and exit of each."""
         images, files = batch
-        routed = self.net.early(images, self.policy)
-        classes = routed.logits.argmax(-1)
+        logits, exits = self._routed(images)
+        known = [row for row, file in enumerate(files) if file]  # the others only fill up the batch
+        if len(known) < len(files):
+            logits, exits = logits[known], exits[known]
         return {
-            "files": list(files),
-            "classes": [self.class_names[c] for c in classes.tolist()],
-            "confidence": confidence(routed.logits),
-            "exits": routed.exits,
+            "files": [files[row] for row in known],
+            "classes": [self.class_names[c] for c in logits.argmax(-1).tolist()],
+            "confidence": tempered_confidence(self.policy, logits, exits),
+            "exits": exits,
         }
+
+    def _routed(self, images: Tensor) -> Routed:
+        if not is_sharded(self.net):
+            return self.net.early(images, self.policy)
+        logits = self.net(images)  # all processes must run all blocks: each has a part of every tensor
+        exits = route(self.policy, logits)
+        return Routed(logits[exits, torch.arange(len(images), device=logits.device)], exits)
 
     # ---- what a checkpoint holds
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds the trunk's name and hash, the class names and the preprocessing."""
+        """Adds the trunk's name and hash, the class names and the preprocessing.
+
+        Raises:
+            ValueError: If what was trained is not finite: it would take the place of what was.
+        """
+        self._require_finite()
+        self._require_finite_weights(checkpoint)
         checkpoint["dynadapter"] = {
             "format": FORMAT,
             "trunk": self.trunk_name,
@@ -286,10 +464,12 @@ class ExitClassifier(LightningModule):
             raise ValueError(
                 "this checkpoint was not written by dynadapter: it names no trunk; load its weights by hand"
             )
-        if saved["format"] > FORMAT:
-            raise ValueError(
-                f"this checkpoint has format {saved['format']}, this dynadapter reads up to {FORMAT}; update dynadapter"
-            )
+        saved = in_todays_form(saved)
+        path = self._trainer.ckpt_path if self._trainer is not None else None
+        if is_sharded(self.net) and path is not None and os.path.isfile(path):
+            # Lightning has loaded the tensors by now, one by one, and taken none for missing.
+            held = torch.load(path, map_location="cpu", mmap=True, weights_only=True)["state_dict"]
+            self._require_keys(held.keys())
         self._check_classes(saved["class_names"])
         if saved["trunk_hash"] != self.trunk_hash and not saved["full"]:
             raise ValueError(
@@ -302,15 +482,31 @@ class ExitClassifier(LightningModule):
         self.preprocessing = dict(saved["preprocessing"])
         self.data_config = self.data_config or saved["data"]
 
+    def _require_keys(self, held: AbstractSet[str]) -> None:
+        """Makes sure that a checkpoint holds all that is trained, and nothing that is not known here."""
+        own = self.state_dict().keys()
+        faults = [f"Missing: {key}." for key in own - held]
+        faults += [f"Unknown: {key}." for key in held - own - frozen_keys(self)]
+        if faults:
+            raise ValueError(
+                f"the checkpoint does not fit this model: {' '.join(sorted(faults)[:3])} Give the adapter, heads and "
+                "exits of the training"
+            )
+
     def _check_classes(self, names: list[str]) -> None:
+        both = f"the checkpoint has {_listed(names)}; this model has {_listed(self.class_names)}"
         advice = "use data with the classes of the training, in its order"
         if len(names) != len(self.class_names):
-            raise ValueError(f"the checkpoint knows {len(names)} classes, this model {len(self.class_names)}; {advice}")
+            raise ValueError(
+                f"the checkpoint knows {len(names)} classes, this model {len(self.class_names)}; {both}; {advice}"
+            )
         if self.class_names == _numbered(len(names)):  # this model was told no names
             return
         for k, (theirs, ours) in enumerate(zip(names, self.class_names, strict=True)):
             if theirs != ours:
-                raise ValueError(f"class {k} is {theirs!r} in the checkpoint and {ours!r} in this model; {advice}")
+                raise ValueError(
+                    f"class {k} is {theirs!r} in the checkpoint and {ours!r} in this model; {both}; {advice}"
+                )
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Loads trained tensors, and those of the trunk where they are there.
@@ -321,7 +517,10 @@ class ExitClassifier(LightningModule):
         try:
             return super().load_state_dict(state_dict, strict, assign)
         except RuntimeError as error:
-            faults = [textwrap.shorten(line, 200, placeholder=" ...") for line in str(error).splitlines()[1:4]]
+            lines = str(error).splitlines()[1:]
+            faults = [_shortened(line) for line in lines[:3]]
+            if len(lines) > 3:
+                faults.append(f"And {len(lines) - 3} more like this.")
             raise ValueError(
                 f"the checkpoint does not fit this model: {' '.join(faults)} Give the adapter, heads and exits of the "
                 "training"
@@ -376,6 +575,59 @@ def _allow_frozen(module: nn.Module, keys: _IncompatibleKeys) -> None:
     # The hook is not told its prefix (an averaging wrapper adds one), hence the match by ending.
     frozen = tuple(frozen_keys(module))
     keys.missing_keys[:] = [key for key in keys.missing_keys if not key.endswith(frozen)]
+
+
+def in_todays_form(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Gives what a checkpoint says of itself as this version would have written it.
+
+    >>> in_todays_form({"trunk": "vit", "trunk_hash": "ab", "class_names": ["cat", "dog"]})["data"] is None
+    True
+
+    Args:
+        saved: What any version of this package has put under the key ``dynadapter``.
+
+    Raises:
+        ValueError: If that version is newer, or did not write what nothing can stand for.
+    """
+    format = saved.get("format", 0)
+    if format > FORMAT:
+        raise ValueError(
+            f"this checkpoint has format {format}, this dynadapter reads up to {FORMAT}; update dynadapter"
+        )
+    if missing := [key for key in ("trunk", "trunk_hash", "class_names") if key not in saved]:
+        raise ValueError(
+            f"this checkpoint has the old format {format}, which does not say its {', '.join(missing)}; read it with "
+            "the dynadapter that wrote it, or train again"
+        )
+    return {"full": False, "preprocessing": {}, "data": None, **saved}
+
+
+def _shortened(line: str) -> str:
+    """Cuts a line off, and says how many keys it names."""
+    count = line.count('", "') + 1
+    short = textwrap.shorten(line, 200, placeholder=" ...")
+    return f"{short} ({count} keys)" if short.endswith(" ...") and count > 1 else short
+
+
+def _listed(names: list[str]) -> str:
+    """Lists names, and counts what is too much to list.
+
+    >>> _listed(["cat", "dog"])
+    "'cat', 'dog'"
+    """
+    named = [textwrap.shorten(repr(name), 30, placeholder="...") for name in names[:8]]
+    return ", ".join(named) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+
+
+def _together() -> bool:
+    """Says whether this process is one of several."""
+    distributed = torch.distributed
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+
+
+def _own_part(tensor: Tensor) -> Tensor:
+    """Gives this process's part of a tensor that may be sharded."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def _numbered(classes: int) -> list[str]:

@@ -15,19 +15,21 @@ images and the policies, is held to :mod:`dynadapter.data` and :mod:`dynadapter.
 
 import argparse
 import csv
+import errno
 import hashlib
 import json
 import math
 import os
+import stat
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice, pairwise
 from numbers import Real
 from pathlib import Path
-from typing import Any, Literal, NoReturn, get_args
+from typing import Any, BinaryIO, Literal, NoReturn, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -186,6 +188,10 @@ def _number(value: object) -> bool:
 # By name, because Pillow would otherwise also try formats that run outside programs (EPS calls Ghostscript).
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+MAX_PIXELS = 178_956_970
+"""More pixels than this are refused before they are decoded."""
+MAX_BYTES = 2**31
+"""Larger files are refused."""
 
 Interpolation = Literal["bicubic", "bilinear", "nearest"]
 Resize = Literal["stretch", "crop"]
@@ -205,7 +211,8 @@ class UnreadableImage(ValueError):
     """
 
     def __init__(self, source: Source, reason: str) -> None:
-        super().__init__(f"cannot read image {source}: {reason}; repair it, take it out, or skip it (on_error='skip')")
+        name = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(source))
+        super().__init__(f"cannot read image {name}: {reason}; repair it, take it out, or skip it (on_error='skip')")
         self.source = source
         self.reason = reason
 
@@ -219,11 +226,45 @@ def load_image(source: Source) -> Image.Image:
     try:
         if isinstance(source, Image.Image):
             return _to_rgb(source)
-        with Image.open(source, formats=FORMATS) as image:
+        with _open_regular(source) as file, _open_image(file) as image:
             return _to_rgb(_upright(image))
     except Exception as error:  # decoders fail with many types on damaged bytes
         reason = _reason(error)
     raise UnreadableImage(source, reason)
+
+
+def _open_regular(path: str | os.PathLike[str]) -> BinaryIO:
+    """Opens a file to read it, and nothing that only looks like one: a pipe would make the reader wait for ever."""
+    _check_regular(os.stat(path).st_mode, path)  # first, because opening some devices does something already
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    try:
+        _check_regular(os.fstat(handle).st_mode, path)  # again, because it may have been exchanged
+        return os.fdopen(handle, "rb")
+    except BaseException:
+        os.close(handle)
+        raise
+
+
+def _check_regular(mode: int, path: str | os.PathLike[str]) -> None:
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not stat.S_ISREG(mode):
+        raise OSError(errno.EINVAL, "a pipe, a socket or a device, not a file", str(path))
+
+
+def _open_image(file: BinaryIO) -> Image.Image:
+    """Reads the head of an image, and refuses one with too many pixels to decode."""
+    size = os.fstat(file.fileno()).st_size
+    if not size:
+        raise ValueError("the file is empty")
+    if size > MAX_BYTES:  # some decoders read a file whole, and one with holes costs nothing to make
+        raise ValueError(f"{size:,} bytes are more than {MAX_BYTES:,}, no image is that large")
+    image = Image.open(file, formats=FORMATS)
+    if image.width * image.height > MAX_PIXELS:
+        raise ValueError(
+            f"{image.width} x {image.height} pixels are more than {MAX_PIXELS:,}, could be a decompression bomb"
+        )
+    return image
 
 
 def _reason(error: Exception) -> str:
@@ -355,12 +396,15 @@ def find_images(places: Source | Iterable[Source]) -> list[Source]:
 
 def _files_in(folder: Path) -> list[Path]:
     """Lists the image files in a folder and below; hidden ones stay hidden."""
-
-    def visible(path: Path) -> bool:
-        return not any(part.startswith(".") for part in path.relative_to(folder).parts)
-
-    files = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
-    return sorted(path for path in files if visible(path) and path.is_file())
+    found, folders = [], [folder]
+    while folders:
+        with os.scandir(folders.pop()) as entries:
+            for path, entry in ((Path(entry.path), entry) for entry in entries if not entry.name.startswith(".")):
+                if entry.is_dir(follow_symlinks=False):
+                    folders.append(path)
+                elif path.suffix.lower() in SUFFIXES and path.is_file():
+                    found.append(path)
+    return sorted(found)
 
 
 # ---- the folder ------------------------------------------------------------------------------------------------------
@@ -486,7 +530,7 @@ def _check_file(file: Path, stage: dict[str, Any]) -> None:
         )
 
 
-def checksum(content: dict[str, Any]) -> str:
+def checksum(content: Mapping[str, Any]) -> str:
     """Gives the hash of what a manifest says, whatever its layout, as 64 hexadecimal digits."""
     text = json.dumps(content, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()

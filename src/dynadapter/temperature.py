@@ -8,7 +8,7 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from dynadapter.policies import Confidence, Policy
+from dynadapter.policies import Confidence, Policy, confidence
 
 COLDEST, HOTTEST = 0.1, 10.0
 """The range of a fitted temperature; beyond it a few odd samples decide and confidences saturate."""
@@ -119,6 +119,25 @@ def tempered(logits: Tensor, temperatures: Sequence[float]) -> Tensor:
     """
     wide = logits if logits.dtype == torch.float64 else logits.float()
     return torch.stack([exit_logits / t for exit_logits, t in zip(wide, temperatures, strict=False)])
+
+
+def tempered_confidence(policy: Policy, logits: Tensor, exits: Tensor) -> Tensor:
+    """Gives the largest softmax probability of each sample, after the temperature of the exit at which it left.
+
+    Args:
+        policy: Whose temperatures count; a policy without any leaves the logits alone.
+        logits: At those exits (batch, classes).
+        exits: Zero-based exits (batch,).
+
+    Returns:
+        (batch,), in [1 / classes, 1].
+    """
+    if not isinstance(policy, Scaled):
+        return confidence(logits)
+    given = policy.temperatures
+    heat = torch.tensor(given, device=logits.device)
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    return tempered_confidence(policy.policy, wide / (heat[exits, None] if heat.ndim else heat), exits)
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,9 @@ from dynadapter.bundle.tensors import from_bytes
 from dynadapter.cost import ExitCosts
 from dynadapter.images import load_image
 from dynadapter.net import ExitNet
-from dynadapter.policies import Policy, confidence
+from dynadapter.policies import Policy
 from dynadapter.preprocess import Preprocess
+from dynadapter.temperature import tempered_confidence
 from dynadapter.trunk import fingerprint
 
 HUB = "hf-hub:"
@@ -114,8 +115,7 @@ class Bundle:
 
     def _predicted(self, batch: Tensor, policy: Policy) -> list[Prediction]:
         routed = self.net.early(batch, policy)
-        heat = torch.tensor(self.config.temperatures, device=batch.device)[routed.exits, None]
-        sure = confidence(routed.logits.float() / heat)
+        sure = tempered_confidence(self.policy, routed.logits, routed.exits)
         rows = zip(routed.logits.argmax(-1).tolist(), sure.tolist(), routed.exits.tolist(), strict=True)
         return [Prediction(self.class_names[index], certainty, exit) for index, certainty, exit in rows]
 

@@ -10,8 +10,10 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from dynadapter.callbacks._common import exit_net
+from dynadapter.losses import IGNORED
 from dynadapter.metrics import ExitUse
 from dynadapter.policies import Confidence, Policy, route
+from dynadapter.sharding import is_sharded
 
 
 @dataclass
@@ -67,9 +69,11 @@ class PolicyUse(ExitUse):
 class EarlyExit(Callback):
     """Applies policies whenever the model is validated, tested or asked to predict.
 
-    In a test each policy really routes every batch (:meth:`ExitNet.early`); in validation the same answer is computed
-    from the logits of all exits, which the step returns anyway. Predictions follow the first policy.
-    Each policy logs ``<split>/<policy>/acc`` and ``<split>/<policy>/share_exit<k>``.
+    In a test each policy really routes every batch (:meth:`ExitNet.early`); in validation, and where the network is
+    sharded, the same answer is computed from the logits of all exits, which the step returns anyway. Predictions follow
+    the first policy. Each policy logs ``<split>/<policy>/acc`` and ``<split>/<policy>/share_exit<k>``.
+
+    Several processes give what one would. Samples of class -100 only fill up a batch and are not counted.
 
     Works in any LightningModule that holds one :class:`~dynadapter.net.ExitNet`, if its validation step returns a
     mapping with ``logits`` (exits, batch, classes) and ``targets`` (batch,), its test step one with ``targets``, and
@@ -117,7 +121,12 @@ class EarlyExit(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
     ) -> None:
         """Reads off the stacked logits where each policy lets the samples leave."""
-        logits, targets = self._output(outputs, "logits", "validation"), self._output(outputs, "targets", "validation")
+        self._read_off(outputs, "validation")
+
+    def _read_off(self, outputs: Any, step: str) -> None:
+        logits, targets = self._output(outputs, "logits", step), self._output(outputs, "targets", step)
+        counted = (targets != IGNORED).nonzero()[:, 0]
+        logits, targets = logits[:, counted], targets[counted]
         rows = torch.arange(len(targets), device=targets.device)
         for policy in self.policies:
             exits = route(policy, logits)
@@ -138,10 +147,14 @@ class EarlyExit(Callback):
     ) -> None:
         """Routes the batch once a policy."""
         targets, net = self._output(outputs, "targets", "test"), exit_net(pl_module, self)
+        if is_sharded(net):  # all processes must run all blocks: each has a part of every tensor
+            self._read_off(outputs, "test")
+            return
+        counted = (targets != IGNORED).nonzero()[:, 0]
         for policy in self.policies:
             with trainer.precision_plugin.forward_context():
                 routed = net.early(batch[0], policy)
-            self._uses[policy.name].update(routed.exits, routed.logits, targets)
+            self._uses[policy.name].update(routed.exits[counted], routed.logits[counted], targets[counted])
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Logs what each policy gave."""
@@ -166,7 +179,7 @@ class EarlyExit(Callback):
             values = {f"{split}/{result.name}/acc": result.accuracy}
             for k, share in enumerate(result.shares.tolist(), start=1):
                 values[f"{split}/{result.name}/share_exit{k}"] = share
-            pl_module.log_dict(values, sync_dist=True)
+            pl_module.log_dict(values, sync_dist=True)  # they are the same already; Lightning would warn
             if result.nonfinite:
                 rank_zero_warn(
                     f"{split}, {result.name}: {result.nonfinite} sample(s) have logits that are not finite; they count "

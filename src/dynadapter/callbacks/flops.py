@@ -14,6 +14,7 @@ from dynadapter.callbacks._common import exit_net
 from dynadapter.callbacks.early_exit import EarlyExit, PolicyResult
 from dynadapter.cost import ExitCosts, cost_table, exit_costs, exit_parameters
 from dynadapter.metrics import ExitUse
+from dynadapter.sharding import is_sharded
 
 
 class FlopsReport(Callback):
@@ -62,9 +63,16 @@ class FlopsReport(Callback):
         return {result.name: result.shares for result in self._results()} | own
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Traces the network once."""
+        """Traces the network once; one that is sharded by now keeps the costs of before."""
         self._size = self.image_size or getattr(getattr(trainer, "datamodule", None), "image_size", None)
-        self.costs = exit_costs(exit_net(pl_module, self), self._size, class_first=self.class_first)
+        net = exit_net(pl_module, self)
+        if not is_sharded(net):
+            self.costs = exit_costs(net, self._size, class_first=self.class_first)
+        elif self.costs is None:
+            raise ValueError(
+                "FlopsReport cannot count the multiply-adds of a network that is sharded already; take the callback "
+                "that has seen it before, or count with `dynadapter flops`"
+            )
         self._own = None
         callbacks: list[Callback] = getattr(trainer, "callbacks", [])
         self._early = [callback for callback in callbacks if isinstance(callback, EarlyExit)]
@@ -90,7 +98,8 @@ class FlopsReport(Callback):
         images = batch[0] if isinstance(batch, Sequence) and len(batch) else batch
         if self._size is None and isinstance(images, Tensor) and images.ndim == 4:
             self._size = (images.shape[2], images.shape[3])
-            self.costs = exit_costs(exit_net(pl_module, self), self._size, class_first=self.class_first)
+            if not is_sharded(net := exit_net(pl_module, self)):  # then the trunk's own size must do
+                self.costs = exit_costs(net, self._size, class_first=self.class_first)
         exits = outputs.get("exits") if isinstance(outputs, Mapping) else getattr(outputs, "exits", None)
         if exits is not None and self._own is not None:
             self._own.update(torch.as_tensor(exits, device=self._own.device))

@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from dynadapter.adapters import AdapterLayer
 from dynadapter.callbacks._common import progress, require_end
 from dynadapter.schedules import Constant, Schedule
+from dynadapter.sharding import is_sharded
 
 
 class BidirectionalSparsity(Callback):
@@ -82,6 +83,11 @@ class BidirectionalSparsity(Callback):
             raise ValueError(
                 f"BidirectionalSparsity found no adapters in {type(pl_module).__name__}; "
                 "inject some into its trunk, as in inject(trunk, LoRA())"
+            )
+        if is_sharded(pl_module):
+            raise ValueError(
+                "BidirectionalSparsity masks whole tensors, and here each process has a part of them; leave it out "
+                "(sparsity: null), or train with strategy: ddp"
             )
         self._elements = [element for layer in self._layers for element in _own_parameters(layer)]
         for end in (0.0, 1.0):  # what would be wrong at the end of training shows now

@@ -1,7 +1,10 @@
-"""The command line: ``dynadapter fit | validate | test | predict | flops | calibrate``."""
+"""The command line: ``dynadapter fit | validate | test | predict | flops | calibrate | export | bench | ...``."""
 
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
 from typing import NoReturn
 
 import dynadapter
@@ -15,9 +18,13 @@ commands:
   fit         train adapters and exits on a task
   validate    measure a checkpoint on the validation images
   test        measure a checkpoint on the test images, with samples really leaving early
-  predict     classify a folder of images and write a CSV file
+  predict     classify a folder of images, by a checkpoint or a bundle
   flops       count the multiply-adds up to each exit
-  calibrate   find thresholds for a cost, an accuracy or a guarantee, and write the folder to deploy
+  calibrate   find thresholds for a cost, an accuracy or a guarantee, and write the bundle: the folder to deploy
+  export      make ONNX graphs or torch.export programs of a bundle, one a stage
+  bench       time a bundle against its static trunk and other ways to serve it
+  verify      check a data set: lists, classes, broken and doubled images
+  unpack      extract an archive of images safely
 
 options:
   COMMAND --help            every key of a command
@@ -27,15 +34,23 @@ options:
 
 examples:
   dynadapter fit --config configs/quickstart.yaml
+  dynadapter fit --resume runs/quickstart/version_0
+  dynadapter fit --config configs/quickstart.yaml --seeds [0,1,2] --test_after true
   dynadapter test --ckpt_path runs/quickstart/version_0/checkpoints/last.ckpt
   dynadapter predict --ckpt_path .../last.ckpt --images FOLDER --output out.csv
   dynadapter calibrate --ckpt_path .../last.ckpt --goal.cost 0.5 --bundle FOLDER
+  dynadapter predict --bundle FOLDER --images FOLDER --out out.csv
+  dynadapter export --bundle FOLDER --out FOLDER
   dynadapter fit --model.adapter.help LoRA
 
 Settings come in layers, each wins over those before it: defaults, the checkpoint's, config files in their order,
 the command line.
 """
-COMMANDS = ("fit", "validate", "test", "predict", "flops", "calibrate")
+TRAINER = ("fit", "validate", "test", "predict", "flops", "calibrate")
+"""Commands that Lightning's trainer runs, with a whole configuration."""
+OWN = ("export", "bench", "verify", "unpack")
+"""Commands with a handful of settings; each is a module here with a ``run(args)``."""
+COMMANDS = (*TRAINER, *OWN)
 
 
 def main(args: list[str] | None = None) -> None:
@@ -75,8 +90,26 @@ def _run(args: list[str]) -> None:
         what = "the command comes first" if command.startswith("-") else f"there is no command {command!r}"
         hint = nearest(command, COMMANDS, cutoff=0.5)
         raise Mistake(f"{what}{hint + ' There' if hint else '; there'} are {', '.join(COMMANDS)}")
-    from dynadapter.cli.app import DynCLI  # here, because torch and Lightning take seconds to load
+    if command in OWN:  # imported here, because torch and Lightning take seconds to load
+        import_module(f"dynadapter.cli.{command}").run(args[1:])
+    elif command == "predict" and any(arg.partition("=")[0] == "--bundle" for arg in args):
+        import_module("dynadapter.cli.predict").run(args[1:])
+    elif command == "fit" and (seeds := import_module("dynadapter.cli.seeds")).asked(args[1:]):
+        seeds.run(args[1:])
+    else:
+        _run_trainer(args)
 
+
+def _run_trainer(args: list[str]) -> None:
+    from dynadapter.cli.app import DynCLI
+
+    with without_noise():
+        DynCLI(args)
+
+
+@contextmanager
+def without_noise() -> Iterator[None]:
+    """Silences warnings that no user can do anything about."""
     with warnings.catch_warnings():
         # The trunk is in evaluation mode because it is frozen, and small sets load fastest in the main process.
         warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")
@@ -88,7 +121,7 @@ def _run(args: list[str]) -> None:
         # Calls of Lightning 2.6 that jsonargparse 5 will drop; the bound on its version keeps them.
         warnings.filterwarnings("ignore", message=r"\s*.*was deprecated in v4\.")
         warnings.filterwarnings("ignore", message=r"\s*By default only one JsonargparseDeprecationWarning")
-        DynCLI(args)
+        yield
 
 
 def end(line: str, code: int) -> NoReturn:

@@ -1,6 +1,9 @@
 """LightningCLI for an :class:`ExitClassifier`: one key for each part, runs that are kept apart, layered settings."""
 
+import contextlib
 import logging
+import shlex
+import signal
 import tempfile
 from collections import Counter
 from pathlib import Path
@@ -9,6 +12,7 @@ from typing import Any, ClassVar, NoReturn
 import lightning.pytorch as pl
 import yaml
 from jsonargparse import ActionConfigFile
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -19,8 +23,9 @@ from rich.console import Console
 import dynadapter
 from dynadapter.adapters import adapter_layers
 from dynadapter.callbacks import BidirectionalSparsity, EarlyExit, ExitWeights, FlopsReport, PredictionWriter
+from dynadapter.checkpoints import AtomicCheckpointIO, RunCheckpoint, newest
 from dynadapter.cli import calibrate
-from dynadapter.cli.errors import Mistake, Stopped, explain
+from dynadapter.cli.errors import Mistake, Stopped, explain, judged
 from dynadapter.cli.layers import (
     LINKED,
     checkpoint_path,
@@ -30,7 +35,12 @@ from dynadapter.cli.layers import (
     switched_off,
     with_fresh_adapters,
 )
+from dynadapter.cli.record import Record
+from dynadapter.cli.resume import Earlier, GoOn, earlier, to_resume
 from dynadapter.cli.runs import RUN_FOLDERS, SaveConfig, claim_folder, forget, loggers, settle
+from dynadapter.cli.safety import check_config
+from dynadapter.cli.signals import StopOnSignal
+from dynadapter.cli.stops import Terminated, sigterm
 from dynadapter.cost import cost_table, exit_costs, exit_parameters
 from dynadapter.data import ImageData
 from dynadapter.module import ExitClassifier
@@ -41,7 +51,7 @@ CALLBACKS: dict[str, type[Callback]] = {
     "sparsity": BidirectionalSparsity,
     "flops_report": FlopsReport,
     "predictions": PredictionWriter,
-    "checkpoint": ModelCheckpoint,
+    "checkpoint": RunCheckpoint,
 }
 SECTIONS: dict[str, type] = {"model": ExitClassifier, "data": ImageData, **CALLBACKS, "trainer": Trainer}
 TITLES = {
@@ -114,27 +124,34 @@ class DynCLI(LightningCLI):
     def __init__(self, args: list[str]) -> None:
         self.args = args
         self.run_folder: Path | None = None
+        self.record: Record | None = None
+        self.before: Earlier | None = None
+        self.log: Path | None = None
+        self.stopper = StopOnSignal()
         _quiet_lightning()
         try:
-            super().__init__(
-                ExitClassifier,
-                ImageData,
-                subclass_mode_data=True,
-                trainer_class=DynTrainer,
-                trainer_defaults={
-                    "default_root_dir": "runs",
-                    "max_epochs": 100,
-                    "log_every_n_steps": 10,
-                    "enable_model_summary": False,
-                },
-                save_config_callback=SaveConfig,
-                save_config_kwargs={"save_to_log_dir": False},
-                auto_configure_optimizers=False,
-                args=args,
-            )
-        except BaseException:
+            with sigterm():
+                super().__init__(
+                    ExitClassifier,
+                    ImageData,
+                    subclass_mode_data=True,
+                    trainer_class=DynTrainer,
+                    trainer_defaults={
+                        "default_root_dir": "runs",
+                        "max_epochs": 100,
+                        "log_every_n_steps": 10,
+                        "enable_model_summary": False,
+                    },
+                    save_config_callback=SaveConfig,
+                    save_config_kwargs={"save_to_log_dir": False},
+                    auto_configure_optimizers=False,
+                    args=args,
+                )
+        except BaseException as error:
             if self.run_folder is not None:
                 forget(self.run_folder)
+            if isinstance(error, Terminated):
+                raise Stopped("stopped by SIGTERM before anything was saved", 143) from error
             raise
 
     # ---- the parser
@@ -169,7 +186,8 @@ class DynCLI(LightningCLI):
         """Adds what a command takes beside the parts: here, because Lightning's wording is that of its methods."""
         own = self._subcommand_method_arguments[command] = ["merged"] if command == "flops" else ["ckpt_path"]
         what = {
-            "fit": "Checkpoint from which an interrupted training goes on; give the config.yaml of that run, too.",
+            "fit": "Checkpoint from which an interrupted training goes on; give the config.yaml of that run, too, or "
+            "--resume instead of both.",
             "flops": "Checkpoint whose model settings are taken; its weights are not needed.",
         }
         parser.add_argument(
@@ -177,11 +195,27 @@ class DynCLI(LightningCLI):
             type=str | None,
             help=what.get(command, "Checkpoint that fit wrote; the settings of its model and data come with it."),
         )
+        if command == "fit":
+            parser.add_argument(
+                "--resume",
+                type=str | None,
+                help="Folder of an interrupted run: goes on from its newest whole checkpoint, with its settings.",
+            )
+            parser.add_argument(
+                "--seeds",
+                type=list[int] | None,
+                help="One training for each of these seeds, and a table of mean and deviation: [0, 1, 2].",
+            )
+            parser.add_argument(
+                "--test_after", type=bool, default=False, help="Measure the final weights on the test images, too."
+            )
         if command == "flops":
             parser.add_argument("--merged", type=bool, default=False, help="Fold the adapters into the trunk first.")
         if command == "predict":
             parser.add_argument("--images", type=str | None, help="Folder of images; short for data.predict_images.")
-            parser.add_argument("--output", type=str | None, help="The CSV file; short for predictions.output.")
+            parser.add_argument(
+                "--out", "--output", type=str | None, help="The CSV file; short for predictions.output."
+            )
         if command == "calibrate":
             own.clear()  # they come as one object
             calibrate.add_arguments(parser)
@@ -220,6 +254,8 @@ class DynCLI(LightningCLI):
         """Parses ``defaults < checkpoint < config files < command line``, in whatever order the files stand."""
         command, *others = args
         files, rest = config_files(others)
+        if command == "fit":
+            files, rest, self.log = _resumed(files, rest)
         contents = {file: read_config(file, SECTIONS) for file in files}
         off, rest = switched_off(rest, CALLBACKS)
         path = checkpoint_path(contents.values(), rest)
@@ -228,11 +264,14 @@ class DynCLI(LightningCLI):
         with tempfile.TemporaryDirectory() as folder:
             if path is not None:
                 below, above = checkpoint_settings(path, command)
+                if command == "fit":
+                    self.before = earlier(Path(path), self.log)
                 files = [_written(below, folder, "below"), *files, _written(above, folder, "above")]
                 contents |= {files[0]: below, files[-1]: above}
             args = with_fresh_adapters([*(f"--config={file}" for file in files), *rest], contents)
             self.config = parser.parse_args([command, *args])
         config = self.config[command]
+        check_config({key: value for key, value in vars(config).items() if key != "config"})  # the files' own paths
         for key in off:
             config[key] = None
         self.off = {key for key in CALLBACKS if config[key] in (None, False)}
@@ -243,6 +282,10 @@ class DynCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Hands short options to where they belong, and says what a command cannot do without."""
         config = self.config[self.subcommand]
+        if self.subcommand == "fit" and config.resume is not None:
+            raise Mistake("resume is no key of a config file; give --resume FOLDER on the command line")
+        if self.subcommand == "fit" and config.seeds:
+            raise Mistake(f"give all seeds at once, as in --seeds {[0, *config.seeds]}")
         if self.subcommand in ("validate", "test", "predict", "calibrate") and config.ckpt_path is None:
             raise Mistake(
                 f"{self.subcommand} needs a checkpoint, a network without one is untrained; "
@@ -253,8 +296,8 @@ class DynCLI(LightningCLI):
                 config.data.init_args.predict_images = config.images
             if config.data.init_args.get("predict_images") is None:
                 raise Mistake("predict needs images; give --images a folder")
-            if config.output is not None:
-                config.predictions.output = config.output
+            if config.out is not None:
+                config.predictions.output = config.out
         if self.subcommand == "calibrate":
             self.calibration = calibrate.Settings.read(config)
             if config.trainer.devices == "auto":  # several would each see a part of the images
@@ -281,7 +324,7 @@ class DynCLI(LightningCLI):
             return super().instantiate_trainer(**kwargs, logger=kind is not None and config["logger"])
         self.run_folder = folder = claim_folder(Path(config["default_root_dir"]), kind)
         if config["logger"] in (None, True):
-            kwargs["logger"] = loggers(folder)
+            kwargs["logger"] = loggers(folder, self.before.lines if self.before is not None else [])
         return super().instantiate_trainer(**kwargs, default_root_dir=str(folder))
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Any]) -> Trainer:
@@ -293,28 +336,73 @@ class DynCLI(LightningCLI):
         if self.subcommand == "calibrate":
             dropped |= {EarlyExit, FlopsReport}  # their policies are not the one that is sought
         if self.subcommand != "fit" or config["enable_checkpointing"] is False or config["barebones"]:
-            dropped.add(ModelCheckpoint)
-        if ModelCheckpoint in dropped:
+            dropped.add(RunCheckpoint)
+        if RunCheckpoint in dropped:
             config["enable_checkpointing"] = False  # Lightning would add one of its own
         callbacks = [callback for callback in callbacks if type(callback) not in dropped]
         for callback in callbacks:
             if isinstance(callback, ModelCheckpoint):
                 settle(callback, self.run_folder)
-        return super()._instantiate_trainer(config, callbacks)
+        callbacks.append(self.stopper)
+        if self.subcommand == "fit":  # before all others, which may ask how far the training is
+            own = config["callbacks"] or []
+            config["callbacks"] = [GoOn(self.before), *(own if isinstance(own, list) else [own])]
+        if self.run_folder is not None:
+            self.record = self._new_record(self.run_folder)
+            callbacks.append(self.record)
+        trainer = super()._instantiate_trainer(config, callbacks)
+        _write_in_one_step(trainer)
+        return trainer
+
+    def _new_record(self, folder: Path) -> Record:
+        seed = self._get(self.config, "seed_everything")
+        lines = self.before.lines if self.before is not None else []
+        return Record(
+            folder,
+            self.args,
+            None if seed is False else seed,
+            None if self.before is None else self.before.checkpoint,
+            {name: float(value) for line in lines for name, value in line.items()},
+        )
 
     def _run_subcommand(self, subcommand: str) -> None:
         self._introduce()
         try:
             super()._run_subcommand(subcommand)
-        except SystemExit as ending:  # Lightning has shut down after Ctrl-C or SIGTERM
-            if isinstance(ending, SIGTERMException):
-                raise Stopped(f"stopped by SIGTERM{self._way_on()}", 143) from ending
-            if isinstance(ending.__context__, KeyboardInterrupt):
-                raise Stopped(f"interrupted{self._way_on()}", 130) from ending
+        except (SystemExit, KeyboardInterrupt, Terminated) as ending:  # Lightning has shut down where it was running
+            by_hand = any(isinstance(one, KeyboardInterrupt) for one in (ending, ending.__context__))
+            by_hand = by_hand or self.stopper.signal == signal.SIGINT
+            if not by_hand and not isinstance(ending, SIGTERMException | Terminated):
+                raise
+            what = "interrupted" if by_hand else "stopped by SIGTERM"
+            self._end("stopped", what)
+            if not self.trainer.is_global_zero:
+                raise SystemExit(0) from ending  # any other code, and Lightning kills the first process at once
+            raise Stopped(f"{what}{self._way_on()}", 130 if by_hand else 143) from ending
+        except Exception as error:
+            self._end("failed", judged(error)[0])
             raise
+        self._end("finished")
+
+    def _end(self, how: str, message: str | None = None) -> None:
+        if self.record is not None:
+            self.record.end(self.trainer, how, message)
+
+    def before_fit(self) -> None:
+        """Looks for the test images now, not after hours of training."""
+        if self.config[self.subcommand].test_after:
+            self.datamodule.setup("test")
 
     def after_fit(self) -> None:
-        """Saves what was trained once more without the optimiser, a third of the size: enough for all but going on."""
+        """Saves what was trained once more without the optimiser, and measures it where that is asked for."""
+        self._save_weights()
+        if self.config[self.subcommand].test_after:
+            if self.record is not None:
+                self.record.keep(self.trainer)
+            self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
+
+    def _save_weights(self) -> None:
+        """Saves a third of a checkpoint's size: enough for all but going on."""
         checkpoint = self.trainer.checkpoint_callback
         if self.run_folder is not None and isinstance(checkpoint, ModelCheckpoint) and checkpoint.dirpath:
             path = Path(checkpoint.dirpath) / "weights.ckpt"
@@ -325,10 +413,13 @@ class DynCLI(LightningCLI):
     def _way_on(self) -> str:
         if self.subcommand != "fit" or self.run_folder is None:
             return ""
-        saved = sorted(self.run_folder.glob("checkpoints/*.ckpt"), key=lambda path: path.stat().st_mtime)
-        if not saved:
-            return " before anything was saved"
-        return f"; go on with: dynadapter fit --config {self.run_folder / 'config.yaml'} --ckpt_path {saved[-1]}"
+        saver = self.trainer.checkpoint_callback
+        with contextlib.suppress(ValueError):
+            if isinstance(saver, ModelCheckpoint) and saver.dirpath and newest(Path(saver.dirpath)):
+                return f"; go on with: {_resume(self.run_folder)}"
+        if self.before is not None:
+            return f" before anything new was saved; go on with: {_resume(self.run_folder)}"
+        return " before anything was saved; start again"
 
     @rank_zero_only
     def _introduce(self) -> None:
@@ -341,14 +432,36 @@ class DynCLI(LightningCLI):
         where = " and ".join(parts)
         print(f"{self.model.trunk_name}: {frozen:,} frozen parameters and {trained:,} trained ones in {where}")
         print(f"exits after blocks {', '.join(map(str, net.exits))} of {net.depth}")
+        if self.before is not None:
+            print(f"going on after step {self.before.step:,}, from {self.before.checkpoint}")
         if self.run_folder is not None:
-            print(f"results in {self.run_folder}", flush=True)
+            how = f"; if it is interrupted: {_resume(self.run_folder)}" if self.subcommand == "fit" else ""
+            print(f"results in {self.run_folder}{how}", flush=True)
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
         if subcommand == "calibrate":
             kwargs["settings"] = self.calibration
         return kwargs | {"return_predictions": False} if subcommand == "predict" else kwargs
+
+
+class Settings(DynCLI):
+    """Reads a command line, and builds and runs nothing.
+
+    Attributes:
+        whole: All settings, as a config file would say them.
+    """
+
+    def _set_seed(self) -> None:
+        """Draws nothing."""
+
+    def instantiate_classes(self) -> None:
+        """Keeps the settings."""
+        parser, config = self._parser(self.subcommand), self.config[self.subcommand]
+        self.whole: dict[str, Any] = yaml.safe_load(parser.dump(config, skip_none=False))
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Runs nothing."""
 
 
 def _written(config: dict[str, Any], folder: str, name: str) -> str:
@@ -358,9 +471,48 @@ def _written(config: dict[str, Any], folder: str, name: str) -> str:
 
 
 def _how_to_go_on(path: str) -> str:
-    config = Path(path).parent.parent / "config.yaml"
-    where = str(config) if config.is_file() else "the config.yaml in the folder of that run"
-    return f"a checkpoint holds the settings of model and data only, and fit needs all of its run; add --config {where}"
+    run = Path(path).parent.parent
+    there = (run / "config.yaml").is_file()
+    way = f"--resume {shlex.quote(str(run))} instead" if there else "--config with the config.yaml of that run, too"
+    return f"a checkpoint holds the settings of model and data only, and fit needs all of its run; give {way}"
+
+
+def _resume(run: Path) -> str:
+    return shlex.join(["dynadapter", "fit", "--resume", str(run)])
+
+
+def _resumed(files: list[str], rest: list[str]) -> tuple[list[str], list[str], Path | None]:
+    """Puts what ``--resume FOLDER`` stands for below all other settings.
+
+    Returns:
+        The config files, the other arguments, and the folder with the log to go on with.
+    """
+    given = [arg for arg in rest if arg.partition("=")[0] == "--resume"]
+    if not given:
+        return files, rest, None
+    place = rest.index(given[-1])
+    folder, left = given[-1].partition("=")[2], rest[:place] + rest[place + 1 :]
+    if "=" not in given[-1] and left[place:]:
+        folder = left.pop(place)
+    if not folder:
+        raise Mistake("--resume needs a folder, such as runs/version_0")
+    if len(given) > 1 or any(arg.partition("=")[0] == "--ckpt_path" for arg in left):
+        raise Mistake("--resume names the run and the checkpoint to go on from; give it once, and no --ckpt_path")
+    found = to_resume(folder, nothing_new=not files and not left)
+    run = Path(folder)
+    root = (run if run.name not in ("", "..") else run.resolve()).parent
+    own = [f"--ckpt_path={found.checkpoint}", f"--trainer.default_root_dir={root}"]
+    return [str(found.config), *files], [*own, *left], found.log
+
+
+def _write_in_one_step(trainer: Trainer) -> None:
+    """Has checkpoints written by :class:`AtomicCheckpointIO` where the user chose no way of their own."""
+    try:
+        plain = type(trainer.strategy.checkpoint_io) is TorchCheckpointIO
+    except NotImplementedError:  # a strategy that shards its checkpoints
+        return
+    if plain:
+        trainer.strategy.checkpoint_io = AtomicCheckpointIO()
 
 
 def _not_an_advertisement(record: logging.LogRecord) -> bool:

@@ -1,11 +1,12 @@
 """``dynadapter calibrate``: from a checkpoint and its validation images to thresholds, what they give, and a bundle."""
 
+import copy
 import csv
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +19,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 import dynadapter
+from dynadapter.adapters import adapter_layers
 from dynadapter.bundle import bundle_from_classifier
+from dynadapter.bundle.config import FILES
+from dynadapter.bundle.folder import check_place
+from dynadapter.bundle.loading import read as read_bundle
 from dynadapter.calibrate import (
     KINDS,
     Calibrated,
@@ -36,6 +41,7 @@ from dynadapter.calibrate import (
 )
 from dynadapter.cli.errors import Mistake, one_line
 from dynadapter.cli.runs import claim_folder
+from dynadapter.cli.safety import data_class
 from dynadapter.cost import ExitCosts, exit_costs
 from dynadapter.data import ImageData
 from dynadapter.data.base import ImageDataset, collate
@@ -48,6 +54,9 @@ Kind = Literal["confidence", "entropy", "margin", "patience"]
 Split = Literal["val", "test", "train"]
 
 GOALS = ("cost", "accuracy_drop", "risk")
+COMPARED = 64
+"""Images on which a merged network is compared with the trained one."""
+
 FEW = 20
 """Below so many images in a half, a share of them says next to nothing; the user is told."""
 
@@ -75,6 +84,8 @@ class Settings:
         ckpt_path: The checkpoint.
         bundle: Where to write the deployable folder, or None.
         out: Where to write the results; None takes a new folder beside the training's.
+        merge: Whether to fold the adapters into the trunk of the bundle; what is counted is then the merged network.
+        overwrite: Whether a bundle that is there may be replaced.
     """
 
     goal: str
@@ -88,6 +99,8 @@ class Settings:
     ckpt_path: str
     bundle: str | None
     out: str | None
+    merge: bool = False
+    overwrite: bool = False
 
     @classmethod
     def read(cls, config: Any) -> "Settings":
@@ -119,15 +132,14 @@ class Settings:
                 f"data_split={config.data_split} is refused: {WHY_NOT[config.data_split]}; leave it out to calibrate "
                 "on the validation images, or give --accept_optimistic_numbers true"
             )
-        if config.bundle is not None and Path(config.bundle).exists():
-            raise Mistake(f"bundle={config.bundle} exists; give a folder that does not")
+        _check_bundle(config.bundle, config.merge, config.overwrite)
         if config.out is not None:
             _check_out(Path(config.out))
         same = {name: config[name] for name in _SAME}
         return cls(goal=goal, amount=amount, confidence=config.goal.confidence or 0.9, **same)
 
 
-_SAME = ("policy", "temperatures", "search", "seed", "data_split", "ckpt_path", "bundle", "out")
+_SAME = ("policy", "temperatures", "search", "seed", "data_split", "ckpt_path", "bundle", "out", "merge", "overwrite")
 
 
 def _check_goal(goal: str, amount: float, confidence: float | None) -> None:
@@ -146,6 +158,22 @@ def _check_goal(goal: str, amount: float, confidence: float | None) -> None:
         raise Mistake(f"goal.confidence belongs to goal.risk, and a goal.{goal} promises nothing; leave it out")
     if not 0 < confidence < 1:
         raise Mistake(f"goal.confidence={confidence} must be between 0 and 1, both excluded, e.g. 0.9")
+
+
+def _check_bundle(bundle: str | None, merge: bool, overwrite: bool) -> None:
+    """Refuses a place that is taken, before the images are read."""
+    if bundle is None:
+        if merge or overwrite:
+            what = "merge" if merge else "overwrite"
+            raise Mistake(f"{what} belongs to the bundle, and none is to be written; give --bundle FOLDER")
+        return
+    place = Path(bundle).expanduser()
+    if os.path.lexists(place) and not overwrite:
+        raise Mistake(f"bundle={bundle} exists; give a folder that does not, or --overwrite true to replace a bundle")
+    try:
+        check_place(place, FILES, overwrite)
+    except ValueError as error:
+        raise Mistake(str(error).replace("overwrite=True", "--overwrite true")) from error
 
 
 def _check_out(out: Path) -> None:
@@ -174,7 +202,11 @@ def add_arguments(parser: LightningArgumentParser) -> None:
     parser.add_argument("--search", type=Search, default="shared", help=words)
     words = "Decides which images calibrate and which are held out."
     parser.add_argument("--seed", type=int, default=0, help=words)
-    parser.add_argument("--bundle", type=str | None, help="Write the deployable folder here; must not exist.")
+    parser.add_argument("--bundle", type=str | None, help="Write the deployable folder here.")
+    words = "Fold the adapters into the trunk of the bundle, proved on validation images; needs no trunk file then."
+    parser.add_argument("--merge", type=bool, default=False, help=words)
+    words = "Whether a bundle that is there may be replaced."
+    parser.add_argument("--overwrite", type=bool, default=False, help=words)
     words = "Folder of calibration.json and curve.csv; by default a new one beside that of the training."
     parser.add_argument("--out", type=str | None, help=words)
     words = "Images to calibrate on; others than val only with accept_optimistic_numbers."
@@ -233,9 +265,12 @@ def calibrate(trainer: Trainer, model: ExitClassifier, data: ImageData, settings
     """
     if trainer.world_size > 1:
         raise Mistake(f"calibrate runs on one device, not on {trainer.world_size}; give --trainer.devices 1")
+    if settings.merge:
+        _check_mergeable(model)
     doubt = _check_images(data, settings)
     logits, targets = collect(trainer, model, data, settings)
-    costs = exit_costs(model.net, data.image_size, class_first=True)
+    counted = copy.deepcopy(model.net).merge(1e-4) if settings.merge else model.net
+    costs = exit_costs(counted, data.image_size, class_first=True)
     result = solve(logits, targets, costs, settings, doubt)
     _print(result, model, settings)
     folder = Path(settings.out) if settings.out else claim_folder(Path(trainer.default_root_dir), "calibrate")
@@ -247,10 +282,43 @@ def calibrate(trainer: Trainer, model: ExitClassifier, data: ImageData, settings
     print(f"calibration.json and the curve are in {folder}{missing}")
     if settings.bundle:
         place = bundle_from_classifier(
-            model, settings.bundle, policy=result.found.policy, costs=costs, measured=_measured(result, settings)
+            model,
+            settings.bundle,
+            policy=result.found.policy,
+            merge=settings.merge,
+            check_images=_some_images(data, settings.data_split) if settings.merge else None,
+            costs=costs,
+            measured=_measured(result, settings),
+            overwrite=settings.overwrite,
         )
+        if settings.merge:
+            _print_proof(place, settings)
         print(f"the bundle is in {place}")
     return result
+
+
+def _check_mergeable(model: ExitClassifier) -> None:
+    """Refuses to merge what cannot be, before the images are read."""
+    stuck = {layer.kind for layer in adapter_layers(model.net.trunk).values() if not layer.mergeable}
+    if stuck:
+        raise Mistake(f"{', '.join(sorted(stuck))} cannot be folded into the trunk; leave --merge out")
+
+
+def _some_images(data: ImageData, split: Split) -> Tensor:
+    """Gives images to compare the merged network on, spread evenly, (images, 3, size, size)."""
+    images = ImageDataset(data.dataset(split).samples, data.preprocess)
+    count = min(COMPARED, len(images))
+    return collate([images[k * len(images) // count] for k in range(count)])[0]
+
+
+def _print_proof(bundle: Path, settings: Settings) -> None:
+    """Says how close the merged network is to the one that was trained."""
+    proof = read_bundle(bundle)[0].proof
+    assert proof is not None
+    print(
+        f"merged: on {proof.images} {WORDS[settings.data_split]} images the logits differ by at most "
+        f"{proof.difference:.1e} of the largest ({proof.tolerance:.0e} allowed), exits and classes are the same"
+    )
 
 
 # ---- the images
@@ -290,10 +358,9 @@ def _trained_on(ckpt_path: str, data: ImageData) -> set[Path]:
     saved = torch.load(ckpt_path, map_location="cpu", weights_only=True)["dynadapter"]["data"]
     if saved is None:
         return set()
-    module, _, name = saved["class_path"].rpartition(".")
-    cls, arguments = getattr(import_module(module), name), dict(saved["init_args"])
-    if not issubclass(cls, ImageData):
-        return set()
+    cls, arguments = data_class(saved["class_path"]), dict(saved["init_args"])
+    if cls is None:
+        raise ValueError(f"its data were read by {saved['class_path']!r:.200}, which is not known here")
     if isinstance(data, cls) and "root" in arguments:
         arguments["root"] = data.hparams["root"]  # the images may have moved since
     return {source for source, _ in cls(**arguments).samples("train") if isinstance(source, Path)}

@@ -26,6 +26,17 @@ class Stopped(Exception):
         self.code = code
 
 
+class Failed(Stopped):
+    """Work of which some parts have failed; its message is one line that names them.
+
+    Args:
+        line: That line.
+    """
+
+    def __init__(self, line: str) -> None:
+        super().__init__(f"error: {line}", 1)
+
+
 def one_line(error: BaseException | str) -> str:
     """Gives an error's message in one line."""
     return " ".join(str(error).split()) or type(error).__name__
@@ -177,7 +188,7 @@ def _no_key(given: str, keys: Iterable[str], sections: dict[str, type]) -> str:
     inside = [name.partition(".")[2] for name in keys if name.startswith(f"{section}.")]
     if inside:
         return f"there is no key {key!r}; {section} has: {', '.join(inside)}"
-    return f"there is no key {key!r}; choose from {', '.join(sections)}"
+    return f"there is no key {key!r}; choose from {', '.join(sections or keys)}"
 
 
 def _settings(key: str, sections: dict[str, type]) -> set[str]:
@@ -258,7 +269,8 @@ def bases(key: str, sections: dict[str, type]) -> Iterator[type]:
         yield from {cls for home in subclasses(Spec) for cls in _classes_in(_hints(home).get(key))}
     else:
         yield from {cls for home in sections.values() for hint in _hints(home).values() for cls in _classes_in(hint)}
-        yield sections["data"]
+        if "data" in sections:
+            yield sections["data"]
 
 
 def _hints(cls: type) -> dict[str, Any]:

@@ -2,16 +2,16 @@
 
 import inspect
 from collections.abc import Container, Iterable, Mapping, Sequence
-from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
+from dynadapter.checkpoints import read
 from dynadapter.cli.errors import Mistake, one_line
-from dynadapter.module import FORMAT, ExitClassifier
+from dynadapter.cli.safety import check_saved, data_class
+from dynadapter.module import ExitClassifier, in_todays_form
 from dynadapter.spec_json import plain
 
 LINKED = ("num_classes", "class_names", "image_size")
@@ -184,9 +184,9 @@ def checkpoint_settings(path: str, command: str) -> tuple[dict[str, Any], dict[s
         there = "is a folder" if Path(path).is_dir() else "does not exist"
         raise Mistake(f"checkpoint {path} {there}; give --ckpt_path the file that fit wrote, such as {_newest(path)}")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever the reader trips over, the file is what is wrong
-        raise Mistake(f"{path} is no checkpoint that can be read; give --ckpt_path the file that fit wrote") from error
+        checkpoint = read(path)
+    except ValueError as error:
+        raise Mistake(f"{error}; give --ckpt_path a file that fit wrote") from error
     try:
         return _layers(checkpoint, command, Path(path))
     except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -194,17 +194,20 @@ def checkpoint_settings(path: str, command: str) -> tuple[dict[str, Any], dict[s
 
 
 def _layers(checkpoint: dict[str, Any], command: str, path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    ours = checkpoint["dynadapter"]
-    if ours["format"] > FORMAT:
-        raise Mistake(f"{path} has format {ours['format']}, this dynadapter reads up to {FORMAT}; update dynadapter")
-    known = set(inspect.signature(ExitClassifier).parameters) - set(LINKED)
+    try:
+        ours = in_todays_form(dict(checkpoint["dynadapter"]))
+    except ValueError as error:
+        raise Mistake(f"{path}: {error}") from error
+    known = set(inspect.signature(ExitClassifier).parameters) - {*LINKED, "optimizer"}  # which no checkpoint holds
     model = {name: plain(value) for name, value in checkpoint["hyper_parameters"].items() if name in known}
+    check_saved([model, ours.get("preprocessing")])
     settings: dict[str, Any] = {"model": model}
     if root := run_root(path):
         settings["trainer"] = {"default_root_dir": str(root)}
     if command != "predict":
         data = ours.get("data")
-        if data is not None and _is_ours(data["class_path"]):
+        if data is not None and data_class(data["class_path"]):
+            check_saved(data)
             settings["data"] = plain(data)
         return settings, {}
     if not ours["preprocessing"]:
@@ -221,17 +224,6 @@ def run_root(checkpoint: Path) -> Path | None:
     """
     folder = checkpoint.parent
     return folder.parent.parent if folder.name == "checkpoints" and folder.parent.name.startswith("version_") else None
-
-
-def _is_ours(class_path: str) -> bool:
-    """Says whether a class can be found and is one of image data; anybody's own loaders have to be named again."""
-    from dynadapter.data import ImageData
-
-    module, _, name = class_path.rpartition(".")
-    try:
-        return issubclass(getattr(import_module(module), name), ImageData)
-    except (ImportError, AttributeError, TypeError, ValueError):
-        return False
 
 
 def _newest(path: str) -> str:

@@ -3,21 +3,23 @@
 import os
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset, RandomSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from dynadapter.data.images import find_images, load_image, why_unreadable
+from dynadapter.data.samplers import EpochOrder, Evened, ResumableLoader
 from dynadapter.data.transforms import Interpolation, Normalization, Preprocess, Resize
 
+Loader = TypeVar("Loader", bound=DataLoader)
 Split = Literal["train", "val", "test"]
 Sample = tuple[Path | Image.Image, int | str]  # where the pixels are; the class index, or the path under predict
 
@@ -27,10 +29,13 @@ STAGES = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "pre
 class ImageDataset(Dataset[tuple[torch.Tensor, int | str]]):
     """Images and what to say about them, decoded one by one or, with `cache`, once.
 
+    An item is asked for by its index, or by its index and a number on which augmentation depends; without a number an
+    image comes as it is.
+
     Args:
         samples: Pairs (file or image, class index or path).
         preprocess: From image to tensor.
-        flip: Mirror every second image, by chance.
+        flip: Mirror the images that come with an odd number.
         cache: Keep all resized images in memory as bytes: 147 MiB for 1000 images of 224 px.
     """
 
@@ -52,10 +57,11 @@ class ImageDataset(Dataset[tuple[torch.Tensor, int | str]]):
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int | str]:
+    def __getitem__(self, item: int | tuple[int, int]) -> tuple[torch.Tensor, int | str]:
+        index, number = item if isinstance(item, tuple) else (item, 0)
         source, target = self.samples[index]
         pixels = self.pixels(source) if self.cached is None else self.cached[index]
-        if self.flip and torch.rand(()) < 0.5:
+        if self.flip and number % 2:
             pixels = pixels.flip(-1)
         return self.preprocess.normalize(pixels), target
 
@@ -66,35 +72,20 @@ def collate(items: list[tuple[torch.Tensor, int | str]]) -> tuple[torch.Tensor, 
     return torch.stack(images), list(targets) if isinstance(targets[0], str) else torch.tensor(targets)
 
 
-class EpochShuffle(RandomSampler):
-    """Random order that depends on the seed and the epoch alone, so that a resumed run sees what a whole one would.
-
-    Lightning calls `set_epoch`; in a plain loop each pass is the next epoch.
-    """
-
-    def __init__(self, dataset: ImageDataset, seed: int):
-        super().__init__(dataset)
-        self.seed = seed
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the order of this epoch."""
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed((self.seed + self.epoch) % 2**63)
-        self.epoch += 1
-        return iter(torch.randperm(len(self), generator=generator).tolist())
-
-
 class ImageData(LightningDataModule, ABC):
     """Base of the data modules: a subclass sets `class_names` in its ``__init__`` and lists its `samples`.
 
     Batches are (images ``(batch, 3, size, size)`` float32, class indices ``(batch,)`` int64); under predict the second
     part is the list of paths. Training shuffles and drops the last incomplete batch, unless it is the only one.
 
+    Several processes share each batch of training and see together what one would with a batch as large. In evaluation
+    every image is counted once: where their number does not divide, batches are filled up with samples of class -100
+    or path "", which count nowhere.
+
     Args:
         batch_size: Images in a batch, on each device.
+        global_batch_size: Images in a step of training, over all processes and accumulated batches; it decides the
+            batches of training instead of `batch_size`, which remains for evaluation.
         num_workers: Processes that read images beside the training one; 0 reads in the training process.
         image_size: Height and width that the trunk takes, in pixels.
         normalization: ``imagenet`` or ``half`` (mean and deviation 0.5) as the trunk was pre-trained with, ``none`` for
@@ -116,6 +107,7 @@ class ImageData(LightningDataModule, ABC):
         self,
         *,
         batch_size: int = 64,
+        global_batch_size: int | None = None,
         num_workers: int = 0,
         image_size: int = 224,
         normalization: Normalization = "imagenet",
@@ -130,6 +122,7 @@ class ImageData(LightningDataModule, ABC):
         super().__init__()
         for name, value, least in (
             ("batch_size", batch_size, 1),
+            ("global_batch_size", 1 if global_batch_size is None else global_batch_size, 1),
             ("num_workers", num_workers, 0),
             ("max_skipped", max_skipped, 0),
         ):
@@ -145,6 +138,7 @@ class ImageData(LightningDataModule, ABC):
         self.save_hyperparameters(logger=False)
         self.hparams.update({name: _plain(value) for name, value in self.hparams.items()})
         self.batch_size = batch_size
+        self.global_batch_size = global_batch_size
         self.num_workers = num_workers
         self.preprocess = Preprocess(image_size, interpolation, resize, normalization)
         self.augment = augment
@@ -154,6 +148,8 @@ class ImageData(LightningDataModule, ABC):
         self.predict_images = predict_images
         self.skipped: dict[str, str] = {}
         self._datasets: dict[str, ImageDataset] = {}
+        self._train_loader: ResumableLoader | None = None
+        self._restored: dict[str, int] = {}
 
     @property
     def num_classes(self) -> int:
@@ -187,6 +183,7 @@ class ImageData(LightningDataModule, ABC):
         """Return the images of ``train``, ``val``, ``test`` or ``predict``, looked up once."""
         if split not in self._datasets:
             samples = self._predict_samples() if split == "predict" else self.samples(split)  # type: ignore[arg-type]
+            self._require_classes(split, samples)
             if self.on_error == "skip":
                 samples = self._readable(split, samples)
             fitting = split in ("train", "val")  # what is read many times
@@ -194,36 +191,102 @@ class ImageData(LightningDataModule, ABC):
             self._datasets[split] = ImageDataset(samples, self.preprocess, flip=flip, cache=self.cache and fitting)
         return self._datasets[split]
 
+    def _require_classes(self, split: str, samples: list[Sample]) -> None:
+        for index, (source, label) in enumerate(samples):
+            if isinstance(label, int) and not 0 <= label < self.num_classes:
+                raise ValueError(
+                    f"label {label} of {_named(index, source)} for {split} is no class; "
+                    f"there are classes 0 to {self.num_classes - 1}"
+                )
+
     def train_dataloader(self) -> DataLoader:
-        dataset = self.dataset("train")
-        share = len(dataset) // (self.trainer.world_size if self.trainer else 1)
-        # A process with less than one batch would train on nothing if the incomplete one was dropped.
-        order = EpochShuffle(dataset, torch.initial_seed())
-        return self._loader(dataset, sampler=order, drop_last=share >= self.batch_size)
+        dataset, accumulated, seed = self.dataset("train"), 1, torch.initial_seed()
+        processes, rank = self._processes()
+        if self.trainer is not None:
+            accumulated = self.trainer.accumulate_grad_batches
+            seed = self.trainer.strategy.broadcast(seed)  # a launcher may have started each process without a seed
+        batch_size = self._train_batch_size(processes, accumulated)
+        if self.global_batch_size is None:
+            accumulated = 1  # as many batches as there are; the last step takes those that are left
+        order = EpochOrder(dataset, batch_size, seed=seed, processes=processes, rank=rank, accumulated=accumulated)
+        loader = self._train_loader = self._loader(dataset, ResumableLoader, batch_size=batch_size, sampler=order)
+        loader.load_state_dict(self._restored)
+        self._restored = {}
+        return loader
+
+    # Lightning would give the loader its state back by itself, but not where a module counts the batches to plan its
+    # schedules: then there is a loader before there is a state.
+
+    def state_dict(self) -> dict[str, int]:
+        """Says how far the epoch of training is; Lightning saves it in a checkpoint."""
+        return self._train_loader.state_dict() if self._train_loader is not None else {}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Goes on in the middle of an epoch."""
+        if self.trainer is not None and self.trainer.state.fn != "fit":
+            return
+        if self._train_loader is None:
+            self._restored = state_dict
+        else:
+            self._train_loader.load_state_dict(state_dict)
+
+    def _processes(self) -> tuple[int, int]:
+        """Says how many processes share the images, and which of them this is."""
+        shares = (self.trainer and self.trainer.distributed_sampler_kwargs) or {"num_replicas": 1, "rank": 0}
+        return shares["num_replicas"], shares["rank"]
+
+    def _train_batch_size(self, processes: int, accumulated: int) -> int:
+        """Divides the global batch where it is given, and says what comes out."""
+        size, rest = self.batch_size, 0
+        if self.global_batch_size is not None:
+            size, rest = divmod(self.global_batch_size, processes * accumulated)
+        if rest or not size:
+            raise ValueError(
+                f"global_batch_size={self.global_batch_size} does not divide by {processes} process(es) x "
+                f"{accumulated} accumulated batch(es); give a multiple of {processes * accumulated}"
+            )
+        if self.global_batch_size is not None or processes * accumulated > 1:
+            parts = f"{processes} process{'es' if processes > 1 else ''} x {size} (x {accumulated} accumulated)"
+            rank_zero_info(f"batches: {processes * accumulated * size} images = {parts}")
+        return size
+
+    def files(self, epoch: int, batch: int) -> list[str]:
+        """Names the images of a batch of training that this process sees; empty where that is not known."""
+        order = self._train_loader and self._train_loader.sampler
+        if not isinstance(order, EpochOrder) or getattr(self.trainer, "overfit_batches", False):
+            return []
+        samples = self.dataset("train").samples
+        return [_named(index, samples[index][0]) for index in order.batch(epoch, batch)]
 
     def val_dataloader(self) -> DataLoader | list[DataLoader]:
         dataset = self.dataset("val")
         if len(dataset):
-            return self._loader(dataset)
+            return self._evaluation_loader("val")
         # Lightning asks to make sure that this is intended; it is.
         warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")
         return []
 
     def test_dataloader(self) -> DataLoader:
-        return self._loader(self.dataset("test"))
+        return self._evaluation_loader("test")
 
     def predict_dataloader(self) -> DataLoader:
-        return self._loader(self.dataset("predict"))
+        return self._evaluation_loader("predict")
 
-    def _loader(self, dataset: ImageDataset, **options: Any) -> DataLoader:
-        return DataLoader(
+    def _evaluation_loader(self, split: str) -> DataLoader:
+        dataset, (processes, rank) = self.dataset(split), self._processes()
+        if processes == 1:
+            return self._loader(dataset)
+        evened = Evened(dataset, processes)
+        return self._loader(evened, sampler=DistributedSampler(evened, processes, rank, shuffle=False))
+
+    def _loader(self, dataset: Dataset, kind: type[Loader] = DataLoader, **options: Any) -> Loader:  # type: ignore[assignment]
+        return kind(
             dataset,
-            batch_size=self.batch_size,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
             collate_fn=collate,
-            **options,
+            **{"batch_size": self.batch_size} | options,
         )
 
     def _predict_samples(self) -> list[Sample]:
@@ -250,6 +313,10 @@ class ImageData(LightningDataModule, ABC):
         if broken:
             rank_zero_warn(f"{split}: skipped {len(broken)} unreadable image(s): {_shortened(broken)}")
         return [sample for sample, why in zip(samples, reasons, strict=True) if not why]
+
+
+def _named(index: int, source: Path | Image.Image) -> str:
+    return f"image {index}" if isinstance(source, Image.Image) else str(source)
 
 
 def _plain(value: Any) -> Any:

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from dynadapter.data.base import ImageData, Sample, Split
-from dynadapter.data.images import SUFFIXES, image_files
+from dynadapter.data.images import SUFFIXES, image_files, shown
 from dynadapter.data.splits import hold_out
 
 
@@ -47,16 +47,16 @@ class ImageFolder(ImageData):
     def _classes(self, split: str) -> list[str]:
         folder = self.root / split
         if not folder.is_dir():
-            there = ", ".join(_subfolders(self.root)) or "no folder"
+            there = _told(subfolders(self.root)) or "no folder"
             raise ValueError(f"{folder} does not exist; expected {split}/CLASS/image.png, but in root are: {there}")
-        return _subfolders(folder)
+        return subfolders(folder)
 
     def _listed(self, split: str) -> list[Sample]:
         classes = self._classes(split)
         if unknown := sorted(set(classes) - set(self.class_names)):
             raise ValueError(
-                f"{self.root / split} has classes that train has not: {', '.join(unknown)}; "
-                f"train has: {', '.join(self.class_names)}"
+                f"{self.root / split} has classes that train has not: {_told(unknown)}; "
+                f"train has: {_told(self.class_names)}"
             )
         index = {name: label for label, name in enumerate(self.class_names)}
         found = [(path, index[name]) for name in classes for path in image_files(self.root / split / name)]
@@ -64,11 +64,16 @@ class ImageFolder(ImageData):
         without = [name for name in classes if index[name] not in with_images]
         if not found or (split == "train" and without):
             raise ValueError(
-                f"no image in {self.root / split} for: {', '.join(without) or 'any class'}; "
+                f"no image in {self.root / split} for: {_told(without) or 'any class'}; "
                 f"looked for files ending in {', '.join(SUFFIXES)}"
             )
         return list(found)
 
 
-def _subfolders(folder: Path) -> list[str]:
+def subfolders(folder: Path) -> list[str]:
+    """List the names of the folders in a folder, hidden ones left out."""
     return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+
+
+def _told(names: list[str]) -> str:
+    return ", ".join(map(shown, names))

@@ -1,6 +1,8 @@
 """VTAB-1k, and any other task in its layout of lists."""
 
+import os
 import re
+import stat
 from collections import Counter
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -8,11 +10,15 @@ from pathlib import Path, PureWindowsPath
 from typing import Any, Literal, NamedTuple
 
 from dynadapter.data.base import ImageData, Sample, Split
+from dynadapter.data.images import open_regular, shown
 
 Group = Literal["Natural", "Specialized", "Structured"]
 
 LABEL = re.compile("-?[0-9]{1,9}")  # int() alone would also take '1_0' and digits of other scripts
+CONTROL = re.compile("[\x00-\x1f\x7f]")
 LISTS = ("train800.txt", "val200.txt", "train800val200.txt", "test.txt")
+MAX_LIST = 2**28
+"""A list of more bytes than this is refused; that of a million images has a tenth."""
 
 
 @dataclass(frozen=True)
@@ -84,29 +90,93 @@ def read_list(file: Path) -> list[Line]:
     Raises:
         ValueError: A line is malformed, or its path leaves the folder.
     """
-    lines = []
-    for number, content in enumerate(_text(file).split("\n"), start=1):
-        if not content.strip():
-            continue
-        place = f"{file}:{number}"
-        path, *label = content.strip().rsplit(maxsplit=1)  # a path may hold spaces
-        if not label or not LABEL.fullmatch(label[0]):
-            given = content.strip()[:100]
-            raise ValueError(f"{place}: {given!r} is not 'PATH LABEL', for example 'images/train800/000000.jpg 12'")
-        windows = PureWindowsPath(path)  # knows both kinds of separators, and drives
-        if windows.anchor or ".." in windows.parts:
-            raise ValueError(f"{place}: path {path!r} leaves the task's folder; paths are relative to {file.parent}")
-        lines.append(Line(path, int(label[0]), place))
+    lines, faults = scan_list(file)
+    if faults:
+        raise ValueError(faults[0])
     if not lines:
         raise ValueError(f"{file} lists no image")
     return lines
 
 
-def _text(file: Path) -> str:
+def scan_list(file: Path) -> tuple[list[Line], list[str]]:
+    """Read a list as far as it can be read.
+
+    Returns:
+        The lines that can be used, and what is wrong with each of the others.
+
+    Raises:
+        ValueError: It is no text.
+    """
+    lines, faults = [], []
+    for number, content in enumerate(read_text(file).split("\n"), start=1):
+        if not content.strip():
+            continue
+        place = f"{file}:{number}"
+        path, *label = content.strip().rsplit(maxsplit=1)  # a path may hold spaces
+        if not label or not LABEL.fullmatch(label[0]) or CONTROL.search(path):
+            given = content.strip()[:100]
+            faults.append(f"{place}: {given!r} is not 'PATH LABEL', for example 'images/train800/000000.jpg 12'")
+        elif _leaves(path):
+            faults.append(
+                f"{place}: path {path[:100]!r} leaves the task's folder; paths are relative to {shown(file.parent)}"
+            )
+        else:
+            lines.append(Line(path, int(label[0]), place))
+    return lines, faults
+
+
+def _leaves(path: str) -> bool:
+    windows = PureWindowsPath(path) if path.startswith("/") or ":" in path or "\\" in path or ".." in path else None
+    return windows is not None and bool(windows.anchor or ".." in windows.parts)  # knows both separators, and drives
+
+
+def read_text(file: Path) -> str:
+    """Read a list or the names of classes.
+
+    Raises:
+        ValueError: It is not in UTF-8, or is absurdly large.
+    """
+    with open_regular(file) as opened:
+        content = opened.read(MAX_LIST + 1)
+    if len(content) > MAX_LIST:
+        raise ValueError(f"{file} has more than {MAX_LIST:,} bytes, which no list has")
     try:
-        return file.read_text(encoding="utf-8-sig")
+        return content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is not a text in UTF-8: {error.reason} at byte {error.start}") from None
+
+
+class Fence:
+    """Tell whether listed images lie below the data's root, wherever links lead.
+
+    Args:
+        folders: They may lie in any of these.
+    """
+
+    def __init__(self, *folders: Path) -> None:
+        self.folders = [os.path.realpath(folder) for folder in folders]
+        self._around: dict[str, bool] = {}  # most images share a few folders, whose links are followed once
+
+    def state(self, path: Path) -> Literal["file", "missing", "outside"]:
+        """Say whether a path is a file inside, leads outside, or is no file at all."""
+        folder = os.path.dirname(path)
+        if folder not in self._around:
+            self._around[folder] = self._holds(folder)
+        if not self._around[folder]:
+            return "outside"
+        try:
+            mode = os.lstat(path).st_mode
+            if stat.S_ISLNK(mode):
+                if not self._holds(path):
+                    return "outside"
+                mode = os.stat(path).st_mode
+        except OSError:
+            return "missing"
+        return "file" if stat.S_ISREG(mode) else "missing"
+
+    def _holds(self, path: str | Path) -> bool:
+        real = os.path.realpath(path)
+        return any(real == folder or real.startswith(os.path.join(folder, "")) for folder in self.folders)
 
 
 class VTAB1k(ImageData):
@@ -137,7 +207,8 @@ class VTAB1k(ImageData):
             raise ValueError(f"unknown split {split!r}; choose from: train800, train800val200")
         self.split = split
         self.task = vtab_task(task)
-        self.folder = _task_folder(Path(root).expanduser(), task)
+        self.root = Path(root).expanduser()
+        self.folder = task_folder(self.root, task)
         self._lists = {name: read_list(self.folder / name) for name in LISTS if (self.folder / name).is_file()}
         if not self._lists:
             raise ValueError(f"{self.folder} has none of the lists {', '.join(LISTS)}")
@@ -159,14 +230,16 @@ class VTAB1k(ImageData):
         if name not in self._lists:
             raise ValueError(f"{self.folder} has no {name}, which {split} needs; it has: {', '.join(self._lists)}")
         lines = self._lists[name]
-        if self.on_error == "raise":
-            missing = [line for line in lines if not (self.folder / line.path).is_file()]
-            if missing:
-                first = missing[0]
-                raise ValueError(
-                    f"{first.place}: image {first.path} does not exist in {self.folder} "
-                    f"({len(missing)} of the {len(lines)} listed images are missing)"
-                )
+        fence = Fence(self.root, self.folder)
+        states = [fence.state(self.folder / line.path) for line in lines]
+        if "outside" in states:
+            raise ValueError(outside(lines[states.index("outside")], self.folder, self.root))
+        if self.on_error == "raise" and "missing" in states:
+            first = lines[states.index("missing")]
+            raise ValueError(
+                f"{first.place}: image {first.path} does not exist in {self.folder} "
+                f"({states.count('missing')} of the {len(lines)} listed images are missing)"
+            )
         return [(self.folder / line.path, line.label) for line in lines]
 
     def _lines(self) -> list[Line]:
@@ -184,15 +257,33 @@ class VTAB1k(ImageData):
                     f"if it is right, name the classes in {file}"
                 )
             return [str(label) for label in range(max(highest.label, 0) + 1)]
-        names = [name.strip() for name in _text(file).split("\n") if name.strip()]
-        if twice := [name for name, count in Counter(names).items() if count > 1]:
-            raise ValueError(f"{file} names a class twice: {', '.join(twice)}")
-        if self.task and len(names) != self.task.classes:
-            raise ValueError(f"{file} names {len(names)} classes, but {self.task.name} has {self.task.classes}")
-        return names
+        return read_classes(file, self.task)
 
 
-def _task_folder(root: Path, name: str) -> Path:
+def read_classes(file: Path, task: VTABTask | None) -> list[str]:
+    """Read the names of a task's classes, one a line.
+
+    Raises:
+        ValueError: A name stands there twice, or they are not as many as the task has classes.
+    """
+    names = [name.strip() for name in read_text(file).split("\n") if name.strip()]
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise ValueError(f"{file} names a class twice: {', '.join(map(shown, twice))}")
+    if task and len(names) != task.classes:
+        raise ValueError(f"{file} names {len(names)} classes, but {task.name} has {task.classes}")
+    return names
+
+
+def outside(line: Line, folder: Path, root: Path) -> str:
+    """Say in one line that a listed image lies elsewhere."""
+    real = shown(os.path.realpath(folder / line.path))
+    return (
+        f"{line.place}: image {shown(line.path)} leads by a link to {real}, out of {shown(root)}; copy the images "
+        "there, or give a root that holds both"
+    )
+
+
+def task_folder(root: Path, name: str) -> Path:
     """Find a task's folder under its own or another name."""
     if not root.is_dir():
         raise ValueError(f"root {root} does not exist or is no folder")

@@ -1,0 +1,241 @@
+"""``run.json``: what a run was made of and how it ended, enough to say where a number comes from."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import subprocess
+from collections import Counter
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from PIL import Image
+
+from dynadapter.checkpoints import write
+from dynadapter.cli.errors import one_line
+from dynadapter.data import ImageData
+from dynadapter.module import ExitClassifier
+
+NAME = "run.json"
+PACKAGES = (
+    "dynadapter",
+    "torch",
+    "torchvision",
+    "lightning",
+    "timm",
+    "jsonargparse",
+    "torchmetrics",
+    "fvcore",
+    "safetensors",
+    "numpy",
+    "pillow",
+    "scikit-learn",
+)
+SPLITS = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
+SCHEDULED = ("exit_weights/", "sparsity/")
+"""What is logged beside the metrics: settings that a schedule changes."""
+HASHED_BYTES = 4 * 2**30
+"""Data sets up to this size are hashed; larger ones would keep a run waiting."""
+
+
+class Record(Callback):
+    """Writes ``run.json`` when a run begins, and completes it when it ends.
+
+    Of a run that was killed, ``ended`` and ``how`` are null; ``how`` is else ``finished``, ``stopped`` or ``failed``.
+
+    Args:
+        folder: Of the run.
+        args: The command line, the command first.
+        seed: That was set; None where none was.
+        resumed_from: The checkpoint that a training goes on from.
+        earlier: What a training that is gone on with has logged last.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        args: list[str],
+        seed: int | None,
+        resumed_from: Path | None = None,
+        earlier: dict[str, float] | None = None,
+    ) -> None:
+        self.path = folder / NAME
+        self.earlier = earlier or {}
+        self.content: dict[str, Any] = {
+            "command": args[0],
+            "command_line": shlex.join(["dynadapter", *args]),
+            "started": now(),
+            "ended": None,
+            "how": None,
+            "message": None,
+            "resumed_from": None if resumed_from is None else str(resumed_from.resolve()),
+            "seed": seed,
+            "packages": versions(),
+            "python": platform.python_version(),
+            "git": git_state(),
+            "machine": machine(),
+            "results": {},
+        }
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Adds what is known now, and writes the file."""
+        data = getattr(trainer, "datamodule", None)
+        if not trainer.is_global_zero or not isinstance(pl_module, ExitClassifier) or not isinstance(data, ImageData):
+            return
+        self.content["trunk"] = {"name": pl_module.trunk_name, "hash": pl_module.trunk_hash}
+        self.content["trainer"] = {
+            "accelerator": type(trainer.accelerator).__name__.removesuffix("Accelerator").lower(),
+            "strategy": type(trainer.strategy).__name__,
+            "processes": trainer.world_size,
+            "precision": trainer.precision,
+            "deterministic": torch.are_deterministic_algorithms_enabled(),
+            "accumulate_grad_batches": trainer.accumulate_grad_batches,
+            "global_batch_size": _global_batch_size(trainer, data),
+        }
+        splits = self.content.get("data", {}).get("splits", {})
+        self.content["data"] = {
+            "class": f"{type(data).__module__}.{type(data).__qualname__}",
+            "settings": plain({name: value for name, value in data.hparams.items() if not name.startswith("_")}),
+            "class_names": list(data.class_names),
+            "splits": splits | {split: described(data, split) for split in SPLITS.get(stage, ())},
+        }
+        self.content["protocol"] = protocol(trainer, pl_module, data)
+        self._write()
+
+    def end(self, trainer: Trainer, how: str, message: str | None = None) -> None:
+        """Completes the file, if it was begun."""
+        if not self.path.exists() or not trainer.is_global_zero:
+            return
+        logged = {name: float(value) for name, value in trainer.logged_metrics.items()}
+        results = {**self.earlier, **self.content["results"], **logged}
+        self.content["results"] = {
+            name: value for name, value in results.items() if name not in ("epoch", "step") and _is_metric(name)
+        }
+        self.content |= {"ended": now(), "how": how, "message": message and one_line(message)}
+        try:
+            self._write()
+        except OSError:
+            if how == "finished":  # else there is something to say already, and maybe for this very reason
+                raise
+
+    def keep(self, trainer: Trainer) -> None:
+        """Remembers what was logged so far, before another stage forgets it."""
+        self.content["results"] |= {name: float(value) for name, value in trainer.logged_metrics.items()}
+
+    def _write(self) -> None:
+        write(self.path, (json.dumps(plain(self.content), indent=2) + "\n").encode())
+
+
+def now() -> str:
+    """Gives the time, in UTC."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def plain(value: Any) -> Any:
+    """Makes a structure one of JSON; numbers that are none become text, and all other things their text."""
+    if isinstance(value, dict):
+        return {str(key): plain(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(part) for part in value]
+    if isinstance(value, float):
+        return value if abs(value) < float("inf") else str(value)
+    return value if value is None or isinstance(value, bool | int | str) else str(value)
+
+
+def _is_metric(name: str) -> bool:
+    return not name.startswith(SCHEDULED)
+
+
+def versions() -> dict[str, str | None]:
+    """Gives the versions of the packages that decide results."""
+    found: dict[str, str | None] = {}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def machine() -> dict[str, Any]:
+    """Names the machine's system, processor and accelerators."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    gpus = [torch.cuda.get_device_name(k) for k in range(torch.cuda.device_count())]
+    return {"system": platform.platform(), "cpu": _cpu(), "cores": usable, "gpus": gpus}
+
+
+def _cpu() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def git_state() -> dict[str, Any] | None:
+    """Says at which commit the repository around the current folder is, and whether tracked files differ from it.
+
+    Returns:
+        ``{commit, dirty}``, or None where there is no repository, no commit or no git.
+    """
+    # Whatever a strange repository has in its settings, no program of its own is run.
+    git = ["git", "--no-optional-locks", "-c", "core.fsmonitor=false"]
+    try:
+        done = [
+            subprocess.run([*git, *what], capture_output=True, text=True, timeout=10, check=True).stdout
+            for what in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+        ]
+    except (OSError, subprocess.SubprocessError, UnicodeDecodeError):
+        return None
+    return {"commit": done[0].strip(), "dirty": bool(done[1].strip())}
+
+
+def described(data: ImageData, split: str) -> dict[str, Any]:
+    """Counts the images of a split, in all and by class, and gives their hash."""
+    samples = data.dataset(split).samples
+    count = Counter(label for _, label in samples)
+    names = data.class_names
+    classes = {names[k]: count[k] for k in range(len(names))}
+    return {"images": len(samples), "classes": classes, "hash": _hash(samples)}
+
+
+def _hash(samples: Any) -> str | None:
+    try:
+        from dynadapter.data.identity import data_hash
+
+        files = [source for source, _ in samples if not isinstance(source, Image.Image)]
+        if sum(path.stat().st_size for path in files) > HASHED_BYTES:
+            return None
+        return data_hash(samples)
+    except (ImportError, OSError):  # an image that cannot be read is named when it is needed
+        return None
+
+
+def protocol(trainer: Trainer, module: ExitClassifier, data: ImageData) -> dict[str, Any]:
+    """Names the switches that move a result beside the method: how images are read, what was chosen on what."""
+    saver = trainer.checkpoint_callback
+    monitor = saver.monitor if isinstance(saver, ModelCheckpoint) else None
+    chosen = ("task", "split", "val_fraction", "split_seed")
+    settings = {name: data.hparams[name] for name in chosen if name in data.hparams}
+    return {
+        "trunk": module.trunk_name,
+        "preprocessing": data.preprocessing,
+        "augment": data.augment,
+        "data": settings,
+        "epochs": trainer.max_epochs,
+        "steps": None if trainer.max_steps == -1 else trainer.max_steps,
+        "selection": f"best {monitor}" if monitor else "last epoch",
+    }
+
+
+def _global_batch_size(trainer: Trainer, data: ImageData) -> int:
+    """Images of a step of training, over all processes and accumulated batches."""
+    given = getattr(data, "global_batch_size", None)
+    return given or data.batch_size * trainer.world_size * trainer.accumulate_grad_batches

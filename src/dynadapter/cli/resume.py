@@ -1,0 +1,276 @@
+"""Going on with an interrupted training, so that in the end nothing tells it from one that was never interrupted."""
+
+import json
+import shlex
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_only
+
+from dynadapter.checkpoints import newest, read, write
+from dynadapter.cli.errors import Mistake
+from dynadapter.cli.runs import Metrics, read_lines
+
+LINE = "dynadapter_line"
+"""The key of a checkpoint that holds the line of ``metrics.csv`` that was about to be written when it was saved."""
+
+
+# ---- from where ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """The run that a training goes on from.
+
+    Args:
+        checkpoint: The file.
+        step: Optimiser steps that it holds.
+        lines: The lines of its ``metrics.csv`` up to that step.
+    """
+
+    checkpoint: Path
+    step: int
+    lines: list[dict[str, str]] = field(default_factory=list)
+
+
+class ToResume(NamedTuple):
+    """What ``--resume FOLDER`` stands for.
+
+    Args:
+        config: The run's config file.
+        checkpoint: Its newest one that is whole; the one that it went on from itself where it has none yet.
+        log: The folder with the ``metrics.csv`` that belongs to that checkpoint.
+    """
+
+    config: Path
+    checkpoint: Path
+    log: Path
+
+
+def to_resume(folder: str, nothing_new: bool) -> ToResume:
+    """Finds what ``--resume FOLDER`` stands for.
+
+    Args:
+        folder: Of a run.
+        nothing_new: Whether no other setting is given, so that a finished run has nothing left to do.
+
+    Raises:
+        Mistake: If there is no such run, or nothing to go on from.
+    """
+    run = Path(folder)
+    config = run / "config.yaml"
+    if not run.is_dir():
+        what = "is no folder" if run.exists() else "does not exist"
+        raise Mistake(f"--resume {folder} {what}; give the folder of a run{_runs(run.parent)}")
+    if not config.is_file():
+        runs = _runs(run)
+        why = "is not the folder of a run" if runs else "holds no config.yaml: the run was killed before it began"
+        raise Mistake(f"--resume {folder} {why}{runs or '; start again'}")
+    record = read_record(run)
+    if nothing_new and record.get("how") == "finished":
+        raise Mistake(f"{run} is finished, nothing is left to do; to train longer, add --trainer.max_epochs NUMBER")
+    again = shlex.join(["dynadapter", "fit", "--config", str(config)])
+    before = record.get("resumed_from")
+    try:
+        if found := newest(_saved_in(run, config)):
+            for path in found.damaged:
+                _say(f"{path} is damaged and left out")
+            return ToResume(config, found.path, run)
+    except ValueError as error:
+        if before is None:
+            raise Mistake(f"{error}; start again with: {again}") from error
+    if before is None:
+        raise Mistake(f"{run} was interrupted before it saved a checkpoint; start again with: {again}")
+    if not Path(before).is_file():
+        raise Mistake(f"{run} saved nothing of its own, and what it went on from is gone: {before}")
+    return ToResume(config, Path(before), Path(before).parent.parent)
+
+
+def _saved_in(run: Path, config: Path) -> Path:
+    """Says where a run saves its checkpoints."""
+    try:
+        given = yaml.safe_load(config.read_text(encoding="utf-8"))["checkpoint"]["dirpath"]
+    except (OSError, yaml.YAMLError, KeyError, TypeError):
+        given = None
+    return Path(given) if given else run / "checkpoints"
+
+
+def _runs(folder: Path) -> str:
+    there = [path for path in folder.glob("version_*") if (path / "config.yaml").is_file()]
+    there.sort(key=lambda path: int(path.name.removeprefix("version_")) if path.name[8:].isdigit() else -1)
+    return f", such as {there[-1]}" if there else ""
+
+
+@rank_zero_only
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def earlier(path: Path, log: Path | None = None) -> Earlier:
+    """Reads what a training that goes on from a checkpoint has to know of the run before.
+
+    Args:
+        path: The checkpoint.
+        log: The folder with the ``metrics.csv``; None where the checkpoint lies as runs save it.
+
+    Raises:
+        Mistake: If the checkpoint holds the weights alone.
+    """
+    checkpoint = read(path)
+    if "optimizer_states" not in checkpoint:
+        raise Mistake(f"{path} holds the trained part alone, to go on takes the optimiser's state, too; give last.ckpt")
+    step = int(checkpoint["global_step"])
+    file = (log or path.parent.parent) / "metrics.csv"
+    lines = [line for line in read_lines(file) if _before(line, step)] if file.is_file() else []
+    pending = {key: str(value) for key, value in checkpoint.get(LINE, {}).items()}
+    if pending and pending not in lines:
+        lines.append(pending)
+    return Earlier(path, step, lines)
+
+
+def _before(line: dict[str, str], step: int) -> bool:
+    return line.get("step", "").isdigit() and int(line["step"]) < step
+
+
+def read_record(run: Path) -> dict[str, Any]:
+    """Reads the ``run.json`` of a run; nothing where there is none."""
+    try:
+        record = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+# ---- as if nothing had been ------------------------------------------------------------------------------------------
+
+
+class GoOn(Callback):
+    """Lets a training that is taken up in a new folder be the one that it was.
+
+    Lightning restores the model, the optimiser and how far the loops are. This adds what a new folder would lose: the
+    lines of ``metrics.csv``, and the best checkpoint so far, against which the next ones are measured; and puts right
+    what Lightning 2.6 restores by one too many.
+
+    Args:
+        before: The run that it goes on from; None for a new training.
+    """
+
+    def __init__(self, before: Earlier | None) -> None:
+        self.before = before
+        self._counted = before is None
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Keeps the line that is about to be logged: a training that goes on from here will not log it."""
+        if line := _pending(trainer):
+            checkpoint[LINE] = line
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Brings lines and files over, and tells ModelCheckpoint where the files are now."""
+        if self.before is None or trainer.state.fn != "fit":
+            return
+        for logger in trainer.loggers:
+            if isinstance(logger, Metrics):
+                logger.go_on()
+        for saver in trainer.checkpoint_callbacks:
+            state = checkpoint["callbacks"].get(saver.state_key)
+            if isinstance(saver, ModelCheckpoint) and state is not None:
+                moved = trainer.strategy.broadcast(self._move(saver, state) if trainer.is_global_zero else state)
+                checkpoint["callbacks"][saver.state_key] = moved
+                saver._last_checkpoint_saved = moved["best_model_path"] or moved["last_model_path"]
+        _settle(checkpoint["loops"]["fit_loop"])
+
+    def _move(self, saver: ModelCheckpoint, state: dict[str, Any]) -> dict[str, Any]:
+        """Copies the checkpoints that a state names into the new folder, if they are no later than what is resumed."""
+        assert self.before is not None
+        old, new = self.before.checkpoint.parent, Path(str(saver.dirpath))
+        if old.resolve() == new.resolve():
+            return state | {"dirpath": saver.dirpath}
+        maintained = {Path(path).name for path in (*state["best_k_models"], state["best_model_path"]) if path}
+        if saver.save_last or saver.filename == saver.CHECKPOINT_NAME_LAST:
+            maintained.add(f"last{saver.FILE_EXTENSION}")
+        new.mkdir(parents=True, exist_ok=True)
+        here = {name: str(new / name) for name in sorted(maintained) if self._bring(old / name, new / name)}
+        best = {here[Path(p).name]: score for p, score in state["best_k_models"].items() if Path(p).name in here}
+
+        def there(path: str) -> str:
+            return here.get(Path(path).name, "") if path else ""
+
+        last = here.get(f"last{saver.FILE_EXTENSION}", "")
+        plain = saver.monitor is None and saver.filename == saver.CHECKPOINT_NAME_LAST
+        scored = there(state["best_model_path"])
+        return state | {
+            "dirpath": saver.dirpath,
+            "best_k_models": best,
+            "best_model_path": last if plain else scored,  # else the next one would be called last-v1
+            "best_model_score": state["best_model_score"] if scored else None,
+            "kth_best_model_path": there(state["kth_best_model_path"]),
+            "last_model_path": last if saver.save_last else "",
+        }
+
+    def _bring(self, source: Path, target: Path) -> bool:
+        assert self.before is not None
+        try:
+            if read(source)["global_step"] > self.before.step:
+                return False  # the training will come there again
+            write(target, source.read_bytes())
+        except (OSError, ValueError, KeyError):
+            return False
+        shutil.copystat(source, target)
+        return True
+
+    # ---- what Lightning counts twice
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.before is not None and _epoch_is_over(trainer.fit_loop.state_dict()):
+            trainer.fit_loop.epoch_loop.restarting = False  # Lightning thinks otherwise of a training by max_steps
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._count(trainer)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._count(trainer)
+
+    def _count(self, trainer: Trainer) -> None:
+        """Lets the loggers count the optimiser's steps, as they do in a training that was not interrupted."""
+        if not self._counted:
+            trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
+            self._counted = True
+
+
+def _settle(loops: dict[str, Any]) -> None:
+    """Completes an epoch that was saved at its very end, where nothing of it was left to do."""
+    batches = loops["epoch_loop.batch_progress"]
+    for part in ("total", "current"):
+        epochs, batch = loops["epoch_progress"][part], batches[part]
+        if batches["is_last_batch"] and batch["processed"] > batch["completed"]:  # no validation was to come
+            batch["completed"] = batch["processed"]
+            epochs["processed"] = epochs["started"]
+        if epochs["processed"] == epochs["started"]:
+            epochs["completed"] = epochs["processed"]
+
+
+def _epoch_is_over(loops: dict[str, Any]) -> bool:
+    current = loops["epoch_progress"]["current"]
+    return current["ready"] == current["completed"]
+
+
+def _pending(trainer: Trainer) -> dict[str, Any] | None:
+    """Gives the line that Lightning logs after this save, for which the step or the epoch is already done."""
+    connector, loop = trainer._logger_connector, trainer.fit_loop.epoch_loop
+    batch, epoch = loop.batch_progress.current, trainer.fit_loop.epoch_progress.current
+    in_step = batch.processed > batch.completed  # type: ignore[attr-defined]
+    if not trainer.training or not (in_step or epoch.processed > epoch.completed):  # type: ignore[attr-defined]
+        return None
+    if in_step and (loop._should_accumulate() or not connector.should_update_logs):
+        return None
+    metrics = connector.metrics["log"]
+    if not metrics:
+        return None
+    values = {name: value.item() if hasattr(value, "item") else value for name, value in metrics.items()}
+    step = int(values.pop("step", loop._batches_that_stepped - (0 if in_step else 1)))
+    return {"epoch": trainer.current_epoch} | values | {"step": step}

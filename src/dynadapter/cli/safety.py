@@ -1,0 +1,140 @@
+"""What a config or a checkpoint may name: classes that are made to be named, and nothing else that would run.
+
+jsonargparse imports whatever a ``class_path`` names, and calls it wherever the setting takes a callable or anything at
+all: ``trunk_args``, the hooks of a LambdaCallback, the optimizer. A config from somebody else could so run any function
+that is installed. Hence a configuration is looked through after it was parsed and before anything in it is called; and
+of a checkpoint only classes are taken that are known already, so that not even a module is imported for it.
+"""
+
+import dataclasses
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from jsonargparse import Namespace
+from lightning.pytorch import Callback, LightningDataModule
+from lightning.pytorch.accelerators import Accelerator
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.plugins import CheckpointIO, ClusterEnvironment, LayerSync, Precision
+from lightning.pytorch.profilers import Profiler
+from lightning.pytorch.strategies import Strategy
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from dynadapter.cli.errors import Mistake
+from dynadapter.data import ImageData
+from dynadapter.spec import Spec
+
+BASES = (
+    Spec,
+    LightningDataModule,
+    Callback,
+    Logger,
+    Optimizer,
+    LRScheduler,
+    Strategy,
+    Accelerator,
+    Precision,
+    CheckpointIO,
+    ClusterEnvironment,
+    LayerSync,
+    Profiler,
+)
+"""A config may name these and classes derived from them, wherever they come from."""
+
+LIBRARIES = ("torch", "lightning")
+"""Their functions may stand as they are where a function is asked for, such as a communication hook of DDP; and their
+dataclasses hold settings of strategies."""
+
+
+def check_config(config: Any, key: str = "") -> None:
+    """Refuses a parsed configuration that would run something else than the classes that are made for it.
+
+    Args:
+        config: What jsonargparse has parsed, before anything of it is built.
+        key: Of the part.
+
+    Raises:
+        Mistake: In one line, with the key and the name.
+    """
+    if isinstance(config, Namespace | Mapping):
+        parts: dict[str, Any] = (
+            vars(config) if isinstance(config, Namespace) else {str(k): v for k, v in config.items()}
+        )
+        if "class_path" in parts:
+            path = parts["class_path"]
+            found = _imported(path) if isinstance(path, str) else None
+            if not isinstance(found, type) or not (issubclass(found, BASES) or _holds_settings(found)):
+                _refuse(key, str(path))
+        for name, part in parts.items():
+            check_config(part, f"{key}.{name}".lstrip(".").removesuffix(".init_args"))
+    elif isinstance(config, list | tuple | set):
+        for part in config:
+            check_config(part, key)
+    elif callable(config) and not _is_librarys(config):
+        _refuse(key, f"{getattr(config, '__module__', '')}.{getattr(config, '__qualname__', config)}")
+
+
+def check_saved(settings: Any) -> None:
+    """Refuses settings out of a checkpoint that name a class which is not known already.
+
+    Raises:
+        ValueError: If there is one.
+    """
+    if isinstance(settings, Mapping):
+        if "class_path" in settings and settings["class_path"] not in _known():
+            raise ValueError(f"it names the class {settings['class_path']!r:.200}")
+        for part in settings.values():
+            check_saved(part)
+    elif isinstance(settings, list | tuple):
+        for part in settings:
+            check_saved(part)
+
+
+def data_class(class_path: str) -> type[ImageData] | None:
+    """Finds a class of image data that is known already; anybody's own has to be named again, by who trusts it."""
+    return next((cls for cls in _below(ImageData) if class_path in _paths(cls)), None)
+
+
+def _known() -> set[str]:
+    return {path for base in (Spec, ImageData) for cls in _below(base) for path in _paths(cls)}
+
+
+def _below(cls: type) -> Iterator[type]:
+    children: list[type] = cls.__subclasses__()
+    for child in children:
+        yield child
+        yield from _below(child)
+
+
+def _paths(cls: type) -> set[str]:
+    """Gives the names of a class: where it is written, and in the package that hands it on, as configs name it."""
+    package = cls.__module__.partition(".")[0]
+    handed_on = getattr(sys.modules.get(package), cls.__qualname__, None) is cls
+    return {f"{cls.__module__}.{cls.__qualname__}", *([f"{package}.{cls.__qualname__}"] if handed_on else [])}
+
+
+def _imported(path: str) -> Any:
+    """Finds what a dotted path names in the modules that are loaded; parsing has loaded those of a good one."""
+    parts = path.split(".")
+    for split in range(len(parts) - 1, 0, -1):
+        if (found := sys.modules.get(".".join(parts[:split]))) is not None:
+            for name in parts[split:]:
+                found = getattr(found, name, None)
+            return found
+    return None
+
+
+def _is_librarys(thing: Any) -> bool:
+    return str(getattr(thing, "__module__", "")).partition(".")[0] in LIBRARIES
+
+
+def _holds_settings(cls: type) -> bool:
+    return dataclasses.is_dataclass(cls) and _is_librarys(cls)
+
+
+def _refuse(key: str, name: str) -> None:
+    raise Mistake(
+        f"{key} cannot be {name!r}: a config names only classes that are made for it, such as adapters, policies, "
+        "callbacks and optimizers, and no functions; derive a class from one of these, or write a program"
+    )

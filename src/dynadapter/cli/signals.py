@@ -1,0 +1,121 @@
+"""SIGTERM and Ctrl-C: a training stops after a step, on all processes alike, and is saved."""
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from dynadapter.cli.runs import is_first
+
+Handler = Callable[[int, FrameType | None], Any]
+
+
+class StopOnSignal(Callback):
+    """Stops where a training can go on exactly: after an optimiser step, and after the validation that follows on it.
+
+    At each step the processes agree whether one of them was asked to stop. What was trained is saved as ``last.ckpt``
+    beside the other checkpoints, unless one of this very step is there. A second Ctrl-C stops at once, and saves
+    nothing. Other commands than fit have nothing to save and stop at once.
+
+    (Lightning's own answer to SIGTERM can stop each process at another step, or in the middle of a validation.)
+
+    Attributes:
+        signal: The signal that asked to stop; None where nobody did, or only another process was asked.
+    """
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self._agreed = False
+        self._saved = -1
+
+    # ---- listening
+
+    def _listen(self, handler: Handler) -> None:
+        # Lightning has put a handler of its own there only now, and in the end puts back what was there before that.
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self.signal is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        if self.signal is None:
+            self.signal = number
+            more = "; Ctrl-C again stops at once, and saves nothing" if number == signal.SIGINT else ""
+            if is_first():
+                with contextlib.suppress(OSError):  # not by print, which may be in the middle of printing
+                    os.write(2, f"\ndynadapter: stopping after this step{more}\n".encode())
+
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._listen(self._ask)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._listen(self._ask)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == "fit":
+            self._set(trainer, False)  # Lightning would stop in the middle of it
+        else:
+            self._stop_at_once(trainer)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._stop_at_once(trainer)
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._stop_at_once(trainer)
+
+    def _stop_at_once(self, trainer: Trainer) -> None:
+        def stop(number: int, frame: FrameType | None) -> None:
+            if self.signal is not None:
+                return
+            self.signal = number
+            for process in getattr(trainer.strategy.launcher, "procs", ()):  # those that Lightning has started
+                with contextlib.suppress(OSError):
+                    process.send_signal(signal.SIGTERM)
+            raise SIGTERMException
+
+        self._listen(stop)
+
+    # ---- stopping
+
+    def _agree(self, trainer: Trainer) -> bool:
+        asked = self.signal is not None
+        return trainer.strategy.reduce_boolean_decision(asked, all=False) if trainer.world_size > 1 else asked
+
+    def _set(self, trainer: Trainer, stop: bool) -> None:
+        trainer._signal_connector.received_sigterm = stop  # Lightning looks at it after the step, and after the epoch
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.fit_loop._should_accumulate():
+            return  # no checkpoint holds the gradients so far
+        self._agreed = self._agree(trainer)
+        if self._agreed and not trainer.is_last_batch:
+            self._set(trainer, True)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._agreed and trainer.state.fn == "fit" and not trainer.is_last_batch:
+            self._set(trainer, True)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._agreed = self._agreed or self._agree(trainer)
+        self._set(trainer, self._agreed)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._saved = trainer.global_step
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        saver = trainer.checkpoint_callback
+        if not isinstance(exception, SIGTERMException) or not self._agreed or self._saved == trainer.global_step:
+            return
+        if isinstance(saver, ModelCheckpoint) and saver.dirpath is not None:
+            trainer.save_checkpoint(Path(saver.dirpath) / f"last{saver.FILE_EXTENSION}", weights_only=False)

@@ -1,0 +1,98 @@
+"""WeightAverage: an average of what is trained, and of that alone; a resumed training has the same."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from tiny import SaveFirstEpoch, TinyModule, loader, make_classifier, trainer
+from torch import Tensor
+
+from dynadapter.callbacks import WeightAverage
+from dynadapter.schedules import Constant
+
+
+class ByHand(Callback):
+    """The average of the trained tensors."""
+
+    def __init__(self, decay: float, every: int, start: int) -> None:
+        self.decay, self.every, self.start = decay, every, start
+        self.average: dict[str, Tensor] = {}
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        step = trainer.global_step - 1
+        if step < self.start or step % self.every:
+            return
+        now = {name: p.detach().clone() for name, p in pl_module.named_parameters() if p.requires_grad}
+        old = self.average or now
+        self.average = {name: self.decay * old[name] + (1 - self.decay) * now[name] for name in now}
+
+
+@pytest.mark.parametrize(("decay", "every", "start"), [(0.9, 1, 0), (0.5, 2, 0), (0.3, 1, 3), (0.0, 1, 0)])
+def test_the_average_is_that_of_the_formula(decay: float, every: int, start: int) -> None:
+    module, by_hand = make_classifier(lr_schedule=Constant(1.0)), ByHand(decay, every, start)
+    before = {name: tensor.clone() for name, tensor in [*module.named_parameters(), *module.named_buffers()]}
+    trainer(WeightAverage(decay, every, start), by_hand).fit(module, loader(3), loader(1))
+    for name, tensor in module.named_parameters():
+        if tensor.requires_grad:
+            torch.testing.assert_close(tensor, by_hand.average[name], atol=1e-6, rtol=1e-5)
+            assert not torch.equal(tensor, before[name])
+        else:
+            assert torch.equal(tensor, before[name])  # to the last bit
+    assert all(torch.equal(tensor, before[name]) for name, tensor in module.named_buffers())
+
+
+class Validated(Callback):
+    """The trained tensors while they are validated, and while a batch is trained on."""
+
+    def __init__(self) -> None:
+        self.seen: dict[str, list[float]] = {"validated": [], "trained": []}
+
+    def on_validation_batch_start(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        self.seen["validated"].append(float(pl_module.adapter_tensors()[0].detach().sum()))
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        self.seen["trained"].append(float(pl_module.adapter_tensors()[0].detach().sum()))
+
+
+class Validating(TinyModule):
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.net(batch[0])
+
+
+def test_the_average_is_validated_and_training_goes_on_with_what_it_had() -> None:
+    seen, alone = Validated(), Validated()
+    trainer(seen, WeightAverage(decay=0.9), num_sanity_val_steps=0).fit(Validating(), loader(3), loader(1))
+    trainer(alone, num_sanity_val_steps=0).fit(Validating(), loader(3), loader(1))
+    assert seen.seen["trained"] == alone.seen["trained"]
+    assert seen.seen["validated"] != alone.seen["validated"]
+
+
+def test_a_resumed_training_has_the_same_average(tmp_path: Path) -> None:
+    def run(*more: Callback, **where: Any) -> dict[str, Tensor]:
+        module = make_classifier()
+        trainer(WeightAverage(decay=0.9), *more).fit(module, loader(3), loader(1), **where)
+        return module.state_dict()
+
+    whole = run(SaveFirstEpoch(tmp_path / "0.ckpt"))
+    resumed = run(ckpt_path=tmp_path / "0.ckpt", weights_only=True)
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+    module = make_classifier()  # what is saved as the weights is the average
+    trainer(WeightAverage()).validate(module, loader(1), ckpt_path=tmp_path / "0.ckpt", verbose=False)
+    held = torch.load(tmp_path / "0.ckpt", weights_only=True)
+    assert all(torch.equal(tensor, held["state_dict"][name]) for name, tensor in module.state_dict().items())
+    assert not all(torch.equal(held["current_model_state"][name], held["state_dict"][name]) for name in whole)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"decay": 1.0}, "decay=1.0 must be at least 0"),
+        ({"decay": -0.1}, "decay=-0.1"),
+        ({"every_n_steps": 0}, "every_n"),
+    ],
+)
+def test_settings_that_cannot_be(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        WeightAverage(**options)

@@ -1,0 +1,508 @@
+"""Interrupted trainings: stopped or killed at any moment and taken up again, they end as if nothing had been."""
+
+import csv
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from dynadapter.cli import main
+from dynadapter.cli.runs import Metrics, read_lines
+from dynadapter.module import ExitClassifier
+
+TINY = str(Path(__file__).parent / "conf" / "tiny.yaml")
+COMMAND = [sys.executable, "-m", "dynadapter.cli"]
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The number of training batches"),
+    pytest.mark.filterwarnings("ignore:The `srun` command is available"),
+]
+
+EPOCHS = ["--trainer.max_epochs=3", "--trainer.limit_train_batches=4"]
+CASES = {
+    "plain": EPOCHS,
+    "augmented": [*EPOCHS, "--data.augment=flip", "--model.mixing=Mixing"],
+    "without validation": [*EPOCHS, "--trainer.limit_val_batches=0"],
+    "validation twice an epoch": [*EPOCHS, "--trainer.val_check_interval=0.5"],
+    "steps": ["--trainer.max_epochs=-1", "--trainer.max_steps=10", "--trainer.limit_train_batches=4"],
+    "accumulated": ["--trainer.max_epochs=2", "--trainer.limit_train_batches=5", "--trainer.accumulate_grad_batches=2"],
+    "saved by steps": [*EPOCHS, "--checkpoint.every_n_train_steps=2"],
+    "saved rarely": [*EPOCHS, "--checkpoint.every_n_epochs=3"],
+    "best": [*EPOCHS, "--checkpoint.monitor=val/acc", "--checkpoint.mode=max"],
+    "named": [*EPOCHS, "--checkpoint.filename={epoch}-{step}"],
+    "one batch": ["--trainer.max_epochs=3", "--trainer.limit_train_batches=1"],
+    "workers": [*EPOCHS, "--data.num_workers=2", "--data.augment=flip"],
+}
+
+
+class Killed(BaseException):
+    """Ends a training in this process as SIGKILL would: nobody is asked to save anything."""
+
+
+def fit(root: Path, *args: str) -> None:
+    main(["fit", "-c", TINY, f"--trainer.default_root_dir={root}", *args])
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Gives the folder of an uninterrupted run of a case."""
+    done: dict[str, Path] = {}
+
+    def run(case: str) -> Path:
+        if case not in done:
+            root = tmp_path_factory.mktemp("whole")
+            fit(root, *CASES[case])
+            done[case] = root / "version_0"
+        return done[case]
+
+    return run
+
+
+@pytest.fixture
+def at(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int, Callable[[], Any]], None]]:
+    """Lets something happen in the training step of a batch, counted over all epochs."""
+    step = ExitClassifier.training_step
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def arrange(batch: int, happen: Callable[[], Any]) -> None:
+        def training_step(self: ExitClassifier, *args: Any) -> Any:
+            if self.trainer.fit_loop.total_batch_idx == batch:
+                happen()
+            return step(self, *args)
+
+        monkeypatch.setattr(ExitClassifier, "training_step", training_step)
+
+    yield arrange
+    for number, handler in handlers.items():  # Lightning turns SIGINT off for its way out
+        signal.signal(number, handler)
+
+
+def killed() -> None:
+    raise Killed
+
+
+def terminated() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def pressed() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def interrupted(root: Path, case: str, monkeypatch: pytest.MonkeyPatch) -> int | None:
+    """Trains until something happens; gives the exit code, or None for a kill."""
+    try:
+        fit(root, *CASES[case])
+    except SystemExit as ending:
+        return ending.code  # type: ignore[return-value]
+    except Killed:
+        return None
+    finally:
+        monkeypatch.undo()
+    raise AssertionError("the training came to its end")
+
+
+# ---- the same ends ---------------------------------------------------------------------------------------------------
+
+
+def lines(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return [{key: value for key, value in row.items() if value} for row in csv.DictReader(file)]
+
+
+def equal(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b
+
+
+def require_same(one: Path, other: Path) -> None:
+    """Compares two runs: every file of weights, optimiser, schedules and counters, bit for bit, and the log."""
+    names = [sorted(path.name for path in (run / "checkpoints").iterdir()) for run in (one, other)]
+    assert names[0] == names[1]
+    for name in names[0]:
+        a, b = (torch.load(run / "checkpoints" / name, weights_only=True) for run in (one, other))
+        for part in ("state_dict", "optimizer_states", "lr_schedulers", "epoch", "global_step", "loops"):
+            if part != "loops" or name != "weights.ckpt":
+                assert equal(a.get(part), b.get(part)), (name, part)
+    logs = [lines(run / "metrics.csv") for run in (one, other)]
+    assert logs[0] == logs[1]
+    results = [json.loads((run / "run.json").read_text())["results"] for run in (one, other)]
+    assert results[0] == results[1]
+
+
+def state_of(run: Path) -> dict[str, tuple[int, bytes]]:
+    return {str(path): (path.stat().st_mtime_ns, path.read_bytes()) for path in run.rglob("*") if path.is_file()}
+
+
+FAST = [
+    ("plain", 5, killed, None),
+    ("plain", 1, terminated, 143),
+    ("accumulated", 5, terminated, 143),
+    ("saved by steps", 3, killed, None),
+    ("best", 9, killed, None),
+]
+MORE = [
+    ("plain", 7, terminated, 143),
+    ("plain", 6, pressed, 130),
+    ("augmented", 6, terminated, 143),
+    ("without validation", 5, killed, None),
+    ("without validation", 3, terminated, 143),
+    ("validation twice an epoch", 3, killed, None),
+    ("validation twice an epoch", 5, terminated, 143),
+    ("steps", 6, killed, None),
+    ("steps", 3, terminated, 143),
+    ("saved by steps", 5, killed, None),
+    ("saved rarely", 3, terminated, 143),
+    ("saved rarely", 6, terminated, 143),
+    ("best", 3, terminated, 143),
+    ("named", 5, killed, None),
+    ("named", 2, terminated, 143),
+    ("one batch", 1, terminated, 143),
+    ("one batch", 2, terminated, 143),
+    ("workers", 6, terminated, 143),
+    ("workers", 6, killed, None),
+]
+
+
+@pytest.mark.parametrize(
+    ("case", "batch", "happening", "code"),
+    [*FAST, *(pytest.param(*row, marks=pytest.mark.slow) for row in MORE)],
+    ids=lambda part: getattr(part, "__name__", None) or str(part),
+)
+def test_a_training_taken_up_again_ends_like_one_that_was_not_interrupted(
+    case, batch, happening, code, whole, at, tmp_path, monkeypatch, capfd
+):
+    expected = whole(case)
+    at(batch, happening)
+    assert interrupted(tmp_path, case, monkeypatch) == code
+    first = tmp_path / "version_0"
+    if code:
+        last = capfd.readouterr().err.splitlines()[-1]
+        said = "stopped by SIGTERM" if code == 143 else "interrupted"
+        assert last == f"dynadapter: {said}; go on with: dynadapter fit --resume {first}"
+    before = state_of(first)
+    main(["fit", "--resume", str(first)])
+    require_same(expected, tmp_path / "version_1")
+    assert state_of(first) == before  # nothing of the interrupted run has changed
+
+
+def test_interrupted_again_and_again(whole, at, tmp_path, monkeypatch):
+    expected = whole("plain")
+    at(2, terminated)
+    assert interrupted(tmp_path, "plain", monkeypatch) == 143
+    for run, batch, happening in ((0, 5, killed), (1, 6, killed), (2, 9, terminated)):
+        at(batch, happening)
+        with pytest.raises((Killed, SystemExit)):
+            main(["fit", "--resume", str(tmp_path / f"version_{run}")])
+        monkeypatch.undo()
+    main(["fit", "--resume", str(tmp_path / "version_3")])
+    require_same(expected, tmp_path / "version_4")
+
+
+def test_killed_after_the_last_checkpoint(whole, tmp_path, monkeypatch):
+    """All is trained and nothing is left but the end: the new folder has everything nevertheless."""
+    expected = whole("plain")
+    monkeypatch.setattr("dynadapter.cli.app.DynCLI.after_fit", lambda self: killed())
+    assert interrupted(tmp_path, "plain", monkeypatch) is None
+    main(["fit", "--resume", str(tmp_path / "version_0")])
+    require_same(expected, tmp_path / "version_1")
+
+
+# ---- what is said ----------------------------------------------------------------------------------------------------
+
+
+def refused(*args: Any) -> None:
+    with pytest.raises(SystemExit) as ending:
+        main([str(arg) for arg in args])
+    assert ending.value.code == 2
+
+
+def test_before_the_first_checkpoint_a_training_starts_again(at, tmp_path, monkeypatch, capsys):
+    at(1, killed)
+    assert interrupted(tmp_path, "plain", monkeypatch) is None
+    run = tmp_path / "version_0"
+    assert json.loads((run / "run.json").read_text())["ended"] is None
+    refused("fit", "--resume", run)
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert f"{run} was interrupted before it saved a checkpoint; " in error
+    assert error.endswith(f"start again with: dynadapter fit --config {run / 'config.yaml'}")
+    assert [path.name for path in tmp_path.iterdir()] == ["version_0"]
+
+
+def test_a_run_that_went_on_and_saved_nothing_hands_on_where_it_came_from(whole, at, tmp_path, monkeypatch):
+    expected = whole("plain")
+    at(5, killed)
+    assert interrupted(tmp_path, "plain", monkeypatch) is None
+    monkeypatch.setattr("dynadapter.cli.resume.GoOn.on_load_checkpoint", lambda *args: killed())
+    monkeypatch.setattr("dynadapter.cli.app.forget", lambda folder: None)  # a kill tidies nothing up
+    with pytest.raises(Killed):
+        main(["fit", "--resume", str(tmp_path / "version_0")])
+    monkeypatch.undo()
+    assert not (tmp_path / "version_1" / "checkpoints").exists()
+    main(["fit", "--resume", str(tmp_path / "version_1")])
+    require_same(expected, tmp_path / "version_2")
+
+
+def test_the_second_ctrl_c_stops_at_once(at, tmp_path, monkeypatch, capfd):
+    def twice() -> None:
+        pressed()
+        pressed()
+
+    at(6, twice)
+    assert interrupted(tmp_path, "plain", monkeypatch) == 130
+    run = tmp_path / "version_0"
+    shown = capfd.readouterr().err.splitlines()
+    assert any("stopping after this step; Ctrl-C again stops at once" in line for line in shown)
+    assert shown[-1] == f"dynadapter: interrupted; go on with: dynadapter fit --resume {run}"
+    assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 4  # the epoch before
+
+
+def test_without_checkpoints_nothing_is_saved_by_a_signal(at, tmp_path, monkeypatch, capfd):
+    at(1, terminated)
+    with pytest.raises(SystemExit) as ending:
+        fit(tmp_path, "--checkpoint=null", *EPOCHS)
+    assert ending.value.code == 143
+    assert capfd.readouterr().err.splitlines()[-1].endswith("stopped by SIGTERM before anything was saved; start again")
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
+def test_sigterm_stops_a_test_at_once(tmp_path, monkeypatch, capfd):
+    fit(tmp_path)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    monkeypatch.setattr(ExitClassifier, "test_step", lambda self, *args: terminated())
+    with pytest.raises(SystemExit) as ending:
+        main(["test", "--ckpt_path", str(tmp_path / "version_0" / "checkpoints" / "last.ckpt")])
+    assert ending.value.code == 143
+    assert capfd.readouterr().err.splitlines()[-1] == "dynadapter: stopped by SIGTERM"
+    assert not (tmp_path / "test_0").exists()  # it has measured nothing
+    assert {number: signal.getsignal(number) for number in handlers} == handlers
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("runs")
+    fit(root)
+    return root / "version_0"
+
+
+@pytest.mark.parametrize(
+    ("args", "names"),
+    [
+        (["--resume", "{R}/version_7"], ("version_7 does not exist", "such as {R}/version_0")),
+        (["--resume", "{R}"], ("is not the folder of a run, such as {R}/version_0",)),
+        (["--resume={R}/version_0/config.yaml"], ("is no folder",)),
+        (["--resume", "{R}/version_0/checkpoints"], ("holds no config.yaml", "killed before it began")),
+        (["--resume", "{R}/version_0"], ("is finished", "--trainer.max_epochs NUMBER")),
+        (["--resume"], ("--resume needs a folder",)),
+        (["--resume", "{R}/version_0", "--ckpt_path", "x"], ("no --ckpt_path",)),
+        (["--resume", "{R}/version_0", "--resume", "{R}/version_0"], ("give it once",)),
+        (["-c", "{R}/resume.yaml", "-c", TINY], ("no key of a config file",)),
+        (["-c", TINY, "--ckpt_path", "{R}/version_0/checkpoints/weights.ckpt"], ("trained part alone", "last.ckpt")),
+        (["-c", TINY, "--seeds+", "3"], ("all seeds at once",)),
+    ],
+    ids=lambda part: " ".join(part).replace(TINY, "TINY"),
+)
+def test_mistakes(args, names, finished, capsys):
+    root = finished.parent
+    (root / "resume.yaml").write_text("resume: runs/version_0")
+    refused("fit", *(arg.replace("{R}", str(root)) for arg in args))
+    error = capsys.readouterr().err.splitlines()[-1]
+    for name in names:
+        assert name.replace("{R}", str(root)) in error
+    assert {path.name for path in root.iterdir()} == {"version_0", "resume.yaml"}
+
+
+def test_settings_can_be_laid_over_those_of_the_run(finished, tmp_path):
+    main(["fit", "--resume", str(finished), "--trainer.max_epochs=2", f"--trainer.default_root_dir={tmp_path}"])
+    run = tmp_path / "version_0"
+    assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 4
+    assert [line["step"] for line in lines(run / "metrics.csv")] == ["0", "1", "1", "2", "3", "3"]
+    record = json.loads((run / "run.json").read_text())
+    assert record["resumed_from"] == str((finished / "checkpoints" / "last.ckpt").resolve())
+
+
+def test_damaged_checkpoints_are_left_out(at, tmp_path, monkeypatch, capsys):
+    at(9, killed)
+    assert interrupted(tmp_path, "best", monkeypatch) is None
+    saved = tmp_path / "version_0" / "checkpoints"
+    last = (saved / "last.ckpt").read_bytes()
+    (saved / "last.ckpt").write_bytes(last[: len(last) // 2])
+    (saved / "other.ckpt.partial").write_bytes(last)
+    main(["fit", "--resume", str(tmp_path / "version_0")])
+    out = capsys.readouterr().out
+    assert f"{saved / 'last.ckpt'} is damaged and left out" in out
+    assert f"from {saved / 'best.ckpt'}" in out
+    (saved / "best.ckpt").write_bytes(b"")
+    refused("fit", "--resume", tmp_path / "version_0")
+    assert "can be read: best.ckpt, last.ckpt; start again with" in capsys.readouterr().err
+
+
+# ---- the log ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_cut_off_line_of_the_log_is_left_out(tmp_path):
+    (tmp_path / "metrics.csv").write_text("epoch,step,train/loss\n0,0,2.5\n0,1,\n0,2")
+    assert read_lines(tmp_path / "metrics.csv") == [
+        {"epoch": "0", "step": "0", "train/loss": "2.5"},
+        {"epoch": "0", "step": "1"},
+    ]
+
+
+def test_a_new_header_is_written_with_all_lines_or_not_at_all(tmp_path, monkeypatch):
+    log = Metrics(save_dir=tmp_path, name="", version="a")
+    log.log_metrics({"b": 1.5}, step=0)
+    log.save()
+    old = (tmp_path / "a" / "metrics.csv").read_bytes()
+    monkeypatch.setattr(os, "replace", lambda *_: killed())
+    log.log_metrics({"a": 2.5}, step=1)
+    with pytest.raises(Killed):
+        log.save()
+    assert (tmp_path / "a" / "metrics.csv").read_bytes() == old
+    monkeypatch.undo()
+    log.save()
+    log.log_metrics({"a": 3.5}, step=2)
+    log.save()
+    assert (tmp_path / "a" / "metrics.csv").read_text() == "a,b,step\n,1.5,0\n2.5,,1\n3.5,,2\n"
+
+
+# ---- real kills ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, float]:
+    """A config of a few seconds of training, the folder of its uninterrupted run, and how long that took."""
+    folder = tmp_path_factory.mktemp("digits")
+    config = yaml.safe_load(Path(TINY).read_text())
+    config["trainer"] |= {"max_epochs": 12, "limit_train_batches": 10, "default_root_dir": str(folder / "whole")}
+    config["checkpoint"] = {"every_n_train_steps": 4}
+    (folder / "digits.yaml").write_text(yaml.safe_dump(config))
+    begun = time.monotonic()
+    done = subprocess.run([*COMMAND, "fit", "-c", folder / "digits.yaml"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return folder / "digits.yaml", folder / "whole" / "version_0", time.monotonic() - begun
+
+
+def way_on(output: str) -> list[str]:
+    """Finds the command that a run prints at its beginning."""
+    line = next(line for line in output.splitlines() if "if it is interrupted: dynadapter " in line)
+    return line.partition("if it is interrupted: dynadapter ")[2].split()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1])
+def test_sigkill_at_random_moments(seed, digits, tmp_path):
+    config, whole, seconds = digits
+    rng = random.Random(seed)
+    args = ["fit", "-c", str(config), f"--trainer.default_root_dir={tmp_path}"]
+    for _ in range(3):
+        process = subprocess.Popen([*COMMAND, *args], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        count = len(list(tmp_path.glob("version_*")))
+        while len(list(tmp_path.glob("version_*/metrics.csv"))) <= count and process.poll() is None:
+            time.sleep(0.01)  # where it only loads, there is nothing to lose
+        time.sleep(rng.uniform(0, 0.3 * seconds))
+        process.kill()
+        output, _ = process.communicate()
+        again = way_on(output)
+        if list((tmp_path / Path(again[-1]).name).glob("checkpoints/*.ckpt")):
+            args = again
+    done = subprocess.run([*COMMAND, *args], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    require_same(whole, max(tmp_path.glob("version_*"), key=lambda run: int(run.name[8:])))
+
+
+KILLED_WHEN = """
+import os, signal, sys
+import dynadapter.checkpoints as target
+from dynadapter.cli import main
+count = 0
+def killing(function, before):
+    def call(*args, **kwargs):
+        global count
+        if not str(args[-1]).endswith(("{name}", "{name}.partial")):
+            return function(*args, **kwargs)
+        count += 1
+        if before and count == {nth}:
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = function(*args, **kwargs)
+        if count == {nth}:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+    return call
+target.os.replace = killing(os.replace, {before})
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "before", "nth"), [("last.ckpt", True, 3), ("last.ckpt", False, 3)])
+def test_sigkill_while_a_checkpoint_gets_its_name(name, before, nth, digits, tmp_path):
+    config, whole, _ = digits
+    code = KILLED_WHEN.format(name=name, before=before, nth=nth)
+    args = ["fit", "-c", str(config), f"--trainer.default_root_dir={tmp_path}"]
+    done = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    saved = tmp_path / "version_0" / "checkpoints"
+    assert (saved / "last.ckpt.partial").exists() == before
+    done = subprocess.run([*COMMAND, *way_on(done.stdout)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    require_same(whole, tmp_path / "version_1")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_all_processes_of_a_training_stop_at_one_step(number, tmp_path):
+    args = ["-c", TINY, *EPOCHS, "--trainer.devices=2", "--trainer.strategy=ddp", "--data.batch_size=24"]
+
+    def run(*args: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([*COMMAND, "fit", *args], capture_output=True, text=True, check=False, timeout=200)
+
+    assert run(*args, f"--trainer.default_root_dir={tmp_path / 'whole'}").returncode == 0
+    root = tmp_path / "stopped"
+    process = subprocess.Popen(
+        [*COMMAND, "fit", *args, f"--trainer.default_root_dir={root}"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    while not (root / "version_0" / "metrics.csv").exists() and process.poll() is None:
+        time.sleep(0.01)
+    if number == signal.SIGTERM:
+        process.send_signal(number)  # the first process alone
+    else:
+        os.killpg(process.pid, number)  # all of them, as a terminal does
+    _, errors = process.communicate(timeout=200)
+    assert process.returncode == 128 + number, errors
+    assert errors.count("go on with:") == 1
+    done = run("--resume", str(root / "version_0"))
+    assert done.returncode == 0, done.stderr
+    require_same(tmp_path / "whole" / "version_0", root / "version_1")
+
+
+# ---- deterministic mode ----------------------------------------------------------------------------------------------
+
+
+def test_deterministic_mode_gives_the_same_bits_twice(tmp_path):
+    try:
+        for _ in range(2):
+            fit(tmp_path, *EPOCHS, "--trainer.deterministic=true", "--model.mixing=Mixing", "--test_after=true")
+    finally:
+        torch.use_deterministic_algorithms(False)
+    require_same(tmp_path / "version_0", tmp_path / "version_1")
+    record = json.loads((tmp_path / "version_0" / "run.json").read_text())
+    assert record["trainer"]["deterministic"] is True
+    assert record["results"]["test/acc"] >= 0
