@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from recipes import METHODS, Recipe
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from dynadapter import Cosine, ExitNet, VTAB1k, Warmup, create_trunk, inject
 from dynadapter.adapters import AdapterLayer, AdapterSpec, adapter_layers
@@ -196,12 +195,8 @@ def forward(net: ExitNet, images: Tensor, recipe: Recipe) -> Tensor:
 def loss_of(logits: Tensor, targets: Tensor, weights: Tensor, recipe: Recipe) -> Tensor:
     """Gives the joint loss: the exits' cross-entropies by weight, of which the early ones' may be part distillation."""
     losses = exit_losses(logits, targets)
-    if recipe.distill and len(logits) > 1:
-        soft = logits.float() / recipe.temperature
-        answers, wanted = soft[:-1].log_softmax(-1), soft[-1].detach().log_softmax(-1)
-        apart = F.kl_div(answers, wanted.expand_as(answers), reduction="none", log_target=True).sum(-1).mean(1)
-        early = (1 - recipe.distill) * losses[:-1] + recipe.distill * recipe.temperature**2 * apart
-        losses = torch.cat([early, losses[-1:]])
+    if recipe.distillation is not None:
+        losses = recipe.distillation.mix(losses, logits)
     return (weights * losses).sum()
 
 

@@ -9,6 +9,7 @@ from dynadapter import (
     AdapterSpec,
     Balanced,
     Constant,
+    Distillation,
     EarlyToLate,
     Heads,
     LateToEarly,
@@ -47,8 +48,7 @@ class Recipe:
         deep: Dropout in the last block's.
         keep: Share of the adapter elements that move in a step.
         masked: As in :class:`dynadapter.BidirectionalSparsity`.
-        distill: Share of an early exit's loss that is the divergence from the last exit's answer, in [0, 1].
-        temperature: Of that divergence; both answers are softened by it.
+        distillation: What the early exits learn from the last one.
         rescale: Scale the gradients that exits send into the trunk, so that a block gets the mean over the exits behind
             it and not their sum (Li et al. 2019, gradient equilibrium).
         within: Keep gradients inside their stage: an adapter learns from the next exit alone.
@@ -64,8 +64,7 @@ class Recipe:
     deep: Schedule = Constant(0.0)  # noqa: RUF009
     keep: Schedule = Constant(0.9)  # noqa: RUF009
     masked: Literal["frozen", "gradient"] = "frozen"
-    distill: float = 0.0
-    temperature: float = 2.0
+    distillation: Distillation | None = None
     rescale: bool = False
     within: bool = False
     early_scale: float = 1.0
@@ -102,9 +101,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     # sparsity without exits: what it does to the rival
     "static-sparse": {"exits": (), "weighting": Uniform()},
     # loss and gradients
-    "distill": {"distill": 0.5},
-    "distill-most": {"distill": 0.9},
-    "distill-hot": {"distill": 0.5, "temperature": 4.0},
+    "distill": {"distillation": Distillation()},
+    "distill-most": {"distillation": Distillation(share=0.9)},
+    "distill-hot": {"distillation": Distillation(temperature=4.0)},
     "rescale": {"rescale": True},
     "last-first": {"weighting": last_first(0.5)},
     "last-first-25": {"weighting": last_first(0.25)},

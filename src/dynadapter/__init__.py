@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from dynadapter.compiled import CompiledNet
     from dynadapter.cost import ExitCosts, exit_costs
     from dynadapter.data import Digits, ImageData, ImageFolder, ImagesToPredict, VTAB1k
+    from dynadapter.distillation import Distillation
     from dynadapter.heads import Balanced, Heads, LinearHeads, MLPHeads
     from dynadapter.losses import joint_loss
     from dynadapter.metrics import ExitUse
@@ -48,6 +49,7 @@ _HOMES = {
     "compiled": "CompiledNet",
     "cost": "ExitCosts exit_costs",
     "data": "Digits ImageData ImageFolder ImagesToPredict VTAB1k",
+    "distillation": "Distillation",
     "heads": "Balanced Heads LinearHeads MLPHeads",
     "losses": "joint_loss",
     "metrics": "ExitUse",

@@ -21,6 +21,7 @@ from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassCalibrationError
 
 from dynadapter.adapters import AdapterSpec, adapter_layers, inject
+from dynadapter.distillation import Distillation
 from dynadapter.heads import Balanced, Heads
 from dynadapter.losses import IGNORED, exit_losses
 from dynadapter.metrics import SampleMean
@@ -114,6 +115,7 @@ class ExitClassifier(LightningModule):
         lr_schedule: Factor on the optimiser's learning rate over the progress of training, step by step.
         label_smoothing: Probability spread over all classes, in [0, 1).
         mixing: Mixup and CutMix; None leaves images as they are.
+        distillation: How much the early exits learn from the last one; None lets labels alone teach them.
         class_names: Names of the classes, in the order of their indices; saved with the model, and taken from
             its checkpoint.
         full_checkpoint: Save the frozen trunk as well; such a checkpoint loads without the trunk's weights at hand.
@@ -143,6 +145,7 @@ class ExitClassifier(LightningModule):
         lr_schedule: Schedule = Warmup(fraction=0.1, start=1e-3, then=Cosine(start=1.0, end=1e-2)),  # noqa: B008
         label_smoothing: float = 0.0,
         mixing: Mixing | None = None,
+        distillation: Distillation | None = None,
         class_names: list[str] | None = None,
         full_checkpoint: bool = False,
     ) -> None:
@@ -176,6 +179,7 @@ class ExitClassifier(LightningModule):
         self.lr_schedule = lr_schedule
         self.label_smoothing = label_smoothing
         self.mixing = mixing and _mixer(mixing, num_classes, label_smoothing)
+        self.distillation = distillation
         self.full_checkpoint = full_checkpoint
         self.seed = 0  # of the random numbers in training; set when it starts
         self._last: _Step | None = None  # the step that has not been looked at yet
@@ -240,7 +244,10 @@ class ExitClassifier(LightningModule):
                 images, targets = _mix(self.mixing, images, targets)
                 smoothing = 0.0  # timm smooths while it mixes
             logits = self.net(images)
-            losses = exit_losses(logits, targets, smoothing) * self._weight()
+            losses = exit_losses(logits, targets, smoothing)
+            if self.distillation is not None:
+                losses = self.distillation.mix(losses, logits)
+            losses = losses * self._weight()
         shared = self._over_processes(losses.detach())
         self._notice(shared, logits.detach(), batch_idx)
         if self._known_at_once(shared):
