@@ -20,6 +20,7 @@ BELOW = {
     "timing": {"policies"},
     "schedules": {"spec"},
     "losses": set(),
+    "distillation": {"spec"},
     "metrics": set(),
     "weighting": {"spec", "schedules"},
     "temperature": {"spec", "policies"},
@@ -51,6 +52,7 @@ BELOW = {
     "data": {"images", "preprocess", "losses"},
     "module": {
         "adapters",
+        "distillation",
         "heads",
         "losses",
         "metrics",
