@@ -161,6 +161,12 @@ def calibration(
     return next((line for line in found if line["key"]["seed"] == seed), found[0] if found else None)
 
 
+def kept_name(key: Key) -> str:
+    """Names what a final run leaves in ``--keep``, without the suffix."""
+    name = "{task}-{method}-{recipe}-s{scale:g}-seed{seed}-e{epochs}-{trunk}".format(**key)
+    return re.sub(r"[^\w.+-]", "-", name)
+
+
 def check_recipes(lines: list[Line], names: set[str]) -> None:
     """Makes sure that recipes are what they were when lines were written.
 
@@ -247,10 +253,7 @@ class Bench:
         return self.args.groups.get(task) or GROUPS.get(known.name if known else task, "Other")
 
     def _kept(self, run: Run) -> Path:
-        name = (
-            f"{run.task}-{run.method}-{run.recipe}-s{run.scale:g}-seed{run.seed}-e{self.args.epochs}-{self.trunk.label}"
-        )
-        return Path(self.args.keep) / re.sub(r"[^\w.+-]", "-", name)
+        return Path(self.args.keep) / kept_name(run.key(self.args, self.trunk))
 
     def _keep(self, run: Run, net: ExitNet, logits: torch.Tensor, targets: torch.Tensor, files: list[str]) -> None:
         place = self._kept(run)
