@@ -120,8 +120,10 @@ class Section:
                 self.against(),
                 self.by_task(),
                 self.leaving(),
+                self.anytime(),
+                self.speed(),
+                self.others(),
             ]
-            parts += [self.anytime(), self.speed()]
         else:
             parts.append("No final run yet: nothing of this setting was read on test.\n")
         parts += [self.ablation(), self.recipes(), self.rules(), self.scales()]
@@ -497,6 +499,23 @@ class Section:
             off = f"the same arm twice differed by more than {100 * VOID:g} %"
             text += f" {void} of {len(controls)} measurements left out: {off}."
         return f"### Measured speed\n\n{text}\n\n{table(head, rows)}"
+
+    def others(self) -> str:
+        """Recipes that were read on test, too, but are not the one that is shown."""
+        setting, rows = self.setting, []
+        done = {(line["key"]["method"], line["key"]["recipe"]) for line in setting.phase("final")}
+        for method in setting.methods:
+            for name in sorted({name for kind, name in done if kind == method} - {"static", setting.recipe}):
+                cells = []
+                for reading in (LAST, *self.goals):
+                    found = mean(setting.values(method, name, reading), accuracy_of, setting.tasks)
+                    cells.append(told(found))
+                rows.append([f"{NAMES[method]}, `{name}`", *cells])
+        if not rows:
+            return ""
+        head = ["", *(goal_name(reading) for reading in (LAST, *self.goals))]
+        text = f"Accuracy on test in %, means over the tasks; the shown recipe is `{setting.recipe}`."
+        return f"### Other recipes on test\n\n{text}\n\n{table(head, rows)}"
 
     # ---- the search
 

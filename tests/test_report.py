@@ -242,6 +242,14 @@ def test_any_tasks_are_taken(run, maker, undrawn):
     assert "One seed: no deviation can be told." in text
 
 
+def test_other_recipes_on_test_are_told_and_do_not_count(run, maker, lines, undrawn):
+    others = [maker.line("final", task, "lora", "uniform") for task in TASKS]
+    text = run(lines + others)
+    expected = 100 * statistics.fmean(line["exit_accuracy"][-1] for line in others)
+    assert rows(text, "LoRA, `uniform`")[0][1] == f"{expected:.1f}"
+    assert rows(text, "**LoRA**") == rows(run(lines), "**LoRA**")
+
+
 # ---- documents
 
 

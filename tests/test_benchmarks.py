@@ -1,0 +1,374 @@
+"""The programs behind the transfer results: recipes, training, the log, outcomes, pre-training."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from dynadapter import AdapterSpec, Constant, ExitCosts, ExitNet, LateToEarly, Uniform
+from dynadapter.adapters import AdapterLayer
+from dynadapter.callbacks.sparsity import _own_parameters
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+SHAPE: dict[str, Any] = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 6, "num_heads": 3}
+CLASSES = 4
+QUIET = {"shallow": None, "keep": Constant(1.0)}
+"""Nothing is drawn at random."""
+
+
+@pytest.fixture(scope="module")
+def program():
+    """Imports a module of the folder of benchmarks."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "path", [str(BENCHMARKS), *sys.path])
+        yield importlib.import_module
+
+
+@pytest.fixture(scope="module")
+def trunk(program, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The description of a random trunk."""
+    path = tmp_path_factory.mktemp("trunk") / "small.json"
+    path.write_text(json.dumps({"architecture": "vit_tiny_patch16_224", "timm_args": SHAPE, "weights": None}))
+    return path
+
+
+@pytest.fixture
+def build(program, trunk):
+    """Builds the network of a method by a recipe with changes; ``every`` is 2, so that there are three exits."""
+    learning, recipes = program("learning"), program("recipes")
+
+    def build(method: str = "lora", **changes: Any) -> tuple[ExitNet, Any]:
+        recipe = recipes.Recipe(**({"every": 2} | QUIET | changes))
+        net = learning.build(learning.TrunkFile.read(trunk), CLASSES, method, recipe, 1.0, 0)
+        with torch.no_grad():  # no adapter tensor is zero, so that every one has a gradient
+            for element in adapters(net):
+                element.add_(0.1 * torch.randn(element.shape, generator=torch.Generator().manual_seed(1)))
+        return net, recipe
+
+    return build
+
+
+def adapters(net: ExitNet) -> list[torch.nn.Parameter]:
+    return [p for layer in net.modules() if isinstance(layer, AdapterLayer) for p in _own_parameters(layer)]
+
+
+def batch(count: int = 20) -> tuple[Tensor, Tensor]:
+    images = torch.randn(count, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    return images, torch.arange(count) % CLASSES
+
+
+# ---- recipes
+
+
+def test_every_recipe_can_be_made(program):
+    recipes = program("recipes")
+    made = {name: recipes.recipe(name) for name in recipes.VARIANTS}
+    assert made["static"].static
+    assert not made["base"].static
+    assert all(made[name] != made["base"] for name in made if name != "base")
+    assert set(recipes.INGREDIENTS) <= set(made)
+    both = recipes.recipe("late-to-early+no-backward")
+    assert (both.weighting, both.keep) == (LateToEarly(), Constant(1.0))
+    with pytest.raises(ValueError, match="there is no recipe 'odd'; there are static, base"):
+        recipes.recipe("base+odd")
+    specs = [make(0.5) for make in recipes.METHODS.values() if make]
+    assert all(isinstance(spec, AdapterSpec) and spec.scale == 0.5 for spec in specs)
+
+
+def test_the_last_exit_learns_alone_at_first(program):
+    weighting = program("recipes").last_first(0.5)
+    early, late = weighting(0.4, 4), weighting(0.6, 4)
+    assert early[:3] == (0, 0, 0) and early[3] > 0  # noqa: PT018
+    assert min(late) > 0
+
+
+# ---- training
+
+
+def loop(program, net: ExitNet, recipe: Any, images: Tensor, targets: Tensor, protocol: Any) -> None:
+    """Training as anybody would write it."""
+    learning = program("learning")
+    parameters = [p for p in net.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=protocol.lr, weight_decay=protocol.weight_decay)
+    order = learning._order(len(images), protocol.batch, protocol.epochs, 0)
+    net.train()
+    for step, rows in enumerate(order):
+        progress = step / (len(order) - 1)
+        for group in optimizer.param_groups:
+            group["lr"] = protocol.lr * learning.RATE(progress)
+        logits = net(images[rows])
+        weights = recipe.weighting(progress, net.num_exits)
+        loss = sum(w * F.cross_entropy(one, targets[rows]) for w, one in zip(weights, logits, strict=True))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("method", ["lora", "adapter", "repadapter", "probe", "full"])
+def test_training_is_that_of_a_plain_loop(program, build, method):
+    learning, (images, targets) = program("learning"), batch()
+    protocol = learning.Protocol(epochs=2, batch=8, lr=1e-2)
+    fast, recipe = build(method)
+    plain, _ = build(method)
+    for layer in [layer for net in (fast, plain) for layer in net.modules() if isinstance(layer, AdapterLayer)]:
+        layer.dropout.set(0.0)
+    before = [p.detach().clone() for p in plain.parameters() if p.requires_grad]
+    learning.Fit(fast, recipe, images, targets, protocol, seed=0).run()
+    loop(program, plain, recipe, images, targets, protocol)
+    trained = [[p for p in net.parameters() if p.requires_grad] for net in (fast, plain)]
+    assert all(not torch.equal(was, now) for was, now in zip(before, trained[1], strict=True))
+    for one, other in zip(*trained, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=2e-5)
+
+
+def test_a_mask_lets_elements_rest_and_the_heads_move(program, build):
+    learning, (images, targets) = program("learning"), batch(8)
+    net, recipe = build(keep=Constant(0.5))
+    before, head = [p.detach().clone() for p in adapters(net)], net.heads[0].state_dict()
+    head = {name: value.clone() for name, value in head.items()}
+    learning.Fit(net, recipe, images, targets, learning.Protocol(epochs=1, batch=8), seed=0).run()
+    same = torch.cat([(was == now).flatten() for was, now in zip(before, adapters(net), strict=True)])
+    assert 0.4 < same.double().mean() < 0.6
+    assert all(not torch.equal(value, net.heads[0].state_dict()[name]) for name, value in head.items())
+
+
+def gradients(program, net: ExitNet, recipe: Any, weights: list[float]) -> dict[str, Tensor]:
+    images, targets = batch(8)
+    logits = program("learning").forward(net, images, recipe)
+    loss = program("learning").loss_of(logits, targets, torch.tensor(weights), recipe)
+    net.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in net.named_parameters() if any(p is own for own in adapters(net))}
+
+
+def of_block(found: dict[str, Tensor], block: int) -> list[Tensor]:
+    return [value for name, value in found.items() if f"blocks.{block}." in name]
+
+
+def test_rescaled_gradients_are_means_over_the_exits_behind(program, build):
+    (net, plain), (_, rescaled) = build(), build(rescale=True)
+    summed = gradients(program, net, plain, [1, 1, 1])
+    meant = gradients(program, net, rescaled, [1, 1, 1])
+    for block, exits in ((0, 3), (2, 2), (4, 1)):
+        assert of_block(summed, block)
+        for one, other in zip(of_block(meant, block), of_block(summed, block), strict=True):
+            torch.testing.assert_close(one * exits, other, rtol=1e-4, atol=1e-7)
+
+
+def test_gradients_within_a_stage_are_those_of_its_exit(program, build):
+    (net, plain), (_, within) = build(), build(within=True)
+    inside = gradients(program, net, within, [1, 1, 1])
+    alone = gradients(program, net, plain, [1, 0, 0])
+    for one, other in zip(of_block(inside, 1), of_block(alone, 1), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-7)
+    images = batch(4)[0]
+    torch.testing.assert_close(program("learning").forward(net, images, within), net(images))
+
+
+def test_early_adapters_can_be_wider_and_weigh_more(program, build):
+    (plain, _), (wide, _) = build(), build(early_width=4, early_scale=3.0)
+    sizes = [[p.numel() for p in net.parameters() if any(p is own for own in adapters(net))] for net in (plain, wide)]
+    ratios = [large / small for small, large in zip(*sizes, strict=True)]
+    assert ratios == [4.0] * (len(ratios) // 3) + [1.0] * (2 * len(ratios) // 3)  # the first two of six blocks
+
+
+# ---- the log
+
+
+def test_a_run_that_is_done_or_begun_is_not_done_again(program, tmp_path):
+    runs = program("runs")
+    one, other = runs.Runs(tmp_path / "log.jsonl"), runs.Runs(tmp_path / "log.jsonl")
+    key = {"task": "cars", "seed": 0}
+    with one.claim(key) as mine, other.claim(key) as theirs, other.claim({"task": "birds"}) as free:
+        assert (mine, theirs, free) == (True, False, True)
+        one.add(key, value=3)
+    with other.claim(key) as again:
+        assert not again
+    assert other.find(key)["value"] == 3
+    assert len(runs.read_lines(tmp_path / "log.jsonl")) == 1
+    assert runs.matching(other.lines, task="cars") == other.lines
+    assert runs.matching(other.lines, task="birds") == []
+
+
+def test_a_line_that_was_cut_short_is_named(program, tmp_path):
+    runs = program("runs")
+    runs.Runs(tmp_path / "log.jsonl").add({"seed": 0})
+    with (tmp_path / "log.jsonl").open("a") as file:
+        file.write('{"key": {"se')
+    with pytest.raises(ValueError, match=r"log\.jsonl:2 is no line of a run"):
+        runs.Runs(tmp_path / "log.jsonl")
+
+
+# ---- outcomes
+
+
+def test_thresholds_keep_what_they_promise(program):
+    outcomes = program("outcomes")
+    generator = torch.Generator().manual_seed(0)
+    targets = torch.arange(60) % CLASSES
+    logits = torch.randn(3, 60, CLASSES, generator=generator) * 2
+    logits[:, torch.arange(60), targets] += torch.tensor([1.0, 2.0, 3.0])[:, None]
+    costs = ExitCosts((34, 67, 101), (0, 0, 0), 100, (2, 4, 6))
+    found = outcomes.calibrated(logits, targets, costs)
+    last = outcomes.exit_accuracy(logits, targets)[-1]
+    for rule, goals in found.items():
+        assert goals["25"] is None  # below the first exit
+        for goal, one in goals.items():
+            if one is None:
+                continue
+            assert one["cost"] == pytest.approx(costs.average(one["shares"]) / costs.trunk)
+            if goal != "drop 0":
+                assert one["cost"] <= float(goal) / 100 + 1e-9
+            elif not outcomes.RULES[rule].running:
+                assert one["accuracy"] >= last
+    assert outcomes.applied(found, logits, targets, costs) == found
+
+
+def test_the_running_mean_is_over_the_exits_so_far(program):
+    logits = torch.randn(3, 5, CLASSES, generator=torch.Generator().manual_seed(0))
+    found = program("outcomes").running_mean(logits)
+    torch.testing.assert_close(found[2], logits.log_softmax(-1).mean(0))
+    torch.testing.assert_close(found[0], logits[0].log_softmax(-1))
+
+
+# ---- transfer
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A task of generated images in the layout of VTAB-1k."""
+    root = tmp_path_factory.mktemp("tasks")
+    draw = np.random.default_rng(0)
+    (root / "colours" / "images").mkdir(parents=True)
+    for k in range(48):
+        pixels = draw.integers(0, 100, (16, 16, 3)) + np.array([40 * (k % CLASSES), 150 - 40 * (k % CLASSES), 0])
+        Image.fromarray(pixels.astype(np.uint8)).save(root / "colours" / "images" / f"{k}.png")
+    parts = {"train800": range(16), "val200": range(16, 32), "train800val200": range(32), "test": range(32, 48)}
+    for name, part in parts.items():
+        lines = [f"images/{k}.png {k % CLASSES}" for k in part]
+        (root / "colours" / f"{name}.txt").write_text("\n".join(lines))
+    return root
+
+
+def test_transfer_goes_from_search_to_speed_and_on_where_it_stopped(program, trunk, tasks, tmp_path, capsys):
+    log, keep = tmp_path / "log.jsonl", tmp_path / "kept"
+    common = ["--data", str(tasks), "--trunk", str(trunk), "--out", str(log), "--epochs", "2", "--batch", "8"]
+    common += ["--device", "cpu", "--groups", "colours=Natural", "--scales", "1", "--rounds", "1"]
+
+    def run(*phases: str, methods: str = "lora probe", **more: Any) -> str:
+        options = [text for name, value in more.items() for text in (f"--{name}", str(value))]
+        program("transfer").main([*common, "--methods", *methods.split(), *options, "--phase", *phases])
+        return capsys.readouterr().out
+
+    assert "left out: colours lora static: no search run" in run("final")
+    assert "search: 4 runs, 4 of them to do" in run("search")
+    assert "final: 4 runs, 4 of them to do" in run("final", keep=keep)
+    assert "speed: 1 runs, 1 of them to do" in run("speed", methods="lora", keep=keep)
+    assert "search: 4 runs, 0 of them to do" in run("search")
+    lines = program("runs").read_lines(log)
+    assert len(lines) == 9
+    one = next(line for line in lines if line["key"]["phase"] == "final" and line["arm"] == "dynamic")
+    assert (one["group"], one["samples"], one["exits"]) == ("Natural", 16, [3, 6])
+    with np.load(keep / f"{program('transfer').kept_name(one['key'])}.npz") as kept:
+        hits = (kept["logits"].argmax(-1) == kept["targets"]).mean(1)
+    assert hits.tolist() == pytest.approx(one["exit_accuracy"])
+    # the same key gives the same numbers, whoever runs it
+    log.unlink()
+    run("search")
+    again = program("runs").read_lines(log)
+    searched = [line for line in lines if line["key"]["phase"] == "search"]
+    same = ("key", "losses", "exit_accuracy", "routed", "trainable")
+    assert [{n: x.get(n) for n in same} for x in again] == [{n: x.get(n) for n in same} for x in searched]
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_runs(program, trunk, tasks, tmp_path):
+    log = tmp_path / "log.jsonl"
+    common = ["--data", str(tasks), "--trunk", str(trunk), "--out", str(log), "--epochs", "1", "--batch", "8"]
+    program("transfer").main([*common, "--device", "cpu", "--methods", "lora", "--jobs", "2"])
+    keys = [json.dumps(line["key"]) for line in program("runs").read_lines(log)]
+    assert len(keys) == len(set(keys)) == 6  # two arms, three scales
+
+
+# ---- pre-training
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same images twice: in a folder for each class, and as mosaics."""
+    root, draw = tmp_path_factory.mktemp("source"), np.random.default_rng(0)
+    for split, count in (("train", 8), ("val", 4)):
+        for name in ("cat", "dog"):
+            pixels = draw.integers(0, 256, (count, 12, 12, 3), dtype=np.uint8)
+            (root / "folder" / split / name).mkdir(parents=True)
+            (root / "mosaic" / split).mkdir(parents=True, exist_ok=True)
+            for k, one in enumerate(pixels):
+                Image.fromarray(one).save(root / "folder" / split / name / f"{k}.png")
+            grid = pixels.reshape(2, -1, 12, 12, 3).swapaxes(1, 2).reshape(24, -1, 3)
+            Image.fromarray(grid).save(root / "mosaic" / split / f"{name}.png")
+    return root
+
+
+def test_folders_and_mosaics_are_the_same_set(program, source):
+    read = program("mosaics").read
+    (train, val, names), other = read(source / "folder", 12), read(source / "mosaic", 12)
+    assert names == other[2] == ["cat", "dog"]
+    assert torch.equal(train.pixels, other[0].pixels)
+    assert torch.equal(val.pixels, other[1].pixels)
+    assert train.labels.tolist() == [0] * 8 + [1] * 8
+    with pytest.raises(ValueError, match="is no grid of tiles of 7 x 7"):
+        read(source / "mosaic", 7)
+    with pytest.raises(ValueError, match="has no folder 'train'"):
+        read(source, 12)
+
+
+def test_pretraining_goes_on_as_if_it_had_never_stopped(program, source, tmp_path, capsys):
+    pretrain = program("pretrain")
+    small = "--size 12 --patch 6 --width 16 --heads 2 --depth 2 --batch 4 --mix 0.5 --ops 0.5 --drop_path 0.1"
+    common = [
+        "--data",
+        str(source / "folder"),
+        "--epochs",
+        "3",
+        "--precision",
+        "fp32",
+        "--device",
+        "cpu",
+        *small.split(),
+    ]
+    pretrain.main([*common, "--out", str(tmp_path / "whole")])
+    for _ in range(3):
+        pretrain.main([*common, "--out", str(tmp_path / "parts"), "--stop_after", "0.000001"])
+        assert "stopped and saved" in capsys.readouterr().out
+    pretrain.main([*common, "--out", str(tmp_path / "parts")])
+    whole, parts = (tmp_path / name / "micro.safetensors" for name in ("whole", "parts"))
+    assert whole.read_bytes() == parts.read_bytes()
+    logs = [
+        [json.loads(line) for line in (path.parent / "log.jsonl").read_text().splitlines()] for path in (whole, parts)
+    ]
+    assert [(one["epoch"], one["loss"], one["val_acc"]) for one in logs[0]] == [
+        (one["epoch"], one["loss"], one["val_acc"]) for one in logs[1]
+    ]
+    trunk = program("learning").TrunkFile.read(whole.with_suffix(".json"))
+    assert trunk.preprocess.image_size == 12
+    about = json.loads(whole.with_suffix(".json").read_text())
+    model = trunk.build(2, seed=0)
+    assert sum(p.numel() for p in model.parameters()) == sum(about["parameters"][n] for n in ("trunk", "classifier"))
+    with pytest.raises(SystemExit):
+        pretrain.main([*common, "--out", str(tmp_path / "parts"), "--width", "32"])
+    assert "was begun with width=16, not 32" in capsys.readouterr().err
+    whole.write_bytes(whole.read_bytes()[:-1] + b"\0")
+    with pytest.raises(ValueError, match="is not the file that"):
+        program("learning").TrunkFile.read(whole.with_suffix(".json"))
+
+
+def test_equal_weights_are_the_static_arms(program):
+    assert program("recipes").recipe("static").weighting == Uniform()
