@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from PIL import Image
 from tiny import make_classifier, trainer
@@ -177,6 +178,14 @@ def averaged(where: Where) -> Any:
 @scenario
 def bfloat16(where: Where) -> Any:
     return {"state": where.fit(precision="bf16-mixed")[0]}
+
+
+@scenario
+def float16(where: Where) -> Any:
+    """With gradients scaled; the trainer's own option takes bfloat16 instead on a CPU."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+    state, run = where.fit(plugins=MixedPrecision("16-mixed", "cpu", scaler), gradient_clip_val=0.5)
+    return {"state": state, "precision": run.precision, "scale": scaler.get_scale()}
 
 
 @scenario

@@ -85,6 +85,21 @@ def test_a_resumed_training_has_the_same_average(tmp_path: Path) -> None:
     assert not all(torch.equal(held["current_model_state"][name], held["state_dict"][name]) for name in whole)
 
 
+def test_an_average_of_doubles_is_one_of_doubles() -> None:
+    module, by_hand = make_classifier(lr_schedule=Constant(1.0)), ByHand(0.9, 1, 0)
+    trainer(WeightAverage(0.9), by_hand, precision="64-true").fit(module, loader(3), loader(1))
+    for name, tensor in module.named_parameters():
+        if tensor.requires_grad:
+            assert tensor.dtype == torch.float64
+            torch.testing.assert_close(tensor, by_hand.average[name], atol=1e-9, rtol=1e-8)
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16-true", "bfloat16"), ("16-true", "float16")])
+def test_an_average_in_16_bits_would_stand_still(precision: str, dtype: str) -> None:
+    with pytest.raises(ValueError, match=rf"in {dtype} round away; train with .* not {precision}"):
+        trainer(WeightAverage(), precision=precision).fit(make_classifier(), loader(1), loader(1))
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

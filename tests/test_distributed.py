@@ -67,6 +67,7 @@ def test_all_scenarios_ran(folder: Path) -> None:
         ("averaged", 1e-6),
         ("resumed", 1e-6),
         ("bfloat16", 1e-2),  # sums of 8 bits, in another order
+        ("float16", 1e-3),  # of 11 bits
         ("drawn", 1.0),  # dropout and mixing are drawn by each process for itself
     ],
 )
@@ -82,6 +83,11 @@ def test_what_is_logged_is_the_mean_of_all_processes(folder: Path) -> None:
     losses = {where: result["losses"] for where, result in results(folder, "plain").items()}
     assert len(set(losses[1, 0])) == 6
     assert all(seen == pytest.approx(losses[1, 0], rel=1e-6) for seen in losses.values())
+
+
+def test_gradients_of_16_bits_are_scaled(folder: Path) -> None:
+    for result in results(folder, "float16").values():
+        assert (result["precision"], result["scale"]) == ("16-mixed", 256.0)  # no step was left out
 
 
 def test_an_average_leaves_the_frozen_trunk_alone(folder: Path) -> None:

@@ -24,7 +24,8 @@ class WeightAverage(EMAWeightAveraging):
         from_step: The first step that counts.
 
     Raises:
-        ValueError: If ``decay`` is out of range; at the start of fit, if the network is sharded.
+        ValueError: If ``decay`` is out of range; at the start of fit, if the network is sharded, or its trained tensors
+            have 16 bits.
     """
 
     def __init__(self, decay: float = 0.999, every_n_steps: int = 1, from_step: int = 0) -> None:
@@ -48,12 +49,19 @@ class WeightAverage(EMAWeightAveraging):
             self._average_model = _Average(pl_module, self.decay)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Follows the module to its device, where the frozen tensors need no copy."""
+        """Follows the module to its device and precision, where the frozen tensors need no copy."""
         assert self._average_model is not None
         self._average_model.to(pl_module.device)
         for average, current in zip(self._average_model.module.parameters(), pl_module.parameters(), strict=True):
             if not current.requires_grad:
                 average.data = current.data
+            elif torch.finfo(current.dtype).bits < 32:
+                raise ValueError(
+                    f"WeightAverage adds small shares, which tensors in {str(current.dtype).removeprefix('torch.')} "
+                    f"round away; train with precision bf16-mixed or 16-mixed, not {trainer.precision}"
+                )
+            else:
+                average.data = average.data.to(current.dtype)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Restores the average, in fit alone: elsewhere it is the model's weights already."""

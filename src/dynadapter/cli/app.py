@@ -35,12 +35,13 @@ from dynadapter.cli.layers import (
     switched_off,
     with_fresh_adapters,
 )
-from dynadapter.cli.record import Record
+from dynadapter.cli.record import SKIPPED, Record, list_skipped
 from dynadapter.cli.resume import Earlier, GoOn, earlier, to_resume
 from dynadapter.cli.runs import RUN_FOLDERS, SaveConfig, claim_folder, forget, loggers, settle
 from dynadapter.cli.safety import check_config
 from dynadapter.cli.signals import StopOnSignal
 from dynadapter.cli.stops import Terminated, sigterm
+from dynadapter.cli.strategies import require_known, require_own_processes
 from dynadapter.cost import cost_table, exit_costs, exit_parameters
 from dynadapter.data import ImageData
 from dynadapter.module import ExitClassifier
@@ -328,6 +329,7 @@ class DynCLI(LightningCLI):
         return super().instantiate_trainer(**kwargs, default_root_dir=str(folder))
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Any]) -> Trainer:
+        require_known(config["strategy"], config["precision"])
         dropped: set[type] = {CALLBACKS[key] for key in self.off}
         if self.subcommand != "predict":
             dropped.add(PredictionWriter)
@@ -351,6 +353,7 @@ class DynCLI(LightningCLI):
             self.record = self._new_record(self.run_folder)
             callbacks.append(self.record)
         trainer = super()._instantiate_trainer(config, callbacks)
+        require_own_processes(trainer.strategy)
         _write_in_one_step(trainer)
         return trainer
 
@@ -392,6 +395,12 @@ class DynCLI(LightningCLI):
         """Looks for the test images now, not after hours of training."""
         if self.config[self.subcommand].test_after:
             self.datamodule.setup("test")
+
+    def after_predict(self) -> None:
+        """Lists beside the predictions the images that are not among them."""
+        output = self.config[self.subcommand].predictions.output if "predictions" not in self.off else None
+        if output is not None and self.trainer.is_global_zero:
+            list_skipped(Path(f"{output}.{SKIPPED}"), self.datamodule)
 
     def after_fit(self) -> None:
         """Saves what was trained once more without the optimiser, and measures it where that is asked for."""

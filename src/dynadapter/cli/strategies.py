@@ -1,0 +1,88 @@
+"""What ``--trainer.strategy`` may be: how a run is spread over processes, and what would go wrong in silence."""
+
+from datetime import timedelta
+from typing import Any
+
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, StrategyRegistry
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+
+from dynadapter.cli.errors import Mistake
+
+
+class FSDP2(ModelParallelStrategy):
+    """Shards the network over all processes, block by block (FSDP2); the name on the command line is ``fsdp2``.
+
+    A checkpoint is one file, written in one step, as everywhere here. (Lightning's own class spreads single layers over
+    the processes of a machine unless it is told otherwise, and writes folders, over those that are there.)
+
+    Args:
+        process_group_backend: Of torch.distributed; null takes the one that belongs to the device.
+        timeout: For how long a process waits for the others; null takes torch's.
+    """
+
+    def __init__(self, process_group_backend: str | None = None, timeout: timedelta | None = None) -> None:
+        more = {} if timeout is None else {"timeout": timeout}
+        super().__init__(
+            tensor_parallel_size=1,
+            save_distributed_checkpoint=False,
+            process_group_backend=process_group_backend,
+            **more,  # type: ignore[arg-type]
+        )
+
+    def set_world_ranks(self) -> None:
+        """Takes all processes for the sharding, as soon as their number is known."""
+        super().set_world_ranks()
+        self._data_parallel_size = self.num_nodes * self.num_processes
+
+
+StrategyRegistry.register("fsdp2", FSDP2, description=str(FSDP2.__doc__).splitlines()[0], override=True)
+
+
+def require_known(strategy: Any, precision: Any) -> None:
+    """Refuses what was never run with this package, or would lose something without a word.
+
+    Args:
+        strategy: As configured: a name, or Lightning's object.
+        precision: As configured.
+
+    Raises:
+        Mistake: With the way out.
+    """
+    name = strategy if isinstance(strategy, str) else ""
+    if name.startswith("deepspeed") or isinstance(strategy, DeepSpeedStrategy):
+        raise Mistake(
+            "DeepSpeed is not supported: it splits the optimiser's state and gradients, which here belong to adapters "
+            "alone and are small; give --trainer.strategy ddp, or fsdp2 to split the trunk, too"
+        )
+    if (name.startswith("fsdp") and name != "fsdp2") or isinstance(strategy, FSDPStrategy):
+        raise Mistake(
+            "Lightning's fsdp is the first version of FSDP, which is not supported: it flattens frozen and trained "
+            "tensors together; give --trainer.strategy fsdp2"
+        )
+    sharded = name == "fsdp2" or isinstance(strategy, ModelParallelStrategy)
+    if sharded and str(precision) in ("16", "16-mixed"):
+        raise Mistake(
+            "fsdp2 goes without precision 16-mixed, whose loss scaling knows no sharded tensors; "
+            "give --trainer.precision bf16-mixed"
+        )
+    if isinstance(strategy, ModelParallelStrategy) and strategy._save_distributed_checkpoint:
+        raise Mistake(
+            "ModelParallelStrategy would save folders, which no other command reads, over those that are there; "
+            "give --trainer.strategy fsdp2, or save_distributed_checkpoint: false"
+        )
+
+
+def require_own_processes(strategy: Any) -> None:
+    """Refuses strategies for notebooks, in whose processes a run's record and its measures would be lost.
+
+    Args:
+        strategy: Of the trainer.
+
+    Raises:
+        Mistake: With the way out.
+    """
+    if isinstance(strategy.launcher, _MultiProcessingLauncher):
+        raise Mistake(
+            "ddp_spawn, ddp_fork and ddp_notebook are for notebooks: what a run measures stays in their processes; "
+            "give --trainer.strategy ddp"
+        )

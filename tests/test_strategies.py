@@ -1,0 +1,81 @@
+"""What ``--trainer.strategy`` may be, and that a sharded training leaves the files of any other."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
+
+from dynadapter.cli import main
+from dynadapter.cli.errors import Mistake
+from dynadapter.cli.strategies import FSDP2, require_known
+
+TINY = str(Path(__file__).parent / "conf" / "tiny.yaml")
+
+
+def refused(*args: str, capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit) as ending:
+        main(["fit", "-c", TINY, *args])
+    assert ending.value.code == 2
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--trainer.strategy=deepspeed_stage_2"], "DeepSpeed is not supported: .* give --trainer.strategy ddp"),
+        (["--trainer.strategy=fsdp"], "the first version of FSDP, .* give --trainer.strategy fsdp2"),
+        (["--trainer.strategy=fsdp2", "--trainer.precision=16-mixed"], "give --trainer.precision bf16-mixed"),
+        (["--trainer.strategy=ddp_fork", "--trainer.devices=2"], "are for notebooks: .* give --trainer.strategy ddp"),
+        (["--trainer.strategy={class_path: ModelParallelStrategy}"], "would save folders, .* give .* fsdp2"),
+    ],
+)
+def test_what_would_go_wrong_in_silence_is_refused(args, words, tmp_path, capsys):
+    line = refused(*args, f"--trainer.default_root_dir={tmp_path}", capsys=capsys)
+    assert re.search(words, line), line
+    assert not list(tmp_path.iterdir())
+
+
+def test_one_file_is_all_right_in_lightnings_own_class():
+    require_known(ModelParallelStrategy(save_distributed_checkpoint=False), "bf16-mixed")
+    require_known("fsdp2", "32-true")
+    require_known("ddp", 16)
+    with pytest.raises(Mistake):
+        require_known(ModelParallelStrategy(save_distributed_checkpoint=False), 16)
+
+
+def test_all_processes_take_part_in_the_sharding():
+    strategy = FSDP2()
+    strategy.parallel_devices = [torch.device("cpu")] * 3
+    strategy.num_nodes = 2
+    strategy.set_world_ranks()
+    assert (strategy._data_parallel_size, strategy._tensor_parallel_size) == (6, 1)
+
+
+@pytest.mark.slow
+def test_a_sharded_training_leaves_the_files_of_any_other(tmp_path):
+    """It goes on sharded, and one process tests what it has left."""
+
+    def run(*args: str) -> None:
+        done = subprocess.run(
+            [sys.executable, "-m", "dynadapter.cli", *args], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+
+    two = ["--trainer.strategy=fsdp2", "--trainer.devices=2"]
+    run("fit", "-c", TINY, *two, "--sparsity=null", "--data.batch_size=24", f"--trainer.default_root_dir={tmp_path}")
+    run("fit", "--resume", str(tmp_path / "version_0"), "--trainer.max_epochs=2")
+    for version, steps in ((0, 2), (1, 4)):
+        saved = tmp_path / f"version_{version}" / "checkpoints"
+        held = {path.name: torch.load(path, weights_only=True) for path in saved.iterdir()}
+        assert {name: one["global_step"] for name, one in held.items()} == {"last.ckpt": steps, "weights.ckpt": steps}
+        assert not any("base_layer" in name for one in held.values() for name in one["state_dict"])
+    record = json.loads((tmp_path / "version_1" / "run.json").read_text())
+    assert record["trainer"]["strategy"] == "FSDP2"
+    assert record["trainer"]["global_batch_size"] == 48
+    main(["test", "--ckpt_path", str(saved / "last.ckpt")])
+    assert json.loads((tmp_path / "test_0" / "run.json").read_text())["results"]["test/acc"] >= 0
