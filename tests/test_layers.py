@@ -13,7 +13,8 @@ SOURCE = Path(dynadapter.__file__).parent
 BELOW = {
     "spec": set(),
     "spec_json": {"spec"},
-    "trunk": set(),
+    "packaged": set(),
+    "trunk": {"packaged"},
     "adapters": {"spec"},
     "heads": {"spec"},
     "policies": {"spec"},
@@ -40,6 +41,7 @@ BELOW = {
         "heads",
         "images",
         "net",
+        "packaged",
         "policies",
         "preprocess",
         "spec_json",

@@ -31,6 +31,9 @@ from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from dynadapter.packaged import find
+from dynadapter.packaged import names as packaged_names
+
 # The modules of timm whose models are of a family below; only for the names that an error message suggests.
 _TIMM_MODULES = ("vision_transformer", "vision_transformer_hybrid", "deit", "swin_transformer", "convnext")
 
@@ -425,9 +428,10 @@ def create_trunk(
 
     Args:
         name: Any timm name of a known family, with tag or without (``vit_base_patch16_224.augreg_in21k``), or
-            ``hf-hub:owner/name``, or ``local-dir:folder``.
+            ``hf-hub:owner/name``, or ``local-dir:folder``, or a trunk that ships with the package (``micro``).
         num_classes: Classes of the model's own classifier.
-        pretrained: Whether timm fetches the weights that belong to the name, or takes them from its cache.
+        pretrained: Whether timm fetches the weights that belong to the name, or takes them from its cache; those of a
+            packaged trunk are at hand.
         weights: A local file instead, which wins over ``pretrained``: ``.safetensors``, a PyTorch file (``.pth``,
             ``.pt``, ``.bin``; tensors only, no code) or Google's ``.npz`` for ViT. Names, patch size, position
             embedding, windows and input channels are adapted by timm's own functions; a classifier of another class
@@ -445,6 +449,10 @@ def create_trunk(
         ValueError: If timm has no such name, an argument is wrong, or weights cannot be fetched, read or fitted.
         TypeError: If no cut is known for the model's class.
     """
+    asked, packaged = name, find(name)
+    if packaged is not None:
+        name, timm_args = packaged.architecture, packaged.settings(timm_args, image_size)
+        weights = packaged.weights() if pretrained and weights is None else weights
     _check_name(name)
     if num_classes < 0:
         raise ValueError(
@@ -465,7 +473,7 @@ def create_trunk(
                 f"border would be lost; choose {image_size // patch * patch} or {(image_size // patch + 1) * patch}"
             )
     if weights is not None:
-        _load_weights(model, name, Path(weights).expanduser())
+        _load_weights(model, asked, Path(weights).expanduser())
     elif pretrained:
         model = _build(name, num_classes, seed, timm_args, pretrained=True)
     freeze(model)
@@ -511,7 +519,7 @@ def _check_name(name: str) -> None:
     architecture, _, tag = name.partition(".")
     if not timm.is_model(architecture):
         names = [model for module in _TIMM_MODULES for model in timm.list_models(module=module)]
-        near = difflib.get_close_matches(architecture, names, n=3)
+        near = difflib.get_close_matches(architecture, [*packaged_names(), *names], n=3)
         hint = (
             f"the nearest are {', '.join(near)}" if near else f"names start with {', '.join(_TIMM_MODULES[2:])} or vit"
         )

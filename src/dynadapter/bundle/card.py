@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from dynadapter.bundle.config import MODEL, Config
+from dynadapter.packaged import find
 from dynadapter.spec_json import plain
 
 _UNMEASURED = {
@@ -122,7 +123,8 @@ def _use(config: Config) -> str:
         call, comment = f'load("path/of/this/folder", weights="path/of/{file}")', ""
     else:
         call = 'load("path/of/this/folder")'
-        comment = "  # fetches the trunk; offline: weights='path/of/its/file'"
+        fetched = find(config.trunk.name) is None
+        comment = "  # fetches the trunk; offline: weights='path/of/its/file'" if fetched else ""
     images = '["a.jpg", "b.jpg"]' if config.preprocessing else "images"
     note = (
         ""
@@ -142,7 +144,9 @@ def _origin(config: Config) -> str:
         return "in this bundle"
     if trunk.origin == "file":
         return f"a local file{f' (`{trunk.file}`)' if trunk.file else ''}, to be given when loading"
-    return "those of timm" if trunk.origin == "pretrained" else f"drawn from seed {trunk.seed}, not pretrained"
+    if trunk.origin == "pretrained":
+        return "those of timm" if find(trunk.name) is None else "those that ship with dynadapter"
+    return f"drawn from seed {trunk.seed}, not pretrained"
 
 
 def _arguments(arguments: dict[str, Any], image_size: int | None) -> str:
