@@ -701,3 +701,71 @@ def test_a_misspelt_setting_is_an_error():
         parser().parse_args(["--data=Digits", "--data.bach_size=4"])
     with pytest.raises(TypeError, match="bach_size"):
         Digits(bach_size=4)
+
+
+# Classes by name
+
+
+class Named(Noise):
+    """Its samples' labels stand for letters of an order of its own."""
+
+    def __init__(self, names: str, **options):
+        super().__init__(**options)
+        self.class_names = list(names)
+
+    def samples(self, split):
+        return [(image, self.class_names.index("abc"[label])) for image, label in super().samples(split)]
+
+
+def letters(data: ImageData, split: str) -> list[str]:
+    return [data.class_names[label] for _, label in data.dataset(split).samples]
+
+
+@pytest.mark.parametrize("early", [False, True])
+@pytest.mark.parametrize("names", ["abc", "cab", "xcyab"])
+def test_classes_take_the_numbers_of_a_model_by_name(names, early):
+    data, plain = Named("bca"), Named("abc")
+    if early:  # as where a checkpoint is loaded after the images were looked up
+        assert letters(data, "train") == letters(plain, "train")
+    data.take_classes(list(names))
+    assert (data.class_names, data.num_classes) == (list(names), len(names))
+    for split in ("train", "test"):
+        assert letters(data, split) == letters(plain, split)
+    data.take_classes(list("abc"))
+    assert [label for _, label in data.dataset("test").samples] == [0, 1, 2, 0]
+
+
+def test_classes_that_a_model_does_not_know():
+    line = "the data have classes that the model does not know: b, c; the model has a, x; the data have a, b, c"
+    with pytest.raises(ValueError, match=f"^{line}$"):
+        Named("abc").take_classes(["a", "x"])
+    with pytest.raises(ValueError, match="does not know: 2; the model has 0, 1; the data have 0, 1, 2"):
+        Named("012").take_classes(["0", "1"])
+    with pytest.raises(ValueError, match=r"and 90 more$"):
+        Named([f"class {k}" for k in range(100)]).take_classes(["a"])
+
+
+def test_numbers_are_no_names():
+    named, numbered = Named("bca"), Noise()
+    numbered.class_names = ["0", "1", "2"]
+    named.take_classes(["0", "1", "2", "3"])  # a model that was told no names
+    numbered.take_classes(list("xyzt"))  # data that know none
+    assert (named.class_names, numbered.class_names) == (list("bca"), list("xyzt"))
+    assert [label for _, label in numbered.dataset("test").samples] == [0, 1, 2, 0]
+
+
+def test_a_model_is_measured_by_the_names_of_its_classes(tmp_path):
+    run = trainer(max_epochs=1, enable_checkpointing=False)
+    model = make_classifier(num_classes=3, class_names=list("abc"))
+    run.fit(model, datamodule=Named("abc"))
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    expected = trainer().test(model, datamodule=Named("abc"), verbose=False)
+    assert trainer().test(model, datamodule=Named("cab"), verbose=False) == expected
+    other = make_classifier(num_classes=3, class_names=list("bca"))  # as the command line makes it, from other data
+    data = Named("bca")
+    assert trainer().test(other, datamodule=data, ckpt_path=tmp_path / "a.ckpt", weights_only=True, verbose=False)
+    assert trainer().test(other, datamodule=data, verbose=False) == expected
+    assert other.class_names == data.class_names == list("abc")
+    with pytest.raises(ValueError, match="does not know: z; the model has a, b, c; the data have a, b, c, z"):
+        trainer().test(model, datamodule=Named("abcz"), verbose=False)
+    assert trainer().predict(model, datamodule=Named("abcz", predict_images=str(save(tmp_path / "one.png"))))

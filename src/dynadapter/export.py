@@ -15,8 +15,10 @@ import dataclasses
 import json
 import logging
 import os
+import re
 import secrets
 import shutil
+import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -269,8 +271,9 @@ class Programs:
 def load_programs(folder: str | os.PathLike[str], device: str | torch.device = "cpu") -> Programs:
     """Opens a folder that :func:`export_programs` wrote.
 
-    The files are checked against the hashes in the manifest, which finds damage, not malice: torch opens programs with
-    pickle, so open only folders from those you trust.
+    The files are checked against the hashes in the manifest, which finds damage, not malice. Files that hold pickles,
+    compiled code, or calls of other functions than torch's operators are refused; what they compute is still theirs to
+    say, so open only folders from those you trust.
 
     Args:
         folder: The exported folder.
@@ -484,6 +487,8 @@ def _write_program(program: ExportedProgram, file: Path) -> None:
 
 def _open_program(file: Path, device: torch.device) -> nn.Module:
     try:
+        if foreign := _foreign_parts(file):
+            raise ValueError(f"it holds {foreign}")
         program = torch.export.load(file)
     except Exception as error:  # another version of torch fails in its own ways
         reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -493,6 +498,44 @@ def _open_program(file: Path, device: torch.device) -> nn.Module:
     if device.type != "cpu":
         program = move_to_device_pass(program, device)
     return program.module()
+
+
+_CALLED = re.compile(r"__|\.\s*[A-Za-z_]|\b[a-z_]\w*\s*\(")
+"""In an expression of sizes: attributes, and calls of what is no class of sympy's, whose parser would run them."""
+
+
+def _foreign_parts(file: Path) -> str:
+    """Finds what no program that was written here holds, and what torch would run when it opens or calls it."""
+    with zipfile.ZipFile(file) as archive:
+        parts = {part.filename.partition("/")[2]: part for part in archive.infolist()}
+        if len(parts) < len(archive.infolist()) or "archive_format" not in parts:
+            return "other parts than a program of torch.export"
+        for name, part in parts.items():
+            if name.startswith("data/aotinductor/"):
+                return "compiled code"
+            if name.endswith(".pt") and part.file_size:
+                return "a pickle"
+            if name.endswith(".json") and (called := next(_foreign_calls(json.loads(archive.read(part))), None)):
+                return called
+    return ""
+
+
+def _foreign_calls(content: Any) -> Iterator[str]:
+    """Yields what the description of a graph or of its tensors would have torch run."""
+    if isinstance(content, dict):
+        for key, value in content.items():
+            if key == "use_pickle" and value:
+                yield "a pickle"
+            elif key == "path_name" and not str(value).startswith(("weight_", "tensor_")):
+                yield f"an object {value!r}"
+            elif key == "target" and not str(value).startswith(("torch.ops.", "torch.sym_", "_operator.")):
+                yield f"a call of {value!r}"
+            elif key == "expr_str" and _CALLED.search(str(value)):
+                yield f"an expression {value!r}"
+            yield from _foreign_calls(value)
+    elif isinstance(content, list):
+        for part in content:
+            yield from _foreign_calls(part)
 
 
 def _quantise(file: Path) -> int:

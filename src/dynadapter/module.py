@@ -193,6 +193,22 @@ class ExitClassifier(LightningModule):
                 self.add_module(f"{split}_{kind}", nn.ModuleList(metric() for _ in range(self.net.num_exits)))
         trainable_only(self)
 
+    def setup(self, stage: str) -> None:
+        """Has the data number their classes as this model does, by their names.
+
+        Raises:
+            ValueError: If the data have a class that this model does not know.
+        """
+        if stage != "predict":
+            self._give_classes(self.class_names)
+
+    def _give_classes(self, names: list[str]) -> bool:
+        """Tells the data how classes are numbered; says whether there are data that can be told."""
+        take = getattr(getattr(self._trainer, "datamodule", None), "take_classes", None)
+        if take is not None:
+            take(names)
+        return take is not None
+
     def forward(self, images: Tensor) -> Tensor:
         """Maps images (batch, channels, height, width) to the logits of every exit (exits, batch, classes)."""
         return self.net(images)
@@ -508,6 +524,8 @@ class ExitClassifier(LightningModule):
                 f"the checkpoint knows {len(names)} classes, this model {len(self.class_names)}; {both}; {advice}"
             )
         if self.class_names == _numbered(len(names)):  # this model was told no names
+            return
+        if sorted(names) == sorted(self.class_names) and self._give_classes(names):
             return
         for k, (theirs, ours) in enumerate(zip(names, self.class_names, strict=True)):
             if theirs != ours:

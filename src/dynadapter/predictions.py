@@ -1,10 +1,10 @@
 """A table of predictions that survives a kill: what is done is on the disk, batch by batch.
 
 Beside the output grows ``<output>.partial``. Its first line says which network and which images it belongs to; then
-there is a line of JSON for each image in order, whether it could be read or not. So the number of whole lines says
-where to go on, and what a kill has cut off is dropped: the half line, and the other lines of its batch, because a batch
-is to be computed as one again. When all images are done, the output is written from these lines under another name and
-takes its own in one step.
+there is a line of JSON for each image in order, behind its checksum, whether it could be read or not. So the number of
+whole lines says where to go on. What a kill has cut off or a disk has changed is dropped with all that follows, and so
+are the other lines of its batch, because a batch is to be computed as one again. When all images are done, the output
+is written from these lines under another name and takes its own in one step.
 """
 
 import contextlib
@@ -15,6 +15,7 @@ import json
 import math
 import os
 import tempfile
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -28,6 +29,8 @@ except ImportError:  # Windows: nobody is kept from writing the same file twice
 FIELDS = ("file", "class", "confidence", "exit")
 SUFFIXES = (".csv", ".jsonl")
 FORMAT = 1
+CHECKSUM = 9
+"""Bytes of a line's checksum (CRC-32) and the space behind it."""
 
 
 class Foreign(ValueError):
@@ -134,7 +137,7 @@ class PredictionTable:
         due = self.files[self.done : self.done + self.batch_size]
         if [entry.file for entry in entries] != list(due):
             raise ValueError(f"a batch of {len(entries)} images does not fit the {len(due)} that are next")
-        self._write(b"".join(_encoded(entry) for entry in entries))
+        self._write(b"".join(_checksum(line) + line for line in map(_encoded, entries)))
         self._count(entries)
 
     def finish(self) -> None:
@@ -161,11 +164,7 @@ class PredictionTable:
             more: Some that are not in the table.
         """
         found = [entry for _, entry in self._lines() if isinstance(entry, Unread)] if self.unread else []
-        if found := [*found, *more]:
-            with replacing(self.listed) as file:
-                _write_csv(file, Unread._fields, found)
-        else:
-            self.listed.unlink(missing_ok=True)
+        write_unread(self.listed, [*found, *more])
 
     def close(self) -> None:
         """Lets go of the unfinished table."""
@@ -215,7 +214,7 @@ class PredictionTable:
         batch: list[Entry] = []
         self._end = end = len(first)
         for line, entry in self._lines():
-            end += len(line)
+            end += CHECKSUM + len(line)
             batch.append(entry)
             if len(batch) == self.batch_size or self.done + len(batch) == len(self.files):
                 self._count(batch)
@@ -233,8 +232,8 @@ class PredictionTable:
         with self.partial.open("rb") as reader:
             reader.readline()
             for file in self.files:
-                line = reader.readline()
-                entry = _entry(_parsed(line))
+                checksum, line = reader.read(CHECKSUM), reader.readline()
+                entry = _entry(_parsed(line)) if checksum == _checksum(line) else None
                 if entry is None or entry.file != file:
                     return
                 yield line, entry
@@ -273,6 +272,15 @@ def check_output(output: Path, overwrite: bool) -> None:
         raise ValueError(f"{output} stands for no format; give a name that ends in .csv or .jsonl")
     if os.path.lexists(output) and not overwrite:
         raise ValueError(f"{output} exists; give another name, or overwrite it")
+
+
+def write_unread(path: Path, found: Sequence[Unread]) -> None:
+    """Writes a list of images that could not be read; where there are none, an old list is removed."""
+    if not found:
+        path.unlink(missing_ok=True)
+        return
+    with replacing(path) as file:
+        _write_csv(file, Unread._fields, found)
 
 
 @contextlib.contextmanager
@@ -366,6 +374,10 @@ def _encoded(entry: Entry) -> bytes:
     # JSON has no NaN; as many digits as the CSV file shows
     sure = None if math.isnan(entry.confidence) else round(entry.confidence, 4)
     return _line({"file": entry.file, "class": entry.label, "confidence": sure, "exit": entry.exit + 1})
+
+
+def _checksum(line: bytes) -> bytes:
+    return f"{zlib.crc32(line):08x} ".encode()
 
 
 def _parsed(line: bytes) -> Any:

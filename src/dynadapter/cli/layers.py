@@ -17,6 +17,9 @@ from dynadapter.spec_json import plain
 LINKED = ("num_classes", "class_names", "image_size")
 """What the model takes from the data."""
 
+MAX_VALUES = 100_000
+"""No config has more; a few lines of aliases can stand for billions."""
+
 OFF = ("", "null", "None", "none", "false", "False")
 """Ways to say on the command line that there is to be none."""
 
@@ -148,6 +151,12 @@ def read_config(file: str, sections: Container[str]) -> dict[str, Any]:
         raise Mistake(f"config file {file} is not valid YAML{where}: {one_line(error.problem or error)}") from error
     except yaml.YAMLError as error:
         raise Mistake(f"config file {file} is not valid YAML: {one_line(error)}") from error
+    except RecursionError as error:
+        raise Mistake(f"config file {file} is nested too deeply") from error
+    if _is_huge(content):
+        raise Mistake(
+            f"config file {file} stands for more than {MAX_VALUES:,} values; aliases may repeat too much of it"
+        )
     if content is None:
         return {}
     if not isinstance(content, dict):
@@ -156,6 +165,17 @@ def read_config(file: str, sections: Container[str]) -> dict[str, Any]:
         if key in sections and not (isinstance(value, dict | str) or value is None or value is False):
             raise Mistake(f"config file {file}: {key} must be a mapping, as in '{key}: {{NAME: VALUE}}', not {value!r}")
     return content
+
+
+def _is_huge(content: Any) -> bool:
+    """Says whether all values, repeated ones as often as they are repeated, are too many; also those without end."""
+    left, count = [content], 0
+    while left and count <= MAX_VALUES:
+        part = left.pop()
+        count += 1
+        if isinstance(part, dict | list):
+            left += part.values() if isinstance(part, dict) else part
+    return bool(left)
 
 
 def _beside(file: str) -> str:

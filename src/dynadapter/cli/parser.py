@@ -23,5 +23,6 @@ class CommandParser(ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raises a :class:`Mistake`."""
-        keys = [action.dest for action in self._actions if action.dest not in ("help", "==SUPPRESS==")]
+        no_keys = ("help", "print_shtab", "==SUPPRESS==")
+        keys = [action.dest for action in self._actions if action.dest not in no_keys]
         raise Mistake(explain(message, {}, keys)) from ex

@@ -20,8 +20,10 @@ from dynadapter.checkpoints import write
 from dynadapter.cli.errors import one_line
 from dynadapter.data import ImageData
 from dynadapter.module import ExitClassifier
+from dynadapter.predictions import Unread, write_unread
 
 NAME = "run.json"
+SKIPPED = "skipped.csv"
 PACKAGES = (
     "dynadapter",
     "torch",
@@ -106,6 +108,7 @@ class Record(Callback):
         }
         self.content["protocol"] = protocol(trainer, pl_module, data)
         self._write()
+        list_skipped(self.path.with_name(SKIPPED), data)
 
     def end(self, trainer: Trainer, how: str, message: str | None = None) -> None:
         """Completes the file, if it was begun."""
@@ -129,6 +132,11 @@ class Record(Callback):
 
     def _write(self) -> None:
         write(self.path, (json.dumps(plain(self.content), indent=2) + "\n").encode())
+
+
+def list_skipped(path: Path, data: ImageData) -> None:
+    """Writes a list of the images that were left out because they cannot be read; none where all can."""
+    write_unread(path, [Unread(file, reason) for file, reason in data.skipped.items()])
 
 
 def now() -> str:

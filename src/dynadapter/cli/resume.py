@@ -95,7 +95,7 @@ def _saved_in(run: Path, config: Path) -> Path:
     """Says where a run saves its checkpoints."""
     try:
         given = yaml.safe_load(config.read_text(encoding="utf-8"))["checkpoint"]["dirpath"]
-    except (OSError, yaml.YAMLError, KeyError, TypeError):
+    except (OSError, RecursionError, yaml.YAMLError, KeyError, TypeError):
         given = None
     return Path(given) if given else run / "checkpoints"
 

@@ -117,7 +117,7 @@ def _in_files(args: Sequence[str]) -> Any:
     for arg, following in pairwise([*args, ""]):
         file = following if arg in ("-c", "--config") else arg.partition("=")[2] if arg.startswith("--config=") else ""
         file = file or (arg[2:].removeprefix("=") if arg.startswith("-c") and not arg.startswith("--") else "")
-        with contextlib.suppress(OSError, ValueError, yaml.YAMLError):
+        with contextlib.suppress(OSError, ValueError, RecursionError, yaml.YAMLError):
             content = yaml.safe_load(Path(file).read_text(encoding="utf-8")) if file else None
             if isinstance(content, dict) and "seeds" in content:
                 found = content["seeds"]

@@ -100,7 +100,7 @@ def _next(folder: Path) -> str | None:
 
     for place in (folder, *(path for path in sorted(folder.iterdir()) if path.is_dir())):
         root = shlex.quote(str(place))
-        if any(place.glob(f"*/{name}") for name in LISTS):
+        if any(file.name in LISTS for file in place.glob("*/*.txt")):
             return f"dynadapter verify --data VTAB1k --data.root {root}"
         if (place / "train").is_dir():
             return f"dynadapter verify --data ImageFolder --data.root {root}"

@@ -52,7 +52,10 @@ def run(args: list[str]) -> None:
         SystemExit: With code 1 if the data have errors.
         Mistake: If there is nothing to check.
     """
-    given = parser().parse_args([_class_key(arg) for arg in args])
+    try:
+        given = parser().parse_args([_class_key(arg) for arg in args])
+    except Mistake as mistake:  # the key as it was given
+        raise Mistake(str(mistake).replace("data.class_path", "data")) from mistake
     data = _data(given)
     if given.threads is not None and given.threads < 1:
         raise Mistake(f"threads={given.threads} must be at least 1")
@@ -189,8 +192,8 @@ def show(report: "Report", out: str | None) -> None:
     for one in report.sets:
         _show_set(one)
     if report.missing_tasks:
-        names = ", ".join(report.missing_tasks)
-        print(f"{len(report.missing_tasks)} of the 19 tasks of VTAB-1k are not in {_text(report.root)}: {names}")
+        told = f"{len(report.missing_tasks)} of the 19 tasks of VTAB-1k are missing: {', '.join(report.missing_tasks)}"
+        print(told if len(report.missing_tasks) < 19 else "none of the 19 tasks of VTAB-1k is there")
     errors, warnings = len(report.errors), len(report.warnings)
     where = "" if out or not errors + warnings else "; --out report.json writes down all that they name"
     told = _count(errors, "error") if errors else "no error"

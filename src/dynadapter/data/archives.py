@@ -338,6 +338,8 @@ class _Stream:
         while rest := self.read(min(CHUNK, self.budget)):
             if rest.strip(b"\0"):
                 self.write.refuse("holds something after its end; are these two archives in one file?")
+            if not self.budget:
+                self.write.refuse(f"goes on for more than {SMALL:,} bytes after its end")
 
 
 def _plain(file: BinaryIO, name: str) -> _Reader:

@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from dynadapter.data.images import find_images, load_image, why_unreadable
+from dynadapter.data.images import find_images, load_image, shown, why_unreadable
 from dynadapter.data.samplers import EpochOrder, Evened, ResumableLoader
 from dynadapter.data.transforms import Interpolation, Normalization, Preprocess, Resize
 
@@ -148,6 +148,7 @@ class ImageData(LightningDataModule, ABC):
         self.predict_images = predict_images
         self.skipped: dict[str, str] = {}
         self._datasets: dict[str, ImageDataset] = {}
+        self._own_classes: list[str] | None = None  # in the order of `samples`, where a model has another
         self._train_loader: ResumableLoader | None = None
         self._restored: dict[str, int] = {}
 
@@ -182,14 +183,54 @@ class ImageData(LightningDataModule, ABC):
     def dataset(self, split: str) -> ImageDataset:
         """Return the images of ``train``, ``val``, ``test`` or ``predict``, looked up once."""
         if split not in self._datasets:
-            samples = self._predict_samples() if split == "predict" else self.samples(split)  # type: ignore[arg-type]
-            self._require_classes(split, samples)
+            samples = self._predict_samples() if split == "predict" else self._labelled(split)  # type: ignore[arg-type]
             if self.on_error == "skip":
                 samples = self._readable(split, samples)
             fitting = split in ("train", "val")  # what is read many times
             flip = split == "train" and self.augment == "flip"
             self._datasets[split] = ImageDataset(samples, self.preprocess, flip=flip, cache=self.cache and fitting)
         return self._datasets[split]
+
+    def take_classes(self, names: Sequence[str]) -> None:
+        """Number the classes as a model does, by their names, in the splits to come and in those that are there.
+
+        Where the one or the other has only numbers for names ("0", "1", ...), these stay what they are.
+
+        Args:
+            names: Of the model's classes, in the order of their indices; not all of them have to occur in the data.
+
+        Raises:
+            ValueError: The data have a class that the model does not know.
+        """
+        now, own = self.class_names, self._own_classes or self.class_names
+        if list(names) == now or (_numbered(names) and len(own) <= len(names)):
+            return
+        if not _numbered(own) or len(own) > len(names):
+            if unknown := [name for name in own if name not in names]:
+                raise ValueError(
+                    f"the data have classes that the model does not know: {_told(unknown)}; the model has "
+                    f"{_told(names)}; the data have {_told(own)}"
+                )
+            self._own_classes = own
+            for split, dataset in self._datasets.items():
+                if split != "predict":
+                    dataset.samples = _renumbered(dataset.samples, now, names)
+        self.class_names = list(names)
+
+    def _labelled(self, split: Split) -> list[Sample]:
+        """List the samples of a split with the labels of `class_names`."""
+        names, own = self.class_names, self._own_classes
+        if own is None:
+            samples = self.samples(split)
+            self._require_classes(split, samples)
+            return samples
+        self.class_names = own  # a subclass may look there
+        try:
+            samples = self.samples(split)
+            self._require_classes(split, samples)
+        finally:
+            self.class_names = names
+        return _renumbered(samples, own, names)
 
     def _require_classes(self, split: str, samples: list[Sample]) -> None:
         for index, (source, label) in enumerate(samples):
@@ -313,6 +354,20 @@ class ImageData(LightningDataModule, ABC):
         if broken:
             rank_zero_warn(f"{split}: skipped {len(broken)} unreadable image(s): {_shortened(broken)}")
         return [sample for sample, why in zip(samples, reasons, strict=True) if not why]
+
+
+def _numbered(names: Sequence[str]) -> bool:
+    return list(names) == [str(k) for k in range(len(names))]
+
+
+def _renumbered(samples: Sequence[Sample], old: Sequence[str], new: Sequence[str]) -> list[Sample]:
+    index = {name: label for label, name in enumerate(new)}
+    return [(source, index[old[label]] if isinstance(label, int) else label) for source, label in samples]
+
+
+def _told(names: Sequence[str], most: int = 10) -> str:
+    rest = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(map(shown, names[:most])) + rest
 
 
 def _named(index: int, source: Path | Image.Image) -> str:

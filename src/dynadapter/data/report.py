@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from itertools import zip_longest
 from typing import Any, Literal
 
 from dynadapter.data.images import shown
@@ -63,6 +64,7 @@ class SetReport:
         splits: What they hold.
         unlisted: Number of image files that belong to no split.
         faults: What is wrong, errors first.
+        class_names: As ``classes.txt`` or the folders give them; empty where nothing does.
     """
 
     name: str
@@ -71,6 +73,7 @@ class SetReport:
     splits: tuple[SplitFacts, ...]
     unlisted: int
     faults: tuple[Fault, ...]
+    class_names: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -121,6 +124,8 @@ def check_report(content: Any) -> Mapping[str, Any]:
         if content["format"] > FORMAT:
             raise ValueError(f"it has format {content['format']}, this dynadapter reads up to {FORMAT}")
         _hashes(content)
+        for one in content["sets"]:
+            _class_names(content, one["name"])
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError("it was not written by dynadapter verify") from error
     return content
@@ -139,12 +144,25 @@ def _hashes(report: Mapping[str, Any]) -> dict[tuple[str, str], str]:
     }
 
 
+def _class_names(report: Mapping[str, Any], name: str) -> tuple[str, ...]:
+    return next(tuple(map(str, one["class_names"])) for one in report["sets"] if one["name"] == name)
+
+
+def _first(then: tuple[str, ...], now: tuple[str, ...]) -> str:
+    """Say what is the first to differ."""
+    k, was, is_now = next((k, *pair) for k, pair in enumerate(zip_longest(then, now)) if pair[0] != pair[1])
+    told = ["none" if name is None else repr(shown(name)) for name in (is_now, was)]
+    return f"class {k} is {told[0]}, was {told[1]}"
+
+
 def compared(one: SetReport, expected: Mapping[str, Any]) -> SetReport:
     then = {split: value for (name, split), value in _hashes(expected).items() if name == one.name}
     now = {split.name: split.hash for split in one.splits}
     faults = []
     if not then:
         faults.append(Fault("error", "changed", f"the earlier report says nothing of {shown(one.name)}"))
+    elif (names_then := _class_names(expected, one.name)) != one.class_names:
+        faults.append(Fault("error", "changed", f"the classes have other names: {_first(names_then, one.class_names)}"))
     for split, value in then.items():
         if split not in now:
             faults.append(Fault("error", "changed", f"{split}: was in the earlier report, and is missing now"))

@@ -269,7 +269,8 @@ def _task_folders(root: Path) -> list[Path]:
     folders = [root / name for name in subfolders(root)]
     found = [path for path in folders if vtab_task(path.name) or any((path / name).is_file() for name in LISTS)]
     if not found:
-        raise ValueError(f"no folder in {shown(root)} holds VTAB lists such as cifar/{LISTS[0]}")
+        advice = "; for train/CLASS/image.png give --data ImageFolder" if (root / "train").is_dir() else ""
+        raise ValueError(f"no folder in {shown(root)} holds VTAB lists such as cifar/{LISTS[0]}{advice}")
     return found
 
 
@@ -295,12 +296,12 @@ def _check_task(root: Path, folder: Path, reader: _Reader) -> SetReport:
         split: [_Entry(folder / os.path.normpath(line.path), line.path, line.label, _line(line)) for line in lines]
         for split, lines in lists.items()
     }
-    classes, wrong_classes = _classes(folder, task, lists)
+    classes, class_names, wrong_classes = _classes(folder, task, lists)
     faults += wrong_classes
     faults += _list_faults(splits, task, classes)
     states = {entry.path: fence.state(entry.path) for entries in splits.values() for entry in entries}
     for split, entries in splits.items():
-        for state, text in (("missing", "listed but not there"), ("outside", "outside the root, behind a link")):
+        for state, text in (("missing", "listed, but no such file"), ("outside", "outside the root, behind a link")):
             if lost := tuple(f"{entry.place}: {entry.name}" for entry in entries if states[entry.path] == state):
                 faults.append(Fault("error", state, f"{split}: {_images(lost)} {text}", lost))
     images = reader.read(folder.name, [path for path, state in states.items() if state == "file"])
@@ -319,7 +320,7 @@ def _check_task(root: Path, folder: Path, reader: _Reader) -> SetReport:
         text = f"{len(unlisted):,} image file{'s are' if len(unlisted) > 1 else ' is'} in no list"
         faults.append(Fault("warning", "unlisted", text, tuple(unlisted)))
     facts = tuple(_facts(split, entries, images) for split, entries in splits.items())
-    return SetReport(folder.name, str(folder), classes, facts, len(unlisted), in_order(faults))
+    return SetReport(folder.name, str(folder), classes, facts, len(unlisted), in_order(faults), class_names)
 
 
 def _line(line: Line) -> str:
@@ -330,23 +331,25 @@ def _without(folder: Path, message: object) -> str:
     return " ".join(str(message).split()).replace(f"{folder}{os.sep}", "")
 
 
-def _classes(folder: Path, task: VTABTask | None, lists: Mapping[str, list[Line]]) -> tuple[int | None, list[Fault]]:
-    """Say how many classes a task has: by the benchmark, its classes.txt, or its labels."""
+def _classes(
+    folder: Path, task: VTABTask | None, lists: Mapping[str, list[Line]]
+) -> tuple[int | None, tuple[str, ...], list[Fault]]:
+    """Say how many classes a task has, by the benchmark, its classes.txt, or its labels; and how they are called."""
     faults = []
-    named = None
+    named: tuple[str, ...] = ()
     if os.path.lexists(folder / "classes.txt"):
         try:
-            named = len(read_classes(folder / "classes.txt", task))
+            named = tuple(read_classes(folder / "classes.txt", task))
         except (OSError, ValueError) as error:
             faults.append(Fault("error", "classes", _without(folder, error)))
     if task or named:
-        return (task.classes if task else named), faults
+        return (task.classes if task else len(named)), named, faults
     highest = max((line.label for lines in lists.values() for line in lines), default=-1)
     if highest >= sum(map(len, lists.values())):
         text = f"label {highest} is higher than the number of listed images; if it is right, name them in classes.txt"
         faults.append(Fault("error", "label", text))
-        return None, faults
-    return (highest + 1 if highest >= 0 else None), faults
+        return None, (), faults
+    return (highest + 1 if highest >= 0 else None), (), faults
 
 
 def _list_faults(splits: Splits, task: VTABTask | None, classes: int | None) -> Iterator[Fault]:
@@ -422,8 +425,10 @@ def _check_folder(root: Path, val_fraction: float, split_seed: int, reader: _Rea
     names = subfolders(root)
     if "train" not in names:
         there = ", ".join(map(shown, names)) or "no folder"
+        lists = any((root / name / LISTS[0]).is_file() for name in names)
+        advice = "; for lists such as train800.txt give --data VTAB1k" if lists else ""
         raise ValueError(
-            f"{shown(root / 'train')} does not exist; expected train/CLASS/image.png, in root are: {there}"
+            f"{shown(root / 'train')} does not exist; expected train/CLASS/image.png, in root are: {there}{advice}"
         )
     if not 0 <= val_fraction < 1:
         raise ValueError(f"val_fraction must lie in [0, 1), not {val_fraction}")
@@ -456,7 +461,8 @@ def _check_folder(root: Path, val_fraction: float, split_seed: int, reader: _Rea
     faults += _doubles(splits, images, lenient=False)
     faults += _leaks(splits, images, [("train", "val"), ("train", "test"), ("val", "test")], lenient=False)
     facts = tuple(_facts(split, entries, images) for split, entries in splits.items())
-    return SetReport(root.name or str(root), str(root), len(index), facts, len(unlisted), in_order(faults))
+    name = root.name or str(root)
+    return SetReport(name, str(root), len(index), facts, len(unlisted), in_order(faults), tuple(index))
 
 
 def _listed(root: Path, split: str, index: Mapping[str, int], faults: list[Fault]) -> tuple[list[_Entry], list[str]]:
@@ -488,7 +494,7 @@ def _listed(root: Path, split: str, index: Mapping[str, int], faults: list[Fault
         ours = path.suffix.lower() in SUFFIXES and path.parent != root / split
         (dead if ours and not path.is_file() else stray).append(str(path.relative_to(root)))
     if dead:
-        text = f"{split}: {len(dead):,} broken link{'s' * (len(dead) > 1)} or pipes in place of images"
+        text = f"{split}: {_images(dead)} {'are' if len(dead) > 1 else 'is'} a broken link or no file"
         faults.append(Fault("error", "missing", text, tuple(dead)))
     return entries, stray
 

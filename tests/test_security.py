@@ -1,0 +1,433 @@
+"""What comes from elsewhere runs nothing, reads nothing outside, and fills no memory: files of every kind, made to."""
+
+import ast
+import os
+import struct
+import time
+import tomllib
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_vit
+from packaging.requirements import Requirement
+from PIL import Image
+
+from dynadapter import runtime
+from dynadapter.adapters import LoRA, inject
+from dynadapter.cli import main
+from dynadapter.data import ImageFolder, UnreadableImage, VTAB1k
+from dynadapter.data import vtab as lists
+from dynadapter.data.images import load_image
+from dynadapter.export import export_programs, load_programs
+from dynadapter.heads import LinearHeads
+from dynadapter.module import ExitClassifier
+from dynadapter.net import ExitNet
+from dynadapter.policies import Confidence
+
+PREPROCESSING = {"image_size": 32, "interpolation": "bicubic", "resize": "stretch", "normalization": "half"}
+ROOT = Path(__file__).parents[1]
+TINY = str(Path(__file__).parent / "conf" / "tiny.yaml")
+
+
+class Code:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[str]]:
+        return os.mkdir, (str(self.mark),)
+
+
+@pytest.fixture
+def mark(tmp_path: Path) -> Iterator[Path]:
+    """A folder that only hostile code makes."""
+    yield tmp_path / "mark"
+    assert not (tmp_path / "mark").exists()
+
+
+def refused(args: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """Runs a command that has to end with exit code 2 and one line, and gives that line."""
+    with pytest.raises(SystemExit) as ending:
+        main(args)
+    shown = capsys.readouterr()
+    lines = [line for line in shown.err.splitlines() if line.startswith("dynadapter: ")]
+    assert ending.value.code == 2, shown.err
+    assert len(lines) == 1
+    assert "Traceback" not in shown.err
+    return lines[0]
+
+
+# ---- the source
+
+
+def calls() -> Iterator[tuple[str, str, dict[str, ast.expr]]]:
+    """Yields the calls in the package and its benchmarks: the file, the dotted name, the named arguments."""
+    for path in sorted([*(ROOT / "src").rglob("*.py"), *(ROOT / "benchmarks").glob("*.py")]):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call):
+                named = {word.arg: word.value for word in node.keywords if word.arg is not None}
+                yield path.name, ast.unparse(node.func), named
+
+
+def test_no_pickle_is_loaded_but_by_weights_only():
+    seen = 0
+    for file, name, named in calls():
+        last = name.rpartition(".")[2]
+        if name in ("torch.load", "read_checkpoint"):
+            seen += 1
+            assert ast.unparse(named["weights_only"]) == "True", file
+        if name == "torch.export.load":  # which looks for pickles first
+            assert file == "export.py"
+        assert not name.startswith(("pickle.", "marshal.", "shelve.", "dill.", "joblib.", "cloudpickle.")), file
+        assert last != "Unpickler", file
+        assert name not in ("torch.jit.load", "torch.hub.load", "pd.read_pickle"), file
+        assert "allow_pickle" not in named, file
+    assert seen > 5
+
+
+def test_no_text_is_run():
+    for file, name, named in calls():
+        assert name not in ("eval", "exec", "compile", "os.system", "os.popen"), file
+        assert "shell" not in named, file
+        if name.startswith("yaml.") and "load" in name:
+            assert name in ("yaml.load", "yaml.safe_load"), file
+            assert name != "yaml.load" or file == "layers.py"  # by a SafeLoader
+        if name.endswith("extractall"):
+            assert ast.unparse(named["filter"]) == "'data'", file
+
+
+@pytest.mark.parametrize(
+    ("name", "bad", "good"),
+    [
+        # malicious uploads, GHSA-w37p-236h-pfx3; before 2.6.6 a checkpoint's hyper-parameters could run code
+        ("lightning", ("2.6.2", "2.6.3", "2.6.5"), "2.6.6"),
+        ("torch", ("2.5.1", "2.9.1"), "2.10.0"),  # weights_only could be got around before 2.6 (CVE-2025-32434)
+        ("jsonargparse", ("4.41.0", "5.0.0"), "4.42.0"),
+        ("pillow", ("10.2.0",), "10.3.0"),  # CVE-2024-28219
+        ("timm", ("1.0.20",), "1.0.22"),
+    ],
+)
+def test_bounds_keep_bad_releases_out(name, bad, good):
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    (found,) = [r for r in map(Requirement, project["dependencies"]) if r.name == name]
+    assert not [version for version in bad if version in found.specifier]
+    assert good in found.specifier
+
+
+# ---- a hostile checkpoint
+
+
+@pytest.fixture(scope="module")
+def content(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What a good checkpoint holds."""
+    folder = tmp_path_factory.mktemp("run")
+    main(["fit", "-c", TINY, f"--trainer.default_root_dir={folder}", "--trainer.logger=false"])
+    saved = folder / "version_0" / "checkpoints" / "last.ckpt"
+    held: dict[str, Any] = torch.load(saved, weights_only=True)
+    return held
+
+
+COMMANDS = {
+    "test": ["test", "--ckpt_path", "{C}"],
+    "validate": ["validate", "--ckpt_path", "{C}"],
+    "flops": ["flops", "--ckpt_path", "{C}"],
+    "predict": ["predict", "--ckpt_path", "{C}", "--images", "."],
+    "calibrate": ["calibrate", "--ckpt_path", "{C}", "--goal.cost", "0.5"],
+    "fit": ["fit", "-c", TINY, "--ckpt_path", "{C}"],
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_code_in_a_checkpoint(command, content, mark, capsys, monkeypatch):
+    monkeypatch.chdir(mark.parent)
+    path = mark.parent / "evil.ckpt"
+    torch.save({**content, "callbacks": {"x": Code(mark)}}, path)
+    line = refused([arg.replace("{C}", str(path)) for arg in COMMANDS[command]], capsys)
+    assert "evil.ckpt is no checkpoint that can be read: it holds more than numbers, text and tensors" in line
+
+
+def test_code_in_a_checkpoint_of_a_run_that_goes_on(content, mark, capsys):
+    run = mark.parent / "version_0"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "config.yaml").write_text(Path(TINY).read_text())
+    torch.save({**content, "callbacks": Code(mark)}, run / "checkpoints" / "last.ckpt")
+    assert "last.ckpt" in refused(["fit", "--resume", str(run)], capsys)
+
+
+def test_code_in_a_checkpoint_in_python(content, mark):
+    path = mark.parent / "evil.ckpt"
+    torch.save({**content, "hyper_parameters": Code(mark)}, path)
+    with pytest.raises(Exception, match=r"(?i)weights_only"):
+        ExitClassifier.load_from_checkpoint(path)
+
+
+def test_code_in_weights(mark, capsys):
+    path = mark.parent / "evil.pth"
+    torch.save({"state_dict": Code(mark)}, path)
+    line = refused(["fit", "-c", TINY, "--trainer.fast_dev_run=true", f"--model.weights={path}"], capsys)
+    assert "would have to run code to be read" in line
+
+
+def named(class_path: str, **arguments: Any) -> dict[str, Any]:
+    return {"class_path": class_path, "init_args": arguments}
+
+
+@pytest.mark.parametrize("where", ["adapter", "heads", "trunk_args", "lr_schedule", "weights", "data", "preprocessing"])
+@pytest.mark.parametrize("what", ["os.mkdir", "evil_module.Data"])
+def test_a_checkpoint_that_names_code(what, where, content, mark, capsys, monkeypatch):
+    """Not even a module is imported for it."""
+    (mark.parent / "evil_module.py").write_text(f"import os\nos.mkdir({str(mark)!r})\nclass Data: pass\n")
+    monkeypatch.syspath_prepend(mark.parent)
+    evil = named(what, path=str(mark))
+    held = {key: dict(value) if isinstance(value, dict) else value for key, value in content.items()}
+    if where in ("data", "preprocessing"):
+        held["dynadapter"][where] = evil
+    else:
+        held["hyper_parameters"][where] = evil
+    held["hyper_parameters"] |= {"_instantiator": "os.mkdir", "_class_path": "os.mkdir"}
+    path = mark.parent / "evil.ckpt"
+    torch.save(held, path)
+    line = refused(["test", "--ckpt_path", str(path)], capsys)
+    assert "data is missing" in line if where == "data" else "was not written by dynadapter" in line
+
+
+# ---- a hostile config
+
+CONFIGS = {
+    "adapter": "model: {adapter: {class_path: os.mkdir, init_args: {path: MARK}}}",
+    "trunk_args": "model: {trunk_args: {depth: {class_path: os.mkdir, init_args: {path: MARK}}}}",
+    "optimizer": "model: {optimizer: {class_path: os.mkdir, init_args: {path: MARK}}}",
+    "optimizer as a program": "model: {optimizer: {class_path: subprocess.Popen, init_args: {args: [mkdir, MARK]}}}",
+    "schedule": "model: {lr_schedule: {class_path: os.mkdir, init_args: {path: MARK}}}",
+    "policies": "early_exit: {policies: [{class_path: os.mkdir, init_args: {path: MARK}}]}",
+    "a hook": "trainer: {callbacks: [{class_path: LambdaCallback, init_args: {setup: os.system}}]}",
+    "a hook with arguments": "trainer: {callbacks: [{class_path: LambdaCallback, init_args: {setup: "
+    "{class_path: os.mkdir, init_args: {path: MARK}}}}]}",
+    "callback": "trainer: {callbacks: [{class_path: os.mkdir, init_args: {path: MARK}}]}",
+    "logger": "trainer: {logger: {class_path: os.mkdir, init_args: {path: MARK}}}",
+    "profiler": "trainer: {profiler: {class_path: os.mkdir, init_args: {path: MARK}}}",
+    "plugins": "trainer: {plugins: [{class_path: os.mkdir, init_args: {path: MARK}}]}",
+    "strategy": "trainer: {strategy: {class_path: DDPStrategy, init_args: {ddp_comm_hook: os.system}}}",
+    "data": "data: {class_path: os.mkdir, init_args: {path: MARK}}",
+    "a tag of Python": "model: !!python/object/apply:os.mkdir [MARK]",
+    "a tag inside": "model: {trunk: !!python/object/apply:os.mkdir [MARK]}",
+    "laughter": "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n"
+    + "".join(f"a{k}: &a{k} [{', '.join([f'*a{k - 1}'] * 10)}]\n" for k in range(1, 12)),
+    "a circle": "model: &m {trunk_args: *m}",
+    "depth": "model: " + "[" * 5000,
+}
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_a_config(kind, mark, capsys):
+    path = mark.parent / "evil.yaml"
+    path.write_text(CONFIGS[kind].replace("MARK", str(mark)))
+    start = time.perf_counter()
+    refused(["fit", "-c", TINY, "-c", str(path), "--trainer.fast_dev_run=true"], capsys)
+    assert time.perf_counter() - start < 60
+
+
+def test_what_people_name_in_configs_goes_through(mark, capsys):
+    path = mark.parent / "good.yaml"
+    path.write_text(
+        "model: {optimizer: {class_path: torch.optim.SGD, init_args: {lr: 0.1}}, lr_schedule: Cosine}\n"
+        "trainer: {callbacks: [{class_path: EarlyStopping, init_args: {monitor: val/acc}}], logger: "
+        "{class_path: CSVLogger, init_args: {save_dir: x}}}\n"
+    )
+    with pytest.raises(SystemExit, match="0"):
+        main(["fit", "-c", TINY, "-c", str(path), "--print_config"])
+    assert "torch.optim.SGD" in capsys.readouterr().out
+
+
+# ---- a hostile list
+
+
+def task(folder: Path, line: str) -> Path:
+    (folder / "set" / "task" / "images").mkdir(parents=True)
+    Image.new("RGB", (4, 4)).save(folder / "secret.png")
+    Image.new("RGB", (4, 4)).save(folder / "set" / "task" / "images" / "0.png")
+    for name in lists.LISTS:
+        (folder / "set" / "task" / name).write_text(f"images/0.png 0\n{line}\n")
+    return folder / "set"
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "../../secret.png",
+        "images/../../../secret.png",
+        "{F}/secret.png",
+        "C:\\secret.png",
+        "..\\..\\secret.png",
+        "a\0b",
+    ],
+)
+def test_a_list_that_leads_out(path, tmp_path, capsys):
+    root = task(tmp_path, f"{path.replace('{F}', str(tmp_path))} 1")
+    with pytest.raises(ValueError, match=r"leaves the task's folder|is not 'PATH LABEL'"):
+        VTAB1k(root, "task")
+    with pytest.raises(SystemExit) as ending:
+        main(["verify", "--data", "VTAB1k", "--data.root", str(root)])
+    assert ending.value.code == 1
+    assert "1 of its lines cannot be used" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize("what", ["the image", "its folder"])
+def test_a_list_that_leads_out_by_a_link(what, skip, tmp_path):
+    root = task(tmp_path, "more/secret.png 1")
+    if what == "its folder":
+        (root / "task" / "more").symlink_to(tmp_path)
+    else:
+        (root / "task" / "more").mkdir()
+        (root / "task" / "more" / "secret.png").symlink_to(tmp_path / "secret.png")
+    data = VTAB1k(root, "task", on_error="skip" if skip else "raise")
+    with pytest.raises(ValueError, match=r":2: image more/secret.png leads by a link to .*secret.png, out of"):
+        data.samples("train")
+    assert VTAB1k(root.parent / "set", "task").samples  # a root that is given by way of a link is another matter
+    (tmp_path / "link").symlink_to(root)
+    (root / "task" / "more").rename(tmp_path / "away")
+    (root / "task" / "train800.txt").write_text("images/0.png 0\n")
+    assert len(VTAB1k(tmp_path / "link", "task").samples("train")) == 1
+
+
+def test_a_list_without_end(tmp_path, monkeypatch):
+    root = task(tmp_path, "images/0.png 0\n" * 100)
+    monkeypatch.setattr(lists, "MAX_LIST", 1000)
+    with pytest.raises(ValueError, match="has more than 1,000 bytes, which no list has"):
+        VTAB1k(root, "task")
+    (root / "task" / "test.txt").unlink()
+    os.mkfifo(root / "task" / "test.txt")  # nobody ever writes there
+    monkeypatch.undo()
+    assert "test.txt" not in VTAB1k(root, "task")._lists
+
+
+# ---- a hostile image
+
+
+def png(width: int, height: int, *chunks: tuple[bytes, bytes]) -> bytes:
+    """A PNG whose head promises so many pixels, and that holds nearly none."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">L", len(data)) + kind + data + struct.pack(">L", zlib.crc32(kind + data))
+
+    head = chunk(b"IHDR", struct.pack(">LLBBBBB", width, height, 8, 2, 0, 0, 0))
+    parts = b"".join(chunk(kind, data) for kind, data in chunks)
+    return b"\x89PNG\r\n\x1a\n" + head + parts + chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b"")
+
+
+def eps(mark: Path) -> bytes:
+    return b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n" + f"({mark}) (w) file\n".encode()
+
+
+IMAGES: dict[str, tuple[str, Callable[[Path], bytes], str]] = {
+    "more pixels than memory": ("a.png", lambda mark: png(60_000, 60_000), "decompression bomb"),
+    "a side without end": ("a.png", lambda mark: png(2**31 - 1, 1), "decompression bomb"),
+    "text without end": (
+        "a.png",
+        lambda mark: png(9, 9, (b"zTXt", b"a\0\0" + zlib.compress(bytes(2**27)))),
+        "too large",
+    ),
+    "a program": ("a.png", eps, "not an image of a known format"),
+    "a pickle": ("a.jpg", lambda mark: b"\x80\x04c__main__\nCode\n.", "not an image of a known format"),
+    "a program by name": ("a.tif", lambda mark: b"#!/bin/sh\nmkdir mark\n", "not an image of a known format"),
+    "a table that leads round": (
+        "a.tif",
+        lambda mark: b"II*\0\x08\0\0\0\x01\0\x00\x01\x04\0\x01\0\0\0\x09\0\0\0\x08\0\0\0",
+        "a.tif",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", IMAGES)
+def test_an_image(kind, mark, capsys):
+    name, make, words = IMAGES[kind]
+    folder = mark.parent / "set" / "train" / "a"
+    folder.mkdir(parents=True)
+    (folder / name).write_bytes(make(mark))
+    Image.new("RGB", (4, 4)).save(folder / "good.png")
+    with pytest.raises(UnreadableImage, match=words):
+        load_image(folder / name)
+    with pytest.raises(runtime.UnreadableImage, match=words):
+        runtime.load_image(folder / name)
+    data = ImageFolder(mark.parent / "set", val_fraction=0, on_error="skip")
+    with pytest.warns(UserWarning, match=rf"skipped 1 unreadable image\(s\): .*{name}"):
+        assert len(data.dataset("train")) == 1
+    with pytest.raises(SystemExit) as ending:
+        main(["verify", "--data", "ImageFolder", "--data.root", str(mark.parent / "set")])
+    assert ending.value.code == 1
+    assert ": 1 image cannot be read" in capsys.readouterr().out
+
+
+# ---- a hostile program
+
+
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("programs")
+    trunk = make_vit(depth=2)
+    inject(trunk, LoRA(rank=2))
+    net = ExitNet(trunk, LinearHeads(), every=1).eval()
+    export_programs(
+        net, folder / "good", policy=Confidence(0.5), class_names=list("abcde"), preprocessing=PREPROCESSING
+    )
+    return folder / "good"
+
+
+def rebuilt(file: Path, edit: Callable[[str, bytes], bytes | None], *more: tuple[str, bytes]) -> None:
+    """Changes the parts of a program, with checksums to match."""
+    with zipfile.ZipFile(file) as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+        for name, content in parts.items():
+            if (changed := edit(name, content)) is not None:
+                archive.writestr(name, changed)
+        for name, content in more:
+            archive.writestr(f"{file.stem}/{name}", content)
+
+
+def replaced(old: bytes, new: bytes) -> Callable[[str, bytes], bytes]:
+    return lambda name, content: content.replace(old, new)
+
+
+PROGRAMS: dict[str, tuple[Callable[[str, bytes], bytes | None], tuple[tuple[str, bytes], ...], str]] = {
+    "pickled weights": (replaced(b'"use_pickle": false', b'"use_pickle": true'), (), "it holds a pickle"),
+    "a pickled object": (
+        replaced(b'"path_name": "tensor_0"', b'"path_name": "opaque_obj_0"'),
+        (),
+        "it holds an object",
+    ),
+    "pickled inputs": (lambda n, c: b"x" if "sample_inputs" in n else c, (), "it holds a pickle"),
+    "another function": (
+        replaced(b"torch.ops.aten.view.default", b"torch.os.system"),
+        (),
+        "a call of 'torch.os.system'",
+    ),
+    "an expression": (
+        replaced(b"positive=True", b"positive=exec('import os')"),
+        (),
+        "it holds an expression",
+    ),
+    "compiled code": (lambda n, c: c, (("data/aotinductor/model/a.so", b"ELF"),), "it holds compiled code"),
+    "an older layout": (lambda n, c: None if n.endswith("archive_format") else c, (), "it holds other parts"),
+}
+
+
+@pytest.mark.parametrize("kind", PROGRAMS)
+def test_a_program(kind, programs, tmp_path, monkeypatch):
+    edit, more, words = PROGRAMS[kind]
+    for file in programs.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    load_programs(tmp_path)
+    rebuilt(tmp_path / "stage0.pt2", edit, *more)
+    with pytest.raises(ValueError, match="copy the exported folder again"):
+        load_programs(tmp_path)
+    monkeypatch.setattr(runtime, "_check_file", lambda *args: None)  # as with a manifest that was made to match
+    with pytest.raises(ValueError, match=words):
+        load_programs(tmp_path)
