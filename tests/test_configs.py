@@ -1,18 +1,24 @@
 """The config files that ship: each trains, alone or laid over vtab.yaml, and says what it claims to say."""
 
+import importlib
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from PIL import Image
 
+from dynadapter import AdapterSpec, Distillation, Heads, Schedule, Weighting
 from dynadapter.callbacks import BidirectionalSparsity, EarlyExit, ExitWeights
 from dynadapter.cli import main
 from dynadapter.cli.app import DynCLI
 from dynadapter.schedules import Cosine, Warmup
+from dynadapter.spec_json import restore
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-FILES = sorted(CONFIGS.glob("*.yaml"))
+PRESETS = sorted(CONFIGS.glob("presets/*.yaml"))
+FILES = [*sorted(CONFIGS.glob("*.yaml")), *PRESETS]
 ALONE = ("quickstart", "vtab")
 KINDS = ("adapter", "lora", "repadapter", "adaptformer")
 SMALL = [
@@ -54,21 +60,47 @@ def stacked(*names: str) -> list[str]:
     return [f"--config={CONFIGS / name}.yaml" for name in names]
 
 
+def name_of(file: Path) -> str:
+    return file.relative_to(CONFIGS).with_suffix("").as_posix()
+
+
 def test_every_file_is_tested():
-    assert {file.stem for file in FILES} == {*ALONE, *KINDS, "static"}
+    assert {name_of(file) for file in FILES if file not in PRESETS} == {*ALONE, *KINDS, "static"}
+    assert [file.stem for file in PRESETS] == ["adapter", "lora", "repadapter"]
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", FILES, ids=name_of)
 def test_every_file_trains_in_the_small(file, task, recwarn):
-    names = [file.stem] if file.stem in ALONE else ["vtab", file.stem]
+    names = [file.stem] if file.stem in ALONE else ["vtab", name_of(file)]
     main(["fit", *stacked(*names), *SMALL, *(task if "vtab" in names else ["--data.image_size=32"])])
     assert not [str(warning.message) for warning in recwarn if "discard" in str(warning.message)]
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", FILES, ids=name_of)
 def test_every_file_has_comments_that_say_how_to_run_it(file):
     head = [line for line in file.read_text().splitlines()[:4] if line.startswith("#")]
-    assert any(f"configs/{file.name}" in line and "dynadapter fit" in line for line in head)
+    assert any(f"configs/{name_of(file)}.yaml" in line and "dynadapter fit" in line for line in head)
+
+
+@pytest.fixture
+def benchmark(monkeypatch) -> Any:
+    """The recipes of benchmarks/transfer.py."""
+    monkeypatch.setattr(sys, "path", [str(CONFIGS.parent / "benchmarks"), *sys.path])
+    return importlib.import_module("recipes")
+
+
+@pytest.mark.parametrize("file", PRESETS, ids=name_of)
+def test_a_preset_is_what_the_benchmark_trains(file, benchmark):
+    recipe, config = benchmark.recipe(benchmark.DEFAULT), yaml.safe_load(file.read_text())
+    model, sparsity = config["model"], config["sparsity"]
+    blocks = recipe.exits and list(recipe.exits)
+    assert (model["every"], model["exits"]) == (recipe.every, blocks)
+    assert restore(model["adapter"], AdapterSpec) == benchmark.METHODS[file.stem](1.0)
+    assert restore(model["heads"], Heads) == recipe.heads
+    assert restore(model["distillation"], Distillation | None) == recipe.distillation
+    assert restore(config["exit_weights"]["weighting"], Weighting) == recipe.weighting
+    found = [restore(sparsity[name], Schedule | None) for name in ("shallow", "deep", "keep")]
+    assert [*found, sparsity["masked"]] == [recipe.shallow, recipe.deep, recipe.keep, recipe.masked]
 
 
 def test_one_adapter_over_another_is_that_one_alone(task, built):
