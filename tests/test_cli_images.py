@@ -1,0 +1,120 @@
+"""Images and classes by the command line: what cannot be read is listed, and classes go by their names."""
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dynadapter.cli import main
+
+TINY = str(Path(__file__).parent / "conf" / "tiny.yaml")
+NAMES = ("dark", "grey", "white")
+OPTIONS = ["--data=VTAB1k", "--data.task=task", "--data.image_size=32", "--data.batch_size=8"]
+
+
+def make(root: Path, names: tuple[str, ...] = NAMES) -> Path:
+    """A task of dark, grey and white images, numbered in the order of the names."""
+    (root / "task" / "images").mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    lines = []
+    for k in range(30):
+        pixels = rng.integers(0, 60, (9, 9, 3), dtype=np.uint8) + np.uint8(90 * (k % 3))
+        Image.fromarray(pixels).save(root / "task" / "images" / f"{k}.png")
+        lines.append(f"images/{k}.png {names.index(NAMES[k % 3])}\n")
+    for split, part in {"train800": lines[:18], "val200": lines[18:24], "test": lines[24:]}.items():
+        (root / "task" / f"{split}.txt").write_text("".join(part))
+    (root / "task" / "classes.txt").write_text("\n".join(names))
+    return root
+
+
+def listed(path: Path) -> list[list[str]]:
+    with path.open(newline="") as file:
+        return list(csv.reader(file))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on a set of which one image cannot be read."""
+    folder = tmp_path_factory.mktemp("trained")
+    make(folder / "data")
+    (folder / "data" / "task" / "images" / "7.png").write_bytes(b"no image")
+    where = [f"--data.root={folder / 'data'}", f"--trainer.default_root_dir={folder}", "--trainer.max_epochs=4"]
+    with pytest.warns(UserWarning, match=r"train: skipped 1 unreadable image"):
+        main(["fit", "-c", TINY, *OPTIONS, *where, "--data.on_error=skip", "--trainer.limit_train_batches=null"])
+    return folder / "version_0"
+
+
+def test_what_was_left_out_of_a_training_is_listed(trained):
+    image = trained.parent / "data" / "task" / "images" / "7.png"
+    reason = "not an image of a known format (PNG, JPEG, WEBP, BMP, GIF, TIFF, PPM)"
+    assert listed(trained / "skipped.csv") == [["file", "reason"], [str(image), reason]]
+    record = json.loads((trained / "run.json").read_text())
+    assert record["data"]["splits"]["train"]["images"] == 17
+    assert record["data"]["class_names"] == list(NAMES)
+
+
+def test_what_was_left_out_of_a_prediction_is_listed(trained, tmp_path):
+    shutil.copytree(trained.parent / "data" / "task" / "images", tmp_path / "images")
+    ckpt = trained / "checkpoints" / "last.ckpt"
+    args = ["predict", "--ckpt_path", str(ckpt), "--images", str(tmp_path / "images"), "--out", str(tmp_path / "p.csv")]
+    with pytest.warns(UserWarning, match=r"predict: skipped 1 unreadable image"):
+        main([*args, "--data.on_error=skip"])
+    assert len(listed(tmp_path / "p.csv")) == 30
+    assert [row[0] for row in listed(tmp_path / "p.csv.skipped.csv")] == ["file", str(tmp_path / "images" / "7.png")]
+    (tmp_path / "images" / "7.png").unlink()
+    main([*args, "--predictions.overwrite=true"])
+    assert not (tmp_path / "p.csv.skipped.csv").exists()  # an old list says nothing of a new table
+
+
+def test_more_than_the_cap_is_an_error(trained, capsys):
+    data = trained.parent / "data"
+    with pytest.raises(SystemExit) as ending:
+        main(["fit", "-c", TINY, *OPTIONS, f"--data.root={data}", "--data.on_error=skip", "--data.max_skipped=0"])
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert ending.value.code == 2
+    assert "error: 1 images cannot be read, more than max_skipped=0: " in line
+    assert "7.png" in line
+
+
+@pytest.mark.parametrize("command", ["test", "validate"])
+def test_the_order_of_the_classes_does_not_matter(command, trained, tmp_path):
+    def results(root: Path) -> dict[str, float]:
+        args = [f"--data.root={root}", f"--trainer.default_root_dir={root}", "--trainer.limit_test_batches=null"]
+        main([command, "--ckpt_path", str(trained / "checkpoints" / "last.ckpt"), *OPTIONS, *args])
+        found: dict[str, float] = json.loads((root / f"{command}_0" / "run.json").read_text())["results"]
+        return found
+
+    expected = results(make(tmp_path / "same"))
+    assert results(make(tmp_path / "other", ("white", "dark", "grey"))) == expected
+    wrong = make(tmp_path / "wrong", ("white", "dark", "grey"))
+    (wrong / "task" / "classes.txt").write_text("\n".join(NAMES))
+    assert results(wrong) != expected
+
+
+def test_other_classes_are_refused_with_both_lists(trained, tmp_path, capsys):
+    root = make(tmp_path)
+    (root / "task" / "classes.txt").write_text("dark\ngray\nwhite")
+    with pytest.raises(SystemExit) as ending:
+        main(["test", "--ckpt_path", str(trained / "checkpoints" / "last.ckpt"), *OPTIONS, f"--data.root={root}"])
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert ending.value.code == 2
+    assert "'dark', 'grey', 'white'" in line
+    assert "'dark', 'gray', 'white'" in line
+
+
+def test_a_training_goes_on_by_the_names_of_its_classes(trained, tmp_path):
+    """The order in a file has changed between a training and its end; the labels of the images have not."""
+    ends = []
+    for order in (NAMES, ("white", "dark", "grey")):
+        root = make(tmp_path / order[0], order)
+        args = ["fit", "-c", TINY, *OPTIONS, f"--data.root={root}", f"--trainer.default_root_dir={root}"]
+        ckpt = str(trained / "checkpoints" / "last.ckpt")
+        main([*args, "--trainer.max_epochs=5", "--trainer.limit_train_batches=null", "--ckpt_path", ckpt])
+        ends.append(torch.load(root / "version_0" / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"])
+    assert ends[0].keys() == ends[1].keys()
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
