@@ -41,6 +41,7 @@ CASES = {
     "named": [*EPOCHS, "--checkpoint.filename={epoch}-{step}"],
     "one batch": ["--trainer.max_epochs=3", "--trainer.limit_train_batches=1"],
     "workers": [*EPOCHS, "--data.num_workers=2", "--data.augment=flip"],
+    "averaged": [*EPOCHS, "--trainer.callbacks+=WeightAverage", "--trainer.callbacks.decay=0.9"],
 }
 
 
@@ -129,13 +130,17 @@ def equal(a: Any, b: Any) -> bool:
     return a == b
 
 
+PARTS = ("state_dict", "optimizer_states", "lr_schedulers", "epoch", "global_step", "loops")
+PARTS += ("current_model_state", "averaging_state")  # of an average, whose weights are the state_dict
+
+
 def require_same(one: Path, other: Path) -> None:
     """Compares two runs: every file of weights, optimiser, schedules and counters, bit for bit, and the log."""
     names = [sorted(path.name for path in (run / "checkpoints").iterdir()) for run in (one, other)]
     assert names[0] == names[1]
     for name in names[0]:
         a, b = (torch.load(run / "checkpoints" / name, weights_only=True) for run in (one, other))
-        for part in ("state_dict", "optimizer_states", "lr_schedulers", "epoch", "global_step", "loops"):
+        for part in PARTS:
             if part != "loops" or name != "weights.ckpt":
                 assert equal(a.get(part), b.get(part)), (name, part)
     logs = [lines(run / "metrics.csv") for run in (one, other)]
@@ -175,6 +180,8 @@ MORE = [
     ("one batch", 2, terminated, 143),
     ("workers", 6, terminated, 143),
     ("workers", 6, killed, None),
+    ("averaged", 6, terminated, 143),
+    ("averaged", 9, killed, None),
 ]
 
 

@@ -511,9 +511,10 @@ class ExitClassifier(LightningModule):
         faults = [f"Missing: {key}." for key in own - held]
         faults += [f"Unknown: {key}." for key in held - own - frozen_keys(self)]
         if faults:
+            more = f" And {len(faults) - 3} more like this." if len(faults) > 3 else ""
             raise ValueError(
-                f"the checkpoint does not fit this model: {' '.join(sorted(faults)[:3])} Give the adapter, heads and "
-                "exits of the training"
+                f"the checkpoint does not fit this model: {' '.join(sorted(faults)[:3])}{more} Give the adapter, heads "
+                "and exits of the training"
             )
 
     def _check_classes(self, names: list[str]) -> None:
