@@ -106,7 +106,8 @@ def plan(args: argparse.Namespace, phase: str, lines: list[Line], trunk: TrunkFi
                     source = args.scale_from or (name if phase == "final" else DEFAULT)
                     best = chosen_scale(matching(lines, phase="search", recipe=source, **about))
                     scales = [] if best is None else [best]
-                    if phase == "final" and scales and not calibration(lines, same, task, method, name, scales[0], 0):
+                    dynamic = phase == "final" and not recipe(name).static  # it takes the thresholds of its own search
+                    if dynamic and scales and not calibration(lines, same, task, method, name, scales[0], 0):
                         scales, source = [], name
                     if not scales:
                         missing.append(f"{task} {method} {name}: no search run of {source}; run --phase search first")
@@ -234,11 +235,11 @@ class Bench:
             lines = Runs(self.args.out).lines
             same = {name: run.key(self.args, self.trunk)[name] for name in ("epochs", "batch", "trunk")}
             found = calibration(lines, same, run.task, run.method, run.recipe, run.scale, run.seed)
-            assert found is not None, "the plan has made sure of it"
             about = matching(lines, phase="search", recipe=run.recipe, task=run.task, method=run.method, **same)
             values["scales_searched"] = sorted({line["key"]["scale"] for line in about})
-            values["calibrated_on_seed"] = found["key"]["seed"]
             if not how.static:
+                assert found is not None, "the plan has made sure of it"
+                values["calibrated_on_seed"] = found["key"]["seed"]
                 values["routed"] = applied(found["routed"], logits, seen.targets, costs[0])
         elif not how.static:
             values["routed"] = calibrated(logits, seen.targets, costs[0])
