@@ -329,17 +329,19 @@ def leavers(path: Path, setting: Setting, method: str, goal: str, data: Path, ke
             break
     if not rows:
         return []
-    with drawing(path, 0.62 * 2 * count + 1.6, 0.72 * len(rows) + 0.5) as figure:
-        axes = figure.subplots(len(rows), 2 * count + 1, squeeze=False, width_ratios=[*[1] * count, 0.35, *[1] * count])
-        for ax in axes.flat:
-            ax.set_axis_off()
-        for row, (task, _, sides) in zip(axes, rows, strict=True):
-            row[0].text(-0.15, 0.5, task, transform=row[0].transAxes, ha="right", va="center", fontsize=9)
-            for start, side in ((0, sides[0]), (count + 1, sides[1])):
-                for ax, file in zip(row[start:], side, strict=False):
+    blocks = rows[0][1]["exits"]
+    titles = (f"leave after block {blocks[0]}, the surest", f"stay to block {blocks[-1]}, the most doubtful")
+    with drawing(path, 0.64 * 2 * count + 1.6, 0.66 * len(rows) + 0.4) as figure:
+        halves = figure.subfigures(1, 2, width_ratios=(0.64 * count + 1.4, 0.64 * count))
+        for number, (half, title) in enumerate(zip(halves, titles, strict=True)):
+            half.suptitle(title, fontsize=9, fontweight="bold")
+            axes = half.subplots(len(rows), count, squeeze=False)
+            for ax in axes.flat:
+                ax.set_axis_off()
+            for row, (task, _, sides) in zip(axes, rows, strict=True):
+                if number == 0:
+                    row[0].text(-0.15, 0.5, task, transform=row[0].transAxes, ha="right", va="center", fontsize=9)
+                for ax, file in zip(row, sides[number], strict=False):
                     with Image.open(file) as image:
                         ax.imshow(image.convert("RGB"), interpolation="nearest")
-        blocks = rows[0][1]["exits"]
-        axes[0][0].set_title(f"leave after block {blocks[0]}, the surest", fontsize=9)
-        axes[0][count + 1].set_title(f"stay to block {blocks[-1]}, the most doubtful", fontsize=9)
     return [task for task, _, _ in rows]

@@ -101,7 +101,8 @@ class ExitClassifier(LightningModule):
 
     Args:
         num_classes: Classes of the task, at least 2.
-        trunk: Name of a timm model with its weights' tag, e.g. ``vit_base_patch16_224.orig_in21k``.
+        trunk: Name of a timm model with its weights' tag, e.g. ``vit_base_patch16_224.orig_in21k``, or of a trunk that
+            ships with the package.
         pretrained: Fetch the weights that belong to the name (needs a network the first time).
         weights: A local file with the trunk's weights instead: ``.safetensors``, ``.pth``, ``.pt``, ``.bin``, ``.npz``.
         image_size: Pixels of the square input, for trunks with position embeddings; None leaves the trunk's own.
