@@ -249,6 +249,25 @@ def test_the_trunk_stays_as_it_was_in_every_loop(family: str) -> None:
     assert all(torch.equal(after[name], b) for name, b in buffers.items())
 
 
+@pytest.mark.parametrize(
+    ("precision", "dtype"),
+    [("bf16-mixed", torch.float32), ("bf16-true", torch.bfloat16), ("16-true", torch.float16)],
+)
+def test_training_in_16_bits(precision: str, dtype: torch.dtype) -> None:
+    # AdamW's own eps is 0 in float16, and the second step not finite, which is said.
+    module = make_classifier(optimizer=lambda params: torch.optim.AdamW(params, lr=1e-3, eps=1e-4))
+    before = {name: p.detach().to(dtype, copy=True) for name, p in module.named_parameters()}
+    fitting = trainer(precision=precision)
+    fitting.fit(module, loader(3), loader(1))
+    assert math.isfinite(fitting.callback_metrics["train/loss"])
+    for name, p in module.named_parameters():
+        assert p.dtype == dtype
+        assert p.isfinite().all()
+        if not p.requires_grad:
+            assert torch.equal(p, before[name]), name
+    assert any(not torch.equal(p, before[name]) for name, p in module.named_parameters())
+
+
 class Named(IterableDataset):
     """A batch of images with the names of their files."""
 

@@ -1,6 +1,7 @@
 """What ``--trainer.strategy`` may be, and that a sharded training leaves the files of any other."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -8,11 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 from dynadapter.cli import main
 from dynadapter.cli.errors import Mistake
-from dynadapter.cli.strategies import FSDP2, require_known
+from dynadapter.cli.strategies import FSDP2, require_known, require_own_processes
 
 TINY = str(Path(__file__).parent / "conf" / "tiny.yaml")
 
@@ -54,6 +56,14 @@ def test_all_processes_take_part_in_the_sharding():
     strategy.num_nodes = 2
     strategy.set_world_ranks()
     assert (strategy._data_parallel_size, strategy._tensor_parallel_size) == (6, 1)
+
+
+def test_a_slip_of_the_pen_starts_no_hundred_processes():
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    quiet = {"accelerator": "cpu", "strategy": "ddp", "logger": False, "enable_checkpointing": False}
+    require_own_processes(Trainer(devices=3, **quiet))
+    with pytest.raises(Mistake, match=rf"^trainer.devices={8 + 2 * cores} would start as many .*; give at most \d+$"):
+        require_own_processes(Trainer(devices=8 + 2 * cores, **quiet))  # which starts none before it fits
 
 
 @pytest.mark.slow

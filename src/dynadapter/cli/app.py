@@ -353,7 +353,7 @@ class DynCLI(LightningCLI):
             self.record = self._new_record(self.run_folder)
             callbacks.append(self.record)
         trainer = super()._instantiate_trainer(config, callbacks)
-        require_own_processes(trainer.strategy)
+        require_own_processes(trainer)
         _write_in_one_step(trainer)
         return trainer
 

@@ -1,8 +1,11 @@
 """What ``--trainer.strategy`` may be: how a run is spread over processes, and what would go wrong in silence."""
 
+import os
 from datetime import timedelta
 from typing import Any
 
+from lightning.pytorch import Trainer
+from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, StrategyRegistry
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
@@ -72,17 +75,23 @@ def require_known(strategy: Any, precision: Any) -> None:
         )
 
 
-def require_own_processes(strategy: Any) -> None:
-    """Refuses strategies for notebooks, in whose processes a run's record and its measures would be lost.
+def require_own_processes(trainer: Trainer) -> None:
+    """Refuses what is about to start the wrong processes, before it starts any.
 
-    Args:
-        strategy: Of the trainer.
+    Strategies for notebooks would lose a run's record and its measures; and a slip of the pen in the number of
+    processes on a CPU, where any number can be started, would take all of the memory.
 
     Raises:
         Mistake: With the way out.
     """
-    if isinstance(strategy.launcher, _MultiProcessingLauncher):
+    if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
         raise Mistake(
             "ddp_spawn, ddp_fork and ddp_notebook are for notebooks: what a run measures stays in their processes; "
             "give --trainer.strategy ddp"
+        )
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if isinstance(trainer.accelerator, CPUAccelerator) and trainer.num_devices > (most := max(8, 2 * cores)):
+        raise Mistake(
+            f"trainer.devices={trainer.num_devices} would start as many processes on {cores} CPU core(s); "
+            f"give at most {most}"
         )
