@@ -1,5 +1,6 @@
 """``dynadapter bench``: which arms it times, what it writes, and what it refuses."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -114,7 +115,7 @@ def test_the_smaller_trunk_costs_what_routing_does(bundle, tmp_path):
 
 @pytest.mark.parametrize("depth", range(1, 7))
 def test_a_trunk_that_is_cut(depth):
-    net, _ = made("vit")
+    net = copy.deepcopy(made("vit")[0])  # the shorter network shares its tensors and freezes them
     x = torch.randn(2, 3, 32, 32)
     shallow = arms._up_to(net, depth)
     with torch.no_grad():

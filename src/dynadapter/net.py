@@ -148,7 +148,7 @@ class ExitNet(nn.Module):
     def stage(self, k: int, x: Tensor) -> Tensor:
         """Runs the blocks between exit ``k - 1`` and exit ``k``."""
         for module in self.stage_modules(k):
-            x = module(x)
+            x = cut.run(module, x)
         return x
 
     def head(self, k: int, x: Tensor) -> Tensor:
@@ -249,7 +249,7 @@ class ExitNet(nn.Module):
             return x, (x,)
         *modules, block = self.stage_modules(k)
         for module in modules:
-            x = module(x)
+            x = cut.run(module, x)
         row, keys_values = cut.class_row(block, x)
         return row, (x, keys_values)
 

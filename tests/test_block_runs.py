@@ -1,0 +1,114 @@
+"""``trunk.run``: timm's own block to the bit, in fewer steps."""
+
+import pytest
+import torch
+from conftest import TRUNKS, make_vit
+from test_class_first import ADAPTERS, VITS, network, pictures
+from torch import Tensor, nn
+
+from dynadapter import trunk as cut
+from dynadapter.adapters import LoRA
+
+
+def called(net: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+    """A trunk's last block's output by ``run`` and by its modules' own calls."""
+    ours = theirs = cut.embed(net.trunk, images)
+    for unit in cut.blocks(net.trunk):
+        for module in unit:
+            before = ours.clone()
+            after = cut.run(module, ours)
+            assert torch.equal(ours, before), "the input was written to"
+            ours, theirs = after, module(theirs)
+    return ours, theirs
+
+
+def assert_equal(net: nn.Module, images: Tensor) -> None:
+    with torch.inference_mode():
+        ours, theirs = called(net, images)
+    assert ours.dtype == theirs.dtype
+    assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS, ids=str)
+def test_equal_with_every_adapter(adapter):
+    assert_equal(network(make_vit(), adapter), pictures())
+
+
+@pytest.mark.parametrize("options", VITS.values(), ids=VITS)
+def test_equal_on_every_kind_of_vit(options):
+    assert_equal(network(make_vit(**options)), pictures())
+
+
+@pytest.mark.parametrize("family", TRUNKS)
+def test_equal_on_every_family(family):
+    assert_equal(network(TRUNKS[family]()), pictures())
+
+
+def test_equal_in_half_precision_and_under_autocast():
+    net = network(make_vit(), LoRA(rank=4))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_equal(net, pictures())
+    assert_equal(net.bfloat16(), pictures().bfloat16())
+
+
+def test_equal_with_unfused_attention(monkeypatch):
+    net = network(make_vit())
+    for block in net.trunk.blocks:
+        block.attn.fused_attn = False
+    assert_equal(net, pictures())
+
+
+def test_fewer_steps_than_the_block_takes():
+    """What is called says so: no dropout, no identity of the attention's and the MLP's."""
+    net, steps = network(make_vit()), []
+    for name, module in net.trunk.blocks[0].named_modules():
+        if isinstance(module, nn.Dropout | nn.GELU):
+            module.register_forward_hook(lambda *_, name=name: steps.append(name))
+    block, x = net.trunk.blocks[0], cut.embed(net.trunk, pictures())
+    with torch.inference_mode():
+        block(x)
+        assert "attn.proj_drop" in steps
+        steps.clear()
+        cut.run(block, x)
+    assert steps == ["mlp.act", "mlp.drop1", "mlp.drop2"]  # an activation with a hook is called, and its MLP as it is
+
+
+@pytest.mark.parametrize("place", ["", "attn", "mlp", "mlp.act"])
+def test_hooks_are_called(place):
+    net, seen = network(make_vit()), []
+    for block in net.trunk.blocks:
+        block.get_submodule(place).register_forward_hook(lambda *_: seen.append(1))
+    with torch.inference_mode():
+        net(pictures(2))
+    assert len(seen) == net.depth
+
+
+def test_a_forward_of_its_own_is_used():
+    net = network(make_vit())
+    net.trunk.blocks[1].forward = lambda x: torch.zeros_like(x)
+    with torch.inference_mode():
+        assert not cut.run(net.trunk.blocks[1], cut.embed(net.trunk, pictures(2))).any()
+
+
+def test_gradients_pass():
+    net = network(make_vit(), LoRA(rank=4))
+    net(pictures(2)).sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters() if p.requires_grad)
+
+
+def test_a_compiled_block_sees_its_own_call():
+    """No tensor of a graph is written again: the trace holds the block's own steps."""
+    net = network(make_vit())
+    x = cut.embed(net.trunk, pictures(2)).detach()
+    with torch.no_grad():
+        program = torch.export.export(_Runs(net.trunk.blocks[0]), (x,))
+    assert not any("add_." in str(node.target) or "gelu_" in str(node.target) for node in program.graph.nodes)
+
+
+class _Runs(nn.Module):
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cut.run(self.block, x)
