@@ -541,7 +541,7 @@ def main() -> None:
     parser = arguments(__doc__ or "", "soak.jsonl")
     parser.add_argument("--work", default=str(Path(tempfile.gettempdir()) / "dynadapter-soak"), help="scratch folder")
     parser.add_argument("--kills", type=int, default=50, help="kills of a training, and of a prediction")
-    parser.add_argument("--damages", type=int, default=240, help="damaged files")
+    parser.add_argument("--damages", type=int, default=480, help="damaged files")
     parser.add_argument("--epochs", type=int, default=12, help="of the training")
     args = parser.parse_args()
     torch.set_num_threads(1)
