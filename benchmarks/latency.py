@@ -10,6 +10,10 @@ wanted shares leave at the four exits; weights are random, which changes nothing
 speed-up over the static trunk divided by the speed-up in multiply-adds. "plain" runs whole blocks; "class first"
 computes the class token's row of the last block before an exit first, and has its own, smaller count.
 
+Two more arms say where the time goes. "trunk, our blocks" is the whole trunk as ExitNet runs it. "stages alone" runs
+the stages on as many images as plain routing does, without heads, policy and gather: what routing could be at best, for
+small batches are slower an image than large ones. "of stages alone" is that time over routing's.
+
 On a GPU: ViT-B/16 in bfloat16, seconds between two events on the device, and from which batch on routing pays.
 """
 
@@ -35,6 +39,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dynadapter import ExitNet, Never, Policy, exit_costs
+from dynadapter.net import CPU_CHUNK
 from dynadapter.timing import clock_of, percentile
 
 CASES = {
@@ -65,14 +70,27 @@ def case(trunk: torch.nn.Module, net: ExitNet, batch: int, size: int, rounds: in
         policy = thresholds(net, images, share)
         routings[f"{name} plain"], routings[f"{name} class first"] = routed(policy, False), routed(policy, True)
     routings["all last plain"], routings["all last class first"] = routed(Never(), False), routed(Never(), True)
+    parts = [
+        part for call in images.split(batch) for part in call.split(CPU_CHUNK if like.device.type == "cpu" else batch)
+    ]
     costs = {way: exit_costs(net, size, class_first=way == "class first") for way in ("plain", "class first")}
     reached = {name: shares_of(arm(), net.num_exits) for name, arm in routings.items()}
     chunk = best_chunk(static, batch, clock_of(like.device, 1), like.device)
-    arms = {**routings, "static": static(chunk), "control": static(chunk)}
+    alone = {}
+    for name in SHARES:
+        exits = routings[f"{name} plain"]().split([len(part) for part in parts])
+        left = [[int((part >= k).sum()) for k in range(net.num_exits)] for part in exits]
+        alone[f"{name} stages alone"] = lambda left=left: [
+            _stages(net, part, n) for part, n in zip(parts, left, strict=True)
+        ]
+    arms = {**routings, **alone, "static": static(chunk), "control": static(chunk)}
+    ours = net.at(-1)
+    arms["trunk, our blocks"] = lambda: [ours(part) for call in images.split(batch) for part in call.split(chunk)]
     seconds = interleave(arms, rounds, device=str(like.device))
     result: dict[str, Any] = {
         "control": ratio(seconds["control"], seconds["static"]),
         "static_chunk": chunk,
+        "our_blocks": ratio(seconds["static"], seconds["trunk, our blocks"]),
         "milliseconds": {name: 1000 * percentile(taken, 0.5) / len(images) for name, taken in seconds.items()},
         "seconds": seconds,
     }
@@ -87,7 +105,18 @@ def case(trunk: torch.nn.Module, net: ExitNet, batch: int, size: int, rounds: in
             "efficiency": speedup / promise,
             "over_plain": ratio(seconds[name.replace("class first", "plain")], seconds[name]),
         }
+    for name in SHARES:
+        result[f"{name} plain"]["of_stages_alone"] = ratio(seconds[f"{name} stages alone"], seconds[f"{name} plain"])
     return result
+
+
+def _stages(net: ExitNet, images: torch.Tensor, left: list[int]) -> None:
+    """Runs each stage on so many images."""
+    x = net.embed(images)
+    for k, count in enumerate(left):
+        if not count:
+            break
+        x = net.stage(k, x[:count])
 
 
 def pays_from(lines: dict[int, dict[str, Any]], routing: str) -> int | None:
@@ -125,6 +154,7 @@ def main() -> None:
         "speed-up",
         "efficiency",
         "over plain",
+        "of stages alone",
     )
     pays = []
     for name, options in trunks.items():
@@ -134,21 +164,25 @@ def main() -> None:
         net.to(args.device, dtype)
         lines = {}
         for batch in args.batches or batches:
-            key = {"trunk": name, "batch": batch, "rounds": args.rounds, "arms": "plain and class first", **device_key}
+            arms = "plain, class first, stages alone"
+            key = {"trunk": name, "batch": batch, "rounds": args.rounds, "arms": arms, **device_key}
             line = log.find(key) or log.add(key, **case(trunk, net, batch, int(options["img_size"]), args.rounds))
             lines[batch], times = line, line.get("milliseconds", {})  # older lines have none
             table.add_row(name, str(batch), mark(line["control"]), "static", "", _milliseconds(times, "static"))
+            ours = "trunk, our blocks"
+            table.add_row("", "", "", ours, "", _milliseconds(times, ours), "1.00x", f"{line['our_blocks']:.2f}x")
             for routing, got in line.items():
                 if isinstance(got, dict) and "efficiency" in got:
                     shares = "/".join(f"{100 * s:.0f}" for s in got["shares"])
                     factors = (f"{got[key]:.2f}x" for key in ("mac_speedup", "speedup"))
-                    cells = (*factors, f"{got['efficiency']:.3f}", f"{got['over_plain']:.3f}")
+                    alone = f"{got['of_stages_alone']:.3f}" if "of_stages_alone" in got else ""
+                    cells = (*factors, f"{got['efficiency']:.3f}", f"{got['over_plain']:.3f}", alone)
                     table.add_row("", "", "", routing, shares, _milliseconds(times, routing), *cells)
         for share in SHARES:
             batch = pays_from(lines, f"{share} class first")
             words = f"from batch {batch} on" if batch else "at no batch size that was run"
             pays.append(f"{name}: routing at {share} with the class token first is faster than the trunk {words}")
-    Console(width=150).print(table)
+    Console(width=170).print(table)
     print(*pays, sep="\n")
 
 

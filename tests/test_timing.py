@@ -260,6 +260,9 @@ def test_latency(program):
     assert line["all last plain"]["shares"] == [0, 0, 0, 1]
     assert line["50/30/15/5 class first"]["mac_speedup"] > got["mac_speedup"] > 1
     assert set(line["milliseconds"]) == set(line["seconds"])
+    alone = zip(line["seconds"]["50/30/15/5 stages alone"], line["seconds"]["50/30/15/5 plain"], strict=True)
+    assert got["of_stages_alone"] == pytest.approx(statistics.median(a / b for a, b in alone))
+    assert {"trunk, our blocks", "control"} < set(line["seconds"])
     # As slow as the machine may be at this moment, the sums are these.
     lines = {batch: {"one": {"speedup": s}} for batch, s in {1: 1.2, 8: 0.9, 64: 1.1, 256: 1.5}.items()}
     assert latency.pays_from(lines, "one") == 64
