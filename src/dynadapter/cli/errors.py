@@ -132,7 +132,9 @@ def explain(message: str, sections: dict[str, type], keys: Iterable[str]) -> str
         return f"{about}there is no config file {found[1]!r} with that section; one setting is --{key}.NAME VALUE"
     if expected := re.findall(r"Expected (?:an? )?(<class '.+?'>|\S*Literal\[.+?\])", leaf):
         got = re.search(r"Got value: (.*)$", leaf)
-        return _wrong_value(about, expected, given if given is not None else got[1] if got else "")
+        if given is None or (got and "'class_path'" in given):  # that is the whole object, not the value inside
+            given = got[1] if got else ""
+        return _wrong_value(about, expected, given)
     return about + one_line(leaf)
 
 
@@ -153,6 +155,8 @@ def says(message: str) -> tuple[str, str, str | None]:
             text = textwrap.dedent(text[found.end() :]).strip()
         elif found := re.match(r"Problem with given class_path '.*':\n", text):
             text = textwrap.dedent(text[found.end() :]).strip("\n")
+        elif found := re.match(r"Type .* expects a function or a callable class: (?=Parser key)", text):
+            text = re.sub(r"\. Got value: Namespace\(.*", "", text[found.end() :], flags=re.DOTALL)
         elif text.startswith("- "):
             text = _most_telling(text)
         elif text.startswith("Does not validate against any of the Union subtypes") and "Errors:\n" in text:
@@ -169,6 +173,8 @@ def _most_telling(bullets: str) -> str:
     """Chooses among the errors of a union's members; where each names a type, all of them count."""
     items = [textwrap.dedent("  " + item).strip() for item in re.split(r"^- ", bullets, flags=re.MULTILINE)[1:]]
     items = [item for item in items if not re.match(r"Expected a <class 'NoneType'>|Expected a path but", item)]
+    if any(re.match(r"Expected a <class '(int|float)'>", item) for item in items):  # a number or something rare
+        items = [item for item in items if not item.startswith("Expected a dot import path")]
     telling = [item for item in items if not re.match(r"Expected (a )?(<class|\S*Literal)", item)]
     return telling[0] if telling else "; ".join(items)
 
@@ -183,7 +189,8 @@ def _no_key(given: str, keys: Iterable[str], sections: dict[str, type]) -> str:
         return f"there is no key {key!r}{hint}"
     if inner := next((k for k in keys if k.startswith(f"{section}.") and rest in _settings(k, sections)), None):
         return f"there is no key {key!r}; did you mean '{inner}.{rest}'?"
-    if hint := nearest(key, keys):
+    longer = [k for k in keys if k.startswith(key) and len(key) > 2]  # it was cut short
+    if hint := nearest(key, keys) or (f"; did you mean {longer[0]!r}?" if len(longer) == 1 else ""):
         return f"there is no key {key!r}{hint}"
     inside = [name.partition(".")[2] for name in keys if name.startswith(f"{section}.")]
     if inside:
@@ -221,7 +228,8 @@ def _no_class(about: str, given: str, candidates: list[type]) -> str:
 
 def _missing(key: str, names: list[str]) -> str:
     if names == ["data"]:
-        return "data is missing; give a config file with a data section, or --data, such as --data Digits"
+        way = "give a config file with a data section, or --data, such as --data Digits"
+        return f"data is missing; {way}; all commands but fit take it from --ckpt_path, too"
     line = f"{' and '.join(names)} must be given"
     return f"{key}: {line}, as in {' '.join(f'--{key}.{name} ...' for name in names)}" if key else line
 
