@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -688,3 +689,13 @@ def test_a_manifest_that_changed_by_itself_is_refused(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text(json.dumps(content).replace('"a"', '"b"'))
     with pytest.raises(ValueError, match="is not as it was written: copy the exported folder again"):
         runtime.Manifest(tmp_path)
+
+
+def test_a_reader_that_has_seen_enough(deployed, photos):
+    """As ``| head`` does: no traceback."""
+    command = [sys.executable, "-m", "dynadapter.runtime", str(deployed.folder), str(photos[0])]
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, "")

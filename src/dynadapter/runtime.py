@@ -781,6 +781,10 @@ def main(args: Sequence[str] | None = None) -> int:
             while batch := list(islice(images, max(given.batch_size, 1))):
                 for p in runner.predict(batch, given.batch_size, on_error):
                     rows.writerow((p.file, p.class_name, f"{p.confidence:.4f}", p.exit + 1))
+            sys.stdout.flush()
+    except BrokenPipeError:  # who reads has seen enough, as head does; Python would try to write the rest at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (ValueError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -199,5 +199,5 @@ def _table(batch: dict[str, Any], result: dict[str, Any]) -> Any:
         label = f"{name}, {row['detail']}" if row["detail"] else name
         numbers = (f"{row['ms_p50']:.2f}", f"{row['ms_p95']:.2f}", f"{row['images_per_second']:.1f}")
         factors = (f"{row['mac_speedup']:.2f}x", f"{row['speedup']:.2f}x", f"{row['efficiency']:.3f}")
-        table.add_row(label, *numbers, f"{row['gmacs']:.3f}", *factors)
+        table.add_row(label, *numbers, f"{row['gmacs']:.4g}", *factors)
     return table
