@@ -390,17 +390,16 @@ def test_a_new_header_is_written_with_all_lines_or_not_at_all(tmp_path, monkeypa
 
 
 @pytest.fixture(scope="module")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, float]:
-    """A config of a few seconds of training, the folder of its uninterrupted run, and how long that took."""
+def digits(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A config of a few seconds of training, and the folder of its uninterrupted run."""
     folder = tmp_path_factory.mktemp("digits")
     config = yaml.safe_load(Path(TINY).read_text())
     config["trainer"] |= {"max_epochs": 12, "limit_train_batches": 10, "default_root_dir": str(folder / "whole")}
     config["checkpoint"] = {"every_n_train_steps": 4}
     (folder / "digits.yaml").write_text(yaml.safe_dump(config))
-    begun = time.monotonic()
     done = subprocess.run([*COMMAND, "fit", "-c", folder / "digits.yaml"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    return folder / "digits.yaml", folder / "whole" / "version_0", time.monotonic() - begun
+    return folder / "digits.yaml", folder / "whole" / "version_0"
 
 
 def way_on(output: str) -> list[str]:
@@ -410,24 +409,29 @@ def way_on(output: str) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0])
 def test_sigkill_at_random_moments(seed, digits, tmp_path):
-    config, whole, seconds = digits
+    config, whole = digits
     rng = random.Random(seed)
     args = ["fit", "-c", str(config), f"--trainer.default_root_dir={tmp_path}"]
-    for _ in range(3):
+    for count in range(3):
         process = subprocess.Popen([*COMMAND, *args], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-        count = len(list(tmp_path.glob("version_*")))
-        while len(list(tmp_path.glob("version_*/metrics.csv"))) <= count and process.poll() is None:
-            time.sleep(0.01)  # where it only loads, there is nothing to lose
-        time.sleep(rng.uniform(0, 0.3 * seconds))
+        log = tmp_path / f"version_{count}" / "metrics.csv"
+        new = rng.randrange(1, 25)  # of some 130 lines: by progress, since a busy machine has no time to go by
+        while process.poll() is None and not (log.exists() and len(read_lines(log)) >= new + count * 25):
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.1))
         process.kill()
         output, _ = process.communicate()
+        if process.returncode == 0:  # it was faster
+            break
         again = way_on(output)
         if list((tmp_path / Path(again[-1]).name).glob("checkpoints/*.ckpt")):
             args = again
-    done = subprocess.run([*COMMAND, *args], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    else:
+        done = subprocess.run([*COMMAND, *args], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    assert count  # it was killed at least once
     require_same(whole, max(tmp_path.glob("version_*"), key=lambda run: int(run.name[8:])))
 
 
@@ -457,7 +461,7 @@ main(sys.argv[1:])
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "before", "nth"), [("last.ckpt", True, 3), ("last.ckpt", False, 3)])
 def test_sigkill_while_a_checkpoint_gets_its_name(name, before, nth, digits, tmp_path):
-    config, whole, _ = digits
+    config, whole = digits
     code = KILLED_WHEN.format(name=name, before=before, nth=nth)
     args = ["fit", "-c", str(config), f"--trainer.default_root_dir={tmp_path}"]
     done = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, check=False)
