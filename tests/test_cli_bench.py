@@ -209,10 +209,15 @@ def test_compiled(bundle, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_onnx(bundle, tmp_path):
+def test_onnx(bundle, tmp_path, monkeypatch):
     pytest.importorskip("onnxscript")
     pytest.importorskip("onnxruntime")
-    result = run(bundle, tmp_path / "b.json", "--arms=[merged,onnx static,onnx staged]", "--shares=[0.5,0.3,0.2]")
+    exported = []
+    export = arms.export_onnx
+    monkeypatch.setattr(arms, "export_onnx", lambda *args, **options: exported.append(1) or export(*args, **options))
+    more = ("--shares=[0.5,0.3,0.2]", "--batch_sizes=[2,3]")
+    result = run(bundle, tmp_path / "b.json", "--arms=[merged,onnx static,onnx staged]", *more)
+    assert len(exported) == 2  # each once, for both batch sizes
     for batch in result["batches"]:
         rows = batch["arms"]
         assert list(rows) == ["static", "merged", "onnx static", "onnx staged"]

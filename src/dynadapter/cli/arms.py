@@ -119,6 +119,7 @@ class Bench:
         self.dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
         self.clock: Clock = clock_of(device, settings.threads)
         self.notes: list[str] = []
+        self.runners: dict[tuple[str, bool], Runner] = {}
         self.bundle, self.policy = bundle, bundle.policy
         original = bundle.net.float()
         self.has_adapters = bool(adapter_layers(original.trunk))
@@ -365,7 +366,8 @@ def _compiled(work: Work) -> Arm:
 
 
 def _onnx_static(work: Work) -> Arm:
-    runner = _exported(work, ExitNet(work.bench.exact.trunk, LinearHeads(), exits=[]).eval(), Never(), False)
+    static = ExitNet(work.bench.exact.trunk, LinearHeads(), exits=[]).eval()
+    runner = _exported(work, "static", static, Never(), False)
 
     def serve(images: Any) -> Any:
         return runner.stage(0, [images])
@@ -376,7 +378,7 @@ def _onnx_static(work: Work) -> Arm:
 
 
 def _onnx_staged(work: Work) -> Arm:
-    runner = _exported(work, work.bench.exact, work.bench.policy, work.class_first)
+    runner = _exported(work, "staged", work.bench.exact, work.bench.policy, work.class_first)
     costs = work.bench.costs(True, work.class_first)
     return Arm(lambda images: runner.route(images)[1], costs, arrays=True, rival="onnx static")
 
@@ -409,9 +411,11 @@ def _up_to(net: ExitNet, depth: int) -> ExitNet:
     return shallow.to(like.device, like.dtype).eval().requires_grad_(False)
 
 
-def _exported(work: Work, net: ExitNet, policy: Policy, class_first: bool) -> Runner:
-    """Exports to a folder that is gone at the end, and opens all stages."""
+def _exported(work: Work, kind: str, net: ExitNet, policy: Policy, class_first: bool) -> Runner:
+    """Exports to a folder that is gone at the end, and opens all stages; once for all batch sizes."""
     bench = work.bench
+    if (kind, class_first) in bench.runners:
+        return bench.runners[kind, class_first]
     if bench.dtype != torch.float32:
         raise Absent("the exported graphs run in float32; leave --precision out")
     folder = Path(bench.stack.enter_context(tempfile.TemporaryDirectory(prefix="dynadapter-bench-"))) / "exported"
@@ -426,7 +430,8 @@ def _exported(work: Work, net: ExitNet, policy: Policy, class_first: bool) -> Ru
         check_images=work.images[:12].float().cpu(),
     )
     providers = ["CUDAExecutionProvider"] if bench.device.type == "cuda" else None
-    return Runner(folder, providers, bench.settings.threads).load()
+    bench.runners[kind, class_first] = Runner(folder, providers, bench.settings.threads).load()
+    return bench.runners[kind, class_first]
 
 
 # ---- small things ----------------------------------------------------------------------------------------------------
