@@ -82,18 +82,30 @@ class Recipe:
     ops: float = said("share of images that are made grey, solarised or blurred", default=0.5)
     erase: float = said("share of images with an erased rectangle", default=0.25)
     mix: float = said("share of images mixed with another, half by mixup and half by cutmix", default=0.8)
+    exits: int = said(
+        "a classifier after every so many blocks too, which learns along and is left out of the file; 0: none",
+        default=0,
+    )
+    exit_weight: float = said("weight of each such classifier's loss beside the last one's 1", default=0.5)
+    exit_teaching: float = said(
+        "share of such a loss that is the distance to the last classifier's answer", default=0.5
+    )
     seed: int = said("decides first weights, order and augmentation", default=0)
 
     def __post_init__(self) -> None:
         for name in ("batch", "lr", "width", "heads", "depth", "size", "patch", "clip", "area"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"--{name} must be above 0, not {getattr(self, name)}")
-        for name in ("area", "ema", "ops", "erase", "mix"):
+        for name in ("area", "ema", "ops", "erase", "mix", "exit_teaching"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"--{name} is a share from 0 to 1, not {getattr(self, name)}")
         for name in ("warmup", "smoothing", "drop_path", "patch_drop", "jitter"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"--{name} is a share from 0 to less than 1, not {getattr(self, name)}")
+        if not 0 <= self.exits < self.depth:
+            raise ValueError(f"--exits {self.exits} must be from 0 to below --depth {self.depth}")
+        if not 0 <= self.exit_weight < math.inf:
+            raise ValueError(f"--exit_weight must be 0 or more, not {self.exit_weight}")
         for whole, part in (("size", "patch"), ("width", "heads")):
             if getattr(self, whole) % getattr(self, part):
                 raise ValueError(
@@ -229,11 +241,49 @@ def rate(progress: float, warmup: float) -> float:
     return 0.01 + 0.99 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup))) / 2
 
 
-def optimizers_of(model: Any, recipe: Recipe) -> dict[str, torch.optim.Optimizer]:
+class Supervised(nn.Module):
+    """timm's model, and classifiers at earlier blocks that are there while it learns, and no longer.
+
+    A trunk that answers at its last block alone has no reason to make an early block's class token useful; one that is
+    asked there too has. Source: Lee et al. 2015 (Deeply-Supervised Nets); Zhang et al. 2019 (Be Your Own Teacher).
+    """
+
+    def __init__(self, model: Any, every: int, classes: int) -> None:
+        super().__init__()
+        self.model = model
+        width, places = model.embed_dim, range(every, len(model.blocks), every) if every else ()
+        self.early = nn.ModuleDict(
+            {str(n): nn.Sequential(nn.LayerNorm(width), nn.Linear(width, classes)) for n in places}
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Gives every classifier's logits, (classifiers, batch, classes), timm's own as the last."""
+        model, found = self.model, []
+        x = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))
+        for number, block in enumerate(model.blocks, 1):
+            x = block(x)
+            if str(number) in self.early:
+                found.append(self.early[str(number)](x[:, 0]))
+        return torch.stack([*found, model.forward_head(model.norm(x))])
+
+
+def taught_loss(logits: Tensor, labels: Tensor, own: Tensor | None, recipe: Recipe) -> Tensor:
+    """Gives the last classifier's loss, and by weight the early ones', which learn from it and from the labels."""
+    loss = soft_loss(logits[-1], labels, own, recipe.smoothing)
+    answer = logits[-1].detach().log_softmax(-1)
+    for early in logits[:-1]:
+        told = soft_loss(early, labels, own, recipe.smoothing)
+        distance = F.kl_div(early.log_softmax(-1), answer, reduction="batchmean", log_target=True)
+        loss = loss + recipe.exit_weight * torch.lerp(told, distance, recipe.exit_teaching)
+    return loss
+
+
+def optimizers_of(model: Any, early: nn.Module, recipe: Recipe) -> dict[str, torch.optim.Optimizer]:
     """Gives the optimisers by name; with Muon, whose step has the size of AdamW's, both take one learning rate."""
     matrices = [one for one in model.blocks.parameters() if one.ndim == 2] if recipe.muon else []
     taken = {id(one) for one in matrices}
     groups = param_groups_weight_decay(model, recipe.weight_decay, model.no_weight_decay())
+    groups += param_groups_weight_decay(early, recipe.weight_decay) if recipe.exits else []
     rest = [group | {"params": [one for one in group["params"] if id(one) not in taken]} for group in groups]
     found: dict[str, torch.optim.Optimizer] = {"adamw": torch.optim.AdamW(rest, lr=recipe.lr, fused=True)}
     if matrices:
@@ -248,15 +298,20 @@ class Learner:
     A step's random numbers follow from the seed and the step's number, so there is no random state to keep.
     """
 
-    def __init__(self, recipe: Recipe, classes: int, device: torch.device, compiled: bool) -> None:
+    def __init__(
+        self, recipe: Recipe, classes: int, device: torch.device, compiled: bool, start: Path | None = None
+    ) -> None:
         torch.manual_seed(recipe.seed)
         drops: dict[str, Any] = {"drop_path_rate": recipe.drop_path, "patch_drop_rate": recipe.patch_drop}
         self.model: Any = timm.create_model(BASE, num_classes=classes, **timm_args(recipe), **drops).to(device)
+        if start is not None:
+            begin_with(self.model, start)
+        self.supervised = Supervised(self.model, recipe.exits, classes).to(device)
         self.ema = ModelEmaV3(self.model, use_warmup=True)
-        self.optimizers = optimizers_of(self.model, recipe)
+        self.optimizers = optimizers_of(self.model, self.supervised.early, recipe)
         self.recipe, self.device, self.precision, self.total = recipe, device, "fp32", 1
         if compiled:
-            self.model.compile(dynamic=False)  # in place: the names of the weights stay
+            self.supervised.compile(dynamic=False)  # in place: the names of the weights stay
 
     def schedule(self, precision: str, total: int) -> None:
         """Takes over what the schedules need to know: the number of all steps."""
@@ -271,15 +326,15 @@ class Learner:
             group["lr"] = recipe.lr * rate(progress, recipe.warmup)
         if recipe.patch_drop:
             self.model.patch_drop.prob = 0.0 if progress > 1 - WHOLE else recipe.patch_drop
-        self.model.train()
+        self.supervised.train()
         x, own = augment(images, recipe), None
         if recipe.mix:
             x, own = mix(x, recipe.mix)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            logits = self.model(x)
-        loss = soft_loss(logits.float(), labels, own, recipe.smoothing)
+            logits = self.supervised(x)
+        loss = taught_loss(logits.float(), labels, own, recipe)
         loss.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip)
+        nn.utils.clip_grad_norm_(self.supervised.parameters(), recipe.clip)
         for optimizer in self.optimizers.values():
             optimizer.step()
             optimizer.zero_grad()
@@ -288,15 +343,36 @@ class Learner:
 
     def state(self) -> dict[str, Any]:
         """Gives what a checkpoint keeps."""
-        parts = {"model": self.model, "ema": self.ema.module, **self.optimizers}
+        early = {"early": self.supervised.early} if self.recipe.exits else {}
+        parts = {"model": self.model, "ema": self.ema.module, **early, **self.optimizers}
         return {name: part.state_dict() for name, part in parts.items()}
 
     def load(self, state: dict[str, Any]) -> None:
         """Takes over what a checkpoint kept."""
         self.model.load_state_dict(state["model"])
         self.ema.module.load_state_dict(state["ema"])
+        if self.recipe.exits:
+            self.supervised.early.load_state_dict(state["early"])
         for name, optimizer in self.optimizers.items():
             optimizer.load_state_dict(state[name])
+
+
+def begin_with(model: nn.Module, path: Path) -> None:
+    """Gives a model the weights of a file, as an earlier run left it.
+
+    Raises:
+        ValueError: The file cannot be read, or is another model's.
+    """
+    try:
+        found = safetensors.torch.load_file(path)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise ValueError(f"--start {path} cannot be read ({error}); give the .safetensors of an earlier run") from None
+    own = model.state_dict()
+    other = sorted(name for name in own.keys() | found.keys() if name not in own or name not in found)
+    other += [name for name in own if name in found and own[name].shape != found[name].shape]
+    if other:
+        raise ValueError(f"--start {path} is another model's: {', '.join(other[:3])} differ; give one of this --arch")
+    model.load_state_dict({name: found[name].to(own[name]) for name in own})
 
 
 @torch.no_grad()
@@ -550,6 +626,7 @@ def export(run: Run, args: argparse.Namespace, names: list[str]) -> None:
         "validation_images": len(run.val),
         "source": {"name": args.source, "images": len(run.train), "classes": len(names), "licence": args.licence},
         "epochs": run.plan["epochs"],
+        "start": run.identity["asked"].get("start"),
         "minutes": round(run.place.total_seconds / 60, 1),
         "recipe": asdict(recipe),
         "plan": run.plan,
@@ -572,6 +649,7 @@ def card(about: dict[str, Any]) -> str:
     tokens = (size["img_size"] // size["patch_size"]) ** 2
     recipe = "".join(f"| {name} | {value} |\n" for name, value in about["recipe"].items())
     head = "with" if about["parameters"]["classifier_in_file"] else "without"
+    begun = f"; begun with the weights of SHA-256 `{about['start'][:12]}...`" if about["start"] else ""
     return f"""# {about["name"]}: a small research trunk
 
 **With a network, use timm's pre-trained models instead: they are better by far.** This one exists so that an example or
@@ -587,7 +665,7 @@ a benchmark runs on real features where nothing can be downloaded. It is no prod
 | top-1 on its {about["validation_images"]:,} validation images | {about["accuracy"]["float16"]:.2%} \
 (averaged weights in float16; in float32 {about["accuracy"]["ema"]:.2%}, not averaged {about["accuracy"]["raw"]:.2%}) |
 | training | {about["epochs"]} epochs, {about["minutes"]} minutes on {machine.get("gpu", machine["cpu"])}, \
-{about["plan"]["precision"]} |
+{about["plan"]["precision"]}{begun} |
 | sha256 | `{about["sha256"]}` |
 | fingerprint | `{about["fingerprint"]}` |
 
@@ -655,6 +733,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         default=math.inf,
         help="save and stop so many seconds after the start; leave some for the imports before, and the file after",
     )
+    parser.add_argument("--start", type=Path, help="begin with these weights, an earlier run's .safetensors")
     parser.add_argument("--head", choices=("keep", "drop"), default="keep", help="the classifier in the weight file")
     parser.add_argument("--source", help="the data's name for the card; by default the folder's")
     parser.add_argument("--licence", help="a sentence on the terms of the data, for the card")
@@ -725,7 +804,8 @@ def pretrain(args: argparse.Namespace) -> None:
     if not (args.epochs or args.minutes):
         asked |= {"epochs": 300} if device.type != "cpu" else {"minutes": 150.0}
     data = {"classes": names, "images": [len(train), len(val)]}
-    learner = Learner(recipe, len(names), device, args.compile)
+    asked |= {"start": hashlib.sha256(args.start.read_bytes()).hexdigest()} if args.start else {}
+    learner = Learner(recipe, len(names), device, args.compile, args.start)
     run = Run(out, learner, train.to(device), val.to(device), {"recipe": asdict(recipe), "data": data, "asked": asked})
     run.begin()
     print(json.dumps({"plan": run.plan, "done": run.place.epoch, "machine": machine(device)}), flush=True)

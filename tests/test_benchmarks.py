@@ -1,5 +1,6 @@
 """The programs behind the transfer results: recipes, training, the log, outcomes, pre-training."""
 
+import hashlib
 import importlib
 import json
 import sys
@@ -8,6 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
+import timm
 import torch
 from PIL import Image
 from torch import Tensor
@@ -368,6 +371,153 @@ def test_pretraining_goes_on_as_if_it_had_never_stopped(program, source, tmp_pat
     whole.write_bytes(whole.read_bytes()[:-1] + b"\0")
     with pytest.raises(ValueError, match="is not the file that"):
         program("learning").TrunkFile.read(whole.with_suffix(".json"))
+
+
+def small_run(source: Path, out: Path, more: str = "") -> list[str]:
+    """The options of a run of some tenths of a second."""
+    common = "--size 12 --patch 6 --heads 2 --depth 2 --batch 4 --epochs 2 --precision fp32 --device cpu --threads 1"
+    width = "" if "--width" in more else "--width 16"
+    return ["--data", str(source / "folder"), "--out", str(out), *f"{common} {width} {more}".split()]
+
+
+def refused(program, capsys, argv: list[str]) -> str:
+    """Runs pretrain.py, which is to end with one line and exit code 2; gives the line."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as caught:
+        program("pretrain").main(argv)
+    assert caught.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("pretrain.py: error: ")
+    assert error.count("\n") == 1
+    return error
+
+
+@pytest.fixture(scope="module")
+def earlier(program, source, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The weights that a run without early classifiers left."""
+    out = tmp_path_factory.mktemp("earlier")
+    program("pretrain").main(small_run(source, out))
+    return out / "micro.safetensors"
+
+
+def timm_model(**shape: Any) -> Any:
+    given = {"img_size": 12, "patch_size": 6, "embed_dim": 16, "num_heads": 2, "depth": 2, "num_classes": 2}
+    return timm.create_model("vit_tiny_patch16_224", **(given | shape))
+
+
+def test_with_early_classifiers_it_goes_on_as_well_and_leaves_timms_tensors(program, source, tmp_path, capsys):
+    pretrain, more = program("pretrain"), "--exits 1 --mix 0.5 --drop_path 0.1"
+    pretrain.main(small_run(source, tmp_path / "whole", more))
+    for _ in range(2):
+        pretrain.main(small_run(source, tmp_path / "parts", f"{more} --stop_after 0.000001"))
+        assert "stopped and saved" in capsys.readouterr().out
+    held = torch.load(tmp_path / "parts" / "checkpoint.pt", weights_only=True)["learner"]["early"]
+    assert {name.split(".")[0] for name in held} == {"1"}  # after the first of two blocks
+    pretrain.main(small_run(source, tmp_path / "parts", more))
+    whole, parts = (tmp_path / name / "micro.safetensors" for name in ("whole", "parts"))
+    assert whole.read_bytes() == parts.read_bytes()
+    ends = [torch.load(file.with_name("checkpoint.pt"), weights_only=True)["learner"] for file in (whole, parts)]
+    for name, one in ends[0]["early"].items():
+        assert torch.equal(one, ends[1]["early"][name])
+        assert not torch.equal(one, held[name])  # it learned
+    found, model = safetensors.torch.load_file(whole), timm_model()
+    assert {name: one.shape for name, one in found.items()} == {n: p.shape for n, p in model.state_dict().items()}
+    model.load_state_dict(found)
+    about = json.loads(whole.with_suffix(".json").read_text())
+    assert (about["recipe"]["exits"], about["start"]) == (1, None)
+    other = small_run(source, whole.parent, more.replace("--exits 1", "--exits 0"))
+    assert "was begun with exits=1, not 0" in refused(program, capsys, other)
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_what_early_classifiers_learn_is_labels_and_the_last_ones_answer(program, mixed):
+    pretrain, generator = program("pretrain"), torch.Generator().manual_seed(0)
+    logits = torch.randn(3, 4, 5, generator=generator, dtype=torch.float64)
+    labels, own = torch.tensor([3, 0, 0, 4]), torch.tensor([1.0, 0.7, 0.2, 0.5], dtype=torch.float64)
+    settings = {"smoothing": 0.1, "exits": 1, "exit_weight": 0.3, "exit_teaching": 0.25}
+    recipe = pretrain.Recipe(batch=4, lr=1e-3, width=16, heads=2, **settings)
+    logs, last = logits.log_softmax(-1), logits[-1].softmax(-1)
+    expected = 0.0
+    for place in range(3):
+        for k in range(4):
+            wanted = torch.full((5,), 0.1 / 5, dtype=torch.float64)
+            wanted[labels[k]] += 0.9 * (own[k] if mixed else 1)
+            wanted[labels[3 - k]] += 0.9 * (1 - own[k] if mixed else 0)
+            told = -(wanted * logs[place, k]).sum()
+            distance = (last[k] * (logs[2, k] - logs[place, k])).sum()
+            expected += (told if place == 2 else 0.3 * (0.75 * told + 0.25 * distance)) / 4
+    given = logits.clone().requires_grad_()
+    loss = pretrain.taught_loss(given, labels, own if mixed else None, recipe)
+    torch.testing.assert_close(loss, torch.as_tensor(expected))
+    loss.backward()  # the last classifier teaches, and does not learn from its pupils
+    alone = logits[-1].clone().requires_grad_()
+    pretrain.soft_loss(alone, labels, own if mixed else None, 0.1).backward()
+    torch.testing.assert_close(given.grad[-1], alone.grad)
+
+
+def test_early_classifiers_without_weight_leave_the_trunk_alone(program):
+    pretrain = program("pretrain")
+    draw = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (4, 3, 12, 12), generator=draw, dtype=torch.uint8)
+    labels = torch.tensor([0, 1, 1, 0])
+
+    def gradients(**changes: Any) -> dict[str, Tensor]:
+        shape = {"batch": 4, "lr": 1e-3, "width": 16, "heads": 2, "depth": 3, "size": 12, "patch": 6}
+        recipe = pretrain.Recipe(**shape, **changes)
+        learner = pretrain.Learner(recipe, 2, torch.device("cpu"), compiled=False)
+        logits = learner.supervised(images.float() / 255)
+        assert len(logits) == 1 + len(learner.supervised.early)
+        assert torch.equal(logits[-1], learner.model(images.float() / 255))
+        pretrain.taught_loss(logits, labels, None, recipe).backward()
+        return {name: one.grad for name, one in learner.model.named_parameters()}
+
+    without, weightless, weighty = gradients(), gradients(exits=1, exit_weight=0.0), gradients(exits=1)
+    assert all(torch.equal(one, weightless[name]) for name, one in without.items())
+    for name, one in without.items():  # behind the last early classifier nothing changes
+        behind = name.startswith(("blocks.2.", "norm.", "head."))
+        assert torch.equal(one, weighty[name]) == behind, name
+
+
+def test_early_classifiers_leave_the_last_one(program):
+    shape = {"batch": 4, "lr": 1e-3, "width": 16, "heads": 2, "depth": 3}
+    for changes, message in (
+        ({"exits": 3}, "--exits 3 must be from 0 to below --depth 3"),
+        ({"exit_weight": -1.0}, "--exit_weight must be 0 or more"),
+        ({"exit_teaching": 1.5}, "--exit_teaching is a share from 0 to 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            program("pretrain").Recipe(**(shape | changes))
+
+
+def test_a_run_can_begin_with_an_earlier_ones_weights(program, source, earlier, tmp_path, capsys):
+    pretrain, more = program("pretrain"), f"--start {earlier} --exits 1"
+    recipe = pretrain.Recipe(batch=4, lr=1e-3, width=16, heads=2, depth=2, size=12, patch=6, exits=1)
+    learner = pretrain.Learner(recipe, 2, torch.device("cpu"), compiled=False, start=earlier)
+    for model in (learner.model, learner.ema.module):
+        for name, one in safetensors.torch.load_file(earlier).items():
+            assert torch.equal(model.state_dict()[name], one.float())
+    pretrain.main(small_run(source, tmp_path / "on", f"{more} --stop_after 0.000001"))
+    other = tmp_path / "other.safetensors"
+    safetensors.torch.save_file(timm_model().state_dict(), other)
+    error = refused(program, capsys, small_run(source, tmp_path / "on", f"--start {other} --exits 1"))
+    assert "was begun with start=" in error
+    pretrain.main(small_run(source, tmp_path / "on", more))
+    digest = hashlib.sha256(earlier.read_bytes()).hexdigest()
+    assert json.loads((tmp_path / "on" / "micro.json").read_text())["start"] == digest
+    assert digest[:12] in (tmp_path / "on" / "micro.md").read_text()
+
+
+def test_what_a_run_cannot_begin_with_is_refused_in_one_line(program, source, earlier, tmp_path, capsys):
+    def error(start: Path, more: str = "") -> str:
+        return refused(program, capsys, small_run(source, tmp_path / "out", f"--start {start} {more}"))
+
+    assert "missing.safetensors" in error(tmp_path / "missing.safetensors")
+    (tmp_path / "damaged.safetensors").write_bytes(earlier.read_bytes()[:-1])
+    assert "damaged.safetensors cannot be read" in error(tmp_path / "damaged.safetensors")
+    safetensors.torch.save_file({"conv.weight": torch.zeros(3)}, tmp_path / "foreign.safetensors")
+    assert "is another model's: blocks.0" in error(tmp_path / "foreign.safetensors")
+    assert "is another model's" in error(earlier, "--width 32")
+    assert not (tmp_path / "out" / "checkpoint.pt").exists()
 
 
 def test_equal_weights_are_the_static_arms(program):
