@@ -183,6 +183,88 @@ def test_early_adapters_can_be_wider_and_weigh_more(program, build):
     assert ratios == [4.0] * (len(ratios) // 3) + [1.0] * (2 * len(ratios) // 3)  # the first two of six blocks
 
 
+# ---- sub-networks that learn from the whole one
+
+
+def test_a_sub_network_that_lacks_nothing_learns_the_last_exits_answer(program, build):
+    net, _ = build()
+    images, weights = batch(6)[0], torch.tensor([0.5, 0.3, 0.2])
+    logits = net(images).detach().requires_grad_()
+    how = program("structured").StructuredDropout(rate=0.0, weight=3.0, part=0.5, temperature=4.0)
+    loss = how.loss(net, images, logits, weights)
+    wanted, answers = (logits[-1] / 4).softmax(-1), (logits / 4).log_softmax(-1)
+    apart = (wanted * (answers[-1] - answers[:-1])).sum(-1)[:, :3].mean(1)  # half of the batch
+    torch.testing.assert_close(loss, 3 * 16 * (0.5 * apart[0] + 0.3 * apart[1]))
+    loss.backward()
+    assert logits.grad is None  # the teacher learns nothing
+    learns = {name.split(".")[2] for name, p in net.named_parameters() if "blocks" in name and p.grad is not None}
+    assert learns == {"0", "1", "2", "3"}  # and neither do the blocks behind the last early exit
+    static, _ = build(exits=())
+    nothing = program("structured").StructuredDropout().loss(static, images, logits[:1], weights[:1])
+    assert nothing.item() == 0
+
+
+@pytest.mark.parametrize("method", ["lora", "adapter", "repadapter"])
+def test_heads_and_hidden_units_are_left_out_whole(program, build, method):
+    structured = program("structured")
+    net, _ = build(method)
+    seen: dict[int, list[Tensor]] = {k: [] for k in range(6)}
+    places = [
+        (part, k)
+        for k, block in enumerate(net.trunk.blocks)
+        for name, part in block.named_modules()
+        if name.endswith((".proj", ".fc2"))
+    ]
+    assert len(places) == 12
+    torch.manual_seed(0)
+    with structured.StructuredDropout(rate=0.5).dropping(net):
+        handles = [
+            part.register_forward_pre_hook(lambda _, x, k=k: seen[k].append(x[0].detach())) for part, k in places
+        ]
+        net(batch(64)[0])
+    for handle in handles:
+        handle.remove()
+    for k, rate in enumerate([0.5, 0.5, 0.25, 0.25, 0.0, 0.0]):  # three stages of two blocks
+        heads, hidden = seen[k]
+        heads = heads.unflatten(-1, (3, -1)).movedim(2, 1).flatten(2)  # (images, heads, tokens and channels)
+        for units in (heads, hidden.transpose(1, 2)):
+            gone = (units == 0).all(-1)
+            assert torch.equal(gone, (units == 0).any(-1))  # for all tokens alike
+            assert gone.double().mean().item() == pytest.approx(rate, abs=0.1 if rate else 0)
+            assert not rate or len(gone.unique(dim=0)) > 1  # each image its own
+    assert not any(part._forward_pre_hooks for part, _ in places)  # nothing stays behind
+
+
+def test_what_is_left_makes_up_for_what_is_gone(program):
+    x = torch.rand(4000, 2, 6, generator=torch.Generator().manual_seed(0)) + 1
+    torch.manual_seed(0)
+    found = program("structured")._without(x, 0.3, 2)
+    torch.testing.assert_close(found.mean(0), x.mean(0), rtol=0.1, atol=0)
+    kept = found != 0
+    torch.testing.assert_close(found[kept], x[kept] / 0.7)
+
+
+def test_what_sub_networks_are_asked_is_reproducible_and_can_be_refused(program, build):
+    structured, (net, _) = program("structured"), build()
+    images, weights = batch(8)[0], torch.ones(3)
+    logits, losses = net(images).detach(), []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        losses.append(structured.StructuredDropout(rate=0.5).loss(net, images, logits, weights).item())
+    assert losses[0] == losses[1] != losses[2]
+    for change, message in (
+        ({"rate": 1.0}, "rate=1.0 must be in"),
+        ({"weight": -1.0}, "weight=-1.0 must be 0 or more"),
+        ({"part": 0.0}, "part=0.0 must be in"),
+        ({"temperature": 0.0}, "temperature=0.0 must be above 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            structured.StructuredDropout(**change)
+    convolutions = ExitNet(timm.create_model("convnext_atto", dims=(8,) * 4, depths=(1,) * 4, num_classes=2), every=1)
+    with pytest.raises(ValueError, match="a ConvNeXt has no attention heads"):
+        structured.StructuredDropout().loss(convolutions, torch.rand(2, 3, 32, 32), logits, weights)
+
+
 # ---- the log
 
 
