@@ -1,6 +1,7 @@
 """The config files that ship: each trains, alone or laid over vtab.yaml, and says what it claims to say."""
 
 import importlib
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from dynadapter import AdapterSpec, Distillation, Heads, Schedule, Weighting
+from dynadapter import AdapterSpec, Distillation, Heads, Schedule, Weighting, packaged
 from dynadapter.callbacks import BidirectionalSparsity, EarlyExit, ExitWeights
 from dynadapter.cli import main
 from dynadapter.cli.app import DynCLI
@@ -153,5 +154,12 @@ def test_static_is_the_same_model_without_exits(task, built):
 
 def test_quickstart_needs_no_download():
     config = yaml.safe_load((CONFIGS / "quickstart.yaml").read_text())
-    assert config["model"]["pretrained"] is False
+    assert config["model"]["trunk"] in packaged.names()
+    assert config["model"]["pretrained"] is True
     assert config["data"]["class_path"] == "Digits"
+
+
+def test_quickstart_gives_the_trunk_images_as_it_was_trained_with():
+    config = yaml.safe_load((CONFIGS / "quickstart.yaml").read_text())
+    about = json.loads((packaged.FOLDER / f"{config['model']['trunk']}.json").read_text())
+    assert about["preprocess"].items() <= config["data"]["init_args"].items()
