@@ -596,7 +596,7 @@ def test_overwriting_replaces_nothing_but_a_bundle(whole, tmp_path):
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        (("format",), 2, "has format 2, this dynadapter reads up to 1; update dynadapter"),
+        (("format",), 3, "has format 3, this dynadapter reads up to 2; update dynadapter"),
         (("format",), "1", "has format '1'"),
         (("library",), "timm", "does not belong to a bundle of dynadapter"),
         (("sha256",), ..., "lacks 'sha256'"),

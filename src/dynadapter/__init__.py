@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from dynadapter.distillation import Distillation
     from dynadapter.heads import Balanced, Heads, LinearHeads, MLPHeads
     from dynadapter.losses import joint_loss
+    from dynadapter.merging import TokenMerging
     from dynadapter.metrics import ExitUse
     from dynadapter.module import ExitClassifier, Mixing
     from dynadapter.net import ExitNet, Routed
@@ -52,6 +53,7 @@ _HOMES = {
     "distillation": "Distillation",
     "heads": "Balanced Heads LinearHeads MLPHeads",
     "losses": "joint_loss",
+    "merging": "TokenMerging",
     "metrics": "ExitUse",
     "module": "ExitClassifier Mixing",
     "net": "ExitNet Routed",

@@ -50,7 +50,7 @@ class CompiledNet:
             part.__code__ = part.__code__.replace()
             return torch.compile(part, dynamic=False, **options)
 
-        for function in (cut.embed, cut.blocks, cut.finish, cut.tokens, cut.reads_class_row):
+        for function in (cut.embed, cut.blocks, cut.finish, cut.tokens, cut.reads_class_row, cut.prefix_tokens):
             function.dispatch(type(net.trunk))  # a first look-up inside a graph would be guarded and compiled anew
         exits = range(net.num_exits)
         self._embed = compiled(lambda images: net.embed(images))

@@ -34,7 +34,8 @@ class ExitCosts:
         macs: Up to each exit, (exits,): embedding, blocks, adapters as they stand and all heads passed on the way.
         light: The part of ``macs`` that is normalisation, pooling and resampling, estimated as fvcore does it (5 for
             each element of a LayerNorm); ``macs - light`` is the exact count of products, convolutions and attention.
-        trunk: The whole path without the early heads, adapters as they stand; without adapters the plain timm model.
+        trunk: The whole path without the early heads and with every token, adapters as they stand; without adapters
+            the plain timm model.
         exits: After how many blocks each exit stands.
         trunk_class_row: The same path where its last block computes the class token's row alone, which a static trunk
             could do as well; None where that was not asked for.
@@ -119,6 +120,11 @@ def exit_costs(
         try:
             whole, unknown = _trace(_Parts(net, False), image, handles or {})
             counts, _ = _trace(_Parts(net, True), image, handles or {}) if class_first else (whole, unknown)
+            plain, plain_counts = whole, counts  # of the static trunk, which merges no tokens
+            if net.merging is not None:
+                with _every_token(net):
+                    plain, _ = _trace(_Parts(net, False), image, handles or {})
+                    plain_counts = _trace(_Parts(net, True), image, handles or {})[0] if class_first else plain
         except Exception as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise ValueError(
@@ -131,13 +137,13 @@ def exit_costs(
             "where count(inputs, outputs) gives the multiply-adds of one call, 0 for a light one"
         )
     last = (f"begins.{net.num_exits - 1}", f"heads.{net.num_exits - 1}")
-    trunk = sum(part.total() for name, part in whole.items() if name in ("embed", *last) or name.startswith("begins."))
+    trunk = sum(part.total() for name, part in plain.items() if name in ("embed", *last) or name.startswith("begins."))
     return ExitCosts(
         macs=_up_to_each_exit(net.num_exits, {name: part.total() for name, part in counts.items()}),
         light=_up_to_each_exit(net.num_exits, {name: part["light"] for name, part in counts.items()}),
         trunk=trunk,
         exits=net.exits,
-        trunk_class_row=trunk + sum(counts[n].total() - whole[n].total() for n in last) if class_first else None,
+        trunk_class_row=trunk + sum(plain_counts[n].total() - plain[n].total() for n in last) if class_first else None,
     )
 
 
@@ -250,6 +256,16 @@ def _undisturbed(net: nn.Module, device: torch.device) -> Iterator[None]:
                     del module._forward_pre_hooks[key]
                 for key in set(module._forward_hooks) - after:
                     del module._forward_hooks[key]
+
+
+@contextmanager
+def _every_token(net: ExitNet) -> Iterator[None]:
+    """Merges no tokens inside."""
+    merging, net.merging = net.merging, None
+    try:
+        yield
+    finally:
+        net.merging = merging
 
 
 class _Part(nn.Module):
@@ -388,7 +404,7 @@ add add_ sub sub_ rsub mul mul_ div div_ addcmul addcmul_ pow square sqrt rsqrt 
 exp log sin cos erf sigmoid sigmoid_ tanh tanh_ gelu gelu_ silu silu_ mish elu leaky_relu prelu relu6 hardtanh
 hardsigmoid hardswish hardswish_ softplus softmax log_softmax
 clamp_min clamp_max maximum minimum min amax amin argmax argmin max_pool2d sort argsort topk cumsum
-le lt ne any all isfinite logical_and logical_or logical_not where masked_fill_
+le lt ne any all isfinite nan_to_num logical_and logical_or logical_not __or__ where masked_fill_
 dropout_ feature_dropout bernoulli bernoulli_ rand_like randn_like
 alias clone lift_fresh pad tile repeat repeat_interleave expand_as view_as reshape_as unflatten swapaxes movedim flip
 squeeze_ transpose_ block_diag numpy_T mT unfold as_strided tensor_split index_select index_copy_ index_put scatter

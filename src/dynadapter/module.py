@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
@@ -24,12 +25,14 @@ from dynadapter.adapters import AdapterSpec, adapter_layers, inject
 from dynadapter.distillation import Distillation
 from dynadapter.heads import Balanced, Heads
 from dynadapter.losses import IGNORED, exit_losses
+from dynadapter.merging import TokenMerging
 from dynadapter.metrics import SampleMean
 from dynadapter.net import ExitNet, Routed
 from dynadapter.policies import Never, Policy, route
 from dynadapter.schedules import Cosine, Schedule, Warmup
 from dynadapter.sharding import is_sharded, shard
 from dynadapter.spec import Spec
+from dynadapter.spec_json import restore
 from dynadapter.temperature import tempered_confidence
 from dynadapter.trunk import classifier, create_trunk, fingerprint
 
@@ -112,6 +115,7 @@ class ExitClassifier(LightningModule):
         heads: Kind of the early heads.
         every: An exit after every so many blocks; the trunk's end is always the last exit.
         exits: An explicit list of block counts instead of the interval; an empty list is the static network.
+        merging: Merge like tokens on the way, in training and after; None keeps them all. For trunks of the ViT family.
         optimizer: Takes the trainable parameters. It is not saved: give it again to go on training from a checkpoint.
         lr_schedule: Factor on the optimiser's learning rate over the progress of training, step by step.
         label_smoothing: Probability spread over all classes, in [0, 1).
@@ -142,6 +146,7 @@ class ExitClassifier(LightningModule):
         heads: Heads = Balanced(),  # noqa: B008
         every: int = 3,
         exits: list[int] | None = None,
+        merging: TokenMerging | None = None,
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-3, weight_decay=1e-4),
         lr_schedule: Schedule = Warmup(fraction=0.1, start=1e-3, then=Cosine(start=1.0, end=1e-2)),  # noqa: B008
         label_smoothing: float = 0.0,
@@ -171,7 +176,7 @@ class ExitClassifier(LightningModule):
         self.trunk_hash = fingerprint(model)
         if adapter is not None:
             inject(model, adapter)
-        self.net = ExitNet(model, heads, every, exits)
+        self.net = ExitNet(model, heads, every, exits, merging)
         self.class_names = list(class_names or _numbered(num_classes))
         self.preprocessing: dict[str, Any] = {}
         self.data_config: dict[str, Any] | None = None
@@ -495,6 +500,7 @@ class ExitClassifier(LightningModule):
             held = torch.load(path, map_location="cpu", mmap=True, weights_only=True)["state_dict"]
             self._require_keys(held.keys())
         self._check_classes(saved["class_names"])
+        self._compare_merging(checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY, {}))
         if saved["trunk_hash"] != self.trunk_hash and not saved["full"]:
             raise ValueError(
                 f"the checkpoint was trained on trunk {saved['trunk']!r} with weights {saved['trunk_hash'][:12]}, this "
@@ -505,6 +511,15 @@ class ExitClassifier(LightningModule):
         self.class_names = list(saved["class_names"])
         self.preprocessing = dict(saved["preprocessing"])
         self.data_config = self.data_config or saved["data"]
+
+    def _compare_merging(self, settings: Mapping[str, Any]) -> None:
+        """Says so where tokens were merged otherwise: all tensors fit, and the answers are others."""
+        theirs, ours = restore(settings.get("merging"), TokenMerging | None, "merging"), self.net.merging
+        if theirs != ours:
+            rank_zero_warn(
+                f"the checkpoint was trained with merging={theirs}, this model has merging={ours}: what was measured "
+                "then does not hold; give the merging of the training, or measure again"
+            )
 
     def _require_keys(self, held: AbstractSet[str]) -> None:
         """Makes sure that a checkpoint holds all that is trained, and nothing that is not known here."""

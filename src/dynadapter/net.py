@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from dynadapter import trunk as cut
 from dynadapter.adapters import AdapterLayer, merge
 from dynadapter.heads import Balanced, Heads
+from dynadapter.merging import TokenMerging
 from dynadapter.policies import Policy
 
 CPU_CHUNK = 32
@@ -80,6 +81,7 @@ class ExitNet(nn.Module):
         heads: The kind of the early heads.
         every: An exit after every so many blocks (the paper's interval T); see :func:`exit_blocks`.
         exits: An explicit list of block counts instead of the interval.
+        merging: Merge like tokens on the way; None keeps them all. For trunks of the ViT family.
 
     Attributes:
         exits: After how many blocks each exit stands; the last one is the depth.
@@ -87,13 +89,18 @@ class ExitNet(nn.Module):
 
     Raises:
         TypeError: If no cut is known for the trunk's class.
-        ValueError: If the exits do not fit the depth, or the trunk has no classifier.
+        ValueError: If the exits or the merging do not fit the trunk, or it has no classifier.
     """
 
     exit_weights: Tensor
 
     def __init__(
-        self, trunk: nn.Module, heads: Heads | None = None, every: int = 3, exits: Sequence[int] | None = None
+        self,
+        trunk: nn.Module,
+        heads: Heads | None = None,
+        every: int = 3,
+        exits: Sequence[int] | None = None,
+        merging: TokenMerging | None = None,
     ) -> None:
         super().__init__()
         blocks = cut.blocks(trunk)
@@ -103,6 +110,14 @@ class ExitNet(nn.Module):
         self.depth = len(blocks)
         self.exits = exit_blocks(self.depth, every, exits)
         self.trunk = trunk
+        if merging is not None:
+            merging.check(self.depth)
+            if needing := cut.needs_all_tokens(trunk):
+                raise ValueError(
+                    f"tokens cannot be merged in a {needing}, which may need each of them in its place; leave merging "
+                    "out, or take a ViT with timm's own blocks"
+                )
+        self.merging = merging
         widths, heads = cut.widths(trunk), heads or Balanced()
         self.heads = nn.ModuleList(
             heads.build(
@@ -141,14 +156,26 @@ class ExitNet(nn.Module):
 
     def stage_modules(self, k: int) -> Iterator[nn.Module]:
         """Yields the modules between exit ``k - 1`` and exit ``k`` in the order in which they run."""
-        start = self.exits[k - 1] if k else 0
-        for unit in cut.blocks(self.trunk)[start : self.exits[k]]:
+        for _, unit in self._units(k):
             yield from unit
+
+    def _units(self, k: int) -> list[tuple[int, tuple[nn.Module, ...]]]:
+        """Lists the blocks of stage ``k``, each with the number of blocks before it."""
+        start = self.exits[k - 1] if k else 0
+        return list(enumerate(cut.blocks(self.trunk)[start : self.exits[k]], start))
+
+    def _merged(self, place: int, x: Tensor) -> Tensor:
+        """Merges tokens where that is to be done after so many blocks."""
+        if self.merging is None or place not in self.merging.after:
+            return x
+        return self.merging(x, cut.prefix_tokens(self.trunk))
 
     def stage(self, k: int, x: Tensor) -> Tensor:
         """Runs the blocks between exit ``k - 1`` and exit ``k``."""
-        for module in self.stage_modules(k):
-            x = cut.run(module, x)
+        for place, unit in self._units(k):
+            x = self._merged(place, x)
+            for module in unit:
+                x = cut.run(module, x)
         return x
 
     def head(self, k: int, x: Tensor) -> Tensor:
@@ -247,9 +274,12 @@ class ExitNet(nn.Module):
         if not (class_first and self.splits(k)):
             x = self.stage(k, x)
             return x, (x,)
-        *modules, block = self.stage_modules(k)
-        for module in modules:
-            x = cut.run(module, x)
+        *units, (last, (block,)) = self._units(k)
+        for place, unit in units:
+            x = self._merged(place, x)
+            for module in unit:
+                x = cut.run(module, x)
+        x = self._merged(last, x)
         row, keys_values = cut.class_row(block, x)
         return row, (x, keys_values)
 

@@ -117,6 +117,12 @@ def prefix_tokens(model: nn.Module) -> int:
 
 
 @singledispatch
+def needs_all_tokens(model: nn.Module) -> str | None:
+    """Names what in the model must have every token of the image in its place; None where some may go on the way."""
+    return type(model).__name__
+
+
+@singledispatch
 def has_class_token(model: nn.Module) -> bool:
     """Says whether the model's own head reads a class token (the first one); a model may carry one and not read it."""
     return False
@@ -183,6 +189,13 @@ def _(model: VisionTransformer) -> list[int]:
 @prefix_tokens.register
 def _(model: VisionTransformer) -> int:
     return model.num_prefix_tokens
+
+
+@needs_all_tokens.register
+def _(model: VisionTransformer) -> str | None:
+    # To timm's own blocks tokens are a set; one of somebody else's may know positions, as by rotary embeddings
+    kinds = [type(block) for block in model.blocks]
+    return next((kind.__name__ for kind in kinds if kind.__module__ != vision_transformer.__name__), None)
 
 
 @has_class_token.register

@@ -46,6 +46,7 @@ def card(config: Config, size: int) -> str:
                 ["its weights", f"{_origin(config)}; fingerprint before adapters `{trunk.fingerprint[:12]}`"],
                 ["adapter", f"{kind}{merged}"],
                 ["heads", _spec(config.heads)],
+                *([["like tokens", f"merged: {_spec(config.merging)}"]] if config.merging else []),
                 ["policy", _spec(config.policy)],
                 ["images", _preprocessing(config)],
                 [f"`{MODEL}`", f"{size / 1e6:.2f} MB, {tensors}"],

@@ -16,6 +16,7 @@ from dynadapter.bundle.proof import MergeProof
 from dynadapter.bundle.tensors import fill
 from dynadapter.cost import ExitCosts
 from dynadapter.heads import Heads
+from dynadapter.merging import TokenMerging
 from dynadapter.net import ExitNet
 from dynadapter.policies import Policy
 from dynadapter.preprocess import Preprocess
@@ -23,8 +24,8 @@ from dynadapter.spec_json import checksum, plain, restore
 from dynadapter.temperature import Scaled
 from dynadapter.trunk import create_trunk
 
-FORMAT = 1
-"""Version of the layout; a reader takes this one and older ones."""
+FORMAT = 2
+"""Version of the layout; a reader takes this one and older ones. 2 added ``merging``."""
 
 CONFIG, MODEL, CARD = "config.json", "model.safetensors", "README.md"
 FILES = (MODEL, CARD, CONFIG)
@@ -85,6 +86,7 @@ class Config:
         whole: Whether ``model.safetensors`` holds all tensors, so that no trunk file is needed.
         merged: Whether the adapters were folded into the trunk; a merged network is always whole.
         proof: How far the merged network is from the unmerged one; None where nobody compared.
+        merging: Where like tokens are merged; None where all are kept.
         dtype: Type of the trunk's tensors.
         versions: Of the packages that wrote the bundle.
         sha256: Of ``model.safetensors``.
@@ -104,6 +106,7 @@ class Config:
     whole: bool = False
     merged: bool = False
     proof: MergeProof | None = None
+    merging: TokenMerging | None = None
     dtype: Literal["float64", "float32", "bfloat16", "float16"] = "float32"
     versions: dict[str, str] = field(default_factory=dict)
     sha256: str = ""
@@ -172,6 +175,8 @@ class Config:
                 f"{where} is not as it was written: the bundle is damaged, fetch or write it again; if you changed "
                 "something on purpose, take the line 'checksum' out"
             )
+        if version < 2:
+            given.setdefault("merging", None)
         lacking = [entry.name for entry in fields(cls) if entry.name not in given]
         if lacking:
             raise ValueError(f"{where} lacks {lacking[0]!r}; the bundle is damaged: fetch or write it again")
@@ -199,7 +204,7 @@ class Config:
         with torch.random.fork_rng(devices=[]):  # what is drawn is replaced; the user's random numbers stay as they are
             if self.adapter is not None and not self.merged:
                 inject(trunk, self.adapter)
-            net = ExitNet(trunk, self.heads, exits=self.exits)
+            net = ExitNet(trunk, self.heads, exits=self.exits, merging=self.merging)
         if net.exits != self.exits:  # a trunk deeper than the last exit gets one more
             raise ValueError(f"{where}: the exits are after blocks {self.exits}, but the trunk has {net.depth} blocks")
         fill(net, tensors, whole=self.whole, where=where)

@@ -115,6 +115,7 @@ def save_bundle(
         whole=whole or merged,
         merged=merged,
         proof=proof,
+        merging=net.merging,
         dtype=str(_type(net)).removeprefix("torch."),  # type: ignore[arg-type]
     )
     tensors = saved_tensors(net, config.whole)

@@ -125,6 +125,8 @@ class Bench:
         self.has_adapters = bool(adapter_layers(original.trunk))
         self.net, self.unmerged = self._merged(original), original if self.has_adapters else None
         self.size = _image_size(bundle)
+        if self.net.merging is not None:
+            self.notes.append(f"the static arms keep every token; all others have merging={self.net.merging}")
         pool = self._real() if settings.images else self._noise()
         self.exact = copy.deepcopy(self.net) if self.dtype != torch.float32 else self.net  # to be counted and exported
         self.costs = cache(self._costs)
@@ -319,7 +321,7 @@ class Work:
 
 
 def _static(work: Work) -> Arm:
-    static = work.bench.net.at(-1)
+    static = _up_to(work.bench.net, work.bench.net.depth).at(-1)
     chunk = work.chunk(static)
     return Arm(partial(_cut, static, chunk), float(work.bench.costs(True, False).trunk), _in_chunks(chunk, work.batch))
 
@@ -403,7 +405,10 @@ def _cut(serve: Callable[[Any], Any], chunk: int, images: Any) -> list[Any]:
 
 
 def _up_to(net: ExitNet, depth: int) -> ExitNet:
-    """Gives a network over the same blocks whose first exit stands after so many, with the head that is there."""
+    """Gives a network over the same blocks whose first exit stands after so many, with the head that is there.
+
+    It merges no tokens.
+    """
     shallow = ExitNet(net.trunk, LinearHeads(), exits=[depth])
     if depth in net.exits[:-1]:
         shallow.heads[0] = net.heads[net.exits.index(depth)]

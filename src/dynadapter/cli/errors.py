@@ -162,8 +162,8 @@ def says(message: str) -> tuple[str, str, str | None]:
         elif text.startswith("Does not validate against any of the Union subtypes") and "Errors:\n" in text:
             errors, _, value = text.partition("Errors:\n")[2].partition("\nGiven value type:")
             value = value.partition("Given value: ")[2].strip()
-            nested = re.fullmatch(r"NestedArg\(key='(.+)', val='(.*)'\)", value)
-            given = nested[2] if nested else value
+            nested = re.fullmatch(r"NestedArg\(key='.+', val=(.*)\)", value)
+            given = nested[1].strip("'") if nested else value
             text = _most_telling(textwrap.dedent(errors).strip("\n"))
         else:
             return ".".join(key), text.partition("\nSubclass types expect")[0], given

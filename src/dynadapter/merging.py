@@ -1,0 +1,120 @@
+"""Token merging: like tokens of an image become one on the way, and every block behind is cheaper."""
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dynadapter.spec import Spec
+
+
+@dataclass(frozen=True)
+class TokenMerging(Spec):
+    """Merges a share of an image's tokens at some places of a trunk (ToMe, Bolya et al. 2023).
+
+    At a place every other token looks for the most similar one among those in between; the most similar pairs are
+    merged into their mean, as many as the share says. Nothing is learnt, and how many tokens are left is known
+    beforehand, so that its saving is the same for every image and multiplies with that of early exits.
+
+    It differs from ToMe in three things: tokens are compared by their own direction and not by their keys, so that
+    blocks run as they are; a mean of means counts each as one; and attention is not told how many a token stands for.
+    Class token and registers are never merged.
+
+    >>> TokenMerging(after=(1, 4), share=0.5).left(64)
+    16
+
+    Args:
+        after: After how many blocks tokens are merged, rising; 0 is before the first block. An exit at the same place
+            still reads all of them.
+        share: Part of the tokens that each place takes away, above 0 and at most a half; rounded down.
+
+    Raises:
+        ValueError: If the share or the places cannot be.
+    """
+
+    after: tuple[int, ...] = (1, 4)
+    share: float = 0.4
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "after", tuple(self.after))
+        if not 0 < self.share <= 0.5:
+            raise ValueError(f"share={self.share} must be above 0 and at most 0.5: each token merges with one other")
+        steps = zip((-1, *self.after), self.after, strict=False)
+        if not self.after or not all(isinstance(place, int) and place > before for before, place in steps):
+            raise ValueError(f"after={self.after} must be rising block counts, 0 or more, such as (1, 4)")
+
+    def check(self, depth: int) -> None:
+        """Refuses places that a trunk does not have.
+
+        Raises:
+            ValueError: If a place has no block behind it.
+        """
+        if self.after[-1] >= depth:
+            raise ValueError(
+                f"after={self.after} merges tokens where no block is left: the trunk has {depth}; choose places below"
+            )
+
+    def left(self, tokens: int) -> int:
+        """Says how many of an image's own tokens are left behind the last place."""
+        for _ in self.after:
+            tokens -= int(self.share * tokens)
+        return tokens
+
+    def __call__(self, x: Tensor, prefix: int) -> Tensor:
+        """Merges tokens once.
+
+        Args:
+            x: (batch, tokens, width).
+            prefix: So many tokens in front stay as they are.
+
+        Returns:
+            (batch, fewer tokens, width): the prefix, the tokens that were not merged, then those that may have been.
+        """
+        return merge_tokens(x, int(self.share * (x.shape[1] - prefix)), prefix)
+
+
+def merge_tokens(x: Tensor, count: int, prefix: int = 0) -> Tensor:
+    """Merges the most similar tokens of each image, by ToMe's bipartite matching.
+
+    Args:
+        x: (batch, tokens, width).
+        count: How many tokens go, at most half of those behind the prefix.
+        prefix: So many tokens in front take no part.
+
+    Returns:
+        (batch, tokens - count, width). Gradients flow to all tokens; who merges with whom has none.
+    """
+    if count < 1:
+        return x
+    # Likeness in 16 bits would be a matter of rounding
+    autocast = torch.is_autocast_enabled(x.device.type)
+    with torch.autocast(x.device.type, enabled=False) if autocast else nullcontext():
+        with torch.no_grad():
+            places = _places(x, count, prefix)
+            # One product with the shares, not gathers and a scatter: quicker on a CPU, the same result every time on a
+            # GPU, and known to exporters
+            joins = (places[:, None] == torch.arange(x.shape[1] - count, device=x.device)[:, None]).to(x.dtype)
+            shares = joins / joins.sum(-1, keepdim=True)  # (batch, tokens - count, tokens)
+        return shares @ x
+
+
+def _places(x: Tensor, count: int, prefix: int) -> Tensor:
+    """Says for each token at which place behind the merging it is (batch, tokens); those that merge have one place."""
+    own = x[:, prefix:]
+    own = own if own.dtype.itemsize > 2 else own.float()
+    lengths = torch.linalg.vector_norm(own, dim=-1).clamp_min(1e-12)
+    products = own[:, ::2] @ own[:, 1::2].transpose(1, 2)  # (batch, sources, targets)
+    likeness, partner = (products / lengths[:, None, 1::2]).max(-1)
+    likeness = (likeness / lengths[:, ::2]).nan_to_num(2.0)  # what is no number is ranked, too
+    # By comparison of all with all: ties go to the first, which not every sort promises, and exporters know no other
+    ahead = (likeness[:, None] > likeness[..., None]) | (likeness[:, None] == likeness[..., None]).tril(-1)
+    stays = ahead.sum(-1) >= count
+    sources, targets = products.shape[1:]
+    first = prefix + sources - count  # the place of the first target
+    # Sources that stay keep their order, whatever their likeness is: rounding must not decide about the next matching
+    places = torch.where(stays, stays.cumsum(-1) + (prefix - 1), first + partner)
+    # x.shape[0], because len(x) would be a constant in an exported graph
+    fixed = torch.arange(first + targets, device=x.device).expand(x.shape[0], -1)
+    pairs = torch.stack([places[:, :targets], fixed[:, first:]], -1).flatten(1)
+    return torch.cat([fixed[:, :prefix], pairs, places[:, targets:]], 1)

@@ -1,0 +1,434 @@
+"""Token merging against a loop in Python, and that everything around a network with merging does the same."""
+
+import copy
+import json
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import CLASSES, make_convnext, make_swin, make_vit
+from cost_references import by_torch, counting, halved
+from test_bundle import NAMES, edited, made, same, save
+from test_class_first import middle_threshold, network, pictures
+from tiny import QUIET, loader, make_classifier, trainer
+from torch import Tensor
+
+from dynadapter.adapters import LoRA, RepAdapter
+from dynadapter.bundle import load
+from dynadapter.cli import arms, main
+from dynadapter.compiled import CompiledNet
+from dynadapter.cost import exit_costs, exit_parameters
+from dynadapter.export import export_onnx, export_programs
+from dynadapter.heads import LinearHeads
+from dynadapter.merging import TokenMerging, merge_tokens
+from dynadapter.module import ExitClassifier
+from dynadapter.net import ExitNet
+from dynadapter.policies import Confidence, Never
+from dynadapter.stream import Stream
+from dynadapter.trunk import create_trunk
+
+TWICE = TokenMerging(after=(1, 2), share=0.4)  # inside the first stage of two blocks, and in front of the second
+TINY = str(Path(__file__).parent / "conf" / "tiny.yaml")
+VITS: dict[str, dict[str, Any]] = {
+    "a class token": {},
+    "registers": {"reg_tokens": 3},
+    "mean pooling, no class token": {"global_pool": "avg", "class_token": False},
+    "mean pooling beside a class token": {"global_pool": "avg"},
+    "attention pooling": {"global_pool": "map", "class_token": False},
+    "layer scale, norms of q and k": {"init_values": 0.3, "qk_norm": True},
+    "any image size": {"dynamic_img_size": True},
+}
+
+
+def small_net() -> ExitNet:
+    """Two blocks with an exit after each, and a merging in front of each."""
+    net = ExitNet(make_vit(depth=2), LinearHeads(), every=1, merging=TokenMerging((0, 1), 0.4)).eval()
+    torch.manual_seed(0)
+    for parameter in net.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.15)
+    return net
+
+
+def tokens(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+# ---- one merging -----------------------------------------------------------------------------------------------------
+
+
+def by_loop(x: Tensor, count: int, prefix: int) -> Tensor:
+    """ToMe's bipartite matching, image by image and token by token."""
+    merged = []
+    for image in x:
+        front, own = list(image[:prefix]), list(image[prefix:])
+        sources, targets = own[::2], own[1::2]
+        found = []
+        for place, source in enumerate(sources):
+            likeness = [torch.cosine_similarity(source, target, dim=0).item() for target in targets]
+            found.append((max(likeness), place, likeness.index(max(likeness))))
+        found.sort(key=lambda pair: (-pair[0], pair[1]))
+        groups = [[target] for target in targets]
+        for _, place, target in found[:count]:
+            groups[target].append(sources[place])
+        stay = sorted(place for _, place, _ in found[count:])
+        means = [torch.stack(group).mean(0) for group in groups]
+        merged.append(torch.stack([*front, *(sources[place] for place in stay), *means]))
+    return torch.stack(merged)
+
+
+@pytest.mark.parametrize(
+    ("own", "count", "prefix"), [(16, 6, 1), (16, 8, 0), (17, 8, 5), (9, 1, 2), (3, 1, 1), (2, 1, 0), (25, 12, 1)]
+)
+def test_what_a_loop_over_images_and_tokens_does(own: int, count: int, prefix: int) -> None:
+    x = tokens(3, prefix + own, 6, seed=own).requires_grad_()
+    expected, result = by_loop(x, count, prefix), merge_tokens(x, count, prefix)
+    torch.testing.assert_close(result, expected)
+    assert torch.equal(result[:, :prefix], x[:, :prefix])
+    weights = tokens(*expected.shape, seed=1)
+    gradients = [torch.autograd.grad((out * weights).sum(), x)[0] for out in (expected, result)]
+    torch.testing.assert_close(gradients[1], gradients[0])
+
+
+def test_gradients_by_finite_differences() -> None:
+    assert torch.autograd.gradcheck(lambda x: merge_tokens(x, 3, 1), tokens(2, 8, 3).requires_grad_())
+
+
+def test_nothing_to_merge() -> None:
+    x = tokens(2, 5, 4)
+    assert merge_tokens(x, 0, 1) is x
+    assert TokenMerging(share=0.2)(x, 1) is x  # a fifth of four tokens is none
+    assert TokenMerging()(x[:, :1], 1).shape == (2, 1, 4)
+    assert merge_tokens(x[:0], 2, 1).shape == (0, 3, 4)
+
+
+def test_like_tokens_are_all_the_same() -> None:
+    x = torch.ones(2, 9, 4)
+    assert torch.equal(merge_tokens(x, 4, 1), x[:, :5])
+    assert torch.equal(merge_tokens(0 * x, 4, 1), 0 * x[:, :5])  # without a direction
+
+
+def test_an_image_with_values_that_are_not_finite_spoils_no_other() -> None:
+    x = tokens(3, 10, 4)
+    fine = merge_tokens(x, 4, 1)
+    for value in (torch.nan, torch.inf, -torch.inf):
+        broken = x.clone()
+        broken[1, 3] = value
+        result = merge_tokens(broken, 4, 1)
+        assert torch.equal(result[::2], fine[::2])
+        assert not result[1].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_merges_the_same_tokens(dtype: torch.dtype) -> None:
+    x = tokens(4, 17, 8).to(dtype)
+    result = merge_tokens(x, 8, 1)
+    assert result.dtype == dtype
+    torch.testing.assert_close(result.double(), by_loop(x.double(), 8, 1), rtol=2e-2, atol=2e-2)
+    large = torch.full((1, 40, 2), 60000.0, dtype=torch.float16)
+    assert merge_tokens(large, 20).isfinite().all()  # whose sum is not
+
+
+def test_autocast_changes_nothing() -> None:
+    x = tokens(4, 17, 8, dtype=torch.float32)
+    expected = merge_tokens(x, 8, 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(merge_tokens(x, 8, 1), expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"share": 0.0}, "share=0.0 must be above 0 and at most 0.5"),
+        ({"share": 0.6}, "each token merges with one other"),
+        ({"share": float("nan")}, "share=nan"),
+        ({"after": ()}, r"after=\(\) must be rising"),
+        ({"after": (4, 1)}, "must be rising"),
+        ({"after": (1, 1)}, "must be rising"),
+        ({"after": (-1,)}, "must be rising block counts, 0 or more"),
+        ({"after": (1.5,)}, "must be rising block counts"),
+    ],
+)
+def test_settings_that_cannot_be(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        TokenMerging(**options)
+    assert "\n" not in str(error.value)
+
+
+class Turning(torch.nn.Module):
+    """A block that may know where a token stands."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (make_swin, "cannot be merged in a SwinTransformer"),
+        (make_convnext, "cannot be merged in a ConvNeXt"),
+        (lambda: make_vit(block_fn=Turning), "cannot be merged in a Turning"),
+        (lambda: make_vit(depth=2), r"after=\(1, 2\) merges tokens where no block is left: the trunk has 2"),
+    ],
+)
+def test_trunks_that_cannot(make: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        ExitNet(make(), exits=[], merging=TWICE)
+    assert "\n" not in str(error.value)
+
+
+# ---- in a network ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", VITS.values(), ids=VITS)
+def test_every_way_through_the_network_gives_the_same(options: dict[str, Any]) -> None:
+    net = network(make_vit(**options), LoRA(rank=4), merging=TWICE)
+    images = pictures()
+    with torch.no_grad():
+        every = net(images)
+        assert not torch.allclose(every[0], network(make_vit(**options), LoRA(rank=4))(images)[0])
+        for k in range(net.num_exits):
+            torch.testing.assert_close(net.at(k)(images), every[k])
+        policy = middle_threshold(net, images)
+        for way in (False, True):
+            logits, exits = net.early(images, policy, class_first=way)
+            assert set(exits.tolist()) > {0}
+            torch.testing.assert_close(logits, every[exits, range(12)], rtol=1e-4, atol=1e-5)
+            alone = [net.early(image, policy, class_first=way) for image in images.split(1)]
+            assert torch.equal(torch.cat([one.exits for one in alone]), exits)
+            torch.testing.assert_close(torch.cat([one.logits for one in alone]), logits, rtol=1e-4, atol=1e-5)
+        answers = Stream(net, policy, batch=5)
+        answers.push(images)
+        assert [answer.exit for answer in answers.flush()] == exits.tolist()
+
+
+@pytest.mark.parametrize("options", VITS.values(), ids=VITS)
+def test_tokens_in_front_stay(options: dict[str, Any]) -> None:
+    net = network(make_vit(**options), merging=TWICE)
+    prefix = net.trunk.num_prefix_tokens
+    seen: list[tuple[Tensor, Tensor]] = []
+    for block in net.trunk.blocks:
+        block.register_forward_hook(lambda module, inputs, output: seen.append((inputs[0], output)))
+    with torch.no_grad():
+        net(pictures(2))
+    assert [given.shape[1] - prefix for given, _ in seen] == [16, 10, 6, 6, 6, 6]
+    assert TWICE.left(16) == 6
+    for (_, output), (given, _) in pairwise(seen):
+        assert torch.equal(given[:, :prefix], output[:, :prefix])
+
+
+def test_a_distilled_trunk_and_an_image_of_another_size() -> None:
+    small = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 4}
+    distilled = create_trunk("deit_tiny_distilled_patch16_224", CLASSES, **small)
+    wide = make_vit(dynamic_img_size=True)
+    for trunk, side in ((distilled, 32), (wide, 48)):
+        net, images = network(trunk, merging=TWICE), tokens(6, 3, side, side, dtype=torch.float32)
+        with torch.no_grad():
+            for way in (False, True):
+                logits, _ = net.early(images, Never(), class_first=way)
+                torch.testing.assert_close(logits, net(images)[-1], rtol=1e-4, atol=1e-5)
+
+
+def test_the_first_exit_reads_all_tokens_where_they_are_merged_behind_it() -> None:
+    late = replace(TWICE, after=(2,))
+    plain, merging = network(make_vit()), network(make_vit(), merging=late)
+    with torch.no_grad():
+        ours, theirs = merging(pictures()), plain(pictures())
+    assert torch.equal(ours[0], theirs[0])
+    assert not torch.allclose(ours[1], theirs[1])
+
+
+def test_folded_adapters_do_the_same() -> None:
+    net = network(make_vit(), RepAdapter(), merging=TWICE)
+    with torch.no_grad():
+        before = net(pictures())
+        torch.testing.assert_close(copy.deepcopy(net).merge()(pictures()), before, rtol=1e-4, atol=1e-4)
+
+
+def test_everything_that_learns_gets_a_gradient() -> None:
+    net = network(make_vit(), LoRA(rank=2), merging=TWICE).train()
+    net(pictures()).square().sum().backward()
+    for name, parameter in net.named_parameters():
+        assert not parameter.requires_grad or parameter.grad.abs().sum() > 0, name
+
+
+def test_bfloat16() -> None:
+    net = network(make_vit(), merging=TWICE)
+    with torch.no_grad():
+        exact, half = net(pictures()), net.bfloat16()(pictures().bfloat16())
+    assert half.dtype == torch.bfloat16
+    assert (half.float() - exact).abs().median() < 0.1 * exact.abs().median()
+
+
+def test_compiled_stages_do_the_same() -> None:
+    net = small_net()
+    graphs: list[int] = []
+    compiled = CompiledNet(net, buckets=(2, 4), backend=lambda graph, _: graphs.append(1) or graph.forward)
+    compiled.warm_up(pictures(1)[0])
+    once = len(graphs)
+    with torch.no_grad():
+        for count in (1, 3, 7):
+            got, expected = (n.early(pictures(count), Confidence(0.5), True) for n in (compiled, net))
+            assert torch.equal(got.exits, expected.exits)
+            torch.testing.assert_close(got.logits, expected.logits, rtol=1e-4, atol=1e-5)
+    assert len(graphs) == once
+
+
+# ---- what it costs ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", VITS.values(), ids=VITS)
+def test_the_meter_agrees_with_torch(options: dict[str, Any]) -> None:
+    net = network(make_vit(**options).requires_grad_(False), LoRA(rank=4), merging=TWICE)
+    costs, plain = exit_costs(net), exit_costs(network(make_vit(**options), LoRA(rank=4)))
+    assert [a - b for a, b in zip(costs.macs, costs.light, strict=True)] == by_torch(net, 32)
+    assert costs.trunk == plain.trunk
+    assert all(ours < theirs for ours, theirs in zip(costs.macs, plain.macs, strict=True))
+    assert net.merging == TWICE
+
+
+def test_the_meter_agrees_with_a_formula() -> None:
+    d, net = 48, ExitNet(make_vit(), LinearHeads(), every=2, merging=TWICE)
+    embed, total, expected = 16 * 3 * 8 * 8 * d, 0, []
+    total = embed
+    for block, own in enumerate([16, 10, 6, 6, 6, 6]):
+        if block in TWICE.after:
+            before = {10: 16, 6: 10}[own]
+            sources = targets = before // 2
+            total += sources * targets * d + (1 + own) * (1 + before) * d  # who is like whom, and the means
+        total += (1 + own) * 12 * d * d + 2 * (1 + own) ** 2 * d
+        if block % 2:
+            total += d * CLASSES
+            expected.append(total)
+    costs = exit_costs(net)
+    assert [a - b for a, b in zip(costs.macs, costs.light, strict=True)] == expected
+    assert exit_parameters(net) == exit_parameters(ExitNet(make_vit(), LinearHeads(), every=2))
+
+
+def test_the_meter_counts_what_routing_runs() -> None:
+    net = network(make_vit().requires_grad_(False), merging=TWICE)
+    costs = exit_costs(net, class_first=True)
+    for k in range(net.num_exits):
+        policy = Confidence(tuple(float(i != k) for i in range(net.num_exits - 1)))
+        with torch.no_grad(), counting() as counter:
+            assert net.early(pictures(1), policy, class_first=True).exits.tolist() == [k]
+        assert halved(counter) == costs.macs[k] - costs.light[k]
+    assert costs.trunk_class_row == exit_costs(network(make_vit()), class_first=True).trunk_class_row
+
+
+# ---- saved, exported, served -----------------------------------------------------------------------------------------
+
+
+def merging_net() -> ExitNet:
+    """The network of the bundles' tests, with merging."""
+    net = copy.deepcopy(made("vit")[0])
+    net.merging = TWICE
+    return net
+
+
+def test_a_bundle_brings_it_along(tmp_path: Path) -> None:
+    net, place = merging_net(), tmp_path / "b"
+    save(place, net=net, costs=exit_costs(net))
+    bundle = load(place)
+    assert bundle.net.merging == bundle.config.merging == TWICE
+    same(bundle, net, pictures(4))
+    assert "| like tokens | merged: `TokenMerging(after=(1, 2), share=0.4)` |" in (place / "README.md").read_text()
+
+
+def test_a_bundle_from_before_there_was_merging(tmp_path: Path) -> None:
+    net, place = save(tmp_path / "b")
+    assert json.loads((place / "config.json").read_text())["merging"] is None
+    edited(place, "merging")
+    with pytest.raises(ValueError, match="lacks 'merging'; the bundle is damaged"):
+        load(place)
+    edited(place, "format", value=1)
+    same(load(place), net, pictures(4))
+    edited(place, "merging", value={"class_path": "dynadapter.TokenMerging", "init_args": {"after": [1, 6]}})
+    with pytest.raises(ValueError, match=r"after=\(1, 6\) merges tokens where no block is left"):
+        load(place)
+
+
+def test_bench_times_the_plain_trunk_as_its_rival(tmp_path: Path) -> None:
+    place, out = tmp_path / "b", tmp_path / "b.json"
+    save(place, net=merging_net())
+    main(["bench", "--bundle", str(place), f"--out={out}", "--rounds=1", "--batch_sizes=[4]", "--arms=[static]"])
+    result = json.loads(out.read_text())
+    [batch] = result["batches"]
+    assert batch["arms"]["static"]["gmacs"] == batch["static_gmacs"] > batch["exit_gmacs"][-1]
+    assert any("the static arms keep every token" in note for note in result["notes"])
+    net, x = merging_net(), pictures(4)
+    static = arms._up_to(net, net.depth).at(-1)
+    with torch.no_grad():
+        assert torch.equal(static(x), net.trunk(x))
+
+
+def test_exported_stages_do_the_same(tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("dynadapter.runtime")
+    net = small_net()
+    options: dict[str, Any] = {
+        "policy": Confidence(0.5),
+        "class_names": NAMES,
+        "preprocessing": {"image_size": 32},
+        "check_images": pictures(6),
+    }
+    export_onnx(net, tmp_path / "onnx", **options)  # compares every exit, and who leaves where
+    export_programs(net, tmp_path / "programs", **options)
+    found, exits = map(torch.from_numpy, runtime.Runner(tmp_path / "onnx", threads=1).route(pictures(5).numpy()))
+    with torch.no_grad():
+        expected = net.early(pictures(5), options["policy"])
+    assert torch.equal(exits, expected.exits)
+    torch.testing.assert_close(found, expected.logits, rtol=1e-4, atol=1e-4)
+
+
+# ---- trained ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings(*QUIET, "ignore:You defined a `validation_step` but have no `val_dataloader`")
+def test_a_checkpoint_brings_it_along(tmp_path: Path) -> None:
+    module, path = make_classifier(merging=TWICE), tmp_path / "a.ckpt"
+    fit = trainer(max_steps=1)
+    fit.fit(module, loader(1))
+    fit.save_checkpoint(path)
+    again = ExitClassifier.load_from_checkpoint(path)
+    assert again.net.merging == TWICE
+    assert torch.equal(again.eval()(pictures(4)), module.eval()(pictures(4)))
+    content = torch.load(path, weights_only=True)
+    with pytest.warns(UserWarning, match=r"trained with merging=TokenMerging\(after=\(1, 2\).*this model has .*None"):
+        make_classifier().on_load_checkpoint(content)  # as a Trainer that is given the file
+    del content["hyper_parameters"]["merging"]
+    torch.save(content, path)
+    assert ExitClassifier.load_from_checkpoint(path).net.merging is None
+
+
+def test_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["--model.merging=TokenMerging", "--model.merging.share=0.5", "--model.merging.after=[0,1]"]
+    main(["fit", "-c", TINY, f"--trainer.default_root_dir={tmp_path}", "--trainer.logger=false", *asked])
+    path = tmp_path / "version_0" / "checkpoints" / "last.ckpt"
+    assert ExitClassifier.load_from_checkpoint(path).net.merging == TokenMerging((0, 1), 0.5)
+    capsys.readouterr()
+    main(["flops", "-c", TINY, *asked])
+    merged = capsys.readouterr().out
+    main(["flops", "-c", TINY])
+    assert merged != capsys.readouterr().out
+    bundle = ["--ckpt_path", str(path), f"--bundle={tmp_path / 'b'}", "--trainer.enable_progress_bar=false"]
+    main(["calibrate", *bundle, "--goal.cost=0.9"])
+    found = load(tmp_path / "b")
+    assert found.net.merging == TokenMerging((0, 1), 0.5)
+    assert found.costs is not None
+    assert found.costs.macs[-1] < found.costs.trunk
+    for wrong, words in (
+        ("--model.merging.share=0.7", "at most 0.5"),
+        ("--model.merging.after=[3]", "no block is left"),
+        ("--model.merging.after=[a]", "model.merging.after: expected a whole number, not \"['a']\""),
+        ("--model.merging.places=[1]", "model.merging: there is no setting 'places'"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            main(["fit", "-c", TINY, f"--trainer.default_root_dir={tmp_path}", asked[0], wrong])
+        assert stopped.value.code == 2
+        told = capsys.readouterr().err
+        assert words in told
+        assert told.count("\n") == 1, told
