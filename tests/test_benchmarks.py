@@ -76,7 +76,7 @@ def test_every_recipe_can_be_made(program):
     made = {name: recipes.recipe(name) for name in recipes.VARIANTS}
     assert made["static"].static
     assert not made["base"].static
-    same = {"base", "balanced-heads", "no-distillation", "every-token"}  # they take back what another recipe has changed
+    same = {"base", "balanced-heads", "no-distillation", "every-token"}  # what takes another recipe's change back
     assert all(made[name] != made["base"] for name in made if name not in same)
     assert set(recipes.INGREDIENTS) <= set(made)
     both = recipes.recipe("late-to-early+no-backward")
