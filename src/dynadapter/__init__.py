@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from dynadapter.data import Digits, ImageData, ImageFolder, ImagesToPredict, VTAB1k
     from dynadapter.distillation import Distillation
     from dynadapter.heads import Balanced, Heads, LinearHeads, MLPHeads
+    from dynadapter.layout import lay_out_for_cpu
     from dynadapter.losses import joint_loss
     from dynadapter.merging import TokenMerging
     from dynadapter.metrics import ExitUse
@@ -52,6 +53,7 @@ _HOMES = {
     "data": "Digits ImageData ImageFolder ImagesToPredict VTAB1k",
     "distillation": "Distillation",
     "heads": "Balanced Heads LinearHeads MLPHeads",
+    "layout": "lay_out_for_cpu",
     "losses": "joint_loss",
     "merging": "TokenMerging",
     "metrics": "ExitUse",

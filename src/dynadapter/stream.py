@@ -37,7 +37,8 @@ class Stream:
     A stage runs when ``batch`` samples wait for it, or when the one that has waited longest may wait no longer: after
     ``wait`` further arrivals, or after ``seconds``. Time passes only in :meth:`push` and :meth:`poll`; a server calls
     :meth:`poll` from time to time. Answers come in order of arrival, and are those of :meth:`ExitNet.early` up to
-    rounding. Not safe to share between threads.
+    rounding. Not safe to share between threads. On a CPU, where the first stages run with few images, give a network
+    that :func:`~dynadapter.layout.lay_out_for_cpu` has laid out.
 
     >>> import torch
     >>> from dynadapter import ExitNet, Never, create_trunk

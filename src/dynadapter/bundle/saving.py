@@ -281,6 +281,8 @@ def _check_rebuilt(net: ExitNet, config: Config, tensors: dict[str, Tensor]) -> 
         ValueError: If it is not the same network.
     """
     net = copy.deepcopy(net).cpu().eval()
+    for tensor in net.parameters():  # the order in memory, which decides the last bits, is not written
+        tensor.data = tensor.data.contiguous()
     trunk = config.trunk.create(net.num_classes)
     if not config.whole and config.trunk.origin == "seed" and fingerprint(trunk) != config.trunk.fingerprint:
         raise ValueError(

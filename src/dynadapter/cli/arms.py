@@ -26,6 +26,7 @@ from dynadapter.cost import ExitCosts, exit_costs
 from dynadapter.export import export_onnx
 from dynadapter.heads import LinearHeads
 from dynadapter.images import UnreadableImage, image_files, load_image
+from dynadapter.layout import lay_out_for_cpu
 from dynadapter.net import CLASS_FIRST_FROM, CPU_CHUNK, ExitNet
 from dynadapter.policies import Never, Policy, route
 from dynadapter.runtime import Runner
@@ -122,6 +123,8 @@ class Bench:
         self.runners: dict[tuple[str, bool], Runner] = {}
         self.bundle, self.policy = bundle, bundle.policy
         original = bundle.net.float()
+        if device.type == "cpu" and self.dtype == torch.float32:
+            lay_out_for_cpu(original)  # all arms alike, static too
         self.has_adapters = bool(adapter_layers(original.trunk))
         self.net, self.unmerged = self._merged(original), original if self.has_adapters else None
         self.size = _image_size(bundle)

@@ -162,6 +162,8 @@ def _bundle(given: Any) -> "Bundle":
     """Loads the bundle where it is to run."""
     import torch
 
+    from dynadapter.layout import lay_out_for_cpu
+
     there = torch.cuda.is_available()
     if given.device == "cuda" and not there:
         raise Mistake("--device cuda, but torch finds no GPU here; give --device cpu, or leave it out")
@@ -169,7 +171,9 @@ def _bundle(given: Any) -> "Bundle":
     bundle = load_bundle(given.bundle, given.weights, given.pretrained)
     if bundle.preprocess is None:
         raise Mistake(f"{given.bundle} has no preprocessing and takes tensors alone, no image files")
-    return bundle.to(device)
+    bundle.to(device)
+    lay_out_for_cpu(bundle.net)
+    return bundle
 
 
 def load_bundle(place: str, weights: str | None, pretrained: bool | None) -> "Bundle":
