@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 from outcomes import DEFAULT_RULE
-from recipes import DEFAULT, METHODS
+from recipes import DEFAULT, METHODS, PAPER
 from runs import Line, matching
 from scipy.stats import t as student
 from transfer import GROUPS, chosen_scale, score
@@ -226,11 +226,17 @@ class Setting:
 
 
 def settings(lines: Iterable[Line], recipe: str = DEFAULT) -> list[Setting]:
-    """Sorts lines by trunk, epochs and batch; the setting with most final runs comes first."""
+    """Sorts lines by trunk, epochs and batch; the setting with most final runs comes first.
+
+    Where no final run has the recipe that is to be shown, the paper's takes its place.
+    """
     parts: dict[tuple[str, int, int], list[Line]] = {}
     for line in lines:
         parts.setdefault((line["key"]["trunk"], line["key"]["epochs"], line["key"]["batch"]), []).append(line)
-    found = [Setting(*about, part, recipe) for about, part in parts.items()]
+    found = [
+        Setting(*about, part, recipe if matching(part, phase="final", recipe=recipe) else PAPER)
+        for about, part in parts.items()
+    ]
     return sorted(found, key=lambda s: (-len(s.phase("final")), -len(s.lines), s.trunk, s.epochs, s.batch))
 
 

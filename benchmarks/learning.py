@@ -141,7 +141,7 @@ def build(trunk: TrunkFile, classes: int, method: str, recipe: Recipe, scale: fl
         first = exit_blocks(len(blocks(model)), recipe.every, recipe.exits)[0]
         _inject(model, kind(scale), recipe, first)
     torch.manual_seed(seed)  # the heads' tensors do not depend on the adapters
-    return ExitNet(model, recipe.heads, recipe.every, recipe.exits)
+    return ExitNet(model, recipe.heads, recipe.every, recipe.exits, recipe.merging)
 
 
 def _inject(model: nn.Module, spec: AdapterSpec, recipe: Recipe, first: int) -> None:
@@ -311,6 +311,10 @@ class Fit:
         with self.precision():
             logits = self.logits(rows)
         loss = loss_of(logits, self.targets.index_select(0, rows), self.net.exit_weights, self.recipe)
+        if self.recipe.structured is not None:
+            with self.precision():
+                images = self.images.index_select(0, rows)
+                loss = loss + self.recipe.structured.loss(self.net, images, logits, self.net.exit_weights)
         for part in self.parts:
             part.slope.zero_()
         loss.backward()

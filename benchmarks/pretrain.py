@@ -86,6 +86,11 @@ class Recipe:
         "a classifier after every so many blocks too, which learns along and is left out of the file; 0: none",
         default=0,
     )
+    merged: float = said(
+        "share of the steps with all patches, those of the last 15 %, in which like tokens are merged as "
+        "dynadapter.TokenMerging does it, so that the trunk knows such tokens",
+        default=0.0,
+    )
     exit_weight: float = said("weight of each such classifier's loss beside the last one's 1", default=0.5)
     exit_teaching: float = said(
         "share of such a loss that is the distance to the last classifier's answer", default=0.5
@@ -96,7 +101,7 @@ class Recipe:
         for name in ("batch", "lr", "width", "heads", "depth", "size", "patch", "clip", "area"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"--{name} must be above 0, not {getattr(self, name)}")
-        for name in ("area", "ema", "ops", "erase", "mix", "exit_teaching"):
+        for name in ("area", "ema", "ops", "erase", "mix", "merged", "exit_teaching"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"--{name} is a share from 0 to 1, not {getattr(self, name)}")
         for name in ("warmup", "smoothing", "drop_path", "patch_drop", "jitter"):
@@ -251,6 +256,7 @@ class Supervised(nn.Module):
     def __init__(self, model: Any, every: int, classes: int) -> None:
         super().__init__()
         self.model = model
+        self.merging: Any = None  # a dynadapter.TokenMerging in the steps that merge
         width, places = model.embed_dim, range(every, len(model.blocks), every) if every else ()
         self.early = nn.ModuleDict(
             {str(n): nn.Sequential(nn.LayerNorm(width), nn.Linear(width, classes)) for n in places}
@@ -261,6 +267,8 @@ class Supervised(nn.Module):
         model, found = self.model, []
         x = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))
         for number, block in enumerate(model.blocks, 1):
+            if self.merging is not None and number - 1 in self.merging.after:
+                x = self.merging(x, model.num_prefix_tokens)
             x = block(x)
             if str(number) in self.early:
                 found.append(self.early[str(number)](x[:, 0]))
@@ -307,6 +315,7 @@ class Learner:
         if start is not None:
             begin_with(self.model, start)
         self.supervised = Supervised(self.model, recipe.exits, classes).to(device)
+        self.mergings = mergings() if recipe.merged else []
         self.ema = ModelEmaV3(self.model, use_warmup=True)
         self.optimizers = optimizers_of(self.model, self.supervised.early, recipe)
         self.recipe, self.device, self.precision, self.total = recipe, device, "fp32", 1
@@ -326,6 +335,10 @@ class Learner:
             group["lr"] = recipe.lr * rate(progress, recipe.warmup)
         if recipe.patch_drop:
             self.model.patch_drop.prob = 0.0 if progress > 1 - WHOLE else recipe.patch_drop
+        if self.mergings:
+            whole = not recipe.patch_drop or progress > 1 - WHOLE
+            kind = int(float(torch.rand(())) / recipe.merged * len(self.mergings))
+            self.supervised.merging = self.mergings[kind] if whole and kind < len(self.mergings) else None
         self.supervised.train()
         x, own = augment(images, recipe), None
         if recipe.mix:
@@ -357,6 +370,19 @@ class Learner:
             optimizer.load_state_dict(state[name])
 
 
+def mergings() -> list[Any]:
+    """Gives dynadapter's token merging, early and a little later; a step draws one of them.
+
+    Raises:
+        ValueError: It is not installed.
+    """
+    try:
+        from dynadapter import TokenMerging
+    except ImportError:
+        raise ValueError("--merged needs dynadapter on the path; install it, or leave --merged out") from None
+    return [TokenMerging((0,), 0.5), TokenMerging((1, 4), 0.4)]
+
+
 def begin_with(model: nn.Module, path: Path) -> None:
     """Gives a model the weights of a file, as an earlier run left it.
 
@@ -370,6 +396,8 @@ def begin_with(model: nn.Module, path: Path) -> None:
     own = model.state_dict()
     other = sorted(name for name in own.keys() | found.keys() if name not in own or name not in found)
     other += [name for name in own if name in found and own[name].shape != found[name].shape]
+    if other == ["head.bias", "head.weight"]:
+        raise ValueError(f"--start {path} has no classifier of these classes; give a file written with --head keep")
     if other:
         raise ValueError(f"--start {path} is another model's: {', '.join(other[:3])} differ; give one of this --arch")
     model.load_state_dict({name: found[name].to(own[name]) for name in own})
@@ -493,9 +521,10 @@ class Run:
 
     def check(self, other: dict[str, Any]) -> None:
         """Refuses to go on with another recipe, other data or another plan."""
+        before = {one.name: one.default for one in fields(Recipe)}  # of options that a checkpoint is older than
         for group, own in self.identity.items():
             for name, value in own.items():
-                held = other[group].get(name)
+                held = other[group].get(name, before.get(name))
                 if held != value:
                     raise ValueError(
                         f"{str(self.checkpoint)!r} was begun with {name}={held!r:.60}, not {value!r:.60}; "
@@ -804,8 +833,8 @@ def pretrain(args: argparse.Namespace) -> None:
     if not (args.epochs or args.minutes):
         asked |= {"epochs": 300} if device.type != "cpu" else {"minutes": 150.0}
     data = {"classes": names, "images": [len(train), len(val)]}
-    asked |= {"start": hashlib.sha256(args.start.read_bytes()).hexdigest()} if args.start else {}
     learner = Learner(recipe, len(names), device, args.compile, args.start)
+    asked |= {"start": hashlib.sha256(args.start.read_bytes()).hexdigest() if args.start else None}
     run = Run(out, learner, train.to(device), val.to(device), {"recipe": asdict(recipe), "data": data, "asked": asked})
     run.begin()
     print(json.dumps({"plan": run.plan, "done": run.place.epoch, "machine": machine(device)}), flush=True)

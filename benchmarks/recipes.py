@@ -4,6 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from structured import StructuredDropout
+
 from dynadapter import (
     Adapter,
     AdapterSpec,
@@ -21,6 +23,7 @@ from dynadapter import (
     RepAdapter,
     Schedule,
     Step,
+    TokenMerging,
     Uniform,
     Weighting,
 )
@@ -54,6 +57,8 @@ class Recipe:
         within: Keep gradients inside their stage: an adapter learns from the next exit alone.
         early_scale: Factor on the scale of the adapters before the first exit.
         early_width: Factor on rank or bottleneck of the adapters before the first exit.
+        merging: Where like tokens are merged, in training and after.
+        structured: What early exits of sub-networks learn from the whole network, at about half a step's cost more.
     """
 
     exits: tuple[int, ...] | None = None
@@ -69,6 +74,8 @@ class Recipe:
     within: bool = False
     early_scale: float = 1.0
     early_width: int = 1
+    merging: TokenMerging | None = None
+    structured: StructuredDropout | None = None
 
     @property
     def static(self) -> bool:
@@ -87,11 +94,15 @@ def last_first(share: float, early: int = 3) -> PerExit:
 STATIC: dict[str, Any] = {"exits": (), "weighting": Uniform(), "shallow": None, "keep": Constant(1.0)}
 """Plain training, as the papers on adapters do it: no exits, the adapters' own dropout, no masks."""
 
+MERGED: dict[str, Any] = {"heads": LinearHeads(), "merging": TokenMerging(after=(0,), share=0.5)}
+"""The paper's recipe with linear heads on half of the tokens."""
+
 VARIANTS: dict[str, dict[str, Any]] = {
     "static": STATIC,
     "base": {},
     # the paper's ingredients, one changed at a time
     "linear-heads": {"heads": LinearHeads()},
+    "balanced-heads": {"heads": Balanced()},
     "uniform": {"weighting": Uniform()},
     "late-to-early": {"weighting": LateToEarly()},
     "linear-in-depth": {"weighting": LinearInDepth()},
@@ -101,7 +112,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     # sparsity without exits: what it does to the rival
     "static-sparse": {"exits": (), "weighting": Uniform()},
     # loss and gradients
+    "no-distillation": {"distillation": None},
     "distill": {"distillation": Distillation()},
+    "structured": {"structured": StructuredDropout()},
+    "structured-strong": {"structured": StructuredDropout(rate=0.4)},
     "distill-most": {"distillation": Distillation(share=0.9)},
     "distill-hot": {"distillation": Distillation(temperature=4.0)},
     "rescale": {"rescale": True},
@@ -134,14 +148,49 @@ VARIANTS: dict[str, dict[str, Any]] = {
     # adapters before the first exit
     "early-scale-3": {"early_scale": 3.0},
     "early-width-4": {"early_width": 4},
+    # fewer tokens, whose saving multiplies with that of the exits
+    "merged": MERGED,
+    "merged-distilled": MERGED | {"distillation": Distillation()},
+    "merged-later": MERGED | {"merging": TokenMerging(after=(1, 4), share=0.4)},
+    "merge": {"merging": TokenMerging(after=(1, 4), share=0.4)},
+    "merge-first": {"merging": TokenMerging(after=(0,), share=0.5)},
+    "merge-late": {"merging": TokenMerging(after=(3, 6, 9), share=0.4)},
+    "merge-most": {"merging": TokenMerging(after=(1, 3, 6), share=0.5)},
+    "merge-least": {"merging": TokenMerging(after=(1, 4), share=0.25)},
+    "every-token": {"merging": None},
+    "static-merge": STATIC | {"merging": TokenMerging(after=(1, 4), share=0.4)},
+    "static-merged": STATIC | {"merging": TokenMerging(after=(0,), share=0.5)},
 }
 """Changes of the recipe by name; names may be joined, as in ``distill+rescale``."""
 
-INGREDIENTS = ("linear-heads", "uniform", "late-to-early", "linear-in-depth", "no-forward", "no-backward")
-"""The paper's own, which the ablation takes away one by one."""
+INGREDIENTS = {
+    "linear-heads": "linear heads, not balanced ones",
+    "balanced-heads": "balanced heads, not linear ones",
+    "uniform": "equal loss weights, no schedule",
+    "late-to-early": "loss weights from late to early",
+    "linear-in-depth": "loss weights linear in depth",
+    "no-forward": "no forward sparsity (dropout)",
+    "no-backward": "no backward sparsity (masks)",
+    "no-distillation": "no distillation",
+    "every-token": "no token merging",
+}
+"""What the ablation exchanges one by one, the paper's own and ours, in words."""
+
+PAPER = "base"
+"""The recipe of the paper."""
 
 DEFAULT = "base"
 """The recipe that tables and figures show."""
+
+
+def exchanges(name: str) -> dict[str, str]:
+    """Gives the recipes that differ from one by an ingredient, with what differs in words.
+
+    >>> exchanges("base")["uniform"]
+    'equal loss weights, no schedule'
+    """
+    joined = {(part if name == PAPER else f"{name}+{part}"): text for part, text in INGREDIENTS.items()}
+    return {other: text for other, text in joined.items() if recipe(other) != recipe(name)}
 
 
 def recipe(name: str) -> Recipe:

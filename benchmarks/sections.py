@@ -27,21 +27,13 @@ from findings import (
 )
 from learning import Protocol
 from outcomes import DEFAULT_RULE
-from recipes import INGREDIENTS
+from recipes import exchanges
 from transfer import FULL_RATES, GOAL
 
 from dynadapter.timing import VOID, is_void
 
 SHOWN = ("75", "50", "45", "35", "25", "drop 0")
 """The targets that tables show, where the lines have them."""
-EXCHANGED = {
-    "linear-heads": "linear heads, not balanced ones",
-    "uniform": "equal loss weights, no schedule",
-    "late-to-early": "loss weights from late to early",
-    "linear-in-depth": "loss weights linear in depth",
-    "no-forward": "no forward sparsity (dropout)",
-    "no-backward": "no backward sparsity (masks)",
-}
 INTERVAL = "± behind a difference is half of its 95 % t interval over tasks"
 
 
@@ -105,8 +97,8 @@ class Section:
         self.setting, self.folder, self.prefix, self.link = setting, figures, prefix, link
         self.goals = [goal for goal in SHOWN if goal in setting.goals()]
         self.machines = sorted({line["key"]["machine"] for line in setting.phase("speed")})
-        exchanged = [name for name in INGREDIENTS if name in tried(setting)]
-        self.ablated = [compare(setting, name, setting.recipe) for name in exchanged]
+        self.exchanged = {name: text for name, text in exchanges(setting.recipe).items() if name in tried(setting)}
+        self.ablated = [compare(setting, name, setting.recipe) for name in self.exchanged]
 
     def text(self) -> str:
         """Gives all sections that have something to say."""
@@ -323,7 +315,7 @@ class Section:
             if apart:
                 rows.append(
                     [
-                        f"4: {EXCHANGED[one.recipe]}",
+                        f"4: {self.exchanged[one.recipe]}",
                         f"worse than `{self.setting.recipe}`",
                         f"{apart.text} points at half the cost, on validation",
                         earned(apart),
@@ -528,11 +520,11 @@ class Section:
                 own = [found[m].text if found.get(m) else "–" for m in setting.petl]  # type: ignore[union-attr]
                 over = found["all"]
                 if over is not None:
-                    rows.append([f"{EXCHANGED[one.recipe]}: {name}", str(one.cells), *own, f"**{over.text}**"])
+                    rows.append([f"{self.exchanged[one.recipe]}: {name}", str(one.cells), *own, f"**{over.text}**"])
         if not rows:
             return ""
         kinds = setting.petl
-        draw = lambda path: figures.ablation(path, self.ablated, EXCHANGED, kinds)  # noqa: E731
+        draw = lambda path: figures.ablation(path, self.ablated, self.exchanged, kinds)  # noqa: E731
         drawn = self.figure("ablation", "Ablation", draw)
         text = (
             f"One ingredient of `{setting.recipe}` exchanged, at the same scale: points of accuracy on val200 against "

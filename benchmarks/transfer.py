@@ -35,7 +35,7 @@ import numpy as np
 import torch
 from learning import Fit, Protocol, Task, TrunkFile, build, count_trainable, normalized, stacked_logits, timed
 from outcomes import DEFAULT_RULE, applied, calibrated, costs_of, held_out, measures
-from recipes import DEFAULT, INGREDIENTS, METHODS, recipe
+from recipes import DEFAULT, METHODS, exchanges, recipe
 from runs import Key, Line, Runs, matching
 from safetensors.torch import load_file, save_file
 
@@ -122,7 +122,7 @@ def _recipes(args: argparse.Namespace, phase: str, method: str) -> list[str]:
     if args.recipes:
         names = args.recipes
     elif phase == "ablation":
-        names = [DEFAULT, *INGREDIENTS]
+        names = [DEFAULT, *exchanges(DEFAULT)]
     else:
         names = ["static", DEFAULT]
     if phase == "ablation" and method in ("probe", "full"):

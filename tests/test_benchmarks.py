@@ -489,7 +489,7 @@ def timm_model(**shape: Any) -> Any:
 
 
 def test_with_early_classifiers_it_goes_on_as_well_and_leaves_timms_tensors(program, source, tmp_path, capsys):
-    pretrain, more = program("pretrain"), "--exits 1 --mix 0.5 --drop_path 0.1"
+    pretrain, more = program("pretrain"), "--exits 1 --mix 0.5 --drop_path 0.1 --merged 0.5"
     pretrain.main(small_run(source, tmp_path / "whole", more))
     for _ in range(2):
         pretrain.main(small_run(source, tmp_path / "parts", f"{more} --stop_after 0.000001"))
@@ -582,8 +582,9 @@ def test_a_run_can_begin_with_an_earlier_ones_weights(program, source, earlier, 
     pretrain.main(small_run(source, tmp_path / "on", f"{more} --stop_after 0.000001"))
     other = tmp_path / "other.safetensors"
     safetensors.torch.save_file(timm_model().state_dict(), other)
-    error = refused(program, capsys, small_run(source, tmp_path / "on", f"--start {other} --exits 1"))
-    assert "was begun with start=" in error
+    for elsewhere in (f"--start {other}", ""):
+        error = refused(program, capsys, small_run(source, tmp_path / "on", f"{elsewhere} --exits 1"))
+        assert "was begun with start=" in error
     pretrain.main(small_run(source, tmp_path / "on", more))
     digest = hashlib.sha256(earlier.read_bytes()).hexdigest()
     assert json.loads((tmp_path / "on" / "micro.json").read_text())["start"] == digest
@@ -594,7 +595,7 @@ def test_what_a_run_cannot_begin_with_is_refused_in_one_line(program, source, ea
     def error(start: Path, more: str = "") -> str:
         return refused(program, capsys, small_run(source, tmp_path / "out", f"--start {start} {more}"))
 
-    assert "missing.safetensors" in error(tmp_path / "missing.safetensors")
+    assert "missing.safetensors cannot be read" in error(tmp_path / "missing.safetensors")
     (tmp_path / "damaged.safetensors").write_bytes(earlier.read_bytes()[:-1])
     assert "damaged.safetensors cannot be read" in error(tmp_path / "damaged.safetensors")
     safetensors.torch.save_file({"conv.weight": torch.zeros(3)}, tmp_path / "foreign.safetensors")
