@@ -365,6 +365,7 @@ def test_bench_times_the_plain_trunk_as_its_rival(tmp_path: Path) -> None:
         assert torch.equal(static(x), net.trunk(x))
 
 
+@pytest.mark.slow
 def test_exported_stages_do_the_same(tmp_path: Path) -> None:
     pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("dynadapter.runtime")

@@ -88,15 +88,16 @@ def merge_tokens(x: Tensor, count: int, prefix: int = 0) -> Tensor:
     if count < 1:
         return x
     # Likeness in 16 bits would be a matter of rounding
-    autocast = torch.is_autocast_enabled(x.device.type)
-    with torch.autocast(x.device.type, enabled=False) if autocast else nullcontext():
+    kind = x.device.type
+    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    with torch.autocast(kind, enabled=False) if autocast else nullcontext():
         with torch.no_grad():
             places = _places(x, count, prefix)
             # One product with the shares, not gathers and a scatter: quicker on a CPU, the same result every time on a
             # GPU, and known to exporters
-            joins = (places[:, None] == torch.arange(x.shape[1] - count, device=x.device)[:, None]).to(x.dtype)
-            shares = joins / joins.sum(-1, keepdim=True)  # (batch, tokens - count, tokens)
-        return shares @ x
+            joins = x.new_zeros(x.shape[0], x.shape[1] - count, x.shape[1]).scatter_(1, places[:, None], 1.0)
+            shares = joins / joins.sum(-1, keepdim=True)
+        return torch.bmm(shares, x)
 
 
 def _places(x: Tensor, count: int, prefix: int) -> Tensor:
@@ -104,7 +105,7 @@ def _places(x: Tensor, count: int, prefix: int) -> Tensor:
     own = x[:, prefix:]
     own = own if own.dtype.itemsize > 2 else own.float()
     lengths = torch.linalg.vector_norm(own, dim=-1).clamp_min(1e-12)
-    products = own[:, ::2] @ own[:, 1::2].transpose(1, 2)  # (batch, sources, targets)
+    products = torch.bmm(own[:, ::2], own[:, 1::2].transpose(1, 2))  # (batch, sources, targets); @ would copy both
     likeness, partner = (products / lengths[:, None, 1::2]).max(-1)
     likeness = (likeness / lengths[:, ::2]).nan_to_num(2.0)  # what is no number is ranked, too
     # By comparison of all with all: ties go to the first, which not every sort promises, and exporters know no other

@@ -1,0 +1,98 @@
+"""What token merging saves in time, beside what the multiply-adds promise.
+
+    python benchmarks/merging.py
+
+Protocol as in ``latency.py``: one thread, CPU seconds of the process, arms interleaved call by call, medians of the
+ratios round by round, void where the control leaves 1 by more than 3 %; random weights. The trunk with every token is
+the rival; each static arm cuts its batch where that is faster for it. Efficiency is the speed-up over it divided by the
+speed-up in multiply-adds. "of dropping" is the time of a trunk that at the same places drops as many tokens
+without a look at them, over that of merging: what is left to 1 is what the merging itself costs. "routed" has four
+exits, too, at the shares 50/30/15/5, and takes the class token's row first where ExitNet does.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from common import SHARES, TRUNKS, Log, arguments, best_chunk, images_a_call, interleave, mark, ratio, thresholds
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from dynadapter import ExitNet, LinearHeads, TokenMerging, create_trunk, exit_costs
+from dynadapter.net import CLASS_FIRST_FROM
+from dynadapter.timing import clock_of
+
+BATCHES = (1, 8, 64)
+
+
+@dataclass(frozen=True)
+class Dropping(TokenMerging):
+    """Leaves as many tokens, the first ones."""
+
+    def __call__(self, x: Tensor, prefix: int) -> Tensor:
+        return x[:, : x.shape[1] - int(self.share * (x.shape[1] - prefix))].contiguous()
+
+
+@torch.inference_mode()
+def case(options: dict[str, Any], merging: TokenMerging, batch: int, rounds: int) -> dict[str, Any]:
+    """Times one trunk at one batch size."""
+    trunk = create_trunk(num_classes=10, **options)
+    kinds = {"trunk": None, "merged": merging, "dropped": Dropping(merging.after, merging.share)}
+    nets = {name: ExitNet(trunk, LinearHeads(), exits=[], merging=kind).eval() for name, kind in kinds.items()}
+    torch.manual_seed(0)
+    routed = ExitNet(trunk, LinearHeads(), every=len(trunk.blocks) // 4, merging=merging).eval()
+    images = torch.randn(images_a_call(batch), 3, options["img_size"], options["img_size"])
+    policy = thresholds(routed, images, SHARES["50/30/15/5"])
+
+    def static(net: ExitNet, chunk: int) -> None:
+        for part in images.split(chunk if chunk < batch else batch):
+            net(part)
+
+    def route() -> None:
+        for part in images.split(batch):
+            routed.early(part, policy)
+
+    clock = clock_of(images.device, threads=1)
+    arms: dict[str, Callable[[], None]] = {"routed": route}
+    for name, net in nets.items():
+        chunk = best_chunk(lambda n, net=net: partial(static, net, n), batch, clock, images.device)
+        arms[name] = partial(static, net, chunk)
+    times = interleave(arms | {"control": arms["trunk"]}, rounds)
+    costs = exit_costs(routed, class_first=batch >= CLASS_FIRST_FROM)
+    exits = torch.cat([routed.early(part, policy).exits for part in images.split(batch)])
+    average = costs.average((exits.bincount(minlength=routed.num_exits).double() / len(exits)).tolist())
+    fewer = {"merged": costs.trunk / exit_costs(nets["merged"]).macs[-1], "routed": costs.trunk / average}
+    speedups = {name: ratio(times["trunk"], times[name]) for name in fewer}
+    return {
+        "control": ratio(times["control"], times["trunk"]),
+        "mac_speedup": fewer,
+        "speedup": speedups,
+        "efficiency": {name: speedups[name] / fewer[name] for name in fewer},
+        "of_dropping": ratio(times["dropped"], times["merged"]),
+    }
+
+
+def main() -> None:
+    """Runs what is not done yet and prints the table."""
+    args = arguments(__doc__ or "", "merging.jsonl").parse_args()
+    torch.set_num_threads(1)
+    log, merging = Log(args.out), TokenMerging()
+    table = Table("trunk", "batch", "control", "arm", "MAC speed-up", "speed-up", "efficiency", "of dropping")
+    for name, options in TRUNKS.items():
+        for batch in BATCHES if args.only in name else ():
+            key = {"trunk": name, "batch": batch, "rounds": args.rounds, "merging": str(merging)}
+            line = log.find(key) or log.add(key, **case(options, merging, batch, args.rounds))
+            for arm in line["speedup"]:
+                cells = (f"{line[column][arm]:.2f}x" for column in ("mac_speedup", "speedup"))
+                dropping = f"{line['of_dropping']:.3f}" if arm == "merged" else ""
+                table.add_row(
+                    name, str(batch), mark(line["control"]), arm, *cells, f"{line['efficiency'][arm]:.3f}", dropping
+                )
+    Console(width=120).print(table)
+
+
+if __name__ == "__main__":
+    main()
