@@ -73,7 +73,7 @@ def test_fewer_steps_than_the_block_takes():
     assert steps == ["mlp.act", "mlp.drop1", "mlp.drop2"]  # an activation with a hook is called, and its MLP as it is
 
 
-@pytest.mark.parametrize("place", ["", "attn", "mlp", "mlp.act"])
+@pytest.mark.parametrize("place", ["", "attn", "mlp", "mlp.act", "norm1", "norm2", "attn.qkv", "attn.proj", "mlp.fc1"])
 def test_hooks_are_called(place):
     net, seen = network(make_vit()), []
     for block in net.trunk.blocks:
@@ -81,6 +81,25 @@ def test_hooks_are_called(place):
     with torch.inference_mode():
         net(pictures(2))
     assert len(seen) == net.depth
+
+
+def test_who_watches_all_modules_sees_them():
+    net, seen = network(make_vit()), []
+    watch = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(type(module)))
+    try:
+        with torch.inference_mode():
+            net(pictures(2))
+    finally:
+        watch.remove()
+    assert seen.count(nn.Linear) >= 4 * net.depth
+
+
+@pytest.mark.parametrize("place", ["norm2", "attn.proj", "mlp.fc2"])
+def test_a_layer_with_a_forward_of_its_own_is_called(place):
+    net = network(make_vit())
+    layer = net.trunk.blocks[0].get_submodule(place)
+    layer.forward = lambda x, plain=layer.forward: 2 * plain(x)
+    assert_equal(net, pictures(2))
 
 
 def test_a_forward_of_its_own_is_used():

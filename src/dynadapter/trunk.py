@@ -217,6 +217,10 @@ def _(model: VisionTransformer, state: dict) -> dict[str, Tensor]:
 # ---- the class token first: what a ViT's head needs of a block, and the rest of it -----------------------------------
 
 
+_TOKEN_WISE = (timm.layers.Mlp, timm.layers.GluMlp, timm.layers.SwiGLU)
+"""MLPs that treat each token by itself."""
+
+
 def splits(model: nn.Module, unit: tuple[nn.Module, ...]) -> bool:
     """Says whether :func:`class_row` and :func:`other_rows` may replace a block whose class token alone is read.
 
@@ -224,24 +228,26 @@ def splits(model: nn.Module, unit: tuple[nn.Module, ...]) -> bool:
     its qkv, its output projection or its MLP, or without. A hook on the block itself is then not called.
     """
     block = unit[-1]
-    if not isinstance(model, VisionTransformer) or len(unit) > 1 or type(block) is not vision_transformer.Block:
+    if type(block) is not vision_transformer.Block or len(unit) > 1 or not isinstance(model, VisionTransformer):
         return False
-    attention, mlp = block.attn, block.mlp
+    attention, mlp = block._modules["attn"], block._modules["mlp"]  # asked at every exit of every batch, hence so
+    if type(attention) is not vision_transformer.Attention:
+        return False
+    inner = attention._modules
     return (
-        type(attention) is vision_transformer.Attention
-        and getattr(attention, "gate", None) is None
-        and (isinstance(attention.qkv, nn.Linear) or hasattr(attention.qkv, "some"))
-        and isinstance(getattr(mlp, "base_layer", mlp), timm.layers.Mlp | timm.layers.GluMlp | timm.layers.SwiGLU)
+        inner.get("gate") is None
+        and (isinstance(inner["qkv"], nn.Linear) or hasattr(inner["qkv"], "some"))
+        and isinstance(getattr(mlp, "base_layer", mlp), _TOKEN_WISE)
     )
 
 
 def run(module: nn.Module, x: Tensor) -> Tensor:
     """Applies a module of a block's unit; the result is the module's own, bit for bit.
 
-    Without gradients timm's plain ViT block is run in fewer steps: what does nothing in evaluation is not called, and
-    tensors in the middle are written again instead of new ones. On a CPU that takes some hundredths off a block's time,
-    most of all for one or two images, as deep stages get them. A block with a hook, a compiled one, or one with a
-    forward of its own runs as it is.
+    Without gradients timm's plain ViT block is run in fewer steps: what does nothing in evaluation is not called, plain
+    layers are functions of their tensors, and tensors in the middle are written again instead of new ones. On a CPU
+    that takes up to a tenth off a block's time, most of all for one or two images, as deep stages get them. A block or
+    a layer with a hook, a compiled one, or one with a forward of its own runs as it is.
 
     Args:
         module: One of :func:`blocks`' modules.
@@ -257,10 +263,11 @@ def run(module: nn.Module, x: Tensor) -> Tensor:
     if inner.get("gate") is not None:
         return module(x)
     batch, tokens, _ = x.shape
-    qkv = inner["qkv"](parts["norm1"](x)).reshape(batch, tokens, 3, attention.num_heads, attention.head_dim)
+    qkv = _direct(inner["qkv"], _direct(parts["norm1"], x))
+    qkv = qkv.reshape(batch, tokens, 3, attention.num_heads, attention.head_dim)
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
     mixed = nn.functional.scaled_dot_product_attention(_called(inner["q_norm"], q), _called(inner["k_norm"], k), v)
-    return _after_attention(module, x, mixed.transpose(1, 2).reshape(batch, tokens, -1))
+    return _rest(module, x, mixed.transpose(1, 2).reshape(batch, tokens, -1))
 
 
 def class_row(block: Any, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -280,7 +287,7 @@ def class_row(block: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     attention, normed = block.attn, block.norm1(x)
     inner = attention.num_heads * attention.head_dim
     keys_values = _some(attention.qkv, normed, inner, 3 * inner)
-    query = _some(attention.qkv, normed[:, :1], 0, inner)
+    query = _some(attention.qkv, normed[:, 0], 0, inner)[:, None]  # two dimensions: one product, the bias in it
     return _after_attention(block, x[:, :1], _attend(attention, query, keys_values)), keys_values
 
 
@@ -312,11 +319,11 @@ def _some(layer: Any, x: Tensor, start: int, stop: int) -> Tensor:
 
 def _attend(attention: Any, query: Tensor, keys_values: Tensor) -> Tensor:
     """Attention as timm does it, for some queries (batch, queries, inner) and all (batch, tokens, 2 * inner)."""
-    heads, width = attention.num_heads, attention.head_dim
+    heads, width, parts = attention.num_heads, attention.head_dim, attention._modules
     batch, queries, inner = query.shape
-    q = attention.q_norm(query.view(batch, queries, heads, width).transpose(1, 2))
+    q = _called(parts["q_norm"], query.view(batch, queries, heads, width).transpose(1, 2))
     k, v = keys_values.view(batch, -1, 2, heads, width).permute(2, 0, 3, 1, 4).unbind(0)
-    k = attention.k_norm(k)
+    k = _called(parts["k_norm"], k)
     mixed = nn.functional.scaled_dot_product_attention(q, k, v, scale=attention.scale)
     return mixed.transpose(1, 2).reshape(batch, queries, inner)
 
@@ -327,10 +334,15 @@ def _after_attention(block: Any, x: Tensor, mixed: Tensor) -> Tensor:
         attention = block.attn
         x = x + block.drop_path1(block.ls1(attention.proj_drop(attention.proj(attention.norm(mixed)))))
         return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
-    parts: Any = block._modules
+    return _rest(block, x, mixed)
+
+
+def _rest(block: Any, x: Tensor, mixed: Tensor) -> Tensor:
+    """The same where tensors may be written again."""
+    parts = block._modules
     inner = parts["attn"]._modules
-    x = _added(_called(parts["ls1"], inner["proj"](_called(inner["norm"], mixed))), x)
-    return _added(_called(parts["ls2"], _mlp(parts["mlp"], parts["norm2"](x))), x)
+    x = _added(_called(parts["ls1"], _direct(inner["proj"], _called(inner["norm"], mixed))), x)
+    return _added(_called(parts["ls2"], _mlp(parts["mlp"], _direct(parts["norm2"], x))), x)
 
 
 def _mlp(mlp: Any, x: Tensor) -> Tensor:
@@ -341,12 +353,24 @@ def _mlp(mlp: Any, x: Tensor) -> Tensor:
     act = parts["act"]
     if type(act) is not nn.GELU or _changed(act):
         return mlp(x)
-    hidden = torch.ops.aten.gelu_(parts["fc1"](x), approximate=act.approximate)
-    return parts["fc2"](_called(parts["norm"], hidden))
+    hidden = torch._C._nn.gelu_(_direct(parts["fc1"], x), approximate=act.approximate)
+    return _direct(parts["fc2"], _called(parts["norm"], hidden))
 
 
 def _called(layer: nn.Module, x: Tensor) -> Tensor:
     return x if type(layer) is nn.Identity else layer(x)
+
+
+def _direct(layer: Any, x: Tensor) -> Tensor:
+    """Applies a layer; a plain linear one or norm as a function of its tensors, for a module's call takes longer."""
+    kind = type(layer)
+    if kind is nn.Linear and not _changed(layer):
+        own = layer._parameters
+        return nn.functional.linear(x, own["weight"], own["bias"])
+    if (kind is nn.LayerNorm or (kind is timm.layers.LayerNorm and not layer._fast_norm)) and not _changed(layer):
+        own = layer._parameters
+        return torch.layer_norm(x, layer.normalized_shape, own["weight"], own["bias"], layer.eps)
+    return layer(x)
 
 
 def _added(fresh: Tensor, x: Tensor) -> Tensor:
@@ -355,8 +379,13 @@ def _added(fresh: Tensor, x: Tensor) -> Tensor:
 
 
 def _reuses() -> bool:
-    """Says whether tensors may be written again: no gradient needs them, and nobody draws a graph of what is done."""
-    return not (torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing())
+    """Says whether tensors may be written again: no gradient needs them, nobody traces, or watches all modules."""
+    return not (
+        torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or nn.modules.module._has_any_global_hook()
+    )
 
 
 def _changed(module: nn.Module) -> bool:
