@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from dynadapter import Adapter, AdapterSpec, AdaptFormer, LoRA, RepAdapter, inject, merge
+from dynadapter import Adapter, AdapterSpec, AdaptFormer, LoRA, RepAdapter, inject, lay_out_for_cpu, merge
 
 BLOCKS = {"ViT-S": "vit_small_patch16_224", "ViT-B": "vit_base_patch16_224"}
 BATCHES = (1, 8)
@@ -93,10 +93,10 @@ ARMS: dict[str, Callable[[nn.Module], nn.Module]] = {
 
 
 def make(arm: str, name: str, **options: Any) -> nn.Module:
-    """Makes an arm's block, in evaluation mode."""
+    """Makes an arm's block, in evaluation mode and laid out for a CPU."""
     torch.manual_seed(0)
     trunk = timm.create_model(name, num_classes=0, depth=1, **options)
-    return ARMS[arm](trunk).eval().get_submodule("blocks.0")
+    return lay_out_for_cpu(ARMS[arm](trunk).eval().get_submodule("blocks.0"))
 
 
 @torch.inference_mode()

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import timm
 import torch
 
-from dynadapter import Balanced, Confidence, ExitNet, timing
+from dynadapter import Balanced, Confidence, ExitNet, lay_out_for_cpu, timing
 from dynadapter.timing import VOID, best_chunk, cpu_name, is_void, machine, ratio, share_thresholds
 
 __all__ = ["RESULTS", "VOID", "Log", "arguments", "best_chunk", "build", "interleave", "is_void", "machine", "ratio"]
@@ -50,11 +51,12 @@ def mark(control: float) -> str:
 # ---- networks and images
 
 
-def build(name: str, **options: Any) -> tuple[torch.nn.Module, ExitNet]:
-    """Makes a trunk and the network with four exits around it."""
+def build(name: str, laid_out: bool = True, **options: Any) -> tuple[torch.nn.Module, ExitNet]:
+    """Makes a trunk and the network with four exits around it; both are laid out for a CPU unless told otherwise."""
     torch.manual_seed(0)
     trunk = timm.create_model(name, num_classes=10, **options).eval()
-    return trunk, ExitNet(trunk, Balanced(), every=max(len(trunk.blocks) // 4, 1)).eval()
+    net = ExitNet(trunk, Balanced(), every=max(len(trunk.blocks) // 4, 1)).eval()
+    return trunk, lay_out_for_cpu(net) if laid_out else net
 
 
 def images_a_call(batch: int) -> int:
@@ -93,17 +95,23 @@ class Log:
 
     def find(self, key: dict[str, Any]) -> dict[str, Any] | None:
         """Gives the line of a run that is done on this machine."""
-        here = {"cpu": cpu_name()} | key
+        here = _where() | key
         return next((line for line in self.lines if {"cpu": line["machine"]["cpu"]} | line["key"] == here), None)
 
     def add(self, key: dict[str, Any], **values: Any) -> dict[str, Any]:
         """Appends a run, with the machine and the time."""
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        line = {"key": {"cpu": cpu_name()} | key, **values, "machine": machine(), "time": now}
+        line = {"key": _where() | key, **values, "machine": machine(), "time": now}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         self.lines.append(line)
         return line
+
+
+def _where() -> dict[str, Any]:
+    """Names the processor, and how the C library is told to keep memory, where somebody has told it."""
+    memory = {name: value for name, value in sorted(os.environ.items()) if name.startswith("MALLOC_")}
+    return {"cpu": cpu_name()} | ({"memory": memory} if memory else {})
 
 
 def arguments(description: str, log: str) -> argparse.ArgumentParser:

@@ -8,7 +8,8 @@ The static arm cuts its batch where that is faster for it. A control arm, the st
 where its ratio leaves 1 by more than 3 %, the run is void. Per-exit thresholds on the confidence are set so that the
 wanted shares leave at the four exits; weights are random, which changes nothing about the time. Efficiency is the
 speed-up over the static trunk divided by the speed-up in multiply-adds. "plain" runs whole blocks; "class first"
-computes the class token's row of the last block before an exit first, and has its own, smaller count.
+computes the class token's row of the last block before an exit first, and has its own, smaller count. On a CPU all arms
+have their weights laid out for it (`lay_out_for_cpu`) but one, "static as it comes".
 
 Two more arms say where the time goes. "trunk, our blocks" is the whole trunk as ExitNet runs it. "stages alone" runs
 the stages on as many images as plain routing does, without heads, policy and gather: what routing could be at best, for
@@ -54,13 +55,15 @@ CASES = {
 
 
 @torch.inference_mode()
-def case(trunk: torch.nn.Module, net: ExitNet, batch: int, size: int, rounds: int) -> dict[str, Any]:
+def case(
+    trunk: torch.nn.Module, net: ExitNet, as_it_comes: torch.nn.Module, batch: int, size: int, rounds: int
+) -> dict[str, Any]:
     """Times the static trunk, the control and each routing at one batch size, on the network's device."""
     like = next(trunk.parameters())
     images = torch.randn(images_a_call(batch), 3, size, size, generator=torch.Generator().manual_seed(1)).to(like)
 
-    def static(chunk: int) -> Callable[[], object]:
-        return lambda: [trunk(part) for call in images.split(batch) for part in call.split(chunk)]
+    def static(chunk: int, model: torch.nn.Module = trunk) -> Callable[[], object]:
+        return lambda: [model(part) for call in images.split(batch) for part in call.split(chunk)]
 
     def routed(policy: Policy, class_first: bool) -> Callable[[], torch.Tensor]:
         return lambda: torch.cat([net.early(part, policy, class_first).exits for part in images.split(batch)])
@@ -84,13 +87,13 @@ def case(trunk: torch.nn.Module, net: ExitNet, batch: int, size: int, rounds: in
             _stages(net, part, n) for part, n in zip(parts, left, strict=True)
         ]
     arms = {**routings, **alone, "static": static(chunk), "control": static(chunk)}
-    ours = net.at(-1)
-    arms["trunk, our blocks"] = lambda: [ours(part) for call in images.split(batch) for part in call.split(chunk)]
+    arms |= {"trunk, our blocks": static(chunk, net.at(-1)), "static as it comes": static(chunk, as_it_comes)}
     seconds = interleave(arms, rounds, device=str(like.device))
     result: dict[str, Any] = {
         "control": ratio(seconds["control"], seconds["static"]),
         "static_chunk": chunk,
         "our_blocks": ratio(seconds["static"], seconds["trunk, our blocks"]),
+        "laid_out": ratio(seconds["static as it comes"], seconds["static"]),
         "milliseconds": {name: 1000 * percentile(taken, 0.5) / len(images) for name, taken in seconds.items()},
         "seconds": seconds,
     }
@@ -160,17 +163,21 @@ def main() -> None:
     for name, options in trunks.items():
         if args.only not in name:
             continue
-        trunk, net = build(**options)
+        trunk, net = build(**options, laid_out=args.device == "cpu")
+        as_it_comes, _ = build(**options, laid_out=False)
         net.to(args.device, dtype)
-        lines = {}
+        as_it_comes.to(args.device, dtype)
+        lines, size = {}, int(options["img_size"])
         for batch in args.batches or batches:
-            arms = "plain, class first, stages alone"
+            arms = "plain, class first, stages alone, as it comes"
             key = {"trunk": name, "batch": batch, "rounds": args.rounds, "arms": arms, **device_key}
-            line = log.find(key) or log.add(key, **case(trunk, net, batch, int(options["img_size"]), args.rounds))
-            lines[batch], times = line, line.get("milliseconds", {})  # older lines have none
+            line = log.find(key) or log.add(key, **case(trunk, net, as_it_comes, batch, size, args.rounds))
+            lines[batch], times = line, line["milliseconds"]
             table.add_row(name, str(batch), mark(line["control"]), "static", "", _milliseconds(times, "static"))
             ours = "trunk, our blocks"
             table.add_row("", "", "", ours, "", _milliseconds(times, ours), "1.00x", f"{line['our_blocks']:.2f}x")
+            plain, slower = "static as it comes", f"{1 / line['laid_out']:.2f}x"
+            table.add_row("", "", "", plain, "", _milliseconds(times, plain), "1.00x", slower)
             for routing, got in line.items():
                 if isinstance(got, dict) and "efficiency" in got:
                     shares = "/".join(f"{100 * s:.0f}" for s in got["shares"])

@@ -5,7 +5,7 @@
 
 Protocol: as in latency.py: one thread, CPU seconds of the process, arms interleaved call by call, medians of the ratios
 round by round, a control arm in every run, which is void where the control leaves 1 by more than 3 %. Thresholds are
-set so that the wanted shares leave; weights are random.
+set so that the wanted shares leave; weights are random, and torch's arms have theirs laid out for a CPU.
 
 stream: images come one at a time; `Stream` against routing each alone with whole blocks. How many later images an
 answer waits for stands beside it.
