@@ -16,7 +16,7 @@ def lay_out_for_cpu(module: M) -> M:
     the same, and so do files that are written of them; copies, other types and training keep the new order. Laying out
     twice changes nothing.
 
-    On a CPU with MKL an image alone takes about a fifth less time, from eight on all is as before (ours, measured by
+    On a CPU with MKL an image alone takes about a sixth less time, from eight on all is as before (ours, measured by
     ``benchmarks/latency.py``). Sums over few rows may come in another order, so that logits differ in their last bits:
     therefore nothing is laid out unasked, and networks that are compared are to be laid out alike.
 

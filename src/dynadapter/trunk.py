@@ -287,7 +287,9 @@ def class_row(block: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     attention, normed = block.attn, block.norm1(x)
     inner = attention.num_heads * attention.head_dim
     keys_values = _some(attention.qkv, normed, inner, 3 * inner)
-    query = _some(attention.qkv, normed[:, 0], 0, inner)[:, None]  # two dimensions: one product, the bias in it
+    # Two dimensions are one product with the bias in it; an exported graph keeps three, as all that int8 looks for.
+    first = normed[:, 0] if _reuses() else normed[:, :1]
+    query = _some(attention.qkv, first, 0, inner).view(-1, 1, inner)
     return _after_attention(block, x[:, :1], _attend(attention, query, keys_values)), keys_values
 
 
@@ -353,7 +355,7 @@ def _mlp(mlp: Any, x: Tensor) -> Tensor:
     act = parts["act"]
     if type(act) is not nn.GELU or _changed(act):
         return mlp(x)
-    hidden = torch._C._nn.gelu_(_direct(parts["fc1"], x), approximate=act.approximate)
+    hidden = torch._C._nn.gelu_(_direct(parts["fc1"], x), approximate=act.approximate)  # type: ignore[attr-defined]
     return _direct(parts["fc2"], _called(parts["norm"], hidden))
 
 
