@@ -675,6 +675,7 @@ def card(about: dict[str, Any]) -> str:
     """Writes the model card."""
     source, size, machine = about["source"], about["timm_args"], about["machine"]
     call = ", ".join(f"{name}={value}" for name, value in size.items())
+    lines = "".join(f"    {name}={value},\n" for name, value in size.items())
     tokens = (size["img_size"] // size["patch_size"]) ** 2
     recipe = "".join(f"| {name} | {value} |\n" for name, value in about["recipe"].items())
     head = "with" if about["parameters"]["classifier_in_file"] else "without"
@@ -695,7 +696,7 @@ a benchmark runs on real features where nothing can be downloaded. It is no prod
 (averaged weights in float16; in float32 {about["accuracy"]["ema"]:.2%}, not averaged {about["accuracy"]["raw"]:.2%}) |
 | training | {about["epochs"]} epochs, {about["minutes"]} minutes on {machine.get("gpu", machine["cpu"])}, \
 {about["plan"]["precision"]}{begun} |
-| sha256 | `{about["sha256"]}` |
+{prepared(about["recipe"])}| sha256 | `{about["sha256"]}` |
 | fingerprint | `{about["fingerprint"]}` |
 
 The validation images were looked at after every epoch, but no epoch was chosen by them: the weights are the last one's.
@@ -703,7 +704,11 @@ The validation images were looked at after every epoch, but no epoch was chosen 
 ```python
 from dynadapter import create_trunk
 
-trunk = create_trunk("{about["architecture"]}", num_classes=10, weights="{about["name"]}.safetensors", {call})
+trunk = create_trunk(
+    "{about["architecture"]}",
+    num_classes=10,
+    weights="{about["name"]}.safetensors",
+{lines})
 ```
 
 ## Terms
@@ -718,6 +723,16 @@ as named below; AdamW, cosine with warm-up, averaged weights.
 | | |
 |---|---|
 {recipe}"""
+
+
+def prepared(recipe: dict[str, Any]) -> str:
+    """Says on a row of the card what the trunk was prepared for; empty where for nothing."""
+    parts = []
+    if recipe["exits"]:
+        parts.append(f"early exits: classifiers after every {recipe['exits']} blocks learned along")
+    if recipe["merged"]:
+        parts.append(f"merged tokens: in {recipe['merged']:.0%} of the steps with all patches")
+    return f"| prepared for | {'; '.join(parts)} |\n" if parts else ""
 
 
 # ---- the program -----------------------------------------------------------------------------------------------------

@@ -151,6 +151,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     # fewer tokens, whose saving multiplies with that of the exits
     "merged": MERGED,
     "merged-distilled": MERGED | {"distillation": Distillation()},
+    "merged-less": MERGED | {"merging": TokenMerging(after=(0,), share=0.35), "distillation": Distillation()},
     "merged-later": MERGED | {"merging": TokenMerging(after=(1, 4), share=0.4)},
     "merge": {"merging": TokenMerging(after=(1, 4), share=0.4)},
     "merge-first": {"merging": TokenMerging(after=(0,), share=0.5)},
