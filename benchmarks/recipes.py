@@ -180,7 +180,7 @@ INGREDIENTS = {
 PAPER = "base"
 """The recipe of the paper."""
 
-DEFAULT = "base"
+DEFAULT = "merged-distilled"
 """The recipe that tables and figures show."""
 
 

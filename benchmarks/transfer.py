@@ -39,7 +39,7 @@ from recipes import DEFAULT, METHODS, exchanges, recipe
 from runs import Key, Line, Runs, matching
 from safetensors.torch import load_file, save_file
 
-from dynadapter import ExitNet, Policy, exit_costs, route
+from dynadapter import ExitNet, Policy, exit_costs, lay_out_for_cpu, route
 from dynadapter.adapters import adapter_layers
 from dynadapter.data import VTAB_TASKS
 from dynadapter.data.vtab import LISTS, vtab_task
@@ -276,7 +276,7 @@ class Bench:
             net.merge(1e-4)
         costs = exit_costs(net, class_first=True)
         dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
-        net.to(self.device, dtype)
+        lay_out_for_cpu(net.to(self.device, dtype))
         with np.load(kept.with_name(kept.name + ".npz")) as arrays:
             logits = torch.from_numpy(arrays["logits"])
         pixels, batch, result = task.split("test").pixels, self.args.batch, {}

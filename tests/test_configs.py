@@ -10,7 +10,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from dynadapter import AdapterSpec, Distillation, Heads, Schedule, Weighting, packaged
+from dynadapter import AdapterSpec, Distillation, Heads, Schedule, TokenMerging, Weighting, packaged
 from dynadapter.callbacks import BidirectionalSparsity, EarlyExit, ExitWeights
 from dynadapter.cli import main
 from dynadapter.cli.app import DynCLI
@@ -99,6 +99,7 @@ def test_a_preset_is_what_the_benchmark_trains(file, benchmark):
     assert restore(model["adapter"], AdapterSpec) == benchmark.METHODS[file.stem](1.0)
     assert restore(model["heads"], Heads) == recipe.heads
     assert restore(model["distillation"], Distillation | None) == recipe.distillation
+    assert restore(model["merging"], TokenMerging | None) == recipe.merging
     assert restore(config["exit_weights"]["weighting"], Weighting) == recipe.weighting
     found = [restore(sparsity[name], Schedule | None) for name in ("shallow", "deep", "keep")]
     assert [*found, sparsity["masked"]] == [recipe.shallow, recipe.deep, recipe.keep, recipe.masked]
