@@ -137,8 +137,9 @@ def _frontier(ax: Axes, setting: Setting, method: str, tasks: list[str], static:
     if marks:
         xs, ys = zip(*(one for _, one in marks), strict=True)
         ax.plot(xs, ys, "o", color=color, mec="white", mew=0.8, ms=7, zorder=4)
-    for goal, one in marks:
-        ax.annotate(goal, one, xytext=(-6, 3), textcoords="offset points", ha="right", fontsize=7.5, color=color)
+    for place in dict.fromkeys(one for _, one in marks):  # more than one where a larger budget is not used
+        goal = "/".join(sorted((goal for goal, one in marks if one == place), key=int))
+        ax.annotate(goal, place, xytext=(-6, 3), textcoords="offset points", ha="right", fontsize=7.5, color=color)
     level = mean(static, lambda p: 100 * p.accuracy, tasks)
     assert level is not None, "tasks are those that it has"
     ax.axhline(level.value, color=INK, lw=0.8, ls=":", zorder=1)

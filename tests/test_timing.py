@@ -1,5 +1,6 @@
 """Timing: what is counted and in which order, shares that come out, and the benchmark programs on a small trunk."""
 
+import copy
 import json
 import statistics
 import sys
@@ -250,7 +251,7 @@ def test_latency(program):
     latency = program("latency")
     trunk, net = program("common").build(**TINY)
     assert net.exits == (1, 2, 3, 4)
-    line = latency.case(trunk, net, batch=5, size=32, rounds=2)
+    line = latency.case(trunk, net, copy.deepcopy(trunk), batch=5, size=32, rounds=2)
     assert line["static_chunk"] == 5
     assert json.loads(json.dumps(line)) == line
     got = line["50/30/15/5 plain"]
