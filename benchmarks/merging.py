@@ -32,8 +32,8 @@ BATCHES = (1, 8, 64)
 class Dropping(TokenMerging):
     """Leaves as many tokens, the first ones."""
 
-    def __call__(self, x: Tensor, prefix: int) -> Tensor:
-        return x[:, : x.shape[1] - int(self.share * (x.shape[1] - prefix))].contiguous()
+    def __call__(self, x: Tensor, prefix: int, logs: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        return x[:, : x.shape[1] - int(self.share * (x.shape[1] - prefix))].contiguous(), None
 
 
 @torch.inference_mode()

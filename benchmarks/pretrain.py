@@ -268,7 +268,7 @@ class Supervised(nn.Module):
         x = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))
         for number, block in enumerate(model.blocks, 1):
             if self.merging is not None and number - 1 in self.merging.after:
-                x = self.merging(x, model.num_prefix_tokens)
+                x, _ = self.merging(x, model.num_prefix_tokens)
             x = block(x)
             if str(number) in self.early:
                 found.append(self.early[str(number)](x[:, 0]))
@@ -371,7 +371,7 @@ class Learner:
 
 
 def mergings() -> list[Any]:
-    """Gives dynadapter's token merging, early and a little later; a step draws one of them.
+    """Gives dynadapter's token merging, early and a little later; a step draws one of them. Each token counts once.
 
     Raises:
         ValueError: It is not installed.
@@ -380,7 +380,7 @@ def mergings() -> list[Any]:
         from dynadapter import TokenMerging
     except ImportError:
         raise ValueError("--merged needs dynadapter on the path; install it, or leave --merged out") from None
-    return [TokenMerging((0,), 0.5), TokenMerging((1, 4), 0.4)]
+    return [TokenMerging((0,), 0.5, proportional=False), TokenMerging((1, 4), 0.4, proportional=False)]
 
 
 def begin_with(model: nn.Module, path: Path) -> None:

@@ -94,7 +94,13 @@ def last_first(share: float, early: int = 3) -> PerExit:
 STATIC: dict[str, Any] = {"exits": (), "weighting": Uniform(), "shallow": None, "keep": Constant(1.0)}
 """Plain training, as the papers on adapters do it: no exits, the adapters' own dropout, no masks."""
 
-MERGED: dict[str, Any] = {"heads": LinearHeads(), "merging": TokenMerging(after=(0,), share=0.5)}
+
+def _once(after: tuple[int, ...], share: float) -> TokenMerging:
+    """Merging as it was before tokens were counted: each counts once, whatever it stands for."""
+    return TokenMerging(after, share, proportional=False)
+
+
+MERGED: dict[str, Any] = {"heads": LinearHeads(), "merging": _once(after=(0,), share=0.5)}
 """The paper's recipe with linear heads on half of the tokens."""
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -151,16 +157,16 @@ VARIANTS: dict[str, dict[str, Any]] = {
     # fewer tokens, whose saving multiplies with that of the exits
     "merged": MERGED,
     "merged-distilled": MERGED | {"distillation": Distillation()},
-    "merged-less": MERGED | {"merging": TokenMerging(after=(0,), share=0.35), "distillation": Distillation()},
-    "merged-later": MERGED | {"merging": TokenMerging(after=(1, 4), share=0.4)},
-    "merge": {"merging": TokenMerging(after=(1, 4), share=0.4)},
-    "merge-first": {"merging": TokenMerging(after=(0,), share=0.5)},
-    "merge-late": {"merging": TokenMerging(after=(3, 6, 9), share=0.4)},
-    "merge-most": {"merging": TokenMerging(after=(1, 3, 6), share=0.5)},
-    "merge-least": {"merging": TokenMerging(after=(1, 4), share=0.25)},
+    "merged-less": MERGED | {"merging": _once(after=(0,), share=0.35), "distillation": Distillation()},
+    "merged-later": MERGED | {"merging": _once(after=(1, 4), share=0.4)},
+    "merge": {"merging": _once(after=(1, 4), share=0.4)},
+    "merge-first": {"merging": _once(after=(0,), share=0.5)},
+    "merge-late": {"merging": _once(after=(3, 6, 9), share=0.4)},
+    "merge-most": {"merging": _once(after=(1, 3, 6), share=0.5)},
+    "merge-least": {"merging": _once(after=(1, 4), share=0.25)},
     "every-token": {"merging": None},
-    "static-merge": STATIC | {"merging": TokenMerging(after=(1, 4), share=0.4)},
-    "static-merged": STATIC | {"merging": TokenMerging(after=(0,), share=0.5)},
+    "static-merge": STATIC | {"merging": _once(after=(1, 4), share=0.4)},
+    "static-merged": STATIC | {"merging": _once(after=(0,), share=0.5)},
 }
 """Changes of the recipe by name; names may be joined, as in ``distill+rescale``."""
 

@@ -1,6 +1,7 @@
 """Token merging against a loop in Python, and that everything around a network with merging does the same."""
 
 import copy
+import io
 import json
 from dataclasses import replace
 from itertools import pairwise
@@ -14,7 +15,7 @@ from cost_references import by_torch, counting, halved
 from test_bundle import NAMES, edited, made, same, save
 from test_class_first import middle_threshold, network, pictures
 from tiny import QUIET, loader, make_classifier, trainer
-from torch import Tensor
+from torch import Tensor, nn
 
 from dynadapter.adapters import LoRA, RepAdapter
 from dynadapter.bundle import load
@@ -23,7 +24,7 @@ from dynadapter.compiled import CompiledNet
 from dynadapter.cost import exit_costs, exit_parameters
 from dynadapter.export import export_onnx, export_programs
 from dynadapter.heads import LinearHeads
-from dynadapter.merging import TokenMerging, merge_tokens
+from dynadapter.merging import TokenMerging, merge_counted, merge_tokens
 from dynadapter.module import ExitClassifier
 from dynadapter.net import ExitNet
 from dynadapter.policies import Confidence, Never
@@ -31,6 +32,7 @@ from dynadapter.stream import Stream
 from dynadapter.trunk import create_trunk
 
 TWICE = TokenMerging(after=(1, 2), share=0.4)  # inside the first stage of two blocks, and in front of the second
+UNCOUNTED = replace(TWICE, proportional=False)
 TINY = str(Path(__file__).parent / "conf" / "tiny.yaml")
 VITS: dict[str, dict[str, Any]] = {
     "a class token": {},
@@ -60,10 +62,10 @@ def tokens(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Te
 # ---- one merging -----------------------------------------------------------------------------------------------------
 
 
-def by_loop(x: Tensor, count: int, prefix: int) -> Tensor:
-    """ToMe's bipartite matching, image by image and token by token."""
+def by_loop(x: Tensor, count: int, prefix: int, sizes: Tensor | None = None) -> Tensor:
+    """ToMe's bipartite matching, image by image and token by token; sizes (batch, tokens) become one more channel."""
     merged = []
-    for image in x:
+    for image, size in zip(x, torch.ones(x.shape[:2]) if sizes is None else sizes, strict=True):
         front, own = list(image[:prefix]), list(image[prefix:])
         sources, targets = own[::2], own[1::2]
         found = []
@@ -71,12 +73,18 @@ def by_loop(x: Tensor, count: int, prefix: int) -> Tensor:
             likeness = [torch.cosine_similarity(source, target, dim=0).item() for target in targets]
             found.append((max(likeness), place, likeness.index(max(likeness))))
         found.sort(key=lambda pair: (-pair[0], pair[1]))
-        groups = [[target] for target in targets]
+        weights = size[prefix:].tolist()
+        groups = [[(target, weights[2 * place + 1])] for place, target in enumerate(targets)]
         for _, place, target in found[:count]:
-            groups[target].append(sources[place])
+            groups[target].append((sources[place], weights[2 * place]))
         stay = sorted(place for _, place, _ in found[count:])
-        means = [torch.stack(group).mean(0) for group in groups]
-        merged.append(torch.stack([*front, *(sources[place] for place in stay), *means]))
+        total = [sum(weight for _, weight in group) for group in groups]
+        means = [sum(token * weight for token, weight in group) / n for group, n in zip(groups, total, strict=True)]
+        rows = torch.stack([*front, *(sources[place] for place in stay), *means])
+        if sizes is not None:
+            held = torch.tensor([*size[:prefix].tolist(), *(weights[2 * place] for place in stay), *total])
+            rows = torch.cat([rows, held[:, None].to(rows)], 1)
+        merged.append(rows)
     return torch.stack(merged)
 
 
@@ -93,15 +101,27 @@ def test_what_a_loop_over_images_and_tokens_does(own: int, count: int, prefix: i
     torch.testing.assert_close(gradients[1], gradients[0])
 
 
+@pytest.mark.parametrize(("own", "count", "prefix"), [(16, 6, 1), (17, 8, 5), (2, 1, 0)])
+def test_a_token_counts_as_often_as_it_stands_for_tokens(own: int, count: int, prefix: int) -> None:
+    x = tokens(3, prefix + own, 6, seed=own)
+    sizes = torch.randint(1, 9, x.shape[:2], generator=torch.Generator().manual_seed(1)).double()
+    found, logs = merge_counted(x, sizes.log(), count, prefix)
+    torch.testing.assert_close(torch.cat([found, logs.exp()[..., None]], -1), by_loop(x, count, prefix, sizes))
+    torch.testing.assert_close(logs.exp().sum(1), sizes.sum(1))
+
+
 def test_gradients_by_finite_differences() -> None:
-    assert torch.autograd.gradcheck(lambda x: merge_tokens(x, 3, 1), tokens(2, 8, 3).requires_grad_())
+    x = tokens(2, 8, 3).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: merge_tokens(x, 3, 1), x)
+    assert torch.autograd.gradcheck(lambda x: merge_counted(x, tokens(2, 8, seed=1), 3, 1)[0], x)
 
 
 def test_nothing_to_merge() -> None:
     x = tokens(2, 5, 4)
     assert merge_tokens(x, 0, 1) is x
-    assert TokenMerging(share=0.2)(x, 1) is x  # a fifth of four tokens is none
-    assert TokenMerging()(x[:, :1], 1).shape == (2, 1, 4)
+    assert TokenMerging(share=0.2)(x, 1)[0] is x  # a fifth of four tokens is none
+    assert TokenMerging()(x[:, :1], 1)[0].shape == (2, 1, 4)
+    assert TokenMerging(proportional=False)(x, 1)[1] is None
     assert merge_tokens(x[:0], 2, 1).shape == (0, 3, 4)
 
 
@@ -183,9 +203,13 @@ def test_trunks_that_cannot(make: Any, message: str) -> None:
 # ---- in a network ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", VITS.values(), ids=VITS)
-def test_every_way_through_the_network_gives_the_same(options: dict[str, Any]) -> None:
-    net = network(make_vit(**options), LoRA(rank=4), merging=TWICE)
+@pytest.mark.parametrize(
+    ("options", "merging"),
+    [*((options, TWICE) for options in VITS.values()), ({}, UNCOUNTED)],
+    ids=[*VITS, "each counts once"],
+)
+def test_every_way_through_the_network_gives_the_same(options: dict[str, Any], merging: TokenMerging) -> None:
+    net = network(make_vit(**options), LoRA(rank=4), merging=merging)
     images = pictures()
     with torch.no_grad():
         every = net(images)
@@ -218,6 +242,20 @@ def test_tokens_in_front_stay(options: dict[str, Any]) -> None:
     assert TWICE.left(16) == 6
     for (_, output), (given, _) in pairwise(seen):
         assert torch.equal(given[:, :prefix], output[:, :prefix])
+
+
+@pytest.mark.parametrize("options", [{}, {"reg_tokens": 3}, {"init_values": 0.3, "qk_norm": True}])
+def test_merging_equal_tokens_changes_nothing(options: dict[str, Any]) -> None:
+    """Attention that is told of n equal keys by one key does what it does with all of them."""
+    trunk = make_vit(**options)
+    nn.init.zeros_(trunk.pos_embed)
+    net = network(trunk, LoRA(rank=4))
+    images = pictures()[..., :8].repeat(1, 1, 1, 4)  # each patch four times in a row
+    with torch.no_grad():
+        expected = net(images)
+        for counted in (True, False):
+            net.merging = TokenMerging((0, 1), 0.5, proportional=counted)
+            assert torch.allclose(net(images), expected, rtol=1e-4, atol=1e-5) == counted
 
 
 def test_a_distilled_trunk_and_an_image_of_another_size() -> None:
@@ -335,7 +373,26 @@ def test_a_bundle_brings_it_along(tmp_path: Path) -> None:
     bundle = load(place)
     assert bundle.net.merging == bundle.config.merging == TWICE
     same(bundle, net, pictures(4))
-    assert "| like tokens | merged: `TokenMerging(after=(1, 2), share=0.4)` |" in (place / "README.md").read_text()
+    said = "| like tokens | merged: `TokenMerging(after=(1, 2), share=0.4, proportional=True)` |"
+    assert said in (place / "README.md").read_text()
+
+
+def test_files_from_before_tokens_were_counted(tmp_path: Path) -> None:
+    net, place = merging_net(), tmp_path / "b"
+    net.merging = UNCOUNTED
+    save(place, net=net)
+    written = json.loads((place / "config.json").read_text())["merging"]
+    del written["init_args"]["proportional"]
+    edited(place, "merging", value=written)
+    bundle = load(place)
+    assert bundle.net.merging == UNCOUNTED
+    same(bundle, net, pictures(4))
+    pickled = io.BytesIO()
+    old = copy.copy(TWICE)
+    del old.__dict__["proportional"]
+    torch.save({"merging": old}, pickled)
+    pickled.seek(0)
+    assert torch.load(pickled, weights_only=True)["merging"] == UNCOUNTED
 
 
 def test_a_bundle_from_before_there_was_merging(tmp_path: Path) -> None:

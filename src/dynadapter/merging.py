@@ -1,7 +1,9 @@
 """Token merging: like tokens of an image become one on the way, and every block behind is cheaper."""
 
-from contextlib import nullcontext
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -17,9 +19,9 @@ class TokenMerging(Spec):
     merged into their mean, as many as the share says. Nothing is learnt, and how many tokens are left is known
     beforehand, so that its saving is the same for every image and multiplies with that of early exits.
 
-    It differs from ToMe in three things: tokens are compared by their own direction and not by their keys, so that
-    blocks run as they are; a mean of means counts each as one; and attention is not told how many a token stands for.
-    Class token and registers are never merged.
+    A token that stands for n counts n times in later means, and as a key in attention (ToMe's proportional attention):
+    every score gets the logarithm of n. It differs from ToMe in that tokens are compared by their own direction and not
+    by their keys. Class token and registers are never merged.
 
     >>> TokenMerging(after=(1, 4), share=0.5).left(64)
     16
@@ -28,13 +30,17 @@ class TokenMerging(Spec):
         after: After how many blocks tokens are merged, rising; 0 is before the first block. An exit at the same place
             still reads all of them.
         share: Part of the tokens that each place takes away, above 0 and at most a half; rounded down.
+        proportional: Whether a token counts as often as it stands for tokens; False counts each once.
 
     Raises:
         ValueError: If the share or the places cannot be.
     """
 
+    BEFORE: ClassVar[Mapping[str, Any]] = {"proportional": False}
+
     after: tuple[int, ...] = (1, 4)
     share: float = 0.4
+    proportional: bool = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "after", tuple(self.after))
@@ -61,21 +67,27 @@ class TokenMerging(Spec):
             tokens -= int(self.share * tokens)
         return tokens
 
-    def __call__(self, x: Tensor, prefix: int) -> Tensor:
+    def __call__(self, x: Tensor, prefix: int, logs: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Merges tokens once.
 
         Args:
             x: (batch, tokens, width).
             prefix: So many tokens in front stay as they are.
+            logs: What the place before gave.
 
         Returns:
-            (batch, fewer tokens, width): the prefix, the tokens that were not merged, then those that may have been.
+            (batch, fewer tokens, width): the prefix, the tokens that were not merged, then those that may have been;
+            and (batch, fewer tokens), the logarithms of how many each stands for, to be added to its scores as a key;
+            None where each counts once.
         """
-        return merge_tokens(x, int(self.share * (x.shape[1] - prefix)), prefix)
+        count = int(self.share * (x.shape[1] - prefix))
+        if not self.proportional:
+            return merge_tokens(x, count, prefix), None
+        return merge_counted(x, x.new_zeros(x.shape[:2]) if logs is None else logs, count, prefix)
 
 
 def merge_tokens(x: Tensor, count: int, prefix: int = 0) -> Tensor:
-    """Merges the most similar tokens of each image, by ToMe's bipartite matching.
+    """Merges the most similar tokens of each image, by ToMe's bipartite matching; each counts once.
 
     Args:
         x: (batch, tokens, width).
@@ -87,17 +99,48 @@ def merge_tokens(x: Tensor, count: int, prefix: int = 0) -> Tensor:
     """
     if count < 1:
         return x
-    # Likeness in 16 bits would be a matter of rounding
-    kind = x.device.type
-    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    with torch.autocast(kind, enabled=False) if autocast else nullcontext():
+    with _exactly(x):
         with torch.no_grad():
-            places = _places(x, count, prefix)
-            # One product with the shares, not gathers and a scatter: quicker on a CPU, the same result every time on a
-            # GPU, and known to exporters
-            joins = x.new_zeros(x.shape[0], x.shape[1] - count, x.shape[1]).scatter_(1, places[:, None], 1.0)
+            joins = _joins(x, count, prefix)
             shares = joins / joins.sum(-1, keepdim=True)
         return torch.bmm(shares, x)
+
+
+def merge_counted(x: Tensor, logs: Tensor, count: int, prefix: int = 0) -> tuple[Tensor, Tensor]:
+    """Merges as :func:`merge_tokens` does, but into means that count a token as often as it stands for tokens.
+
+    Args:
+        x: (batch, tokens, width).
+        logs: (batch, tokens), the logarithms of how many each stands for.
+        count: How many tokens go, at most half of those behind the prefix.
+        prefix: So many tokens in front take no part.
+
+    Returns:
+        (batch, tokens - count, width), and their (batch, tokens - count).
+    """
+    if count < 1:
+        return x, logs
+    with _exactly(x):
+        with torch.no_grad():
+            joins = _joins(x, count, prefix) * logs.exp()[:, None]
+            sizes = joins.sum(-1)
+            shares = joins / sizes[..., None]
+        return torch.bmm(shares, x), sizes.log()
+
+
+def _exactly(x: Tensor) -> AbstractContextManager[Any]:
+    """No autocast inside: likeness in 16 bits would be a matter of rounding."""
+    kind = x.device.type
+    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, enabled=False) if autocast else nullcontext()
+
+
+def _joins(x: Tensor, count: int, prefix: int) -> Tensor:
+    """Says by ones which tokens merge into which, (batch, tokens - count, tokens)."""
+    # One product with the shares, not gathers and a scatter: quicker on a CPU, the same result every time on a GPU, and
+    # known to exporters
+    places = _places(x, count, prefix)
+    return x.new_zeros(x.shape[0], x.shape[1] - count, x.shape[1]).scatter_(1, places[:, None], 1.0)
 
 
 def _places(x: Tensor, count: int, prefix: int) -> Tensor:

@@ -119,6 +119,7 @@ class ExitNet(nn.Module):
                 )
         self.merging = merging
         widths, heads = cut.widths(trunk), heads or Balanced()
+        self._width = widths[0]
         self.heads = nn.ModuleList(
             heads.build(
                 exit=k,
@@ -164,22 +165,39 @@ class ExitNet(nn.Module):
         start = self.exits[k - 1] if k else 0
         return list(enumerate(cut.blocks(self.trunk)[start : self.exits[k]], start))
 
-    def _merged(self, place: int, x: Tensor) -> Tensor:
+    def _merged(self, place: int, x: Tensor, logs: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Merges tokens where that is to be done after so many blocks."""
         if self.merging is None or place not in self.merging.after:
-            return x
-        return self.merging(x, cut.prefix_tokens(self.trunk))
+            return x, logs
+        return self.merging(x, cut.prefix_tokens(self.trunk), logs)
+
+    def _opened(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Parts what :meth:`stage` gave into tokens and the logarithms of how many each stands for, if it has them."""
+        if self.merging is None or not self.merging.proportional or x.shape[-1] == self._width:
+            return x, None
+        return x[..., :-1], x[..., -1].contiguous()
+
+    @staticmethod
+    def _closed(x: Tensor, logs: Tensor | None) -> Tensor:
+        """Joins them, the logarithms as one more channel, so that a sample is one row of one tensor between stages."""
+        return x if logs is None else torch.cat([x, logs[..., None]], -1)
 
     def stage(self, k: int, x: Tensor) -> Tensor:
-        """Runs the blocks between exit ``k - 1`` and exit ``k``."""
+        """Runs the blocks between exit ``k - 1`` and exit ``k``.
+
+        Behind merged tokens that are counted (:class:`~dynadapter.merging.TokenMerging`), a token of the result has one
+        more channel, the logarithm of how many it stands for; :meth:`head` and the next stage know it.
+        """
+        x, logs = self._opened(x)
         for place, unit in self._units(k):
-            x = self._merged(place, x)
+            x, logs = self._merged(place, x, logs)
             for module in unit:
-                x = cut.run(module, x)
-        return x
+                x = cut.run(module, x, logs)
+        return self._closed(x, logs)
 
     def head(self, k: int, x: Tensor) -> Tensor:
         """Reads logits (batch, classes) off the output of stage ``k``."""
+        x, _ = self._opened(x)
         if k == self.num_exits - 1:
             return cut.classify(self.trunk, cut.finish(self.trunk, x))
         return self.heads[k](cut.tokens(self.trunk, x))
@@ -275,20 +293,22 @@ class ExitNet(nn.Module):
             x = self.stage(k, x)
             return x, (x,)
         *units, (last, (block,)) = self._units(k)
+        x, logs = self._opened(x)
         for place, unit in units:
-            x = self._merged(place, x)
+            x, logs = self._merged(place, x, logs)
             for module in unit:
-                x = cut.run(module, x)
-        x = self._merged(last, x)
-        row, keys_values = cut.class_row(block, x)
-        return row, (x, keys_values)
+                x = cut.run(module, x, logs)
+        x, logs = self._merged(last, x, logs)
+        row, keys_values = cut.class_row(block, x, logs)
+        return row, (self._closed(x, logs), keys_values)
 
     def complete(self, k: int, held: tuple[Tensor, ...]) -> Tensor:
         """Gives the output of stage ``k`` for the samples whose rows of what :meth:`begin` held are given."""
         if len(held) == 1:
             return held[0]
         *_, block = self.stage_modules(k)
-        return cut.other_rows(block, *held)
+        (x, logs), keys_values = self._opened(held[0]), held[1]
+        return self._closed(cut.other_rows(block, x, keys_values, logs), logs)
 
     def splits(self, k: int) -> bool:
         """Says whether stage ``k`` can compute the class token's row before the others, and its head needs no more."""

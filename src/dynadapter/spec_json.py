@@ -115,7 +115,7 @@ def _restore_spec(value: Any, base: type[Spec], where: str) -> Spec:
             _said(where, f"there is no {base.__name__} {path!r}{hint}; known: {', '.join(sorted(known))}; ")
             + "a class of your own is known once its module is imported"
         )
-    return _built(known[name], settings, where)
+    return _built(known[name], {**known[name].BEFORE, **settings}, where)
 
 
 def _ours(path: str) -> bool:

@@ -241,7 +241,7 @@ def splits(model: nn.Module, unit: tuple[nn.Module, ...]) -> bool:
     )
 
 
-def run(module: nn.Module, x: Tensor) -> Tensor:
+def run(module: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
     """Applies a module of a block's unit; the result is the module's own, bit for bit.
 
     Without gradients timm's plain ViT block is run in fewer steps: what does nothing in evaluation is not called, plain
@@ -252,25 +252,32 @@ def run(module: nn.Module, x: Tensor) -> Tensor:
     Args:
         module: One of :func:`blocks`' modules.
         x: Its input, which is left as it is.
+        bias: (batch, tokens), added to the attention scores of each token as a key; for timm's ViT blocks.
     """
+    mask = None if bias is None else _mask(bias, x.shape[1])
     if type(module) is not vision_transformer.Block or not _reuses() or _changed(module) or module.training:
-        return module(x)
+        return module(x) if mask is None else module(x, attn_mask=mask)
     parts: Any = module._modules  # a module looks its attributes up in Python, which would cost what is gained here
     attention = parts["attn"]
-    if type(attention) is not vision_transformer.Attention or _changed(attention) or not attention.fused_attn:
-        return module(x)
     inner: Any = attention._modules
-    if inner.get("gate") is not None:
-        return module(x)
+    plain = type(attention) is vision_transformer.Attention and attention.fused_attn and inner.get("gate") is None
+    if not plain or _changed(attention):
+        return module(x) if mask is None else module(x, attn_mask=mask)
     batch, tokens, _ = x.shape
     qkv = _direct(inner["qkv"], _direct(parts["norm1"], x))
     qkv = qkv.reshape(batch, tokens, 3, attention.num_heads, attention.head_dim)
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-    mixed = nn.functional.scaled_dot_product_attention(_called(inner["q_norm"], q), _called(inner["k_norm"], k), v)
+    q, k = _called(inner["q_norm"], q), _called(inner["k_norm"], k)
+    mixed = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     return _rest(module, x, mixed.transpose(1, 2).reshape(batch, tokens, -1))
 
 
-def class_row(block: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+def _mask(bias: Tensor, queries: int) -> Tensor:
+    """What attention adds to its scores (batch, heads, queries, keys): a view of one row for all heads and queries."""
+    return bias[:, None, None].expand(-1, 1, queries, -1)
+
+
+def class_row(block: Any, x: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Computes a block's output for the class token alone.
 
     Keys and values are needed of all tokens; query, output projection and MLP of the first row only. Of a block's
@@ -279,6 +286,7 @@ def class_row(block: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     Args:
         block: A block that :func:`splits`.
         x: Its input (batch, tokens, width).
+        bias: As in :func:`run`.
 
     Returns:
         The output's first row (batch, 1, width), and what :func:`other_rows` needs: keys beside values (batch, tokens,
@@ -290,10 +298,10 @@ def class_row(block: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     # Two dimensions are one product with the bias in it; an exported graph keeps three, as all that int8 looks for.
     first = normed[:, 0] if _reuses() else normed[:, :1]
     query = _some(attention.qkv, first, 0, inner).view(-1, 1, inner)
-    return _after_attention(block, x[:, :1], _attend(attention, query, keys_values)), keys_values
+    return _after_attention(block, x[:, :1], _attend(attention, query, keys_values, bias)), keys_values
 
 
-def other_rows(block: Any, x: Tensor, keys_values: Tensor) -> Tensor:
+def other_rows(block: Any, x: Tensor, keys_values: Tensor, bias: Tensor | None = None) -> Tensor:
     """Finishes a block that :func:`class_row` has begun, for the samples that go on.
 
     The class token's row is computed once more, which costs less than putting the rows together would.
@@ -302,13 +310,14 @@ def other_rows(block: Any, x: Tensor, keys_values: Tensor) -> Tensor:
         block: The same block.
         x: The block's input (batch, tokens, width) of those samples.
         keys_values: What :func:`class_row` gave, of those samples.
+        bias: As in :func:`run`, of those samples.
 
     Returns:
         The block's output (batch, tokens, width).
     """
     attention = block.attn
     query = _some(attention.qkv, block.norm1(x), 0, attention.num_heads * attention.head_dim)
-    return _after_attention(block, x, _attend(attention, query, keys_values))
+    return _after_attention(block, x, _attend(attention, query, keys_values, bias))
 
 
 def _some(layer: Any, x: Tensor, start: int, stop: int) -> Tensor:
@@ -319,14 +328,15 @@ def _some(layer: Any, x: Tensor, start: int, stop: int) -> Tensor:
     return layer.some(x, start, stop)
 
 
-def _attend(attention: Any, query: Tensor, keys_values: Tensor) -> Tensor:
+def _attend(attention: Any, query: Tensor, keys_values: Tensor, bias: Tensor | None) -> Tensor:
     """Attention as timm does it, for some queries (batch, queries, inner) and all (batch, tokens, 2 * inner)."""
     heads, width, parts = attention.num_heads, attention.head_dim, attention._modules
     batch, queries, inner = query.shape
     q = _called(parts["q_norm"], query.view(batch, queries, heads, width).transpose(1, 2))
     k, v = keys_values.view(batch, -1, 2, heads, width).permute(2, 0, 3, 1, 4).unbind(0)
     k = _called(parts["k_norm"], k)
-    mixed = nn.functional.scaled_dot_product_attention(q, k, v, scale=attention.scale)
+    mask = None if bias is None else _mask(bias, queries)
+    mixed = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=attention.scale)
     return mixed.transpose(1, 2).reshape(batch, queries, inner)
 
 
