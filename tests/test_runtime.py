@@ -397,6 +397,31 @@ def test_nothing_is_lost_order_is_kept_and_no_stage_runs_in_vain(spelled: Path, 
     np.testing.assert_array_equal(runner.every_exit(as_images(told)), told)
 
 
+def test_a_large_batch_is_cut_on_a_cpu_and_comes_back_whole(spelled: Path) -> None:
+    draw, samples = np.random.default_rng(0), 2 * runtime.CHUNK + 5
+    told = draw.normal(0, 3, (EXITS, samples, WIDTH)).astype(np.float32)
+    runner = Runner(spelled, threads=1)
+    runner.policy = runtime.Policy({"kind": "Confidence", "threshold": 0.7}, EXITS)
+    expected, calls = runner.policy.route(told), watch(runner)
+    for chunk, first in ((runtime.CHUNK, [runtime.CHUNK, runtime.CHUNK, 5]), (None, [samples])):
+        calls.clear()
+        assert runner.chunk == runtime.CHUNK
+        runner.chunk = chunk
+        out, exits = runner.route(as_images(told))
+        assert [size for k, size in calls if k == 0] == first
+        assert exits.tolist() == expected.tolist()
+        np.testing.assert_array_equal(out, told[exits, np.arange(samples)])
+        np.testing.assert_array_equal(runner.every_exit(as_images(told)), told)
+        runner.chunk = runtime.CHUNK
+    assert Runner(spelled, threads=3).chunk == 3 * runtime.CHUNK  # as many for each thread
+
+
+def test_stages_share_their_memory(spelled: Path) -> None:
+    for runner in (Runner(spelled), Runner(spelled)):  # the second one finds it there
+        assert runner._options.get_session_config_entry("session.use_env_allocators") == "1"
+        assert runner.load().route(np.zeros((3, 3, 2, 2), np.float32))[1].shape == (3,)
+
+
 _RUNNERS: dict[Path, Runner] = {}
 
 

@@ -14,6 +14,7 @@ images and the policies, is held to :mod:`dynadapter.data` and :mod:`dynadapter.
 """
 
 import argparse
+import contextlib
 import csv
 import errno
 import hashlib
@@ -37,6 +38,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 FORMAT = 1
 """Version of the folder's layout and manifest."""
+CHUNK = 16
+"""Images that a CPU's thread routes at a time; more leave its caches (ours, by ``benchmarks/serving.py``)."""
 
 Floats = NDArray[np.float32]
 Source = str | os.PathLike[str] | Image.Image
@@ -549,7 +552,8 @@ class Runner:
     """Runs the stages of an exported folder with ONNX Runtime and lets each image leave at the first sure exit.
 
     The files are checked at once; a stage's session is created when the first image needs it. One runner may be used
-    by several threads.
+    by several threads. On a CPU large batches are cut, and the stages take their memory from one place, for a stage
+    that runs where the one before has just been finds it in the caches.
 
     Args:
         folder: What ``export_onnx`` wrote.
@@ -561,6 +565,7 @@ class Runner:
         preprocess: From a decoded image to an array.
         policy: Who leaves where.
         num_exits: Number of exits, the last included.
+        chunk: Images that run at a time; None for all of a batch, on anything but a CPU.
         manifest: The content of ``manifest.json``.
 
     Raises:
@@ -598,6 +603,10 @@ class Runner:
         self._options.intra_op_num_threads = threads or 0
         # Each stage has threads of its own, and those of the stages before would spin where this one wants to run.
         self._options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        self.chunk: int | None = None
+        if self.providers == ["CPUExecutionProvider"]:
+            self.chunk = CHUNK * (threads or os.cpu_count() or 1)
+            _share_memory(onnxruntime, self._options)
         self._open = onnxruntime.InferenceSession
         self._sessions: dict[int, Any] = {}
         self._lock = threading.Lock()
@@ -645,7 +654,11 @@ class Runner:
         Raises:
             ValueError: If the array has another shape or type.
         """
-        held = [self._checked(images)]
+        images = self._checked(images)
+        if self.chunk and len(images) > self.chunk:
+            parts = [self.route(part) for part in self._cut(images)]
+            return np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
+        held = [images]
         rows = np.arange(len(images))  # where the images still in stand in the batch
         exits = np.zeros(len(images), np.int64)
         out = np.zeros((len(images), len(self.class_names)), np.float32)
@@ -668,11 +681,18 @@ class Runner:
 
         From these logits thresholds can be calibrated on what really runs, an int8 folder for one.
         """
-        held = [self._checked(images)]
+        images = self._checked(images)
+        if self.chunk and len(images) > self.chunk:
+            return np.concatenate([self.every_exit(part) for part in self._cut(images)], axis=1)
+        held = [images]
         logits = np.zeros((self.num_exits, len(images), len(self.class_names)), np.float32)
         for k in range(self.num_exits if len(images) else 0):
             held, logits[k] = self.stage(k, held)
         return logits
+
+    def _cut(self, images: Floats) -> list[Floats]:
+        assert self.chunk is not None
+        return [images[start : start + self.chunk] for start in range(0, len(images), self.chunk)]
 
     def predict(
         self,
@@ -754,6 +774,22 @@ class Runner:
             shape = ", ".join(map(str, wanted))
             raise ValueError(f"images are {given}; give a float32 array (batch, {shape}), or files")
         return images
+
+
+def _share_memory(onnxruntime: Any, options: Any) -> None:
+    """Lets a session take its memory from the one place that all such sessions of the process share.
+
+    Each would otherwise keep as much as it ever needed, and a stage would find nothing of its own in the caches. Plans
+    for where each tensor lies, which ONNX Runtime makes by default, would spread them again.
+    """
+    info = onnxruntime.OrtMemoryInfo(
+        "Cpu", onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, onnxruntime.OrtMemType.DEFAULT
+    )
+    with contextlib.suppress(Exception):  # it is there already: ours, or the application's own
+        onnxruntime.create_and_register_allocator(info, None)
+    options.add_session_config_entry("session.use_env_allocators", "1")
+    options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")  # weights can be given back
+    options.enable_mem_pattern = False
 
 
 # ---- the command line ------------------------------------------------------------------------------------------------
