@@ -16,9 +16,10 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from dynadapter import AdapterSpec, Constant, ExitCosts, ExitNet, LateToEarly, Uniform
+from dynadapter import AdapterSpec, Constant, ExitCosts, ExitNet, LateToEarly, Uniform, route
 from dynadapter.adapters import AdapterLayer
 from dynadapter.callbacks.sparsity import _own_parameters
+from dynadapter.runtime import Runner
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 SHAPE: dict[str, Any] = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 6, "num_heads": 3}
@@ -382,6 +383,69 @@ def test_two_processes_share_the_runs(program, trunk, tasks, tmp_path):
     program("transfer").main([*common, "--device", "cpu", "--methods", "lora", "--jobs", "2"])
     keys = [json.dumps(line["key"]) for line in program("runs").read_lines(log)]
     assert len(keys) == len(set(keys)) == 6  # two arms, three scales
+
+
+# ---- 8 bits
+
+
+class Told(Runner):
+    """A runner whose stages give logits (exits, images, classes) that are known beforehand; an image is its number."""
+
+    def __init__(self, logits: Tensor) -> None:
+        self.logits, self.num_exits = logits.numpy(), len(logits)
+        self.class_names, self.chunk = [str(k) for k in range(logits.shape[-1])], None
+
+    def _checked(self, images: Any) -> Any:
+        return images
+
+    def stage(self, k: int, held: Any) -> Any:
+        return held, self.logits[k, held[0][:, 0].astype(int)]
+
+
+def test_what_8_bits_change_is_told_of_every_exit_and_of_routing(program):
+    quantised, generator = program("quantised"), torch.Generator().manual_seed(0)
+    logits, images = torch.randn(2, 80, 3, generator=generator), np.arange(80, dtype=np.float32)[:, None]
+    targets, costs = torch.arange(80) % 3, ExitCosts(macs=(25, 100), light=(0, 0), trunk=100, exits=(1, 2))
+    other = logits.clone()
+    other[1, :8] = -other[1, :8]  # other answers of the last exit for a tenth of the images
+    for changed in (logits, other):
+        runners = {"float32": Told(logits), "int8": Told(changed)}
+        found = quantised.answers(runners, images, targets, costs)
+        assert found["exit_accuracy"]["int8"] == (changed.argmax(-1) == targets).double().mean(1).tolist()
+        assert found["same_class"] == [1.0, 1.0 if changed is logits else 0.9]
+        assert found["same_alone"] == 1
+        assert found["routed"]["int8"]["same_exit"] == 1  # the exit that decides says the same
+        assert 0.9 <= found["routed"]["int8"]["same_class"] <= 1
+        assert abs(found["routed"]["float32"]["cost"] - 0.5) < 0.1
+        assert json.loads(json.dumps(found)) == found
+    # thresholds of one half route the other
+    halves = quantised.split_halves(80, targets=targets)
+    hits = 0
+    for chosen, held_out in (halves, halves[::-1]):
+        policy = quantised.thresholds(logits[:, chosen], targets[chosen], costs)
+        taken = route(policy, logits[:, held_out])
+        hits += (logits[taken, held_out].argmax(-1) == targets[held_out]).sum().item()
+    assert found["routed"]["float32"]["accuracy"] == pytest.approx(hits / 80)
+
+
+@pytest.mark.slow
+def test_a_trained_network_is_exported_in_both_precisions(program, trunk, tasks, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("onnxscript")
+    quantised, log = program("quantised"), tmp_path / "log.jsonl"
+    monkeypatch.setattr(quantised, "BATCHES", (2,))
+    argv = ["--data", str(tasks), "--trunk", str(trunk), "--out", str(log), "--methods", "lora"]
+    argv += ["--epochs", "1", "--batch", "8", "--rounds", "2", "--scale", "1"]
+    quantised.main(argv)
+    first = capsys.readouterr().out
+    monkeypatch.setattr(quantised, "case", None)  # is not called again
+    quantised.main(argv)
+    assert capsys.readouterr().out == first
+    (line,) = (json.loads(text) for text in log.read_text().splitlines())
+    assert (line["key"]["task"], line["key"]["method"], line["samples"]) == ("colours", "lora", 16)
+    assert line["products"] > 0
+    assert line["bytes"]["int8"] < line["bytes"]["float32"]
+    assert set(line["times"]["2"]["int8_over_float32"]) == {"whole", "routed"}
+    assert "colours" in first
 
 
 # ---- pre-training
