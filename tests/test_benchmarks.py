@@ -416,7 +416,7 @@ def test_what_8_bits_change_is_told_of_every_exit_and_of_routing(program):
         assert found["same_alone"] == 1
         assert found["routed"]["int8"]["same_exit"] == 1  # the exit that decides says the same
         assert 0.9 <= found["routed"]["int8"]["same_class"] <= 1
-        assert abs(found["routed"]["float32"]["cost"] - 0.5) < 0.1
+        assert abs(found["routed"]["float32"]["cost"] - quantised.BUDGET) < 0.1
         assert json.loads(json.dumps(found)) == found
     # thresholds of one half route the other
     halves = quantised.split_halves(80, targets=targets)
