@@ -103,6 +103,13 @@ def _once(after: tuple[int, ...], share: float) -> TokenMerging:
 MERGED: dict[str, Any] = {"heads": LinearHeads(), "merging": _once(after=(0,), share=0.5)}
 """The paper's recipe with linear heads on half of the tokens."""
 
+COUNTED: dict[str, Any] = {
+    "heads": LinearHeads(),
+    "weighting": Uniform(),
+    "merging": TokenMerging(after=(1, 4), share=0.4),
+}
+"""Equal weights for all exits, linear heads, and two mergings whose tokens count as often as they stand for tokens."""
+
 VARIANTS: dict[str, dict[str, Any]] = {
     "static": STATIC,
     "base": {},
@@ -110,10 +117,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "linear-heads": {"heads": LinearHeads()},
     "balanced-heads": {"heads": Balanced()},
     "uniform": {"weighting": Uniform()},
+    "early-to-late": {"weighting": EarlyToLate()},
     "late-to-early": {"weighting": LateToEarly()},
     "linear-in-depth": {"weighting": LinearInDepth()},
     "no-forward": {"shallow": None},
+    "forward": {"shallow": Constant(0.2)},
     "no-backward": {"keep": Constant(1.0)},
+    "backward": {"keep": Constant(0.9)},
+    "sparsity": {"shallow": Constant(0.2), "keep": Constant(0.9)},
     "no-sparsity": {"shallow": None, "keep": Constant(1.0)},
     # sparsity without exits: what it does to the rival
     "static-sparse": {"exits": (), "weighting": Uniform()},
@@ -164,8 +175,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "merge-late": {"merging": _once(after=(3, 6, 9), share=0.4)},
     "merge-most": {"merging": _once(after=(1, 3, 6), share=0.5)},
     "merge-least": {"merging": _once(after=(1, 4), share=0.25)},
+    "counted": COUNTED,
+    "counted-deep": COUNTED | {"weighting": LinearInDepth(), "shallow": None, "keep": Constant(1.0)},
+    "once": {"merging": _once(after=(1, 4), share=0.4)},
     "every-token": {"merging": None},
     "static-merge": STATIC | {"merging": _once(after=(1, 4), share=0.4)},
+    "static-counted": STATIC | {"merging": TokenMerging(after=(1, 4), share=0.4)},
     "static-merged": STATIC | {"merging": _once(after=(0,), share=0.5)},
 }
 """Changes of the recipe by name; names may be joined, as in ``distill+rescale``."""
@@ -174,11 +189,15 @@ INGREDIENTS = {
     "linear-heads": "linear heads, not balanced ones",
     "balanced-heads": "balanced heads, not linear ones",
     "uniform": "equal loss weights, no schedule",
+    "early-to-late": "loss weights from early to late",
     "late-to-early": "loss weights from late to early",
     "linear-in-depth": "loss weights linear in depth",
     "no-forward": "no forward sparsity (dropout)",
+    "forward": "forward sparsity (dropout)",
     "no-backward": "no backward sparsity (masks)",
+    "backward": "backward sparsity (masks)",
     "no-distillation": "no distillation",
+    "distill": "distillation",
     "every-token": "no token merging",
 }
 """What the ablation exchanges one by one, the paper's own and ours, in words."""
@@ -186,7 +205,7 @@ INGREDIENTS = {
 PAPER = "base"
 """The recipe of the paper."""
 
-DEFAULT = "merged-distilled"
+DEFAULT = "counted-deep"
 """The recipe that tables and figures show."""
 
 

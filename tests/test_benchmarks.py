@@ -480,6 +480,29 @@ def test_folders_and_mosaics_are_the_same_set(program, source):
         read(source, 12)
 
 
+def test_merged_tokens_at_the_own_classes_of_a_trunk(program, source, tmp_path, capsys, monkeypatch):
+    tokens, out, log = program("tokens"), tmp_path / "made", tmp_path / "log.jsonl"
+    program("pretrain").main(small_run(source, out))
+    (about,) = out.glob("*.json")
+    monkeypatch.setattr(tokens, "MERGINGS", (((0,), 0.5), ((1,), 0.25)))
+    argv = ["tokens.py", "--data", str(source / "folder"), "--trunk", str(about), "--out", str(log)]
+    monkeypatch.setattr(sys, "argv", argv)
+    capsys.readouterr()
+    tokens.main()
+    first = capsys.readouterr().out
+    monkeypatch.setattr(tokens, "right", None)  # is not called again
+    tokens.main()
+    assert capsys.readouterr().out == first
+    every, *merged = (json.loads(line) for line in log.read_text().splitlines())
+    assert (every["images"], every["cost"], len(merged)) == (8, 1.0, 4)
+    assert all(line["cost"] < 1 for line in merged)
+    model, file = tokens.pretrained(about)
+    _, images, _ = program("mosaics").read(source / "folder", 12)
+    with torch.no_grad():
+        answers = model(file.preprocess.normalize(images.pixels)).argmax(-1)
+    assert every["accuracy"] == (answers == images.labels).double().mean().item()
+
+
 def test_pretraining_goes_on_as_if_it_had_never_stopped(program, source, tmp_path, capsys):
     pretrain = program("pretrain")
     small = "--size 12 --patch 6 --width 16 --heads 2 --depth 2 --batch 4 --mix 0.5 --ops 0.5 --drop_path 0.1"

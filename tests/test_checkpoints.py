@@ -33,6 +33,7 @@ from dynadapter.heads import LinearHeads
 from dynadapter.module import ExitClassifier, Mixing, trainable_only
 from dynadapter.net import ExitNet
 from dynadapter.schedules import Constant, Linear, Warmup
+from dynadapter.weighting import EarlyToLate
 
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
 
@@ -166,7 +167,7 @@ def test_resume_equals_training_straight_through(accumulate: int, mixing: Mixing
         torch.rand(len(where))  # the two have not drawn the same so far
         module = make_classifier(mixing=mixing)
         sparsity = BidirectionalSparsity(Linear(0.5, 0.2), Constant(0.1), keep=Linear(0.3, 0.9))
-        fitting = trainer(ExitWeights(), sparsity, *more, max_epochs=3, accumulate_grad_batches=accumulate)
+        fitting = trainer(ExitWeights(EarlyToLate()), sparsity, *more, max_epochs=3, accumulate_grad_batches=accumulate)
         fitting.fit(module, loader(3), loader(1), **where)
         return module, fitting.optimizers[0].state_dict()
 

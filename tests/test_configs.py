@@ -25,7 +25,7 @@ KINDS = ("adapter", "lora", "repadapter", "adaptformer")
 SMALL = [
     "--model.trunk=vit_tiny_patch16_224",
     "--model.pretrained=false",
-    "--model.trunk_args={patch_size: 16, embed_dim: 24, depth: 4, num_heads: 3}",
+    "--model.trunk_args={patch_size: 16, embed_dim: 24, depth: 5, num_heads: 3}",
     "--model.every=1",
     "--trainer.accelerator=cpu",
     "--trainer.fast_dev_run=true",
@@ -66,7 +66,7 @@ def name_of(file: Path) -> str:
 
 
 def test_every_file_is_tested():
-    assert {name_of(file) for file in FILES if file not in PRESETS} == {*ALONE, *KINDS, "static"}
+    assert {name_of(file) for file in FILES if file not in PRESETS} == {*ALONE, *KINDS, "paper", "static"}
     assert [file.stem for file in PRESETS] == ["adapter", "lora", "repadapter"]
 
 
@@ -103,6 +103,15 @@ def test_a_preset_is_what_the_benchmark_trains(file, benchmark):
     assert restore(config["exit_weights"]["weighting"], Weighting) == recipe.weighting
     found = [restore(sparsity[name], Schedule | None) for name in ("shallow", "deep", "keep")]
     assert [*found, sparsity["masked"]] == [recipe.shallow, recipe.deep, recipe.keep, recipe.masked]
+
+
+def test_paper_is_the_recipe_of_the_paper(benchmark):
+    recipe, config = benchmark.recipe(benchmark.PAPER), yaml.safe_load((CONFIGS / "paper.yaml").read_text())
+    assert restore(config["model"]["heads"], Heads) == recipe.heads
+    assert (config["model"]["merging"], config["model"]["distillation"]) == (recipe.merging, recipe.distillation)
+    assert restore(config["exit_weights"]["weighting"], Weighting) == recipe.weighting
+    found = [restore(config["sparsity"][name], Schedule | None) for name in ("shallow", "deep", "keep")]
+    assert found == [recipe.shallow, recipe.deep, recipe.keep]
 
 
 def test_one_adapter_over_another_is_that_one_alone(task, built):
@@ -145,7 +154,7 @@ def test_static_is_the_same_model_without_exits(task, built):
     dynamic = built("fit", *stacked("vtab", "lora"), *SMALL, *task)
     for order in (("vtab", "lora", "static"), ("vtab", "static", "lora")):
         static = built("fit", *stacked(*order), *SMALL, *task)
-        assert static.model.net.exits == (4,)
+        assert static.model.net.exits == (5,)
         assert static.model.trunk_hash == dynamic.model.trunk_hash
         trained = {name for name, p in static.model.net.named_parameters() if p.requires_grad}
         assert trained == {n for n, p in dynamic.model.net.named_parameters() if p.requires_grad and "heads." not in n}

@@ -33,7 +33,7 @@ def test_each_step_sees_its_weights_from_the_first_to_the_last(weighting: Weight
 
 def test_weights_are_logged(tmp_path: Path) -> None:
     logger = CSVLogger(tmp_path, name="", version="")
-    trainer(ExitWeights(), logger=logger).fit(TinyModule(), loader(3))
+    trainer(ExitWeights(EarlyToLate()), logger=logger).fit(TinyModule(), loader(3))
     names, *rows = [line.split(",") for line in (tmp_path / "metrics.csv").read_text().split()]
     logged = [tuple(float(row[names.index(f"exit_weights/{k}")]) for k in (1, 2, 3)) for row in rows]
     assert logged == profile(EarlyToLate(), *(step / 5 for step in range(6)))
@@ -41,26 +41,27 @@ def test_weights_are_logged(tmp_path: Path) -> None:
 
 def test_weights_stay_within_an_accumulation_window() -> None:
     module = TinyModule()
-    trainer(ExitWeights(), accumulate_grad_batches=2).fit(module, loader(3))  # windows of 2 and 1 batches per epoch
+    # windows of 2 and 1 batches per epoch
+    trainer(ExitWeights(EarlyToLate()), accumulate_grad_batches=2).fit(module, loader(3))
     assert module.seen == profile(EarlyToLate(), 0, 0, 1 / 3, 2 / 3, 2 / 3, 1)
 
 
 def test_every_n_steps() -> None:
     module = TinyModule()
-    trainer(ExitWeights(every_n_steps=2)).fit(module, loader(3))
+    trainer(ExitWeights(EarlyToLate(), every_n_steps=2)).fit(module, loader(3))
     assert module.seen == profile(EarlyToLate(), 0, 0, 2 / 5, 2 / 5, 4 / 5, 4 / 5)
 
 
 def test_a_single_step_has_the_first_weights() -> None:
     module = TinyModule()
-    trainer(ExitWeights(), max_steps=1).fit(module, loader(3))
+    trainer(ExitWeights(EarlyToLate()), max_steps=1).fit(module, loader(3))
     assert module.seen == profile(EarlyToLate(), 0)
 
 
 def test_resume_goes_on_exactly(tmp_path: Path) -> None:
     straight, resumed = TinyModule(), TinyModule()
-    trainer(ExitWeights(), SaveFirstEpoch(tmp_path / "0.ckpt")).fit(straight, loader(3))
-    trainer(ExitWeights()).fit(resumed, loader(3), ckpt_path=tmp_path / "0.ckpt", weights_only=True)
+    trainer(ExitWeights(EarlyToLate()), SaveFirstEpoch(tmp_path / "0.ckpt")).fit(straight, loader(3))
+    trainer(ExitWeights(EarlyToLate())).fit(resumed, loader(3), ckpt_path=tmp_path / "0.ckpt", weights_only=True)
     assert resumed.seen == straight.seen[3:]
 
 
@@ -89,7 +90,7 @@ def endless(data) -> torch.utils.data.DataLoader:
 @pytest.mark.parametrize(("options", "data"), ENDLESS)
 def test_training_without_an_end_needs_constant_weights(options: dict, data) -> None:
     with pytest.raises(ValueError, match="no known end; set max_steps") as error:
-        trainer(ExitWeights(), **options).fit(TinyModule(), endless(data()))
+        trainer(ExitWeights(EarlyToLate()), **options).fit(TinyModule(), endless(data()))
     assert "\n" not in str(error.value)
     for weighting in (Uniform(), LinearInDepth(), EarlyToLate(ease=Constant(0.5)), PerExit((Constant(1.0),) * 3)):
         module = TinyModule()
@@ -100,7 +101,7 @@ def test_training_without_an_end_needs_constant_weights(options: dict, data) -> 
 @pytest.mark.parametrize(("options", "data"), ENDLESS)
 def test_max_steps_is_an_end(options: dict, data) -> None:
     module = TinyModule()
-    trainer(ExitWeights(), max_steps=5, **options).fit(module, endless(data()))
+    trainer(ExitWeights(EarlyToLate()), max_steps=5, **options).fit(module, endless(data()))
     assert module.seen == profile(EarlyToLate(), 0, 1 / 4, 2 / 4, 3 / 4, 1)
 
 
@@ -128,13 +129,13 @@ class ByHand(TinyModule):
 @pytest.mark.parametrize("options", [{}, {"max_steps": 6, "max_epochs": -1}])
 def test_manual_optimisation_with_two_optimisers(options: dict) -> None:
     module = ByHand()
-    trainer(ExitWeights(), **options).fit(module, loader(3))
+    trainer(ExitWeights(EarlyToLate()), **options).fit(module, loader(3))
     total = options.get("max_steps", 12)
     assert module.seen == profile(EarlyToLate(), *(2 * k / (total - 1) for k in range(total // 2)))
 
 
 def test_the_same_callback_serves_a_second_fit() -> None:
-    callback, modules = ExitWeights(), [TinyModule(), TinyModule()]
+    callback, modules = ExitWeights(EarlyToLate()), [TinyModule(), TinyModule()]
     trainer(callback, max_epochs=1).fit(modules[0], loader(2))
     trainer(callback, max_epochs=1).fit(modules[1], loader(3))
     assert modules[0].seen == profile(EarlyToLate(), 0, 1)
@@ -163,7 +164,7 @@ class TwoNets(TinyModule):
 )
 def test_modules_without_a_network_or_with_several(module: type[TinyModule], message: str) -> None:
     with pytest.raises(ValueError, match=message) as error:
-        trainer(ExitWeights()).fit(module(), loader())
+        trainer(ExitWeights(EarlyToLate())).fit(module(), loader())
     assert "\n" not in str(error.value)
 
 

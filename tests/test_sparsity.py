@@ -17,6 +17,7 @@ from dynadapter.adapters import AdapterLayer, adapter_layers
 from dynadapter.callbacks.loss_weights import ExitWeights
 from dynadapter.callbacks.sparsity import BidirectionalSparsity
 from dynadapter.schedules import Constant, Cosine, Linear, Schedule
+from dynadapter.weighting import EarlyToLate
 
 pytestmark = [pytest.mark.filterwarnings(line) for line in QUIET]
 
@@ -272,7 +273,7 @@ def test_values_are_logged() -> None:
 def test_resume_equals_training_straight_through(tmp_path: Path, optimizer: str) -> None:
     def callbacks() -> list[Callback]:
         both = BidirectionalSparsity(Linear(0.5, 0.1), Linear(0.1, 0.0), keep=Linear(0.3, 0.9))
-        return [ExitWeights(), both]
+        return [ExitWeights(EarlyToLate()), both]
 
     straight, resumed = TinyModule(OPTIMIZERS[optimizer]), TinyModule(OPTIMIZERS[optimizer])
     first = trainer(*callbacks(), SaveFirstEpoch(tmp_path / "0.ckpt"))

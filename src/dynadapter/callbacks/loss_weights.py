@@ -5,7 +5,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from dynadapter.callbacks._common import exit_net, progress, require_end
 from dynadapter.net import ExitNet
-from dynadapter.weighting import EarlyToLate, Weighting
+from dynadapter.weighting import LinearInDepth, Weighting
 
 
 class ExitWeights(Callback):
@@ -24,7 +24,7 @@ class ExitWeights(Callback):
             training has no known end.
     """
 
-    def __init__(self, weighting: Weighting = EarlyToLate(), every_n_steps: int = 1) -> None:  # noqa: B008 - frozen
+    def __init__(self, weighting: Weighting = LinearInDepth(), every_n_steps: int = 1) -> None:  # noqa: B008 - frozen
         super().__init__()
         if every_n_steps < 1:
             raise ValueError(f"every_n_steps={every_n_steps} must be at least 1")
