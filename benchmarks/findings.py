@@ -201,6 +201,29 @@ class Setting:
                 found[task] = points
         return found
 
+    def preferred(self, method: str) -> dict[str, str]:
+        """By task the recipe with exits that the search prefers, of those read on test; of equals the shown one."""
+        found = {}
+        for task in self.tasks:
+            done = self.phase("final", method=method, task=task)
+            names = sorted({line["key"]["recipe"] for line in done if line["arm"] != "static"})
+            scores = {}
+            for name in sorted(names, key=lambda name: name != self.recipe):
+                lines = self.phase(
+                    "search", method=method, task=task, recipe=name, scale=self.scale(method, name, task)
+                )
+                if lines:
+                    scores[name] = statistics.fmean(map(score, lines))
+            if scores:
+                found[task] = max(scores, key=lambda name: scores[name])
+        return found
+
+    def preferred_values(self, method: str, reading: Reading = LAST) -> Values:
+        """What an arm does on test where each task has the recipe that the search prefers."""
+        names = self.preferred(method)
+        arms = {name: self.values(method, name, reading) for name in set(names.values())}
+        return {task: arms[name][task] for task, name in names.items() if task in arms[name]}
+
     def goals(self) -> list[str]:
         """The targets that thresholds were set for, as the lines have them."""
         routed = [line["routed"][DEFAULT_RULE] for line in self.phase("final") if "routed" in line]

@@ -2,6 +2,7 @@
 
 import statistics
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -506,18 +507,26 @@ class Section:
     def others(self) -> str:
         """Recipes that were read on test, too, but are not the one that is shown."""
         setting, rows = self.setting, []
-        done = {(line["key"]["method"], line["key"]["recipe"]) for line in setting.phase("final")}
         for method in setting.methods:
-            for name in sorted({name for kind, name in done if kind == method} - {"static", setting.recipe}):
-                cells = []
-                for reading in (LAST, *self.goals):
-                    found = mean(setting.values(method, name, reading), accuracy_of, setting.tasks)
-                    cells.append(told(found))
-                rows.append([f"{NAMES[method]}, `{name}`", *cells])
+            done = {line["key"]["recipe"] for line in setting.phase("final", method=method)}
+            static = setting.values(method, "static")
+            arms = {
+                f"`{name}`": partial(setting.values, method, name) for name in sorted(done - {"static", setting.recipe})
+            }
+            if len(set(setting.preferred(method).values())) > 1:
+                arms["*by task*"] = partial(setting.preferred_values, method)
+            for name, values in arms.items():
+                cells = [told(mean(values(reading), accuracy_of, setting.tasks)) for reading in (LAST, *self.goals)]
+                apart = paired(values(GOAL), static, accuracy_of)
+                rows.append([f"{NAMES[method]}, {name}", *cells, apart.text if apart else "–"])
         if not rows:
             return ""
-        head = ["", *(goal_name(reading) for reading in (LAST, *self.goals))]
-        text = f"Accuracy on test in %, means over the tasks; the shown recipe is `{setting.recipe}`."
+        head = ["", *(goal_name(reading) for reading in (LAST, *self.goals)), "at 50 % minus X, points"]
+        text = (
+            f"Accuracy on test in %, means over the tasks; the shown recipe is `{setting.recipe}`. *By task*: of the "
+            "recipes with exits that were read on test, each task has the one that did best on its validation images "
+            "(the score of the search)."
+        )
         return f"### Other recipes on test\n\n{text}\n\n{table(head, rows)}"
 
     # ---- the search
