@@ -277,7 +277,7 @@ def ablation(path: Path, compared: Sequence[Compared], names: dict[str, str], me
             ax.set_title(title)
             ax.grid(axis="y", visible=False)
         axes[0].set_yticks([-row for row in range(len(shown))], [names.get(one.recipe, one.recipe) for one in shown])
-        text = "points of accuracy on validation against the whole recipe; left of zero: what was taken away helps"
+        text = "points of accuracy on validation against the whole recipe; left of zero: the exchange harms"
         figure.supxlabel(text, fontsize=9)
         handles, labels = axes[0].get_legend_handles_labels()
         bar = Patch(color="#cfcfcf", label="mean, 95 % interval over tasks")
