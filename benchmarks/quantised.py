@@ -133,7 +133,7 @@ def times(runners: dict[str, Runner], images: np.ndarray, batch: int, rounds: in
 
 def case(args: argparse.Namespace, trunk: TrunkFile, task: Task, method: str) -> dict[str, Any]:
     """Trains one network, exports it twice and compares."""
-    how, device = recipe(DEFAULT), torch.device("cpu")
+    how, device = recipe(args.recipe), torch.device("cpu")
     net = build(trunk, task.classes, method, how, args.scale, seed=0)
     split = task.split("train800")
     images = normalized(split, trunk.preprocess, device)
@@ -166,6 +166,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--tasks", nargs="+", help="by default all in --data")
     kinds = [method for method, kind in METHODS.items() if kind]
     parser.add_argument("--methods", nargs="+", default=["lora", "repadapter"], choices=kinds, help="kinds of adapters")
+    parser.add_argument("--recipe", default=DEFAULT, help="of the training, by its name in recipes.py")
     parser.add_argument("--scale", type=float, default=10.0, help="of the adapters; the search chose it for all tasks")
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--batch", type=int, default=64, help="images a step")
@@ -178,7 +179,7 @@ def main(argv: list[str] | None = None) -> None:
         for method in args.methods:
             if args.only not in f"{name} {method}":
                 continue
-            about = {"task": name, "method": method, "recipe": DEFAULT, "scale": args.scale, "trunk": trunk.label}
+            about = {"task": name, "method": method, "recipe": args.recipe, "scale": args.scale, "trunk": trunk.label}
             key = about | {"epochs": args.epochs, "batch": args.batch, "rounds": args.rounds}
             task = Task(args.data, name, trunk.preprocess)
             lines.append((key, log.find(key) or log.add(key, **case(args, trunk, task, method))))
