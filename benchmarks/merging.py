@@ -22,7 +22,6 @@ from rich.table import Table
 from torch import Tensor
 
 from dynadapter import ExitNet, LinearHeads, TokenMerging, create_trunk, exit_costs
-from dynadapter.net import CLASS_FIRST_FROM
 from dynadapter.timing import clock_of
 
 BATCHES = (1, 8, 64)
@@ -61,7 +60,7 @@ def case(options: dict[str, Any], merging: TokenMerging, batch: int, rounds: int
         chunk = best_chunk(lambda n, net=net: partial(static, net, n), batch, clock, images.device)
         arms[name] = partial(static, net, chunk)
     times = interleave(arms | {"control": arms["trunk"]}, rounds)
-    costs = exit_costs(routed, class_first=batch >= CLASS_FIRST_FROM)
+    costs = exit_costs(routed, class_first=routed.prefers_class_first(routed.embed(images[:batch])))
     exits = torch.cat([routed.early(part, policy).exits for part in images.split(batch)])
     average = costs.average((exits.bincount(minlength=routed.num_exits).double() / len(exits)).tolist())
     fewer = {"merged": costs.trunk / exit_costs(nets["merged"]).macs[-1], "routed": costs.trunk / average}

@@ -168,3 +168,19 @@ def test_only_a_plain_linear_layer_or_one_that_gives_some_outputs_splits():
     assert cut.splits(trunk, cut.blocks(trunk)[0])
     trunk.blocks[0].attn.qkv = nn.Sequential(trunk.blocks[0].attn.qkv)
     assert not cut.splits(trunk, cut.blocks(trunk)[0])
+
+
+def test_by_itself_from_four_images_on_and_for_one_of_a_large_trunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, asked = network(make_vit()), []
+    begin = net.begin
+    monkeypatch.setattr(net, "begin", lambda k, x, first: asked.append(first) or begin(k, x, first))
+    for count in (1, 3, 4):
+        net.early(pictures(count), Never())
+    assert asked == [False] * 3 + [False] * 3 + [True] * 3
+    monkeypatch.setattr("dynadapter.net.CLASS_FIRST_WORK", 17 * 48 * 48)  # this trunk's
+    asked.clear()
+    net.early(pictures(1), Never())
+    assert asked == [True] * 3
+    monkeypatch.undo()
+    assert net.prefers_class_first(torch.empty(1, 197, 384))  # ViT-S at 224 px
+    assert not net.prefers_class_first(torch.empty(1, 65, 192))  # ViT-Ti of 64 tokens

@@ -17,7 +17,11 @@ CPU_CHUNK = 32
 """Images that a CPU routes at a time; larger batches leave its caches (ours)."""
 
 CLASS_FIRST_FROM = 4
-"""Images from which the class token's row comes first; one alone gains little or loses (``benchmarks/latency.py``)."""
+"""Images from which the class token's row comes first; one alone gains only on a larger trunk."""
+
+CLASS_FIRST_WORK = 20_000_000
+"""Tokens of an image times width squared from which one alone gains, too, on a CPU: a ViT-S at 224 px does, with 29
+million, a ViT-Ti of 64 tokens, with 2.4, does not (``benchmarks/latency.py``)."""
 
 
 class Routed(NamedTuple):
@@ -232,8 +236,8 @@ class ExitNet(nn.Module):
         Args:
             images: (batch, channels, height, width); an empty batch gives an empty result.
             policy: Decides who leaves.
-            class_first: Whether to compute the class token's row first where that can be done; None does so from four
-                images on, as fewer gain nothing.
+            class_first: Whether to compute the class token's row first where that can be done; None does so where it
+                pays: :meth:`prefers_class_first`.
             chunk: Route so many images at a time; None takes 32 on a CPU, where more only leave the caches, and all of
                 them elsewhere.
 
@@ -244,7 +248,6 @@ class ExitNet(nn.Module):
             ValueError: If the policy's thresholds do not fit the number of exits.
         """
         policy.check(self.num_exits)
-        class_first = len(images) >= CLASS_FIRST_FROM if class_first is None else class_first
         chunk = chunk or (CPU_CHUNK if images.device.type == "cpu" else len(images))
         if len(images) > chunk:
             parts = [self.early(part, policy, class_first, chunk) for part in images.split(chunk)]
@@ -252,6 +255,7 @@ class ExitNet(nn.Module):
         if not len(images):  # Swin cannot take an empty batch
             return Routed(images.new_zeros(0, self.num_classes), images.new_zeros(0, dtype=torch.int64))
         x = self.embed(images)
+        class_first = self.prefers_class_first(x) if class_first is None else class_first
         rows: Tensor | None = None  # where the samples still in stand in the batch; None while all are in
         out, exits = torch.empty(0), torch.empty(0)
         history: Tensor | None = None  # (exits so far, still in, classes)
@@ -277,6 +281,15 @@ class ExitNet(nn.Module):
             history = history.index_select(1, stay)
             x = self.complete(k, tuple(part.index_select(0, stay) for part in held))
         return Routed(out, exits)
+
+    def prefers_class_first(self, x: Tensor) -> bool:
+        """Says whether :meth:`early` computes the class token's row first if it is not told.
+
+        Args:
+            x: What :meth:`embed` gave for the batch.
+        """
+        large = x.device.type == "cpu" and x[:1].numel() * x.shape[-1] >= CLASS_FIRST_WORK
+        return large or len(x) >= CLASS_FIRST_FROM
 
     def begin(self, k: int, x: Tensor, class_first: bool = True) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Runs stage ``k`` as far as its head needs it.

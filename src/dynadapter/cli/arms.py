@@ -27,7 +27,7 @@ from dynadapter.export import export_onnx
 from dynadapter.heads import LinearHeads
 from dynadapter.images import UnreadableImage, image_files, load_image
 from dynadapter.layout import lay_out_for_cpu
-from dynadapter.net import CLASS_FIRST_FROM, CPU_CHUNK, ExitNet
+from dynadapter.net import CPU_CHUNK, ExitNet
 from dynadapter.policies import Never, Policy, route
 from dynadapter.runtime import Runner
 from dynadapter.spec_json import plain
@@ -218,9 +218,11 @@ class Bench:
         }
 
     def _batch(self, batch: int, progress: Progress, task: TaskID) -> dict[str, Any]:
-        count, class_first = _in_a_round(batch), batch >= CLASS_FIRST_FROM
+        count = _in_a_round(batch)
         picked = representative(self.exits, count).to(self.pool.device)
         images, shares = self.pool[picked], _shares(self.exits[picked], self.net.num_exits)
+        with torch.inference_mode():
+            class_first = self.net.prefers_class_first(self.net.embed(images[:batch]))
         work = Work(self, batch, images, class_first, self.costs(True, class_first).average(shares))
         arms: dict[str, Arm] = {}
         reached: dict[str, list[float]] = {}
