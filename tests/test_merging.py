@@ -279,6 +279,21 @@ def test_the_first_exit_reads_all_tokens_where_they_are_merged_behind_it() -> No
     assert not torch.allclose(ours[1], theirs[1])
 
 
+def test_a_cpu_routes_twice_as_many_at_a_time_where_tokens_are_merged() -> None:
+    net, images = network(make_vit(), merging=TWICE), pictures(70)
+    seen: list[int] = []
+    embed = net.embed
+    net.embed = lambda part: seen.append(len(part)) or embed(part)  # type: ignore[assignment, func-returns-value]
+    with torch.no_grad():
+        logits, _ = net.early(images, Never())
+        assert seen == [64, 6]
+        torch.testing.assert_close(logits, net(images)[-1], rtol=1e-4, atol=1e-5)
+        seen.clear()
+        net.merging = None
+        net.early(images, Never())
+    assert seen == [32, 32, 6]
+
+
 def test_folded_adapters_do_the_same() -> None:
     net = network(make_vit(), RepAdapter(), merging=TWICE)
     with torch.no_grad():
