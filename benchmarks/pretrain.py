@@ -38,6 +38,7 @@ from timm.optim import param_groups_weight_decay
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn import functional as F
+from widening import widened
 
 BASE = "vit_tiny_patch16_224"  # timm's name; width, heads, depth, image and patch size are set by its arguments
 MEAN = DEVIATION = 0.5  # "half", as timm prescribes for that name
@@ -91,6 +92,7 @@ class Recipe:
         "dynadapter.TokenMerging does it, so that the trunk knows such tokens",
         default=0.0,
     )
+    counted: bool = said("such a token counts as often as it stands for tokens", default=False)
     exit_weight: float = said("weight of each such classifier's loss beside the last one's 1", default=0.5)
     exit_teaching: float = said(
         "share of such a loss that is the distance to the last classifier's answer", default=0.5
@@ -264,12 +266,13 @@ class Supervised(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Gives every classifier's logits, (classifiers, batch, classes), timm's own as the last."""
-        model, found = self.model, []
+        model, found, logs = self.model, [], None
         x = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))
         for number, block in enumerate(model.blocks, 1):
             if self.merging is not None and number - 1 in self.merging.after:
-                x, _ = self.merging(x, model.num_prefix_tokens)
-            x = block(x)
+                x, logs = self.merging(x, model.num_prefix_tokens, logs)
+            # A merged token that counts n times weighs log n more as a key
+            x = block(x) if logs is None else block(x, attn_mask=logs[:, None, None].expand(-1, 1, x.shape[1], -1))
             if str(number) in self.early:
                 found.append(self.early[str(number)](x[:, 0]))
         return torch.stack([*found, model.forward_head(model.norm(x))])
@@ -313,9 +316,9 @@ class Learner:
         drops: dict[str, Any] = {"drop_path_rate": recipe.drop_path, "patch_drop_rate": recipe.patch_drop}
         self.model: Any = timm.create_model(BASE, num_classes=classes, **timm_args(recipe), **drops).to(device)
         if start is not None:
-            begin_with(self.model, start)
+            begin_with(self.model, start, recipe)
         self.supervised = Supervised(self.model, recipe.exits, classes).to(device)
-        self.mergings = mergings() if recipe.merged else []
+        self.mergings = mergings(recipe.counted) if recipe.merged else []
         self.ema = ModelEmaV3(self.model, use_warmup=True)
         self.optimizers = optimizers_of(self.model, self.supervised.early, recipe)
         self.recipe, self.device, self.precision, self.total = recipe, device, "fp32", 1
@@ -370,8 +373,8 @@ class Learner:
             optimizer.load_state_dict(state[name])
 
 
-def mergings() -> list[Any]:
-    """Gives dynadapter's token merging, early and a little later; a step draws one of them. Each token counts once.
+def mergings(counted: bool) -> list[Any]:
+    """Gives dynadapter's token merging, early and a little later; a step draws one of them.
 
     Raises:
         ValueError: It is not installed.
@@ -380,11 +383,11 @@ def mergings() -> list[Any]:
         from dynadapter import TokenMerging
     except ImportError:
         raise ValueError("--merged needs dynadapter on the path; install it, or leave --merged out") from None
-    return [TokenMerging((0,), 0.5, proportional=False), TokenMerging((1, 4), 0.4, proportional=False)]
+    return [TokenMerging((0,), 0.5, counted), TokenMerging((1, 4), 0.4, counted)]
 
 
-def begin_with(model: nn.Module, path: Path) -> None:
-    """Gives a model the weights of a file, as an earlier run left it.
+def begin_with(model: nn.Module, path: Path, recipe: Recipe) -> None:
+    """Gives a model the weights of a file, as an earlier run left it; those of a narrower one are widened.
 
     Raises:
         ValueError: The file cannot be read, or is another model's.
@@ -394,6 +397,11 @@ def begin_with(model: nn.Module, path: Path) -> None:
     except (OSError, safetensors.SafetensorError) as error:
         raise ValueError(f"--start {path} cannot be read ({error}); give the .safetensors of an earlier run") from None
     own = model.state_dict()
+    token = found.get("cls_token")
+    if token is not None and 0 < token.shape[-1] < recipe.width:
+        found = widened(
+            {name: one.float() for name, one in found.items()}, narrow_heads(path), recipe.width, recipe.heads
+        )
     other = sorted(name for name in own.keys() | found.keys() if name not in own or name not in found)
     other += [name for name in own if name in found and own[name].shape != found[name].shape]
     if other == ["head.bias", "head.weight"]:
@@ -401,6 +409,19 @@ def begin_with(model: nn.Module, path: Path) -> None:
     if other:
         raise ValueError(f"--start {path} is another model's: {', '.join(other[:3])} differ; give one of this --arch")
     model.load_state_dict({name: found[name].to(own[name]) for name in own})
+
+
+def narrow_heads(path: Path) -> int:
+    """Looks up how many attention heads a file's model has, in the JSON file beside it.
+
+    Raises:
+        ValueError: It is not there, or does not say.
+    """
+    about = path.with_suffix(".json")
+    try:
+        return int(json.loads(about.read_text())["timm_args"]["num_heads"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ValueError(f"--start {path} is narrower, and {about} does not say its num_heads; put it there") from None
 
 
 @torch.no_grad()

@@ -141,13 +141,18 @@ class Section:
         """Says how the lines were made, and on which machines."""
         setting, how = self.setting, Protocol()
         searched = setting.phase("search")
-        scales = sorted({line["key"]["scale"] for line in searched if line["key"]["method"] in setting.petl})
+        tried = {line["key"]["scale"] for line in searched if line["key"]["method"] in setting.petl}
+        finals = [line for line in setting.phase("final") if line["key"]["method"] in setting.petl]
+        elsewhere = {line.get("scales_epochs", setting.epochs) for line in finals} - {setting.epochs}
+        if elsewhere:  # chosen by shorter trainings
+            tried |= {scale for line in finals for scale in line["scales_searched"]}
         seeds = sorted({line["key"]["seed"] for line in searched})
         counts = [f"{len(setting.phase(name))} {name}" for name in ("search", "final", "speed")]
         groups = "; ".join(f"{name}: {', '.join(tasks)}" for name, tasks in setting.groups.items())
-        what = f"seed {listed(seeds)}; scales {', '.join(f'{scale:g}' for scale in scales)}"
+        what = f"seed {listed(seeds)}; scales {', '.join(f'{scale:g}' for scale in sorted(tried))}"
+        what += f", chosen after {listed(sorted(elsewhere))} epochs" if elsewhere else ""
         what += f"; for full fine-tuning factors {', '.join(f'{rate:g}' for rate in FULL_RATES)} on the rate"
-        finals = f", with seed {listed(setting.seeds)}" if setting.seeds else ""
+        read = f", with seed {listed(setting.seeds)}" if setting.seeds else ""
         spread = {0: "", 1: " One seed: no deviation can be told."}.get(
             len(setting.seeds), " ± behind an accuracy is the deviation over seeds."
         )
@@ -158,7 +163,7 @@ class Section:
             "the steps up, then a cosine down; incomplete batches left out; no augmentation; the last epoch counts; "
             "every arm alike. Scales and thresholds are chosen on val200 with networks trained on "
             f"train800{f' ({what})' if seeds else ''}. Then train800val200 trains the network that is read on test "
-            f"once{finals}.{spread}\n\n{self.settings()}\n{self.made_on()}"
+            f"once{read}.{spread}\n\n{self.settings()}\n{self.made_on()}"
         )
 
     def made_on(self) -> str:

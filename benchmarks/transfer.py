@@ -57,6 +57,8 @@ GROUPS = {
     "sprites_location": "Structured",
     **{name: task.group for name, task in VTAB_TASKS.items()},
 }
+SCALES = (1.0, 10.0, 30.0, 100.0)
+"""What adapters are given to choose from. In short trainings of a small trunk the larger ones win on some tasks."""
 FULL_RATES = (0.03, 0.1, 1.0)
 """Factors on the learning rate that full fine-tuning is given to choose from; 1e-3 is the adapters'."""
 GOAL = "50"
@@ -96,15 +98,16 @@ def plan(args: argparse.Namespace, phase: str, lines: list[Line], trunk: TrunkFi
         for method in args.methods:
             for name in _recipes(args, phase, method):
                 about = same | {"task": task, "method": method}
-                if phase == "search":
+                tried = about | {"phase": "search", "epochs": args.scale_epochs or args.epochs}
+                if phase == "search" and not args.scale_epochs:
                     scales: Sequence[float] = _scales(args, method)
                 elif phase == "speed":
                     scales = sorted(
                         {line["key"]["scale"] for line in matching(lines, phase="final", recipe=name, **about)}
                     )
                 else:
-                    source = args.scale_from or (name if phase == "final" else DEFAULT)
-                    best = chosen_scale(matching(lines, phase="search", recipe=source, **about))
+                    source = args.scale_from or (DEFAULT if phase == "ablation" else name)
+                    best = chosen_scale(matching(lines, recipe=source, **tried))
                     scales = [] if best is None else [best]
                     dynamic = phase == "final" and not recipe(name).static  # it takes the thresholds of its own search
                     if dynamic and scales and not calibration(lines, same, task, method, name, scales[0], 0):
@@ -235,8 +238,10 @@ class Bench:
             lines = Runs(self.args.out).lines
             same = {name: run.key(self.args, self.trunk)[name] for name in ("epochs", "batch", "trunk")}
             found = calibration(lines, same, run.task, run.method, run.recipe, run.scale, run.seed)
-            about = matching(lines, phase="search", recipe=run.recipe, task=run.task, method=run.method, **same)
+            tried = same | {"epochs": self.args.scale_epochs or self.args.epochs}
+            about = matching(lines, phase="search", recipe=run.recipe, task=run.task, method=run.method, **tried)
             values["scales_searched"] = sorted({line["key"]["scale"] for line in about})
+            values["scales_epochs"] = tried["epochs"]
             if not how.static:
                 assert found is not None, "the plan has made sure of it"
                 values["calibrated_on_seed"] = found["key"]["seed"]
@@ -400,8 +405,9 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--tasks", nargs="+", help="by default all in --data")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS, help="by default all")
     parser.add_argument("--recipes", "--recipe", nargs="+", help="by default static and base, or the ablation's")
-    parser.add_argument("--scales", nargs="+", type=float, default=[0.1, 1.0, 10.0], help="of adapters, to search")
+    parser.add_argument("--scales", nargs="+", type=float, default=list(SCALES), help="of adapters, to search")
     parser.add_argument("--scale_from", help="take the scale that was best for this recipe instead of the own one")
+    parser.add_argument("--scale_epochs", type=int, help="take the scale that was best after so many epochs instead")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="by default 0 alone")
     parser.add_argument("--epochs", type=int, default=100, help="the same for every arm")
     parser.add_argument("--batch", type=int, default=64, help="images a step")

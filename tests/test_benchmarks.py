@@ -13,10 +13,10 @@ import safetensors.torch
 import timm
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dynadapter import AdapterSpec, Constant, ExitCosts, ExitNet, LateToEarly, Uniform, route
+from dynadapter import AdapterSpec, Constant, ExitCosts, ExitNet, LateToEarly, LinearHeads, Uniform, route
 from dynadapter.adapters import AdapterLayer
 from dynadapter.callbacks.sparsity import _own_parameters
 from dynadapter.runtime import Runner
@@ -376,6 +376,15 @@ def test_transfer_goes_from_search_to_speed_and_on_where_it_stopped(program, tru
     searched = [line for line in lines if line["key"]["phase"] == "search"]
     same = ("key", "losses", "exit_accuracy", "routed", "trainable")
     assert [{n: x.get(n) for n in same} for x in again] == [{n: x.get(n) for n in same} for x in searched]
+    # another length of training takes the scale that these searches chose
+    said = run("search", "final", methods="lora", epochs=1, scale_epochs=2, scales=7)
+    assert "search: 2 runs, 2 of them to do" in said
+    assert "final: 2 runs, 2 of them to do" in said
+    longer = [line for line in program("runs").read_lines(log) if line["key"]["epochs"] == 1]
+    assert [line["key"]["scale"] for line in longer] == [1.0] * 4
+    finals = [line for line in longer if line["key"]["phase"] == "final"]
+    assert [(line["scales_searched"], line["scales_epochs"]) for line in finals] == [([1.0], 2)] * 2
+    assert "no search run of static" in run("final", methods="lora", epochs=1, scale_epochs=3)
 
 
 @pytest.mark.slow
@@ -384,7 +393,7 @@ def test_two_processes_share_the_runs(program, trunk, tasks, tmp_path):
     common = ["--data", str(tasks), "--trunk", str(trunk), "--out", str(log), "--epochs", "1", "--batch", "8"]
     program("transfer").main([*common, "--device", "cpu", "--methods", "lora", "--jobs", "2"])
     keys = [json.dumps(line["key"]) for line in program("runs").read_lines(log)]
-    assert len(keys) == len(set(keys)) == 6  # two arms, three scales
+    assert len(keys) == len(set(keys)) == 8  # two arms, four scales
 
 
 # ---- 8 bits
@@ -681,6 +690,60 @@ def test_a_run_can_begin_with_an_earlier_ones_weights(program, source, earlier, 
     assert digest[:12] in (tmp_path / "on" / "micro.md").read_text()
 
 
+@pytest.mark.parametrize(("width", "heads"), [(32, 4), (32, 2), (48, 6), (64, 4)])
+def test_a_wider_model_computes_what_the_narrow_one_did_and_can_go_other_ways(program, monkeypatch, width, heads):
+    widening = program("widening")
+    torch.manual_seed(0)
+    narrow = timm_model().double().eval()
+    for one in narrow.parameters():  # fresh norms and biases would hide a wrong order
+        nn.init.normal_(one, std=0.3)
+    wide = timm_model(embed_dim=width, num_heads=heads).double().eval()
+    images = torch.randn(5, 3, 12, 12, dtype=torch.float64)
+    monkeypatch.setattr(widening, "NOISE", 0.0)
+    wide.load_state_dict(widening.widened(narrow.state_dict(), 2, width, heads))
+    torch.testing.assert_close(wide(images), narrow(images))
+    monkeypatch.undo()
+    wide.load_state_dict(widening.widened(narrow.state_dict(), 2, width, heads))
+    assert (wide(images) - narrow(images)).abs().max() < 0.2 * narrow(images).abs().max()
+    wide(images).square().sum().backward()
+    for name, one in wide.named_parameters():  # no two copies learn alike
+        if one.ndim == 2 and "norm" not in name:
+            assert len(torch.unique(one.grad.round(decimals=9), dim=0)) == len(one), name
+
+
+def test_a_wider_run_begins_with_a_narrow_ones_weights(program, source, earlier, tmp_path, capsys):
+    pretrain = program("pretrain")
+    recipe = pretrain.Recipe(batch=4, lr=1e-3, width=32, heads=4, depth=2, size=12, patch=6)
+    wide = pretrain.Learner(recipe, 2, torch.device("cpu"), compiled=False, start=earlier).model.eval()
+    narrow = timm_model().eval()
+    narrow.load_state_dict({name: one.float() for name, one in safetensors.torch.load_file(earlier).items()})
+    images = torch.randn(5, 3, 12, 12)
+    torch.testing.assert_close(wide(images), narrow(images), rtol=1e-4, atol=1e-5)
+
+    def error(start: Path, more: str) -> str:
+        return refused(program, capsys, small_run(source, tmp_path / "out", f"--start {start} {more}"))
+
+    assert "width 16 with 2 heads cannot become 40 with 2" in error(earlier, "--width 40")
+    assert "width 16 with 2 heads cannot become 32 with 8" in error(earlier, "--width 32 --heads 8")
+    lonely = tmp_path / "lonely.safetensors"
+    lonely.write_bytes(earlier.read_bytes())
+    assert "lonely.json does not say its num_heads" in error(lonely, "--width 32")
+
+
+def test_merged_tokens_count_in_pre_training_as_they_do_afterwards(program):
+    pretrain = program("pretrain")
+    shape = {"batch": 4, "lr": 1e-3, "width": 16, "heads": 2, "depth": 5, "size": 24, "patch": 6, "merged": 1.0}
+    images = torch.randn(3, 3, 24, 24, generator=torch.Generator().manual_seed(0))
+    for counted in (False, True):
+        recipe = pretrain.Recipe(**shape, counted=counted)
+        learner = pretrain.Learner(recipe, 2, torch.device("cpu"), compiled=False)
+        for merging in learner.mergings:
+            assert merging.proportional == counted
+            net = ExitNet(learner.model, LinearHeads(), 5, (), merging).eval()
+            learner.supervised.eval().merging = merging
+            torch.testing.assert_close(learner.supervised(images)[-1], net(images)[-1])
+
+
 def test_what_a_run_cannot_begin_with_is_refused_in_one_line(program, source, earlier, tmp_path, capsys):
     def error(start: Path, more: str = "") -> str:
         return refused(program, capsys, small_run(source, tmp_path / "out", f"--start {start} {more}"))
@@ -690,7 +753,7 @@ def test_what_a_run_cannot_begin_with_is_refused_in_one_line(program, source, ea
     assert "damaged.safetensors cannot be read" in error(tmp_path / "damaged.safetensors")
     safetensors.torch.save_file({"conv.weight": torch.zeros(3)}, tmp_path / "foreign.safetensors")
     assert "is another model's: blocks.0" in error(tmp_path / "foreign.safetensors")
-    assert "is another model's" in error(earlier, "--width 32")
+    assert "is another model's" in error(earlier, "--width 8")
     assert not (tmp_path / "out" / "checkpoint.pt").exists()
 
 

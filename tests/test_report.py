@@ -109,6 +109,12 @@ def test_means_are_those_of_the_lines(run, lines, undrawn):
         assert [row[1], row[3]] == expected
 
 
+def test_scales_that_a_shorter_training_chose_are_named_with_it(run, lines, undrawn):
+    assert "(seed 0; scales 1; for full" in run(lines)
+    shorter = changed(lines, lambda line: line.update(scales_epochs=12), phase="final")
+    assert "(seed 0; scales 0.1, 1, 10, chosen after 12 epochs; for full" in run(shorter)
+
+
 def test_the_interval_is_students(run, lines, undrawn):
     one, other = finals(lines, "base", "50"), finals(lines, "static")
     apart = [100 * statistics.fmean(one[t][s] - other[t][s] for s in (0, 1)) for t in TASKS]

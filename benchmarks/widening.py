@@ -1,0 +1,84 @@
+"""Makes a wider Vision Transformer of a narrower one that computes the same (Net2Net, Chen et al. 2016).
+
+A wide trunk need not learn again what a narrow one has learned: every channel becomes several that hold the same value,
+and who reads them shares the old weight among them at random, so that they go different ways from the first step on.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+UNEVEN = 0.3
+"""By how much a share of a weight differs from an even one, at most, as a part of it."""
+NOISE = 0.02
+"""Noise on the rows of queries and keys, in deviations of theirs: equal rows that meet equal ones would stay equal."""
+
+
+def widened(state: dict[str, Tensor], heads: int, width: int, wide_heads: int, seed: int = 0) -> dict[str, Tensor]:
+    """Widens the tensors of timm's Vision Transformer: a class token, a fused qkv, LayerNorm, no layer scale.
+
+    Args:
+        state: By timm's names, float32.
+        heads: Attention heads of it.
+        width: Of the tokens afterwards, a multiple of what it is; hidden layers grow alike.
+        wide_heads: Attention heads afterwards, a multiple of what they are; what they do not account for widens each.
+        seed: Decides how weights are shared.
+
+    Returns:
+        Tensors of the wider model, which gives the same logits, but for what noise on queries and keys changes.
+
+    Raises:
+        ValueError: If a number is no such multiple, or a tensor is none of such a model.
+    """
+    narrow = state["cls_token"].shape[-1]
+    times, more = width // narrow, wide_heads // heads
+    if width % narrow or wide_heads % heads or times % more:
+        raise ValueError(
+            f"width {narrow} with {heads} heads cannot become {width} with {wide_heads}; give multiples, of the heads "
+            "no greater one than of the width"
+        )
+    draw = torch.Generator().manual_seed(seed)
+    size = narrow // heads
+    wide = torch.arange(width)
+    channels = wide % narrow
+    inner = (wide // (size * times // more)) % heads * size + wide % size  # which old row of q, k or v one is
+    found = {}
+    for name, tensor in state.items():
+        kind = name.split(".", 2)[-1] if name.startswith("blocks.") else name
+        if kind in ("cls_token", "pos_embed", "norm.weight", "norm.bias", "patch_embed.proj.bias") or "norm" in kind:
+            found[name] = tensor[..., channels]
+        elif kind == "patch_embed.proj.weight":
+            found[name] = tensor[channels]
+        elif kind in ("attn.qkv.weight", "attn.qkv.bias"):
+            parts = [part[inner] for part in tensor.chunk(3)]
+            parts[0] = parts[0] / math.sqrt(times / more)  # a score sums over so many more rows, and is scaled by less
+            wider = torch.cat(parts)
+            wider = _shared(wider, channels, draw) if wider.ndim == 2 else wider
+            if more < times:
+                rows = slice(2 * width)
+                wider[rows] += NOISE * wider[rows].std() * torch.randn(wider[rows].shape, generator=draw)
+            found[name] = wider
+        elif kind == "attn.proj.weight":
+            found[name] = _shared(tensor[channels], inner, draw)
+        elif kind in ("attn.proj.bias", "mlp.fc2.bias"):
+            found[name] = tensor[channels]
+        elif kind in ("mlp.fc1.weight", "mlp.fc1.bias"):
+            wider = tensor.repeat(times, *(1,) * (tensor.ndim - 1))
+            found[name] = _shared(wider, channels, draw) if tensor.ndim == 2 else wider
+        elif kind == "mlp.fc2.weight":
+            found[name] = _shared(tensor[channels], torch.arange(times * tensor.shape[1]) % tensor.shape[1], draw)
+        elif kind == "head.weight":
+            found[name] = _shared(tensor, channels, draw)
+        elif kind == "head.bias":
+            found[name] = tensor.clone()
+        else:
+            raise ValueError(f"{name} is no tensor of a plain Vision Transformer, and cannot be widened")
+    return found
+
+
+def _shared(weight: Tensor, sources: Tensor, draw: torch.Generator) -> Tensor:
+    """Reads copies instead of originals: (rows, old columns) becomes (rows, copies), whose shares sum to the old."""
+    shares = 1 + UNEVEN * (2 * torch.rand(len(weight), len(sources), generator=draw) - 1)
+    sums = torch.zeros(weight.shape).index_add_(1, sources, shares)
+    return weight[:, sources] * shares / sums[:, sources]
