@@ -174,6 +174,15 @@ class Setting:
         return matching(self.lines, phase=name, **key)
 
     @cached_property
+    def compared(self) -> int:
+        """In how many cells of task and kind both X and Dyn-X were read on test."""
+        arms = [
+            {(line["key"]["task"], line["key"]["method"]) for line in self.phase("final", recipe=recipe)}
+            for recipe in ("static", self.recipe)
+        ]
+        return sum(method in PETL for _, method in set.intersection(*arms))
+
+    @cached_property
     def seeds(self) -> list[int]:
         """All seeds of final runs."""
         return sorted({line["key"]["seed"] for line in self.phase("final")})
@@ -249,7 +258,7 @@ class Setting:
 
 
 def settings(lines: Iterable[Line], recipe: str = DEFAULT) -> list[Setting]:
-    """Sorts lines by trunk, epochs and batch; the setting with most final runs comes first.
+    """Sorts lines by trunk, epochs and batch; first comes what compares most tasks and kinds, of equals the longest.
 
     Where no final run has the recipe that is to be shown, the paper's takes its place.
     """
@@ -260,7 +269,10 @@ def settings(lines: Iterable[Line], recipe: str = DEFAULT) -> list[Setting]:
         Setting(*about, part, recipe if matching(part, phase="final", recipe=recipe) else PAPER)
         for about, part in parts.items()
     ]
-    return sorted(found, key=lambda s: (-len(s.phase("final")), -len(s.lines), s.trunk, s.epochs, s.batch))
+    return sorted(
+        found,
+        key=lambda s: (-s.compared, -s.epochs, -len(s.phase("final")), -len(s.lines), s.trunk, s.batch),
+    )
 
 
 # ---- means and differences -------------------------------------------------------------------------------------------

@@ -109,6 +109,15 @@ def test_means_are_those_of_the_lines(run, lines, undrawn):
         assert [row[1], row[3]] == expected
 
 
+def test_what_compares_most_comes_first_and_of_equals_the_longest_training(program, lines):
+    findings = program("findings")
+    own = lines[0]["key"]["epochs"]
+    longer = changed(lines, lambda line: line["key"].update(epochs=own + 1))
+    part = [line for line in longer if line["key"]["task"] == "dots" or line["key"]["recipe"] != "static"]
+    assert [one.epochs for one in findings.settings([*lines, *longer])] == [own + 1, own]
+    assert [one.epochs for one in findings.settings([*part, *lines])] == [own, own + 1]
+
+
 def test_scales_that_a_shorter_training_chose_are_named_with_it(run, lines, undrawn):
     assert "(seed 0; scales 1; for full" in run(lines)
     shorter = changed(lines, lambda line: line.update(scales_epochs=12), phase="final")
