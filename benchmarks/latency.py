@@ -39,7 +39,7 @@ from common import (
 from rich.console import Console
 from rich.table import Table
 
-from dynadapter import ExitNet, Never, Policy, exit_costs
+from dynadapter import Confidence, ExitNet, Policy, exit_costs
 from dynadapter.net import CPU_CHUNK
 from dynadapter.timing import clock_of, percentile
 
@@ -72,7 +72,8 @@ def case(
     for name, share in SHARES.items():
         policy = thresholds(net, images, share)
         routings[f"{name} plain"], routings[f"{name} class first"] = routed(policy, False), routed(policy, True)
-    routings["all last plain"], routings["all last class first"] = routed(Never(), False), routed(Never(), True)
+    nobody = Confidence(1.0)  # every head is asked; Never() would run none of the early ones
+    routings["all last plain"], routings["all last class first"] = routed(nobody, False), routed(nobody, True)
     parts = [
         part for call in images.split(batch) for part in call.split(CPU_CHUNK if like.device.type == "cpu" else batch)
     ]

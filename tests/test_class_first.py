@@ -8,10 +8,13 @@ from torch import nn
 
 from dynadapter import trunk as cut
 from dynadapter.adapters import Adapter, AdapterSpec, AdaptFormer, LoRA, RepAdapter, inject
+from dynadapter.compiled import CompiledNet
 from dynadapter.cost import exit_costs
 from dynadapter.heads import LinearHeads
 from dynadapter.net import ExitNet
 from dynadapter.policies import Confidence, Never, confidence
+from dynadapter.stream import Stream
+from dynadapter.temperature import Scaled
 from dynadapter.trunk import create_trunk
 
 ADAPTERS: list[AdapterSpec | None] = [
@@ -175,12 +178,32 @@ def test_by_itself_from_four_images_on_and_for_one_of_a_large_trunk(monkeypatch:
     begin = net.begin
     monkeypatch.setattr(net, "begin", lambda k, x, first: asked.append(first) or begin(k, x, first))
     for count in (1, 3, 4):
-        net.early(pictures(count), Never())
+        net.early(pictures(count), Confidence(1.0))
     assert asked == [False] * 3 + [False] * 3 + [True] * 3
     monkeypatch.setattr("dynadapter.net.CLASS_FIRST_WORK", 17 * 48 * 48)  # this trunk's
     asked.clear()
-    net.early(pictures(1), Never())
+    net.early(pictures(1), Confidence(1.0))
     assert asked == [True] * 3
     monkeypatch.undo()
     assert net.prefers_class_first(torch.empty(1, 197, 384))  # ViT-S at 224 px
     assert not net.prefers_class_first(torch.empty(1, 65, 192))  # ViT-Ti of 64 tokens
+
+
+@pytest.mark.parametrize("policy", [Never(), Scaled(Never(), 2.0)])
+@pytest.mark.parametrize("class_first", [False, True])
+def test_where_nobody_is_asked_no_early_head_runs_and_the_answer_is_the_last_exits(policy, class_first):
+    net, asked = network(make_vit()), []
+    images = pictures(5)
+    expected = net.early(images, Confidence(1.0), class_first)
+    assert expected.exits.tolist() == [net.num_exits - 1] * 5
+    for k, head in enumerate(net.heads):
+        head.register_forward_hook(lambda *_, k=k: asked.append(k))
+    routed = net.early(images, policy, class_first)
+    assert (routed.exits.tolist(), asked) == (expected.exits.tolist(), [])
+    torch.testing.assert_close(routed.logits, expected.logits)
+    compiled = CompiledNet(net, buckets=(8,), class_first=class_first, backend="eager")
+    torch.testing.assert_close(compiled.early(images, policy).logits, expected.logits)
+    stream = Stream(net, policy, batch=2, class_first=class_first)
+    stream.push(images)
+    torch.testing.assert_close(torch.stack([answer.logits for answer in stream.flush()]), expected.logits)
+    assert not asked

@@ -24,9 +24,19 @@ from dynadapter.policies import (
     margin,
     route,
 )
+from dynadapter.temperature import Scaled
 
 KINDS = [Confidence(), Entropy(), Margin(), Patience(), Never(), Confidence((0.9, 0.5, 0.7))]
 BAD = [math.nan, math.inf, -math.inf]
+
+
+@pytest.mark.parametrize("policy", [*KINDS, Scaled(Never(), 2.0), Scaled(Patience(), 2.0)])
+def test_a_policy_that_asks_nobody_lets_nobody_leave(policy):
+    assert policy.asks == ("never" not in policy.name)
+    for scale in (0.0, 1.0, 1e3):  # no class is sure, some are, one is
+        logits = scale * torch.randn(3, 50, 4, generator=torch.Generator().manual_seed(0))
+        left = torch.stack([policy.leave(logits[: k + 1]) for k in range(3)])
+        assert policy.asks or not left.any()
 
 
 def leaves(policy: Policy, history: list[list[float]]) -> bool:

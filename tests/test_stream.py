@@ -63,7 +63,7 @@ def test_other_families(make):
 def test_deep_stages_run_full():
     rows = []
     handle = NET.trunk.blocks[3].mlp.fc1.register_forward_hook(lambda m, i, o: rows.append(o.shape[:2]))
-    stream = Stream(NET, Never(), batch=8, wait=100)
+    stream = Stream(NET, Confidence(1.0), batch=8, wait=100)
     with torch.no_grad():
         for image in IMAGES.split(1):
             stream.push(image)

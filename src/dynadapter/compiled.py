@@ -85,6 +85,10 @@ class CompiledNet:
         """See :meth:`ExitNet.complete`."""
         return held[0] if len(held) == 1 else self._padded(self._complete[k], *held)
 
+    def onward(self, k: int, x: Tensor) -> Tensor:
+        """See :meth:`ExitNet.onward`; from the parts that are compiled."""
+        return self.complete(k, self.begin(k, x)[1])
+
     def early(
         self, images: Tensor, policy: Policy, class_first: bool | None = None, chunk: int | None = None
     ) -> Routed:

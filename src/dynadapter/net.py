@@ -228,7 +228,8 @@ class ExitNet(nn.Module):
         """Lets each sample leave at the first exit where the policy is sure; the rest goes on as a smaller batch.
 
         A stage runs only for the samples that are still in, and not at all when nobody is. Per exit there is one
-        synchronisation between host and device.
+        synchronisation between host and device; a policy that asks no exit (:class:`~dynadapter.policies.Never`) has
+        none, and no early head is run.
 
         Where a head reads the class token alone, the last block before it first computes that token's row; only those
         who go on finish the block. The result is the same to rounding, and whoever leaves saves five sixths of a block.
@@ -259,6 +260,9 @@ class ExitNet(nn.Module):
         out, exits = torch.empty(0), torch.empty(0)
         history: Tensor | None = None  # (exits so far, still in, classes)
         for k in range(self.num_exits):
+            if k < self.num_exits - 1 and not policy.asks:
+                x = self.onward(k, x)
+                continue
             seen, held = self.begin(k, x, class_first)
             logits = self.head(k, seen)
             stay = None
@@ -330,6 +334,10 @@ class ExitNet(nn.Module):
         *_, block = self.stage_modules(k)
         (x, logs), keys_values = self._opened(held[0]), held[1]
         return self._closed(cut.other_rows(block, x, keys_values, logs), logs)
+
+    def onward(self, k: int, x: Tensor) -> Tensor:
+        """Runs stage ``k`` for samples that go on whatever its head would say, as :meth:`stage` does."""
+        return self.stage(k, x)
 
     def splits(self, k: int) -> bool:
         """Says whether stage ``k`` can compute the class token's row before the others, and its head needs no more."""

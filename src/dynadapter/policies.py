@@ -68,6 +68,11 @@ class Policy(Spec):
     def name(self) -> str:
         """Short label for log keys, CSV headers and file names, e.g. ``confidence_0.9``."""
 
+    @property
+    def asks(self) -> bool:
+        """Whether early exits matter to it; where they do not, routing runs none of their heads."""
+        return True
+
     @abstractmethod
     def sure(self, history: Tensor) -> Tensor:
         """Says for which samples the rule holds at the newest exit, whose logits may not be finite.
@@ -233,6 +238,10 @@ class Never(Policy):
     @property
     def name(self) -> str:
         return "never"
+
+    @property
+    def asks(self) -> bool:
+        return False
 
     def sure(self, history: Tensor) -> Tensor:
         return torch.zeros(history.shape[1], dtype=torch.bool, device=history.device)

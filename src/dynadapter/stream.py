@@ -148,10 +148,13 @@ class Stream:
         """Runs one stage on one batch, answers who leaves and sends the others on."""
         now = self._take(k)
         x = self.net.complete(k - 1, now.held) if k else self.net.embed(now.held[0])
+        last = k == self.net.num_exits - 1
+        if not last and not self.policy.asks:
+            self._queues[k + 1].append(_Waiting(now.tickets, self.clock(), (self.net.onward(k, x),), None))
+            return
         seen, held = self.net.begin(k, x, self.class_first)
         logits = self.net.head(k, seen)
         history = logits[None] if now.history is None else torch.cat([now.history, logits[None]])
-        last = k == self.net.num_exits - 1
         leave = [True] * len(logits) if last else self.policy.leave(history).tolist()
         for row, (ticket, leaves) in enumerate(zip(now.tickets, leave, strict=True)):
             if leaves:

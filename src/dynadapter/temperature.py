@@ -177,6 +177,10 @@ class Scaled(Policy):
     def name(self) -> str:
         return f"{self.policy.name}_scaled"
 
+    @property
+    def asks(self) -> bool:
+        return self.policy.asks
+
     def check(self, exits: int) -> None:
         if isinstance(self.temperatures, tuple) and len(self.temperatures) != exits:
             raise ValueError(
