@@ -677,6 +677,7 @@ def export(run: Run, args: argparse.Namespace, names: list[str]) -> None:
         "source": {"name": args.source, "images": len(run.train), "classes": len(names), "licence": args.licence},
         "epochs": run.plan["epochs"],
         "start": run.identity["asked"].get("start"),
+        "start_width": safetensors.torch.load_file(args.start)["cls_token"].shape[-1] if args.start else None,
         "minutes": round(run.place.total_seconds / 60, 1),
         "recipe": asdict(recipe),
         "plan": run.plan,
@@ -701,6 +702,8 @@ def card(about: dict[str, Any]) -> str:
     recipe = "".join(f"| {name} | {value} |\n" for name, value in about["recipe"].items())
     head = "with" if about["parameters"]["classifier_in_file"] else "without"
     begun = f"; begun with the weights of SHA-256 `{about['start'][:12]}...`" if about["start"] else ""
+    if about["start"] and about["start_width"] < size["embed_dim"]:
+        begun += f", widened from {about['start_width']}"
     return f"""# {about["name"]}: a small research trunk
 
 **With a network, use timm's pre-trained models instead: they are better by far.** This one exists so that an example or

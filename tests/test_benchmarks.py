@@ -671,6 +671,17 @@ def test_early_classifiers_leave_the_last_one(program):
             program("pretrain").Recipe(**(shape | changes))
 
 
+def test_the_trunk_beside_the_benchmarks_is_what_its_files_say(program):
+    file = program("learning").TrunkFile.read(BENCHMARKS / "trunks" / "tiny.json")  # compares the hash
+    about = json.loads((BENCHMARKS / "trunks" / "tiny.json").read_text())
+    model = file.build(3, seed=0).eval()
+    classifier = sum(p.numel() for p in model.head.parameters())
+    assert sum(p.numel() for p in model.parameters()) - classifier == about["parameters"]["trunk"]
+    with torch.no_grad():
+        assert model(torch.randn(2, 3, 48, 48)).isfinite().all()
+    assert about["sha256"] in (BENCHMARKS / "trunks" / "tiny.md").read_text()
+
+
 def test_a_run_can_begin_with_an_earlier_ones_weights(program, source, earlier, tmp_path, capsys):
     pretrain, more = program("pretrain"), f"--start {earlier} --exits 1"
     recipe = pretrain.Recipe(batch=4, lr=1e-3, width=16, heads=2, depth=2, size=12, patch=6, exits=1)
@@ -719,6 +730,9 @@ def test_a_wider_run_begins_with_a_narrow_ones_weights(program, source, earlier,
     narrow.load_state_dict({name: one.float() for name, one in safetensors.torch.load_file(earlier).items()})
     images = torch.randn(5, 3, 12, 12)
     torch.testing.assert_close(wide(images), narrow(images), rtol=1e-4, atol=1e-5)
+
+    pretrain.main(small_run(source, tmp_path / "wide", f"--start {earlier} --width 32 --heads 4"))
+    assert "widened from 16" in (tmp_path / "wide" / "micro.md").read_text()
 
     def error(start: Path, more: str) -> str:
         return refused(program, capsys, small_run(source, tmp_path / "out", f"--start {start} {more}"))
