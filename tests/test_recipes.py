@@ -40,7 +40,8 @@ def test_an_ablation_takes_away_what_a_recipe_adds_and_nothing_else(program):
 
 
 def line(trunk: str, recipe: str, phase: str = "final") -> dict[str, Any]:
-    return {"key": {"trunk": trunk, "epochs": 1, "batch": 1, "recipe": recipe, "phase": phase}}
+    what = {"trunk": trunk, "task": "dots", "method": "lora", "recipe": recipe, "phase": phase}
+    return {"key": what | {"epochs": 1, "batch": 1}}
 
 
 def test_a_setting_shows_the_default_recipe_where_it_was_read_on_test(program):
