@@ -106,14 +106,17 @@ def plan(args: argparse.Namespace, phase: str, lines: list[Line], trunk: TrunkFi
                         {line["key"]["scale"] for line in matching(lines, phase="final", recipe=name, **about)}
                     )
                 else:
+                    after = args.scale_epochs or args.epochs
                     source = args.scale_from or (DEFAULT if phase == "ablation" else name)
                     best = chosen_scale(matching(lines, recipe=source, **tried))
                     scales = [] if best is None else [best]
                     dynamic = phase == "final" and not recipe(name).static  # it takes the thresholds of its own search
                     if dynamic and scales and not calibration(lines, same, task, method, name, scales[0], 0):
-                        scales, source = [], name
+                        scales, source, after = [], name, args.epochs
                     if not scales:
-                        missing.append(f"{task} {method} {name}: no search run of {source}; run --phase search first")
+                        missing.append(
+                            f"{task} {method} {name}: no search run of {source} after {after} epochs; do it first"
+                        )
                 for scale in scales:
                     # the seed varies slowest elsewhere: a log that was cut short has all arms
                     kind = "search" if phase == "ablation" else phase
@@ -279,7 +282,9 @@ class Bench:
         net.load_state_dict(load_file(kept.with_name(kept.name + ".safetensors")), strict=False)
         if all(layer.mergeable for layer in adapter_layers(net.trunk).values()):
             net.merge(1e-4)
-        costs = exit_costs(net, class_first=True)
+        # a policy that asks no exit runs no early head, and splits no block before the last one
+        alone = ExitNet(net.trunk, exits=(), merging=net.merging)
+        costs = {asks: exit_costs(what, class_first=True) for asks, what in ((True, net), (False, alone))}
         dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         lay_out_for_cpu(net.to(self.device, dtype))
         with np.load(kept.with_name(kept.name + ".npz")) as arrays:
@@ -292,7 +297,7 @@ class Bench:
             policy = restore(found["policy"], Policy)
             rows = representative(route(policy, logits), TIMED_IMAGES)
             images = self.trunk.preprocess.normalize(pixels[rows]).to(self.device, dtype)
-            result[goal] = time_arms(net, images, policy, batch, self.args.rounds, costs)
+            result[goal] = time_arms(net, images, policy, batch, self.args.rounds, costs[policy.asks])
         return {"arm": "dynamic", "threads": torch.get_num_threads(), "times": result}
 
 
@@ -313,7 +318,7 @@ def time_arms(
     times = interleave({"static": static(chunk), "control": static(chunk), "routed": routed}, rounds, 1, images.device)
     seconds = {name: taken.rounds(clock) for name, taken in times.items()}
     shares = (routed().cpu().bincount(minlength=net.num_exits).double() / len(images)).tolist()
-    promise = costs.trunk / costs.average(shares)
+    promise = costs.trunk / (costs.average(shares) if policy.asks else costs.macs[-1])
     speedup = ratio(seconds["static"], seconds["routed"])
     return {
         "images_per_second": {name: len(images) / statistics.median(taken) for name, taken in seconds.items()},

@@ -13,6 +13,10 @@ UNEVEN = 0.3
 """By how much a share of a weight differs from an even one, at most, as a part of it."""
 NOISE = 0.02
 """Noise on the rows of queries and keys, in deviations of theirs: equal rows that meet equal ones would stay equal."""
+PER_CHANNEL = {"cls_token", "pos_embed", "patch_embed.proj.bias", "attn.proj.bias", "mlp.fc2.bias"} | {
+    f"{norm}.{part}" for norm in ("norm", "norm1", "norm2") for part in ("weight", "bias")
+}
+"""Tensors that have a number for each channel of a token, by their last dimension; those of blocks without it."""
 
 
 def widened(state: dict[str, Tensor], heads: int, width: int, wide_heads: int, seed: int = 0) -> dict[str, Tensor]:
@@ -46,7 +50,7 @@ def widened(state: dict[str, Tensor], heads: int, width: int, wide_heads: int, s
     found = {}
     for name, tensor in state.items():
         kind = name.split(".", 2)[-1] if name.startswith("blocks.") else name
-        if kind in ("cls_token", "pos_embed", "norm.weight", "norm.bias", "patch_embed.proj.bias") or "norm" in kind:
+        if kind in PER_CHANNEL:
             found[name] = tensor[..., channels]
         elif kind == "patch_embed.proj.weight":
             found[name] = tensor[channels]
@@ -61,8 +65,6 @@ def widened(state: dict[str, Tensor], heads: int, width: int, wide_heads: int, s
             found[name] = wider
         elif kind == "attn.proj.weight":
             found[name] = _shared(tensor[channels], inner, draw)
-        elif kind in ("attn.proj.bias", "mlp.fc2.bias"):
-            found[name] = tensor[channels]
         elif kind in ("mlp.fc1.weight", "mlp.fc1.bias"):
             wider = tensor.repeat(times, *(1,) * (tensor.ndim - 1))
             found[name] = _shared(wider, channels, draw) if tensor.ndim == 2 else wider
