@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from outcomes import DEFAULT_RULE
 from recipes import DEFAULT, METHODS, PAPER
+from recipes import recipe as recipe_of
 from runs import Line, matching
 from scipy.stats import t as student
 from transfer import GROUPS, chosen_scale, score
@@ -260,19 +261,26 @@ class Setting:
 def settings(lines: Iterable[Line], recipe: str = DEFAULT) -> list[Setting]:
     """Sorts lines by trunk, epochs and batch; first comes what compares most tasks and kinds, of equals the longest.
 
-    Where no final run has the recipe that is to be shown, the paper's takes its place.
+    Where no final run has the recipe that is to be shown (nor a search, where there are no final runs), the one with
+    exits that most of them have takes its place, of equals the one that the log has last; without any the paper's.
     """
     parts: dict[tuple[str, int, int], list[Line]] = {}
     for line in lines:
         parts.setdefault((line["key"]["trunk"], line["key"]["epochs"], line["key"]["batch"]), []).append(line)
     found = [
-        Setting(*about, part, recipe if matching(part, phase="final", recipe=recipe) else PAPER)
-        for about, part in parts.items()
+        Setting(*about, part, _shown(matching(part, phase="final") or part, recipe)) for about, part in parts.items()
     ]
     return sorted(
         found,
         key=lambda s: (-s.compared, -s.epochs, -len(s.phase("final")), -len(s.lines), s.trunk, s.batch),
     )
+
+
+def _shown(lines: list[Line], wanted: str) -> str:
+    names = [name for line in lines if not recipe_of(name := line["key"]["recipe"]).static]
+    if wanted in names or not names:
+        return wanted if wanted in names else PAPER
+    return max(reversed(names), key=names.count)
 
 
 # ---- means and differences -------------------------------------------------------------------------------------------

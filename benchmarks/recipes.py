@@ -110,6 +110,12 @@ COUNTED: dict[str, Any] = {
 }
 """Equal weights for all exits, linear heads, and two mergings whose tokens count as often as they stand for tokens."""
 
+DEEP: dict[str, Any] = COUNTED | {"weighting": LinearInDepth(), "shallow": None, "keep": Constant(1.0)}
+"""The same, with weights that rise with depth, and neither dropout by depth nor masks."""
+
+GRADUAL = TokenMerging(after=(1, 2, 3, 4), share=0.23)
+"""As many tokens less as two times 40 %, in four steps: a step finds like ones for so few, and forces none."""
+
 VARIANTS: dict[str, dict[str, Any]] = {
     "static": STATIC,
     "base": {},
@@ -176,9 +182,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "merge-most": {"merging": _once(after=(1, 3, 6), share=0.5)},
     "merge-least": {"merging": _once(after=(1, 4), share=0.25)},
     "counted": COUNTED,
-    "counted-deep": COUNTED | {"weighting": LinearInDepth(), "shallow": None, "keep": Constant(1.0)},
+    "counted-deep": DEEP,
+    "gradual": DEEP | {"merging": GRADUAL},
+    "merge-twice": {"merging": TokenMerging(after=(1, 4), share=0.4)},
+    "merge-twice-less": {"merging": TokenMerging(after=(1, 4), share=0.3)},
+    "merge-once": {"merging": TokenMerging(after=(3,), share=0.5)},
+    "merge-six": {"merging": TokenMerging(after=(1, 2, 3, 4, 5, 6), share=0.18)},
     "once": {"merging": _once(after=(1, 4), share=0.4)},
     "every-token": {"merging": None},
+    "static-gradual": STATIC | {"merging": GRADUAL},
     "static-merge": STATIC | {"merging": _once(after=(1, 4), share=0.4)},
     "static-counted": STATIC | {"merging": TokenMerging(after=(1, 4), share=0.4)},
     "static-merged": STATIC | {"merging": _once(after=(0,), share=0.5)},
@@ -198,6 +210,7 @@ INGREDIENTS = {
     "backward": "backward sparsity (masks)",
     "no-distillation": "no distillation",
     "distill": "distillation",
+    "merge-twice": "tokens merged in two large steps, not in four small ones",
     "every-token": "no token merging",
 }
 """What the ablation exchanges one by one, the paper's own and ours, in words."""
@@ -205,7 +218,7 @@ INGREDIENTS = {
 PAPER = "base"
 """The recipe of the paper."""
 
-DEFAULT = "counted-deep"
+DEFAULT = "gradual"
 """The recipe that tables and figures show."""
 
 

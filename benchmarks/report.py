@@ -4,13 +4,15 @@
     python benchmarks/report.py --readme README.md   # and the small table between the README's two markers
 
 What a log does not have is named, and the rest is printed. The same lines give the same bytes. Text in
-``results/notes.md``, beside the log, is taken over as it stands: what was learned, by whoever ran the benchmark.
+``results/notes.md``, beside the log, is taken over as it stands: what was learned, by whoever ran the benchmark. Where
+``results/drawn.jsonl`` is there, searches on tasks that ``drawn.py`` draws, recipes are compared on those, too.
 """
 
 import argparse
 import os
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import figures
@@ -22,12 +24,15 @@ from transfer import GOAL, OUT
 
 HERE = Path(__file__).parent
 BEGIN, END = "<!-- results -->", "<!-- /results -->"
+DRAWN = "drawn.jsonl"
 
 
 # ---- the documents ---------------------------------------------------------------------------------------------------
 
 
-def document(lines: list[Line], name: str, folder: Path, link: str, shown: str, notes: str) -> str:
+def document(
+    lines: list[Line], name: str, folder: Path, link: str, shown: str, notes: str, drawn: Sequence[Line] = ()
+) -> str:
     """Gives RESULTS.md; draws its figures on the way.
 
     Args:
@@ -37,6 +42,7 @@ def document(lines: list[Line], name: str, folder: Path, link: str, shown: str, 
         link: Of that folder, as the document sees it.
         shown: The recipe with exits that tables show.
         notes: Text on what was learned; empty leaves that section out.
+        drawn: Lines of the phase search on drawn tasks.
     """
     parts = [
         "# Transfer to tasks, with early exits and without\n",
@@ -46,10 +52,19 @@ def document(lines: list[Line], name: str, folder: Path, link: str, shown: str, 
         + ". X is a kind of adapter on the frozen trunk without exits, Dyn-X the same with them.\n",
     ]
     found = settings(lines, shown)
+    apart = settings(drawn, found[0].recipe if found else shown)
     for number, setting in enumerate(found):
         prefix = "" if number == 0 else re.sub(r"[^\w]+", "-", f"{setting.trunk}-{setting.epochs}-{setting.batch}-")
         parts.append(f"## {setting.trunk.partition(':')[0]}, {setting.epochs} epochs\n")
-        parts.append(Section(setting, folder, prefix, link).text())
+        parts.append(Section(setting, folder, prefix, link, apart[0] if apart and number == 0 else None).text())
+    for number, setting in enumerate(apart):
+        images = max(line["samples"] for line in setting.lines)
+        parts.append(f"## {setting.trunk.partition(':')[0]}, {setting.epochs} epochs, drawn tasks\n")
+        parts.append(
+            f"`drawn.py` draws these tasks, with {images:,} validation images each ({len(setting.lines)} lines of "
+            f"`{DRAWN}`): enough to tell differences that 200 cannot. What is called val200 here are those.\n"
+        )
+        parts.append(Section(setting, folder, f"drawn-{number}-" if number else "drawn-", link).searched())
     if notes:
         parts.append(f"## What was tried, and what was learned\n\n{notes.strip()}\n")
     return "\n".join(parts)
@@ -102,7 +117,8 @@ def report(args: argparse.Namespace) -> None:
     told_notes = notes.read_text(encoding="utf-8") if notes.is_file() else ""
     name = args.lines.resolve()
     shown = name.relative_to(HERE.parent).as_posix() if name.is_relative_to(HERE.parent) else name.name
-    text = document(lines, shown, folder, link, args.recipe, told_notes)
+    drawn = args.lines.with_name(DRAWN)
+    text = document(lines, shown, folder, link, args.recipe, told_notes, read_lines(drawn) if drawn.is_file() else ())
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(text, encoding="utf-8")
     print(f"wrote {args.out} from {len(lines)} lines, and figures in {folder}")

@@ -10,6 +10,7 @@ import figures
 from findings import (
     LAST,
     NAMES,
+    READINGS,
     Difference,
     Mean,
     Point,
@@ -29,7 +30,8 @@ from findings import (
 from learning import Protocol
 from outcomes import DEFAULT_RULE
 from recipes import exchanges
-from transfer import FULL_RATES, GOAL
+from runs import matching
+from transfer import FULL_RATES, GOAL, chosen_scale
 
 from dynadapter.timing import VOID, is_void
 
@@ -92,10 +94,11 @@ class Section:
         figures: Folder for the figures.
         prefix: Of the figures' names.
         link: Path of that folder as the document sees it.
+        drawn: The lines of drawn tasks: where this setting has no ablation, theirs counts for goal 4.
     """
 
-    def __init__(self, setting: Setting, figures: Path, prefix: str, link: str) -> None:
-        self.setting, self.folder, self.prefix, self.link = setting, figures, prefix, link
+    def __init__(self, setting: Setting, figures: Path, prefix: str, link: str, drawn: Setting | None = None) -> None:
+        self.setting, self.folder, self.prefix, self.link, self.drawn = setting, figures, prefix, link, drawn
         self.goals = [goal for goal in SHOWN if goal in setting.goals()]
         self.machines = sorted({line["key"]["machine"] for line in setting.phase("speed")})
         self.exchanged = {name: text for name, text in exchanges(setting.recipe).items() if name in tried(setting)}
@@ -120,6 +123,11 @@ class Section:
         else:
             parts.append("No final run yet: nothing of this setting was read on test.\n")
         parts += [self.ablation(), self.recipes(), self.rules(), self.scales()]
+        return "\n".join(part for part in parts if part)
+
+    def searched(self) -> str:
+        """Gives the sections on searches alone, for tasks that are never read on test."""
+        parts = [self.made_on(), self.accuracies(), self.ablation(), self.recipes(), self.rules()]
         return "\n".join(part for part in parts if part)
 
     def values(self, method: str, reading: Reading = LAST) -> Values:
@@ -315,6 +323,11 @@ class Section:
         return rows or [["3: measured speed", "≥ 0.95 of the promise", "not measured", "–"]]
 
     def _goal4(self) -> list[list[str]]:
+        if not self.ablated and self.drawn is not None:
+            there = Section(self.drawn, self.folder, "", "")
+            return [
+                [*row[:2], f"{row[2]} of drawn tasks" if there.ablated else row[2], row[3]] for row in there._goal4()
+            ]
         rows = []
         for one in self.ablated:
             apart = one.differences[GOAL].get("all")
@@ -584,6 +597,28 @@ class Section:
         )
         head = ["recipe", "runs", *readings.values()]
         return f"### Recipes tried\n\n{text}\n\n{table(head, rows)}"
+
+    def accuracies(self) -> str:
+        """What every recipe does on the validation images, task by task."""
+        setting, rows = self.setting, []
+        for method in setting.petl:
+            for name in ["static", setting.recipe, *(name for name in tried(setting) if name != "static")]:
+                by_task = {
+                    task: setting.phase("search", method=method, task=task, recipe=name) for task in setting.tasks
+                }
+                best = {task: matching(lines, scale=chosen_scale(lines)) for task, lines in by_task.items() if lines}
+                for reading, told_as in ((LAST, goal_name(LAST)), (GOAL, goal_name(GOAL)), ("35", goal_name("35"))):
+                    found = {
+                        task: statistics.fmean(values)
+                        for task, lines in best.items()
+                        if (values := [v for line in lines if (v := READINGS[reading](line)) is not None])
+                    }
+                    if found:
+                        each = [percent(found[task]) if task in found else "–" for task in setting.tasks]
+                        whole = percent(statistics.fmean(found.values())) if len(found) == len(setting.tasks) else "–"
+                        rows.append([f"{NAMES[method]}, `{name}`", told_as if name != "static" else "", *each, whole])
+        head = ["", "", *setting.tasks, "mean"]
+        return f"### Accuracy on validation\n\nIn %, seeds averaged.\n\n{table(head, rows)}" if rows else ""
 
     def rules(self) -> str:
         """Which rule for thresholds is best."""

@@ -283,6 +283,34 @@ def test_other_recipes_on_test_are_told_and_do_not_count(run, maker, lines, undr
     assert rows(text, "**LoRA**") == rows(run(lines), "**LoRA**")
 
 
+def test_where_the_shown_recipe_was_never_run_the_one_with_most_final_runs_stands_for_it(program, maker):
+    finals = [maker.line("final", task, "lora", recipe) for task in TASKS for recipe in ("uniform", "static")]
+    one = maker.line("final", "cars", "lora", "base")
+    (setting,) = program("findings").settings([*finals, one], "late-to-early")
+    assert setting.recipe == "uniform"
+    searched = [maker.line("search", "cars", "lora", recipe) for recipe in ("static", "rescale")]
+    (setting,) = program("findings").settings(searched, "late-to-early")
+    assert setting.recipe == "rescale"
+
+
+def test_drawn_tasks_compare_recipes_and_stand_in_for_an_ablation(run, maker, lines, tmp_path, undrawn):
+    about = {"phase": "search", "method": "lora"}
+    drawn = [line for line in lines if about.items() <= line["key"].items()]
+    transfer_lines.write(tmp_path / "drawn.jsonl", drawn)
+    whole = [line for line in lines if line["key"]["recipe"] in ("static", "base", "uniform")]
+    text = run([line for line in whole if line["key"]["recipe"] != "uniform"])
+    first, second = text.split("epochs, drawn tasks\n")
+    own = [line["exit_accuracy"][-1] for line in drawn if line["key"]["recipe"] == "base"]
+    row = rows(second, "LoRA, `base`")[0]
+    assert row[1] == "all at the last exit"
+    assert row[-1] == f"{100 * statistics.fmean(own):.1f}"
+    assert "read on test" not in second
+    (goal,) = rows(first, "4: equal loss weights")
+    assert goal[2].endswith("on validation of drawn tasks")
+    (its_own,) = rows(run(whole).split("epochs, drawn tasks\n")[0], "4: equal loss weights")
+    assert its_own[2].endswith("on validation")
+
+
 # ---- documents
 
 
