@@ -137,9 +137,12 @@ def _frontier(ax: Axes, setting: Setting, method: str, tasks: list[str], static:
     if marks:
         xs, ys = zip(*(one for _, one in marks), strict=True)
         ax.plot(xs, ys, "o", color=color, mec="white", mew=0.8, ms=7, zorder=4)
-    for place in dict.fromkeys(one for _, one in marks):  # more than one where a larger budget is not used
+    places = sorted(dict.fromkeys(one for _, one in marks))
+    for place in places:  # more than one where a larger budget is not used
         goal = "/".join(sorted((goal for goal, one in marks if one == place), key=int))
-        ax.annotate(goal, place, xytext=(-6, 3), textcoords="offset points", ha="right", fontsize=7.5, color=color)
+        # the dearest stands at the other side: the curve is flat there, and the labels would lie on each other
+        where, side = ((4, -11), "left") if place == places[-1] else ((-6, 3), "right")
+        ax.annotate(goal, place, xytext=where, textcoords="offset points", ha=side, fontsize=7.5, color=color)
     level = mean(static, lambda p: 100 * p.accuracy, tasks)
     assert level is not None, "tasks are those that it has"
     ax.axhline(level.value, color=INK, lw=0.8, ls=":", zorder=1)
