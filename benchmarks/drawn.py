@@ -160,7 +160,7 @@ def draw(root: Path, name: str, validation: int, test: int) -> None:
         image.resize((SIZE, SIZE), Image.Resampling.LANCZOS).save(folder / f"images/{i:05d}.png")
         lines.append(f"images/{i:05d}.png {label}\n")
     train, rest = lines[:800], lines[800:]
-    lists = {"train800": train, "val200": rest[:validation], "test": rest[validation:], "train800val200": lines[:1000]}
+    lists = {"train800": train, "val200": rest[:validation], "train800val200": lines[:1000], "test": rest[validation:]}
     for split, part in lists.items():
         (folder / f"{split}.txt").write_text("".join(part))
 

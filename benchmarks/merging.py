@@ -13,6 +13,7 @@ exits, too, at the shares 50/30/15/5, and takes the class token's row first wher
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -25,6 +26,8 @@ from dynadapter import ExitNet, LinearHeads, TokenMerging, create_trunk, exit_co
 from dynadapter.timing import clock_of
 
 BATCHES = (1, 8, 64)
+MERGINGS = (TokenMerging(after=(1, 4), share=0.4), TokenMerging())
+"""In two large steps, and as many tokens in four small ones."""
 
 
 @dataclass(frozen=True)
@@ -78,18 +81,27 @@ def main() -> None:
     """Runs what is not done yet and prints the table."""
     args = arguments(__doc__ or "", "merging.jsonl").parse_args()
     torch.set_num_threads(1)
-    log, merging = Log(args.out), TokenMerging()
-    table = Table("trunk", "batch", "control", "arm", "MAC speed-up", "speed-up", "efficiency", "of dropping")
-    for name, options in TRUNKS.items():
-        for batch in BATCHES if args.only in name else ():
-            key = {"trunk": name, "batch": batch, "rounds": args.rounds, "merging": str(merging)}
-            line = log.find(key) or log.add(key, **case(options, merging, batch, args.rounds))
-            for arm in line["speedup"]:
-                cells = (f"{line[column][arm]:.2f}x" for column in ("mac_speedup", "speedup"))
-                dropping = f"{line['of_dropping']:.3f}" if arm == "merged" else ""
-                table.add_row(
-                    name, str(batch), mark(line["control"]), arm, *cells, f"{line['efficiency'][arm]:.3f}", dropping
-                )
+    log = Log(args.out)
+    table = Table(
+        "trunk", "batch", "merged after", "control", "arm", "MAC speed-up", "speed-up", "efficiency", "of dropping"
+    )
+    names = [name for name in TRUNKS if args.only in name]
+    for name, batch, merging in product(names, BATCHES, MERGINGS):
+        key = {"trunk": name, "batch": batch, "rounds": args.rounds, "merging": str(merging)}
+        line = log.find(key) or log.add(key, **case(TRUNKS[name], merging, batch, args.rounds))
+        for arm in line["speedup"]:
+            cells = (f"{line[column][arm]:.2f}x" for column in ("mac_speedup", "speedup"))
+            dropping = f"{line['of_dropping']:.3f}" if arm == "merged" else ""
+            table.add_row(
+                name,
+                str(batch),
+                ", ".join(map(str, merging.after)),
+                mark(line["control"]),
+                arm,
+                *cells,
+                f"{line['efficiency'][arm]:.3f}",
+                dropping,
+            )
     Console(width=120).print(table)
 
 

@@ -190,7 +190,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "merge-six": {"merging": TokenMerging(after=(1, 2, 3, 4, 5, 6), share=0.18)},
     "once": {"merging": _once(after=(1, 4), share=0.4)},
     "every-token": {"merging": None},
-    "static-gradual": STATIC | {"merging": GRADUAL},
     "static-merge": STATIC | {"merging": _once(after=(1, 4), share=0.4)},
     "static-counted": STATIC | {"merging": TokenMerging(after=(1, 4), share=0.4)},
     "static-merged": STATIC | {"merging": _once(after=(0,), share=0.5)},

@@ -31,7 +31,7 @@ class TokenMerging(Spec):
             still reads all of them.
         share: Part of the tokens that each place takes away, above 0 and at most a half; rounded down. Only every other
             token can go at one place, so a large share merges what is not alike: four places with 0.23 leave as many
-            tokens as two with 0.4, and more accuracy (``benchmarks/RESULTS.md``).
+            tokens as two with 0.4, and had more accuracy where it was measured (``benchmarks/RESULTS.md``).
         proportional: Whether a token counts as often as it stands for tokens; False counts each once.
 
     Raises:
