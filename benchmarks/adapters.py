@@ -51,42 +51,42 @@ class Convolutions(nn.Module):
         return self.base(x.transpose(1, 2).contiguous())
 
 
-def ours(trunk: nn.Module, kind: AdapterSpec, merged: bool = False) -> nn.Module:
+def ours(backbone: nn.Module, kind: AdapterSpec, merged: bool = False) -> nn.Module:
     """Injects a kind, none of whose tensors stays at zero."""
-    known = {id(p) for p in trunk.parameters()}
-    inject(trunk, kind)
-    for p in trunk.parameters():
+    known = {id(p) for p in backbone.parameters()}
+    inject(backbone, kind)
+    for p in backbone.parameters():
         if id(p) not in known:
             nn.init.normal_(p, std=0.02)
     if merged:
-        merge(trunk)
-    return trunk
+        merge(backbone)
+    return backbone
 
 
-def peft_lora(trunk: nn.Module) -> nn.Module:
+def peft_lora(backbone: nn.Module) -> nn.Module:
     """Injects peft's LoRA of rank 8."""
     from peft import LoraConfig, inject_adapter_in_model
 
     config = LoraConfig(r=8, lora_alpha=8, target_modules=["qkv"], init_lora_weights=False)
-    return inject_adapter_in_model(config, trunk)
+    return inject_adapter_in_model(config, backbone)
 
 
-def convolutions(trunk: nn.Module) -> nn.Module:
+def convolutions(backbone: nn.Module) -> nn.Module:
     """Puts RepAdapter's convolutional form before attention and before the MLP."""
     for name in ("blocks.0.attn.qkv", "blocks.0.mlp.fc1"):
-        trunk.set_submodule(name, Convolutions(trunk.get_submodule(name)))  # type: ignore[arg-type]
-    return trunk
+        backbone.set_submodule(name, Convolutions(backbone.get_submodule(name)))  # type: ignore[arg-type]
+    return backbone
 
 
 ARMS: dict[str, Callable[[nn.Module], nn.Module]] = {
-    "bare": lambda trunk: trunk,
-    "control": lambda trunk: trunk,
-    "LoRA merged": lambda trunk: ours(trunk, LoRA(), merged=True),
-    "RepAdapter merged": lambda trunk: ours(trunk, RepAdapter(), merged=True),
-    "LoRA": lambda trunk: ours(trunk, LoRA()),
-    "RepAdapter": lambda trunk: ours(trunk, RepAdapter()),
-    "Adapter": lambda trunk: ours(trunk, Adapter()),
-    "AdaptFormer": lambda trunk: ours(trunk, AdaptFormer()),
+    "bare": lambda backbone: backbone,
+    "control": lambda backbone: backbone,
+    "LoRA merged": lambda backbone: ours(backbone, LoRA(), merged=True),
+    "RepAdapter merged": lambda backbone: ours(backbone, RepAdapter(), merged=True),
+    "LoRA": lambda backbone: ours(backbone, LoRA()),
+    "RepAdapter": lambda backbone: ours(backbone, RepAdapter()),
+    "Adapter": lambda backbone: ours(backbone, Adapter()),
+    "AdaptFormer": lambda backbone: ours(backbone, AdaptFormer()),
     "peft LoRA": peft_lora,
     "RepAdapter as conv1d": convolutions,
 }
@@ -95,8 +95,8 @@ ARMS: dict[str, Callable[[nn.Module], nn.Module]] = {
 def make(arm: str, name: str, **options: Any) -> nn.Module:
     """Makes an arm's block, in evaluation mode and laid out for a CPU."""
     torch.manual_seed(0)
-    trunk = timm.create_model(name, num_classes=0, depth=1, **options)
-    return lay_out_for_cpu(ARMS[arm](trunk).eval().get_submodule("blocks.0"))
+    backbone = timm.create_model(name, num_classes=0, depth=1, **options)
+    return lay_out_for_cpu(ARMS[arm](backbone).eval().get_submodule("blocks.0"))
 
 
 @torch.inference_mode()

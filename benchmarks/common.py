@@ -11,15 +11,16 @@ from typing import Any
 import timm
 import torch
 
-from dynadapter import Balanced, Confidence, ExitNet, lay_out_for_cpu, timing
-from dynadapter.timing import VOID, best_chunk, cpu_name, is_void, machine, ratio, share_thresholds
+from dynadapter import Balanced, Confidence, ExitNet, lay_out_for_cpu
+from dynadapter.bench import timing
+from dynadapter.bench.timing import VOID, best_chunk, cpu_name, is_void, machine, ratio, share_thresholds
 
 __all__ = ["RESULTS", "VOID", "Log", "arguments", "best_chunk", "build", "interleave", "is_void", "machine", "ratio"]
-__all__ += ["IMAGES", "SHARES", "TRUNKS", "images_a_call", "mark", "shares_of", "thresholds"]
+__all__ += ["BACKBONES", "IMAGES", "SHARES", "images_a_call", "mark", "shares_of", "thresholds"]
 
 RESULTS = Path(__file__).parent / "results"
 
-TRUNKS = {
+BACKBONES = {
     "ViT-Ti, 64 tokens": dict(name="vit_tiny_patch16_224", img_size=48, patch_size=6),
     "ViT-S/16, 224": dict(name="vit_small_patch16_224", img_size=224),
 }
@@ -36,7 +37,8 @@ def interleave(
 ) -> dict[str, list[float]]:
     """Runs all arms once a round, in an order drawn anew for each; gives seconds.
 
-    They are CPU seconds of the process, or on a GPU those between two events. See :func:`dynadapter.timing.interleave`.
+    They are CPU seconds of the process, or on a GPU those between two events. See
+    :func:`dynadapter.bench.timing.interleave`.
     """
     clock = timing.clock_of(torch.device(device), threads=1)
     times = timing.interleave(arms, rounds, warmup, device)
@@ -52,11 +54,11 @@ def mark(control: float) -> str:
 
 
 def build(name: str, laid_out: bool = True, **options: Any) -> tuple[torch.nn.Module, ExitNet]:
-    """Makes a trunk and the network with four exits around it; both are laid out for a CPU unless told otherwise."""
+    """Makes a backbone and the network with four exits around it; both are laid out for a CPU unless told otherwise."""
     torch.manual_seed(0)
-    trunk = timm.create_model(name, num_classes=10, **options).eval()
-    net = ExitNet(trunk, Balanced(), every=max(len(trunk.blocks) // 4, 1)).eval()
-    return trunk, lay_out_for_cpu(net) if laid_out else net
+    backbone = timm.create_model(name, num_classes=10, **options).eval()
+    net = ExitNet(backbone, Balanced(), every=max(len(backbone.blocks) // 4, 1)).eval()
+    return backbone, lay_out_for_cpu(net) if laid_out else net
 
 
 def images_a_call(batch: int) -> int:

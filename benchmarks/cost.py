@@ -39,12 +39,12 @@ def measure(name: str) -> dict[str, Any]:
     costs = exit_costs(net, SIDE)
     seconds = time.perf_counter() - start
     row = {
-        "exits": net.exits,
+        "exits": net.exit_depths,
         "fvcore": [macs - light for macs, light in zip(costs.macs, costs.light, strict=True)],
         "torch": by_torch(net),
-        "by_hand": by_hand(architecture, net.exits, CLASSES),
+        "by_hand": by_hand(architecture, net.exit_depths, CLASSES),
         "light": costs.light,
-        "trunk": costs.trunk,
+        "backbone": costs.backbone,
         "trace_seconds": round(seconds, 2),
     }
     return row | {"agree": row["fvcore"] == row["torch"] == row["by_hand"]}

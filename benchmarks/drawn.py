@@ -1,7 +1,7 @@
 """Draws four tasks in the layout of VTAB-1k, to compare recipes on as many validation images as one likes.
 
     python benchmarks/drawn.py --out drawn
-    python benchmarks/transfer.py --data drawn --trunk runs/micro/micro.json --phase search --out drawn.jsonl
+    python benchmarks/transfer.py --data drawn --backbone runs/micro/micro.json --phase search --out drawn.jsonl
 
 200 validation images tell differences of seven points from chance, and 2000 of them tell two; and what is chosen here
 has seen no test split of another task. ``train800.txt`` lists 800 images, ``val200.txt`` as many as ``--validation``

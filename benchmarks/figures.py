@@ -314,8 +314,8 @@ def leavers(path: Path, setting: Setting, method: str, goal: str, data: Path, ke
     from transfer import kept_name
 
     from dynadapter import Policy, route
-    from dynadapter.policies import confidence
-    from dynadapter.spec_json import restore
+    from dynadapter.exits.policies import confidence
+    from dynadapter.spec import restore
 
     rows = []
     for task in setting.tasks:

@@ -14,7 +14,7 @@ from runs import Line, matching
 from scipy.stats import t as student
 from transfer import GROUPS, chosen_scale, score
 
-from dynadapter.timing import is_void
+from dynadapter.bench.timing import is_void
 
 NAMES = {
     "probe": "linear probe",
@@ -131,17 +131,17 @@ Values = dict[str, dict[int, Point]]
 
 @dataclass(frozen=True)
 class Setting:
-    """The lines of one trunk and one length of training: what can be compared.
+    """The lines of one backbone and one length of training: what can be compared.
 
     Args:
-        trunk: Name and beginning of the hash.
+        backbone: Name and beginning of the hash.
         epochs: As trained.
         batch: Images a step.
         lines: All of them, in the log's order.
         recipe: The one that tables show for the networks with exits.
     """
 
-    trunk: str
+    backbone: str
     epochs: int
     batch: int
     lines: list[Line]
@@ -259,20 +259,20 @@ class Setting:
 
 
 def settings(lines: Iterable[Line], recipe: str = DEFAULT) -> list[Setting]:
-    """Sorts lines by trunk, epochs and batch; first comes what compares most tasks and kinds, of equals the longest.
+    """Sorts lines by backbone, epochs and batch; first comes what compares most tasks and kinds, of equals the longest.
 
     Where no final run has the recipe that is to be shown (nor a search, where there are no final runs), the one with
     exits that most of them have takes its place, of equals the one that the log has last; without any the paper's.
     """
     parts: dict[tuple[str, int, int], list[Line]] = {}
     for line in lines:
-        parts.setdefault((line["key"]["trunk"], line["key"]["epochs"], line["key"]["batch"]), []).append(line)
+        parts.setdefault((line["key"]["backbone"], line["key"]["epochs"], line["key"]["batch"]), []).append(line)
     found = [
         Setting(*about, part, _shown(matching(part, phase="final") or part, recipe)) for about, part in parts.items()
     ]
     return sorted(
         found,
-        key=lambda s: (-s.compared, -s.epochs, -len(s.phase("final")), -len(s.lines), s.trunk, s.batch),
+        key=lambda s: (-s.compared, -s.epochs, -len(s.phase("final")), -len(s.lines), s.backbone, s.batch),
     )
 
 

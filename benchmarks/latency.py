@@ -1,4 +1,4 @@
-"""What early exits save in time: per-sample routing against the static trunk, beside what the multiply-adds promise.
+"""What early exits save in time: per-sample routing against the static backbone, beside what the multiply-adds promise.
 
     python benchmarks/latency.py
     python benchmarks/latency.py --device cuda
@@ -7,13 +7,13 @@ Protocol: one thread, CPU seconds of the process, arms interleaved call by call,
 The static arm cuts its batch where that is faster for it. A control arm, the static one once more, runs in every round:
 where its ratio leaves 1 by more than 3 %, the run is void. Per-exit thresholds on the confidence are set so that the
 wanted shares leave at the four exits; weights are random, which changes nothing about the time. Efficiency is the
-speed-up over the static trunk divided by the speed-up in multiply-adds. "plain" runs whole blocks; "class first"
+speed-up over the static backbone divided by the speed-up in multiply-adds. "plain" runs whole blocks; "class first"
 computes the class token's row of the last block before an exit first, and has its own, smaller count. On a CPU all arms
 have their weights laid out for it (`lay_out_for_cpu`) but one, "static as it comes".
 
-Two more arms say where the time goes. "trunk, our blocks" is the whole trunk as ExitNet runs it. "stages alone" runs
-the stages on as many images as plain routing does, without heads, policy and gather: what routing could be at best, for
-small batches are slower an image than large ones. "of stages alone" is that time over routing's.
+Two more arms say where the time goes. "backbone, our blocks" is the whole backbone as ExitNet runs it. "stages alone"
+runs the stages on as many images as plain routing does, without heads, policy and gather: what routing could be at
+best, for small batches are slower an image than large ones. "of stages alone" is that time over routing's.
 
 On a GPU: ViT-B/16 in bfloat16, seconds between two events on the device, and from which batch on routing pays.
 """
@@ -23,8 +23,8 @@ from typing import Any
 
 import torch
 from common import (
+    BACKBONES,
     SHARES,
-    TRUNKS,
     Log,
     arguments,
     best_chunk,
@@ -40,33 +40,33 @@ from rich.console import Console
 from rich.table import Table
 
 from dynadapter import Confidence, ExitNet, Policy, exit_costs
-from dynadapter.net import CPU_CHUNK
-from dynadapter.timing import clock_of, percentile
+from dynadapter.bench.timing import clock_of, percentile
+from dynadapter.exits.net import CPU_CHUNK
 
 CASES = {
-    "cpu": (TRUNKS, (1, 8, 64), torch.float32),
+    "cpu": (BACKBONES, (1, 8, 64), torch.float32),
     "cuda": (
         {"ViT-B/16, 224": dict(name="vit_base_patch16_224", img_size=224)},
         (1, 2, 4, 8, 16, 32, 64, 128, 256),
         torch.bfloat16,
     ),
 }
-"""Trunks, batch sizes and type by device."""
+"""Backbones, batch sizes and type by device."""
 
 
 @torch.inference_mode()
 def case(
-    trunk: torch.nn.Module, net: ExitNet, as_it_comes: torch.nn.Module, batch: int, size: int, rounds: int
+    backbone: torch.nn.Module, net: ExitNet, as_it_comes: torch.nn.Module, batch: int, size: int, rounds: int
 ) -> dict[str, Any]:
-    """Times the static trunk, the control and each routing at one batch size, on the network's device."""
-    like = next(trunk.parameters())
+    """Times the static backbone, the control and each routing at one batch size, on the network's device."""
+    like = next(backbone.parameters())
     images = torch.randn(images_a_call(batch), 3, size, size, generator=torch.Generator().manual_seed(1)).to(like)
 
-    def static(chunk: int, model: torch.nn.Module = trunk) -> Callable[[], object]:
+    def static(chunk: int, model: torch.nn.Module = backbone) -> Callable[[], object]:
         return lambda: [model(part) for call in images.split(batch) for part in call.split(chunk)]
 
     def routed(policy: Policy, class_first: bool) -> Callable[[], torch.Tensor]:
-        return lambda: torch.cat([net.early(part, policy, class_first).exits for part in images.split(batch)])
+        return lambda: torch.cat([net.early(part, policy, class_first).exit_index for part in images.split(batch)])
 
     routings: dict[str, Callable[[], torch.Tensor]] = {}
     for name, share in SHARES.items():
@@ -88,19 +88,19 @@ def case(
             _stages(net, part, n) for part, n in zip(parts, left, strict=True)
         ]
     arms = {**routings, **alone, "static": static(chunk), "control": static(chunk)}
-    arms |= {"trunk, our blocks": static(chunk, net.at(-1)), "static as it comes": static(chunk, as_it_comes)}
+    arms |= {"backbone, our blocks": static(chunk, net.at(-1)), "static as it comes": static(chunk, as_it_comes)}
     seconds = interleave(arms, rounds, device=str(like.device))
     result: dict[str, Any] = {
         "control": ratio(seconds["control"], seconds["static"]),
         "static_chunk": chunk,
-        "our_blocks": ratio(seconds["static"], seconds["trunk, our blocks"]),
+        "our_blocks": ratio(seconds["static"], seconds["backbone, our blocks"]),
         "laid_out": ratio(seconds["static as it comes"], seconds["static"]),
         "milliseconds": {name: 1000 * percentile(taken, 0.5) / len(images) for name, taken in seconds.items()},
         "seconds": seconds,
     }
     for name in routings:
         cost = costs["class first" if name.endswith("class first") else "plain"]
-        promise = cost.trunk / cost.average(reached[name])
+        promise = cost.backbone / cost.average(reached[name])
         speedup = ratio(seconds["static"], seconds[name])
         result[name] = {
             "shares": reached[name],
@@ -124,7 +124,7 @@ def _stages(net: ExitNet, images: torch.Tensor, left: list[int]) -> None:
 
 
 def pays_from(lines: dict[int, dict[str, Any]], routing: str) -> int | None:
-    """Gives the smallest batch from which on routing is faster than the static trunk at every larger one."""
+    """Gives the smallest batch from which on routing is faster than the static backbone at every larger one."""
     found = None
     for batch in sorted(lines, reverse=True):
         if lines[batch][routing]["speedup"] <= 1:
@@ -139,7 +139,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=list(CASES))
     parser.add_argument("--batches", type=int, nargs="+", help="images a call; by default those of the device")
     args = parser.parse_args()
-    trunks, batches, dtype = CASES[args.device]
+    backbones, batches, dtype = CASES[args.device]
     device_key: dict[str, str] = {}
     if args.device == "cuda":
         if not torch.cuda.is_available():
@@ -148,7 +148,7 @@ def main() -> None:
     torch.set_num_threads(1)
     log = Log(args.out)
     table = Table(
-        "trunk",
+        "backbone",
         "batch",
         "control",
         "routing",
@@ -161,21 +161,21 @@ def main() -> None:
         "of stages alone",
     )
     pays = []
-    for name, options in trunks.items():
+    for name, options in backbones.items():
         if args.only not in name:
             continue
-        trunk, net = build(**options, laid_out=args.device == "cpu")
+        backbone, net = build(**options, laid_out=args.device == "cpu")
         as_it_comes, _ = build(**options, laid_out=False)
         net.to(args.device, dtype)
         as_it_comes.to(args.device, dtype)
         lines, size = {}, int(options["img_size"])
         for batch in args.batches or batches:
             arms = "plain, class first, stages alone, as it comes"
-            key = {"trunk": name, "batch": batch, "rounds": args.rounds, "arms": arms, **device_key}
-            line = log.find(key) or log.add(key, **case(trunk, net, as_it_comes, batch, size, args.rounds))
+            key = {"backbone": name, "batch": batch, "rounds": args.rounds, "arms": arms, **device_key}
+            line = log.find(key) or log.add(key, **case(backbone, net, as_it_comes, batch, size, args.rounds))
             lines[batch], times = line, line["milliseconds"]
             table.add_row(name, str(batch), mark(line["control"]), "static", "", _milliseconds(times, "static"))
-            ours = "trunk, our blocks"
+            ours = "backbone, our blocks"
             table.add_row("", "", "", ours, "", _milliseconds(times, ours), "1.00x", f"{line['our_blocks']:.2f}x")
             plain, slower = "static as it comes", f"{1 / line['laid_out']:.2f}x"
             table.add_row("", "", "", plain, "", _milliseconds(times, plain), "1.00x", slower)
@@ -189,7 +189,7 @@ def main() -> None:
         for share in SHARES:
             batch = pays_from(lines, f"{share} class first")
             words = f"from batch {batch} on" if batch else "at no batch size that was run"
-            pays.append(f"{name}: routing at {share} with the class token first is faster than the trunk {words}")
+            pays.append(f"{name}: routing at {share} with the class token first is faster than the backbone {words}")
     Console(width=170).print(table)
     print(*pays, sep="\n")
 

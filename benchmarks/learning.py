@@ -13,25 +13,25 @@ import torch
 from recipes import METHODS, Recipe
 from torch import Tensor, nn
 
-from dynadapter import Cosine, ExitNet, VTAB1k, Warmup, create_trunk, inject
+from dynadapter import Cosine, ExitNet, VTAB1k, Warmup, create_backbone, inject
 from dynadapter.adapters import AdapterLayer, AdapterSpec, adapter_layers
-from dynadapter.callbacks.sparsity import _Held, _own_parameters
+from dynadapter.backbones import blocks, classifier
 from dynadapter.data.base import ImageDataset
-from dynadapter.losses import exit_losses
-from dynadapter.net import exit_blocks
-from dynadapter.preprocess import Preprocess
-from dynadapter.trunk import blocks, classifier
+from dynadapter.exits.net import exit_blocks
+from dynadapter.images.preprocess import Preprocess
+from dynadapter.training.callbacks.sparsity import _Held, _own_parameters
+from dynadapter.training.losses import exit_losses
 
 RATE = Warmup(fraction=0.1, start=1e-3, then=Cosine(start=1.0, end=1e-2))
 """Factor on the learning rate: 10 of 100 epochs up, then a cosine."""
 
 
-# ---- the trunk and the task ------------------------------------------------------------------------------------------
+# ---- the backbone and the task ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class TrunkFile:
-    """A pre-trained trunk on the disk, as ``pretrain.py`` leaves it: NAME.json beside NAME.safetensors.
+class BackboneFile:
+    """A pre-trained backbone on the disk, as ``pretrain.py`` leaves it: NAME.json beside NAME.safetensors.
 
     The JSON file has ``architecture`` (timm's name) and ``timm_args``; it may have ``preprocess`` with ``image_size``
     and ``normalization``, ``weights`` (a file beside it; null draws the tensors at random) and its ``sha256``.
@@ -45,7 +45,7 @@ class TrunkFile:
     preprocess: Preprocess
 
     @classmethod
-    def read(cls, path: str | Path) -> "TrunkFile":
+    def read(cls, path: str | Path) -> "BackboneFile":
         """Reads the JSON file and checks the weights' hash.
 
         Raises:
@@ -57,10 +57,10 @@ class TrunkFile:
             architecture, timm_args = about["architecture"], about["timm_args"]
         except OSError as error:
             raise ValueError(
-                f"no trunk in {path}: {error.strerror}; give the NAME.json that pretrain.py wrote"
+                f"no backbone in {path}: {error.strerror}; give the NAME.json that pretrain.py wrote"
             ) from None
         except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{path} describes no trunk ({error}); it needs architecture and timm_args") from None
+            raise ValueError(f"{path} describes no backbone ({error}); it needs architecture and timm_args") from None
         file = about.get("weights", f"{path.stem}.safetensors")
         weights = path.parent / file if file else None
         if weights is not None and not weights.is_file():
@@ -77,10 +77,10 @@ class TrunkFile:
         return f"{self.name}:{self.digest[:8]}"
 
     def build(self, classes: int, seed: int) -> nn.Module:
-        """Makes the frozen trunk with a new classifier, whose tensors follow from the seed."""
+        """Makes the frozen backbone with a new classifier, whose tensors follow from the seed."""
         if self.weights is None:
-            seed = 0  # the same trunk for all
-        return create_trunk(self.architecture, classes, weights=self.weights, seed=seed, **self.timm_args)
+            seed = 0  # the same backbone for all
+        return create_backbone(self.architecture, classes, weights=self.weights, seed=seed, **self.timm_args)
 
 
 @dataclass(frozen=True)
@@ -127,12 +127,12 @@ class Task:
 # ---- the network -----------------------------------------------------------------------------------------------------
 
 
-def build(trunk: TrunkFile, classes: int, method: str, recipe: Recipe, scale: float, seed: int) -> ExitNet:
+def build(backbone: BackboneFile, classes: int, method: str, recipe: Recipe, scale: float, seed: int) -> ExitNet:
     """Makes the network of a method by a recipe; its new tensors follow from the seed.
 
     For ``full`` the scale is no part of the network: it is a factor on the learning rate.
     """
-    model = trunk.build(classes, seed)
+    model = backbone.build(classes, seed)
     torch.manual_seed(seed)
     kind = METHODS[method]
     if method == "full":
@@ -141,7 +141,7 @@ def build(trunk: TrunkFile, classes: int, method: str, recipe: Recipe, scale: fl
         first = exit_blocks(len(blocks(model)), recipe.every, recipe.exits)[0]
         _inject(model, kind(scale), recipe, first)
     torch.manual_seed(seed)  # the heads' tensors do not depend on the adapters
-    return ExitNet(model, recipe.heads, recipe.every, recipe.exits, recipe.merging)
+    return ExitNet(model, recipe.heads, recipe.every, recipe.exits, recipe.token_merging)
 
 
 def _inject(model: nn.Module, spec: AdapterSpec, recipe: Recipe, first: int) -> None:
@@ -160,13 +160,13 @@ def _inject(model: nn.Module, spec: AdapterSpec, recipe: Recipe, first: int) -> 
 
 
 def count_trainable(net: ExitNet) -> dict[str, int]:
-    """Counts what is trained: adapters, early heads, the last head, and what else of the trunk."""
-    own = {id(p): p.numel() for layer in adapter_layers(net.trunk).values() for p in _own_parameters(layer)}
+    """Counts what is trained: adapters, early heads, the last head, and what else of the backbone."""
+    own = {id(p): p.numel() for layer in adapter_layers(net.backbone).values() for p in _own_parameters(layer)}
     heads = sum(p.numel() for p in net.heads.parameters())
-    last = sum(p.numel() for layer in classifier(net.trunk) for p in layer.parameters())
+    last = sum(p.numel() for layer in classifier(net.backbone) for p in layer.parameters())
     total = sum(p.numel() for p in net.parameters() if p.requires_grad)
     adapters = sum(own.values())
-    return {"adapters": adapters, "heads": heads, "last_head": last, "trunk": total - adapters - heads - last}
+    return {"adapters": adapters, "heads": heads, "last_head": last, "backbone": total - adapters - heads - last}
 
 
 def scaled_gradient(x: Tensor, factor: float) -> Tensor:
@@ -260,7 +260,7 @@ class Fit:
         )
         self.counter = torch.zeros(1, dtype=torch.int64, device=self.device)
         self.losses = torch.zeros(self.steps, device=self.device)
-        heads = {id(p) for layer in (net.heads, *classifier(net.trunk)) for p in layer.parameters()}
+        heads = {id(p) for layer in (net.heads, *classifier(net.backbone)) for p in layer.parameters()}
         learns = any(p.requires_grad and id(p) not in heads for p in net.parameters())
         self.held = None if learns else self._frozen_parts()
 
@@ -384,7 +384,7 @@ def _order(samples: int, batch: int, epochs: int, seed: int) -> Tensor:
 
 
 def normalized(images: Images, preprocess: Preprocess, device: torch.device) -> Tensor:
-    """Puts all images of a split on the device as the trunk takes them."""
+    """Puts all images of a split on the device as the backbone takes them."""
     return preprocess.normalize(images.pixels.to(device))
 
 

@@ -18,7 +18,7 @@ from dynadapter.calibrate import (
     to_accuracy_drop,
     to_cost,
 )
-from dynadapter.spec_json import plain, restore
+from dynadapter.spec import plain, restore
 
 BUDGETS = (0.25, 0.35, 0.45, 0.5, 0.75, 1.0)
 """Average cost that thresholds are set for, as a share of the static network's."""
@@ -114,7 +114,7 @@ def held_out(logits: Tensor, targets: Tensor, costs: ExitCosts) -> dict[str, dic
 def _calibrated(
     logits: Tensor, targets: Tensor, costs: ExitCosts, rule: Rule, goal: str, temperatures: tuple[float, ...] | None
 ) -> dict[str, Any] | None:
-    options: dict[str, Any] = {"kind": rule.kind, "temperatures": temperatures, "full": costs.trunk}
+    options: dict[str, Any] = {"kind": rule.kind, "temperatures": temperatures, "full": costs.backbone}
     find: Callable[..., Calibrated]
     if goal == "drop 0":
         find, value = to_accuracy_drop, 0.0
@@ -145,7 +145,7 @@ def applied(
 
 
 def _applied(policy: Any, logits: Tensor, targets: Tensor, costs: ExitCosts) -> dict[str, Any]:
-    outcome = evaluate(restore(policy, Policy), logits, targets, costs.macs, full=costs.trunk)
+    outcome = evaluate(restore(policy, Policy), logits, targets, costs.macs, full=costs.backbone)
     return {"policy": policy, **_outcome(outcome)}
 
 
@@ -158,14 +158,14 @@ def measures(logits: Tensor, targets: Tensor, costs: tuple[ExitCosts, ExitCosts]
     whole, class_first = costs
     result: dict[str, Any] = {
         "samples": len(targets),
-        "exits": list(whole.exits),
+        "exits": list(whole.exit_depths),
         "macs": list(whole.macs),
         "macs_class_first": list(class_first.macs),
-        "macs_static": whole.trunk,
+        "macs_static": whole.backbone,
         "exit_accuracy": exit_accuracy(logits, targets),
     }
     if len(logits) > 1:
-        steps = curve(logits, targets, whole.macs, full=whole.trunk, points=60).routed
+        steps = curve(logits, targets, whole.macs, full=whole.backbone, points=60).routed
         result["curve"] = [[round(point.cost, 5), round(point.accuracy, 5)] for point in steps]
         result["running_accuracy"] = exit_accuracy(running_mean(logits), targets)
     return result

@@ -1,4 +1,4 @@
-"""Pre-trains a small ViT from scratch on a folder of images: a trunk for a machine without a network.
+"""Pre-trains a small ViT from scratch on a folder of images: a backbone for a machine without a network.
 
     python benchmarks/pretrain.py --data tiny-imagenet-48 --arch micro --out runs/micro
     python benchmarks/pretrain.py --data tiny-imagenet-48 --arch micro --out runs/micro --minutes 150 --patch_drop 0.5
@@ -9,7 +9,8 @@ command goes on where the last one stopped or was killed. ``--data`` takes mosai
 
 ``--out`` gets ``checkpoint.pt``, ``log.jsonl`` (a line an epoch) and at the end NAME.safetensors (the averaged weights
 in float16, under timm's names), NAME.json (architecture, recipe, accuracies, hashes, machine) and NAME.md (the card).
-Needs torch, timm, safetensors, numpy and Pillow; with dynadapter on the path, NAME.json gets the trunk's fingerprint.
+Needs torch, timm, safetensors, numpy and Pillow; with dynadapter on the path, NAME.json gets the backbone's
+fingerprint.
 """
 
 import argparse
@@ -89,7 +90,7 @@ class Recipe:
     )
     merged: float = said(
         "share of the steps with all patches, those of the last 15 %, in which like tokens are merged as "
-        "dynadapter.TokenMerging does it, so that the trunk knows such tokens",
+        "dynadapter.TokenMerging does it, so that the backbone knows such tokens",
         default=0.0,
     )
     counted: bool = said("such a token counts as often as it stands for tokens", default=False)
@@ -143,7 +144,7 @@ def settle(args: argparse.Namespace, device: torch.device) -> Recipe:
 
 
 def timm_args(recipe: Recipe) -> dict[str, Any]:
-    """Gives the arguments of timm's model, and of create_trunk."""
+    """Gives the arguments of timm's model, and of create_backbone."""
     shape = {"img_size": recipe.size, "patch_size": recipe.patch}
     return shape | {"embed_dim": recipe.width, "depth": recipe.depth, "num_heads": recipe.heads}
 
@@ -251,14 +252,14 @@ def rate(progress: float, warmup: float) -> float:
 class Supervised(nn.Module):
     """timm's model, and classifiers at earlier blocks that are there while it learns, and no longer.
 
-    A trunk that answers at its last block alone has no reason to make an early block's class token useful; one that is
-    asked there too has. Source: Lee et al. 2015 (Deeply-Supervised Nets); Zhang et al. 2019 (Be Your Own Teacher).
+    A backbone that answers at its last block alone has no reason to make an early block's class token useful; one that
+    is asked there too has. Source: Lee et al. 2015 (Deeply-Supervised Nets); Zhang et al. 2019 (Be Your Own Teacher).
     """
 
     def __init__(self, model: Any, every: int, classes: int) -> None:
         super().__init__()
         self.model = model
-        self.merging: Any = None  # a dynadapter.TokenMerging in the steps that merge
+        self.token_merging: Any = None  # a dynadapter.TokenMerging in the steps that merge
         width, places = model.embed_dim, range(every, len(model.blocks), every) if every else ()
         self.early = nn.ModuleDict(
             {str(n): nn.Sequential(nn.LayerNorm(width), nn.Linear(width, classes)) for n in places}
@@ -269,8 +270,8 @@ class Supervised(nn.Module):
         model, found, logs = self.model, [], None
         x = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))
         for number, block in enumerate(model.blocks, 1):
-            if self.merging is not None and number - 1 in self.merging.after:
-                x, logs = self.merging(x, model.num_prefix_tokens, logs)
+            if self.token_merging is not None and number - 1 in self.token_merging.after:
+                x, logs = self.token_merging(x, model.num_prefix_tokens, logs)
             # A merged token that counts n times weighs log n more as a key
             x = block(x) if logs is None else block(x, attn_mask=logs[:, None, None].expand(-1, 1, x.shape[1], -1))
             if str(number) in self.early:
@@ -640,12 +641,12 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def fingerprint(weights: Path, classes: int, recipe: Recipe) -> str | None:
-    """Names the trunk as dynadapter does; None where it is not installed."""
+    """Names the backbone as dynadapter does; None where it is not installed."""
     try:
-        from dynadapter import trunk
+        from dynadapter import backbone
     except ImportError:
         return None
-    return trunk.fingerprint(trunk.create_trunk(BASE, classes, weights=weights, **timm_args(recipe)))
+    return backbone.fingerprint(backbone.create_backbone(BASE, classes, weights=weights, **timm_args(recipe)))
 
 
 def export(run: Run, args: argparse.Namespace, names: list[str]) -> None:
@@ -671,7 +672,7 @@ def export(run: Run, args: argparse.Namespace, names: list[str]) -> None:
         "architecture": BASE,
         "timm_args": timm_args(recipe),
         "preprocess": {"image_size": recipe.size, "normalization": "half"},
-        "parameters": {"trunk": parameters - head, "classifier": head, "classifier_in_file": args.head == "keep"},
+        "parameters": {"backbone": parameters - head, "classifier": head, "classifier_in_file": args.head == "keep"},
         "accuracy": {name: round(value, 5) for name, value in found.items()},
         "validation_images": len(run.val),
         "source": {"name": args.source, "images": len(run.train), "classes": len(names), "licence": args.licence},
@@ -704,7 +705,7 @@ def card(about: dict[str, Any]) -> str:
     begun = f"; begun with the weights of SHA-256 `{about['start'][:12]}...`" if about["start"] else ""
     if about["start"] and about["start_width"] < size["embed_dim"]:
         begun += f", widened from {about['start_width']}"
-    return f"""# {about["name"]}: a small research trunk
+    return f"""# {about["name"]}: a small research backbone
 
 **With a network, use timm's pre-trained models instead: they are better by far.** This one exists so that an example or
 a benchmark runs on real features where nothing can be downloaded. It is no product and was tested for nothing else.
@@ -712,7 +713,7 @@ a benchmark runs on real features where nothing can be downloaded. It is no prod
 | | |
 |---|---|
 | architecture | timm `{about["architecture"]}` with {call}: {tokens} patches and a class token |
-| parameters | {about["parameters"]["trunk"]:,}, and {about["parameters"]["classifier"]:,} of the classifier |
+| parameters | {about["parameters"]["backbone"]:,}, and {about["parameters"]["classifier"]:,} of the classifier |
 | file | `{about["name"]}.safetensors`, float16, {about["bytes"] / 1e6:.2f} MB, {head} the classifier |
 | images | {size["img_size"]} px, from [0, 1] normalised by mean 0.5 and deviation 0.5 (`normalization: half`) |
 | trained on | {source["name"]}: {source["images"]:,} images of {source["classes"]} classes, labels used, from scratch |
@@ -726,9 +727,9 @@ a benchmark runs on real features where nothing can be downloaded. It is no prod
 The validation images were looked at after every epoch, but no epoch was chosen by them: the weights are the last one's.
 
 ```python
-from dynadapter import create_trunk
+from dynadapter import create_backbone
 
-trunk = create_trunk(
+backbone = create_backbone(
     "{about["architecture"]}",
     num_classes=10,
     weights="{about["name"]}.safetensors",
@@ -750,7 +751,7 @@ as named below; AdamW, cosine with warm-up, averaged weights.
 
 
 def prepared(recipe: dict[str, Any]) -> str:
-    """Says on a row of the card what the trunk was prepared for; empty where for nothing."""
+    """Says on a row of the card what the backbone was prepared for; empty where for nothing."""
     parts = []
     if recipe["exits"]:
         parts.append(f"early exits: classifiers after every {recipe['exits']} blocks learned along")

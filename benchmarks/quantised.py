@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 from common import IMAGES, Log, arguments, interleave, mark, ratio
-from learning import Fit, Protocol, Task, TrunkFile, build, normalized
+from learning import BackboneFile, Fit, Protocol, Task, build, normalized
 from outcomes import exit_accuracy
 from recipes import DEFAULT, METHODS, recipe
 from rich.console import Console
@@ -34,12 +34,12 @@ from torch import Tensor
 
 from dynadapter import Confidence, ExitCosts, exit_costs
 from dynadapter.calibrate import split_halves, to_cost
-from dynadapter.export import export_onnx
-from dynadapter.policies import Policy
-from dynadapter.runtime import Policy as RunnerPolicy
-from dynadapter.runtime import Runner
+from dynadapter.exits.policies import Policy
+from dynadapter.serve.export import export_onnx
+from dynadapter.serve.runtime import Policy as RunnerPolicy
+from dynadapter.serve.runtime import Runner
 
-TRUNK = Path(__file__).parents[1] / "src" / "dynadapter" / "trunks" / "micro.json"
+BACKBONE = Path(__file__).parents[1] / "src" / "dynadapter" / "backbones" / "weights" / "micro.json"
 BATCH = 16
 BATCHES = (1, 8, 64)
 """Images a call, for time."""
@@ -70,7 +70,7 @@ def routed(runner: Runner, images: np.ndarray, batch: int = BATCH) -> tuple[Tens
 
 def thresholds(logits: Tensor, targets: Tensor, costs: ExitCosts) -> Policy:
     """Sets one threshold on the confidence for the budget."""
-    return to_cost(logits, targets, costs.macs, BUDGET, kind=Confidence, full=costs.trunk).policy
+    return to_cost(logits, targets, costs.macs, BUDGET, kind=Confidence, full=costs.backbone).policy
 
 
 def answers(runners: dict[str, Runner], images: np.ndarray, targets: Tensor, costs: ExitCosts) -> dict[str, Any]:
@@ -103,7 +103,7 @@ def answers(runners: dict[str, Runner], images: np.ndarray, targets: Tensor, cos
         shares = (exits.bincount(minlength=len(costs.macs)).double() / len(exits)).tolist()
         result["routed"][arm] = {
             "accuracy": (answered == wanted).double().mean().item(),
-            "cost": costs.average(shares) / costs.trunk,
+            "cost": costs.average(shares) / costs.backbone,
             "shares": shares,
             "same_class": (answered == joined["float32"][0]).double().mean().item(),
             "same_exit": (exits == joined["float32"][1]).double().mean().item(),
@@ -131,21 +131,21 @@ def times(runners: dict[str, Runner], images: np.ndarray, batch: int, rounds: in
     }
 
 
-def case(args: argparse.Namespace, trunk: TrunkFile, task: Task, method: str) -> dict[str, Any]:
+def case(args: argparse.Namespace, backbone: BackboneFile, task: Task, method: str) -> dict[str, Any]:
     """Trains one network, exports it twice and compares."""
     how, device = recipe(args.recipe), torch.device("cpu")
-    net = build(trunk, task.classes, method, how, args.scale, seed=0)
+    net = build(backbone, task.classes, method, how, args.scale, seed=0)
     split = task.split("train800")
-    images = normalized(split, trunk.preprocess, device)
+    images = normalized(split, backbone.preprocess, device)
     Fit(net, how, images, split.targets, Protocol(args.epochs, args.batch), seed=0).run()
     split, costs = task.split("val200"), exit_costs(net)
-    shown, targets = normalized(split, trunk.preprocess, device), split.targets
+    shown, targets = normalized(split, backbone.preprocess, device), split.targets
     with torch.no_grad():
         logits = torch.cat([net(part) for part in shown.split(BATCH)], 1)
     policy = thresholds(logits, targets, costs)
     with tempfile.TemporaryDirectory() as folder:
         common: dict[str, Any] = {"class_names": [str(k) for k in range(task.classes)], "policy": policy}
-        common |= {"preprocessing": dataclasses.asdict(trunk.preprocess), "check_images": shown}
+        common |= {"preprocessing": dataclasses.asdict(backbone.preprocess), "check_images": shown}
         places = {kind: Path(folder) / kind for kind in KINDS}
         manifests = {kind: export_onnx(net, place, int8=kind == "int8", **common) for kind, place in places.items()}
         runners = {kind: Runner(place, threads=1).load() for kind, place in places.items()}
@@ -162,7 +162,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = arguments(__doc__ or "", "quantised.jsonl")
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--data", required=True, help="folder that holds the tasks")
-    parser.add_argument("--trunk", default=str(TRUNK), help="NAME.json of the pre-trained trunk")
+    parser.add_argument("--backbone", default=str(BACKBONE), help="NAME.json of the pre-trained backbone")
     parser.add_argument("--tasks", nargs="+", help="by default all in --data")
     kinds = [method for method, kind in METHODS.items() if kind]
     parser.add_argument("--methods", nargs="+", default=["lora", "repadapter"], choices=kinds, help="kinds of adapters")
@@ -172,17 +172,23 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=64, help="images a step")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    log, trunk = Log(args.out), TrunkFile.read(args.trunk)
+    log, backbone = Log(args.out), BackboneFile.read(args.backbone)
     names = args.tasks or sorted(path.name for path in Path(args.data).iterdir() if (path / "val200.txt").is_file())
     lines = []
     for name in names:
         for method in args.methods:
             if args.only not in f"{name} {method}":
                 continue
-            about = {"task": name, "method": method, "recipe": args.recipe, "scale": args.scale, "trunk": trunk.label}
+            about = {
+                "task": name,
+                "method": method,
+                "recipe": args.recipe,
+                "scale": args.scale,
+                "backbone": backbone.label,
+            }
             key = about | {"epochs": args.epochs, "batch": args.batch, "rounds": args.rounds}
-            task = Task(args.data, name, trunk.preprocess)
-            lines.append((key, log.find(key) or log.add(key, **case(args, trunk, task, method))))
+            task = Task(args.data, name, backbone.preprocess)
+            lines.append((key, log.find(key) or log.add(key, **case(args, backbone, task, method))))
     show(lines)
 
 

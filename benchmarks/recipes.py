@@ -52,12 +52,12 @@ class Recipe:
         keep: Share of the adapter elements that move in a step.
         masked: As in :class:`dynadapter.BidirectionalSparsity`.
         distillation: What the early exits learn from the last one.
-        rescale: Scale the gradients that exits send into the trunk, so that a block gets the mean over the exits behind
-            it and not their sum (Li et al. 2019, gradient equilibrium).
+        rescale: Scale the gradients that exits send into the backbone, so that a block gets the mean over the exits
+            behind it and not their sum (Li et al. 2019, gradient equilibrium).
         within: Keep gradients inside their stage: an adapter learns from the next exit alone.
         early_scale: Factor on the scale of the adapters before the first exit.
         early_width: Factor on rank or bottleneck of the adapters before the first exit.
-        merging: Where like tokens are merged, in training and after.
+        token_merging: Where like tokens are merged, in training and after.
         structured: What early exits of sub-networks learn from the whole network, at about half a step's cost more.
     """
 
@@ -74,7 +74,7 @@ class Recipe:
     within: bool = False
     early_scale: float = 1.0
     early_width: int = 1
-    merging: TokenMerging | None = None
+    token_merging: TokenMerging | None = None
     structured: StructuredDropout | None = None
 
     @property
@@ -100,13 +100,13 @@ def _once(after: tuple[int, ...], share: float) -> TokenMerging:
     return TokenMerging(after, share, proportional=False)
 
 
-MERGED: dict[str, Any] = {"heads": LinearHeads(), "merging": _once(after=(0,), share=0.5)}
+MERGED: dict[str, Any] = {"heads": LinearHeads(), "token_merging": _once(after=(0,), share=0.5)}
 """The paper's recipe with linear heads on half of the tokens."""
 
 COUNTED: dict[str, Any] = {
     "heads": LinearHeads(),
     "weighting": Uniform(),
-    "merging": TokenMerging(after=(1, 4), share=0.4),
+    "token_merging": TokenMerging(after=(1, 4), share=0.4),
 }
 """Equal weights for all exits, linear heads, and two mergings whose tokens count as often as they stand for tokens."""
 
@@ -174,25 +174,25 @@ VARIANTS: dict[str, dict[str, Any]] = {
     # fewer tokens, whose saving multiplies with that of the exits
     "merged": MERGED,
     "merged-distilled": MERGED | {"distillation": Distillation()},
-    "merged-less": MERGED | {"merging": _once(after=(0,), share=0.35), "distillation": Distillation()},
-    "merged-later": MERGED | {"merging": _once(after=(1, 4), share=0.4)},
-    "merge": {"merging": _once(after=(1, 4), share=0.4)},
-    "merge-first": {"merging": _once(after=(0,), share=0.5)},
-    "merge-late": {"merging": _once(after=(3, 6, 9), share=0.4)},
-    "merge-most": {"merging": _once(after=(1, 3, 6), share=0.5)},
-    "merge-least": {"merging": _once(after=(1, 4), share=0.25)},
+    "merged-less": MERGED | {"token_merging": _once(after=(0,), share=0.35), "distillation": Distillation()},
+    "merged-later": MERGED | {"token_merging": _once(after=(1, 4), share=0.4)},
+    "merge": {"token_merging": _once(after=(1, 4), share=0.4)},
+    "merge-first": {"token_merging": _once(after=(0,), share=0.5)},
+    "merge-late": {"token_merging": _once(after=(3, 6, 9), share=0.4)},
+    "merge-most": {"token_merging": _once(after=(1, 3, 6), share=0.5)},
+    "merge-least": {"token_merging": _once(after=(1, 4), share=0.25)},
     "counted": COUNTED,
     "counted-deep": DEEP,
-    "gradual": DEEP | {"merging": GRADUAL},
-    "merge-twice": {"merging": TokenMerging(after=(1, 4), share=0.4)},
-    "merge-twice-less": {"merging": TokenMerging(after=(1, 4), share=0.3)},
-    "merge-once": {"merging": TokenMerging(after=(3,), share=0.5)},
-    "merge-six": {"merging": TokenMerging(after=(1, 2, 3, 4, 5, 6), share=0.18)},
-    "once": {"merging": _once(after=(1, 4), share=0.4)},
-    "every-token": {"merging": None},
-    "static-merge": STATIC | {"merging": _once(after=(1, 4), share=0.4)},
-    "static-counted": STATIC | {"merging": TokenMerging(after=(1, 4), share=0.4)},
-    "static-merged": STATIC | {"merging": _once(after=(0,), share=0.5)},
+    "gradual": DEEP | {"token_merging": GRADUAL},
+    "merge-twice": {"token_merging": TokenMerging(after=(1, 4), share=0.4)},
+    "merge-twice-less": {"token_merging": TokenMerging(after=(1, 4), share=0.3)},
+    "merge-once": {"token_merging": TokenMerging(after=(3,), share=0.5)},
+    "merge-six": {"token_merging": TokenMerging(after=(1, 2, 3, 4, 5, 6), share=0.18)},
+    "once": {"token_merging": _once(after=(1, 4), share=0.4)},
+    "every-token": {"token_merging": None},
+    "static-merge": STATIC | {"token_merging": _once(after=(1, 4), share=0.4)},
+    "static-counted": STATIC | {"token_merging": TokenMerging(after=(1, 4), share=0.4)},
+    "static-merged": STATIC | {"token_merging": _once(after=(0,), share=0.5)},
 }
 """Changes of the recipe by name; names may be joined, as in ``distill+rescale``."""
 

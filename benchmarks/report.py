@@ -49,17 +49,17 @@ def document(
         f"Printed by `python benchmarks/report.py` from the {len(lines)} lines of `{name}`; nothing here is typed by "
         "hand"
         + (", but the last section" if notes else "")
-        + ". X is a kind of adapter on the frozen trunk without exits, Dyn-X the same with them.\n",
+        + ". X is a kind of adapter on the frozen backbone without exits, Dyn-X the same with them.\n",
     ]
     found = settings(lines, shown)
     apart = settings(drawn, found[0].recipe if found else shown)
     for number, setting in enumerate(found):
-        prefix = "" if number == 0 else re.sub(r"[^\w]+", "-", f"{setting.trunk}-{setting.epochs}-{setting.batch}-")
-        parts.append(f"## {setting.trunk.partition(':')[0]}, {setting.epochs} epochs\n")
+        prefix = "" if number == 0 else re.sub(r"[^\w]+", "-", f"{setting.backbone}-{setting.epochs}-{setting.batch}-")
+        parts.append(f"## {setting.backbone.partition(':')[0]}, {setting.epochs} epochs\n")
         parts.append(Section(setting, folder, prefix, link, apart[0] if apart and number == 0 else None).text())
     for number, setting in enumerate(apart):
         images = max(line["samples"] for line in setting.lines)
-        parts.append(f"## {setting.trunk.partition(':')[0]}, {setting.epochs} epochs, drawn tasks\n")
+        parts.append(f"## {setting.backbone.partition(':')[0]}, {setting.epochs} epochs, drawn tasks\n")
         parts.append(
             f"`drawn.py` draws these tasks, with {images:,} validation images each ({len(setting.lines)} lines of "
             f"`{DRAWN}`): enough to tell differences that 200 cannot. What is called val200 here are those.\n"

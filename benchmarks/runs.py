@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from dynadapter.timing import machine
+from dynadapter.bench.timing import machine
 
 Key = dict[str, Any]
 Line = dict[str, Any]

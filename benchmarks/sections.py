@@ -33,7 +33,7 @@ from recipes import exchanges
 from runs import matching
 from transfer import FULL_RATES, GOAL, chosen_scale
 
-from dynadapter.timing import VOID, is_void
+from dynadapter.bench.timing import VOID, is_void
 
 SHOWN = ("75", "50", "45", "35", "25", "drop 0")
 """The targets that tables show, where the lines have them."""
@@ -165,7 +165,7 @@ class Section:
             len(setting.seeds), " ± behind an accuracy is the deviation over seeds."
         )
         return (
-            f"Trunk `{setting.trunk}`, {setting.epochs} epochs of batches of {setting.batch}, recipe "
+            f"Backbone `{setting.backbone}`, {setting.epochs} epochs of batches of {setting.batch}, recipe "
             f"`{setting.recipe}` for networks with exits. {len(setting.tasks)} tasks ({groups}). Lines: "
             f"{', '.join(counts)}.\n\nAdamW, learning rate {how.lr:g}, weight decay {how.weight_decay:g}; a tenth of "
             "the steps up, then a cosine down; incomplete batches left out; no augmentation; the last epoch counts; "
@@ -243,8 +243,8 @@ class Section:
         seeds = f"{len(setting.seeds)} seeds" if len(setting.seeds) > 1 else "one seed"
         speed = f"; images/s against X's, measured on {self.best_machine()}" if self.machines else ""
         text = (
-            f"Accuracy on test in %, means over {len(setting.tasks)} tasks ({listed(setting.tasks)}), trunk "
-            f"{setting.trunk.partition(':')[0]}, {setting.epochs} epochs, {seeds}; Dyn-X with thresholds set on "
+            f"Accuracy on test in %, means over {len(setting.tasks)} tasks ({listed(setting.tasks)}), backbone "
+            f"{setting.backbone.partition(':')[0]}, {setting.epochs} epochs, {seeds}; Dyn-X with thresholds set on "
             f"validation images for half of X's multiply-adds{speed}."
         )
         return f"{text}\n\n{table(head, rows)}"
@@ -396,7 +396,7 @@ class Section:
 
     def _trained(self) -> str:
         rows = []
-        parts = ("adapters", "heads", "last_head", "trunk")
+        parts = ("adapters", "heads", "last_head", "backbone")
         for method in self.setting.methods:
             for name, arm in ((NAMES[method], "static"), (dyn(method), self.setting.recipe)):
                 by_task = [list(self.setting.finals(method, arm, task).values()) for task in self.setting.tasks]
@@ -404,7 +404,7 @@ class Section:
                 if counts:
                     means = [statistics.fmean(count[part] for count in counts) for part in parts]
                     rows.append([name, *map(thousands, means), thousands(sum(means))])
-        head = ["trained, thousand", "adapters", "early heads", "last head", "trunk", "all"]
+        head = ["trained, thousand", "adapters", "early heads", "last head", "backbone", "all"]
         return table(head, rows)
 
     def against(self) -> str:
@@ -513,7 +513,7 @@ class Section:
         head = ["", "tasks", "images/s, X", "routed", "promise", "speed-up", "of the promise", "lowest task"]
         threads = sorted({line["threads"] for line in self.setting.phase("speed")})
         text = (
-            f"Routing beside the network's own trunk without exits, in turn, batch {self.setting.batch}, "
+            f"Routing beside the network's own backbone without exits, in turn, batch {self.setting.batch}, "
             f"{'/'.join(map(str, threads))} thread(s); adapters merged where they can be, in both. The promise is "
             "what the multiply-adds say (class first); medians of ratios, means over tasks."
         )
@@ -694,7 +694,7 @@ def shares_text(values: Values, tasks: Sequence[str]) -> str:
 def brief(value: Any) -> str:
     """Prints a setting shortly.
 
-    >>> brief({"class_path": "dynadapter.schedules.Constant", "init_args": {"value": 0.2}})
+    >>> brief({"class_path": "dynadapter.training.schedules.Constant", "init_args": {"value": 0.2}})
     'Constant(0.2)'
     """
     if isinstance(value, dict) and "class_path" in value:

@@ -11,7 +11,7 @@ stream: images come one at a time; `Stream` against routing each alone with whol
 answer waits for stands beside it.
 onnx: ONNX Runtime with a graph a stage against ONNX Runtime with one graph, each cut to the chunks that suit it best.
 Efficiency is that speed-up over the one in multiply-adds.
-rivals: one run with peft's LoRA on the same trunk, the package earlyon around the same trunk, and torch.compile.
+rivals: one run with peft's LoRA on the same backbone, the package earlyon around the same backbone, and torch.compile.
 """
 
 import copy
@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 import torch
 from common import (
+    BACKBONES,
     SHARES,
-    TRUNKS,
     Log,
     arguments,
     best_chunk,
@@ -40,11 +40,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from dynadapter import CompiledNet, Confidence, ExitNet, LoRA, Never, Stream, exit_costs, inject
-from dynadapter.export import export_onnx
-from dynadapter.runtime import Policy as RunnerPolicy
-from dynadapter.runtime import Runner
-from dynadapter.timing import share_thresholds
+from dynadapter import Confidence, ExitNet, LoRA, Never, Stream, exit_costs, inject
+from dynadapter.bench.timing import share_thresholds
+from dynadapter.serve.export import export_onnx
+from dynadapter.serve.runtime import Policy as RunnerPolicy
+from dynadapter.serve.runtime import Runner
 
 FLOWS = {"ViT-Ti, 64 tokens": 128, "ViT-S/16, 224": 64}
 """Images of a flow."""
@@ -65,7 +65,7 @@ def noise(count: int, size: int) -> Tensor:
 
 @torch.inference_mode()
 def stream_case(net: ExitNet, size: int, flow: int, rounds: int) -> dict[str, Any]:
-    """Times a flow at batch 1: the trunk, plain routing one by one, and the stream."""
+    """Times a flow at batch 1: the backbone, plain routing one by one, and the stream."""
     images = noise(flow, size).split(1)
     static = net.at(-1)
 
@@ -79,7 +79,7 @@ def stream_case(net: ExitNet, size: int, flow: int, rounds: int) -> dict[str, An
         return given + [(answer.ticket, answer.exit, last - answer.ticket) for answer in stream.flush()]
 
     def plain(policy: Confidence) -> Tensor:
-        return torch.cat([net.early(image, policy, class_first=False).exits for image in images])
+        return torch.cat([net.early(image, policy, class_first=False).exit_index for image in images])
 
     arms: dict[str, Callable[[], Any]] = {"static": lambda: [static(image) for image in images]}
     arms["control"] = arms["static"]
@@ -121,8 +121,8 @@ class Exported:
     def __init__(self, net: ExitNet, size: int, folder: Path) -> None:
         names = [str(k) for k in range(net.num_classes)]
         common: dict[str, Any] = {"class_names": names, "preprocessing": {"image_size": size}, "policy": Never()}
-        whole = copy.deepcopy(net.trunk)
-        export_onnx(ExitNet(whole, exits=[]).eval(), folder / "static", class_first=False, **common)
+        whole = copy.deepcopy(net.backbone)
+        export_onnx(ExitNet(whole, exit_depths=[]).eval(), folder / "static", class_first=False, **common)
         self.static = Runner(folder / "static", threads=1).load()
         self.staged = {}
         for way in ("plain", "class first"):
@@ -138,10 +138,10 @@ class Exported:
 
 @torch.inference_mode()
 def onnx_case(net: ExitNet, exported: Exported, size: int, batch: int, rounds: int) -> dict[str, Any]:
-    """Times both ways to run graphs at one batch size, and torch's static trunk beside them."""
+    """Times both ways to run graphs at one batch size, and torch's static backbone beside them."""
     images = noise(images_a_call(batch), size)
     arrays = [part.numpy() for part in images.split(batch)]
-    trunk = net.at(-1)
+    backbone = net.at(-1)
 
     def cut(chunk: int) -> Iterator[np.ndarray]:
         return (call[start : start + chunk] for call in arrays for start in range(0, batch, chunk))
@@ -150,7 +150,7 @@ def onnx_case(net: ExitNet, exported: Exported, size: int, batch: int, rounds: i
         return lambda: [exported.static.stage(0, [part]) for part in cut(chunk)]
 
     def torch_static(chunk: int) -> Callable[[], Any]:
-        return lambda: [trunk(torch.from_numpy(part)) for part in cut(chunk)]
+        return lambda: [backbone(torch.from_numpy(part)) for part in cut(chunk)]
 
     def staged(runner: Runner, policy: RunnerPolicy, chunk: int) -> Callable[[], Tensor]:
         def call() -> Tensor:
@@ -171,7 +171,7 @@ def onnx_case(net: ExitNet, exported: Exported, size: int, batch: int, rounds: i
             arms[arm] = staged(runner, policy, chunks[arm])
             reached = shares_of(arms[arm](), net.num_exits)
             costs = exit_costs(net, size, class_first=way == "class first")
-            result[arm] = {"shares": reached, "mac_speedup": costs.trunk / costs.average(reached)}
+            result[arm] = {"shares": reached, "mac_speedup": costs.backbone / costs.average(reached)}
     seconds = interleave(arms, rounds)
     for arm, got in result.items():
         got["speedup"] = ratio(seconds["static"], seconds[arm])
@@ -185,23 +185,23 @@ def onnx_case(net: ExitNet, exported: Exported, size: int, batch: int, rounds: i
 # ---- what a user would pick instead
 
 
-def peft_lora(trunk: torch.nn.Module, merged: bool) -> torch.nn.Module:
-    """Puts peft's LoRA of rank 8 on a trunk's qkv, as its documentation shows."""
+def peft_lora(backbone: torch.nn.Module, merged: bool) -> torch.nn.Module:
+    """Puts peft's LoRA of rank 8 on a backbone's qkv, as its documentation shows."""
     from peft import LoraConfig, get_peft_model
 
-    model = get_peft_model(trunk, LoraConfig(r=8, lora_alpha=8, target_modules=["qkv"], init_lora_weights=False))
+    model = get_peft_model(backbone, LoraConfig(r=8, lora_alpha=8, target_modules=["qkv"], init_lora_weights=False))
     return (model.merge_and_unload() if merged else model).eval()
 
 
-def earlyon(trunk: torch.nn.Module, net: ExitNet, images: Tensor, shares: tuple[float, ...]) -> Any:
-    """Wraps the trunk by the package earlyon, with exits after the same blocks and thresholds for the same shares.
+def earlyon(backbone: torch.nn.Module, net: ExitNet, images: Tensor, shares: tuple[float, ...]) -> Any:
+    """Wraps the backbone by the package earlyon, with exits after the same blocks and thresholds for the same shares.
 
     Its hooks go on any module, and its heads read the class token without a norm before it.
     """
     from earlyon.models import custom_ee
 
-    shape, layers = (1, *images.shape[1:]), [f"blocks.{block - 1}" for block in net.exits[:-1]]
-    wrapper = custom_ee(trunk, layers, net.num_classes, input_shape=shape, pool_tokens="cls").eval()
+    shape, layers = (1, *images.shape[1:]), [f"blocks.{block - 1}" for block in net.exit_depths[:-1]]
+    wrapper = custom_ee(backbone, layers, net.num_classes, input_shape=shape, pool_tokens="cls").eval()
     with torch.no_grad():
         logits = torch.cat([torch.stack(wrapper(part, mode="training")) for part in images.split(8)], dim=1)
     wrapper.config.confidence_thresholds = list(share_thresholds(logits, shares).threshold)  # type: ignore[arg-type]
@@ -221,21 +221,21 @@ EARLYON = {
 def rivals_case(options: dict[str, Any], batch: int, rounds: int) -> dict[str, Any]:
     """Times all at one batch size; what cannot run is a note."""
     torch._dynamo.reset()
-    trunk, net = build(**options)
+    backbone, net = build(**options)
     size, count = int(options["img_size"]), images_a_call(batch)
     images = noise(count, size)
     calls = images.split(batch)
     shares = SHARES[RIVAL_SHARES]
     policy = thresholds(net, images, shares)
-    chunk = best_chunk(lambda n: lambda: [trunk(part) for call in calls for part in call.split(n)], batch)
+    chunk = best_chunk(lambda n: lambda: [backbone(part) for call in calls for part in call.split(n)], batch)
     arms: dict[str, Callable[[], Any]] = {}
     notes: list[str] = []
 
     def static(model: Callable[[Tensor], Any]) -> Callable[[], Any]:
         return lambda: [model(part) for call in calls for part in call.split(chunk)]
 
-    def routed(served: ExitNet | CompiledNet) -> Callable[[], Tensor]:
-        return lambda: torch.cat([served.early(call, policy).exits for call in calls])
+    def routed(served: ExitNet) -> Callable[[], Tensor]:
+        return lambda: torch.cat([served.early(call, policy).exit_index for call in calls])
 
     def adapted() -> ExitNet:
         again, lora = build(**options)
@@ -254,14 +254,9 @@ def rivals_case(options: dict[str, Any], batch: int, rounds: int) -> dict[str, A
 
         return call
 
-    def compiled() -> Callable[[], Tensor]:
-        largest = min(batch, 32)
-        buckets = sorted({-(-largest // 2**halvings) for halvings in range(4)})
-        return routed(CompiledNet(net, buckets, class_first=batch >= 4, **COMPILE).warm_up(images[0]))
-
     make: dict[str, Callable[[], Callable[[], Any]]] = {
-        "static": lambda: static(trunk),
-        "control": lambda: static(trunk),
+        "static": lambda: static(backbone),
+        "control": lambda: static(backbone),
         "routing": lambda: routed(net),
         "routing, LoRA unmerged": lambda: routed(counted["routing, LoRA unmerged"]),
         "LoRA unmerged": lambda: static(counted["routing, LoRA unmerged"].at(-1)),
@@ -269,9 +264,8 @@ def rivals_case(options: dict[str, Any], batch: int, rounds: int) -> dict[str, A
         "peft LoRA merged": lambda: static(peft_lora(build(**options)[0], merged=True)),
         "earlyon": hooked,
         "torch.compile static": lambda: static(torch.compile(build(**options)[0], dynamic=False, **COMPILE)),
-        "CompiledNet": compiled,
     }
-    counted = dict.fromkeys(("routing", "CompiledNet", "earlyon"), net) | {"routing, LoRA unmerged": adapted()}
+    counted = dict.fromkeys(("routing", "earlyon"), net) | {"routing, LoRA unmerged": adapted()}
     reached: dict[str, list[float]] = {}
     for name, maker in make.items():
         try:
@@ -287,7 +281,7 @@ def rivals_case(options: dict[str, Any], batch: int, rounds: int) -> dict[str, A
             reached[name] = shares_of(exits, net.num_exits)
     seconds = interleave(arms, rounds)
     result: dict[str, Any] = {}
-    full = exit_costs(net, size).trunk
+    full = exit_costs(net, size).backbone
     for name in [name for name in arms if name not in ("static", "control")]:
         result[name] = {"speedup": ratio(seconds["static"], seconds[name])}
         if name in reached:
@@ -311,37 +305,37 @@ def main() -> None:
     torch.set_num_threads(1)
     log = Log(args.out)
     for part in args.parts:
-        table = Table("trunk", "batch", "control", "arm", "shares", *COLUMNS[part], title=part)
+        table = Table("backbone", "batch", "control", "arm", "shares", *COLUMNS[part], title=part)
         notes: list[str] = []
-        for trunk, options in TRUNKS.items():
-            if args.only in trunk:
-                for key, line in PARTS[part](trunk, options, args, log):
+        for backbone, options in BACKBONES.items():
+            if args.only in backbone:
+                for key, line in PARTS[part](backbone, options, args, log):
                     _rows(table, part, key, line)
                     notes += line.get("notes", ())
         Console(width=150).print(table)
         print(*dict.fromkeys(notes), sep="\n")
 
 
-def _stream(trunk: str, options: dict[str, Any], args: Any, log: Log) -> Iterator[tuple[dict, dict]]:
-    key = {"part": "stream", "trunk": trunk, "batch": 1, "rounds": args.rounds}
+def _stream(backbone: str, options: dict[str, Any], args: Any, log: Log) -> Iterator[tuple[dict, dict]]:
+    key = {"part": "stream", "backbone": backbone, "batch": 1, "rounds": args.rounds}
     size = int(options["img_size"])
-    yield key, log.find(key) or log.add(key, **stream_case(build(**options)[1], size, FLOWS[trunk], args.rounds))
+    yield key, log.find(key) or log.add(key, **stream_case(build(**options)[1], size, FLOWS[backbone], args.rounds))
 
 
-def _onnx(trunk: str, options: dict[str, Any], args: Any, log: Log) -> Iterator[tuple[dict, dict]]:
+def _onnx(backbone: str, options: dict[str, Any], args: Any, log: Log) -> Iterator[tuple[dict, dict]]:
     exported, net, size = None, build(**options)[1], int(options["img_size"])
     with tempfile.TemporaryDirectory() as folder:
         for batch in args.batches:
-            key = {"part": "onnx", "trunk": trunk, "batch": batch, "rounds": args.rounds}
+            key = {"part": "onnx", "backbone": backbone, "batch": batch, "rounds": args.rounds}
             if not (line := log.find(key)):
                 exported = exported or Exported(net, size, Path(folder))
                 line = log.add(key, **onnx_case(net, exported, size, batch, args.rounds))
             yield key, line
 
 
-def _rivals(trunk: str, options: dict[str, Any], args: Any, log: Log) -> Iterator[tuple[dict, dict]]:
+def _rivals(backbone: str, options: dict[str, Any], args: Any, log: Log) -> Iterator[tuple[dict, dict]]:
     for batch in args.batches:
-        key = {"part": "rivals", "trunk": trunk, "batch": batch, "rounds": args.rounds, "shares": RIVAL_SHARES}
+        key = {"part": "rivals", "backbone": backbone, "batch": batch, "rounds": args.rounds, "shares": RIVAL_SHARES}
         yield key, log.find(key) or log.add(key, **rivals_case(options, batch, args.rounds))
 
 
@@ -358,7 +352,7 @@ COLUMNS = {
 
 
 def _rows(table: Table, part: str, key: dict[str, Any], line: dict[str, Any]) -> None:
-    first = [key["trunk"], str(key["batch"]), mark(line["control"])]
+    first = [key["backbone"], str(key["batch"]), mark(line["control"])]
     for arm, got in line.items():
         if not (isinstance(got, dict) and "speedup" in got):
             continue

@@ -44,11 +44,11 @@ from rich.table import Table
 HANG = 300
 """Seconds after which a command that should be done in five counts as hanging; the machine may have other work."""
 CLASSES = ("disc", "ring", "square")
-TRUNK = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 4, "num_heads": 3}
+BACKBONE = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 4, "num_heads": 3}
 Chain = Callable[[Path, random.Random], tuple[int, str]]
 GOOD = ("same", "refused", "harmless", "another config")
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["dynadapter.cli.app", "dynadapter.cli.predict", "dynadapter.bundle", "common"])
+PROCESSES.set_forkserver_preload(["dynadapter.cli.app", "dynadapter.cli.predict", "dynadapter.serve.bundle", "common"])
 
 
 # ---- commands --------------------------------------------------------------------------------------------------------
@@ -101,7 +101,7 @@ def predict(work: Path, out: Path) -> tuple[object, ...]:
 
 
 def bundle(work: Path) -> tuple[object, ...]:
-    return ("--bundle", work / "bundle", "--weights", work / "trunk.safetensors")
+    return ("--bundle", work / "bundle", "--weights", work / "backbone.safetensors")
 
 
 # ---- what there is to break ------------------------------------------------------------------------------------------
@@ -137,10 +137,10 @@ def make_task(folder: Path, train: int = 240, held: int = 60) -> None:
 def config(work: Path, epochs: int) -> dict[str, Any]:
     """Gives the configuration of a small training with everything switched on."""
     model = {
-        "trunk": "vit_tiny_patch16_224",
+        "backbone": "vit_tiny_patch16_224",
         "pretrained": False,
-        "weights": str(work / "trunk.safetensors"),
-        "trunk_args": TRUNK,
+        "weights": str(work / "backbone.safetensors"),
+        "backbone_args": BACKBONE,
         "adapter": {"class_path": "LoRA", "init_args": {"rank": 4}},
         "every": 1,
     }
@@ -164,8 +164,8 @@ def set_up(work: Path, epochs: int) -> None:
 
     make_task(work / "task")
     torch.manual_seed(0)
-    trunk = timm.create_model("vit_tiny_patch16_224", num_classes=3, **TRUNK)
-    safetensors.torch.save_file(trunk.state_dict(), work / "trunk.safetensors")
+    backbone = timm.create_model("vit_tiny_patch16_224", num_classes=3, **BACKBONE)
+    safetensors.torch.save_file(backbone.state_dict(), work / "backbone.safetensors")
     (work / "config.yaml").write_text(yaml.safe_dump(config(work, epochs)))
     done(work, *fit(work, "--trainer.max_epochs", 1, "--trainer.default_root_dir", work / "warm"))
     begun = time.perf_counter()
@@ -355,7 +355,7 @@ def read_onnx(work: Path, out: Path) -> str:
 
 def read_programs(work: Path, out: Path) -> bytes:
     """Runs the exported programs."""
-    from dynadapter.export import load_programs
+    from dynadapter.serve.export import load_programs
 
     try:
         programs = load_programs(work / "programs")
@@ -413,7 +413,7 @@ class Target:
 
 TARGETS = {
     "checkpoint": Target(("runs/version_0/checkpoints/last.ckpt",), read_checkpoint),
-    "trunk weights": Target(("trunk.safetensors",), read_checkpoint),
+    "backbone weights": Target(("backbone.safetensors",), read_checkpoint),
     "bundle": Target(("bundle/model.safetensors", "bundle/config.json"), read_bundle),
     "onnx": Target(("onnx/stage*.onnx", "onnx/manifest.json"), read_onnx),
     "programs": Target(("programs/stage*.pt2", "programs/manifest.json"), read_programs),

@@ -16,7 +16,7 @@ from dynadapter.spec import Spec
 class StructuredDropout(Spec):
     """Adds what the early exits of random sub-networks have yet to learn from the whole network's last exit.
 
-    A part of the batch goes through the trunk once more, as far as the last early exit, and each image through a
+    A part of the batch goes through the backbone once more, as far as the last early exit, and each image through a
     sub-network of its own: whole attention heads and whole hidden units of the MLPs are left out, for all tokens alike.
     A stage in front of many exits, whose gradients meet there, loses more of them than one in front of few.
 
@@ -28,7 +28,7 @@ class StructuredDropout(Spec):
         rate: Share of the units that the first stage loses, in [0, 1); a stage loses by the number of early exits that
             it serves, the last stage none.
         weight: Of the divergence beside the other losses, 0 or more; it is weighed by exit as they are.
-        part: Share of the batch that goes through the trunk again, above 0 and at most 1.
+        part: Share of the batch that goes through the backbone again, above 0 and at most 1.
         temperature: Of both answers, above 0.
 
     Raises:
@@ -72,7 +72,7 @@ class StructuredDropout(Spec):
             Scalar.
 
         Raises:
-            ValueError: If the trunk has nothing that could be left out.
+            ValueError: If the backbone has nothing that could be left out.
         """
         if net.num_exits == 1:
             return logits.new_zeros(())
@@ -112,7 +112,7 @@ def _readers(net: ExitNet, k: int) -> list[tuple[nn.Module, int]]:
             elif hasattr(part, "fc1") and hasattr(part, "fc2") and _inputs(layers.fc2):
                 found.append((layers.fc2, 1))
     if not found:
-        raise ValueError(f"a {type(net.trunk).__name__} has no attention heads and no MLP of linear layers to drop")
+        raise ValueError(f"a {type(net.backbone).__name__} has no attention heads and no MLP of linear layers to drop")
     return found
 
 

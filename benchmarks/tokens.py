@@ -1,11 +1,11 @@
-"""What token merging does to a trunk's accuracy at its own classes, without any training.
+"""What token merging does to a backbone's accuracy at its own classes, without any training.
 
     python benchmarks/tokens.py --data IMAGES
 
-``IMAGES`` is the set that the trunk was pre-trained on, as ``pretrain.py`` takes it; its validation images are read.
-The trunk is run with every token, and with like tokens merged at several places, where a merged token counts as often
-as it stands for tokens (as ToMe has it) and where it counts once. A line is one merging; what is in the log is not done
-again.
+``IMAGES`` is the set that the backbone was pre-trained on, as ``pretrain.py`` takes it; its validation images are read.
+The backbone is run with every token, and with like tokens merged at several places, where a merged token counts as
+often as it stands for tokens (as ToMe has it) and where it counts once. A line is one merging; what is in the log is
+not done again.
 """
 
 import json
@@ -17,7 +17,7 @@ import mosaics
 import timm
 import torch
 from common import Log, arguments
-from learning import TrunkFile
+from learning import BackboneFile
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file
@@ -40,19 +40,19 @@ MERGINGS = (
 )
 """After how many blocks, and the share that each place takes away."""
 
-PACKAGED = Path(__file__).parents[1] / "src" / "dynadapter" / "trunks" / "micro.json"
+PACKAGED = Path(__file__).parents[1] / "src" / "dynadapter" / "backbones" / "weights" / "micro.json"
 
 
-def pretrained(path: Path) -> tuple[nn.Module, TrunkFile]:
-    """Makes a trunk with the classifier that it was pre-trained with.
+def pretrained(path: Path) -> tuple[nn.Module, BackboneFile]:
+    """Makes a backbone with the classifier that it was pre-trained with.
 
     Raises:
-        ValueError: The file describes no trunk, or its weights have no classifier.
+        ValueError: The file describes no backbone, or its weights have no classifier.
     """
-    file, about = TrunkFile.read(path), json.loads(path.read_text())
+    file, about = BackboneFile.read(path), json.loads(path.read_text())
     tensors = {} if file.weights is None else {name: t.float() for name, t in load_file(file.weights).items()}
     if "head.weight" not in tensors:
-        raise ValueError(f"the weights of {path} have no classifier; give a trunk that pretrain.py kept it of")
+        raise ValueError(f"the weights of {path} have no classifier; give a backbone that pretrain.py kept it of")
     model = timm.create_model(about["architecture"], num_classes=len(tensors["head.weight"]), **about["timm_args"])
     model.load_state_dict(tensors)
     return model.eval(), file
@@ -68,10 +68,10 @@ def right(net: ExitNet, images: Tensor, labels: Tensor) -> float:
 def main() -> None:
     """Runs what is not done yet and prints the table."""
     parser = arguments(__doc__ or "", "tokens.jsonl")
-    parser.add_argument("--data", required=True, help="the images that the trunk was pre-trained on")
-    parser.add_argument("--trunk", type=Path, default=PACKAGED, help="NAME.json of the trunk")
+    parser.add_argument("--data", required=True, help="the images that the backbone was pre-trained on")
+    parser.add_argument("--backbone", type=Path, default=PACKAGED, help="NAME.json of the backbone")
     args = parser.parse_args()
-    model, file = pretrained(args.trunk)
+    model, file = pretrained(args.backbone)
     log, size = Log(args.out), file.preprocess.image_size
 
     @cache
@@ -79,19 +79,19 @@ def main() -> None:
         _, images, names = mosaics.read(args.data, size)
         if len(names) != model.num_classes:
             raise SystemExit(
-                f"{args.data} has {len(names)} classes, the trunk {model.num_classes}; give its own images"
+                f"{args.data} has {len(names)} classes, the backbone {model.num_classes}; give its own images"
             )
         return file.preprocess.normalize(images.pixels), images.labels
 
-    def line(merging: TokenMerging | None) -> dict[str, Any]:
-        key = {"trunk": file.label, "merging": str(merging)}
+    def line(token_merging: TokenMerging | None) -> dict[str, Any]:
+        key = {"backbone": file.label, "token_merging": str(token_merging)}
         found = log.find(key)
         if found is None:
-            net = ExitNet(model, LinearHeads(), exits=[], merging=merging).eval()
+            net = ExitNet(model, LinearHeads(), exit_depths=[], token_merging=token_merging).eval()
             costs = exit_costs(net)
             images, labels = validation()
             found = log.add(
-                key, accuracy=right(net, images, labels), images=len(labels), cost=costs.macs[-1] / costs.trunk
+                key, accuracy=right(net, images, labels), images=len(labels), cost=costs.macs[-1] / costs.backbone
             )
         return found
 

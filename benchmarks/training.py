@@ -1,4 +1,4 @@
-"""What four exits cost in training: a step of LoRA with exits against plain LoRA on the same trunk, and its rivals.
+"""What four exits cost in training: a step of LoRA with exits against plain LoRA on the same backbone, and its rivals.
 
     python benchmarks/training.py
 
@@ -22,7 +22,7 @@ from rich.table import Table
 from torch import nn
 
 from dynadapter import ExitNet, LoRA, inject, joint_loss
-from dynadapter.trunk import freeze
+from dynadapter.backbones import freeze
 
 CASES = {
     "ViT-S/16, 224, batch 16": dict(name="vit_small_patch16_224", img_size=224, batch=16),
@@ -35,26 +35,26 @@ CLASSES = 10
 def step(arm: str, name: str, batch: int, **options: object) -> Callable[[], None]:
     """Makes an arm's training step on random images: forward, loss, backward, AdamW."""
     torch.manual_seed(0)
-    trunk = timm.create_model(name, num_classes=CLASSES, **options)
-    net: nn.Module = trunk
+    backbone = timm.create_model(name, num_classes=CLASSES, **options)
+    net: nn.Module = backbone
     if arm == "full fine-tuning":
-        trunk.train()
+        backbone.train()
     else:
-        trunk.eval()
-        freeze(trunk)
+        backbone.eval()
+        freeze(backbone)
         if arm == "peft LoRA":
             from peft import LoraConfig, inject_adapter_in_model
 
             config = LoraConfig(r=8, lora_alpha=8, target_modules=["qkv"])
-            inject_adapter_in_model(config, trunk)
-            for parameter in trunk.head.parameters():
+            inject_adapter_in_model(config, backbone)
+            for parameter in backbone.head.parameters():
                 parameter.requires_grad_(True)
         elif arm != "linear probe":
-            inject(trunk, LoRA(rank=8))
+            inject(backbone, LoRA(rank=8))
         if arm == "LoRA + 4 exits":
-            net = ExitNet(trunk, every=3)
+            net = ExitNet(backbone, every=3)
         elif arm in ("LoRA", "control"):
-            net = ExitNet(trunk, exits=[])
+            net = ExitNet(backbone, exit_depths=[])
     optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=1e-3)
     size = int(options["img_size"])  # type: ignore[call-overload]
     images, targets = torch.randn(batch, 3, size, size), torch.randint(CLASSES, (batch,))

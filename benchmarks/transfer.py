@@ -1,7 +1,7 @@
-"""Transfers a pre-trained trunk to tasks: every kind of adapter without exits and with them, by one protocol.
+"""Transfers a pre-trained backbone to tasks: every kind of adapter without exits and with them, by one protocol.
 
-    python benchmarks/transfer.py --data tasks --trunk runs/micro/micro.json --phase search
-    python benchmarks/transfer.py --data tasks --trunk runs/micro/micro.json --phase final --seeds 0 1 2
+    python benchmarks/transfer.py --data tasks --backbone runs/micro/micro.json --phase search
+    python benchmarks/transfer.py --data tasks --backbone runs/micro/micro.json --phase final --seeds 0 1 2
 
 ``--data`` holds tasks in the layout of VTAB-1k. Phases:
 
@@ -33,7 +33,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from learning import Fit, Protocol, Task, TrunkFile, build, count_trainable, normalized, stacked_logits, timed
+from learning import BackboneFile, Fit, Protocol, Task, build, count_trainable, normalized, stacked_logits, timed
 from outcomes import DEFAULT_RULE, applied, calibrated, costs_of, held_out, measures
 from recipes import DEFAULT, METHODS, exchanges, recipe
 from runs import Key, Line, Runs, matching
@@ -41,10 +41,10 @@ from safetensors.torch import load_file, save_file
 
 from dynadapter import ExitNet, Policy, exit_costs, lay_out_for_cpu, route
 from dynadapter.adapters import adapter_layers
+from dynadapter.bench.timing import best_chunk, clock_of, cpu_name, interleave, ratio, representative
 from dynadapter.data import VTAB_TASKS
 from dynadapter.data.vtab import LISTS, vtab_task
-from dynadapter.spec_json import plain, restore
-from dynadapter.timing import best_chunk, clock_of, cpu_name, interleave, ratio, representative
+from dynadapter.spec import plain, restore
 
 OUT = Path(__file__).parent / "results" / "transfer.jsonl"
 PHASES = ("search", "ablation", "final", "speed")
@@ -58,7 +58,7 @@ GROUPS = {
     **{name: task.group for name, task in VTAB_TASKS.items()},
 }
 SCALES = (1.0, 10.0, 30.0, 100.0)
-"""What adapters are given to choose from. In short trainings of a small trunk the larger ones win on some tasks."""
+"""What adapters are given to choose from. In short trainings of a small backbone the larger ones win on some tasks."""
 FULL_RATES = (0.03, 0.1, 1.0)
 """Factors on the learning rate that full fine-tuning is given to choose from; 1e-3 is the adapters'."""
 GOAL = "50"
@@ -78,9 +78,9 @@ class Run:
     scale: float
     seed: int
 
-    def key(self, args: argparse.Namespace, trunk: TrunkFile) -> Key:
+    def key(self, args: argparse.Namespace, backbone: BackboneFile) -> Key:
         """Gives the key of its line."""
-        key = vars(self) | {"epochs": args.epochs, "batch": args.batch, "trunk": trunk.label}
+        key = vars(self) | {"epochs": args.epochs, "batch": args.batch, "backbone": backbone.label}
         return key | ({"machine": _machine(args)} if self.phase == "speed" else {})
 
     def __str__(self) -> str:
@@ -90,10 +90,12 @@ class Run:
 # ---- what there is to do ---------------------------------------------------------------------------------------------
 
 
-def plan(args: argparse.Namespace, phase: str, lines: list[Line], trunk: TrunkFile) -> tuple[list[Run], list[str]]:
+def plan(
+    args: argparse.Namespace, phase: str, lines: list[Line], backbone: BackboneFile
+) -> tuple[list[Run], list[str]]:
     """Lists the runs of a phase, and what keeps others from being done."""
     runs, missing = [], []
-    same = {"epochs": args.epochs, "batch": args.batch, "trunk": trunk.label}
+    same = {"epochs": args.epochs, "batch": args.batch, "backbone": backbone.label}
     for task in args.tasks:
         for method in args.methods:
             for name in _recipes(args, phase, method):
@@ -170,7 +172,7 @@ def calibration(
 
 def kept_name(key: Key) -> str:
     """Names what a final run leaves in ``--keep``, without the suffix."""
-    name = "{task}-{method}-{recipe}-s{scale:g}-seed{seed}-e{epochs}-{trunk}".format(**key)
+    name = "{task}-{method}-{recipe}-s{scale:g}-seed{seed}-e{epochs}-{backbone}".format(**key)
     return re.sub(r"[^\w.+-]", "-", name)
 
 
@@ -199,35 +201,35 @@ class Bench:
 
     Args:
         args: The command line.
-        trunk: What is transferred.
+        backbone: What is transferred.
     """
 
-    def __init__(self, args: argparse.Namespace, trunk: TrunkFile) -> None:
-        self.args, self.trunk = args, trunk
+    def __init__(self, args: argparse.Namespace, backbone: BackboneFile) -> None:
+        self.args, self.backbone = args, backbone
         self.device = torch.device(args.device)
-        self.task = lru_cache(maxsize=2)(lambda name: Task(args.data, name, trunk.preprocess))
+        self.task = lru_cache(maxsize=2)(lambda name: Task(args.data, name, backbone.preprocess))
         self.images = lru_cache(maxsize=2)(self._images)
         self.costs = lru_cache(maxsize=None)(self._costs)
 
     def _images(self, name: str, split: str) -> tuple[torch.Tensor, torch.Tensor]:
         images = self.task(name).split(split)
-        return normalized(images, self.trunk.preprocess, self.device), images.targets.to(self.device)
+        return normalized(images, self.backbone.preprocess, self.device), images.targets.to(self.device)
 
     def _costs(self, classes: int, method: str, name: str) -> Any:
-        return costs_of(build(self.trunk, classes, method, recipe(name), 1.0, 0))
+        return costs_of(build(self.backbone, classes, method, recipe(name), 1.0, 0))
 
     def fit(self, run: Run) -> dict[str, Any]:
         """Trains and evaluates; gives what stands in the line."""
         final = run.phase == "final"
         task, how = self.task(run.task), recipe(run.recipe)
         full = run.method == "full"
-        net = build(self.trunk, task.classes, run.method, how, 1.0 if full else run.scale, run.seed).to(self.device)
+        net = build(self.backbone, task.classes, run.method, how, 1.0 if full else run.scale, run.seed).to(self.device)
         protocol = Protocol(self.args.epochs, self.args.batch, lr=1e-3 * (run.scale if full else 1.0))
         images, targets = self.images(run.task, "train800val200" if final else "train800")
         fit = Fit(net, how, images, targets, protocol, run.seed)
         losses, seconds = timed(lambda: fit.run(self.args.replay))
         seen = task.split("test" if final else "val200")
-        logits = stacked_logits(net, seen, self.trunk.preprocess, self.device)
+        logits = stacked_logits(net, seen, self.backbone.preprocess, self.device)
         costs = self.costs(task.classes, run.method, run.recipe)
         values: dict[str, Any] = {
             "arm": "static" if how.static else "dynamic",
@@ -239,7 +241,7 @@ class Bench:
         }
         if final:
             lines = Runs(self.args.out).lines
-            same = {name: run.key(self.args, self.trunk)[name] for name in ("epochs", "batch", "trunk")}
+            same = {name: run.key(self.args, self.backbone)[name] for name in ("epochs", "batch", "backbone")}
             found = calibration(lines, same, run.task, run.method, run.recipe, run.scale, run.seed)
             tried = same | {"epochs": self.args.scale_epochs or self.args.epochs}
             about = matching(lines, phase="search", recipe=run.recipe, task=run.task, method=run.method, **tried)
@@ -262,7 +264,7 @@ class Bench:
         return self.args.groups.get(task) or GROUPS.get(known.name if known else task, "Other")
 
     def _kept(self, run: Run) -> Path:
-        return Path(self.args.keep) / kept_name(run.key(self.args, self.trunk))
+        return Path(self.args.keep) / kept_name(run.key(self.args, self.backbone))
 
     def _keep(self, run: Run, net: ExitNet, logits: torch.Tensor, targets: torch.Tensor, files: list[str]) -> None:
         place = self._kept(run)
@@ -273,17 +275,17 @@ class Bench:
         np.savez_compressed(place.with_name(place.name + ".npz"), **arrays)
 
     def speed(self, run: Run, line: Line) -> dict[str, Any]:
-        """Times the network that a final run left: routed at its thresholds, beside its own trunk without exits."""
+        """Times the network that a final run left: routed at its thresholds, beside its own backbone without exits."""
         kept = self._kept(run)
         if not kept.with_name(kept.name + ".npz").is_file():
             raise ValueError(f"{run} left nothing in {kept.parent}; train it with --keep {kept.parent}")
         task, how = self.task(run.task), recipe(run.recipe)
-        net = build(self.trunk, task.classes, run.method, how, run.scale, run.seed).eval()
+        net = build(self.backbone, task.classes, run.method, how, run.scale, run.seed).eval()
         net.load_state_dict(load_file(kept.with_name(kept.name + ".safetensors")), strict=False)
-        if all(layer.mergeable for layer in adapter_layers(net.trunk).values()):
+        if all(layer.mergeable for layer in adapter_layers(net.backbone).values()):
             net.merge(1e-4)
         # a policy that asks no exit runs no early head, and splits no block before the last one
-        alone = ExitNet(net.trunk, exits=(), merging=net.merging)
+        alone = ExitNet(net.backbone, exit_depths=(), token_merging=net.token_merging)
         costs = {asks: exit_costs(what, class_first=True) for asks, what in ((True, net), (False, alone))}
         dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         lay_out_for_cpu(net.to(self.device, dtype))
@@ -296,7 +298,7 @@ class Bench:
                 continue
             policy = restore(found["policy"], Policy)
             rows = representative(route(policy, logits), TIMED_IMAGES)
-            images = self.trunk.preprocess.normalize(pixels[rows]).to(self.device, dtype)
+            images = self.backbone.preprocess.normalize(pixels[rows]).to(self.device, dtype)
             result[goal] = time_arms(net, images, policy, batch, self.args.rounds, costs[policy.asks])
         return {"arm": "dynamic", "threads": torch.get_num_threads(), "times": result}
 
@@ -308,17 +310,17 @@ def time_arms(
     """Times the static network, itself once more, and routing, arm by arm in turn."""
 
     def static(chunk: int) -> Any:
-        return lambda: [net.trunk(part) for call in images.split(batch) for part in call.split(chunk)]
+        return lambda: [net.backbone(part) for call in images.split(batch) for part in call.split(chunk)]
 
     def routed() -> torch.Tensor:
-        return torch.cat([net.early(part, policy).exits for part in images.split(batch)])
+        return torch.cat([net.early(part, policy).exit_index for part in images.split(batch)])
 
     clock = clock_of(images.device, torch.get_num_threads())
     chunk = best_chunk(static, batch, clock, images.device, 3)
     times = interleave({"static": static(chunk), "control": static(chunk), "routed": routed}, rounds, 1, images.device)
     seconds = {name: taken.rounds(clock) for name, taken in times.items()}
     shares = (routed().cpu().bincount(minlength=net.num_exits).double() / len(images)).tolist()
-    promise = costs.trunk / (costs.average(shares) if policy.asks else costs.macs[-1])
+    promise = costs.backbone / (costs.average(shares) if policy.asks else costs.macs[-1])
     speedup = ratio(seconds["static"], seconds["routed"])
     return {
         "images_per_second": {name: len(images) / statistics.median(taken) for name, taken in seconds.items()},
@@ -343,21 +345,21 @@ def said(line: Line) -> str:
 # ---- the program -----------------------------------------------------------------------------------------------------
 
 
-def work(args: argparse.Namespace, trunk: TrunkFile, phase: str) -> None:
+def work(args: argparse.Namespace, backbone: BackboneFile, phase: str) -> None:
     """Does the runs of a phase that nobody has done or is doing."""
     runs = Runs(args.out)
-    todo, missing = plan(args, phase, runs.lines, trunk)
+    todo, missing = plan(args, phase, runs.lines, backbone)
     check_recipes(runs.lines, {run.recipe for run in todo})
     for text in missing:
         print(f"left out: {text}", flush=True)
-    left = [run for run in todo if runs.find(run.key(args, trunk)) is None]
+    left = [run for run in todo if runs.find(run.key(args, backbone)) is None]
     print(f"{phase}: {len(todo)} runs, {len(left)} of them to do", flush=True)
     if args.dry:
         print(*left, sep="\n", flush=True)
         return
-    bench = Bench(args, trunk)
+    bench = Bench(args, backbone)
     for number, run in enumerate(left, start=1):
-        key = run.key(args, trunk)
+        key = run.key(args, backbone)
         with runs.claim(key) as mine:
             if mine:
                 values = bench.speed(run, _final(runs, run, key)) if phase == "speed" else bench.fit(run)
@@ -405,7 +407,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="folder that holds the tasks")
-    parser.add_argument("--trunk", required=True, help="NAME.json of the pre-trained trunk")
+    parser.add_argument("--backbone", required=True, help="NAME.json of the pre-trained backbone")
     parser.add_argument("--phase", nargs="+", default=["search"], choices=PHASES, help="one or several, in this order")
     parser.add_argument("--tasks", nargs="+", help="by default all in --data")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS, help="by default all")
@@ -446,14 +448,14 @@ def main(argv: list[str] | None = None) -> None:
     """Runs the program; a user's mistake is one line and exit code 2."""
     try:
         args = arguments(argv)
-        trunk = TrunkFile.read(args.trunk)
+        backbone = BackboneFile.read(args.backbone)
         torch.set_num_threads(args.threads)
         os.environ.setdefault("OMP_NUM_THREADS", str(args.threads))
         for phase in [phase for phase in PHASES if phase in args.phase]:
             if args.jobs > 1 and not args.dry:
                 spread(sys.argv[1:] if argv is None else argv, args.jobs, phase)
             else:
-                work(args, trunk, phase)
+                work(args, backbone, phase)
     except ValueError as error:
         raise SystemExit(print(f"transfer.py: error: {error}", file=sys.stderr) or 2) from None
 

@@ -1,7 +1,8 @@
 """Makes a wider Vision Transformer of a narrower one that computes the same (Net2Net, Chen et al. 2016).
 
-A wide trunk need not learn again what a narrow one has learned: every channel becomes several that hold the same value,
-and who reads them shares the old weight among them at random, so that they go different ways from the first step on.
+A wide backbone need not learn again what a narrow one has learned: every channel becomes several that hold the same
+value, and who reads them shares the old weight among them at random, so that they go different ways from the first step
+on.
 """
 
 import math

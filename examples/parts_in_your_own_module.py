@@ -1,7 +1,7 @@
 """The parts of dynadapter in a LightningModule of your own: `python examples/parts_in_your_own_module.py`.
 
 A frozen Vision Transformer learns scikit-learn's handwritten digits through LoRA and four exits, in half a minute on a
-CPU. Nothing is downloaded: the trunk's weights are random, yours come with `pretrained=True` or `weights="file"`.
+CPU. Nothing is downloaded: the backbone's weights are random, yours come with `pretrained=True` or `weights="file"`.
 """
 
 import torch
@@ -20,12 +20,12 @@ from dynadapter import (
     FlopsReport,
     Linear,
     LoRA,
-    create_trunk,
+    create_backbone,
     exit_costs,
     inject,
     joint_loss,
 )
-from dynadapter.module import trainable_only
+from dynadapter.training.module import trainable_only
 
 
 class Digits(LightningModule):
@@ -35,14 +35,14 @@ class Digits(LightningModule):
         super().__init__()
         # Any timm ViT, Swin or ConvNeXt, frozen but for its own classifier ...
         tiny = {"img_size": 8, "patch_size": 4, "in_chans": 1, "embed_dim": 96, "weight_init": "jax"}
-        trunk = create_trunk("vit_tiny_patch16_224", num_classes=10, **tiny)
+        backbone = create_backbone("vit_tiny_patch16_224", num_classes=10, **tiny)
         # ... with adapters around the layers that a pattern names ...
-        inject(trunk, LoRA(rank=8, targets=("*.qkv", "*.fc1")))
+        inject(backbone, LoRA(rank=8, targets=("*.qkv", "*.fc1")))
         # ... and an exit after every third of its 12 blocks: MLP heads first, linear ones later.
-        self.net = ExitNet(trunk, heads=Balanced(), every=3)
+        self.net = ExitNet(backbone, heads=Balanced(), every=3)
         # Who leaves where; Entropy, Margin, Patience or a subclass of your own fit as well.
         self.policy = Confidence(threshold)
-        # Checkpoints without the frozen trunk. Leave this out to save everything.
+        # Checkpoints without the frozen backbone. Leave this out to save everything.
         trainable_only(self)
 
     def training_step(self, batch: list[torch.Tensor], batch_idx: int) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Three tiny trunks, one of each family, each six blocks deep, and images that fit them all."""
+"""Three tiny backbones, one of each family, each six blocks deep, and images that fit them all."""
 
 from collections.abc import Callable
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dynadapter.trunk import create_trunk
+from dynadapter.backbones import create_backbone
 
 torch.set_num_threads(1)  # for tensors this small a second thread costs more than it does
 
@@ -25,12 +25,12 @@ CONVNEXT = {"patch_size": 2, "dims": (16, 24, 32, 48), "depths": (2, 1, 2, 1), "
 
 def make_vit(num_classes: int = CLASSES, **changes) -> nn.Module:
     """A ViT with a class token and 16 patches: blocks give (batch, 17, 48)."""
-    return create_trunk("vit_tiny_patch16_224", num_classes, **(VIT | changes))
+    return create_backbone("vit_tiny_patch16_224", num_classes, **(VIT | changes))
 
 
 def make_swin(num_classes: int = CLASSES, **changes) -> nn.Module:
     """A Swin of three stages: (batch, 16, 16, 16), (batch, 8, 8, 32), (batch, 4, 4, 64) after two blocks each."""
-    return create_trunk("swin_tiny_patch4_window7_224", num_classes, **(SWIN | changes))
+    return create_backbone("swin_tiny_patch4_window7_224", num_classes, **(SWIN | changes))
 
 
 def make_convnext(num_classes: int = CLASSES, **changes) -> nn.Module:
@@ -38,10 +38,10 @@ def make_convnext(num_classes: int = CLASSES, **changes) -> nn.Module:
 
     The layer scale starts at 1, as after training; timm's 1e-6 would hide whatever a block does.
     """
-    return create_trunk("convnext_tiny", num_classes, **(CONVNEXT | changes))
+    return create_backbone("convnext_tiny", num_classes, **(CONVNEXT | changes))
 
 
-TRUNKS: dict[str, Callable[..., nn.Module]] = {"vit": make_vit, "swin": make_swin, "convnext": make_convnext}
+BACKBONES: dict[str, Callable[..., nn.Module]] = {"vit": make_vit, "swin": make_swin, "convnext": make_convnext}
 
 
 @pytest.fixture
@@ -59,9 +59,9 @@ def convnext() -> nn.Module:
     return make_convnext()
 
 
-@pytest.fixture(params=TRUNKS)
-def any_trunk(request: pytest.FixtureRequest) -> nn.Module:
-    return TRUNKS[request.param]()
+@pytest.fixture(params=BACKBONES)
+def any_backbone(request: pytest.FixtureRequest) -> nn.Module:
+    return BACKBONES[request.param]()
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from dynadapter.net import ExitNet
+from dynadapter.exits.net import ExitNet
 
 HIDDEN = 64  # of the MLP heads
 
@@ -126,7 +126,7 @@ def by_hand(architecture: ViT | Swin | ConvNeXt, exits: tuple[int, ...], classes
 
 def by_torch(net: ExitNet, side: int = SIDE) -> list[int]:
     """Counts the same by running the network in eager mode and reading torch's own counter at each exit."""
-    weight = next(net.trunk.parameters())
+    weight = next(net.backbone.parameters())
     images = torch.zeros(1, 3, side, side, device=weight.device, dtype=weight.dtype)
     counts = []
     with torch.no_grad(), counting() as counter:

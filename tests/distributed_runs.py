@@ -23,7 +23,12 @@ from PIL import Image
 from tiny import make_classifier, trainer
 
 from dynadapter.adapters import LoRA
-from dynadapter.callbacks import (
+from dynadapter.data import ImageData, ImagesToPredict
+from dynadapter.data.base import ImageDataset
+from dynadapter.exits.heads import LinearHeads
+from dynadapter.exits.policies import Confidence, Patience
+from dynadapter.exits.temperature import Scaled
+from dynadapter.training.callbacks import (
     BidirectionalSparsity,
     EarlyExit,
     ExitWeights,
@@ -31,14 +36,9 @@ from dynadapter.callbacks import (
     PredictionWriter,
     WeightAverage,
 )
-from dynadapter.data import ImageData, ImagesToPredict
-from dynadapter.data.base import ImageDataset
-from dynadapter.heads import LinearHeads
-from dynadapter.module import ExitClassifier, Mixing
-from dynadapter.policies import Confidence, Patience
-from dynadapter.schedules import Constant
-from dynadapter.temperature import Scaled
-from dynadapter.weighting import PerExit
+from dynadapter.training.module import ExitClassifier, Mixing
+from dynadapter.training.schedules import Constant
+from dynadapter.training.weighting import PerExit
 
 NAMES = ["a", "b", "c", "d", "e"]
 PROCESSES = (2, 1, 3)  # the others go on from what two have saved
@@ -313,7 +313,7 @@ def weights_that_are_not_finite(where: Where) -> Any:
         def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
             if trainer.global_step == 2:
                 with torch.no_grad():
-                    pl_module.net.trunk.head.weight[0, 0] = float("inf")
+                    pl_module.net.backbone.head.weight[0, 0] = float("inf")
 
     folder = where.folder / f"weights.{where.processes}"
     saving = ModelCheckpoint(folder, every_n_train_steps=1, save_top_k=1, filename="only", enable_version_counter=False)

@@ -9,7 +9,7 @@ from dataclasses import FrozenInstanceError, replace
 import pytest
 import timm
 import torch
-from conftest import TRUNKS, make_convnext, make_vit
+from conftest import BACKBONES, make_convnext, make_vit
 from timm.models.vision_transformer import Block, ResPostBlock
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -27,7 +27,7 @@ from dynadapter.adapters import (
 )
 from dynadapter.adapters.droprate import DropRate
 
-FAMILIES = TRUNKS | {"convnext_1x1": lambda: make_convnext(conv_mlp=True)}
+FAMILIES = BACKBONES | {"convnext_1x1": lambda: make_convnext(conv_mlp=True)}
 
 KINDS = [kind for kind in AdapterSpec.__subclasses__() if kind.__module__.startswith("dynadapter.")]
 VARIANTS = {kind.__name__: kind() for kind in KINDS} | {
@@ -64,7 +64,7 @@ def spec_for(variant: str, family: str) -> AdapterSpec:
 
 
 def own_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The adapters' parameters, found as those that a bare trunk has under no name."""
+    """The adapters' parameters, found as those that a bare backbone has under no name."""
     found = {}
     for name, layer in adapter_layers(model).items():
         found |= {f"{name}.{key}": value for key, value in layer.named_parameters(recurse=False)}
@@ -108,7 +108,7 @@ def test_injection_is_exactly_the_identity(variant, family, images):
     model.train()
     for layer in adapter_layers(model).values():
         layer.base_layer.eval()
-    # With zero up-projections dropout has nothing to change either; only the trunk's own drop path might.
+    # With zero up-projections dropout has nothing to change either; only the backbone's own drop path might.
     model.eval()
     for layer in adapter_layers(model).values():
         layer.dropout.train()
@@ -127,9 +127,9 @@ def test_gradients_reach_every_tensor(variant, family, images):
     for name, tensor in tensors.items():
         assert tensor.grad is not None, name
         assert tensor.grad.abs().sum() > 0, name
-    trunk = [p for p in model.parameters() if not p.requires_grad]
-    assert trunk
-    assert all(p.grad is None for p in trunk)
+    backbone = [p for p in model.parameters() if not p.requires_grad]
+    assert backbone
+    assert all(p.grad is None for p in backbone)
 
 
 @each
@@ -246,21 +246,21 @@ def test_half_precision(variant, family, images):
     expected = exact(images)
     with torch.autocast("cpu", torch.bfloat16):
         mixed = exact(images)
-    trunk = FAMILIES[family]().bfloat16()
-    plain = trunk(images.bfloat16())
-    inject(trunk, spec_for(variant, family))
-    assert torch.equal(trunk(images.bfloat16()), plain)
-    assert all(tensor.dtype == torch.float32 for tensor in own_tensors(trunk).values())
-    scramble(trunk)
-    half = trunk(images.bfloat16())
+    backbone = FAMILIES[family]().bfloat16()
+    plain = backbone(images.bfloat16())
+    inject(backbone, spec_for(variant, family))
+    assert torch.equal(backbone(images.bfloat16()), plain)
+    assert all(tensor.dtype == torch.float32 for tensor in own_tensors(backbone).values())
+    scramble(backbone)
+    half = backbone(images.bfloat16())
     assert half.dtype == torch.bfloat16
     with torch.no_grad():
-        torch.testing.assert_close(trunk(images.bfloat16()), half, rtol=0.1, atol=0.1)
+        torch.testing.assert_close(backbone(images.bfloat16()), half, rtol=0.1, atol=0.1)
     spread = expected.std()
     for coarse in (mixed, half):
         assert (coarse.float() - expected).abs().mean() < 0.1 * spread
     half.float().sum().backward()
-    assert all(tensor.grad is not None for tensor in own_tensors(trunk).values())
+    assert all(tensor.grad is not None for tensor in own_tensors(backbone).values())
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -514,7 +514,7 @@ def test_nothing_is_wrapped_twice(vit, images):
     untouched(vit, RepAdapter(), "blocks.0.attn.qkv has an adapter already, LoRA; choose other targets for RepAdapter")
 
 
-def test_kinds_in_one_trunk(vit, images):
+def test_kinds_in_one_backbone(vit, images):
     """A layer inside a wrapped module keeps its old name for patterns; kinds nest in either order."""
     expected = vit(images)
     twin = copy.deepcopy(vit)
@@ -534,7 +534,7 @@ def test_kinds_in_one_trunk(vit, images):
     assert torch.equal(both(images), expected)
 
 
-def test_depth_counts_the_whole_trunk(vit):
+def test_depth_counts_the_whole_backbone(vit):
     (name,) = inject(vit, LoRA(targets=("blocks.4.attn.qkv",)))
     assert adapter_layers(vit)[name].depth == pytest.approx(0.8)
 
@@ -609,7 +609,7 @@ def test_merging_is_all_or_nothing(vit, images):
     assert len(adapter_layers(mixed)) == 12
 
 
-def test_a_coarse_trunk_is_refused_within_the_tolerance():
+def test_a_coarse_backbone_is_refused_within_the_tolerance():
     vit = make_vit().bfloat16()
     inject(vit, LoRA())
     scramble(vit)

@@ -9,8 +9,8 @@ from lightning.pytorch import Callback
 from tiny import SaveFirstEpoch, TinyModule, loader, make_classifier, trainer
 from torch import Tensor
 
-from dynadapter.callbacks import WeightAverage
-from dynadapter.schedules import Constant
+from dynadapter.training.callbacks import WeightAverage
+from dynadapter.training.schedules import Constant
 
 
 class ByHand(Callback):

@@ -18,8 +18,8 @@ from torch.nn import functional as F
 
 from dynadapter import AdapterSpec, Constant, ExitCosts, ExitNet, LateToEarly, LinearHeads, Uniform, route
 from dynadapter.adapters import AdapterLayer
-from dynadapter.callbacks.sparsity import _own_parameters
-from dynadapter.runtime import Runner
+from dynadapter.serve.runtime import Runner
+from dynadapter.training.callbacks.sparsity import _own_parameters
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 SHAPE: dict[str, Any] = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "depth": 6, "num_heads": 3}
@@ -37,21 +37,21 @@ def program():
 
 
 @pytest.fixture(scope="module")
-def trunk(program, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The description of a random trunk."""
-    path = tmp_path_factory.mktemp("trunk") / "small.json"
+def backbone(program, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The description of a random backbone."""
+    path = tmp_path_factory.mktemp("backbone") / "small.json"
     path.write_text(json.dumps({"architecture": "vit_tiny_patch16_224", "timm_args": SHAPE, "weights": None}))
     return path
 
 
 @pytest.fixture
-def build(program, trunk):
+def build(program, backbone):
     """Builds the network of a method by a recipe with changes; ``every`` is 2, so that there are three exits."""
     learning, recipes = program("learning"), program("recipes")
 
     def build(method: str = "lora", **changes: Any) -> tuple[ExitNet, Any]:
         recipe = recipes.Recipe(**({"every": 2} | QUIET | changes))
-        net = learning.build(learning.TrunkFile.read(trunk), CLASSES, method, recipe, 1.0, 0)
+        net = learning.build(learning.BackboneFile.read(backbone), CLASSES, method, recipe, 1.0, 0)
         with torch.no_grad():  # no adapter tensor is zero, so that every one has a gradient
             for element in adapters(net):
                 element.add_(0.1 * torch.randn(element.shape, generator=torch.Generator().manual_seed(1)))
@@ -215,7 +215,7 @@ def test_heads_and_hidden_units_are_left_out_whole(program, build, method):
     seen: dict[int, list[Tensor]] = {k: [] for k in range(6)}
     places = [
         (part, k)
-        for k, block in enumerate(net.trunk.blocks)
+        for k, block in enumerate(net.backbone.blocks)
         for name, part in block.named_modules()
         if name.endswith((".proj", ".fc2"))
     ]
@@ -313,7 +313,7 @@ def test_thresholds_keep_what_they_promise(program):
         for goal, one in goals.items():
             if one is None:
                 continue
-            assert one["cost"] == pytest.approx(costs.average(one["shares"]) / costs.trunk)
+            assert one["cost"] == pytest.approx(costs.average(one["shares"]) / costs.backbone)
             if goal != "drop 0":
                 assert one["cost"] <= float(goal) / 100 + 1e-9
             elif not outcomes.RULES[rule].running:
@@ -347,9 +347,9 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def test_transfer_goes_from_search_to_speed_and_on_where_it_stopped(program, trunk, tasks, tmp_path, capsys):
+def test_transfer_goes_from_search_to_speed_and_on_where_it_stopped(program, backbone, tasks, tmp_path, capsys):
     log, keep = tmp_path / "log.jsonl", tmp_path / "kept"
-    common = ["--data", str(tasks), "--trunk", str(trunk), "--out", str(log), "--epochs", "2", "--batch", "8"]
+    common = ["--data", str(tasks), "--backbone", str(backbone), "--out", str(log), "--epochs", "2", "--batch", "8"]
     common += ["--device", "cpu", "--groups", "colours=Natural", "--scales", "1", "--rounds", "1"]
 
     def run(*phases: str, methods: str = "lora probe", **more: Any) -> str:
@@ -388,9 +388,9 @@ def test_transfer_goes_from_search_to_speed_and_on_where_it_stopped(program, tru
 
 
 @pytest.mark.slow
-def test_two_processes_share_the_runs(program, trunk, tasks, tmp_path):
+def test_two_processes_share_the_runs(program, backbone, tasks, tmp_path):
     log = tmp_path / "log.jsonl"
-    common = ["--data", str(tasks), "--trunk", str(trunk), "--out", str(log), "--epochs", "1", "--batch", "8"]
+    common = ["--data", str(tasks), "--backbone", str(backbone), "--out", str(log), "--epochs", "1", "--batch", "8"]
     program("transfer").main([*common, "--device", "cpu", "--methods", "lora", "--jobs", "2"])
     keys = [json.dumps(line["key"]) for line in program("runs").read_lines(log)]
     assert len(keys) == len(set(keys)) == 8  # two arms, four scales
@@ -416,7 +416,7 @@ class Told(Runner):
 def test_what_8_bits_change_is_told_of_every_exit_and_of_routing(program):
     quantised, generator = program("quantised"), torch.Generator().manual_seed(0)
     logits, images = torch.randn(2, 80, 3, generator=generator), np.arange(80, dtype=np.float32)[:, None]
-    targets, costs = torch.arange(80) % 3, ExitCosts(macs=(25, 100), light=(0, 0), trunk=100, exits=(1, 2))
+    targets, costs = torch.arange(80) % 3, ExitCosts(macs=(25, 100), light=(0, 0), backbone=100, exit_depths=(1, 2))
     other = logits.clone()
     other[1, :8] = -other[1, :8]  # other answers of the last exit for a tenth of the images
     for changed in (logits, other):
@@ -440,12 +440,12 @@ def test_what_8_bits_change_is_told_of_every_exit_and_of_routing(program):
 
 
 @pytest.mark.slow
-def test_a_trained_network_is_exported_in_both_precisions(program, trunk, tasks, tmp_path, capsys, monkeypatch):
+def test_a_trained_network_is_exported_in_both_precisions(program, backbone, tasks, tmp_path, capsys, monkeypatch):
     pytest.importorskip("onnxscript")
     quantised, log = program("quantised"), tmp_path / "log.jsonl"
     monkeypatch.setattr(quantised, "BATCHES", (2,))
     monkeypatch.setattr(quantised, "BUDGET", 0.8)  # with two exits the first costs half
-    argv = ["--data", str(tasks), "--trunk", str(trunk), "--out", str(log), "--methods", "lora"]
+    argv = ["--data", str(tasks), "--backbone", str(backbone), "--out", str(log), "--methods", "lora"]
     argv += ["--epochs", "1", "--batch", "8", "--rounds", "2", "--scale", "1"]
     quantised.main(argv)
     first = capsys.readouterr().out
@@ -492,12 +492,12 @@ def test_folders_and_mosaics_are_the_same_set(program, source):
         read(source, 12)
 
 
-def test_merged_tokens_at_the_own_classes_of_a_trunk(program, source, tmp_path, capsys, monkeypatch):
+def test_merged_tokens_at_the_own_classes_of_a_backbone(program, source, tmp_path, capsys, monkeypatch):
     tokens, out, log = program("tokens"), tmp_path / "made", tmp_path / "log.jsonl"
     program("pretrain").main(small_run(source, out))
     (about,) = out.glob("*.json")
     monkeypatch.setattr(tokens, "MERGINGS", (((0,), 0.5), ((1,), 0.25)))
-    argv = ["tokens.py", "--data", str(source / "folder"), "--trunk", str(about), "--out", str(log)]
+    argv = ["tokens.py", "--data", str(source / "folder"), "--backbone", str(about), "--out", str(log)]
     monkeypatch.setattr(sys, "argv", argv)
     capsys.readouterr()
     tokens.main()
@@ -542,17 +542,17 @@ def test_pretraining_goes_on_as_if_it_had_never_stopped(program, source, tmp_pat
     assert [(one["epoch"], one["loss"], one["val_acc"]) for one in logs[0]] == [
         (one["epoch"], one["loss"], one["val_acc"]) for one in logs[1]
     ]
-    trunk = program("learning").TrunkFile.read(whole.with_suffix(".json"))
-    assert trunk.preprocess.image_size == 12
+    backbone = program("learning").BackboneFile.read(whole.with_suffix(".json"))
+    assert backbone.preprocess.image_size == 12
     about = json.loads(whole.with_suffix(".json").read_text())
-    model = trunk.build(2, seed=0)
-    assert sum(p.numel() for p in model.parameters()) == sum(about["parameters"][n] for n in ("trunk", "classifier"))
+    model = backbone.build(2, seed=0)
+    assert sum(p.numel() for p in model.parameters()) == sum(about["parameters"][n] for n in ("backbone", "classifier"))
     with pytest.raises(SystemExit):
         pretrain.main([*common, "--out", str(tmp_path / "parts"), "--width", "32"])
     assert "was begun with width=16, not 32" in capsys.readouterr().err
     whole.write_bytes(whole.read_bytes()[:-1] + b"\0")
     with pytest.raises(ValueError, match="is not the file that"):
-        program("learning").TrunkFile.read(whole.with_suffix(".json"))
+        program("learning").BackboneFile.read(whole.with_suffix(".json"))
 
 
 def small_run(source: Path, out: Path, more: str = "") -> list[str]:
@@ -637,7 +637,7 @@ def test_what_early_classifiers_learn_is_labels_and_the_last_ones_answer(program
     torch.testing.assert_close(given.grad[-1], alone.grad)
 
 
-def test_early_classifiers_without_weight_leave_the_trunk_alone(program):
+def test_early_classifiers_without_weight_leave_the_backbone_alone(program):
     pretrain = program("pretrain")
     draw = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (4, 3, 12, 12), generator=draw, dtype=torch.uint8)
@@ -671,15 +671,15 @@ def test_early_classifiers_leave_the_last_one(program):
             program("pretrain").Recipe(**(shape | changes))
 
 
-def test_the_trunk_beside_the_benchmarks_is_what_its_files_say(program):
-    file = program("learning").TrunkFile.read(BENCHMARKS / "trunks" / "tiny.json")  # compares the hash
-    about = json.loads((BENCHMARKS / "trunks" / "tiny.json").read_text())
+def test_the_backbone_beside_the_benchmarks_is_what_its_files_say(program):
+    file = program("learning").BackboneFile.read(BENCHMARKS / "backbones" / "tiny.json")  # compares the hash
+    about = json.loads((BENCHMARKS / "backbones" / "tiny.json").read_text())
     model = file.build(3, seed=0).eval()
     classifier = sum(p.numel() for p in model.head.parameters())
-    assert sum(p.numel() for p in model.parameters()) - classifier == about["parameters"]["trunk"]
+    assert sum(p.numel() for p in model.parameters()) - classifier == about["parameters"]["backbone"]
     with torch.no_grad():
         assert model(torch.randn(2, 3, 48, 48)).isfinite().all()
-    assert about["sha256"] in (BENCHMARKS / "trunks" / "tiny.md").read_text()
+    assert about["sha256"] in (BENCHMARKS / "backbones" / "tiny.md").read_text()
 
 
 def test_a_run_can_begin_with_an_earlier_ones_weights(program, source, earlier, tmp_path, capsys):

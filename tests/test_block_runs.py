@@ -1,19 +1,19 @@
-"""``trunk.run``: timm's own block to the bit, in fewer steps."""
+"""``backbone.run``: timm's own block to the bit, in fewer steps."""
 
 import pytest
 import torch
-from conftest import TRUNKS, make_vit
+from conftest import BACKBONES, make_vit
 from test_class_first import ADAPTERS, VITS, network, pictures
 from torch import Tensor, nn
 
-from dynadapter import trunk as cut
+from dynadapter import backbones as cut
 from dynadapter.adapters import LoRA
 
 
 def called(net: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
-    """A trunk's last block's output by ``run`` and by its modules' own calls."""
-    ours = theirs = cut.embed(net.trunk, images)
-    for unit in cut.blocks(net.trunk):
+    """A backbone's last block's output by ``run`` and by its modules' own calls."""
+    ours = theirs = cut.embed(net.backbone, images)
+    for unit in cut.blocks(net.backbone):
         for module in unit:
             before = ours.clone()
             after = cut.run(module, ours)
@@ -39,9 +39,9 @@ def test_equal_on_every_kind_of_vit(options):
     assert_equal(network(make_vit(**options)), pictures())
 
 
-@pytest.mark.parametrize("family", TRUNKS)
+@pytest.mark.parametrize("family", BACKBONES)
 def test_equal_on_every_family(family):
-    assert_equal(network(TRUNKS[family]()), pictures())
+    assert_equal(network(BACKBONES[family]()), pictures())
 
 
 def test_equal_in_half_precision_and_under_autocast():
@@ -53,7 +53,7 @@ def test_equal_in_half_precision_and_under_autocast():
 
 def test_equal_with_unfused_attention(monkeypatch):
     net = network(make_vit())
-    for block in net.trunk.blocks:
+    for block in net.backbone.blocks:
         block.attn.fused_attn = False
     assert_equal(net, pictures())
 
@@ -61,10 +61,10 @@ def test_equal_with_unfused_attention(monkeypatch):
 def test_fewer_steps_than_the_block_takes():
     """What is called says so: no dropout, no identity of the attention's and the MLP's."""
     net, steps = network(make_vit()), []
-    for name, module in net.trunk.blocks[0].named_modules():
+    for name, module in net.backbone.blocks[0].named_modules():
         if isinstance(module, nn.Dropout | nn.GELU):
             module.register_forward_hook(lambda *_, name=name: steps.append(name))
-    block, x = net.trunk.blocks[0], cut.embed(net.trunk, pictures())
+    block, x = net.backbone.blocks[0], cut.embed(net.backbone, pictures())
     with torch.inference_mode():
         block(x)
         assert "attn.proj_drop" in steps
@@ -76,7 +76,7 @@ def test_fewer_steps_than_the_block_takes():
 @pytest.mark.parametrize("place", ["", "attn", "mlp", "mlp.act", "norm1", "norm2", "attn.qkv", "attn.proj", "mlp.fc1"])
 def test_hooks_are_called(place):
     net, seen = network(make_vit()), []
-    for block in net.trunk.blocks:
+    for block in net.backbone.blocks:
         block.get_submodule(place).register_forward_hook(lambda *_: seen.append(1))
     with torch.inference_mode():
         net(pictures(2))
@@ -97,16 +97,16 @@ def test_who_watches_all_modules_sees_them():
 @pytest.mark.parametrize("place", ["norm2", "attn.proj", "mlp.fc2"])
 def test_a_layer_with_a_forward_of_its_own_is_called(place):
     net = network(make_vit())
-    layer = net.trunk.blocks[0].get_submodule(place)
+    layer = net.backbone.blocks[0].get_submodule(place)
     layer.forward = lambda x, plain=layer.forward: 2 * plain(x)
     assert_equal(net, pictures(2))
 
 
 def test_a_forward_of_its_own_is_used():
     net = network(make_vit())
-    net.trunk.blocks[1].forward = lambda x: torch.zeros_like(x)
+    net.backbone.blocks[1].forward = lambda x: torch.zeros_like(x)
     with torch.inference_mode():
-        assert not cut.run(net.trunk.blocks[1], cut.embed(net.trunk, pictures(2))).any()
+        assert not cut.run(net.backbone.blocks[1], cut.embed(net.backbone, pictures(2))).any()
 
 
 def test_gradients_pass():
@@ -118,9 +118,9 @@ def test_gradients_pass():
 def test_a_compiled_block_sees_its_own_call():
     """No tensor of a graph is written again: the trace holds the block's own steps."""
     net = network(make_vit())
-    x = cut.embed(net.trunk, pictures(2)).detach()
+    x = cut.embed(net.backbone, pictures(2)).detach()
     with torch.no_grad():
-        program = torch.export.export(_Runs(net.trunk.blocks[0]), (x,))
+        program = torch.export.export(_Runs(net.backbone.blocks[0]), (x,))
     assert not any("add_." in str(node.target) or "gelu_" in str(node.target) for node in program.graph.nodes)
 
 

@@ -21,9 +21,18 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dynadapter.adapters import Adapter, AdapterLayer, AdapterSpec, LoRA, RepAdapter, adapter_layers, inject
-from dynadapter.bundle import (
+from dynadapter.backbones import create_backbone, fingerprint
+from dynadapter.calibrate import Calibrated, Outcome
+from dynadapter.cost import exit_costs
+from dynadapter.exits.heads import Balanced, Heads, LinearHeads
+from dynadapter.exits.net import ExitNet
+from dynadapter.exits.policies import Confidence, Never, Patience, Policy, confidence, route
+from dynadapter.exits.temperature import Scaled
+from dynadapter.images.preprocess import Preprocess
+from dynadapter.images.reading import load_image
+from dynadapter.serve.bundle import (
+    BackboneSource,
     Bundle,
-    TrunkSource,
     bundle_from_classifier,
     folder,
     from_pretrained,
@@ -32,17 +41,7 @@ from dynadapter.bundle import (
     push_to_hub,
     save_bundle,
 )
-from dynadapter.calibrate import Calibrated, Outcome
-from dynadapter.cost import exit_costs
-from dynadapter.heads import Balanced, Heads, LinearHeads
-from dynadapter.images import load_image
-from dynadapter.net import ExitNet
-from dynadapter.policies import Confidence, Never, Patience, Policy, confidence, route
-from dynadapter.preprocess import Preprocess
-from dynadapter.spec import Spec
-from dynadapter.spec_json import kinds, plain, restore
-from dynadapter.temperature import Scaled
-from dynadapter.trunk import create_trunk, fingerprint
+from dynadapter.spec import Spec, kinds, plain, restore
 
 SOURCES: dict[str, tuple[str, dict]] = {
     "vit": ("vit_tiny_patch16_224", {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 6, "num_heads": 3}),
@@ -91,17 +90,17 @@ def spec_for(kind: type[AdapterSpec] | None, family: str) -> AdapterSpec | None:
 
 
 @cache
-def made(family: str, kind: type[AdapterSpec] | None = LoRA, seed: int = 0) -> tuple[ExitNet, TrunkSource]:
+def made(family: str, kind: type[AdapterSpec] | None = LoRA, seed: int = 0) -> tuple[ExitNet, BackboneSource]:
     """A network with exits after blocks 2, 4 and 6, as after training: nothing that is trained is at its start."""
     name, arguments = SOURCES[family]
-    trunk = create_trunk(name, CLASSES, seed=seed, **arguments)
-    source = TrunkSource(name, fingerprint(trunk), "seed", arguments, seed=seed)
+    backbone = create_backbone(name, CLASSES, seed=seed, **arguments)
+    source = BackboneSource(name, fingerprint(backbone), "seed", arguments, seed=seed)
     spec = spec_for(kind, family)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         if spec is not None:
-            inject(trunk, spec)
-        net = ExitNet(trunk, Balanced(), every=2)
+            inject(backbone, spec)
+        net = ExitNet(backbone, Balanced(), every=2)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for p in (p for p in net.parameters() if p.requires_grad):
@@ -111,7 +110,7 @@ def made(family: str, kind: type[AdapterSpec] | None = LoRA, seed: int = 0) -> t
 
 def save(place: Path, family: str = "vit", kind: type[AdapterSpec] | None = LoRA, **changes) -> tuple[ExitNet, Path]:
     net, source = made(family, kind)
-    parts = {"trunk": source, "adapter": spec_for(kind, family), "heads": Balanced(), "policy": POLICY}
+    parts = {"backbone": source, "adapter": spec_for(kind, family), "heads": Balanced(), "policy": POLICY}
     parts |= {"class_names": NAMES, "preprocessing": PREPROCESS} | changes
     return net, save_bundle(parts.pop("net", net), place, **parts)
 
@@ -194,32 +193,32 @@ def test_the_file_holds_what_was_trained(tmp_path):
     assert place.joinpath("model.safetensors").stat().st_size < 1.2 * 4 * sum(t.numel() for t in stored.values()) + 4000
 
 
-def test_a_whole_bundle_needs_no_trunk(tmp_path, images):
-    source = replace(made("vit", Adapter)[1], origin="file", file="trunk.safetensors")
-    net, place = save(tmp_path / "b", kind=Adapter, whole=True, trunk=source)
+def test_a_whole_bundle_needs_no_backbone(tmp_path, images):
+    source = replace(made("vit", Adapter)[1], origin="file", file="backbone.safetensors")
+    net, place = save(tmp_path / "b", kind=Adapter, whole=True, backbone=source)
     assert set(safetensors.torch.load_file(place / "model.safetensors")) == set(net.state_dict())
     same(load(place), net, images)
-    with pytest.raises(ValueError, match="a trunk of its own; leave weights and pretrained out"):
-        load(place, weights="trunk.safetensors")
+    with pytest.raises(ValueError, match="a backbone of its own; leave weights and pretrained out"):
+        load(place, weights="backbone.safetensors")
 
 
-def test_a_trunk_from_a_file(tmp_path, images):
+def test_a_backbone_from_a_file(tmp_path, images):
     """The weights are those of seed 3, and the bundle is told that they came from a file."""
     net, source = made("vit", seed=3)
     name, arguments = SOURCES["vit"]
     right, wrong = tmp_path / "right.safetensors", tmp_path / "wrong.safetensors"
-    safetensors.torch.save_file(create_trunk(name, CLASSES, seed=3, **arguments).state_dict(), right)
-    safetensors.torch.save_file(create_trunk(name, CLASSES, seed=4, **arguments).state_dict(), wrong)
+    safetensors.torch.save_file(create_backbone(name, CLASSES, seed=3, **arguments).state_dict(), right)
+    safetensors.torch.save_file(create_backbone(name, CLASSES, seed=4, **arguments).state_dict(), wrong)
     source = replace(source, origin="file", seed=0, file="right.safetensors")
-    place = save(tmp_path / "b", net=net, trunk=source)[1]
+    place = save(tmp_path / "b", net=net, backbone=source)[1]
     same(load(place, right), net, images)
     same(load(place, weights=str(right)), net, images)
-    found = fingerprint(create_trunk(name, CLASSES, seed=4, **arguments))
+    found = fingerprint(create_backbone(name, CLASSES, seed=4, **arguments))
     with pytest.raises(
         ValueError, match=f"{source.fingerprint[:12]}, these are {found[:12]}; give the weights of the tr"
     ):
         load(place, wrong)
-    with pytest.raises(ValueError, match=r"needs the weights of its trunk .*\(right.safetensors in the training\)"):
+    with pytest.raises(ValueError, match=r"needs the weights of its backbone .*\(right.safetensors in the training\)"):
         load(place)
     with pytest.raises(ValueError, match="is not a file"):
         load(place, tmp_path / "nowhere.pth")
@@ -227,14 +226,14 @@ def test_a_trunk_from_a_file(tmp_path, images):
 
 def test_pretrained_is_fetched_unless_forbidden(tmp_path, images, monkeypatch):
     net, source = made("vit")
-    place = save(tmp_path / "b", trunk=replace(source, origin="pretrained"))[1]
+    place = save(tmp_path / "b", backbone=replace(source, origin="pretrained"))[1]
     asked = []
 
     def create(self, num_classes, *, pretrained=False, weights=None):
         asked.append(pretrained)
-        return create_trunk(self.name, num_classes, **self.timm_args)
+        return create_backbone(self.name, num_classes, **self.timm_args)
 
-    monkeypatch.setattr(TrunkSource, "create", create)
+    monkeypatch.setattr(BackboneSource, "create", create)
     same(load(place), net, images)
     assert asked == [True]
     with pytest.raises(ValueError, match="needs the weights"):
@@ -255,7 +254,7 @@ def test_a_config_that_changed_by_itself_is_refused(whole):
 
 
 def test_a_seed_that_draws_other_numbers_is_named(whole):
-    edited(whole, "trunk", "seed", value=7)
+    edited(whole, "backbone", "seed", value=7)
     edited(whole, "versions", "torch", value="2.10.0")
     with pytest.raises(ValueError, match=r"drawn from a seed, by torch 2\.10\.0 then and by torch \S+ now"):
         load(whole)
@@ -271,27 +270,27 @@ def test_other_types(dtype, tmp_path, images):
     for p in half.parameters():
         if not p.requires_grad:
             p.data = p.data.to(dtype)
-    # adapters and heads in float32 on another trunk: that does not run, but it comes back
+    # adapters and heads in float32 on another backbone: that does not run, but it comes back
     assert {name: t.dtype for name, t in load_unchecked(half, tmp_path).items()} == {
         name: t.dtype for name, t in half.state_dict().items()
     }
 
 
 def load_unchecked(net: ExitNet, place: Path) -> dict[str, Tensor]:
-    from dynadapter.bundle import saving
+    from dynadapter.serve.bundle import saving
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(saving, "_check_rebuilt", lambda *_: None)
         return load(save(place / "unchecked", net=net)[1]).net.state_dict()
 
 
-def test_trained_tensors_of_the_trunk_are_in_the_file(tmp_path, images):
+def test_trained_tensors_of_the_backbone_are_in_the_file(tmp_path, images):
     net = copy.deepcopy(made("vit")[0])
-    net.trunk.norm.requires_grad_(True)
+    net.backbone.norm.requires_grad_(True)
     with torch.no_grad():
-        net.trunk.norm.weight += 0.1
+        net.backbone.norm.weight += 0.1
     place = save(tmp_path / "b", net=net)[1]
-    assert "trunk.norm.weight" in safetensors.torch.load_file(place / "model.safetensors")
+    assert "backbone.norm.weight" in safetensors.torch.load_file(place / "model.safetensors")
     same(load(place), net, images)
 
 
@@ -302,7 +301,9 @@ def test_the_given_network_is_left_as_it_is(tmp_path):
     save(tmp_path / "b", net=net)
     assert [module.training for module in net.modules()] == modes
     assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
-    assert all(p.requires_grad for layer in adapter_layers(net.trunk).values() for p in layer.parameters(recurse=False))
+    assert all(
+        p.requires_grad for layer in adapter_layers(net.backbone).values() for p in layer.parameters(recurse=False)
+    )
 
 
 def test_a_loaded_network_can_be_saved_again(whole, tmp_path, images):
@@ -311,7 +312,7 @@ def test_a_loaded_network_can_be_saved_again(whole, tmp_path, images):
     place = save_bundle(
         bundle.net,
         tmp_path / "again",
-        trunk=config.trunk,
+        backbone=config.backbone,
         adapter=config.adapter,
         heads=config.heads,
         policy=policy,
@@ -326,7 +327,7 @@ def test_a_loaded_network_can_be_saved_again(whole, tmp_path, images):
 
 def test_no_lightning_on_either_side(whole):
     code = (
-        "import sys; from dynadapter.bundle import load; b = load(sys.argv[1]); "
+        "import sys; from dynadapter.serve.bundle import load; b = load(sys.argv[1]); "
         "import torch; print(len(b.predict(torch.zeros(2, 3, 32, 32))), 'lightning' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code, str(whole)], capture_output=True, text=True, check=True)
@@ -348,7 +349,7 @@ def test_no_lightning_on_either_side(whole):
         ({"class_names": NAMES[:-1]}, "4 class names for 5 classes"),
         ({"policy": Confidence((0.5,))}, "threshold has 1 value, this network has 2 early exits"),
         ({"policy": Scaled(Never(), (1.0, 2.0))}, "temperatures has 2 values, this network has 3 exits"),
-        ({"preprocessing": {"image_size": 64}}, "images of 64 pixels, the trunk was built for 32"),
+        ({"preprocessing": {"image_size": 64}}, "images of 64 pixels, the backbone was built for 32"),
         ({"preprocessing": {"image_size": 32, "resise": "crop"}}, "preprocessing: Preprocess has no 'resise'"),
         ({"measured": 0.9}, "must be a mapping"),
         ({"measured": {"accuracy": object()}}, "cannot be written as JSON"),
@@ -367,23 +368,23 @@ def test_parts_that_do_not_fit_are_not_written(changes, message, tmp_path):
     [
         ({"fingerprint": "0" * 64}, "not the one that seed 0 draws"),
         ({"fingerprint": "0" * 64, "origin": "file"}, "the bundle is to say 000000000000"),
-        ({"timm_args": SOURCES["vit"][1] | {"depth": 7}, "origin": "file"}, "trunk has 7 blocks"),
+        ({"timm_args": SOURCES["vit"][1] | {"depth": 7}, "origin": "file"}, "backbone has 7 blocks"),
         ({"timm_args": SOURCES["vit"][1] | {"num_heads": 4}, "origin": "file"}, "logits differ"),
         ({"timm_args": SOURCES["vit"][1] | {"qkv_bias": False}, "origin": "file"}, "qkv.base_layer.bias differs"),
         ({"timm_args": SOURCES["vit"][1] | {"norm_layer": nn.LayerNorm}}, "config.json cannot be written: .*LayerNorm"),
         ({"name": "local-dir:/some/where"}, "a folder that the bundle's user does not have"),
     ],
 )
-def test_another_trunk_is_not_written(changes, message, tmp_path):
+def test_another_backbone_is_not_written(changes, message, tmp_path):
     with pytest.raises(ValueError, match=message):
-        save(tmp_path / "b", trunk=replace(made("vit")[1], **changes))
+        save(tmp_path / "b", backbone=replace(made("vit")[1], **changes))
     assert not list(tmp_path.iterdir())
 
 
-def test_a_trunk_that_has_changed_is_not_written(tmp_path, images):
+def test_a_backbone_that_has_changed_is_not_written(tmp_path, images):
     net = copy.deepcopy(made("vit")[0])
     with torch.no_grad():
-        net.trunk.blocks[0].norm1.weight[0] += 1e-3
+        net.backbone.blocks[0].norm1.weight[0] += 1e-3
     with pytest.raises(ValueError, match="its frozen tensors have changed"):
         save(tmp_path / "b", net=net)
     same(load(save(tmp_path / "b", net=net, whole=True)[1]), net, images)
@@ -412,7 +413,7 @@ def test_a_merged_bundle_is_the_same_to_rounding(family, kind, images, tmp_path)
     net = made(family, kind)[0]
     before = copy.deepcopy(net.state_dict())
     merged, proof = merged_copy(net, images, POLICY)
-    assert not adapter_layers(merged.trunk)
+    assert not adapter_layers(merged.backbone)
     assert proof.images == len(images)
     assert proof.difference < 1e-5
     assert proof.policy == POLICY.name
@@ -434,7 +435,7 @@ def test_a_merge_that_cannot_be_proved_is_refused(images):
     with pytest.raises(ValueError, match="more than tolerance=1e-12"):
         merged_copy(net, images, POLICY, tolerance=1e-12)
     with pytest.raises(
-        ValueError, match="Adapter cannot be merged into the trunk; the kinds that can: LoRA, RepAdapter"
+        ValueError, match="Adapter cannot be merged into the backbone; the kinds that can: LoRA, RepAdapter"
     ):
         merged_copy(made("vit", Adapter)[0], images, POLICY)
     with pytest.raises(ValueError, match=r"shape \(0, 3, 32, 32\); give some of the task's"):
@@ -602,18 +603,22 @@ def test_overwriting_replaces_nothing_but_a_bundle(whole, tmp_path):
         (("sha256",), ..., "lacks 'sha256'"),
         (("heads",), ..., "lacks 'heads'"),
         (("merged",), ..., "lacks 'merged'"),
-        (("trunk", "fingerprint"), ..., "trunk: TrunkSource lacks 'fingerprint'"),
-        (("trunk", "name"), 3, "trunk.name: 3 is not text"),
-        (("trunk", "name"), "vit_tiny_patch16_225", "timm has no model"),
-        (("trunk", "origin"), "web", "trunk.origin: 'web' is none of 'pretrained', 'file', 'seed'"),
-        (("trunk", "timm_args", "depth"), 7, "was made for the trunk"),
+        (("backbone", "fingerprint"), ..., "backbone: BackboneSource lacks 'fingerprint'"),
+        (("backbone", "name"), 3, "backbone.name: 3 is not text"),
+        (("backbone", "name"), "vit_tiny_patch16_225", "timm has no model"),
+        (("backbone", "origin"), "web", "backbone.origin: 'web' is none of 'pretrained', 'file', 'seed'"),
+        (("backbone", "timm_args", "depth"), 7, "was made for the backbone"),
         (
             ("adapter", "class_path"),
             "dynadapter.LoRB",
             "adapter: there is no AdapterSpec 'dynadapter.LoRB'; did you mean 'L",
         ),
         (("adapter", "class_path"), "os.system", "there is no AdapterSpec 'os.system'"),
-        (("adapter", "class_path"), "dynadapter.policies.Never", "there is no AdapterSpec 'dynadapter.policies.Never'"),
+        (
+            ("adapter", "class_path"),
+            "dynadapter.exits.policies.Never",
+            "there is no AdapterSpec 'dynadapter.exits.policies.Never'",
+        ),
         (("adapter", "init_args", "rank"), "8", "adapter.rank: '8' is not a whole number"),
         (("adapter", "init_args", "rank"), 0, "adapter: rank=0 must be a whole number of at least 1"),
         (("adapter", "init_args", "rank"), 4, "in another shape"),
@@ -643,9 +648,9 @@ def test_overwriting_replaces_nothing_but_a_bundle(whole, tmp_path):
         (("class_names",), [], "0 class names for 5 classes"),
         (("num_classes",), 4, "5 class names for 4 classes"),
         (("class_names",), "abcde", "class_names: 'abcde' is not a list"),
-        (("exits",), [2, 6], "temperatures has 3 values"),
-        (("exits",), [2, 3, 4], "exits are after blocks"),
-        (("exits",), [4, 2, 6], "must be strictly rising"),
+        (("exit_depths",), [2, 6], "temperatures has 3 values"),
+        (("exit_depths",), [2, 3, 4], "exits are after blocks"),
+        (("exit_depths",), [4, 2, 6], "must be strictly rising"),
         (("preprocessing", "resize"), "squash", "preprocessing.resize: 'squash' is none of 'stretch', 'crop'"),
         (("whole",), True, "lacks"),
         (("merged",), True, "whole must be, too"),
@@ -728,11 +733,11 @@ def test_predictions_follow_the_files(whole, pictures):
     tensors = torch.stack([PREPROCESS(image) for image in images])
     with torch.no_grad():
         routed = bundle.net.early(tensors, POLICY)
-    assert len(set(routed.exits.tolist())) > 1
+    assert len(set(routed.exit_index.tolist())) > 1
     expected = bundle.predict(tensors)
     for k, (label, certainty, exit) in enumerate(expected):
         assert label == NAMES[routed.logits[k].argmax()]
-        assert exit == routed.exits[k]
+        assert exit == routed.exit_index[k]
         heat = POLICY.temperatures[exit]
         assert certainty == pytest.approx((routed.logits[k] / heat).softmax(0).max().item())
     for given in (pictures, [str(path) for path in pictures], images, list(tensors), (path for path in pictures)):
@@ -776,12 +781,12 @@ def test_images_that_cannot_be_predicted(whole, pictures, tmp_path):
 def test_other_channels_take_tensors_alone(tmp_path):
     name, arguments = SOURCES["vit"]
     arguments = arguments | {"in_chans": 5}
-    trunk = create_trunk(name, CLASSES, **arguments)
-    source = TrunkSource(name, fingerprint(trunk), "seed", arguments)
-    net = ExitNet(trunk, every=2)
-    with pytest.raises(ValueError, match="images of 3 channels, the trunk takes 5"):
-        save(tmp_path / "b", net=net, trunk=source, adapter=None)
-    bundle = load(save(tmp_path / "b", net=net, trunk=source, adapter=None, preprocessing=None)[1])
+    backbone = create_backbone(name, CLASSES, **arguments)
+    source = BackboneSource(name, fingerprint(backbone), "seed", arguments)
+    net = ExitNet(backbone, every=2)
+    with pytest.raises(ValueError, match="images of 3 channels, the backbone takes 5"):
+        save(tmp_path / "b", net=net, backbone=source, adapter=None)
+    bundle = load(save(tmp_path / "b", net=net, backbone=source, adapter=None, preprocessing=None)[1])
     assert len(bundle.predict(torch.zeros(2, 5, 32, 32))) == 2
 
 
@@ -852,12 +857,12 @@ def test_the_card_takes_what_calibration_found(tmp_path):
     [
         ("seed", 'load("path/of/this/folder")\n'),
         ("file", 'weights="path/of/x.pth")'),
-        ("pretrained", "fetches the trunk"),
+        ("pretrained", "fetches the backbone"),
     ],
 )
 def test_the_card_says_how_to_load(origin, call, tmp_path):
     source = replace(made("vit")[1], origin=origin, file="x.pth" if origin == "file" else None)
-    card = (save(tmp_path / "b", trunk=source)[1] / "README.md").read_text()
+    card = (save(tmp_path / "b", backbone=source)[1] / "README.md").read_text()
     code = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
     compile(code, "card", "exec")
     assert call in code
@@ -873,16 +878,16 @@ def classifier(kind: type[AdapterSpec] | None = LoRA, **changes) -> SimpleNamesp
         "pretrained": False,
         "weights": None,
         "image_size": None,
-        "trunk_args": dict(source.timm_args),
-        "trunk_seed": 0,
+        "backbone_args": dict(source.timm_args),
+        "backbone_seed": 0,
         "adapter": plain(spec_for(kind, "vit")),
         "heads": {"class_path": "dynadapter.Balanced", "init_args": {"hidden": 64}},
         "full_checkpoint": False,
     }
     return SimpleNamespace(
         net=net,
-        trunk_name=source.name,
-        trunk_hash=source.fingerprint,
+        backbone_name=source.name,
+        backbone_hash=source.fingerprint,
         class_names=NAMES,
         preprocessing={"image_size": 32, "resize": "crop"},
         hparams=settings | changes,
@@ -915,11 +920,11 @@ def test_a_classifier_becomes_a_bundle(tmp_path, images):
         ({"pretrained": True, "weights": "/secret/place/vit.npz"}, "file", "vit.npz"),
     ],
 )
-def test_the_origin_of_a_classifiers_trunk(settings, origin, file, tmp_path):
+def test_the_origin_of_a_classifiers_backbone(settings, origin, file, tmp_path):
     place = bundle_from_classifier(classifier(**settings), tmp_path / "b", policy=POLICY, costs=None)
     config = json.loads((place / "config.json").read_text())
-    assert config["trunk"]["origin"] == origin
-    assert config["trunk"]["file"] == file
+    assert config["backbone"]["origin"] == origin
+    assert config["backbone"]["file"] == file
     assert "secret" not in (place / "config.json").read_text() + (place / "README.md").read_text()
 
 
@@ -936,7 +941,7 @@ def test_a_classifier_is_merged_on_real_images(tmp_path, pictures, images):
         assert bundle.config.whole
         with torch.no_grad():
             torch.testing.assert_close(bundle.net(images), net(images), rtol=1e-4, atol=1e-5)
-    assert adapter_layers(net.trunk)
+    assert adapter_layers(net.backbone)
     assert bundle.costs.macs[-1] < exit_costs(net, 32).macs[-1]  # what is shipped is counted
     with pytest.raises(ValueError, match="give some as check_images"):
         bundle_from_classifier(classifier(), tmp_path / "c", policy=POLICY, merge=True)
@@ -948,12 +953,18 @@ def test_a_classifier_is_merged_on_real_images(tmp_path, pictures, images):
 
 @pytest.mark.parametrize("merged", [False, True])
 def test_a_real_classifier(merged, tmp_path, images):
-    from dynadapter.module import ExitClassifier
+    from dynadapter.training.module import ExitClassifier
 
     name, arguments = SOURCES["vit"]
     arguments = {key: value for key, value in arguments.items() if key != "img_size"}
     model = ExitClassifier(
-        CLASSES, name, pretrained=False, image_size=32, trunk_args=arguments, adapter=LoRA(rank=2), exits=[2, 4]
+        CLASSES,
+        name,
+        pretrained=False,
+        image_size=32,
+        backbone_args=arguments,
+        adapter=LoRA(rank=2),
+        exit_depths=[2, 4],
     )
     for layer in model.net.modules():
         if isinstance(layer, AdapterLayer):
@@ -964,17 +975,17 @@ def test_a_real_classifier(merged, tmp_path, images):
     same(bundle, model.net.eval(), images)
     assert bundle.class_names == tuple("01234")
     assert bundle.config.whole is merged
-    assert bundle.config.trunk.image_size == 32
+    assert bundle.config.backbone.image_size == 32
 
 
-def test_a_trunk_out_of_a_full_checkpoint_has_an_unknown_origin(tmp_path, images):
-    """Such a checkpoint says neither pretrained nor weights, and its trunk is not the one that the seed draws."""
+def test_a_backbone_out_of_a_full_checkpoint_has_an_unknown_origin(tmp_path, images):
+    """Such a checkpoint says neither pretrained nor weights, and its backbone is not the one that the seed draws."""
     net, source = made("vit", seed=3)
     model = classifier(full_checkpoint=True)
-    model.net, model.trunk_hash = net, source.fingerprint
+    model.net, model.backbone_hash = net, source.fingerprint
     same(load(bundle_from_classifier(model, tmp_path / "b", policy=POLICY)), net, images)
     place = bundle_from_classifier(model, tmp_path / "c", policy=POLICY, whole=False)
-    with pytest.raises(ValueError, match="needs the weights of its trunk"):
+    with pytest.raises(ValueError, match="needs the weights of its backbone"):
         load(place)
     drawn = classifier(full_checkpoint=True)
     same(load(bundle_from_classifier(drawn, tmp_path / "d", policy=POLICY, whole=False)), drawn.net, images)
@@ -1055,9 +1066,9 @@ EXAMPLES: dict[str, dict] = {
 
 
 def test_every_configuration_object_comes_back():
-    import dynadapter.module
-    import dynadapter.schedules as schedules
-    import dynadapter.weighting as weighting
+    import dynadapter.training.module
+    import dynadapter.training.schedules as schedules
+    import dynadapter.training.weighting as weighting
 
     found = [cls for cls in kinds(Spec) if cls.__module__.startswith("dynadapter.")]
     for cls in found:
@@ -1071,7 +1082,7 @@ def test_every_configuration_object_comes_back():
         back = restore(json.loads(written), Spec)
         assert type(back) is cls
         assert json.dumps(plain(back)) == written
-    assert {LoRA, Balanced, Confidence, Scaled, dynadapter.module.Mixing} <= set(found)
+    assert {LoRA, Balanced, Confidence, Scaled, dynadapter.training.module.Mixing} <= set(found)
 
 
 def test_a_class_is_found_wherever_its_file_is():
@@ -1108,7 +1119,7 @@ def test_nothing_that_a_file_names_is_imported(tmp_path, monkeypatch):
         ("c", Heads),
         ({"class_path": "LoRA", "init_args": [1]}, AdapterSpec),
         ({"class_path": "LoRA", "more": 1}, AdapterSpec),
-        ({}, TrunkSource),
+        ({}, BackboneSource),
         (3, Preprocess),
         (3, complex),
     ],

@@ -28,7 +28,7 @@ from dynadapter.calibrate import (
 from dynadapter.calibrate.refine import Walk
 from dynadapter.calibrate.scores import Scores
 from dynadapter.calibrate.stacked import Stacked
-from dynadapter.policies import Confidence, Entropy, Margin, Never, Patience, Policy, confidence, route
+from dynadapter.exits.policies import Confidence, Entropy, Margin, Never, Patience, Policy, confidence, route
 
 THRESHOLDED = [Confidence, Entropy, Margin]
 
@@ -263,7 +263,7 @@ def test_logits_that_are_not_finite_go_to_the_last_exit():
 def test_the_least_budget_a_message_names_can_be_reached():
     logits, targets = fake(77)
     costs = [4.476, 8.838, 13.2, 17.583]
-    with pytest.raises(ValueError, match=r"is 0\.2546 of the full trunk") as caught:
+    with pytest.raises(ValueError, match=r"is 0\.2546 of the full backbone") as caught:
         to_cost(logits, targets, costs, 0.1)
     assert "\n" not in str(caught.value)
     assert to_cost(logits, targets, costs, 0.2546).shares[0] == 1

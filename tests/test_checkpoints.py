@@ -24,16 +24,16 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from dynadapter.adapters import Adapter, LoRA, RepAdapter, adapter_layers
-from dynadapter.callbacks import BidirectionalSparsity, ExitWeights, WeightAverage
-from dynadapter.checkpoints import AtomicCheckpointIO, RunCheckpoint, check, newest
-from dynadapter.checkpoints import read as read_whole
 from dynadapter.data import Digits
-from dynadapter.data.transforms import Preprocess
-from dynadapter.heads import LinearHeads
-from dynadapter.module import ExitClassifier, Mixing, trainable_only
-from dynadapter.net import ExitNet
-from dynadapter.schedules import Constant, Linear, Warmup
-from dynadapter.weighting import EarlyToLate
+from dynadapter.exits.heads import LinearHeads
+from dynadapter.exits.net import ExitNet
+from dynadapter.images.preprocess import Preprocess
+from dynadapter.training.callbacks import BidirectionalSparsity, ExitWeights, WeightAverage
+from dynadapter.training.checkpoints import AtomicCheckpointIO, RunCheckpoint, check, newest
+from dynadapter.training.checkpoints import read as read_whole
+from dynadapter.training.module import ExitClassifier, Mixing, trainable_only
+from dynadapter.training.schedules import Constant, Linear, Warmup
+from dynadapter.training.weighting import EarlyToLate
 
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
 
@@ -72,11 +72,11 @@ def test_a_checkpoint_holds_what_is_trained(family: str, tmp_path: Path) -> None
 
 def test_what_is_trained_beside_adapters_and_heads_is_held_too(tmp_path: Path) -> None:
     module = make_classifier()
-    module.net.trunk.norm.requires_grad_(True)
+    module.net.backbone.norm.requires_grad_(True)
     path = fitted(module, tmp_path / "a.ckpt")
-    assert "net.trunk.norm.weight" in read(path)["state_dict"]
+    assert "net.backbone.norm.weight" in read(path)["state_dict"]
     again = ExitClassifier.load_from_checkpoint(path)
-    assert torch.equal(again.net.trunk.norm.weight, module.net.trunk.norm.weight)
+    assert torch.equal(again.net.backbone.norm.weight, module.net.backbone.norm.weight)
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_what_is_trained_beside_adapters_and_heads_is_held_too(tmp_path: Path) -
 def test_load_from_checkpoint(adapter: Any, tmp_path: Path) -> None:
     settings = {
         "heads": LinearHeads(),
-        "exits": [1, 4],
+        "exit_depths": [1, 4],
         "lr_schedule": Warmup(0.5, 0.1, Linear(1.0, 0.0)),
         "label_smoothing": 0.1,
         "mixing": Mixing(),
@@ -95,7 +95,7 @@ def test_load_from_checkpoint(adapter: Any, tmp_path: Path) -> None:
     path = fitted(module, tmp_path / "a.ckpt")
     again = ExitClassifier.load_from_checkpoint(path)
     assert dict(again.hparams) == dict(module.hparams)
-    assert again.net.exits == (1, 4, 6)
+    assert again.net.exit_depths == (1, 4, 6)
     assert torch.equal(logits(again), logits(module))
     assert same(again.state_dict(), module.state_dict())
 
@@ -242,7 +242,7 @@ def test_anybodys_module_can_hold_what_is_trained_alone() -> None:
         def __init__(self) -> None:
             super().__init__()
             self.inner = torch.nn.ModuleDict({"net": make_classifier().net})
-            self.own = torch.nn.Linear(2, 2).requires_grad_(False)  # frozen, but no trunk's
+            self.own = torch.nn.Linear(2, 2).requires_grad_(False)  # frozen, but no backbone's
             trainable_only(self)
 
     module = Wrapper()
@@ -253,7 +253,7 @@ def test_anybodys_module_can_hold_what_is_trained_alone() -> None:
     other.load_state_dict(module.state_dict())
     assert same(other.state_dict(), module.state_dict())
     assert len(module.inner.state_dict()) > len(held)  # a part of it, asked by itself, is whole
-    bare = ExitNet(make_classifier().net.trunk)
+    bare = ExitNet(make_classifier().net.backbone)
     whole = len(bare.state_dict())
     trainable_only(bare)
     assert 0 < len(bare.state_dict()) < whole
@@ -269,17 +269,17 @@ def change(path: Path, edit: Callable[[dict[str, Any]], Any]) -> Path:
     return path
 
 
-LORA_B = "net.trunk.blocks.3.attn.qkv.lora_b"
+LORA_B = "net.backbone.blocks.3.attn.qkv.lora_b"
 
 
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
         (lambda c: c["state_dict"].pop(LORA_B), rf"Missing key\(s\) in state_dict: \"{LORA_B}\""),
-        (lambda c: c["state_dict"].pop("net.trunk.head.bias"), "net.trunk.head.bias"),
+        (lambda c: c["state_dict"].pop("net.backbone.head.bias"), "net.backbone.head.bias"),
         (lambda c: c["state_dict"].update(extra=torch.zeros(1)), r"Unexpected key\(s\) in state_dict: \"extra\""),
         (lambda c: c["state_dict"].update({LORA_B: torch.zeros(1)}), f"size mismatch for {LORA_B}"),
-        (lambda c: c.pop("dynadapter"), "not written by dynadapter: it names no trunk"),
+        (lambda c: c.pop("dynadapter"), "not written by dynadapter: it names no backbone"),
         (lambda c: c["dynadapter"].update(format=99), "format 99, this dynadapter reads up to 1; update dynadapter"),
     ],
 )
@@ -301,13 +301,16 @@ ABC = [f"class {k}" for k in range(CLASSES)]
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"trunk_seed": 1}, r"trained on trunk 'vit_tiny_patch16_224' with weights \w{12}, this model has 'vit_tiny"),
-        ({"trunk": FAMILIES["swin"]["trunk"], "trunk_args": SWIN}, "this model has 'swin_tiny"),
-        ({"trunk_args": VIT | {"depth": 3}}, "give the trunk, weights and trunk_args of the training"),
+        (
+            {"backbone_seed": 1},
+            r"trained on backbone 'vit_tiny_patch16_224' with weights \w{12}, this model has 'vit_tiny",
+        ),
+        ({"backbone": FAMILIES["swin"]["backbone"], "backbone_args": SWIN}, "this model has 'swin_tiny"),
+        ({"backbone_args": VIT | {"depth": 3}}, "give the backbone, weights and backbone_args of the training"),
         ({"num_classes": 9, "class_names": None}, "the checkpoint knows 5 classes, this model 9"),
         ({"class_names": [*ABC[:4], "other"]}, "class 4 is 'class 4' in the checkpoint and 'other' in this model"),
         ({"class_names": ABC[::-1]}, "class 0 is 'class 0' in the checkpoint and 'class 4' in this model"),
-        ({"adapter": LoRA(rank=3)}, "does not fit this model: size mismatch for net.trunk.blocks.0.attn.qkv.lora_a"),
+        ({"adapter": LoRA(rank=3)}, "does not fit this model: size mismatch for net.backbone.blocks.0.attn.qkv.lora_a"),
         ({"adapter": Adapter()}, r"Missing key\(s\).*Unexpected key\(s\).*Give the adapter, heads and exits"),
         ({"adapter": None}, r"Unexpected key\(s\) .*lora_a"),
         ({"every": 3}, r"Unexpected key\(s\) .*net.heads.1"),
@@ -325,23 +328,23 @@ def test_a_checkpoint_of_another_model(changes: dict, message: str, tmp_path: Pa
 # ---- the whole model
 
 
-def test_a_full_checkpoint_needs_no_trunk(tmp_path: Path) -> None:
-    weights = tmp_path / "trunk.pth"
-    bare = make_classifier(adapter=None, trunk_seed=5).net.trunk.state_dict()
+def test_a_full_checkpoint_needs_no_backbone(tmp_path: Path) -> None:
+    weights = tmp_path / "backbone.pth"
+    bare = make_classifier(adapter=None, backbone_seed=5).net.backbone.state_dict()
     torch.save(bare, weights)
     module = make_classifier(weights=str(weights), full_checkpoint=True)
     path = fitted(module, tmp_path / "a.ckpt")
-    assert set(bare) <= {k.removeprefix("net.trunk.").replace("base_layer.", "") for k in read(path)["state_dict"]}
+    assert set(bare) <= {k.removeprefix("net.backbone.").replace("base_layer.", "") for k in read(path)["state_dict"]}
     weights.unlink()
     again = ExitClassifier.load_from_checkpoint(path)
     assert torch.equal(logits(again), logits(module))
-    assert again.trunk_hash == module.trunk_hash
-    other = make_classifier()  # another trunk, which the checkpoint brings along
+    assert again.backbone_hash == module.backbone_hash
+    other = make_classifier()  # another backbone, which the checkpoint brings along
     trainer().validate(other, loader(1), ckpt_path=path, verbose=False, weights_only=True)
     assert torch.equal(logits(other), logits(module))
-    assert other.trunk_hash == module.trunk_hash
+    assert other.backbone_hash == module.backbone_hash
     small = fitted(other, tmp_path / "small.ckpt")
-    assert read(small)["dynadapter"]["trunk_hash"] == module.trunk_hash
+    assert read(small)["dynadapter"]["backbone_hash"] == module.backbone_hash
 
 
 @pytest.mark.parametrize("adapter", [LoRA(rank=2), RepAdapter()], ids=lambda a: type(a).__name__)
@@ -359,25 +362,25 @@ def test_a_merged_model_is_saved_and_loaded_whole(adapter: Any, tmp_path: Path) 
     again = ExitClassifier.load_from_checkpoint(path)
     assert torch.equal(logits(again), logits(module))
     plain = timm.create_model("vit_tiny_patch16_224", num_classes=CLASSES, **VIT)
-    held = {k.removeprefix("net.trunk."): v for k, v in read(path)["state_dict"].items() if "trunk" in k}
+    held = {k.removeprefix("net.backbone."): v for k, v in read(path)["state_dict"].items() if "backbone" in k}
     plain.load_state_dict(held)  # timm's names, all of them
     images = next(iter(loader(3)))[0]
     with torch.no_grad():
         torch.testing.assert_close(plain.eval()(images), logits(module)[-1])
-    # Its heads alone do not belong on the trunk that it came from.
+    # Its heads alone do not belong on the backbone that it came from.
     lean = ExitClassifier.load_from_checkpoint(path, full_checkpoint=False)
     heads = fitted(lean, tmp_path / "heads.ckpt")
     assert len(read(heads)["state_dict"]) < len(held)
-    with pytest.raises(ValueError, match="the checkpoint was trained on trunk"):
+    with pytest.raises(ValueError, match="the checkpoint was trained on backbone"):
         ExitClassifier.load_from_checkpoint(heads)
 
 
 def test_a_kind_that_cannot_be_merged_leaves_all_as_it_was(tmp_path: Path) -> None:
     module = make_classifier(adapter=Adapter())
-    before = module.trunk_hash
+    before = module.backbone_hash
     with pytest.raises(ValueError, match="Adapter cannot be merged"):
         module.merge()
-    assert module.trunk_hash == before
+    assert module.backbone_hash == before
     assert not module.full_checkpoint
     again = ExitClassifier.load_from_checkpoint(fitted(module, tmp_path / "a.ckpt"))
     assert same(again.state_dict(), module.state_dict())
@@ -408,7 +411,7 @@ def test_an_older_format_loads(format: int | None, tmp_path: Path) -> None:
     assert (again.preprocessing, again.data_config) == ({}, None)
 
 
-@pytest.mark.parametrize("missing", ["trunk_hash", "class_names"])
+@pytest.mark.parametrize("missing", ["backbone_hash", "class_names"])
 def test_an_older_format_that_does_not_say_enough(missing: str, tmp_path: Path) -> None:
     path = change(fitted(make_classifier(), tmp_path / "a.ckpt"), lambda c: aged(c, 0, missing))
     with pytest.raises(ValueError, match=f"old format 0, which does not say its {missing}; .* or train again"):
@@ -507,7 +510,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing(call: str, saved: Path, monke
 FULL = """
 import resource, sys
 from dynadapter.cli import main
-from dynadapter.checkpoints import AtomicCheckpointIO
+from dynadapter.training.checkpoints import AtomicCheckpointIO
 save = AtomicCheckpointIO.save_checkpoint
 def limited(self, checkpoint, *args, **kwargs):
     if checkpoint["global_step"] == 4:  # from the second epoch on no file may have more than a few bytes

@@ -15,12 +15,12 @@ from lightning.pytorch import Trainer
 from PIL import Image
 
 from dynadapter.adapters import LoRA, RepAdapter
-from dynadapter.callbacks import EarlyExit, PredictionWriter
 from dynadapter.cli import main
 from dynadapter.cli.app import DynCLI
 from dynadapter.cli.runs import RUN_VARIABLE, claim_folder
 from dynadapter.data import Digits, ImagesToPredict
-from dynadapter.module import ExitClassifier
+from dynadapter.training.callbacks import EarlyExit, PredictionWriter
+from dynadapter.training.module import ExitClassifier
 
 TINY = str(Path(__file__).parent / "conf" / "tiny.yaml")
 REACHES = [  # a user's settings that are their own business
@@ -114,7 +114,7 @@ def test_a_printed_config_is_a_config(capsys, tmp_path, built):
     printed = tmp_path / "printed.yaml"
     printed.write_text(capsys.readouterr().out)
     cli = built("fit", "-c", printed, "--trainer.fast_dev_run=true")
-    assert next(iter(cli.model.net.trunk.blocks)).attn.qkv.lora_a.shape[0] == 3
+    assert next(iter(cli.model.net.backbone.blocks)).attn.qkv.lora_a.shape[0] == 3
 
 
 # ---- runs
@@ -263,8 +263,8 @@ def test_validate_needs_the_checkpoint_alone(checkpoint):
 
 def test_the_checkpoint_wins_over_defaults(checkpoint, built):
     cli = built("test", "--ckpt_path", checkpoint)
-    assert cli.model.trunk_name == "vit_tiny_patch16_224"
-    assert cli.model.net.exits == (1, 2, 3)
+    assert cli.model.backbone_name == "vit_tiny_patch16_224"
+    assert cli.model.net.exit_depths == (1, 2, 3)
     assert isinstance(cli.datamodule, Digits)
     assert (cli.datamodule.batch_size, cli.datamodule.preprocess.normalization) == (48, "half")
 
@@ -292,7 +292,7 @@ def test_lightnings_own_order_is_not_in_force(checkpoint, built):
 
 def test_a_config_file_may_name_the_checkpoint(checkpoint, tmp_path, built):
     file = write(tmp_path / "a.yaml", {"ckpt_path": str(checkpoint)})
-    assert built("test", "-c", file).model.net.exits == (1, 2, 3)
+    assert built("test", "-c", file).model.net.exit_depths == (1, 2, 3)
 
 
 def test_policies_are_chosen_at_test_time(checkpoint, capsys):
@@ -322,22 +322,22 @@ def test_what_is_off_is_off_in_the_config_of_the_run(tmp_path):
 def test_a_checkpoint_made_in_python(adapter, tmp_path, built):
     module = ExitClassifier(
         10,
-        trunk="vit_tiny_patch16_224",
+        backbone="vit_tiny_patch16_224",
         pretrained=False,
-        trunk_args={"patch_size": 16, "embed_dim": 24, "depth": 3, "num_heads": 3},
+        backbone_args={"patch_size": 16, "embed_dim": 24, "depth": 3, "num_heads": 3},
         image_size=32,
         adapter=adapter,
         every=2,
     )
     options = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
     trainer = Trainer(max_steps=1, limit_val_batches=0, default_root_dir=tmp_path, **options)
-    with pytest.warns():  # Lightning on a frozen trunk and few workers
+    with pytest.warns():  # Lightning on a frozen backbone and few workers
         trainer.fit(module, datamodule=Digits(image_size=32, normalization="none"))
     trainer.save_checkpoint(tmp_path / "mine.ckpt")
     cli = built("test", "--ckpt_path", tmp_path / "mine.ckpt", f"--trainer.default_root_dir={tmp_path}")
-    assert cli.model.net.exits == (2, 3)
+    assert cli.model.net.exit_depths == (2, 3)
     assert cli.datamodule.preprocess.normalization == "none"
-    assert cli.model.trunk_hash == module.trunk_hash
+    assert cli.model.backbone_hash == module.backbone_hash
 
 
 # ---- predict
@@ -377,7 +377,7 @@ def test_predict_follows_the_first_policy(checkpoint, pictures, tmp_path):
 
 # ---- flops
 
-TRUNKS = {
+BACKBONES = {
     "vit": ["vit_tiny_patch16_224", "{patch_size: 16, embed_dim: 24, depth: 3, num_heads: 3}"],
     "swin": [
         "swin_tiny_patch4_window7_224",
@@ -387,11 +387,11 @@ TRUNKS = {
 }
 
 
-@pytest.mark.parametrize("family", TRUNKS)
+@pytest.mark.parametrize("family", BACKBONES)
 @pytest.mark.parametrize("adapter", ["Adapter", "AdaptFormer", "LoRA", "RepAdapter"])
 def test_flops_of_every_family_and_adapter(family, adapter, capsys):
-    trunk, arguments = TRUNKS[family]
-    common = ["flops", "-c", TINY, "--model.trunk", trunk, f"--model.trunk_args={arguments}"]
+    backbone, arguments = BACKBONES[family]
+    common = ["flops", "-c", TINY, "--model.backbone", backbone, f"--model.backbone_args={arguments}"]
     where = {"Adapter": "*.mlp", "AdaptFormer": "*.mlp"}.get(adapter, "*.mlp.fc1")
     targets = [f"--model.adapter.targets=['{where}']"] if family == "convnext" else []
     main([*common, "--model.adapter", adapter, *targets])
@@ -407,7 +407,7 @@ def test_flops_of_a_checkpoint(checkpoint, capsys):
     assert "GMACs" in capsys.readouterr().out
 
 
-def test_flops_merged_are_those_of_the_trunk(built):
+def test_flops_merged_are_those_of_the_backbone(built):
     counted = {}
     for adapter in ("null", "RepAdapter"):
         cli = built("flops", "-c", TINY, f"--model.adapter={adapter}")

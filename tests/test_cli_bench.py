@@ -14,14 +14,15 @@ from PIL import Image
 from test_bundle import made, save
 
 from dynadapter.adapters import Adapter
-from dynadapter.bundle import load
-from dynadapter.bundle.proof import merged_copy
-from dynadapter.cli import arms, bench, main
+from dynadapter.bench import arms
+from dynadapter.bench.timing import interleave
+from dynadapter.cli import bench, main
 from dynadapter.cli.errors import Mistake
 from dynadapter.cost import exit_costs
-from dynadapter.net import ExitNet
-from dynadapter.policies import Never, route
-from dynadapter.timing import interleave
+from dynadapter.exits.net import ExitNet
+from dynadapter.exits.policies import Never, route
+from dynadapter.serve.bundle import load
+from dynadapter.serve.bundle.proof import merged_copy
 
 TORCH = "[static, smaller static, unmerged, merged]"
 
@@ -80,15 +81,15 @@ def test_shares_that_were_asked_for(bundle, tmp_path, capsys):
         class_first = batch["batch"] >= 4
         costs = exit_costs(net, 32, class_first=class_first)
         assert batch["images"] == 20
-        assert batch["static_gmacs"] == costs.trunk / 1e9
+        assert batch["static_gmacs"] == costs.backbone / 1e9
         rows = batch["arms"]
-        assert list(rows) == ["static", "smaller static", "unmerged", "merged"]
-        assert rows["static"]["gmacs"] == costs.trunk / 1e9
+        assert list(rows) == ["static", "smaller static", "unmerged"]
+        assert rows["static"]["gmacs"] == costs.backbone / 1e9
         assert rows["static"]["speedup"] == rows["static"]["efficiency"] == 1
         merged = rows["merged"]
         assert merged["shares"] == batch["shares"] == shares
         assert merged["gmacs"] == pytest.approx(costs.average(shares) / 1e9)
-        assert merged["mac_speedup"] == pytest.approx(costs.trunk / costs.average(shares))
+        assert merged["mac_speedup"] == pytest.approx(costs.backbone / costs.average(shares))
         assert merged["efficiency"] == pytest.approx(merged["speedup"] / merged["mac_speedup"])
         assert rows["unmerged"]["gmacs"] > merged["gmacs"]
         for name, row in rows.items():
@@ -101,7 +102,7 @@ def test_shares_that_were_asked_for(bundle, tmp_path, capsys):
         assert merged["speedup"] == pytest.approx(sum(ratios) / 2, rel=1e-2)  # the median of two
 
 
-def test_the_smaller_trunk_costs_what_routing_does(bundle, tmp_path):
+def test_the_smaller_backbone_costs_what_routing_does(bundle, tmp_path):
     result = run(bundle, tmp_path / "b.json", "--shares=[0.6,0.2,0.2]", "--arms=[smaller_static]", "--batch_sizes=[2]")
     [batch] = result["batches"]
     smaller = batch["arms"]["smaller static"]
@@ -114,14 +115,14 @@ def test_the_smaller_trunk_costs_what_routing_does(bundle, tmp_path):
 
 
 @pytest.mark.parametrize("depth", range(1, 7))
-def test_a_trunk_that_is_cut(depth):
+def test_a_backbone_that_is_cut(depth):
     net = copy.deepcopy(made("vit")[0])  # the shorter network shares its tensors and freezes them
     x = torch.randn(2, 3, 32, 32)
     shallow = arms._up_to(net, depth)
     with torch.no_grad():
         cut = shallow.at(0)(x)
-        if depth in net.exits:
-            assert torch.equal(cut, net(x)[net.exits.index(depth)])
+        if depth in net.exit_depths:
+            assert torch.equal(cut, net(x)[net.exit_depths.index(depth)])
         else:
             assert torch.equal(shallow.stage(0, shallow.embed(x)), _blocks(net, depth, x))
     assert not any(layer.training for layer in net.modules())
@@ -129,7 +130,7 @@ def test_a_trunk_that_is_cut(depth):
 
 def _blocks(net: ExitNet, depth: int, x: torch.Tensor) -> torch.Tensor:
     x = net.embed(x)
-    for block in net.trunk.blocks[:depth]:  # type: ignore[union-attr, index]
+    for block in net.backbone.blocks[:depth]:  # type: ignore[union-attr, index]
         x = block(x)
     return x
 
@@ -176,7 +177,7 @@ def test_what_was_merged_or_never_had_adapters(tmp_path):
     result = run(place, tmp_path / "n.json", f"--arms={TORCH}", "--batch_sizes=[2]", "--shares=[0,0,1]")
     assert "unmerged is not timed at batch 2: the bundle has no adapters" in result["notes"]
     assert (
-        "smaller static is not timed at batch 2: routing costs nearly as much as the whole trunk, which static is"
+        "smaller static is not timed at batch 2: routing costs nearly as much as the whole backbone, which static is"
         in (result["notes"])
     )
 
@@ -197,15 +198,6 @@ def test_other_families_and_half_precision(tmp_path):
     )
     assert "unmerged" in result["batches"][0]["arms"]
     assert any("run in float32; leave --precision out" in note for note in result["notes"])
-
-
-def test_compiled(bundle, tmp_path, monkeypatch):
-    plain = arms.CompiledNet
-    monkeypatch.setattr(arms, "CompiledNet", lambda *args: plain(*args, backend="eager"))
-    result = run(bundle, tmp_path / "b.json", "--arms=[merged,compiled]", "--shares=[0.5,0.3,0.2]", "--batch_sizes=[3]")
-    rows = result["batches"][0]["arms"]
-    assert rows["compiled"]["detail"] == "batches of 1, 2, 3"
-    assert rows["compiled"]["shares"] == rows["merged"]["shares"]
 
 
 @pytest.mark.slow
@@ -231,13 +223,13 @@ def test_an_arm_that_cannot_run_is_a_note(bundle, tmp_path, monkeypatch, capsys)
     def broken(*args: Any) -> None:
         raise RuntimeError("no compiler\nand many lines")
 
-    monkeypatch.setattr(arms, "CompiledNet", broken)
-    monkeypatch.setattr("dynadapter.export.find_spec", lambda name: None)
+    monkeypatch.setitem(arms._BUILDERS, "merged", broken)
+    monkeypatch.setattr("dynadapter.serve.export.find_spec", lambda name: None)
     result = run(bundle, tmp_path / "b.json", "--shares=[0.5,0.3,0.2]", "--batch_sizes=[1]")
     printed = capsys.readouterr().out
-    assert "note: compiled is not timed at batch 1: no compiler\n" in printed
+    assert "note: merged is not timed at batch 1: no compiler\n" in printed
     assert "note: onnx staged is not timed at batch 1: export to ONNX needs onnx, onnxscript, onnxruntime" in printed
-    assert list(result["batches"][0]["arms"]) == ["static", "smaller static", "unmerged", "merged"]
+    assert list(result["batches"][0]["arms"]) == ["static", "smaller static", "unmerged"]
 
 
 def test_a_void_run_is_a_warning(bundle, tmp_path, monkeypatch, capsys):

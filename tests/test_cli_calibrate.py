@@ -20,7 +20,6 @@ from torch import Tensor
 
 from dynadapter import load
 from dynadapter.adapters import AdaptFormer, LoRA, adapter_layers
-from dynadapter.bundle import bundle_from_classifier
 from dynadapter.calibrate import (
     KINDS,
     curve,
@@ -46,13 +45,14 @@ from dynadapter.cli.calibrate import (
 from dynadapter.cli.errors import Mistake
 from dynadapter.cost import ExitCosts, exit_costs
 from dynadapter.data import Digits, ImageFolder, VTAB1k
-from dynadapter.module import ExitClassifier
-from dynadapter.policies import Never, Policy
-from dynadapter.spec_json import restore
+from dynadapter.exits.policies import Never, Policy
+from dynadapter.serve.bundle import bundle_from_classifier
+from dynadapter.spec import restore
+from dynadapter.training.module import ExitClassifier
 
 TINY = str(Path(__file__).parent / "conf" / "tiny.yaml")
 QUIET = ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
-COSTS = ExitCosts(macs=(40, 70, 104), light=(0, 0, 0), trunk=100, exits=(2, 4, 6))
+COSTS = ExitCosts(macs=(40, 70, 104), light=(0, 0, 0), backbone=100, exit_depths=(2, 4, 6))
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +122,7 @@ def agrees(written: dict[str, Any], logits: Tensor, targets: Tensor, costs: Exit
     policy = restore(written["policy"], Policy)
     halves = split_halves(len(targets), written["seed"], targets if stratified else None)
     for name, half in zip(("calibration_half", "held_out_half"), halves, strict=True):
-        outcome = evaluate(policy, logits[:, half], targets[half], costs.macs, full=costs.trunk)
+        outcome = evaluate(policy, logits[:, half], targets[half], costs.macs, full=costs.backbone)
         assert written[name]["cost"] == outcome.cost
         assert written[name]["accuracy"] == outcome.accuracy
         assert tuple(written[name]["shares"]) == outcome.shares
@@ -138,14 +138,14 @@ def test_a_cost_with_a_bundle(checkpoint, stacked, tmp_path, capsys):
     out, bundle = tmp_path / "out", tmp_path / "bundle"
     run(checkpoint, "--goal.cost=0.8", f"--out={out}", f"--bundle={bundle}")
     printed = capsys.readouterr().out
-    for words in ("cost at most 0.8 of the full trunk", "held-out half", "leave at exit 1", "temperature", str(out)):
+    for words in ("cost at most 0.8 of the full backbone", "held-out half", "leave at exit 1", "temperature", str(out)):
         assert words in printed
     assert "confidence_0.9" not in printed  # the policy that test would try
 
     written = result(out)
     first, second = split_halves(len(targets), 0, targets)
     temperatures = fit_temperatures(logits[:, first], targets[first])
-    common = {"temperatures": temperatures, "full": costs.trunk}
+    common = {"temperatures": temperatures, "full": costs.backbone}
     found = to_cost(logits[:, first], targets[first], costs.macs, 0.8, **common)
     assert restore(written["policy"], Policy) == found.policy
     assert written["calibration_half"]["cost"] == found.cost <= 0.8
@@ -177,7 +177,7 @@ def test_a_merged_bundle_takes_the_place_of_one(checkpoint, stacked, tmp_path, c
     printed, written, shipped = capsys.readouterr().out, result(out), load(bundle)
     assert shipped.config.merged
     assert shipped.config.whole
-    assert not adapter_layers(shipped.net.trunk)
+    assert not adapter_layers(shipped.net.backbone)
     assert shipped.config.policy == restore(written["policy"], Policy)
     assert shipped.config.proof is not None
     assert shipped.config.proof.images == 64
@@ -207,7 +207,7 @@ def test_an_accuracy_drop_per_exit_beside_the_training(checkpoint, stacked):
     folder = checkpoint.parents[2] / "calibrate_0"
     written = result(folder)
     first, _ = split_halves(len(targets), 3, targets)
-    options = {"kind": KINDS["margin"], "search": "refined", "full": costs.trunk}
+    options = {"kind": KINDS["margin"], "search": "refined", "full": costs.backbone}
     found = to_accuracy_drop(logits[:, first], targets[first], costs.macs, 2, **options)
     assert restore(written["policy"], Policy) == found.policy
     assert written["temperatures"] == [1, 1, 1]
@@ -222,7 +222,7 @@ def test_a_guarantee_and_its_short_spelling(checkpoint, stacked, tmp_path):
     written = result(tmp_path / "out")
     certifies, other = split_halves(len(targets), 0)
     temperatures = fit_temperatures(logits[:, other], targets[other])  # not on those that certify
-    options = {"kind": KINDS["entropy"], "temperatures": temperatures, "full": costs.trunk}
+    options = {"kind": KINDS["entropy"], "temperatures": temperatures, "full": costs.backbone}
     found = with_guarantee(logits[:, certifies], targets[certifies], costs.macs, 0.2, 0.8, **options)
     assert restore(written["policy"], Policy) == found.policy
     assert tuple(written["notes"]) == found.notes
@@ -312,7 +312,7 @@ def test_with_matplotlib_there_is_one(checkpoint, tmp_path):
         ("--goal.cost=0.5 --merge=true", ("merge belongs to the bundle", "--bundle FOLDER")),
         ("--goal.cost=0.5 --out={W}", ("calibration.json already",)),
         ("--goal.cost=0.5 --ckpt_path=null --data=Digits", ("calibrate needs a checkpoint",)),
-        ("--goal.cost=0.01", ("goal.cost=0.01 cannot be reached", "of the full trunk; give that or more")),
+        ("--goal.cost=0.01", ("goal.cost=0.01 cannot be reached", "of the full backbone; give that or more")),
         ("--goal.accuracy_drop=-99", ("goal.accuracy_drop=-99 cannot be reached", "give at least")),
         ("--goal.cost=0.9 --trainer.limit_val_batches=1 --data.batch_size=1", ("one image cannot calibrate",)),
     ],
@@ -358,7 +358,7 @@ def test_settings_that_cannot_be(goal, changes, words):
 def test_adapters_that_cannot_be_merged():
     _check_mergeable(make_classifier(adapter=LoRA(rank=2)))
     _check_mergeable(make_classifier(adapter=None))
-    with pytest.raises(Mistake, match="AdaptFormer cannot be folded into the trunk; leave --merge out"):
+    with pytest.raises(Mistake, match="AdaptFormer cannot be folded into the backbone; leave --merge out"):
         _check_mergeable(make_classifier(adapter=AdaptFormer(bottleneck=2)))
 
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from dynadapter.callbacks import FlopsReport
 from dynadapter.cli import main
 from dynadapter.cli.errors import Mistake, explain, judged
+from dynadapter.training.callbacks import FlopsReport
 
 TINY = str(Path(__file__).parent / "conf" / "tiny.yaml")
 
@@ -92,10 +92,10 @@ TABLE = [
     fit("--model.every=2.5", "model.every", "whole number", "'2.5'"),
     fit("--model.adapter.rank=four", "model.adapter.rank", "whole number", "'four'"),
     fit("--model.pretrained=maybe", "model.pretrained", "true or false", "'maybe'"),
-    fit("--model.exits=3", "model.exits", "a list", "'3'"),
+    fit("--model.exit_depths=3", "model.exit_depths", "a list", "'3'"),
     fit("--model.optimizer=AdamW --model.optimizer.lr=fast", "model.optimizer.lr: expected a number, not 'fast'"),
     fit("'--model.adapter={class_path: LoRA, init_args: {rank: x}}'", "model.adapter.rank", "whole number, not 'x'"),
-    fit("--model.trunk_args=[3]", "model.trunk_args", "a mapping", "'[3]'"),
+    fit("--model.backbone_args=[3]", "model.backbone_args", "a mapping", "'[3]'"),
     fit("--sparsity.keep=0.9", "sparsity.keep", "'0.9'", "{class_path: Constant, init_args: {value: 0.9}}"),
     fit("--sparsity.masked=frozn", "sparsity.masked", "frozen, gradient", "'frozen'"),
     fit("--model.adapter.split=qv2", "model.adapter.split", "fused, qv", "'qv2'"),
@@ -105,7 +105,7 @@ TABLE = [
     fit("--seed_everything=x", "seed_everything", "whole number", "'x'"),
     # values
     fit("--model.every=9", "every=9", "1 to 3"),
-    fit("--model.exits=[2,9]", "[2, 9]", "between 1 and 3"),
+    fit("--model.exit_depths=[2,9]", "[2, 9]", "between 1 and 3"),
     fit("--model.adapter.rank=0", "rank=0", "at least 1"),
     fit("--model.adapter.scale=-1", "scale=-1", "above 0"),
     fit("--model.adapter.dropout=1.5", "dropout=1.5", "below 1"),
@@ -128,11 +128,11 @@ TABLE = [
     fit("--trainer.accelerator=gpuu", "gpuu", "cpu"),
     fit("--trainer.devices=0", "devices"),
     fit("--trainer.strategy=ddpp", "ddpp", "ddp"),
-    # trunks
-    fit("--model.trunk=vit_tinny_patch16_224", "'vit_tinny_patch16_224'", "vit_tiny_patch16_224"),
-    fit("--model.trunk=resnet18 --model.trunk_args=null", "ResNet", "VisionTransformer"),
-    fit("--model.trunk_args.dpth=4", "'dpth'", "depth"),
-    fit("--model.trunk_args.embed_dim=25", "embed_dim"),
+    # backbones
+    fit("--model.backbone=vit_tinny_patch16_224", "'vit_tinny_patch16_224'", "vit_tiny_patch16_224"),
+    fit("--model.backbone=resnet18 --model.backbone_args=null", "ResNet", "VisionTransformer"),
+    fit("--model.backbone_args.dpth=4", "'dpth'", "depth"),
+    fit("--model.backbone_args.embed_dim=25", "embed_dim"),
     fit("--model.weights=nowhere.pth", "nowhere.pth", ".safetensors"),
     fit("--model.weights={W}/broken.pth", "broken.pth"),
     # files
@@ -169,7 +169,7 @@ TABLE = [
     Row("test --ckpt_path {W}/future.ckpt", ("format 99", "update dynadapter")),
     Row("fit --ckpt_path {W}/good.ckpt", ("--config", "config.yaml")),
     Row("test --ckpt_path {W}/good.ckpt --model.adapter.rank=3", ("does not fit", "lora_a")),
-    Row("test --ckpt_path {W}/good.ckpt --model.trunk_seed=3", ("trunk", "trunk_args")),
+    Row("test --ckpt_path {W}/good.ckpt --model.backbone_seed=3", ("backbone", "backbone_args")),
     Row("test --ckpt_path {W}/good.ckpt --data=VTAB1k --data.root={W} --data.task=task", ("classes",)),
     # predict
     Row("predict --ckpt_path {W}/good.ckpt", ("predict needs images", "--images")),

@@ -13,18 +13,18 @@ import torch
 from safetensors.torch import save_file
 from test_cli_predict import ARGUMENTS, NAME, NAMES, PREPROCESS, refused, write_bundle, write_images
 
-from dynadapter import export as library
-from dynadapter import runtime
 from dynadapter.adapters import AdaptFormer
-from dynadapter.bundle import load
+from dynadapter.backbones import create_backbone
 from dynadapter.cli import export as command
 from dynadapter.cli import main
 from dynadapter.cost import exit_costs
-from dynadapter.export import load_programs
-from dynadapter.images import find_images, load_image
-from dynadapter.policies import Confidence
-from dynadapter.temperature import Scaled
-from dynadapter.trunk import create_trunk
+from dynadapter.exits.policies import Confidence
+from dynadapter.exits.temperature import Scaled
+from dynadapter.images.reading import find_images, load_image
+from dynadapter.serve import export as library
+from dynadapter.serve import runtime
+from dynadapter.serve.bundle import load
+from dynadapter.serve.export import load_programs
 
 pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
@@ -68,12 +68,12 @@ def test_onnx(bundle, images, tmp_path, capsys):
     assert told["temperatures"] == [1.2, 0.9]
     costs = exit_costs(whole.net.merge(), 32, class_first=True)
     assert told["costs"]["macs"] == list(costs.macs)
-    assert told["costs"]["trunk_class_row"] == costs.trunk_class_row
+    assert told["costs"]["backbone_class_row"] == costs.backbone_class_row
     assert sorted(path.name for path in out.iterdir()) == ["manifest.json", "stage0.onnx", "stage1.onnx"]
     for words in ("stage0.onnx", "stage1.onnx", "MB", f"26 images of {images}", "1e-04 allowed", "all the same"):
         assert words in shown.out
     assert f"{told['check']['largest_difference']:.1e}" in shown.out
-    assert f"python -m dynadapter.runtime {out} IMAGES" in shown.out
+    assert f"python -m dynadapter.serve.runtime {out} IMAGES" in shown.out
     assert shown.err == ""
 
     assert runtime.main([str(out), str(images), "--threads", "1"]) == 0
@@ -96,7 +96,7 @@ def test_programs(bundle, images, tmp_path, capsys):
     with torch.no_grad():
         expected = whole.net.early(pictures(images), whole.policy)
     routed = programs.route(pictures(images))
-    assert routed.exits.tolist() == expected.exits.tolist()
+    assert routed.exit_index.tolist() == expected.exit_index.tolist()
     torch.testing.assert_close(routed.logits, expected.logits, atol=1e-5, rtol=0)
     shown = capsys.readouterr().out
     assert "stage1.pt2" in shown
@@ -120,7 +120,7 @@ def test_adapters_that_cannot_be_folded_stay(images, tmp_path, capsys, monkeypat
     monkeypatch.setattr(library, "export_programs", lambda net, out, **options: given.update(options))
     monkeypatch.setattr(command, "_print", lambda *_: None)
     run(bundle, tmp_path / "programs", "--format=programs")
-    assert "the adapters stay as they are, AdaptFormer cannot be folded into the trunk" in capsys.readouterr().out
+    assert "the adapters stay as they are, AdaptFormer cannot be folded into the backbone" in capsys.readouterr().out
     assert given["costs"] == exit_costs(load(bundle).net, 32, class_first=True)
 
 
@@ -167,17 +167,17 @@ def test_eight_bits_without_labels(bundle, images, tmp_path, capsys, monkeypatch
     assert capsys.readouterr().out == ""
 
 
-def test_a_trunk_from_a_file(images, tmp_path, monkeypatch):
+def test_a_backbone_from_a_file(images, tmp_path, monkeypatch):
     bundle = write_bundle(tmp_path / "bundle", images)
     file = bundle / "config.json"
     content = json.loads(file.read_text())
     del content["checksum"]
-    content["trunk"] |= {"origin": "file", "seed": 5}
+    content["backbone"] |= {"origin": "file", "seed": 5}
     file.write_text(json.dumps(content))
-    save_file(create_trunk(NAME, len(NAMES), **ARGUMENTS).state_dict(), tmp_path / "trunk.safetensors")
+    save_file(create_backbone(NAME, len(NAMES), **ARGUMENTS).state_dict(), tmp_path / "backbone.safetensors")
     monkeypatch.setattr(library, "export_programs", lambda net, out, **options: {"net": net})
     monkeypatch.setattr(command, "_print", lambda *_: None)
-    run(bundle, tmp_path / "out", "--format=programs", f"--weights={tmp_path / 'trunk.safetensors'}")
+    run(bundle, tmp_path / "out", "--format=programs", f"--weights={tmp_path / 'backbone.safetensors'}")
 
 
 # ---- mistakes

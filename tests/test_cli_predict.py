@@ -25,20 +25,20 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import nn
 
-from dynadapter import predictions
 from dynadapter.adapters import AdapterSpec, LoRA, inject
-from dynadapter.bundle import TrunkSource, load, save_bundle
-from dynadapter.callbacks.predictions import FIELDS
+from dynadapter.backbones import create_backbone, fingerprint
 from dynadapter.cli import main
 from dynadapter.cli import predict as command
-from dynadapter.heads import LinearHeads
-from dynadapter.images import find_images, load_image
-from dynadapter.net import ExitNet
-from dynadapter.policies import Confidence
-from dynadapter.predictions import Answer, Busy, Entry, Foreign, PredictionTable, Unread
-from dynadapter.preprocess import Preprocess
-from dynadapter.temperature import Scaled
-from dynadapter.trunk import create_trunk, fingerprint
+from dynadapter.exits.heads import LinearHeads
+from dynadapter.exits.net import ExitNet
+from dynadapter.exits.policies import Confidence
+from dynadapter.exits.temperature import Scaled
+from dynadapter.images.preprocess import Preprocess
+from dynadapter.images.reading import find_images, load_image
+from dynadapter.serve import predictions
+from dynadapter.serve.bundle import BackboneSource, load, save_bundle
+from dynadapter.serve.predictions import Answer, Busy, Entry, Foreign, PredictionTable, Unread
+from dynadapter.training.callbacks.predictions import FIELDS
 
 NAMES = ("ant", "bee, wild", "cat")
 NAME = "vit_tiny_patch16_224"
@@ -60,23 +60,23 @@ def write_images(folder: Path, count: int = 26) -> Path:
 def write_bundle(folder: Path, images: Path, adapter: AdapterSpec | None = None, **changes: Any) -> Path:
     """A bundle of two exits whose answers differ from image to image, as after training."""
     adapter = adapter or LoRA(rank=2)
-    trunk = create_trunk(NAME, len(NAMES), **ARGUMENTS)
-    source = TrunkSource(NAME, fingerprint(trunk), "seed", ARGUMENTS)
+    backbone = create_backbone(NAME, len(NAMES), **ARGUMENTS)
+    source = BackboneSource(NAME, fingerprint(backbone), "seed", ARGUMENTS)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        inject(trunk, adapter)
-        net = ExitNet(trunk, LinearHeads(), every=1)
+        inject(backbone, adapter)
+        net = ExitNet(backbone, LinearHeads(), every=1)
         pictures = torch.stack([PREPROCESS(load_image(path)) for path in find_images(images)])
         with torch.no_grad():
             for p in (p for p in net.parameters() if p.requires_grad):
                 p += 0.1 * torch.randn(p.shape)
             net.eval()
-            for head, logits in zip([*net.heads, net.trunk.get_classifier()], net(pictures), strict=True):
+            for head, logits in zip([*net.heads, net.backbone.get_classifier()], net(pictures), strict=True):
                 layer = [layer for layer in head.modules() if isinstance(layer, nn.Linear)][-1]
                 layer.weight *= 2 / logits.std(0)[:, None]
                 layer.bias -= 2 * logits.mean(0) / logits.std(0)
     parts = {"policy": Scaled(Confidence(0.7), (1.2, 0.9)), "class_names": NAMES, "preprocessing": PREPROCESS}
-    return save_bundle(net, folder, trunk=source, adapter=adapter, heads=LinearHeads(), **(parts | changes))
+    return save_bundle(net, folder, backbone=source, adapter=adapter, heads=LinearHeads(), **(parts | changes))
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +161,7 @@ def test_images_are_read_ahead_but_not_all(bundle, images, tmp_path, monkeypatch
         read_so_far.append(path)
         return load_image(path)
 
-    monkeypatch.setattr("dynadapter.images.load_image", counted)
+    monkeypatch.setattr("dynadapter.images.reading.load_image", counted)
     for done, _ in enumerate(command.read_batches(load(bundle), [str(p) for p in find_images(images)], 2, 2), 1):
         time.sleep(0.02)
         ahead.append(len(read_so_far) - 2 * done)
@@ -686,7 +686,7 @@ def test_a_mistake_is_one_line(more, words, bundle, images, tmp_path, capsys, mo
         needy = Path(shutil.copytree(bundle, tmp_path / "needy")) / "config.json"
         content = json.loads(needy.read_text())
         del content["checksum"]
-        content["trunk"] |= {"origin": "file", "file": "trunk.pth"}
+        content["backbone"] |= {"origin": "file", "file": "backbone.pth"}
         needy.write_text(json.dumps(content))
     given = more.replace("{I}", str(images)).replace("{W}", str(tmp_path)).split()
     line = refused(capsys, ["predict", f"--bundle={bundle}", *given])

@@ -10,22 +10,22 @@ import pytest
 import yaml
 from PIL import Image
 
-from dynadapter import AdapterSpec, Distillation, Heads, Schedule, TokenMerging, Weighting, packaged
-from dynadapter.callbacks import BidirectionalSparsity, EarlyExit, ExitWeights
+from dynadapter import Heads, Schedule, Weighting
+from dynadapter.backbones import packaged
 from dynadapter.cli import main
 from dynadapter.cli.app import DynCLI
-from dynadapter.schedules import Cosine, Warmup
-from dynadapter.spec_json import restore
+from dynadapter.spec import restore
+from dynadapter.training.callbacks import BidirectionalSparsity, EarlyExit, ExitWeights
+from dynadapter.training.schedules import Cosine, Warmup
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-PRESETS = sorted(CONFIGS.glob("presets/*.yaml"))
-FILES = [*sorted(CONFIGS.glob("*.yaml")), *PRESETS]
+FILES = sorted(CONFIGS.glob("*.yaml"))
 ALONE = ("quickstart", "vtab")
 KINDS = ("adapter", "lora", "repadapter", "adaptformer")
 SMALL = [
-    "--model.trunk=vit_tiny_patch16_224",
+    "--model.backbone=vit_tiny_patch16_224",
     "--model.pretrained=false",
-    "--model.trunk_args={patch_size: 16, embed_dim: 24, depth: 5, num_heads: 3}",
+    "--model.backbone_args={patch_size: 16, embed_dim: 24, depth: 5, num_heads: 3}",
     "--model.every=1",
     "--trainer.accelerator=cpu",
     "--trainer.fast_dev_run=true",
@@ -66,8 +66,7 @@ def name_of(file: Path) -> str:
 
 
 def test_every_file_is_tested():
-    assert {name_of(file) for file in FILES if file not in PRESETS} == {*ALONE, *KINDS, "paper", "static"}
-    assert [file.stem for file in PRESETS] == ["adapter", "lora", "repadapter"]
+    assert {name_of(file) for file in FILES} == {*ALONE, *KINDS, "paper", "static"}
 
 
 @pytest.mark.parametrize("file", FILES, ids=name_of)
@@ -90,25 +89,13 @@ def benchmark(monkeypatch) -> Any:
     return importlib.import_module("recipes")
 
 
-@pytest.mark.parametrize("file", PRESETS, ids=name_of)
-def test_a_preset_is_what_the_benchmark_trains(file, benchmark):
-    recipe, config = benchmark.recipe(benchmark.DEFAULT), yaml.safe_load(file.read_text())
-    model, sparsity = config["model"], config["sparsity"]
-    blocks = recipe.exits and list(recipe.exits)
-    assert (model["every"], model["exits"]) == (recipe.every, blocks)
-    assert restore(model["adapter"], AdapterSpec) == benchmark.METHODS[file.stem](1.0)
-    assert restore(model["heads"], Heads) == recipe.heads
-    assert restore(model["distillation"], Distillation | None) == recipe.distillation
-    assert restore(model["merging"], TokenMerging | None) == recipe.merging
-    assert restore(config["exit_weights"]["weighting"], Weighting) == recipe.weighting
-    found = [restore(sparsity[name], Schedule | None) for name in ("shallow", "deep", "keep")]
-    assert [*found, sparsity["masked"]] == [recipe.shallow, recipe.deep, recipe.keep, recipe.masked]
-
-
 def test_paper_is_the_recipe_of_the_paper(benchmark):
     recipe, config = benchmark.recipe(benchmark.PAPER), yaml.safe_load((CONFIGS / "paper.yaml").read_text())
     assert restore(config["model"]["heads"], Heads) == recipe.heads
-    assert (config["model"]["merging"], config["model"]["distillation"]) == (recipe.merging, recipe.distillation)
+    assert (config["model"]["token_merging"], config["model"]["distillation"]) == (
+        recipe.token_merging,
+        recipe.distillation,
+    )
     assert restore(config["exit_weights"]["weighting"], Weighting) == recipe.weighting
     found = [restore(config["sparsity"][name], Schedule | None) for name in ("shallow", "deep", "keep")]
     assert found == [recipe.shallow, recipe.deep, recipe.keep]
@@ -135,7 +122,7 @@ def test_settings_of_the_same_kind_are_laid_over_each_other(task, built):
 def test_vtab_is_the_protocol():
     config = yaml.safe_load((CONFIGS / "vtab.yaml").read_text())
     model, data, trainer = config["model"], config["data"]["init_args"], config["trainer"]
-    assert (model["trunk"], model["pretrained"]) == ("vit_base_patch16_224.orig_in21k", True)
+    assert (model["backbone"], model["pretrained"]) == ("vit_base_patch16_224.orig_in21k", True)
     assert model["optimizer"] == {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-3, "weight_decay": 1e-4}}
     expected = {"image_size": 224, "interpolation": "bicubic", "resize": "stretch", "augment": "none", "batch_size": 64}
     assert expected.items() <= data.items()
@@ -154,8 +141,8 @@ def test_static_is_the_same_model_without_exits(task, built):
     dynamic = built("fit", *stacked("vtab", "lora"), *SMALL, *task)
     for order in (("vtab", "lora", "static"), ("vtab", "static", "lora")):
         static = built("fit", *stacked(*order), *SMALL, *task)
-        assert static.model.net.exits == (5,)
-        assert static.model.trunk_hash == dynamic.model.trunk_hash
+        assert static.model.net.exit_depths == (5,)
+        assert static.model.backbone_hash == dynamic.model.backbone_hash
         trained = {name for name, p in static.model.net.named_parameters() if p.requires_grad}
         assert trained == {n for n, p in dynamic.model.net.named_parameters() if p.requires_grad and "heads." not in n}
         ours = {type(callback) for callback in static.trainer.callbacks}
@@ -164,12 +151,12 @@ def test_static_is_the_same_model_without_exits(task, built):
 
 def test_quickstart_needs_no_download():
     config = yaml.safe_load((CONFIGS / "quickstart.yaml").read_text())
-    assert config["model"]["trunk"] in packaged.names()
+    assert config["model"]["backbone"] in packaged.names()
     assert config["model"]["pretrained"] is True
     assert config["data"]["class_path"] == "Digits"
 
 
-def test_quickstart_gives_the_trunk_images_as_it_was_trained_with():
+def test_quickstart_gives_the_backbone_images_as_it_was_trained_with():
     config = yaml.safe_load((CONFIGS / "quickstart.yaml").read_text())
-    about = json.loads((packaged.FOLDER / f"{config['model']['trunk']}.json").read_text())
+    about = json.loads((packaged.FOLDER / f"{config['model']['backbone']}.json").read_text())
     assert about["preprocess"].items() <= config["data"]["init_args"].items()

@@ -15,10 +15,10 @@ from torch import nn
 
 from dynadapter import adapters
 from dynadapter.cost import ExitCosts, cost_table, exit_costs, exit_parameters
-from dynadapter.heads import Balanced, LinearHeads
-from dynadapter.net import ExitNet
+from dynadapter.exits.heads import Balanced, LinearHeads
+from dynadapter.exits.net import ExitNet
 
-COSTS = ExitCosts(macs=(40, 70, 110), light=(4, 7, 10), trunk=100, exits=(3, 6, 9))
+COSTS = ExitCosts(macs=(40, 70, 110), light=(4, 7, 10), backbone=100, exit_depths=(3, 6, 9))
 
 
 def exact(costs: ExitCosts) -> list[int]:
@@ -39,15 +39,15 @@ def test_three_counts_agree_as_integers(name):
     depth = len(architecture.parts(SIDE)[1])
     net = ExitNet(build(name), every=depth // 4)  # 4 does not divide the 18 blocks of ConvNeXt-T: five exits
     costs = exit_costs(net, SIDE)
-    assert exact(costs) == by_torch(net) == by_hand(architecture, net.exits)
-    assert all(isinstance(count, int) for count in (*costs.macs, *costs.light, costs.trunk))
+    assert exact(costs) == by_torch(net) == by_hand(architecture, net.exit_depths)
+    assert all(isinstance(count, int) for count in (*costs.macs, *costs.light, costs.backbone))
     assert list(costs.macs) == sorted(set(costs.macs))
 
 
 def test_known_costs_of_vit_base():
     costs = exit_costs(ExitNet(build("vit_base_patch16_224"), every=3))
     assert [round(gmacs, 2) for gmacs in costs.gmacs] == pytest.approx([4.48, 8.85, 13.21, 17.58], abs=0.011)
-    assert 17.56e9 <= costs.trunk <= 17.59e9
+    assert 17.56e9 <= costs.backbone <= 17.59e9
     # LayerNorm counts 5 for each element: two a block and the last one over all tokens, and one row a head.
     tokens, row = 5 * 197 * 768, 5 * 768
     assert costs.light == (6 * tokens + row, 12 * tokens + 2 * row, 18 * tokens + 3 * row, 25 * tokens + 3 * row)
@@ -70,34 +70,34 @@ VARIANTS = {
 @pytest.mark.parametrize("make", VARIANTS.values(), ids=VARIANTS)
 def test_variants_agree_with_torch(make):
     net = ExitNet(make(), every=2)
-    side = 48 if getattr(net.trunk, "dynamic_img_size", False) else 32
+    side = 48 if getattr(net.backbone, "dynamic_img_size", False) else 32
     assert exact(exit_costs(net, side)) == by_torch(net, side)
 
 
 @pytest.mark.parametrize("make", VARIANTS.values(), ids=VARIANTS)
-def test_trunk_is_the_plain_model(make):
-    trunk = make()
+def test_backbone_is_the_plain_model(make):
+    backbone = make()
     with torch.no_grad(), counting() as counter:
-        trunk(torch.zeros(1, 3, 32, 32))  # timm's own forward
-    static = exit_costs(ExitNet(trunk, exits=[]), 32)
+        backbone(torch.zeros(1, 3, 32, 32))  # timm's own forward
+    static = exit_costs(ExitNet(backbone, exit_depths=[]), 32)
     assert exact(static) == [halved(counter)]
-    assert static.macs == (static.trunk,)
-    assert exit_costs(ExitNet(trunk, every=1), 32).trunk == static.trunk
+    assert static.macs == (static.backbone,)
+    assert exit_costs(ExitNet(backbone, every=1), 32).backbone == static.backbone
 
 
 def test_unfused_attention_costs_the_same():
     fused, unfused = small_net(), small_net()
-    for block in unfused.trunk.blocks:
+    for block in unfused.backbone.blocks:
         block.attn.fused_attn = False
     assert exit_costs(fused) == exit_costs(unfused)
 
 
 def test_exits_add_only_their_heads():
-    """A head costs the same wherever the exits stand: the trunk's share does not depend on them."""
-    trunk = make_vit()
-    few, many = exit_costs(ExitNet(trunk, every=3)), exit_costs(ExitNet(trunk, LinearHeads(), every=1))
-    assert few.trunk == many.trunk
-    assert many.macs[-1] - many.trunk == 5 * (48 * 5 + 5 * 48)  # five heads: a product, and LayerNorm over one row
+    """A head costs the same wherever the exits stand: the backbone's share does not depend on them."""
+    backbone = make_vit()
+    few, many = exit_costs(ExitNet(backbone, every=3)), exit_costs(ExitNet(backbone, LinearHeads(), every=1))
+    assert few.backbone == many.backbone
+    assert many.macs[-1] - many.backbone == 5 * (48 * 5 + 5 * 48)  # five heads: a product, and LayerNorm over one row
 
 
 # ---- adapters ----
@@ -113,12 +113,12 @@ def specs() -> list[adapters.AdapterSpec]:
 @pytest.mark.parametrize("make", [make_vit, make_swin, make_convnext])
 @pytest.mark.parametrize("spec", specs(), ids=lambda spec: type(spec).__name__)
 def test_adapters_count_while_they_stand_apart(spec, make):
-    trunk = make()
-    plain = exit_costs(ExitNet(trunk, every=2), 32)
+    backbone = make()
+    plain = exit_costs(ExitNet(backbone, every=2), 32)
     if make is make_convnext:  # has no attention
         spec = replace(spec, targets=("*.mlp.fc1",) if isinstance(spec, LINEAR) else ("*blocks.*.mlp",))
-    adapters.inject(trunk, spec)
-    net = ExitNet(trunk, every=2)
+    adapters.inject(backbone, spec)
+    net = ExitNet(backbone, every=2)
     costs = exit_costs(net, 32)
     assert exact(costs) == by_torch(net, 32)
     assert all(with_adapters > without for with_adapters, without in zip(costs.macs, plain.macs, strict=True))
@@ -127,10 +127,10 @@ def test_adapters_count_while_they_stand_apart(spec, make):
 
 
 def test_lora_by_hand():
-    trunk = make_vit()
-    plain = exit_costs(ExitNet(trunk, every=2))
-    adapters.inject(trunk, adapters.LoRA(rank=8, targets=("*.qkv",)))
-    costs = exit_costs(ExitNet(trunk, every=2))
+    backbone = make_vit()
+    plain = exit_costs(ExitNet(backbone, every=2))
+    adapters.inject(backbone, adapters.LoRA(rank=8, targets=("*.qkv",)))
+    costs = exit_costs(ExitNet(backbone, every=2))
     a_block = 17 * (48 * 8 + 8 * 3 * 48)  # 17 tokens; width 48 -> rank 8 -> q, k and v
     assert [a - b for a, b in zip(costs.macs, plain.macs, strict=True)] == [2 * a_block, 4 * a_block, 6 * a_block]
 
@@ -160,7 +160,7 @@ def extra(behind, handles=None) -> int:
     """Gives what something behind the second of six blocks adds to the exact count; x is (1, 17, 48)."""
     net = small_net()
     plain = exact(exit_costs(net))
-    net.trunk.blocks[1] = Wrapped(net.trunk.blocks[1], behind)
+    net.backbone.blocks[1] = Wrapped(net.backbone.blocks[1], behind)
     added = [a - b for a, b in zip(exact(exit_costs(net, handles=handles)), plain, strict=True)]
     assert len(set(added)) == 1  # all of it belongs to the first stage
     return added[0]
@@ -226,7 +226,7 @@ def test_handles_are_the_way_out():
 
 def test_every_block_runs_once():
     net, calls = small_net(), []
-    for module in (*net.trunk.blocks, *net.heads):
+    for module in (*net.backbone.blocks, *net.heads):
         module.register_forward_hook(lambda *_: calls.append(1))
     exit_costs(net)
     assert len(calls) == 6 + 2
@@ -246,7 +246,7 @@ def test_counts_what_forward_runs():
 @pytest.mark.parametrize("size", [None, 33], ids=["a trace", "a failed trace"])
 def test_nothing_is_disturbed(size):
     net = small_net()
-    adapters.inject(net.trunk, adapters.LoRA())
+    adapters.inject(net.backbone, adapters.LoRA())
     net.train()
     net.heads[0].norm.eval()
     hooks = [lambda *_: None for _ in net.modules()]
@@ -275,7 +275,7 @@ import sys, warnings
 warnings.simplefilter("error")
 import timm
 from dynadapter.cost import exit_costs
-from dynadapter.net import ExitNet
+from dynadapter.exits.net import ExitNet
 net = ExitNet(timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2), every=1)
 assert not {"fvcore", "lightning"} & set(sys.modules)
 exit_costs(net)
@@ -290,10 +290,10 @@ def test_type_and_context_of_the_run_do_not_matter():
     with torch.inference_mode():
         assert exit_costs(small_net()) == costs
     compiled = small_net()
-    for block in compiled.trunk.blocks:
+    for block in compiled.backbone.blocks:
         block.compile(backend="eager")
     assert exit_costs(compiled) == costs
-    assert all(block._compiled_call_impl is not None for block in compiled.trunk.blocks)
+    assert all(block._compiled_call_impl is not None for block in compiled.backbone.blocks)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -306,13 +306,13 @@ def test_a_network_on_a_gpu_costs_the_same():
 def test_image_size():
     assert exit_costs(small_net()) == exit_costs(small_net(), 32) == exit_costs(small_net(), (32, 32))
     wide = small_net(dynamic_img_size=True)
-    assert exit_costs(wide, (32, 64)).trunk > exit_costs(wide).trunk
+    assert exit_costs(wide, (32, 64)).backbone > exit_costs(wide).backbone
     grey = small_net(in_chans=1)
     patches = exact(exit_costs(small_net()))[0] - exact(exit_costs(grey))[0]
     assert patches == 16 * 2 * 64 * 48  # 16 patches, two channels less, 64 pixels, width 48
     convnext = small_net(make_convnext)  # does not know its images: the weights' size
-    assert exit_costs(convnext) == exit_costs(convnext, convnext.trunk.pretrained_cfg["input_size"][1:])
-    convnext.trunk.pretrained_cfg = {}
+    assert exit_costs(convnext) == exit_costs(convnext, convnext.backbone.pretrained_cfg["input_size"][1:])
+    convnext.backbone.pretrained_cfg = {}
     with pytest.raises(ValueError, match="pass image_size"):
         exit_costs(convnext)
 
@@ -331,21 +331,21 @@ def test_misuse():
 
 @pytest.mark.parametrize("make", [make_vit, make_swin, make_convnext])
 def test_parameters_are_cumulative(make):
-    trunk = make()
-    heads = [sum(p.numel() for p in head.parameters()) for head in ExitNet(trunk, every=2).heads]
-    own = sum(p.numel() for p in trunk.parameters() if p.requires_grad)
-    assert exit_parameters(ExitNet(trunk, every=2)) == (heads[0], sum(heads), sum(heads) + own)
-    trunk.requires_grad_(True)
-    totals = exit_parameters(ExitNet(trunk, every=2))
-    embedding = trunk.stem if make is make_convnext else trunk.patch_embed
+    backbone = make()
+    heads = [sum(p.numel() for p in head.parameters()) for head in ExitNet(backbone, every=2).heads]
+    own = sum(p.numel() for p in backbone.parameters() if p.requires_grad)
+    assert exit_parameters(ExitNet(backbone, every=2)) == (heads[0], sum(heads), sum(heads) + own)
+    backbone.requires_grad_(True)
+    totals = exit_parameters(ExitNet(backbone, every=2))
+    embedding = backbone.stem if make is make_convnext else backbone.patch_embed
     assert totals[0] > heads[0] + sum(p.numel() for p in embedding.parameters())
-    assert totals[-1] == sum(heads) + sum(p.numel() for p in trunk.parameters())
+    assert totals[-1] == sum(heads) + sum(p.numel() for p in backbone.parameters())
 
 
 def test_parameters_of_lora_by_hand():
-    trunk = make_vit()
-    adapters.inject(trunk, adapters.LoRA(rank=8, targets=("*.qkv",)))
-    net = ExitNet(trunk, Balanced(), every=2)
+    backbone = make_vit()
+    adapters.inject(backbone, adapters.LoRA(rank=8, targets=("*.qkv",)))
+    net = ExitNet(backbone, Balanced(), every=2)
     norm, mlp, linear = 2 * 48, 48 * 64 + 64 + 64 * 5 + 5, 48 * 5 + 5
     a_block = 8 * 48 + 3 * 48 * 8
     first = 2 * a_block + norm + mlp
@@ -382,7 +382,7 @@ def test_table():
     Console(file=out, width=100).print(table)
     lines = out.getvalue().splitlines()
     heading = " ".join(lines[1].replace("┃", "│").split())
-    assert "exit │ after block │ GMACs │ of the trunk │ accuracy │ train parameters" in heading
+    assert "exit │ after block │ GMACs │ of the backbone │ accuracy │ train parameters" in heading
     assert [cell.strip() for cell in lines[3].strip("│").split("│")] == ["1", "3", "4e-08", "40.0%", "0.500", "1,200"]
     assert "110.0%" in lines[5]
     with pytest.raises(ValueError, match="column 'accuracy' has 1 values for 3 exits"):

@@ -16,13 +16,13 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
 from tiny import make_classifier, trainer
 
-from dynadapter.callbacks import BidirectionalSparsity
 from dynadapter.data import Digits, ImageData, ImageFolder, ImagesToPredict, Preprocess, UnreadableImage, VTAB1k
-from dynadapter.data.images import find_images, load_image
 from dynadapter.data.samplers import EpochOrder, Evened
-from dynadapter.losses import IGNORED
-from dynadapter.module import Mixing
-from dynadapter.schedules import Constant, Linear
+from dynadapter.images.reading import find_images, load_image
+from dynadapter.training.callbacks import BidirectionalSparsity
+from dynadapter.training.losses import IGNORED
+from dynadapter.training.module import Mixing
+from dynadapter.training.schedules import Constant, Linear
 
 
 def noise(*shape: int, seed: int = 0) -> np.ndarray:

@@ -16,7 +16,7 @@ import torch
 from distributed_runs import MOST, NAMES, PROCESSES, SCENARIOS, policies
 from tiny import make_classifier
 
-import dynadapter.module  # noqa: F401  (what a checkpoint may hold)
+import dynadapter.training.module  # noqa: F401  (what a checkpoint may hold)
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
@@ -90,7 +90,7 @@ def test_gradients_of_16_bits_are_scaled(folder: Path) -> None:
         assert (result["precision"], result["scale"]) == ("16-mixed", 256.0)  # no step was left out
 
 
-def test_an_average_leaves_the_frozen_trunk_alone(folder: Path) -> None:
+def test_an_average_leaves_the_frozen_backbone_alone(folder: Path) -> None:
     averaged = results(folder, "averaged")
     assert all(result["frozen"] for result in averaged.values())
     assert difference(averaged[1, 0]["state"], results(folder, "plain")[1, 0]["state"]) > 1e-3
@@ -166,7 +166,7 @@ def test_weights_that_are_not_finite_are_not_saved(folder: Path) -> None:
     for result in results(folder, "weights_that_are_not_finite").values():
         assert result["finite"]
         assert result["said"].startswith(
-            "1 trained tensors are not finite after step 2, net.trunk.head.weight among them; nothing is saved over"
+            "1 trained tensors are not finite after step 2, net.backbone.head.weight among them; nothing is saved over"
         )
 
 

@@ -14,10 +14,10 @@ from tiny import FAMILIES, TinyModule, loader, make_classifier, trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from dynadapter.callbacks import EarlyExit
-from dynadapter.module import ExitClassifier
-from dynadapter.policies import Confidence, Entropy, Margin, Never, Patience, Policy, confidence, entropy, margin
-from dynadapter.trunk import blocks
+from dynadapter.backbones import blocks
+from dynadapter.exits.policies import Confidence, Entropy, Margin, Never, Patience, Policy, confidence, entropy, margin
+from dynadapter.training.callbacks import EarlyExit
+from dynadapter.training.module import ExitClassifier
 
 
 def data(samples: int = 23) -> DataLoader:
@@ -31,7 +31,7 @@ def spread(family: str = "vit", **changes: Any) -> ExitClassifier:
     module = make_classifier(family, **changes)
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
-        for p in [*module.net.heads.parameters(), *module.net.trunk.get_classifier().parameters()]:
+        for p in [*module.net.heads.parameters(), *module.net.backbone.get_classifier().parameters()]:
             p.copy_(torch.randn(p.shape, generator=generator) * (0.2 if p.ndim > 1 else 1))
     return module.eval()
 
@@ -93,7 +93,7 @@ def test_a_test_runs_only_what_is_needed() -> None:
     policy = Confidence((middle(module, confidence), middle(module, confidence, 1)))
     left, _ = one_by_one(module, policy, batches)
     seen = [0] * 6
-    for k, unit in enumerate(blocks(module.net.trunk)):
+    for k, unit in enumerate(blocks(module.net.backbone)):
         unit[-1].register_forward_pre_hook(lambda _, x, k=k: seen.__setitem__(k, seen[k] + len(x[0])))
     trainer(EarlyExit([policy])).test(module, batches, verbose=False)
     routed = [sum(exit >= k // 2 for exit in left) for k in range(6)]
@@ -160,7 +160,7 @@ def test_predictions_follow_the_first_policy() -> None:
     policy = Confidence(middle(module, confidence))
     out = trainer(EarlyExit([policy, Never()])).predict(module, DataLoader(Images(images), batch_size=5))
     left, _ = one_by_one(module, policy, data())
-    assert torch.cat([batch["exits"] for batch in out]).tolist() == left
+    assert torch.cat([batch["exit_index"] for batch in out]).tolist() == left
     assert [file for batch in out for file in batch["files"]] == [f"{i}.png" for i in range(23)]
 
 

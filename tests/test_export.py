@@ -14,15 +14,16 @@ from conftest import CLASSES, make_convnext, make_swin, make_vit
 from torch import Tensor, nn
 
 import dynadapter
-from dynadapter import export, preprocess, runtime
 from dynadapter.adapters import AdapterSpec, AdaptFormer, LoRA, RepAdapter, adapter_layers, inject
 from dynadapter.cost import exit_costs
-from dynadapter.export import Programs, export_onnx, export_programs, load_programs
-from dynadapter.heads import LinearHeads
-from dynadapter.net import ExitNet
-from dynadapter.policies import Confidence, Entropy, Margin, Never, Patience, Policy, route
-from dynadapter.runtime import Runner
-from dynadapter.temperature import Scaled
+from dynadapter.exits.heads import LinearHeads
+from dynadapter.exits.net import ExitNet
+from dynadapter.exits.policies import Confidence, Entropy, Margin, Never, Patience, Policy, route
+from dynadapter.exits.temperature import Scaled
+from dynadapter.images import preprocess
+from dynadapter.serve import export, runtime
+from dynadapter.serve.export import Programs, export_onnx, export_programs, load_programs
+from dynadapter.serve.runtime import Runner
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
@@ -40,7 +41,7 @@ def pictures(count: int, seed: int = 0) -> Tensor:
 @torch.no_grad()
 def spread(net: ExitNet) -> ExitNet:
     """Gives the heads logits that differ from image to image, as after training."""
-    last = net.trunk.get_classifier()
+    last = net.backbone.get_classifier()
     for head, logits in zip([*net.heads, last], net(pictures(32, 9)), strict=True):
         layer = [layer for layer in head.modules() if isinstance(layer, nn.Linear)][-1]
         layer.weight *= 2 / logits.std(0)[:, None]
@@ -48,22 +49,22 @@ def spread(net: ExitNet) -> ExitNet:
     return net.eval()
 
 
-def network(trunk: nn.Module, every: int = 1, exits: list[int] | None = None) -> ExitNet:
+def network(backbone: nn.Module, every: int = 1, exits: list[int] | None = None) -> ExitNet:
     torch.manual_seed(0)
-    return spread(ExitNet(trunk, LinearHeads(), every, exits).eval())
+    return spread(ExitNet(backbone, LinearHeads(), every, exits).eval())
 
 
 def adapted(*specs: AdapterSpec, exits: list[int] | None = None) -> ExitNet:
     """A ViT of two blocks whose adapters do something."""
-    trunk = make_vit(depth=2)
+    backbone = make_vit(depth=2)
     for spec in specs:
-        inject(trunk, spec)
+        inject(backbone, spec)
     generator = torch.Generator().manual_seed(1)
-    for layer in adapter_layers(trunk).values():
+    for layer in adapter_layers(backbone).values():
         for name, tensor in layer.named_parameters():
             if not name.startswith("base_layer."):
                 nn.init.normal_(tensor, std=0.05, generator=generator)
-    return network(trunk, exits=exits)
+    return network(backbone, exits=exits)
 
 
 NETWORKS = {
@@ -119,19 +120,19 @@ def test_both_formats_do_what_the_network_does(exported: Exported, batch: int) -
     torch.testing.assert_close(programs.every_exit(images), expected, atol=1e-5, rtol=0)
     logits, exits = runner.route(images.numpy())
     np.testing.assert_allclose(logits, routed.logits, atol=1e-4)
-    assert exits.tolist() == routed.exits.tolist()
+    assert exits.tolist() == routed.exit_index.tolist()
     also = programs.route(images)
     torch.testing.assert_close(also.logits, routed.logits, atol=1e-5, rtol=0)
-    assert also.exits.tolist() == routed.exits.tolist()
+    assert also.exit_index.tolist() == routed.exit_index.tolist()
     assert also.nonfinite == 0
 
 
 def test_the_networks_of_these_tests_use_all_their_exits(exported: Exported) -> None:
     images = pictures(32)
     routed = exported.torch.route(images)
-    assert set(routed.exits.tolist()) == set(range(exported.net.num_exits))
+    assert set(routed.exit_index.tolist()) == set(range(exported.net.num_exits))
     with torch.no_grad():
-        assert torch.equal(routed.exits, route(POLICY, exported.net(images)))
+        assert torch.equal(routed.exit_index, route(POLICY, exported.net(images)))
 
 
 def test_the_manifest_says_it_all(exported: Exported) -> None:
@@ -201,7 +202,7 @@ def test_adapters_are_merged_where_they_can_be(spec: AdapterSpec) -> None:
     before = copy.deepcopy(net.state_dict())
     for merge in (True, False):
         reference, exported = export._standalone(net, pictures(1), merge)
-        assert bool(adapter_layers(exported.trunk)) is (not merge or isinstance(spec, AdaptFormer))
+        assert bool(adapter_layers(exported.backbone)) is (not merge or isinstance(spec, AdaptFormer))
         with torch.no_grad():
             torch.testing.assert_close(exported(pictures(5)), reference(pictures(5)), atol=1e-4, rtol=0)
     assert net.training  # the network is as it was
@@ -320,7 +321,9 @@ def test_a_failed_export_leaves_what_was_there(small: ExitNet, tmp_path: Path) -
 
 def test_a_score_on_its_threshold_is_not_exported(small: ExitNet, tmp_path: Path, monkeypatch) -> None:
     routed = Programs.route
-    monkeypatch.setattr(Programs, "route", lambda self, x: routed(self, x)._replace(exits=torch.ones(len(x)).long()))
+    monkeypatch.setattr(
+        Programs, "route", lambda self, x: routed(self, x)._replace(exit_index=torch.ones(len(x)).long())
+    )
     with pytest.raises(ValueError, match=r"12 of 12 images leave .* at another exit .* move the threshold a little"):
         export_programs(small, tmp_path / "programs", **SMALL)
     assert not list(tmp_path.iterdir())

@@ -13,10 +13,10 @@ from tiny import FAMILIES, TinyModule, loader, make_classifier, trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from dynadapter.callbacks import EarlyExit, FlopsReport
 from dynadapter.cost import exit_costs
-from dynadapter.net import Routed
-from dynadapter.policies import Confidence, Never, Patience, Policy
+from dynadapter.exits.net import Routed
+from dynadapter.exits.policies import Confidence, Never, Patience, Policy
+from dynadapter.training.callbacks import EarlyExit, FlopsReport
 
 
 def data(samples: int = 11) -> DataLoader:
@@ -71,7 +71,7 @@ class Foreign(TinyModule):
 
     def validation_step(self, batch: list[Tensor], batch_idx: int) -> dict[str, Any]:
         routed = self.net.early(batch[0], Alternating())
-        return {"loss": routed.logits.sum(), "exits": routed.exits.tolist()}
+        return {"loss": routed.logits.sum(), "exit_index": routed.exit_index.tolist()}
 
     def predict_step(self, batch: list[Tensor], batch_idx: int) -> Routed:
         return self.test_step(batch, batch_idx)
@@ -107,7 +107,7 @@ def test_where_nothing_is_routed_there_are_the_costs_alone() -> None:
     assert logged == {}
     assert report.average_gmacs == {}
     (table,) = report.tables(run, module, "test")
-    assert list(rows(table)[0]) == ["exit", "after block", "GMACs", "of the trunk", "parameters"]
+    assert list(rows(table)[0]) == ["exit", "after block", "GMACs", "of the backbone", "parameters"]
 
 
 def test_the_tables_say_what_was_measured() -> None:
@@ -117,15 +117,15 @@ def test_the_tables_say_what_was_measured() -> None:
     (logged,) = run.test(module, data(), verbose=False)
     exits, policies = report.tables(run, module, "test")
     assert exits.title == "Exits (test, shares under alternating)"
-    macs, trunk = report.costs.macs, report.costs.trunk
+    macs, backbone = report.costs.macs, report.costs.backbone
     # Parameters that are trained and in use up to an exit: adapters of the blocks so far, and heads.
-    lora = sum(p.numel() for name, p in module.net.trunk.blocks[0].named_parameters() if "lora" in name)
-    heads = [sum(p.numel() for p in head.parameters()) for head in (*module.net.heads, module.net.trunk.head)]
+    lora = sum(p.numel() for name, p in module.net.backbone.blocks[0].named_parameters() if "lora" in name)
+    heads = [sum(p.numel() for p in head.parameters()) for head in (*module.net.heads, module.net.backbone.head)]
     for k, row in enumerate(rows(exits)):
         assert row["exit"] == str(k + 1)
         assert row["after block"] == str(2 * (k + 1))
         assert row["GMACs"] == f"{macs[k] / 1e9:.4g}"
-        assert row["of the trunk"] == f"{macs[k] / trunk:.1%}"
+        assert row["of the backbone"] == f"{macs[k] / backbone:.1%}"
         assert row["accuracy"] == f"{logged[f'test/acc_exit{k + 1}']:.1%}"
         assert row["share"] == f"{SHARES[k]:.1%}"
         assert row["parameters"] == f"{2 * (k + 1) * lora + sum(heads[: k + 1]):,}"
@@ -136,7 +136,7 @@ def test_the_tables_say_what_was_measured() -> None:
         assert row["policy"] == result.name
         assert row["accuracy"] == f"{logged[f'test/{result.name}/acc']:.1%}"
         assert float(row["GMACs"]) == pytest.approx(logged[f"test/{result.name}/gmacs"], rel=0.01)
-        assert row["of the trunk"] == f"{1e9 * report.average_gmacs[result.name] / trunk:.1%}"
+        assert row["of the backbone"] == f"{1e9 * report.average_gmacs[result.name] / backbone:.1%}"
         shares = [logged[f"test/{result.name}/share_exit{k}"] for k in (1, 2, 3)]
         assert row["share of samples by exit"] == " / ".join(f"{share:.1%}" for share in shares)
     out = io.StringIO()

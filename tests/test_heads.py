@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from dynadapter.heads import Balanced, ExitHead, Heads, LinearHeads, MLPHeads
+from dynadapter.exits.heads import Balanced, ExitHead, Heads, LinearHeads, MLPHeads
 
 KINDS = [Balanced(), LinearHeads(), MLPHeads()]
 

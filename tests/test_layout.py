@@ -9,9 +9,9 @@ from conftest import make_vit
 from test_class_first import ADAPTERS, middle_threshold, network, pictures
 from torch import Tensor, nn
 
-from dynadapter import Confidence, ExitNet, LinearHeads, LoRA, RepAdapter, create_trunk, inject, lay_out_for_cpu
-from dynadapter.bundle import TrunkSource, load, save_bundle
-from dynadapter.trunk import fingerprint
+from dynadapter import Confidence, ExitNet, LinearHeads, LoRA, RepAdapter, create_backbone, inject, lay_out_for_cpu
+from dynadapter.backbones import fingerprint
+from dynadapter.serve.bundle import BackboneSource, load, save_bundle
 
 close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)
 
@@ -43,7 +43,7 @@ def test_values_and_answers_stay(adapter):
         policy = middle_threshold(net, images)
         for class_first in (False, True):
             mine, theirs = (each.early(images, policy, class_first) for each in (other, net))
-            assert torch.equal(mine.exits, theirs.exits)
+            assert torch.equal(mine.exit_index, theirs.exit_index)
             close(mine.logits, theirs.logits)
 
 
@@ -111,7 +111,7 @@ def test_training_goes_on():
 
 def test_a_state_dict_from_a_file_is_the_same(tmp_path):
     net, other = network(make_vit()), network(make_vit())
-    nn.init.ones_(other.trunk.head.weight)
+    nn.init.ones_(other.backbone.head.weight)
     torch.save(lay_out_for_cpu(net).state_dict(), tmp_path / "state.pt")
     other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     assert not laid_out(other)
@@ -120,15 +120,15 @@ def test_a_state_dict_from_a_file_is_the_same(tmp_path):
 
 def test_a_bundle_is_the_same_to_the_byte(tmp_path):
     size = {"img_size": 32, "patch_size": 16, "embed_dim": 32, "depth": 4, "num_heads": 2}
-    trunk = create_trunk("vit_tiny_patch16_224", 3, **size)
-    source = TrunkSource("vit_tiny_patch16_224", fingerprint(trunk), "seed", timm_args=size)
-    inject(trunk, LoRA(rank=2))
-    net = ExitNet(trunk, LinearHeads(), every=2).eval()
+    backbone = create_backbone("vit_tiny_patch16_224", 3, **size)
+    source = BackboneSource("vit_tiny_patch16_224", fingerprint(backbone), "seed", timm_args=size)
+    inject(backbone, LoRA(rank=2))
+    net = ExitNet(backbone, LinearHeads(), every=2).eval()
     for place in ("plain", "laid out"):
         save_bundle(
             lay_out_for_cpu(net) if place == "laid out" else net,
             tmp_path / place,
-            trunk=source,
+            backbone=source,
             adapter=LoRA(rank=2),
             heads=LinearHeads(),
             policy=Confidence(0.5),

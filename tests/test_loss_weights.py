@@ -11,9 +11,9 @@ from tiny import QUIET, SaveFirstEpoch, TinyModule, loader, trainer
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
-from dynadapter.callbacks.loss_weights import ExitWeights
-from dynadapter.schedules import Constant, Cosine
-from dynadapter.weighting import EarlyToLate, LateToEarly, LinearInDepth, PerExit, Uniform, Weighting
+from dynadapter.training.callbacks.loss_weights import ExitWeights
+from dynadapter.training.schedules import Constant, Cosine
+from dynadapter.training.weighting import EarlyToLate, LateToEarly, LinearInDepth, PerExit, Uniform, Weighting
 
 pytestmark = [pytest.mark.filterwarnings(line) for line in QUIET]
 
@@ -145,7 +145,7 @@ def test_the_same_callback_serves_a_second_fit() -> None:
 class NoNet(TinyModule):
     def __init__(self) -> None:
         super().__init__()
-        self.trunk = self.net.trunk
+        self.backbone = self.net.backbone
         del self.net
 
 

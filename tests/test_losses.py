@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from dynadapter.losses import exit_losses, joint_loss
+from dynadapter.training.losses import exit_losses, joint_loss
 
 
 @pytest.fixture

@@ -18,18 +18,18 @@ from tiny import QUIET, loader, make_classifier, trainer
 from torch import Tensor, nn
 
 from dynadapter.adapters import LoRA, RepAdapter
-from dynadapter.bundle import load
-from dynadapter.cli import arms, main
-from dynadapter.compiled import CompiledNet
+from dynadapter.backbones import create_backbone
+from dynadapter.bench import arms
+from dynadapter.cli import main
 from dynadapter.cost import exit_costs, exit_parameters
-from dynadapter.export import export_onnx, export_programs
-from dynadapter.heads import LinearHeads
-from dynadapter.merging import TokenMerging, merge_counted, merge_tokens
-from dynadapter.module import ExitClassifier
-from dynadapter.net import ExitNet
-from dynadapter.policies import Confidence, Never
-from dynadapter.stream import Stream
-from dynadapter.trunk import create_trunk
+from dynadapter.exits.heads import LinearHeads
+from dynadapter.exits.net import ExitNet
+from dynadapter.exits.policies import Confidence, Never
+from dynadapter.exits.token_merging import TokenMerging, merge_counted, merge_tokens
+from dynadapter.serve.bundle import load
+from dynadapter.serve.export import export_onnx, export_programs
+from dynadapter.serve.stream import Stream
+from dynadapter.training.module import ExitClassifier
 
 TWICE = TokenMerging(after=(1, 2), share=0.4)  # inside the first stage of two blocks, and in front of the second
 UNCOUNTED = replace(TWICE, proportional=False)
@@ -47,7 +47,7 @@ VITS: dict[str, dict[str, Any]] = {
 
 def small_net() -> ExitNet:
     """Two blocks with an exit after each, and a merging in front of each."""
-    net = ExitNet(make_vit(depth=2), LinearHeads(), every=1, merging=TokenMerging((0, 1), 0.4)).eval()
+    net = ExitNet(make_vit(depth=2), LinearHeads(), every=1, token_merging=TokenMerging((0, 1), 0.4)).eval()
     torch.manual_seed(0)
     for parameter in net.parameters():
         if parameter.ndim > 1:
@@ -191,12 +191,12 @@ class Turning(torch.nn.Module):
         (make_swin, "cannot be merged in a SwinTransformer"),
         (make_convnext, "cannot be merged in a ConvNeXt"),
         (lambda: make_vit(block_fn=Turning), "cannot be merged in a Turning"),
-        (lambda: make_vit(depth=2), r"after=\(1, 2\) merges tokens where no block is left: the trunk has 2"),
+        (lambda: make_vit(depth=2), r"after=\(1, 2\) merges tokens where no block is left: the backbone has 2"),
     ],
 )
-def test_trunks_that_cannot(make: Any, message: str) -> None:
+def test_backbones_that_cannot(make: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message) as error:
-        ExitNet(make(), exits=[], merging=TWICE)
+        ExitNet(make(), exit_depths=[], token_merging=TWICE)
     assert "\n" not in str(error.value)
 
 
@@ -204,12 +204,12 @@ def test_trunks_that_cannot(make: Any, message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "merging"),
+    ("options", "token_merging"),
     [*((options, TWICE) for options in VITS.values()), ({}, UNCOUNTED)],
     ids=[*VITS, "each counts once"],
 )
-def test_every_way_through_the_network_gives_the_same(options: dict[str, Any], merging: TokenMerging) -> None:
-    net = network(make_vit(**options), LoRA(rank=4), merging=merging)
+def test_every_way_through_the_network_gives_the_same(options: dict[str, Any], token_merging: TokenMerging) -> None:
+    net = network(make_vit(**options), LoRA(rank=4), token_merging=token_merging)
     images = pictures()
     with torch.no_grad():
         every = net(images)
@@ -222,7 +222,7 @@ def test_every_way_through_the_network_gives_the_same(options: dict[str, Any], m
             assert set(exits.tolist()) > {0}
             torch.testing.assert_close(logits, every[exits, range(12)], rtol=1e-4, atol=1e-5)
             alone = [net.early(image, policy, class_first=way) for image in images.split(1)]
-            assert torch.equal(torch.cat([one.exits for one in alone]), exits)
+            assert torch.equal(torch.cat([one.exit_index for one in alone]), exits)
             torch.testing.assert_close(torch.cat([one.logits for one in alone]), logits, rtol=1e-4, atol=1e-5)
         answers = Stream(net, policy, batch=5)
         answers.push(images)
@@ -231,10 +231,10 @@ def test_every_way_through_the_network_gives_the_same(options: dict[str, Any], m
 
 @pytest.mark.parametrize("options", VITS.values(), ids=VITS)
 def test_tokens_in_front_stay(options: dict[str, Any]) -> None:
-    net = network(make_vit(**options), merging=TWICE)
-    prefix = net.trunk.num_prefix_tokens
+    net = network(make_vit(**options), token_merging=TWICE)
+    prefix = net.backbone.num_prefix_tokens
     seen: list[tuple[Tensor, Tensor]] = []
-    for block in net.trunk.blocks:
+    for block in net.backbone.blocks:
         block.register_forward_hook(lambda module, inputs, output: seen.append((inputs[0], output)))
     with torch.no_grad():
         net(pictures(2))
@@ -247,23 +247,23 @@ def test_tokens_in_front_stay(options: dict[str, Any]) -> None:
 @pytest.mark.parametrize("options", [{}, {"reg_tokens": 3}, {"init_values": 0.3, "qk_norm": True}])
 def test_merging_equal_tokens_changes_nothing(options: dict[str, Any]) -> None:
     """Attention that is told of n equal keys by one key does what it does with all of them."""
-    trunk = make_vit(**options)
-    nn.init.zeros_(trunk.pos_embed)
-    net = network(trunk, LoRA(rank=4))
+    backbone = make_vit(**options)
+    nn.init.zeros_(backbone.pos_embed)
+    net = network(backbone, LoRA(rank=4))
     images = pictures()[..., :8].repeat(1, 1, 1, 4)  # each patch four times in a row
     with torch.no_grad():
         expected = net(images)
         for counted in (True, False):
-            net.merging = TokenMerging((0, 1), 0.5, proportional=counted)
+            net.token_merging = TokenMerging((0, 1), 0.5, proportional=counted)
             assert torch.allclose(net(images), expected, rtol=1e-4, atol=1e-5) == counted
 
 
-def test_a_distilled_trunk_and_an_image_of_another_size() -> None:
+def test_a_distilled_backbone_and_an_image_of_another_size() -> None:
     small = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 4}
-    distilled = create_trunk("deit_tiny_distilled_patch16_224", CLASSES, **small)
+    distilled = create_backbone("deit_tiny_distilled_patch16_224", CLASSES, **small)
     wide = make_vit(dynamic_img_size=True)
-    for trunk, side in ((distilled, 32), (wide, 48)):
-        net, images = network(trunk, merging=TWICE), tokens(6, 3, side, side, dtype=torch.float32)
+    for backbone, side in ((distilled, 32), (wide, 48)):
+        net, images = network(backbone, token_merging=TWICE), tokens(6, 3, side, side, dtype=torch.float32)
         with torch.no_grad():
             for way in (False, True):
                 logits, _ = net.early(images, Never(), class_first=way)
@@ -272,7 +272,7 @@ def test_a_distilled_trunk_and_an_image_of_another_size() -> None:
 
 def test_the_first_exit_reads_all_tokens_where_they_are_merged_behind_it() -> None:
     late = replace(TWICE, after=(2,))
-    plain, merging = network(make_vit()), network(make_vit(), merging=late)
+    plain, merging = network(make_vit()), network(make_vit(), token_merging=late)
     with torch.no_grad():
         ours, theirs = merging(pictures()), plain(pictures())
     assert torch.equal(ours[0], theirs[0])
@@ -280,7 +280,7 @@ def test_the_first_exit_reads_all_tokens_where_they_are_merged_behind_it() -> No
 
 
 def test_a_cpu_routes_twice_as_many_at_a_time_where_tokens_are_merged() -> None:
-    net, images = network(make_vit(), merging=TWICE), pictures(70)
+    net, images = network(make_vit(), token_merging=TWICE), pictures(70)
     seen: list[int] = []
     embed = net.embed
     net.embed = lambda part: seen.append(len(part)) or embed(part)  # type: ignore[assignment, func-returns-value]
@@ -289,45 +289,31 @@ def test_a_cpu_routes_twice_as_many_at_a_time_where_tokens_are_merged() -> None:
         assert seen == [64, 6]
         torch.testing.assert_close(logits, net(images)[-1], rtol=1e-4, atol=1e-5)
         seen.clear()
-        net.merging = None
+        net.token_merging = None
         net.early(images, Never())
     assert seen == [32, 32, 6]
 
 
 def test_folded_adapters_do_the_same() -> None:
-    net = network(make_vit(), RepAdapter(), merging=TWICE)
+    net = network(make_vit(), RepAdapter(), token_merging=TWICE)
     with torch.no_grad():
         before = net(pictures())
         torch.testing.assert_close(copy.deepcopy(net).merge()(pictures()), before, rtol=1e-4, atol=1e-4)
 
 
 def test_everything_that_learns_gets_a_gradient() -> None:
-    net = network(make_vit(), LoRA(rank=2), merging=TWICE).train()
+    net = network(make_vit(), LoRA(rank=2), token_merging=TWICE).train()
     net(pictures()).square().sum().backward()
     for name, parameter in net.named_parameters():
         assert not parameter.requires_grad or parameter.grad.abs().sum() > 0, name
 
 
 def test_bfloat16() -> None:
-    net = network(make_vit(), merging=TWICE)
+    net = network(make_vit(), token_merging=TWICE)
     with torch.no_grad():
         exact, half = net(pictures()), net.bfloat16()(pictures().bfloat16())
     assert half.dtype == torch.bfloat16
     assert (half.float() - exact).abs().median() < 0.1 * exact.abs().median()
-
-
-def test_compiled_stages_do_the_same() -> None:
-    net = small_net()
-    graphs: list[int] = []
-    compiled = CompiledNet(net, buckets=(2, 4), backend=lambda graph, _: graphs.append(1) or graph.forward)
-    compiled.warm_up(pictures(1)[0])
-    once = len(graphs)
-    with torch.no_grad():
-        for count in (1, 3, 7):
-            got, expected = (n.early(pictures(count), Confidence(0.5), True) for n in (compiled, net))
-            assert torch.equal(got.exits, expected.exits)
-            torch.testing.assert_close(got.logits, expected.logits, rtol=1e-4, atol=1e-5)
-    assert len(graphs) == once
 
 
 # ---- what it costs ---------------------------------------------------------------------------------------------------
@@ -335,16 +321,16 @@ def test_compiled_stages_do_the_same() -> None:
 
 @pytest.mark.parametrize("options", VITS.values(), ids=VITS)
 def test_the_meter_agrees_with_torch(options: dict[str, Any]) -> None:
-    net = network(make_vit(**options).requires_grad_(False), LoRA(rank=4), merging=TWICE)
+    net = network(make_vit(**options).requires_grad_(False), LoRA(rank=4), token_merging=TWICE)
     costs, plain = exit_costs(net), exit_costs(network(make_vit(**options), LoRA(rank=4)))
     assert [a - b for a, b in zip(costs.macs, costs.light, strict=True)] == by_torch(net, 32)
-    assert costs.trunk == plain.trunk
+    assert costs.backbone == plain.backbone
     assert all(ours < theirs for ours, theirs in zip(costs.macs, plain.macs, strict=True))
-    assert net.merging == TWICE
+    assert net.token_merging == TWICE
 
 
 def test_the_meter_agrees_with_a_formula() -> None:
-    d, net = 48, ExitNet(make_vit(), LinearHeads(), every=2, merging=TWICE)
+    d, net = 48, ExitNet(make_vit(), LinearHeads(), every=2, token_merging=TWICE)
     embed, total, expected = 16 * 3 * 8 * 8 * d, 0, []
     total = embed
     for block, own in enumerate([16, 10, 6, 6, 6, 6]):
@@ -362,14 +348,14 @@ def test_the_meter_agrees_with_a_formula() -> None:
 
 
 def test_the_meter_counts_what_routing_runs() -> None:
-    net = network(make_vit().requires_grad_(False), merging=TWICE)
+    net = network(make_vit().requires_grad_(False), token_merging=TWICE)
     costs = exit_costs(net, class_first=True)
     for k in range(net.num_exits):
         policy = Confidence(tuple(float(i != k) for i in range(net.num_exits - 1)))
         with torch.no_grad(), counting() as counter:
-            assert net.early(pictures(1), policy, class_first=True).exits.tolist() == [k]
+            assert net.early(pictures(1), policy, class_first=True).exit_index.tolist() == [k]
         assert halved(counter) == costs.macs[k] - costs.light[k]
-    assert costs.trunk_class_row == exit_costs(network(make_vit()), class_first=True).trunk_class_row
+    assert costs.backbone_class_row == exit_costs(network(make_vit()), class_first=True).backbone_class_row
 
 
 # ---- saved, exported, served -----------------------------------------------------------------------------------------
@@ -378,7 +364,7 @@ def test_the_meter_counts_what_routing_runs() -> None:
 def merging_net() -> ExitNet:
     """The network of the bundles' tests, with merging."""
     net = copy.deepcopy(made("vit")[0])
-    net.merging = TWICE
+    net.token_merging = TWICE
     return net
 
 
@@ -386,7 +372,7 @@ def test_a_bundle_brings_it_along(tmp_path: Path) -> None:
     net, place = merging_net(), tmp_path / "b"
     save(place, net=net, costs=exit_costs(net))
     bundle = load(place)
-    assert bundle.net.merging == bundle.config.merging == TWICE
+    assert bundle.net.token_merging == bundle.config.token_merging == TWICE
     same(bundle, net, pictures(4))
     said = "| like tokens | merged: `TokenMerging(after=(1, 2), share=0.4, proportional=True)` |"
     assert said in (place / "README.md").read_text()
@@ -394,36 +380,36 @@ def test_a_bundle_brings_it_along(tmp_path: Path) -> None:
 
 def test_files_from_before_tokens_were_counted(tmp_path: Path) -> None:
     net, place = merging_net(), tmp_path / "b"
-    net.merging = UNCOUNTED
+    net.token_merging = UNCOUNTED
     save(place, net=net)
-    written = json.loads((place / "config.json").read_text())["merging"]
+    written = json.loads((place / "config.json").read_text())["token_merging"]
     del written["init_args"]["proportional"]
-    edited(place, "merging", value=written)
+    edited(place, "token_merging", value=written)
     bundle = load(place)
-    assert bundle.net.merging == UNCOUNTED
+    assert bundle.net.token_merging == UNCOUNTED
     same(bundle, net, pictures(4))
     pickled = io.BytesIO()
     old = copy.copy(TWICE)
     del old.__dict__["proportional"]
-    torch.save({"merging": old}, pickled)
+    torch.save({"token_merging": old}, pickled)
     pickled.seek(0)
-    assert torch.load(pickled, weights_only=True)["merging"] == UNCOUNTED
+    assert torch.load(pickled, weights_only=True)["token_merging"] == UNCOUNTED
 
 
 def test_a_bundle_from_before_there_was_merging(tmp_path: Path) -> None:
     net, place = save(tmp_path / "b")
-    assert json.loads((place / "config.json").read_text())["merging"] is None
-    edited(place, "merging")
-    with pytest.raises(ValueError, match="lacks 'merging'; the bundle is damaged"):
+    assert json.loads((place / "config.json").read_text())["token_merging"] is None
+    edited(place, "token_merging")
+    with pytest.raises(ValueError, match="lacks 'token_merging'; the bundle is damaged"):
         load(place)
     edited(place, "format", value=1)
     same(load(place), net, pictures(4))
-    edited(place, "merging", value={"class_path": "dynadapter.TokenMerging", "init_args": {"after": [1, 6]}})
+    edited(place, "token_merging", value={"class_path": "dynadapter.TokenMerging", "init_args": {"after": [1, 6]}})
     with pytest.raises(ValueError, match=r"after=\(1, 6\) merges tokens where no block is left"):
         load(place)
 
 
-def test_bench_times_the_plain_trunk_as_its_rival(tmp_path: Path) -> None:
+def test_bench_times_the_plain_backbone_as_its_rival(tmp_path: Path) -> None:
     place, out = tmp_path / "b", tmp_path / "b.json"
     save(place, net=merging_net())
     main(["bench", "--bundle", str(place), f"--out={out}", "--rounds=1", "--batch_sizes=[4]", "--arms=[static]"])
@@ -434,13 +420,13 @@ def test_bench_times_the_plain_trunk_as_its_rival(tmp_path: Path) -> None:
     net, x = merging_net(), pictures(4)
     static = arms._up_to(net, net.depth).at(-1)
     with torch.no_grad():
-        assert torch.equal(static(x), net.trunk(x))
+        assert torch.equal(static(x), net.backbone(x))
 
 
 @pytest.mark.slow
 def test_exported_stages_do_the_same(tmp_path: Path) -> None:
     pytest.importorskip("onnxscript")
-    runtime = pytest.importorskip("dynadapter.runtime")
+    runtime = pytest.importorskip("dynadapter.serve.runtime")
     net = small_net()
     options: dict[str, Any] = {
         "policy": Confidence(0.5),
@@ -453,7 +439,7 @@ def test_exported_stages_do_the_same(tmp_path: Path) -> None:
     found, exits = map(torch.from_numpy, runtime.Runner(tmp_path / "onnx", threads=1).route(pictures(5).numpy()))
     with torch.no_grad():
         expected = net.early(pictures(5), options["policy"])
-    assert torch.equal(exits, expected.exits)
+    assert torch.equal(exits, expected.exit_index)
     torch.testing.assert_close(found, expected.logits, rtol=1e-4, atol=1e-4)
 
 
@@ -462,26 +448,32 @@ def test_exported_stages_do_the_same(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings(*QUIET, "ignore:You defined a `validation_step` but have no `val_dataloader`")
 def test_a_checkpoint_brings_it_along(tmp_path: Path) -> None:
-    module, path = make_classifier(merging=TWICE), tmp_path / "a.ckpt"
+    module, path = make_classifier(token_merging=TWICE), tmp_path / "a.ckpt"
     fit = trainer(max_steps=1)
     fit.fit(module, loader(1))
     fit.save_checkpoint(path)
     again = ExitClassifier.load_from_checkpoint(path)
-    assert again.net.merging == TWICE
+    assert again.net.token_merging == TWICE
     assert torch.equal(again.eval()(pictures(4)), module.eval()(pictures(4)))
     content = torch.load(path, weights_only=True)
-    with pytest.warns(UserWarning, match=r"trained with merging=TokenMerging\(after=\(1, 2\).*this model has .*None"):
+    with pytest.warns(
+        UserWarning, match=r"trained with token_merging=TokenMerging\(after=\(1, 2\).*this model has .*None"
+    ):
         make_classifier().on_load_checkpoint(content)  # as a Trainer that is given the file
-    del content["hyper_parameters"]["merging"]
+    del content["hyper_parameters"]["token_merging"]
     torch.save(content, path)
-    assert ExitClassifier.load_from_checkpoint(path).net.merging is None
+    assert ExitClassifier.load_from_checkpoint(path).net.token_merging is None
 
 
 def test_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    asked = ["--model.merging=TokenMerging", "--model.merging.share=0.5", "--model.merging.after=[0,1]"]
+    asked = [
+        "--model.token_merging=TokenMerging",
+        "--model.token_merging.share=0.5",
+        "--model.token_merging.after=[0,1]",
+    ]
     main(["fit", "-c", TINY, f"--trainer.default_root_dir={tmp_path}", "--trainer.logger=false", *asked])
     path = tmp_path / "version_0" / "checkpoints" / "last.ckpt"
-    assert ExitClassifier.load_from_checkpoint(path).net.merging == TokenMerging((0, 1), 0.5)
+    assert ExitClassifier.load_from_checkpoint(path).net.token_merging == TokenMerging((0, 1), 0.5)
     capsys.readouterr()
     main(["flops", "-c", TINY, *asked])
     merged = capsys.readouterr().out
@@ -490,14 +482,14 @@ def test_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     bundle = ["--ckpt_path", str(path), f"--bundle={tmp_path / 'b'}", "--trainer.enable_progress_bar=false"]
     main(["calibrate", *bundle, "--goal.cost=0.9"])
     found = load(tmp_path / "b")
-    assert found.net.merging == TokenMerging((0, 1), 0.5)
+    assert found.net.token_merging == TokenMerging((0, 1), 0.5)
     assert found.costs is not None
-    assert found.costs.macs[-1] < found.costs.trunk
+    assert found.costs.macs[-1] < found.costs.backbone
     for wrong, words in (
-        ("--model.merging.share=0.7", "at most 0.5"),
-        ("--model.merging.after=[3]", "no block is left"),
-        ("--model.merging.after=[a]", "model.merging.after: expected a whole number, not \"['a']\""),
-        ("--model.merging.places=[1]", "model.merging: there is no setting 'places'"),
+        ("--model.token_merging.share=0.7", "at most 0.5"),
+        ("--model.token_merging.after=[3]", "no block is left"),
+        ("--model.token_merging.after=[a]", "model.token_merging.after: expected a whole number, not \"['a']\""),
+        ("--model.token_merging.places=[1]", "model.token_merging: there is no setting 'places'"),
     ):
         with pytest.raises(SystemExit) as stopped:
             main(["fit", "-c", TINY, f"--trainer.default_root_dir={tmp_path}", asked[0], wrong])

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dynadapter.metrics import ExitUse, SampleMean
+from dynadapter.training.metrics import ExitUse, SampleMean
 
 
 @given(st.lists(st.lists(st.integers(0, 3), max_size=8), min_size=1, max_size=5))

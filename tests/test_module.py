@@ -17,12 +17,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from dynadapter.adapters import AdapterLayer, LoRA, RepAdapter
-from dynadapter.callbacks import BidirectionalSparsity
 from dynadapter.data import ImageFolder
-from dynadapter.module import ExitClassifier, Mixing
-from dynadapter.policies import Confidence, Patience
-from dynadapter.schedules import Constant, Cosine, Linear, Schedule, Warmup
-from dynadapter.temperature import Scaled
+from dynadapter.exits.policies import Confidence, Patience
+from dynadapter.exits.temperature import Scaled
+from dynadapter.training.callbacks import BidirectionalSparsity
+from dynadapter.training.module import ExitClassifier, Mixing
+from dynadapter.training.schedules import Constant, Cosine, Linear, Schedule, Warmup
 
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
 
@@ -137,7 +137,7 @@ class Spoilt(Callback):
         self.steps += 1
         if trainer.global_step == self.step:
             with torch.no_grad():
-                pl_module.net.trunk.head.weight.fill_(math.inf)
+                pl_module.net.backbone.head.weight.fill_(math.inf)
 
 
 def saving(folder: Path) -> ModelCheckpoint:
@@ -146,7 +146,9 @@ def saving(folder: Path) -> ModelCheckpoint:
 
 def test_weights_that_are_not_finite_never_take_the_place_of_good_ones(tmp_path: Path) -> None:
     spoilt = Spoilt(step=2)
-    with pytest.raises(ValueError, match=r"^1 trained tensors are not finite after step 2, net.trunk.head.weight") as e:
+    with pytest.raises(
+        ValueError, match=r"^1 trained tensors are not finite after step 2, net.backbone.head.weight"
+    ) as e:
         trainer(spoilt, saving(tmp_path), enable_checkpointing=True).fit(make_classifier(), data(6, 2))
     assert "\n" not in str(e.value)
     held = torch.load(tmp_path / "last.ckpt", weights_only=True)
@@ -196,7 +198,7 @@ def test_labels_that_are_no_class(label: int) -> None:
             run(make_classifier(), batches)
 
 
-# ---- the frozen trunk
+# ---- the frozen backbone
 
 
 class Modes(Callback):
@@ -206,13 +208,13 @@ class Modes(Callback):
         self.seen: dict[str, set[tuple[bool, bool, bool]]] = {}
 
     def _note(self, loop: str, net: Any) -> None:
-        adapters = [layer for layer in net.trunk.modules() if isinstance(layer, AdapterLayer)]
+        adapters = [layer for layer in net.backbone.modules() if isinstance(layer, AdapterLayer)]
         ours = {id(part) for layer in adapters for name, part in layer.named_modules() if "base_layer" not in name}
-        ours |= {id(part) for part in net.trunk.get_classifier().modules()}
-        trunk = any(part.training for part in net.trunk.modules() if id(part) not in ours)
+        ours |= {id(part) for part in net.backbone.get_classifier().modules()}
+        backbone = any(part.training for part in net.backbone.modules() if id(part) not in ours)
         learning = [part.training for head in net.heads for part in head.modules()]
         learning += [layer.dropout.training for layer in adapters]
-        self.seen.setdefault(loop, set()).add((trunk, any(learning), all(learning)))
+        self.seen.setdefault(loop, set()).add((backbone, any(learning), all(learning)))
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, *_: Any) -> None:
         self._note("fit", pl_module.net)
@@ -231,11 +233,11 @@ class Modes(Callback):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_trunk_stays_as_it_was_in_every_loop(family: str) -> None:
+def test_the_backbone_stays_as_it_was_in_every_loop(family: str) -> None:
     module, modes = make_classifier(family), Modes()
-    before = {name: p.detach().clone() for name, p in module.net.trunk.named_parameters()}
-    trained = {name for name, p in module.net.trunk.named_parameters() if p.requires_grad}
-    buffers = {name: b.clone() for name, b in module.net.trunk.named_buffers() if not name.endswith("dropout.rate")}
+    before = {name: p.detach().clone() for name, p in module.net.backbone.named_parameters()}
+    trained = {name for name, p in module.net.backbone.named_parameters() if p.requires_grad}
+    buffers = {name: b.clone() for name, b in module.net.backbone.named_buffers() if not name.endswith("dropout.rate")}
     dropout = BidirectionalSparsity(shallow=Constant(0.3), keep=Constant(1.0))
     fitting = trainer(modes, dropout, max_epochs=1)
     fitting.fit(module, loader(2), loader(1))
@@ -243,9 +245,9 @@ def test_the_trunk_stays_as_it_was_in_every_loop(family: str) -> None:
     fitting.predict(module, DataLoader(Named(), batch_size=None))
     assert modes.seen.pop("fit") == {(False, True, True)}
     assert modes.seen == {loop: {(False, False, False)} for loop in ("validate", "test", "predict")}
-    for name, p in module.net.trunk.named_parameters():
+    for name, p in module.net.backbone.named_parameters():
         assert torch.equal(p, before[name]) == (name not in trained), name
-    after = dict(module.net.trunk.named_buffers())
+    after = dict(module.net.backbone.named_buffers())
     assert all(torch.equal(after[name], b) for name, b in buffers.items())
 
 
@@ -342,10 +344,10 @@ def test_the_optimiser_gets_what_is_trained_and_nothing_else(adapter: Any) -> No
     names = {id(p): name for name, p in module.named_parameters()}
     got = [names[id(p)] for p in taken]
     assert len(set(got)) == len(got)
-    ours = [name for name in names.values() if name.startswith(("net.heads.", "net.trunk.head."))]
+    ours = [name for name in names.values() if name.startswith(("net.heads.", "net.backbone.head."))]
     theirs = [
-        f"net.trunk.{name}.{own}"
-        for name, layer in module.net.trunk.named_modules()
+        f"net.backbone.{name}.{own}"
+        for name, layer in module.net.backbone.named_modules()
         if isinstance(layer, AdapterLayer)
         for own, _ in layer.named_parameters()
         if "base_layer" not in own
@@ -462,7 +464,7 @@ def test_predictions_are_those_of_the_policy() -> None:
     with torch.no_grad():
         logits = module.eval().net(images)
     (never,) = trainer().predict(module, DataLoader(Named(), batch_size=None))
-    assert never["exits"].tolist() == [2] * 4
+    assert never["exit_index"].tolist() == [2] * 4
     confidences = logits.softmax(-1).amax(-1)
     policy = Confidence(float(confidences[0].median()) + 1e-4)
     module.policy = policy
@@ -470,7 +472,7 @@ def test_predictions_are_those_of_the_policy() -> None:
     leave = [next((k for k in (0, 1) if confidences[k, i] >= policy.threshold), 2) for i in range(4)]
     assert len(set(leave)) > 1
     assert got["files"] == files
-    assert got["exits"].tolist() == leave
+    assert got["exit_index"].tolist() == leave
     assert got["classes"] == [names[int(logits[k, i].argmax())] for i, k in enumerate(leave)]
     assert got["confidence"].tolist() == pytest.approx(
         [float(confidences[k, i]) for i, k in enumerate(leave)], rel=1e-4
@@ -486,7 +488,7 @@ def test_confidence_is_that_after_the_temperature_of_its_exit(temperatures: Any)
     heat = [1.5 * t for t in (temperatures if isinstance(temperatures, tuple) else [temperatures] * 3)]
     with torch.no_grad():
         logits = module.eval().net(images)
-    for i, k in enumerate(got["exits"].tolist()):
+    for i, k in enumerate(got["exit_index"].tolist()):
         assert float(got["confidence"][i]) == pytest.approx(float((logits[k, i] / heat[k]).softmax(-1).max()), rel=1e-4)
 
 
@@ -499,9 +501,9 @@ def test_confidence_is_that_after_the_temperature_of_its_exit(temperatures: Any)
         ({"num_classes": 1}, "num_classes=1 leaves nothing to tell apart"),
         ({"label_smoothing": 1.0}, "label_smoothing=1.0 must be at least 0 and below 1"),
         ({"class_names": ["a", "b"]}, "2 class names for 5 classes"),
-        ({"every": 7}, "every=7 puts no exit inside a trunk of 6 blocks"),
-        ({"exits": [2, 9]}, "exits="),
-        ({"trunk": "vit_tiny_patch16_225"}, "timm has no model 'vit_tiny_patch16_225'; the nearest are"),
+        ({"every": 7}, "every=7 puts no exit inside a backbone of 6 blocks"),
+        ({"exit_depths": [2, 9]}, "exit_depths="),
+        ({"backbone": "vit_tiny_patch16_225"}, "timm has no model 'vit_tiny_patch16_225'; the nearest are"),
         ({"adapter": LoRA(targets=("*.nope",))}, "no layer of VisionTransformer matches the target"),
     ],
 )

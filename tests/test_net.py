@@ -7,16 +7,16 @@ from functools import cache
 
 import pytest
 import torch
-from conftest import CLASSES, TRUNKS, make_vit
+from conftest import BACKBONES, CLASSES, make_vit
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from dynadapter import trunk as cut
+from dynadapter import backbones as cut
 from dynadapter.adapters import AdapterLayer, LoRA, inject
-from dynadapter.heads import LinearHeads
-from dynadapter.net import ExitNet, exit_blocks
-from dynadapter.policies import (
+from dynadapter.exits.heads import LinearHeads
+from dynadapter.exits.net import ExitNet, exit_blocks
+from dynadapter.exits.policies import (
     Confidence,
     Entropy,
     Margin,
@@ -41,8 +41,8 @@ def pictures(count: int, seed: int) -> Tensor:
 def network(kind: str) -> ExitNet:
     """A network whose exits differ in class and confidence from sample to sample, as after training."""
     torch.manual_seed(0)
-    net = ExitNet(TRUNKS[kind](), LinearHeads(), every=EVERY).eval()
-    for head, logits in zip([*net.heads, *cut.classifier(net.trunk)], net(pictures(64, 0)), strict=True):
+    net = ExitNet(BACKBONES[kind](), LinearHeads(), every=EVERY).eval()
+    for head, logits in zip([*net.heads, *cut.classifier(net.backbone)], net(pictures(64, 0)), strict=True):
         last = [layer for layer in head.modules() if isinstance(layer, nn.Linear)][-1]
         spread, middle = logits.std(0) / 2.5, logits.mean(0)
         last.weight /= spread[:, None]
@@ -50,7 +50,7 @@ def network(kind: str) -> ExitNet:
     return net
 
 
-@pytest.fixture(params=TRUNKS)
+@pytest.fixture(params=BACKBONES)
 def net(request: pytest.FixtureRequest) -> ExitNet:
     return network(request.param)
 
@@ -58,7 +58,7 @@ def net(request: pytest.FixtureRequest) -> ExitNet:
 @contextmanager
 def rows_seen(net: ExitNet) -> Iterator[list[list[int]]]:
     """Collects for every block the batch sizes with which it is called."""
-    units = cut.blocks(net.trunk)
+    units = cut.blocks(net.backbone)
     seen: list[list[int]] = [[] for _ in units]
     handles = [
         unit[-1].register_forward_hook(lambda _, args, out, calls=calls: calls.append(len(out)))
@@ -103,7 +103,7 @@ policies = (
 )
 
 
-@pytest.mark.parametrize("kind", TRUNKS)
+@pytest.mark.parametrize("kind", BACKBONES)
 @given(policy=policies, batch=st.integers(0, 6), seed=st.integers(0, 9))
 @settings(max_examples=25, deadline=None)
 def test_routing_equals_one_sample_at_a_time(kind: str, policy: Policy, batch: int, seed: int) -> None:
@@ -115,22 +115,22 @@ def test_routing_equals_one_sample_at_a_time(kind: str, policy: Policy, batch: i
             routed = net.early(images, policy, class_first=False)
 
     expected = [alone(net, image, policy) for image in images]
-    assert routed.exits.tolist() == [k for k, _ in expected]
+    assert routed.exit_index.tolist() == [k for k, _ in expected]
     assert routed.logits.shape == (batch, CLASSES)
     assert routed.nonfinite == 0
     for logits, (_, reference) in zip(routed.logits, expected, strict=True):
         torch.testing.assert_close(logits, reference, rtol=1e-4, atol=1e-4)
 
-    assert torch.equal(routed.exits, route(policy, stacked))
-    torch.testing.assert_close(routed.logits, stacked[routed.exits, range(batch)], rtol=1e-4, atol=1e-4)
+    assert torch.equal(routed.exit_index, route(policy, stacked))
+    torch.testing.assert_close(routed.logits, stacked[routed.exit_index, range(batch)], rtol=1e-4, atol=1e-4)
 
     for block, calls in enumerate(seen):  # each block ran once for those who were still in, and not for nobody
-        still_in = sum(block < net.exits[k] for k, _ in expected)
+        still_in = sum(block < net.exit_depths[k] for k, _ in expected)
         assert calls == ([still_in] if still_in else [])
 
 
 def test_the_network_of_these_tests_has_samples_for_every_exit(net: ExitNet) -> None:
-    exits = net.early(pictures(32, 0), Confidence(0.9)).exits
+    exits = net.early(pictures(32, 0), Confidence(0.9)).exit_index
     assert set(exits.tolist()) == {0, 1, 2}
 
 
@@ -139,7 +139,7 @@ def test_all_leave_at_the_first_exit(net: ExitNet) -> None:
     with torch.no_grad(), rows_seen(net) as seen:
         routed = net.early(images, Confidence(0.0), class_first=False)
     assert seen == [[4]] * EVERY + [[]] * (net.depth - EVERY)
-    assert routed.exits.tolist() == [0] * 4
+    assert routed.exit_index.tolist() == [0] * 4
     assert torch.equal(routed.logits, net.at(0)(images))
 
 
@@ -155,8 +155,8 @@ def test_order_follows_the_input(net: ExitNet) -> None:
     images, order = pictures(12, 2), torch.randperm(12, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         straight, shuffled = net.early(images, Confidence(0.9)), net.early(images[order], Confidence(0.9))
-    assert len(straight.exits.unique()) > 1
-    assert torch.equal(shuffled.exits, straight.exits[order])
+    assert len(straight.exit_index.unique()) > 1
+    assert torch.equal(shuffled.exit_index, straight.exit_index[order])
     torch.testing.assert_close(shuffled.logits, straight.logits[order], rtol=1e-4, atol=1e-4)
 
 
@@ -173,7 +173,7 @@ def test_logits_that_are_not_finite_go_on(net: ExitNet, policy: Policy, bad: flo
         routed = net.early(pictures(3, 3), policy)
     finally:
         handle.remove()
-    assert routed.exits.tolist() == [0, 1, 0]
+    assert routed.exit_index.tolist() == [0, 1, 0]
     assert routed.nonfinite == 0
 
 
@@ -182,7 +182,7 @@ def test_a_broken_image_is_counted_and_hurts_nobody_else(net: ExitNet) -> None:
     clean = net.early(images, Confidence(0.0))
     images[1] = math.nan
     routed = net.early(images, Confidence(0.0))
-    assert routed.exits.tolist() == [0, net.num_exits - 1, 0]
+    assert routed.exit_index.tolist() == [0, net.num_exits - 1, 0]
     assert routed.nonfinite == 1
     assert torch.equal(routed.logits[[0, 2]], clean.logits[[0, 2]])
 
@@ -195,19 +195,19 @@ def test_thresholds_must_fit_before_anything_runs(net: ExitNet, policy: Policy) 
 
 
 @pytest.mark.parametrize("every", [2, 4, 6])
-def test_the_last_exit_is_timms_own_model(any_trunk: nn.Module, images: Tensor, every: int) -> None:
-    net = ExitNet(any_trunk, every=every)
+def test_the_last_exit_is_timms_own_model(any_backbone: nn.Module, images: Tensor, every: int) -> None:
+    net = ExitNet(any_backbone, every=every)
     logits = net(images)
-    assert logits.shape == (len(net.exits), len(images), CLASSES)
-    assert torch.equal(logits[-1], any_trunk(images))
+    assert logits.shape == (len(net.exit_depths), len(images), CLASSES)
+    assert torch.equal(logits[-1], any_backbone(images))
 
 
-def test_an_early_exit_reads_the_blocks_output_in_timms_own_forward(any_trunk: nn.Module, images: Tensor) -> None:
-    net, outputs = ExitNet(any_trunk, every=EVERY), []
-    for blocks in net.exits[:-1]:
-        cut.blocks(any_trunk)[blocks - 1][-1].register_forward_hook(lambda _, args, out: outputs.append(out))
-    any_trunk(images)
-    expected = [head(cut.tokens(any_trunk, x)) for head, x in zip(net.heads, outputs, strict=True)]
+def test_an_early_exit_reads_the_blocks_output_in_timms_own_forward(any_backbone: nn.Module, images: Tensor) -> None:
+    net, outputs = ExitNet(any_backbone, every=EVERY), []
+    for blocks in net.exit_depths[:-1]:
+        cut.blocks(any_backbone)[blocks - 1][-1].register_forward_hook(lambda _, args, out: outputs.append(out))
+    any_backbone(images)
+    expected = [head(cut.tokens(any_backbone, x)) for head, x in zip(net.heads, outputs, strict=True)]
     assert torch.equal(net(images)[:-1], torch.stack(expected))
 
 
@@ -218,7 +218,7 @@ def test_at_ends_at_one_exit(net: ExitNet) -> None:
         for k in range(net.num_exits):
             with rows_seen(net) as seen:
                 assert torch.equal(net.at(k)(images), logits[k])
-            assert sum(map(len, seen)) == net.exits[k]
+            assert sum(map(len, seen)) == net.exit_depths[k]
         assert torch.equal(net.at(-1)(images), logits[-1])
 
 
@@ -235,9 +235,9 @@ def test_at_an_exit_that_is_not_there(net: ExitNet, k: int) -> None:
         ({"every": 12}, (12,)),
         ({"every": 1}, tuple(range(1, 13))),
         ({"every": 7}, (7, 12)),
-        ({"exits": [1]}, (1, 12)),
-        ({"exits": [4, 12]}, (4, 12)),
-        ({"exits": []}, (12,)),
+        ({"exit_depths": [1]}, (1, 12)),
+        ({"exit_depths": [4, 12]}, (4, 12)),
+        ({"exit_depths": []}, (12,)),
     ],
 )
 def test_exit_blocks(arguments: dict, places: tuple[int, ...]) -> None:
@@ -246,43 +246,45 @@ def test_exit_blocks(arguments: dict, places: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("every", [0, -1, 13])
 def test_an_interval_that_does_not_fit(every: int) -> None:
-    with pytest.raises(ValueError, match=f"every={every} puts no exit inside a trunk of 12 blocks; choose 1 to 12"):
+    with pytest.raises(ValueError, match=f"every={every} puts no exit inside a backbone of 12 blocks; choose 1 to 12"):
         exit_blocks(12, every=every)
 
 
 @pytest.mark.parametrize("exits", [[0], [3, 3], [6, 3], [13], [3, 13], [-1, 3]])
 def test_exits_that_do_not_fit(exits: list[int]) -> None:
     with pytest.raises(ValueError, match="must be strictly rising block counts between 1 and 12") as error:
-        exit_blocks(12, exits=exits)
+        exit_blocks(12, exit_depths=exits)
     assert "\n" not in str(error.value)
 
 
-def test_a_trunk_without_a_classifier(vit: nn.Module) -> None:
+def test_a_backbone_without_a_classifier(vit: nn.Module) -> None:
     vit.reset_classifier(0)  # type: ignore[operator]
-    with pytest.raises(ValueError, match="the trunk has no classifier"):
+    with pytest.raises(ValueError, match="the backbone has no classifier"):
         ExitNet(vit)
 
 
-def test_the_trunk_stays_in_evaluation_mode(any_trunk: nn.Module) -> None:
-    inject(any_trunk, LoRA(targets=("*.mlp.fc1",)))
-    net = ExitNet(any_trunk, every=EVERY)
+def test_the_backbone_stays_in_evaluation_mode(any_backbone: nn.Module) -> None:
+    inject(any_backbone, LoRA(targets=("*.mlp.fc1",)))
+    net = ExitNet(any_backbone, every=EVERY)
     adapters = [module for module in net.modules() if isinstance(module, AdapterLayer)]
     assert adapters
-    trained = {id(part) for module in [*adapters, *net.heads, *cut.classifier(any_trunk)] for part in module.modules()}
+    trained = {
+        id(part) for module in [*adapters, *net.heads, *cut.classifier(any_backbone)] for part in module.modules()
+    }
     trained -= {id(part) for layer in adapters for part in layer.base_layer.modules()}
     for mode in (True, False, True):
         net.train(mode)
         assert net.training == mode
-        for part in net.trunk.modules():
+        for part in net.backbone.modules():
             assert part.training == (mode and id(part) in trained), part
         assert all(part.training == mode for part in net.heads.modules())
 
 
-def test_only_heads_and_adapters_learn(any_trunk: nn.Module, images: Tensor) -> None:
-    inject(any_trunk, LoRA(targets=("*.mlp.fc1",)))
-    net = ExitNet(any_trunk, every=EVERY).train()
+def test_only_heads_and_adapters_learn(any_backbone: nn.Module, images: Tensor) -> None:
+    inject(any_backbone, LoRA(targets=("*.mlp.fc1",)))
+    net = ExitNet(any_backbone, every=EVERY).train()
     net(images).sum().backward()
-    classifier = {id(p) for head in cut.classifier(any_trunk) for p in head.parameters()}
+    classifier = {id(p) for head in cut.classifier(any_backbone) for p in head.parameters()}
     for name, parameter in net.named_parameters():
         ours = name.startswith("heads.") or id(parameter) in classifier or "base_layer" not in name
         assert (parameter.grad is not None) == parameter.requires_grad
@@ -306,4 +308,4 @@ def test_merging_keeps_the_exits_and_gives_timms_keys_back(vit: nn.Module, image
     with torch.no_grad():
         before = net(images)
         torch.testing.assert_close(net.merge()(images), before, rtol=1e-4, atol=1e-4)
-    assert set(net.trunk.state_dict()) == keys
+    assert set(net.backbone.state_dict()) == keys

@@ -1,4 +1,4 @@
-"""Trunks that ship with the package: a name gives shape and weights, without a network."""
+"""Backbones that ship with the package: a name gives shape and weights, without a network."""
 
 import hashlib
 import json
@@ -9,10 +9,10 @@ import safetensors.torch
 import timm
 import torch
 
-from dynadapter import ExitClassifier, LoRA, create_trunk
-from dynadapter import packaged as module
-from dynadapter.bundle import TrunkSource
-from dynadapter.trunk import fingerprint
+from dynadapter import ExitClassifier, LoRA, create_backbone
+from dynadapter.backbones import fingerprint
+from dynadapter.backbones import packaged as module
+from dynadapter.serve.bundle import BackboneSource
 
 BASE = "vit_tiny_patch16_224"
 SHAPE = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3}
@@ -20,7 +20,7 @@ SHAPE = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_head
 
 @pytest.fixture
 def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder of packaged trunks with one that is called small; gives its weight file."""
+    """A folder of packaged backbones with one that is called small; gives its weight file."""
     torch.manual_seed(1)
     state = {
         name: tensor.half() for name, tensor in timm.create_model(BASE, num_classes=7, **SHAPE).state_dict().items()
@@ -34,61 +34,61 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_the_name_is_the_shape_and_the_weights(small):
-    expected = create_trunk(BASE, 5, weights=small, **SHAPE)
-    found = create_trunk("small", 5, pretrained=True)
+    expected = create_backbone(BASE, 5, weights=small, **SHAPE)
+    found = create_backbone("small", 5, pretrained=True)
     assert fingerprint(found) == fingerprint(expected)
     assert all(torch.equal(p, q) for p, q in zip(found.parameters(), expected.parameters(), strict=True))
 
 
 def test_without_its_weights_it_is_drawn_from_the_seed(small):
-    assert fingerprint(create_trunk("small", 5, seed=3)) == fingerprint(create_trunk(BASE, 5, seed=3, **SHAPE))
+    assert fingerprint(create_backbone("small", 5, seed=3)) == fingerprint(create_backbone(BASE, 5, seed=3, **SHAPE))
 
 
 def test_another_file_wins(small, tmp_path):
     other = timm.create_model(BASE, num_classes=5, **SHAPE)
     safetensors.torch.save_file(other.state_dict(), tmp_path / "other.safetensors")
-    found = create_trunk("small", 5, pretrained=True, weights=tmp_path / "other.safetensors")
+    found = create_backbone("small", 5, pretrained=True, weights=tmp_path / "other.safetensors")
     assert torch.equal(found.head.weight, other.head.weight)
 
 
 def test_another_image_size_is_fitted(small):
-    found = create_trunk("small", 5, pretrained=True, image_size=48)
-    expected = create_trunk(BASE, 5, weights=small, **(SHAPE | {"img_size": 48}))
+    found = create_backbone("small", 5, pretrained=True, image_size=48)
+    expected = create_backbone(BASE, 5, weights=small, **(SHAPE | {"img_size": 48}))
     assert fingerprint(found) == fingerprint(expected)
-    assert fingerprint(create_trunk("small", 5, pretrained=True, img_size=48)) == fingerprint(expected)
+    assert fingerprint(create_backbone("small", 5, pretrained=True, img_size=48)) == fingerprint(expected)
     with pytest.raises(ValueError, match="image_size=45 is no multiple of the patch size 8"):
-        create_trunk("small", 5, pretrained=True, image_size=45)
+        create_backbone("small", 5, pretrained=True, image_size=45)
 
 
 def test_a_damaged_file_and_another_shape_are_refused(small):
     with pytest.raises(ValueError, match=r"do not fit 'small': .* missing"):
-        create_trunk("small", 5, pretrained=True, depth=3)
+        create_backbone("small", 5, pretrained=True, depth=3)
     small.write_bytes(small.read_bytes()[:-1] + b"\1")
     with pytest.raises(ValueError, match=r"small\.safetensors' is missing or damaged; install dynadapter again"):
-        create_trunk("small", 5, pretrained=True)
-    create_trunk("small", 5)  # its shape needs no file
+        create_backbone("small", 5, pretrained=True)
+    create_backbone("small", 5)  # its shape needs no file
 
 
 def test_a_mistyped_name_is_told_the_nearest(small):
     with pytest.raises(ValueError, match="timm has no model 'smal'; the nearest are small"):
-        create_trunk("smal", 5)
+        create_backbone("smal", 5)
 
 
 def test_models_and_bundles_take_the_name(small):
-    model = ExitClassifier(5, trunk="small", adapter=LoRA(rank=2), every=1)
-    assert (model.trunk_name, model.net.exits) == ("small", (1, 2))
-    assert model.trunk_hash == fingerprint(create_trunk("small", 5, pretrained=True))
-    source = TrunkSource("small", model.trunk_hash, "pretrained")
-    assert fingerprint(source.create(5, pretrained=True)) == model.trunk_hash
+    model = ExitClassifier(5, backbone="small", adapter=LoRA(rank=2), every=1)
+    assert (model.backbone_name, model.net.exit_depths) == ("small", (1, 2))
+    assert model.backbone_hash == fingerprint(create_backbone("small", 5, pretrained=True))
+    source = BackboneSource("small", model.backbone_hash, "pretrained")
+    assert fingerprint(source.create(5, pretrained=True)) == model.backbone_hash
 
 
 @pytest.mark.parametrize("name", module.names())
 def test_what_ships_is_whole(name):
-    trunk = module.find(name)
-    assert trunk is not None
-    assert trunk.weights().stat().st_size <= 3e6
+    backbone = module.find(name)
+    assert backbone is not None
+    assert backbone.weights().stat().st_size <= 3e6
     assert "research" in (module.FOLDER / f"{name}.md").read_text()
-    model = create_trunk(name, 10, pretrained=True)
+    model = create_backbone(name, 10, pretrained=True)
     assert sum(p.numel() for p in model.parameters()) <= 1.5e6
     about = json.loads((module.FOLDER / f"{name}.json").read_text())
     assert fingerprint(model) == about["fingerprint"]

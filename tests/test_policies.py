@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from jsonargparse import ArgumentParser, Namespace
 from torch import Tensor
 
-from dynadapter import policies
-from dynadapter.policies import (
+from dynadapter.exits import policies
+from dynadapter.exits.policies import (
     Confidence,
     Entropy,
     Margin,
@@ -24,7 +24,7 @@ from dynadapter.policies import (
     margin,
     route,
 )
-from dynadapter.temperature import Scaled
+from dynadapter.exits.temperature import Scaled
 
 KINDS = [Confidence(), Entropy(), Margin(), Patience(), Never(), Confidence((0.9, 0.5, 0.7))]
 BAD = [math.nan, math.inf, -math.inf]

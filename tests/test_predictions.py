@@ -18,10 +18,10 @@ from tiny import TinyModule, make_classifier, trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from dynadapter.callbacks import EarlyExit, PredictionWriter
-from dynadapter.callbacks.predictions import _dealt_out
 from dynadapter.data import ImagesToPredict
-from dynadapter.policies import Confidence
+from dynadapter.exits.policies import Confidence
+from dynadapter.training.callbacks import EarlyExit, PredictionWriter
+from dynadapter.training.callbacks.predictions import _dealt_out
 
 NAMES = ["apple, green", 'a "pear"', "plum", "été", "5"]
 
@@ -101,7 +101,7 @@ def test_without_an_output_it_only_counts(tmp_path: Path, monkeypatch: pytest.Mo
 def test_what_is_not_finite_is_written_as_it_is(tmp_path: Path) -> None:
     module = make_classifier()
     with torch.no_grad():
-        module.net.trunk.head.bias.fill_(math.nan)
+        module.net.backbone.head.bias.fill_(math.nan)
     trainer(PredictionWriter(tmp_path / "out.csv")).predict(module, batches("a.png"))
     assert read(tmp_path / "out.csv")[0]["confidence"] == "nan"
 
@@ -187,7 +187,7 @@ def test_killed_in_the_middle_there_is_only_the_unfinished_file(tmp_path: Path) 
 
 class Silent(TinyModule):
     def predict_step(self, batch: Any, batch_idx: int) -> Any:
-        return {"files": [], "exits": torch.zeros(0)}
+        return {"files": [], "exit_index": torch.zeros(0)}
 
 
 def test_a_step_that_returns_something_else(tmp_path: Path) -> None:

@@ -39,12 +39,12 @@ def test_an_ablation_takes_away_what_a_recipe_adds_and_nothing_else(program):
     assert "merged-distilled+no-distillation" in exchanges("merged-distilled")
 
 
-def line(trunk: str, recipe: str, phase: str = "final") -> dict[str, Any]:
-    what = {"trunk": trunk, "task": "dots", "method": "lora", "recipe": recipe, "phase": phase}
+def line(backbone: str, recipe: str, phase: str = "final") -> dict[str, Any]:
+    what = {"backbone": backbone, "task": "dots", "method": "lora", "recipe": recipe, "phase": phase}
     return {"key": what | {"epochs": 1, "batch": 1}}
 
 
 def test_a_setting_shows_the_default_recipe_where_it_was_read_on_test(program):
     settings = program("findings").settings
     lines = [line("old", "base"), line("old", "merged", "search"), line("new", "merged"), line("new", "base")]
-    assert {one.trunk: one.recipe for one in settings(lines, "merged")} == {"new": "merged", "old": "base"}
+    assert {one.backbone: one.recipe for one in settings(lines, "merged")} == {"new": "merged", "old": "base"}

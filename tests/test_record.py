@@ -16,7 +16,7 @@ from PIL import Image
 
 from dynadapter.cli import main, record
 from dynadapter.data import Digits, ImageFolder
-from dynadapter.module import ExitClassifier
+from dynadapter.training.module import ExitClassifier
 
 TINY = str(Path(__file__).parent / "conf" / "tiny.yaml")
 pytestmark = pytest.mark.filterwarnings("ignore:The number of training batches")
@@ -49,8 +49,8 @@ def test_what_it_was_made_of(run: Path, content: dict[str, Any]) -> None:
     for package in ("torch", "lightning", "timm", "dynadapter"):
         assert content["packages"][package] == version(package)
     held = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["dynadapter"]
-    assert content["trunk"] == {"name": held["trunk"], "hash": held["trunk_hash"]}
-    assert len(held["trunk_hash"]) == 64
+    assert content["backbone"] == {"name": held["backbone"], "hash": held["backbone_hash"]}
+    assert len(held["backbone_hash"]) == 64
     assert content["trainer"] | {"precision": ""} == {
         "accelerator": "cpu",
         "strategy": "SingleDeviceStrategy",

@@ -240,9 +240,9 @@ def test_no_line_is_one_clear_error(program, tmp_path, capsys):
     assert not (tmp_path / "RESULTS.md").exists()
 
 
-def test_trunks_and_lengths_do_not_mix(run, lines, undrawn):
+def test_backbones_and_lengths_do_not_mix(run, lines, undrawn):
     def other(line: dict[str, Any]) -> None:
-        line["key"] |= {"trunk": "large:89abcdef", "epochs": 30}
+        line["key"] |= {"backbone": "large:89abcdef", "epochs": 30}
 
     searched = [line for line in lines if line["key"]["phase"] == "search"]
     text = run(lines + changed(searched, other))

@@ -18,7 +18,7 @@ import yaml
 
 from dynadapter.cli import main
 from dynadapter.cli.runs import Metrics, read_lines
-from dynadapter.module import ExitClassifier
+from dynadapter.training.module import ExitClassifier
 
 TINY = str(Path(__file__).parent / "conf" / "tiny.yaml")
 COMMAND = [sys.executable, "-m", "dynadapter.cli"]
@@ -437,7 +437,7 @@ def test_sigkill_at_random_moments(seed, digits, tmp_path):
 
 KILLED_WHEN = """
 import os, signal, sys
-import dynadapter.checkpoints as target
+import dynadapter.training.checkpoints as target
 from dynadapter.cli import main
 count = 0
 def killing(function, before):

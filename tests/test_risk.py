@@ -6,7 +6,7 @@ import pytest
 import torch
 from scipy import stats
 
-from dynadapter.risk import binomial_cdf, p_value, samples_needed, upper_bound
+from dynadapter.calibrate.risk import binomial_cdf, p_value, samples_needed, upper_bound
 
 BOUNDS = ["binomial", "betting", "hoeffding_bentkus"]
 

@@ -19,13 +19,26 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from dynadapter import images, preprocess, runtime
-from dynadapter.export import export_onnx
-from dynadapter.heads import LinearHeads
-from dynadapter.net import ExitNet
-from dynadapter.policies import Confidence, Entropy, Margin, Never, Patience, Policy, confidence, entropy, margin, route
-from dynadapter.runtime import Manifest, Runner
-from dynadapter.temperature import Scaled, tempered
+from dynadapter.exits.heads import LinearHeads
+from dynadapter.exits.net import ExitNet
+from dynadapter.exits.policies import (
+    Confidence,
+    Entropy,
+    Margin,
+    Never,
+    Patience,
+    Policy,
+    confidence,
+    entropy,
+    margin,
+    route,
+)
+from dynadapter.exits.temperature import Scaled, tempered
+from dynadapter.images import preprocess
+from dynadapter.images import reading as images
+from dynadapter.serve import runtime
+from dynadapter.serve.export import export_onnx
+from dynadapter.serve.runtime import Manifest, Runner
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -148,7 +161,7 @@ class Deployed:
         torch.manual_seed(0)
         self.net = ExitNet(make_vit(depth=3), LinearHeads(), every=1).eval()
         with torch.no_grad():
-            for head, logits in zip([*self.net.heads, self.net.trunk.head], self.net(self.images), strict=True):
+            for head, logits in zip([*self.net.heads, self.net.backbone.head], self.net(self.images), strict=True):
                 last = [layer for layer in head.modules() if isinstance(layer, torch.nn.Linear)][-1]
                 last.weight *= 3 / logits.std(0)[:, None]
                 last.bias -= 3 * logits.mean(0) / logits.std(0)
@@ -448,7 +461,7 @@ def test_from_image_files_the_runner_says_what_torch_says(
     predictions = runner.predict(photos, batch_size)
     with torch.no_grad():
         parts = [deployed.net.early(part, deployed.policy) for part in deployed.images.split(batch_size)]
-    exits, logits = torch.cat([part.exits for part in parts]), torch.cat([part.logits for part in parts])
+    exits, logits = torch.cat([part.exit_index for part in parts]), torch.cat([part.logits for part in parts])
     assert {0, 1, 2} == set(exits.tolist())
     assert [p.exit for p in predictions] == exits.tolist()
     assert [p.file for p in predictions] == [str(photo) for photo in photos]
@@ -612,7 +625,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "no format": (edit(format="leave out"), r"has format=None; it was not written by dynadapter's export"),
     "programs": (
         edit(kind="torch.export"),
-        r"'torch.export', not 'onnx'; open it with dynadapter.export.load_programs",
+        r"'torch.export', not 'onnx'; open it with dynadapter.serve.export.load_programs",
     ),
     "odd kind": (edit(kind="zip"), r"'zip', not 'onnx'; known are onnx, torch.export"),
     "no stages": (edit(stages="leave out"), r"manifest\.json has no 'stages'; export the model again"),
@@ -663,7 +676,7 @@ heavy = {"torch", "torchvision", "timm", "lightning", "onnxruntime", "scipy", "r
 
 
 def test_importing_it_loads_no_framework() -> None:
-    code = f"import dynadapter.runtime\n{LOADED}\nprint(sorted(heavy))"
+    code = f"import dynadapter.serve.runtime\n{LOADED}\nprint(sorted(heavy))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
@@ -718,7 +731,7 @@ def test_a_manifest_that_changed_by_itself_is_refused(tmp_path: Path) -> None:
 
 def test_a_reader_that_has_seen_enough(deployed, photos):
     """As ``| head`` does: no traceback."""
-    command = [sys.executable, "-m", "dynadapter.runtime", str(deployed.folder), str(photos[0])]
+    command = [sys.executable, "-m", "dynadapter.serve.runtime", str(deployed.folder), str(photos[0])]
     reader, writer = os.pipe()
     os.close(reader)
     done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)

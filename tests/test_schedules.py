@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jsonargparse import ArgumentParser, Namespace
 
-from dynadapter.schedules import Constant, Cosine, Cubic, Linear, Schedule, Step, Warmup
+from dynadapter.training.schedules import Constant, Cosine, Cubic, Linear, Schedule, Step, Warmup
 
 KINDS = [Constant(0.3), Linear(1.0, 0.2), Cosine(0.0, 0.7), Cubic(0.0, 0.7), Step(0.1, 0.5, 0.25)]
 KINDS.append(Warmup(0.1, 0.0, Cosine(1.0, 0.0)))

@@ -17,17 +17,17 @@ from conftest import make_vit
 from packaging.requirements import Requirement
 from PIL import Image
 
-from dynadapter import runtime
 from dynadapter.adapters import LoRA, inject
 from dynadapter.cli import main
 from dynadapter.data import ImageFolder, UnreadableImage, VTAB1k
 from dynadapter.data import vtab as lists
-from dynadapter.data.images import load_image
-from dynadapter.export import export_programs, load_programs
-from dynadapter.heads import LinearHeads
-from dynadapter.module import ExitClassifier
-from dynadapter.net import ExitNet
-from dynadapter.policies import Confidence
+from dynadapter.exits.heads import LinearHeads
+from dynadapter.exits.net import ExitNet
+from dynadapter.exits.policies import Confidence
+from dynadapter.images.reading import load_image
+from dynadapter.serve import runtime
+from dynadapter.serve.export import export_programs, load_programs
+from dynadapter.training.module import ExitClassifier
 
 PREPROCESSING = {"image_size": 32, "interpolation": "bicubic", "resize": "stretch", "normalization": "half"}
 ROOT = Path(__file__).parents[1]
@@ -178,7 +178,9 @@ def named(class_path: str, **arguments: Any) -> dict[str, Any]:
     return {"class_path": class_path, "init_args": arguments}
 
 
-@pytest.mark.parametrize("where", ["adapter", "heads", "trunk_args", "lr_schedule", "weights", "data", "preprocessing"])
+@pytest.mark.parametrize(
+    "where", ["adapter", "heads", "backbone_args", "lr_schedule", "weights", "data", "preprocessing"]
+)
 @pytest.mark.parametrize("what", ["os.mkdir", "evil_module.Data"])
 def test_a_checkpoint_that_names_code(what, where, content, mark, capsys, monkeypatch):
     """Not even a module is imported for it."""
@@ -201,7 +203,7 @@ def test_a_checkpoint_that_names_code(what, where, content, mark, capsys, monkey
 
 CONFIGS = {
     "adapter": "model: {adapter: {class_path: os.mkdir, init_args: {path: MARK}}}",
-    "trunk_args": "model: {trunk_args: {depth: {class_path: os.mkdir, init_args: {path: MARK}}}}",
+    "backbone_args": "model: {backbone_args: {depth: {class_path: os.mkdir, init_args: {path: MARK}}}}",
     "optimizer": "model: {optimizer: {class_path: os.mkdir, init_args: {path: MARK}}}",
     "optimizer as a program": "model: {optimizer: {class_path: subprocess.Popen, init_args: {args: [mkdir, MARK]}}}",
     "schedule": "model: {lr_schedule: {class_path: os.mkdir, init_args: {path: MARK}}}",
@@ -216,10 +218,10 @@ CONFIGS = {
     "strategy": "trainer: {strategy: {class_path: DDPStrategy, init_args: {ddp_comm_hook: os.system}}}",
     "data": "data: {class_path: os.mkdir, init_args: {path: MARK}}",
     "a tag of Python": "model: !!python/object/apply:os.mkdir [MARK]",
-    "a tag inside": "model: {trunk: !!python/object/apply:os.mkdir [MARK]}",
+    "a tag inside": "model: {backbone: !!python/object/apply:os.mkdir [MARK]}",
     "laughter": "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n"
     + "".join(f"a{k}: &a{k} [{', '.join([f'*a{k - 1}'] * 10)}]\n" for k in range(1, 12)),
-    "a circle": "model: &m {trunk_args: *m}",
+    "a circle": "model: &m {backbone_args: *m}",
     "depth": "model: " + "[" * 5000,
 }
 
@@ -371,9 +373,9 @@ def test_an_image(kind, mark, capsys):
 @pytest.fixture(scope="module")
 def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("programs")
-    trunk = make_vit(depth=2)
-    inject(trunk, LoRA(rank=2))
-    net = ExitNet(trunk, LinearHeads(), every=1).eval()
+    backbone = make_vit(depth=2)
+    inject(backbone, LoRA(rank=2))
+    net = ExitNet(backbone, LinearHeads(), every=1).eval()
     export_programs(
         net, folder / "good", policy=Confidence(0.5), class_names=list("abcde"), preprocessing=PREPROCESSING
     )

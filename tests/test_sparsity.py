@@ -14,10 +14,10 @@ from tiny import QUIET, SaveFirstEpoch, TinyModule, adamw, loader, trainer
 from torch import Tensor, nn
 
 from dynadapter.adapters import AdapterLayer, adapter_layers
-from dynadapter.callbacks.loss_weights import ExitWeights
-from dynadapter.callbacks.sparsity import BidirectionalSparsity
-from dynadapter.schedules import Constant, Cosine, Linear, Schedule
-from dynadapter.weighting import EarlyToLate
+from dynadapter.training.callbacks.loss_weights import ExitWeights
+from dynadapter.training.callbacks.sparsity import BidirectionalSparsity
+from dynadapter.training.schedules import Constant, Cosine, Linear, Schedule
+from dynadapter.training.weighting import EarlyToLate
 
 pytestmark = [pytest.mark.filterwarnings(line) for line in QUIET]
 
@@ -218,24 +218,26 @@ class Rates(Callback):
         self.seen.append([float(layer.dropout.rate) for layer in adapter_layers(pl_module).values()])
 
 
-class OnlyATrunk(TinyModule):
+class OnlyABackbone(TinyModule):
     """No ExitNet at all."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.trunk = self.net.trunk
+        self.backbone = self.net.backbone
         del self.net
 
     def adapter_tensors(self) -> list[nn.Parameter]:
         return (
-            [p for p in self.parameters() if p.requires_grad] if hasattr(self, "trunk") else super().adapter_tensors()
+            [p for p in self.parameters() if p.requires_grad]
+            if hasattr(self, "backbone")
+            else super().adapter_tensors()
         )
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        return nn.functional.cross_entropy(self.trunk(batch[0]), batch[1])
+        return nn.functional.cross_entropy(self.backbone(batch[0]), batch[1])
 
 
-@pytest.mark.parametrize("kind", [TinyModule, OnlyATrunk])
+@pytest.mark.parametrize("kind", [TinyModule, OnlyABackbone])
 def test_dropout_falls_over_depth_as_scheduled(kind: type[TinyModule]) -> None:
     shallow, deep = Linear(0.5, 0.1), Cosine(0.0, 0.2)
     rates, module = Rates(), kind()

@@ -6,9 +6,9 @@ from conftest import make_convnext, make_swin, make_vit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dynadapter.net import ExitNet
-from dynadapter.policies import Confidence, Never, Patience
-from dynadapter.stream import Stream
+from dynadapter.exits.net import ExitNet
+from dynadapter.exits.policies import Confidence, Never, Patience
+from dynadapter.serve.stream import Stream
 
 
 def network(make=make_vit) -> ExitNet:
@@ -42,7 +42,7 @@ def test_answers_are_those_of_routing_in_order(sizes, batch, wait, policy):
         assert [a.ticket for a in answers] == list(range(len(images)))
         if answers:
             expected = NET.early(images, policy)
-            assert [a.exit for a in answers] == expected.exits.tolist()
+            assert [a.exit for a in answers] == expected.exit_index.tolist()
             got = torch.stack([a.logits for a in answers])
             torch.testing.assert_close(got, expected.logits, rtol=1e-4, atol=1e-4)
     assert not stream._answers
@@ -57,12 +57,12 @@ def test_other_families(make):
         for image in IMAGES[:10].split(1):
             stream.push(image)
         answers = stream.flush()
-        assert [a.exit for a in answers] == net.early(IMAGES[:10], Confidence(0.5)).exits.tolist()
+        assert [a.exit for a in answers] == net.early(IMAGES[:10], Confidence(0.5)).exit_index.tolist()
 
 
 def test_deep_stages_run_full():
     rows = []
-    handle = NET.trunk.blocks[3].mlp.fc1.register_forward_hook(lambda m, i, o: rows.append(o.shape[:2]))
+    handle = NET.backbone.blocks[3].mlp.fc1.register_forward_hook(lambda m, i, o: rows.append(o.shape[:2]))
     stream = Stream(NET, Confidence(1.0), batch=8, wait=100)
     with torch.no_grad():
         for image in IMAGES.split(1):

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize_scalar
 from torch.nn.functional import cross_entropy
 
-from dynadapter.policies import Confidence, Entropy, Margin, Never, Patience, route
-from dynadapter.temperature import COLDEST, HOTTEST, Scaled, fit_temperatures
+from dynadapter.exits.policies import Confidence, Entropy, Margin, Never, Patience, route
+from dynadapter.exits.temperature import COLDEST, HOTTEST, Scaled, fit_temperatures
 
 
 def draw(exits=3, samples=200, classes=5, sharpness=(1.0, 3.0, 0.4), seed=0):

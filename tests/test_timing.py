@@ -1,4 +1,4 @@
-"""Timing: what is counted and in which order, shares that come out, and the benchmark programs on a small trunk."""
+"""Timing: what is counted and in which order, shares that come out, and the benchmark programs on a small backbone."""
 
 import copy
 import json
@@ -15,9 +15,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dynadapter import timing
-from dynadapter.policies import route
-from dynadapter.timing import (
+from dynadapter.bench import timing
+from dynadapter.bench.timing import (
     Times,
     best_chunk,
     clock_of,
@@ -30,6 +29,7 @@ from dynadapter.timing import (
     representative,
     share_thresholds,
 )
+from dynadapter.exits.policies import route
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 CPU = torch.device("cpu")
@@ -221,19 +221,19 @@ def test_a_run_is_found_on_its_own_machine_alone(program, tmp_path, monkeypatch)
         monkeypatch.delenv(name)  # it would be in the key
     common: ModuleType = program("common")
     file = tmp_path / "log.jsonl"
-    key = {"trunk": "tiny", "batch": 1}
+    key = {"backbone": "tiny", "batch": 1}
     old = {"key": key, "value": 1, "machine": {"cpu": cpu_name()}}  # from before the processor was in the key
     other = {"key": {"cpu": "another"} | key, "value": 2, "machine": {"cpu": "another"}}
-    older = {"key": {"trunk": "big"}, "value": 3, "machine": {"cpu": "another"}}
+    older = {"key": {"backbone": "big"}, "value": 3, "machine": {"cpu": "another"}}
     file.write_text("".join(json.dumps(line) + "\n" for line in (other, older, old)))
     log = common.Log(file)
     assert log.find(key)["value"] == 1
-    assert log.find({"trunk": "big"}) is None
-    log.add({"trunk": "big"}, value=4)
+    assert log.find({"backbone": "big"}) is None
+    log.add({"backbone": "big"}, value=4)
     lines = file.read_text().splitlines()
     assert lines[:3] == [json.dumps(line) for line in (other, older, old)]
-    assert json.loads(lines[3])["key"] == {"cpu": cpu_name(), "trunk": "big"}
-    assert common.Log(file).find({"trunk": "big"})["value"] == 4
+    assert json.loads(lines[3])["key"] == {"cpu": cpu_name(), "backbone": "big"}
+    assert common.Log(file).find({"backbone": "big"})["value"] == 4
 
 
 def test_a_log_that_was_cut_short_is_said_to_be(program, tmp_path):
@@ -252,9 +252,9 @@ def test_the_results_that_are_there_can_be_read(program):
 
 def test_latency(program):
     latency = program("latency")
-    trunk, net = program("common").build(**TINY)
-    assert net.exits == (1, 2, 3, 4)
-    line = latency.case(trunk, net, copy.deepcopy(trunk), batch=5, size=32, rounds=2)
+    backbone, net = program("common").build(**TINY)
+    assert net.exit_depths == (1, 2, 3, 4)
+    line = latency.case(backbone, net, copy.deepcopy(backbone), batch=5, size=32, rounds=2)
     assert line["static_chunk"] == 5
     assert json.loads(json.dumps(line)) == line
     got = line["50/30/15/5 plain"]
@@ -266,7 +266,7 @@ def test_latency(program):
     assert set(line["milliseconds"]) == set(line["seconds"])
     alone = zip(line["seconds"]["50/30/15/5 stages alone"], line["seconds"]["50/30/15/5 plain"], strict=True)
     assert got["of_stages_alone"] == pytest.approx(statistics.median(a / b for a, b in alone))
-    assert {"trunk, our blocks", "control"} < set(line["seconds"])
+    assert {"backbone, our blocks", "control"} < set(line["seconds"])
     # As slow as the machine may be at this moment, the sums are these.
     lines = {batch: {"one": {"speedup": s}} for batch, s in {1: 1.2, 8: 0.9, 64: 1.1, 256: 1.5}.items()}
     assert latency.pays_from(lines, "one") == 64
@@ -321,8 +321,7 @@ def test_serving_beside_rivals(program, monkeypatch, batch):
     monkeypatch.setattr(serving, "COMPILE", {"backend": "eager"})
     line = serving.rivals_case(TINY, batch, rounds=2)
     wanted = [0.5, 0.3, 0.15, 0.05]
-    for arm in ("routing", "CompiledNet"):
-        assert line[arm]["shares"] == wanted
+    assert line["routing"]["shares"] == wanted
     assert line["routing, LoRA unmerged"]["mac_speedup"] < line["routing"]["mac_speedup"]
     for arm, package in (("peft LoRA merged", "peft"), ("earlyon", "earlyon")):
         if arm in line:
@@ -351,10 +350,10 @@ def test_the_convolutional_form_is_repadapter(program):
     adapters = program("adapters")
     base = torch.nn.Linear(16, 24)
     layer = adapters.Convolutions(base).eval()
-    trunk = torch.nn.ModuleDict({"qkv": base})
+    backbone = torch.nn.ModuleDict({"qkv": base})
     from dynadapter.adapters import RepAdapter
 
-    own = RepAdapter(targets=("qkv",)).wrap(trunk, "qkv")
+    own = RepAdapter(targets=("qkv",)).wrap(backbone, "qkv")
     with torch.no_grad():
         own.down.copy_(layer.down.weight[..., 0])
         own.down_bias.copy_(layer.down.bias)

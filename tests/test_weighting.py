@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jsonargparse import ArgumentParser, Namespace
 
-from dynadapter.schedules import Constant, Cosine, Linear
-from dynadapter.weighting import EarlyToLate, LateToEarly, LinearInDepth, PerExit, Uniform, Weighting
+from dynadapter.training.schedules import Constant, Cosine, Linear
+from dynadapter.training.weighting import EarlyToLate, LateToEarly, LinearInDepth, PerExit, Uniform, Weighting
 
 KINDS = [EarlyToLate(), LateToEarly(), Uniform(), LinearInDepth(), EarlyToLate(0.0, Cosine(0.0, 1.0))]
 

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from dynadapter.adapters import AdapterLayer, LoRA, inject
-from dynadapter.heads import LinearHeads
-from dynadapter.losses import joint_loss
-from dynadapter.module import ExitClassifier
-from dynadapter.net import ExitNet
+from dynadapter.exits.heads import LinearHeads
+from dynadapter.exits.net import ExitNet
+from dynadapter.training.losses import joint_loss
+from dynadapter.training.module import ExitClassifier
 
 QUIET = [
-    "ignore:Found .* in eval mode",  # the frozen trunk
+    "ignore:Found .* in eval mode",  # the frozen backbone
     "ignore:The 'train_dataloader' does not have many workers",
     "ignore:.*LeafSpec.* is deprecated:FutureWarning",  # Lightning 2.6 on torch 2.15
 ]
@@ -35,9 +35,9 @@ class TinyModule(LightningModule):
     def __init__(self, optimizer: Optimizers = adamw) -> None:
         super().__init__()
         torch.manual_seed(0)
-        trunk = make_vit()
-        inject(trunk, LoRA(rank=2))
-        self.net = ExitNet(trunk, LinearHeads(), every=2)
+        backbone = make_vit()
+        inject(backbone, LoRA(rank=2))
+        self.net = ExitNet(backbone, LinearHeads(), every=2)
         for element in self.adapter_tensors():
             nn.init.normal_(element, std=0.2)
         self.optimizer = optimizer
@@ -61,14 +61,18 @@ class TinyModule(LightningModule):
 
 
 FAMILIES: dict[str, dict[str, Any]] = {
-    "vit": {"trunk": "vit_tiny_patch16_224", "trunk_args": VIT},
-    "swin": {"trunk": "swin_tiny_patch4_window7_224", "trunk_args": SWIN},
-    "convnext": {"trunk": "convnext_tiny", "trunk_args": CONVNEXT, "adapter": LoRA(rank=2, targets=("*.mlp.fc1",))},
+    "vit": {"backbone": "vit_tiny_patch16_224", "backbone_args": VIT},
+    "swin": {"backbone": "swin_tiny_patch4_window7_224", "backbone_args": SWIN},
+    "convnext": {
+        "backbone": "convnext_tiny",
+        "backbone_args": CONVNEXT,
+        "adapter": LoRA(rank=2, targets=("*.mlp.fc1",)),
+    },
 }
 
 
 def make_classifier(family: str = "vit", **changes: Any) -> ExitClassifier:
-    """An ExitClassifier with three exits on a tiny trunk; the same tensors every time."""
+    """An ExitClassifier with three exits on a tiny backbone; the same tensors every time."""
     options: dict[str, Any] = {"num_classes": CLASSES, "pretrained": False, "adapter": LoRA(rank=2), "every": 2}
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)

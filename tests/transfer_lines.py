@@ -14,7 +14,7 @@ from dynadapter import ExitCosts
 GROUPS = {"cars": "Natural", "birds": "Natural", "tiles": "Specialized", "dots": "Structured"}
 METHODS = ("probe", "adapter", "lora", "repadapter", "full")
 INGREDIENTS = ("linear-heads", "uniform", "late-to-early", "linear-in-depth", "no-forward", "no-backward")
-KEY = {"epochs": 100, "batch": 64, "trunk": "small:0123abcd"}
+KEY = {"epochs": 100, "batch": 64, "backbone": "small:0123abcd"}
 MACHINE = {"cpu": "A Processor", "cores": 2, "python": "3.11.9", "torch": "2.14.1", "timm": "1.0.31"}
 COSTS = tuple(int(1e6 * cost) for cost in (25.4, 50.5, 75.6, 100.7))
 
@@ -55,7 +55,7 @@ class Maker:
         self, phase: str, task: str, method: str, recipe: str, scale: float = 1.0, seed: int = 0, **more: Any
     ) -> dict[str, Any]:
         """One line; the best scale is 1."""
-        from dynadapter.spec_json import plain
+        from dynadapter.spec import plain
 
         how = self.recipes.recipe(recipe)
         static = how.static or method == "full"
@@ -68,7 +68,9 @@ class Maker:
         whole = ExitCosts(COSTS[-1:] if static else COSTS, (0,) * (1 if static else 4), 100_000_000, (12,))
         if static:
             whole = ExitCosts((100_000_000,), (0,), 100_000_000, (12,))
-        first = ExitCosts(tuple(int(macs * 0.97) for macs in whole.macs), whole.light, whole.trunk, whole.exits)
+        first = ExitCosts(
+            tuple(int(macs * 0.97) for macs in whole.macs), whole.light, whole.backbone, whole.exit_depths
+        )
         found = self.outcomes.measures(logits, targets, (whole, first)) | {"exits": [12] if static else [3, 6, 9, 12]}
         values = {
             "arm": "static" if static else "dynamic",
@@ -79,7 +81,7 @@ class Maker:
                 "adapters": 0 if method in ("probe", "full") else 30_000,
                 "heads": 0 if static else 20_000,
                 "last_head": 97 * classes,
-                "trunk": 1_300_000 if method == "full" else 0,
+                "backbone": 1_300_000 if method == "full" else 0,
             },
             **found,
         }

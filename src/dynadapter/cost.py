@@ -14,7 +14,7 @@ import torch
 from rich.table import Table
 from torch import Tensor, nn
 
-from dynadapter.net import ExitNet
+from dynadapter.exits.net import ExitNet
 
 Handle = Callable[[list[Any], list[Any]], int]
 """Counts one call of an operator from its traced inputs and outputs (values of ``torch.jit``, as in fvcore)."""
@@ -24,7 +24,7 @@ Handle = Callable[[list[Any], list[Any]], int]
 class ExitCosts:
     """Multiply-adds for one image; one multiply-add counts 1, what papers call a "FLOP".
 
-    >>> costs = ExitCosts(macs=(40, 110), light=(0, 0), trunk=100, exits=(6, 12))
+    >>> costs = ExitCosts(macs=(40, 110), light=(0, 0), backbone=100, exit_depths=(6, 12))
     >>> costs.relative
     (0.4, 1.1)
     >>> costs.average([0.5, 0.5])
@@ -34,18 +34,18 @@ class ExitCosts:
         macs: Up to each exit, (exits,): embedding, blocks, adapters as they stand and all heads passed on the way.
         light: The part of ``macs`` that is normalisation, pooling and resampling, estimated as fvcore does it (5 for
             each element of a LayerNorm); ``macs - light`` is the exact count of products, convolutions and attention.
-        trunk: The whole path without the early heads and with every token, adapters as they stand; without adapters
+        backbone: The whole path without the early heads and with every token, adapters as they stand; without adapters
             the plain timm model.
-        exits: After how many blocks each exit stands.
-        trunk_class_row: The same path where its last block computes the class token's row alone, which a static trunk
-            could do as well; None where that was not asked for.
+        exit_depths: After how many blocks each exit stands.
+        backbone_class_row: The same path where its last block computes the class token's row alone, which a static
+            backbone could do as well; None where that was not asked for.
     """
 
     macs: tuple[int, ...]
     light: tuple[int, ...]
-    trunk: int
-    exits: tuple[int, ...]
-    trunk_class_row: int | None = None
+    backbone: int
+    exit_depths: tuple[int, ...]
+    backbone_class_row: int | None = None
 
     @property
     def gmacs(self) -> tuple[float, ...]:
@@ -54,8 +54,8 @@ class ExitCosts:
 
     @property
     def relative(self) -> tuple[float, ...]:
-        """Cost up to each exit as a fraction of the trunk without early heads; the last one is above 1."""
-        return tuple(macs / self.trunk for macs in self.macs)
+        """Cost up to each exit as a fraction of the backbone without early heads; the last one is above 1."""
+        return tuple(macs / self.backbone for macs in self.macs)
 
     def average(self, shares: Sequence[float] | Tensor) -> float:
         """Gives the expected cost of an image when samples leave in these shares.
@@ -98,30 +98,30 @@ def exit_costs(
 
     Args:
         net: The network.
-        image_size: Height and width in pixels, or one number for both; by default the trunk's own input size.
+        image_size: Height and width in pixels, or one number for both; by default the backbone's own input size.
         handles: Counts for further operators, or instead of the built-in ones, by traced name such as ``aten::einsum``.
-        class_first: Whether to count what routing runs by default; takes a second trace, for the static trunk.
+        class_first: Whether to count what routing runs by default; takes a second trace, for the static backbone.
 
     Returns:
         The costs.
 
     Raises:
-        TypeError: If ``net`` is not an :class:`~dynadapter.net.ExitNet`.
+        TypeError: If ``net`` is not an :class:`~dynadapter.exits.net.ExitNet`.
         ValueError: If the network does not run at this size, cannot be traced, or runs an operator without a count.
     """
     if not isinstance(net, ExitNet):
         raise TypeError(f"exit_costs takes an ExitNet, not {type(net).__name__}; pass the ExitNet inside it")
-    height, width = _size(net.trunk, image_size)
-    stem = next((module for module in net.trunk.modules() if isinstance(module, nn.Conv2d)), None)
-    image = next(net.trunk.parameters()).new_zeros(1, stem.in_channels if stem else 3, height, width)
+    height, width = _size(net.backbone, image_size)
+    stem = next((module for module in net.backbone.modules() if isinstance(module, nn.Conv2d)), None)
+    image = next(net.backbone.parameters()).new_zeros(1, stem.in_channels if stem else 3, height, width)
     if image.is_meta:
         raise ValueError("the network is on the meta device, where nothing can be traced; move it to a real device")
     with _undisturbed(net, image.device):
         try:
             whole, unknown = _trace(_Parts(net, False), image, handles or {})
             counts, _ = _trace(_Parts(net, True), image, handles or {}) if class_first else (whole, unknown)
-            plain, plain_counts = whole, counts  # of the static trunk, which merges no tokens
-            if net.merging is not None:
+            plain, plain_counts = whole, counts  # of the static backbone, which merges no tokens
+            if net.token_merging is not None:
                 with _every_token(net):
                     plain, _ = _trace(_Parts(net, False), image, handles or {})
                     plain_counts = _trace(_Parts(net, True), image, handles or {})[0] if class_first else plain
@@ -137,13 +137,17 @@ def exit_costs(
             "where count(inputs, outputs) gives the multiply-adds of one call, 0 for a light one"
         )
     last = (f"begins.{net.num_exits - 1}", f"heads.{net.num_exits - 1}")
-    trunk = sum(part.total() for name, part in plain.items() if name in ("embed", *last) or name.startswith("begins."))
+    backbone = sum(
+        part.total() for name, part in plain.items() if name in ("embed", *last) or name.startswith("begins.")
+    )
     return ExitCosts(
         macs=_up_to_each_exit(net.num_exits, {name: part.total() for name, part in counts.items()}),
         light=_up_to_each_exit(net.num_exits, {name: part["light"] for name, part in counts.items()}),
-        trunk=trunk,
-        exits=net.exits,
-        trunk_class_row=trunk + sum(plain_counts[n].total() - plain[n].total() for n in last) if class_first else None,
+        backbone=backbone,
+        exit_depths=net.exit_depths,
+        backbone_class_row=backbone + sum(plain_counts[n].total() - plain[n].total() for n in last)
+        if class_first
+        else None,
     )
 
 
@@ -171,7 +175,7 @@ def exit_parameters(net: ExitNet) -> tuple[int, ...]:
     stages = [[p for m in net.stage_modules(k) for p in m.parameters()] for k in range(net.num_exits)]
     in_blocks = {id(p) for stage in stages for p in stage}
     # timm registers the embedding before the blocks, and norm and classifier after them
-    embedding = list(takewhile(lambda p: id(p) not in in_blocks, net.trunk.parameters()))
+    embedding = list(takewhile(lambda p: id(p) not in in_blocks, net.backbone.parameters()))
     used: dict[int, nn.Parameter] = {}
     totals = []
     for k, stage in enumerate(stages):
@@ -196,14 +200,14 @@ def cost_table(costs: ExitCosts, **columns: Sequence[object]) -> Table:
         ValueError: If a column has not one value for each exit.
     """
     table = Table(caption="GMACs: 10^9 multiply-adds for one image, all heads on the way and adapters included")
-    for title in ["exit", "after block", "GMACs", "of the trunk", *(name.replace("_", " ") for name in columns)]:
+    for title in ["exit", "after block", "GMACs", "of the backbone", *(name.replace("_", " ") for name in columns)]:
         table.add_column(title, justify="right")
     for name, values in columns.items():
-        if len(values) != len(costs.exits):
+        if len(values) != len(costs.exit_depths):
             raise ValueError(
-                f"column {name!r} has {len(values)} values for {len(costs.exits)} exits; give one for each"
+                f"column {name!r} has {len(values)} values for {len(costs.exit_depths)} exits; give one for each"
             )
-    for k, row in enumerate(zip(costs.exits, costs.gmacs, costs.relative, strict=True)):
+    for k, row in enumerate(zip(costs.exit_depths, costs.gmacs, costs.relative, strict=True)):
         block, gmacs, relative = row
         extra = [_cell(values[k]) for values in columns.values()]
         table.add_row(str(k + 1), str(block), f"{gmacs:.4g}", f"{relative:.1%}", *extra)
@@ -218,14 +222,14 @@ def _cell(value: object) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def _size(trunk: nn.Module, image_size: int | tuple[int, int] | None) -> tuple[int, int]:
-    """Finds height and width: the ones asked for, else those the trunk was built with, else those of its weights."""
+def _size(backbone: nn.Module, image_size: int | tuple[int, int] | None) -> tuple[int, int]:
+    """Finds height and width: the ones asked for, else those the backbone was built with, else those of its weights."""
     if image_size is None:
-        built = getattr(getattr(trunk, "patch_embed", None), "img_size", None)
-        image_size = built or (getattr(trunk, "pretrained_cfg", None) or {}).get("input_size", (None,))[1:]
+        built = getattr(getattr(backbone, "patch_embed", None), "img_size", None)
+        image_size = built or (getattr(backbone, "pretrained_cfg", None) or {}).get("input_size", (None,))[1:]
         if not image_size:
             raise ValueError(
-                "the trunk does not say for which image size it was made; pass image_size=224, for example"
+                "the backbone does not say for which image size it was made; pass image_size=224, for example"
             )
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     if height < 1 or width < 1:
@@ -261,11 +265,11 @@ def _undisturbed(net: nn.Module, device: torch.device) -> Iterator[None]:
 @contextmanager
 def _every_token(net: ExitNet) -> Iterator[None]:
     """Merges no tokens inside."""
-    merging, net.merging = net.merging, None
+    merging, net.token_merging = net.token_merging, None
     try:
         yield
     finally:
-        net.merging = merging
+        net.token_merging = merging
 
 
 class _Part(nn.Module):

@@ -1,4 +1,4 @@
-"""Adapters on the named layers of a frozen trunk: the kinds, injection and merging."""
+"""Adapters on the named layers of a frozen backbone: the kinds, injection and merging."""
 
 from dynadapter.adapters.base import AdapterLayer, AdapterSpec
 from dynadapter.adapters.bottleneck import Adapter, AdaptFormer

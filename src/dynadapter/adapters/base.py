@@ -1,4 +1,4 @@
-"""What every adapter kind shares: its description and its wrapper around a layer of the trunk."""
+"""What every adapter kind shares: its description and its wrapper around a layer of the backbone."""
 
 import math
 from abc import abstractmethod
@@ -13,14 +13,14 @@ from dynadapter.spec import Spec
 
 
 class AdapterLayer(nn.Module):
-    """A wrapper around a layer of the trunk: that layer and the adapter's own tensors.
+    """A wrapper around a layer of the backbone: that layer and the adapter's own tensors.
 
     Args:
-        base_layer: The layer of the trunk.
+        base_layer: The layer of the backbone.
         spec: The kind that asks for it.
 
     Attributes:
-        base_layer: The layer of the trunk, unchanged.
+        base_layer: The layer of the backbone, unchanged.
         scale: Factor of the update.
         dropout: Dropout in the adapter's bottleneck.
         depth: Where the layer stands among the layers of its name, from 0 (first block) to 1 (last block).
@@ -57,7 +57,9 @@ class AdapterLayer(nn.Module):
             layers += layer.__subclasses__()  # the list grows while it is walked
             if layer.mergeable:
                 kinds.append(layer.kind)
-        raise ValueError(f"{self.kind} cannot be merged into the trunk; the kinds that can: {', '.join(sorted(kinds))}")
+        raise ValueError(
+            f"{self.kind} cannot be merged into the backbone; the kinds that can: {', '.join(sorted(kinds))}"
+        )
 
     def extra_repr(self) -> str:
         return f"scale={self.scale:g}, depth={self.depth:.2f}"
@@ -72,7 +74,7 @@ class AdapterSpec(Spec):
     Args:
         scale: Factor s of the update, above 0.
         dropout: Fraction of the bottleneck's activations dropped in training, in [0, 1).
-        targets: Shell patterns on the full names of the trunk's layers, such as ``*.qkv``; each must match a layer.
+        targets: Shell patterns on the full names of the backbone's layers, such as ``*.qkv``; each must match a layer.
             Empty: the kind's own places.
     """
 
@@ -102,7 +104,7 @@ class AdapterSpec(Spec):
         """Builds the wrapper of one layer without changing the model.
 
         Args:
-            model: The trunk.
+            model: The backbone.
             name: Full name of a layer that :meth:`fits`.
 
         Returns:
@@ -127,12 +129,12 @@ def matrices(layer: nn.Module) -> list[nn.Linear | nn.Conv2d]:
 
 
 def unwrapped(layer: nn.Module) -> nn.Module:
-    """Gives the trunk's own layer, whether it is wrapped or not."""
+    """Gives the backbone's own layer, whether it is wrapped or not."""
     return layer.base_layer if isinstance(layer, AdapterLayer) else layer
 
 
 def parameter(like: Tensor, *shape: int) -> nn.Parameter:
-    """Makes a trainable float32 tensor of zeros on the device of another; float32 whatever the trunk's type is."""
+    """Makes a trainable float32 tensor of zeros on the device of another; float32 whatever the backbone's type is."""
     return nn.Parameter(torch.zeros(shape, dtype=torch.float32, device=like.device))
 
 

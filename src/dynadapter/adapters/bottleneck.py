@@ -23,7 +23,7 @@ class BottleneckLayer(AdapterLayer):
     """A down-projection and an up-projection that starts at zero, both with biases.
 
     Args:
-        base_layer: The layer of the trunk.
+        base_layer: The layer of the backbone.
         spec: The kind that asks for it.
         width: Channels that go into the down-projection.
         bottleneck: Channels in the middle.
@@ -110,7 +110,7 @@ class ParallelLayer(BottleneckLayer):
     leaves an identity in its place.
 
     Args:
-        base_layer: The layer of the trunk.
+        base_layer: The layer of the backbone.
         norm: The norm that the block applies just before it.
         norm_name: The norm's full name in the model.
         spec: The kind that asks for it.

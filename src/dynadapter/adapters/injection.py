@@ -1,4 +1,4 @@
-"""Puts adapters around the layers of a trunk whose names match."""
+"""Puts adapters around the layers of a backbone whose names match."""
 
 import re
 from collections.abc import Iterable, Iterator
@@ -12,8 +12,8 @@ from dynadapter.adapters.base import AdapterLayer, AdapterSpec, unwrapped
 def inject(model: nn.Module, spec: AdapterSpec) -> list[str]:
     """Wraps the layers that a kind's patterns match; the model's output stays exactly the same.
 
-    Patterns see the names of the bare trunk, also where an earlier injection has wrapped a module around a layer. The
-    trunk's own tensors keep their ``requires_grad``.
+    Patterns see the names of the bare backbone, also where an earlier injection has wrapped a module around a layer.
+    The backbone's own tensors keep their ``requires_grad``.
 
     Args:
         model: A timm model; it is changed in place.
@@ -61,7 +61,9 @@ def adapter_layers(model: nn.Module) -> dict[str, AdapterLayer]:
 
 
 def _layers(module: nn.Module, name: str = "", path: str = "") -> Iterator[tuple[str, str, nn.Module]]:
-    """Yields each layer with its name in the bare trunk and its path now; a wrapped layer is there as its wrapper."""
+    """Yields each layer with its name in the bare backbone and its path now; a wrapped layer is there as its "
+    "wrapper.
+    """
     for key, child in module.named_children():
         child_name, child_path = f"{name}{key}", f"{path}{key}"
         yield child_name, child_path, child
@@ -78,7 +80,7 @@ def _collapsed(name: str) -> str:
 
 
 def _depth(name: str, names: Iterable[str]) -> float:
-    """Ranks a layer among all layers of the trunk whose names differ from its own in the numbers alone."""
+    """Ranks a layer among all layers of the backbone whose names differ from its own in the numbers alone."""
     family = sorted({_numbers(other) for other in names if _collapsed(other) == _collapsed(name)})
     return family.index(_numbers(name)) / max(1, len(family) - 1)
 

@@ -1,4 +1,4 @@
-"""Folds adapters into the trunk, and proves on tokens that nothing else changed."""
+"""Folds adapters into the backbone, and proves on tokens that nothing else changed."""
 
 import copy
 
@@ -16,7 +16,7 @@ def merge(model: nn.Module, tolerance: float = 1e-5) -> None:
     without adapters stays as it is.
 
     Args:
-        model: The trunk; it is changed in place.
+        model: The backbone; it is changed in place.
         tolerance: Largest relative error (Frobenius norm) of a merged layer's output.
 
     Raises:

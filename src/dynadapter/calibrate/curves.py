@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dynadapter.calibrate.ladder import ladder
 from dynadapter.calibrate.stacked import Outcome, Stacked
-from dynadapter.policies import Confidence, Never, Policy
+from dynadapter.exits.policies import Confidence, Never, Policy
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def curve(
         costs: (exits,), cumulative.
         kind: Confidence, Entropy, Margin or Patience.
         temperatures: (exits,), or none.
-        full: Cost of the full trunk.
+        full: Cost of the full backbone.
         points: How many routed points there are at most; both ends are always among them.
 
     Raises:

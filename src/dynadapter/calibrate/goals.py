@@ -11,7 +11,7 @@ from dynadapter.calibrate.ladder import Ladder, ladder
 from dynadapter.calibrate.refine import Value, geometric, refined
 from dynadapter.calibrate.scores import Scores, thresholded
 from dynadapter.calibrate.stacked import Calibrated, Stacked
-from dynadapter.policies import Confidence, Patience, Policy, Thresholded
+from dynadapter.exits.policies import Confidence, Patience, Policy, Thresholded
 
 Search = Literal["shared", "refined"]
 
@@ -43,11 +43,11 @@ def to_cost(
         logits: (exits, samples, classes).
         targets: (samples,).
         costs: (exits,), cumulative.
-        budget: Greatest average cost as a fraction of the full trunk's.
+        budget: Greatest average cost as a fraction of the full backbone's.
         kind: Confidence, Entropy, Margin or Patience.
         search: One threshold for all exits, or one for each.
         temperatures: (exits,), or none.
-        full: Cost of the full trunk.
+        full: Cost of the full backbone.
 
     Raises:
         ValueError: If the budget cannot be reached; the message says what can. Or if arguments do not fit.
@@ -61,7 +61,7 @@ def to_cost(
         tie = cost * data.full / (2 * data.costs[-1])  # at most 1/2: less cost decides between equally many right ones
         return torch.where(cost <= budget, right - tie, -torch.inf)
 
-    goal = f"to a cost of at most {budget:g} of the full trunk"
+    goal = f"to a cost of at most {budget:g} of the full backbone"
     return _found(search, kind, data, steps, step, value, goal, budget)
 
 
@@ -88,7 +88,7 @@ def to_accuracy_drop(
         kind: Confidence, Entropy, Margin or Patience.
         search: One threshold for all exits, or one for each; see :func:`to_cost`.
         temperatures: (exits,), or none.
-        full: Cost of the full trunk.
+        full: Cost of the full backbone.
 
     Raises:
         ValueError: If a gain cannot be reached; the message says what can. Or if arguments do not fit.
@@ -161,10 +161,10 @@ def geometric_shares(
         logits: (exits, samples, classes).
         targets: (samples,), for the accuracy that is reported.
         costs: (exits,), cumulative.
-        budget: Greatest average cost as a fraction of the full trunk's.
+        budget: Greatest average cost as a fraction of the full backbone's.
         kind: Confidence, Entropy or Margin.
         temperatures: (exits,), or none.
-        full: Cost of the full trunk.
+        full: Cost of the full backbone.
 
     Raises:
         ValueError: If the budget cannot be reached; the message says what can. Or if arguments do not fit.
@@ -187,12 +187,12 @@ def _called(kind: type[Policy]) -> str:
 def _reachable(budget: float, cheapest: float, data: Stacked) -> float:
     """Gives the budget, lifted to the cheapest cost where it falls short by rounding only."""
     if not 0 < budget < math.inf:  # NaN fails as well
-        raise ValueError(f"budget={budget} must be above 0: a fraction of the full trunk's cost, e.g. 0.5")
+        raise ValueError(f"budget={budget} must be above 0: a fraction of the full backbone's cost, e.g. 0.5")
     if budget >= cheapest or math.isclose(budget, cheapest, rel_tol=1e-9):
         return max(budget, cheapest)
     stuck = int((~data.logits[0].isfinite().all(-1)).sum())
     without = f" (but {stuck}, whose logits there are not finite)" if stuck and data.exits > 1 else ""
     raise ValueError(
         f"budget={budget:g} cannot be reached: with all samples at exit 1{without} the average cost is "
-        f"{math.ceil(cheapest * 1e4) / 1e4:g} of the full trunk; give that or more, or put the first exit earlier"
+        f"{math.ceil(cheapest * 1e4) / 1e4:g} of the full backbone; give that or more, or put the first exit earlier"
     )

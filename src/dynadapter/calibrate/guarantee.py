@@ -6,10 +6,10 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from dynadapter.calibrate.risk import Bound, p_value, samples_needed, upper_bound
 from dynadapter.calibrate.scores import RULES, Scores, thresholded
 from dynadapter.calibrate.stacked import Calibrated, Stacked
-from dynadapter.policies import Confidence, Never, Patience, Policy, Thresholded, route
-from dynadapter.risk import Bound, p_value, samples_needed, upper_bound
+from dynadapter.exits.policies import Confidence, Never, Patience, Policy, Thresholded, route
 
 Loss = Literal["lost", "accuracy_gap", "inconsistency"]
 
@@ -83,7 +83,8 @@ def measured_risk(
         targets: (samples,), or None for ``inconsistency``.
         loss: See :func:`losses`.
         confidence: Of the upper bound, between 0 and 1.
-        bound: See :func:`dynadapter.risk.p_value`; the default is exact for a loss of 0 or 1, and betting else.
+        bound: See :func:`dynadapter.calibrate.risk.p_value`; the default is exact for a loss of 0 or 1, and betting
+        else.
     """
     values = losses(policy, logits, targets, loss)
     least, best = _SCALES[loss]
@@ -135,8 +136,8 @@ def with_guarantee(
     **How.** The settings are tested in their order, each at the full level 1 - ``confidence``, up to the first whose
     risk cannot be told from more than ``risk``; the one before it is returned. This fixed-sequence test needs neither a
     correction for the number of settings nor a risk that grows from one to the next. Where nothing is certified, e.g.
-    because the samples are too few, the result is the full depth, :class:`~dynadapter.policies.Never`, whose risk is 0,
-    and a note says so.
+    because the samples are too few, the result is the full depth, :class:`~dynadapter.exits.policies.Never`, whose risk
+    is 0, and a note says so.
 
     Args:
         logits: (exits, samples, classes).
@@ -146,12 +147,12 @@ def with_guarantee(
         confidence: The probability that the promise holds, between 0 and 1.
         kind: Confidence, Entropy, Margin or Patience.
         loss: What is bounded.
-        bound: The test; see :func:`dynadapter.risk.p_value`. The default is exact ("binomial") for a loss of 0 or 1 and
-            "betting" for the accuracy gap.
+        bound: The test; see :func:`dynadapter.calibrate.risk.p_value`. The default is exact ("binomial") for a loss of
+            0 or 1 and "betting" for the accuracy gap.
         temperatures: (exits,), fitted on **other** samples, or none.
         settings: What to test instead of :func:`candidates`, strict to lax, without temperatures; e.g. thresholds per
             exit that were found on **other** samples.
-        full: Cost of the full trunk.
+        full: Cost of the full backbone.
 
     Raises:
         ValueError: If arguments are out of range or do not fit.

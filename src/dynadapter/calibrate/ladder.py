@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dynadapter.calibrate.scores import RULES, Scores
 from dynadapter.calibrate.stacked import Stacked
-from dynadapter.policies import Confidence, Entropy, Margin, Never, Patience, Policy, route
+from dynadapter.exits.policies import Confidence, Entropy, Margin, Never, Patience, Policy, route
 
 KINDS: dict[str, type[Policy]] = {
     "confidence": Confidence,

@@ -131,7 +131,7 @@ def refined(scores: Scores, data: Stacked, starts: list[list[float]], value: Val
     ascent, walk = Ascent(scores, data), Walk(scores)
     pool = [*starts, *(walk.cuts(step / 4) for step in range(-16, 17))]
     path = starts[0]
-    for price in torch.logspace(-3, 1, 17, dtype=torch.float64).tolist():  # in accuracy per full trunk
+    for price in torch.logspace(-3, 1, 17, dtype=torch.float64).tolist():  # in accuracy per full backbone
 
         def worth(right: Tensor, cost: Tensor, price: float = price) -> Tensor:
             return right - price * data.samples * cost

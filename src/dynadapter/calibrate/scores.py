@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from dynadapter.calibrate.stacked import Stacked
-from dynadapter.policies import Confidence, Entropy, Margin, Policy, Thresholded, confidence, entropy, margin
-from dynadapter.temperature import tempered
+from dynadapter.exits.policies import Confidence, Entropy, Margin, Policy, Thresholded, confidence, entropy, margin
+from dynadapter.exits.temperature import tempered
 
 
 class Rule(NamedTuple):

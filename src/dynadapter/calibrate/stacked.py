@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dynadapter.policies import Never, Patience, Policy, route
-from dynadapter.temperature import Scaled, check_logits, check_targets
+from dynadapter.exits.policies import Never, Patience, Policy, route
+from dynadapter.exits.temperature import Scaled, check_logits, check_targets
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class Outcome:
     """What a policy does to a set of samples.
 
     Args:
-        cost: Average cost relative to the full trunk.
+        cost: Average cost relative to the full backbone.
         accuracy: Share of right predictions, in [0, 1]; NaN without targets.
         shares: Share of the samples that leave at each exit (exits,).
         samples: How many samples.
@@ -54,7 +54,7 @@ class Stacked:
         logits: (exits, samples, classes).
         targets: (samples,), or None.
         costs: (exits,), cumulative.
-        full: Cost of the full trunk, or None for that of the last exit.
+        full: Cost of the full backbone, or None for that of the last exit.
         temperatures: (exits,), or None.
 
     Attributes:
@@ -135,7 +135,7 @@ def _check_costs(costs: Sequence[float] | Tensor, full: float | None, exits: int
         raise ValueError(f"costs={values} must be above 0 and rise from exit to exit: each is the cost up to its exit")
     whole = values[-1] if full is None else float(full)
     if not 0 < whole < math.inf:
-        raise ValueError(f"full={full} must be the cost of the whole trunk, above 0, in the unit of costs")
+        raise ValueError(f"full={full} must be the cost of the whole backbone, above 0, in the unit of costs")
     return values, whole
 
 
@@ -149,7 +149,7 @@ def evaluate(
 ) -> Outcome:
     """Says what a policy does to these samples; on held-out ones an honest estimate of cost and accuracy.
 
-    >>> from dynadapter.policies import Confidence
+    >>> from dynadapter.exits.policies import Confidence
     >>> logits = torch.tensor([[[3.0, 0.0], [0.1, 0.0]], [[3.0, 0.0], [0.0, 3.0]]])  # two exits, two samples
     >>> evaluate(Confidence(0.9), logits, torch.tensor([0, 1]), costs=[1, 4])
     Outcome(cost=0.625, accuracy=1.0, shares=(0.5, 0.5), samples=2)
@@ -159,7 +159,7 @@ def evaluate(
         logits: (exits, samples, classes).
         targets: (samples,), or None if there are none.
         costs: (exits,), cumulative.
-        full: Cost of the full trunk.
+        full: Cost of the full backbone.
 
     Raises:
         ValueError: If the policy does not fit the number of exits, or arguments do not fit.

@@ -22,9 +22,8 @@ commands:
   flops       count the multiply-adds up to each exit
   calibrate   find thresholds for a cost, an accuracy or a guarantee, and write the bundle: the folder to deploy
   export      make ONNX graphs or torch.export programs of a bundle, one a stage
-  bench       time a bundle against its static trunk and other ways to serve it
+  bench       time a bundle against its static backbone and other ways to serve it
   verify      check a data set: lists, classes, broken and doubled images
-  unpack      extract an archive of images safely
 
 options:
   COMMAND --help            every key of a command
@@ -48,7 +47,7 @@ the command line.
 """
 TRAINER = ("fit", "validate", "test", "predict", "flops", "calibrate")
 """Commands that Lightning's trainer runs, with a whole configuration."""
-OWN = ("export", "bench", "verify", "unpack")
+OWN = ("export", "bench", "verify")
 """Commands with a handful of settings; each is a module here with a ``run(args)``."""
 COMMANDS = (*TRAINER, *OWN)
 
@@ -111,7 +110,7 @@ def _run_trainer(args: list[str]) -> None:
 def without_noise() -> Iterator[None]:
     """Silences warnings that no user can do anything about."""
     with warnings.catch_warnings():
-        # The trunk is in evaluation mode because it is frozen, and small sets load fastest in the main process.
+        # The backbone is in evaluation mode because it is frozen, and small sets load fastest in the main process.
         warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")
         warnings.filterwarnings("ignore", message=".*does not have many workers")
         # Lightning's own use of torch's trees; nothing that a user could change.

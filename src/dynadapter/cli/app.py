@@ -22,8 +22,6 @@ from rich.console import Console
 
 import dynadapter
 from dynadapter.adapters import adapter_layers
-from dynadapter.callbacks import BidirectionalSparsity, EarlyExit, ExitWeights, FlopsReport, PredictionWriter
-from dynadapter.checkpoints import AtomicCheckpointIO, RunCheckpoint, newest
 from dynadapter.cli import calibrate
 from dynadapter.cli.errors import Mistake, Stopped, explain, judged
 from dynadapter.cli.layers import (
@@ -44,7 +42,9 @@ from dynadapter.cli.stops import Terminated, sigterm
 from dynadapter.cli.strategies import require_known, require_own_processes
 from dynadapter.cost import cost_table, exit_costs, exit_parameters
 from dynadapter.data import ImageData
-from dynadapter.module import ExitClassifier
+from dynadapter.training.callbacks import BidirectionalSparsity, EarlyExit, ExitWeights, FlopsReport, PredictionWriter
+from dynadapter.training.checkpoints import AtomicCheckpointIO, RunCheckpoint, newest
+from dynadapter.training.module import ExitClassifier
 
 CALLBACKS: dict[str, type[Callback]] = {
     "early_exit": EarlyExit,
@@ -89,7 +89,7 @@ class DynTrainer(Trainer):
             model.merge()
         costs = exit_costs(model.net, getattr(datamodule, "image_size", None))
         table = cost_table(costs, parameters=parameters)
-        table.title = f"{model.trunk_name}, one image{', adapters merged' if merged else ''}"
+        table.title = f"{model.backbone_name}, one image{', adapters merged' if merged else ''}"
         console = Console()
         console.width = max(console.width, 100)  # a narrow pipe would fold the names
         console.print(table)
@@ -211,7 +211,7 @@ class DynCLI(LightningCLI):
                 "--test_after", type=bool, default=False, help="Measure the final weights on the test images, too."
             )
         if command == "flops":
-            parser.add_argument("--merged", type=bool, default=False, help="Fold the adapters into the trunk first.")
+            parser.add_argument("--merged", type=bool, default=False, help="Fold the adapters into the backbone first.")
         if command == "predict":
             parser.add_argument("--images", type=str | None, help="Folder of images; short for data.predict_images.")
             parser.add_argument(
@@ -436,11 +436,11 @@ class DynCLI(LightningCLI):
         net = self.model.net
         trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
         frozen = sum(p.numel() for p in net.parameters() if not p.requires_grad)
-        adapters = Counter(layer.kind for layer in adapter_layers(net.trunk).values())
+        adapters = Counter(layer.kind for layer in adapter_layers(net.backbone).values())
         parts = [*(f"{count} x {kind}" for kind, count in adapters.items()), "the heads"]
         where = " and ".join(parts)
-        print(f"{self.model.trunk_name}: {frozen:,} frozen parameters and {trained:,} trained ones in {where}")
-        print(f"exits after blocks {', '.join(map(str, net.exits))} of {net.depth}")
+        print(f"{self.model.backbone_name}: {frozen:,} frozen parameters and {trained:,} trained ones in {where}")
+        print(f"exits after blocks {', '.join(map(str, net.exit_depths))} of {net.depth}")
         if self.before is not None:
             print(f"going on after step {self.before.step:,}, from {self.before.checkpoint}")
         if self.run_folder is not None:

@@ -10,14 +10,15 @@ from typing import Any, Literal
 from dynadapter.cli.errors import Mistake, nearest
 from dynadapter.cli.parser import CommandParser
 
-ARMS = ("static", "smaller static", "unmerged", "merged", "compiled", "onnx static", "onnx staged")
+ARMS = ("static", "smaller static", "unmerged", "merged", "onnx static", "onnx staged")
 """What can be timed; static, which all others are measured by, always is."""
 
 DESCRIPTION = """\
-Times a bundle against its static trunk and other ways to serve it, side by side, and writes a table and JSON.
+Times a bundle against its static backbone and other ways to serve it, side by side, and writes a table and JSON.
 
-static: the whole trunk, adapters merged. smaller static: as many of its blocks as routing costs on average. unmerged,
-merged: routing with the adapters beside the trunk or in it. compiled: routing through torch.compile. onnx static, onnx
+static: the whole backbone, adapters merged. smaller static: as many of its blocks as routing costs on average.
+unmerged,
+merged: routing with the adapters beside the backbone or in it.  onnx static, onnx
 staged: ONNX Runtime with one graph, or with one a stage and routing between them.
 """
 
@@ -36,8 +37,8 @@ class Settings:
         images: Folder of real images, or None for noise.
         shares: Of images that are to leave at each exit, or None for the bundle's own policy.
         arms: What to time.
-        weights: The trunk's file, for a bundle that needs one.
-        pretrained: Whether timm may fetch the trunk's weights; None for what the training did.
+        weights: The backbone's file, for a bundle that needs one.
+        pretrained: Whether timm may fetch the backbone's weights; None for what the training did.
         out: Where to write the numbers.
         overwrite: Whether a file there may be replaced.
     """
@@ -100,11 +101,11 @@ def _parser() -> CommandParser:
     words = "Shares that leave at the exits, as in [0.5,0.3,0.15,0.05]: thresholds on the confidence are set for them."
     add("--shares", type=list[float] | None, help=words)
     add("--arms", type=list[str], default=list(ARMS), help=f"What to time, of: {', '.join(ARMS)}.")
-    add("--weights", type=str | None, help="The trunk's file of weights, for a bundle that needs one.")
+    add("--weights", type=str | None, help="The backbone's file of weights, for a bundle that needs one.")
     add(
         "--pretrained",
         type=bool | None,
-        help="Whether timm may fetch the trunk's weights; as in training if not given.",
+        help="Whether timm may fetch the backbone's weights; as in training if not given.",
     )
     add("--out", type=str, default="bench.json", help="Where to write all numbers.")
     add("--overwrite", type=bool, default=False, help="Replace a file that is there.")
@@ -138,7 +139,7 @@ def run(args: list[str]) -> None:
     """
     settings = Settings.read(args)
     # Here, because torch takes seconds to load and a slip is to be answered at once.
-    from dynadapter.cli.arms import measure
+    from dynadapter.bench.arms import measure
 
     result = {"settings": asdict(settings)} | measure(settings)
     try:

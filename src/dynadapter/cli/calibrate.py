@@ -20,10 +20,6 @@ from torch.utils.data import DataLoader
 
 import dynadapter
 from dynadapter.adapters import adapter_layers
-from dynadapter.bundle import bundle_from_classifier
-from dynadapter.bundle.config import FILES
-from dynadapter.bundle.folder import check_place
-from dynadapter.bundle.loading import read as read_bundle
 from dynadapter.calibrate import (
     KINDS,
     Calibrated,
@@ -45,10 +41,14 @@ from dynadapter.cli.safety import data_class
 from dynadapter.cost import ExitCosts, exit_costs
 from dynadapter.data import ImageData
 from dynadapter.data.base import ImageDataset, collate
-from dynadapter.module import ExitClassifier
-from dynadapter.policies import Never, Patience, Policy, Thresholded
-from dynadapter.spec_json import plain
-from dynadapter.temperature import Scaled
+from dynadapter.exits.policies import Never, Patience, Policy, Thresholded
+from dynadapter.exits.temperature import Scaled
+from dynadapter.serve.bundle import bundle_from_classifier
+from dynadapter.serve.bundle.config import FILES
+from dynadapter.serve.bundle.folder import check_place
+from dynadapter.serve.bundle.loading import read as read_bundle
+from dynadapter.spec import plain
+from dynadapter.training.module import ExitClassifier
 
 Kind = Literal["confidence", "entropy", "margin", "patience"]
 Split = Literal["val", "test", "train"]
@@ -74,7 +74,7 @@ class Settings:
 
     Args:
         goal: One of cost, accuracy_drop and risk.
-        amount: The fraction of the full trunk, the percentage points, or the share of images.
+        amount: The fraction of the full backbone, the percentage points, or the share of images.
         confidence: Of the guarantee, for a risk.
         policy: Kind of policy.
         temperatures: Whether to fit one to each exit.
@@ -84,7 +84,7 @@ class Settings:
         ckpt_path: The checkpoint.
         bundle: Where to write the deployable folder, or None.
         out: Where to write the results; None takes a new folder beside the training's.
-        merge: Whether to fold the adapters into the trunk of the bundle; what is counted is then the merged network.
+        merge: Whether to fold the adapters into the backbone of the bundle; what is counted is then the merged network.
         overwrite: Whether a bundle that is there may be replaced.
     """
 
@@ -117,7 +117,7 @@ class Settings:
                 else "there is no goal"
             )
             raise Mistake(
-                f"{what}; give one of --goal.cost 0.5 (of the full trunk), --goal.accuracy_drop 0.5 (percentage "
+                f"{what}; give one of --goal.cost 0.5 (of the full backbone), --goal.accuracy_drop 0.5 (percentage "
                 "points), --goal.risk 0.02 (with --goal.confidence 0.9)"
             )
         [(goal, amount)] = given.items()
@@ -147,7 +147,7 @@ def _check_goal(goal: str, amount: float, confidence: float | None) -> None:
     fits = {"cost": 0 < amount < torch.inf, "accuracy_drop": -100 <= amount <= 100, "risk": 0 < amount < 1}[goal]
     if not fits:  # nor does NaN
         range = {
-            "cost": "above 0: a fraction of the full trunk's multiply-adds, e.g. 0.5",
+            "cost": "above 0: a fraction of the full backbone's multiply-adds, e.g. 0.5",
             "accuracy_drop": "percentage points between -100 and 100, e.g. 0.5",
             "risk": "between 0 and 1, both excluded, e.g. 0.02",
         }[goal]
@@ -187,7 +187,7 @@ def add_arguments(parser: LightningArgumentParser) -> None:
     """Adds what the command takes beside the parts."""
     goal = parser.add_argument_group("goal: what to calibrate for; give one of cost, accuracy_drop and risk")
     helps = {
-        "cost": "Greatest average cost, as a fraction of the full trunk's multiply-adds, such as 0.5.",
+        "cost": "Greatest average cost, as a fraction of the full backbone's multiply-adds, such as 0.5.",
         "accuracy_drop": "Percentage points that the accuracy may be below the last exit's, such as 0.5.",
         "risk": "Share of all images, such as 0.02, that routing may get wrong and the last exit right, with a "
         "finite-sample guarantee for images to come.",
@@ -203,7 +203,9 @@ def add_arguments(parser: LightningArgumentParser) -> None:
     words = "Decides which images calibrate and which are held out."
     parser.add_argument("--seed", type=int, default=0, help=words)
     parser.add_argument("--bundle", type=str | None, help="Write the deployable folder here.")
-    words = "Fold the adapters into the trunk of the bundle, proved on validation images; needs no trunk file then."
+    words = (
+        "Fold the adapters into the backbone of the bundle, proved on validation images; needs no backbone file then."
+    )
     parser.add_argument("--merge", type=bool, default=False, help=words)
     words = "Whether a bundle that is there may be replaced."
     parser.add_argument("--overwrite", type=bool, default=False, help=words)
@@ -276,7 +278,7 @@ def calibrate(trainer: Trainer, model: ExitClassifier, data: ImageData, settings
     folder = Path(settings.out) if settings.out else claim_folder(Path(trainer.default_root_dir), "calibrate")
     folder.mkdir(parents=True, exist_ok=True)
     _write_curve(folder / "curve.csv", result.curve)
-    drawn = _draw_curve(folder / "curve.png", result, model.trunk_name)
+    drawn = _draw_curve(folder / "curve.png", result, model.backbone_name)
     _write_json(folder / "calibration.json", result, costs, model, settings)
     missing = "" if drawn else " (no curve.png: matplotlib is not installed)"
     print(f"calibration.json and the curve are in {folder}{missing}")
@@ -299,9 +301,9 @@ def calibrate(trainer: Trainer, model: ExitClassifier, data: ImageData, settings
 
 def _check_mergeable(model: ExitClassifier) -> None:
     """Refuses to merge what cannot be, before the images are read."""
-    stuck = {layer.kind for layer in adapter_layers(model.net.trunk).values() if not layer.mergeable}
+    stuck = {layer.kind for layer in adapter_layers(model.net.backbone).values() if not layer.mergeable}
     if stuck:
-        raise Mistake(f"{', '.join(sorted(stuck))} cannot be folded into the trunk; leave --merge out")
+        raise Mistake(f"{', '.join(sorted(stuck))} cannot be folded into the backbone; leave --merge out")
 
 
 def _some_images(data: ImageData, split: Split) -> Tensor:
@@ -434,7 +436,7 @@ def solve(logits: Tensor, targets: Tensor, costs: ExitCosts, settings: Settings,
     fit = second if guaranteed else first
     temperatures = fit_temperatures(logits[:, fit], targets[fit]) if settings.temperatures else None
     kind = KINDS[settings.policy]
-    common: dict[str, Any] = {"kind": kind, "temperatures": temperatures, "full": costs.trunk}
+    common: dict[str, Any] = {"kind": kind, "temperatures": temperatures, "full": costs.backbone}
     data = logits[:, first], targets[first], costs.macs
     try:
         if settings.goal == "cost":
@@ -461,8 +463,8 @@ def solve(logits: Tensor, targets: Tensor, costs: ExitCosts, settings: Settings,
 
 def _half(policy: Policy, logits: Tensor, targets: Tensor, costs: ExitCosts) -> Half:
     return Half(
-        outcome=evaluate(policy, logits, targets, costs.macs, full=costs.trunk),
-        last=evaluate(Never(), logits, targets, costs.macs, full=costs.trunk).accuracy,
+        outcome=evaluate(policy, logits, targets, costs.macs, full=costs.backbone),
+        last=evaluate(Never(), logits, targets, costs.macs, full=costs.backbone).accuracy,
         lost=losses(policy, logits, targets).mean().item(),
     )
 
@@ -490,7 +492,7 @@ def _protocol(settings: Settings, first: int, second: int) -> str:
         words += f"; the temperatures were fitted on the {'other half' if other else 'same half'}"
     return (
         f"{words}; the other {second} are held out. Costs are multiply-adds as routing runs them in batches, relative "
-        "to the trunk without early heads"
+        "to the backbone without early heads"
     )
 
 
@@ -510,7 +512,7 @@ def thresholds(policy: Policy, exits: int) -> list[float | None]:
 
 def _goal(settings: Settings) -> str:
     if settings.goal == "cost":
-        return f"cost at most {settings.amount:g} of the full trunk"
+        return f"cost at most {settings.amount:g} of the full backbone"
     if settings.goal == "accuracy_drop":
         return f"accuracy at most {settings.amount:g} points below the last exit"
     return f"risk at most {settings.amount:g} against the last exit, with confidence {settings.confidence:g}"
@@ -519,17 +521,17 @@ def _goal(settings: Settings) -> str:
 def _print(result: Result, model: ExitClassifier, settings: Settings) -> None:
     halves = result.calibration, result.held_out
     outcomes = [half.outcome for half in halves]
-    table = Table(title=f"{model.trunk_name}, {settings.policy}: {_goal(settings)}")
+    table = Table(title=f"{model.backbone_name}, {settings.policy}: {_goal(settings)}")
     table.add_column("")
     for name in ("calibration half", "held-out half", "threshold", "temperature"):
         table.add_column(name, justify="right")
     table.add_row("images", *(str(outcome.samples) for outcome in outcomes))
-    table.add_row("cost, of the full trunk", *(f"{outcome.cost:.4f}" for outcome in outcomes))
+    table.add_row("cost, of the full backbone", *(f"{outcome.cost:.4f}" for outcome in outcomes))
     table.add_row("accuracy", *(f"{outcome.accuracy:.2%}" for outcome in outcomes))
     table.add_row("accuracy of the last exit", *(f"{half.last:.2%}" for half in halves))
     table.add_row("lost against the last exit", *(f"{half.lost:.2%}" for half in halves), end_section=True)
     asked = thresholds(result.found.policy, model.net.num_exits)
-    for k, (block, threshold) in enumerate(zip(model.net.exits, asked, strict=True)):
+    for k, (block, threshold) in enumerate(zip(model.net.exit_depths, asked, strict=True)):
         shares = [f"{outcome.shares[k]:.1%}" for outcome in outcomes]
         shown = "" if threshold is None else f"{threshold:.4g}"
         table.add_row(
@@ -574,8 +576,8 @@ def _write_json(path: Path, result: Result, costs: ExitCosts, model: ExitClassif
         "protocol": result.protocol,
         "costs": costs,
         "checkpoint": settings.ckpt_path,
-        "trunk": model.trunk_name,
-        "trunk_hash": model.trunk_hash,
+        "backbone": model.backbone_name,
+        "backbone_hash": model.backbone_hash,
         "dynadapter": dynadapter.__version__,
     }
     path.write_text(json.dumps(plain(content), indent=2, allow_nan=False) + "\n", encoding="utf-8")
@@ -604,7 +606,7 @@ def _draw_curve(path: Path, result: Result, title: str) -> bool:
     axes.plot([p.cost for p in routed], [100 * p.accuracy for p in routed], label="routed")
     axes.plot([p.cost for p in anytime], [100 * p.accuracy for p in anytime], "o--", label="all at one exit")
     axes.plot([reached.cost], [100 * reached.accuracy], "*", markersize=14, label="calibrated")
-    axes.set(xlabel="multiply-adds, of the full trunk", ylabel="accuracy in %, held-out half", title=title)
+    axes.set(xlabel="multiply-adds, of the full backbone", ylabel="accuracy in %, held-out half", title=title)
     axes.legend()
     figure.savefig(path, dpi=150)
     return True

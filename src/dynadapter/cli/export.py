@@ -19,8 +19,8 @@ from dynadapter.cli.stops import Terminated, sigterm
 if TYPE_CHECKING:  # torch takes seconds to load, and a slip of the pen is answered without it
     from torch import Tensor
 
-    from dynadapter.bundle import Bundle
     from dynadapter.cost import ExitCosts
+    from dynadapter.serve.bundle import Bundle
 
 
 def parser() -> CommandParser:
@@ -28,7 +28,7 @@ def parser() -> CommandParser:
     parser = CommandParser("export", "Makes a graph for each stage of a bundle, which runs without this package.")
     parser.add_argument("--bundle", type=str, required=True, help="The bundle: what calibrate wrote.")
     parser.add_argument("--out", type=str, required=True, help="The folder to make.")
-    words = "ONNX graphs for dynadapter.runtime, or torch.export programs."
+    words = "ONNX graphs for dynadapter.serve.runtime, or torch.export programs."
     parser.add_argument("--format", type=Literal["onnx", "programs"], default="onnx", help=words)
     words = "Run the blocks' matrix products in 8 bits, and measure on the images what that changes."
     parser.add_argument("--int8", type=bool, default=False, help=words)
@@ -36,10 +36,12 @@ def parser() -> CommandParser:
     parser.add_argument("--images", type=str | None, help=words)
     words = "Take at most so many of the images, evenly spread over the folder."
     parser.add_argument("--max_images", type=int, default=512, help=words)
-    parser.add_argument("--weights", type=str | None, help="File of the trunk's weights, where the bundle needs one.")
-    words = "Whether timm may fetch the trunk's weights; by default as the training did."
+    parser.add_argument(
+        "--weights", type=str | None, help="File of the backbone's weights, where the bundle needs one."
+    )
+    words = "Whether timm may fetch the backbone's weights; by default as the training did."
     parser.add_argument("--pretrained", type=bool | None, help=words)
-    words = "Fold the adapters into the trunk where all of them can be."
+    words = "Fold the adapters into the backbone where all of them can be."
     parser.add_argument("--merge", type=bool, default=True, help=words)
     words = "Compute the class token's row first where a head reads nothing else, so that whoever leaves saves more."
     parser.add_argument("--class_first", type=bool, default=True, help=words)
@@ -103,14 +105,14 @@ def export(given: Any) -> None:
     Raises:
         Mistake: If the bundle, the images or the result cannot be used.
     """
-    from dynadapter.export import export_onnx, export_programs
+    from dynadapter.serve.export import export_onnx, export_programs
 
     files = _files(given.images, given.max_images) if given.images is not None else []
     bundle = load_bundle(given.bundle, given.weights, given.pretrained)
     if bundle.preprocess is None:
         raise Mistake(f"{given.bundle} has no preprocessing, which an exported folder needs; write the bundle with it")
     if (stuck := _stuck(bundle)) and given.merge:
-        print(f"note: the adapters stay as they are, {stuck} cannot be folded into the trunk")
+        print(f"note: the adapters stay as they are, {stuck} cannot be folded into the backbone")
     labels, note = _labels(files, given.images, bundle.class_names)
     if note and given.int8:
         print(f"note: {note}, so no accuracy is measured")
@@ -157,7 +159,7 @@ def _stuck(bundle: "Bundle") -> str:
     """Names the kinds of adapters that keep the network from being merged."""
     from dynadapter.adapters import adapter_layers
 
-    layers = adapter_layers(bundle.net.trunk).values()
+    layers = adapter_layers(bundle.net.backbone).values()
     return ", ".join(sorted({layer.kind for layer in layers if not layer.mergeable}))
 
 
@@ -179,7 +181,7 @@ def _costs(bundle: "Bundle", merge: bool, class_first: bool) -> "ExitCosts":
 
 def _files(place: str, most: int) -> list[Path]:
     """Lists images, evenly spread where there are too many."""
-    from dynadapter.images import find_images
+    from dynadapter.images.reading import find_images
 
     folder = Path(place).expanduser()
     if not folder.is_dir():
@@ -212,7 +214,7 @@ def _read(files: Sequence[Path], bundle: "Bundle") -> "Tensor":
 
     import torch
 
-    from dynadapter.images import UnreadableImage, load_image, why_unreadable
+    from dynadapter.images.reading import UnreadableImage, load_image, why_unreadable
 
     preprocess = bundle.preprocess
     assert preprocess is not None
@@ -236,7 +238,7 @@ def _print(manifest: Mapping[str, Any], bundle: "Bundle", given: Any) -> None:
     from rich.table import Table
 
     check, kind = manifest["check"], manifest["kind"]
-    table = Table(title=f"{bundle.config.trunk.name} as {kind}, {manifest['precision']}", show_header=False)
+    table = Table(title=f"{bundle.config.backbone.name} as {kind}, {manifest['precision']}", show_header=False)
     table.add_column()
     table.add_column(justify="right")
     sizes = [stage["bytes"] for stage in manifest["stages"]]
@@ -257,9 +259,9 @@ def _print(manifest: Mapping[str, Any], bundle: "Bundle", given: Any) -> None:
     console.width = max(console.width, 100)  # a narrow pipe would fold the names
     console.print(table)
     if kind == "onnx":
-        print(f"run it with: python -m dynadapter.runtime {shlex.quote(given.out)} IMAGES")
+        print(f"run it with: python -m dynadapter.serve.runtime {shlex.quote(given.out)} IMAGES")
     else:
-        print(f"run it with: dynadapter.export.load_programs({given.out!r}).route(images)")
+        print(f"run it with: dynadapter.serve.export.load_programs({given.out!r}).route(images)")
 
 
 def _quantised(found: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -8,11 +8,11 @@ from typing import Any
 
 import yaml
 
-from dynadapter.checkpoints import read
 from dynadapter.cli.errors import Mistake, one_line
 from dynadapter.cli.safety import check_saved, data_class
-from dynadapter.module import ExitClassifier, in_todays_form
-from dynadapter.spec_json import plain
+from dynadapter.spec import plain
+from dynadapter.training.checkpoints import read
+from dynadapter.training.module import ExitClassifier, in_todays_form
 
 LINKED = ("num_classes", "class_names", "image_size")
 """What the model takes from the data."""

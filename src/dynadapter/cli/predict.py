@@ -19,12 +19,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from dynadapter.cli.errors import Mistake, Stopped, one_line
 from dynadapter.cli.parser import CommandParser
 from dynadapter.cli.stops import Terminated, sigterm
-from dynadapter.predictions import Answer, Busy, Entry, Foreign, PredictionTable, Unread, check_output
+from dynadapter.serve.predictions import Answer, Busy, Entry, Foreign, PredictionTable, Unread, check_output
 
 if TYPE_CHECKING:  # torch takes seconds to load, and a slip of the pen is answered without it
     from torch import Tensor
 
-    from dynadapter.bundle import Bundle
+    from dynadapter.serve.bundle import Bundle
 
     Read = tuple[str, Tensor | None, str]
     """A file, its pixels (3, size, size) uint8, or None and the reason."""
@@ -40,8 +40,10 @@ def parser() -> CommandParser:
     parser.add_argument("--images", type=str, required=True, help="Folder of images, searched with its subfolders.")
     words = "The table: .csv, or .jsonl for JSON lines. Beside it grows OUT.partial, from which a killed run goes on."
     parser.add_argument("--out", "--output", type=str, required=True, help=words)
-    parser.add_argument("--weights", type=str | None, help="File of the trunk's weights, where the bundle needs one.")
-    words = "Whether timm may fetch the trunk's weights; by default as the training did."
+    parser.add_argument(
+        "--weights", type=str | None, help="File of the backbone's weights, where the bundle needs one."
+    )
+    words = "Whether timm may fetch the backbone's weights; by default as the training did."
     parser.add_argument("--pretrained", type=bool | None, help=words)
     parser.add_argument("--batch_size", type=int, default=32, help="Images that are computed at once.")
     words = "Threads that read images ahead; 0 reads in turn. By default one a core, 8 at most."
@@ -132,8 +134,9 @@ def check_bundle(place: str) -> None:
         return  # what is wrong with that, load says
     if (folder / "manifest.json").is_file():
         raise Mistake(
-            f"{place} is an exported folder, not a bundle; run it with python -m dynadapter.runtime {place} IMAGES "
-            "(or dynadapter.export.load_programs, if it holds programs)"
+            f"{place} is an exported folder, not a bundle; run it with python -m dynadapter.serve.runtime "
+            f"{place} IMAGES "
+            "(or dynadapter.serve.export.load_programs, if it holds programs)"
         )
     if folder.is_file() and folder.suffix == ".ckpt":
         raise Mistake(
@@ -148,7 +151,7 @@ def _images(place: str) -> list[str]:
     Raises:
         Mistake: If there is none.
     """
-    from dynadapter.images import find_images
+    from dynadapter.images.reading import find_images
 
     if not Path(place).expanduser().exists():
         raise Mistake(f"--images {place} does not exist; give a folder of images")
@@ -162,7 +165,7 @@ def _bundle(given: Any) -> "Bundle":
     """Loads the bundle where it is to run."""
     import torch
 
-    from dynadapter.layout import lay_out_for_cpu
+    from dynadapter.backbones.layout import lay_out_for_cpu
 
     there = torch.cuda.is_available()
     if given.device == "cuda" and not there:
@@ -178,7 +181,7 @@ def _bundle(given: Any) -> "Bundle":
 
 def load_bundle(place: str, weights: str | None, pretrained: bool | None) -> "Bundle":
     """Loads a bundle; what is wrong with it is a :class:`Mistake`, with settings as the command line spells them."""
-    from dynadapter.bundle import load
+    from dynadapter.serve.bundle import load
 
     if weights is not None and not Path(weights).expanduser().is_file():
         raise Mistake(f"--weights {weights} does not exist; give a file of weights")
@@ -256,7 +259,7 @@ def read_batches(bundle: "Bundle", files: Sequence[str], batch_size: int, worker
     Yields:
         For each file its name, its pixels or None, and the reason.
     """
-    from dynadapter.images import UnreadableImage, load_image, why_unreadable
+    from dynadapter.images.reading import UnreadableImage, load_image, why_unreadable
 
     preprocess = bundle.preprocess
     assert preprocess is not None

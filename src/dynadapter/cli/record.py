@@ -16,11 +16,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
 
-from dynadapter.checkpoints import write
 from dynadapter.cli.errors import one_line
 from dynadapter.data import ImageData
-from dynadapter.module import ExitClassifier
-from dynadapter.predictions import Unread, write_unread
+from dynadapter.serve.predictions import Unread, write_unread
+from dynadapter.training.checkpoints import write
+from dynadapter.training.module import ExitClassifier
 
 NAME = "run.json"
 SKIPPED = "skipped.csv"
@@ -89,7 +89,7 @@ class Record(Callback):
         data = getattr(trainer, "datamodule", None)
         if not trainer.is_global_zero or not isinstance(pl_module, ExitClassifier) or not isinstance(data, ImageData):
             return
-        self.content["trunk"] = {"name": pl_module.trunk_name, "hash": pl_module.trunk_hash}
+        self.content["backbone"] = {"name": pl_module.backbone_name, "hash": pl_module.backbone_hash}
         self.content["trainer"] = {
             "accelerator": type(trainer.accelerator).__name__.removesuffix("Accelerator").lower(),
             "strategy": type(trainer.strategy).__name__,
@@ -233,7 +233,7 @@ def protocol(trainer: Trainer, module: ExitClassifier, data: ImageData) -> dict[
     chosen = ("task", "split", "val_fraction", "split_seed")
     settings = {name: data.hparams[name] for name in chosen if name in data.hparams}
     return {
-        "trunk": module.trunk_name,
+        "backbone": module.backbone_name,
         "preprocessing": data.preprocessing,
         "augment": data.augment,
         "data": settings,

@@ -12,9 +12,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only
 
-from dynadapter.checkpoints import newest, read, write
 from dynadapter.cli.errors import Mistake
 from dynadapter.cli.runs import Metrics, read_lines
+from dynadapter.training.checkpoints import newest, read, write
 
 LINE = "dynadapter_line"
 """The key of a checkpoint that holds the line of ``metrics.csv`` that was about to be written when it was saved."""

@@ -17,7 +17,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities import rank_zero_only
 
-from dynadapter.checkpoints import write
+from dynadapter.training.checkpoints import write
 
 RUN_FOLDERS = {"fit": "version", "validate": "validate", "test": "test"}
 """How the folder of a run is called below ``trainer.default_root_dir``; the other commands leave none."""

@@ -1,9 +1,9 @@
 """What a config or a checkpoint may name: classes that are made to be named, and nothing else that would run.
 
 jsonargparse imports whatever a ``class_path`` names, and calls it wherever the setting takes a callable or anything at
-all: ``trunk_args``, the hooks of a LambdaCallback, the optimizer. A config from somebody else could so run any function
-that is installed. Hence a configuration is looked through after it was parsed and before anything in it is called; and
-of a checkpoint only classes are taken that are known already, so that not even a module is imported for it.
+all: ``backbone_args``, the hooks of a LambdaCallback, the optimizer. A config from somebody else could so run any
+function that is installed. Hence a configuration is looked through after it was parsed and before anything in it is
+called; and of a checkpoint only classes are taken that are known already, so that not even a module is imported for it.
 """
 
 import dataclasses

@@ -165,8 +165,8 @@ def _settings(args: list[str]) -> tuple[dict[str, Any], Path]:
 @contextlib.contextmanager
 def _folder(root: Path, seeds: list[int], settings: dict[str, Any]) -> Iterator[Path]:
     """Gives the folder of the same seeds with the same settings that are not all done yet, or a new one."""
-    from dynadapter.checkpoints import write
     from dynadapter.cli.runs import next_folder
+    from dynadapter.training.checkpoints import write
 
     plan = {"seeds": seeds, "settings": settings}
     for folder in sorted(root.glob("seeds_*")):
@@ -302,8 +302,8 @@ def _report(folder: Path, seeds: list[int], failed: dict[int, str]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from dynadapter.checkpoints import write
     from dynadapter.cli.record import plain
+    from dynadapter.training.checkpoints import write
 
     runs = {seed: run for seed in seeds if (run := _finished(folder / f"seed_{seed}"))}
     table = summarised({seed: _read(run / "run.json").get("results", {}) for seed, run in runs.items()})

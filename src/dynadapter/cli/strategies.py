@@ -55,7 +55,7 @@ def require_known(strategy: Any, precision: Any) -> None:
     if name.startswith("deepspeed") or isinstance(strategy, DeepSpeedStrategy):
         raise Mistake(
             "DeepSpeed is not supported: it splits the optimiser's state and gradients, which here belong to adapters "
-            "alone and are small; give --trainer.strategy ddp, or fsdp2 to split the trunk, too"
+            "alone and are small; give --trainer.strategy ddp, or fsdp2 to split the backbone, too"
         )
     if (name.startswith("fsdp") and name != "fsdp2") or isinstance(strategy, FSDPStrategy):
         raise Mistake(

@@ -160,8 +160,8 @@ def verify(data: dict[str, Any], expected: Any, threads: int | None) -> "Report"
     from rich.markup import escape
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from dynadapter.data.images import shown
     from dynadapter.data.verify import verify
+    from dynadapter.images.reading import shown
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=error_console(), transient=True) as bar:
@@ -236,7 +236,7 @@ def _show_fault(fault: "Fault") -> None:
 
 
 def _text(text: str) -> str:
-    from dynadapter.data.images import shown
+    from dynadapter.images.reading import shown
 
     return shown(text)
 
@@ -246,7 +246,7 @@ def _count(number: int, one: str, many: str = "") -> str:
 
 
 def _write(report: "Report", out: Path) -> None:
-    from dynadapter.checkpoints import write
+    from dynadapter.training.checkpoints import write
 
     write(out, json.dumps(report.as_dict(), indent=1).encode() + b"\n")
     print(f"report in {out}")

@@ -15,9 +15,9 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from dynadapter.data.images import find_images, load_image, shown, why_unreadable
 from dynadapter.data.samplers import EpochOrder, Evened, ResumableLoader
-from dynadapter.data.transforms import Interpolation, Normalization, Preprocess, Resize
+from dynadapter.images.preprocess import Interpolation, Normalization, Preprocess, Resize
+from dynadapter.images.reading import find_images, load_image, shown, why_unreadable
 
 Loader = TypeVar("Loader", bound=DataLoader)
 Split = Literal["train", "val", "test"]
@@ -87,9 +87,9 @@ class ImageData(LightningDataModule, ABC):
         global_batch_size: Images in a step of training, over all processes and accumulated batches; it decides the
             batches of training instead of `batch_size`, which remains for evaluation.
         num_workers: Processes that read images beside the training one; 0 reads in the training process.
-        image_size: Height and width that the trunk takes, in pixels.
-        normalization: ``imagenet`` or ``half`` (mean and deviation 0.5) as the trunk was pre-trained with, ``none`` for
-            [0, 1], or a pair of (mean, deviation) with three values each. It moves results by points: name it.
+        image_size: Height and width that the backbone takes, in pixels.
+        normalization: ``imagenet`` or ``half`` (mean and deviation 0.5) as the backbone was pre-trained with, ``none``
+            for [0, 1], or a pair of (mean, deviation) with three values each. It moves results by points: name it.
         interpolation: How pixels are resampled; bicubic and bilinear are antialiased.
         resize: ``stretch`` to a square, as in VTAB-1k, or ``crop`` the centre after the shorter side fits.
         augment: ``none``, as in VTAB-1k, or ``flip`` to mirror every second training image by chance.

@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from dynadapter.data.base import ImageData, Sample, Split
-from dynadapter.data.images import SUFFIXES, image_files, shown
 from dynadapter.data.splits import hold_out
+from dynadapter.images.reading import SUFFIXES, image_files, shown
 
 
 class ImageFolder(ImageData):

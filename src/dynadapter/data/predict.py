@@ -3,7 +3,7 @@
 from typing import Literal
 
 from dynadapter.data.base import ImageData, Sample, Split
-from dynadapter.data.transforms import Interpolation, Normalization, Resize
+from dynadapter.images.preprocess import Interpolation, Normalization, Resize
 
 
 class ImagesToPredict(ImageData):
@@ -14,7 +14,7 @@ class ImagesToPredict(ImageData):
         predict_images: A folder (searched with its subfolders), or a list of files.
         batch_size: Images in a batch.
         num_workers: Processes that read images beside the predicting one; 0 reads in the same process.
-        image_size: Height and width that the trunk takes, in pixels.
+        image_size: Height and width that the backbone takes, in pixels.
         normalization: As in training.
         interpolation: As in training.
         resize: As in training.

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from itertools import zip_longest
 from typing import Any, Literal
 
-from dynadapter.data.images import shown
+from dynadapter.images.reading import shown
 
 FORMAT = 1
 """Version of the report's layout."""

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from dynadapter.losses import IGNORED
+from dynadapter.training.losses import IGNORED
 
 Item = tuple[torch.Tensor, int | str]
 

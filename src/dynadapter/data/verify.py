@@ -13,17 +13,6 @@ from typing import Any, Literal, NamedTuple
 
 from dynadapter.data.folder import subfolders
 from dynadapter.data.identity import row
-from dynadapter.data.images import (
-    MAX_BYTES,
-    SUFFIXES,
-    image_files,
-    open_image,
-    open_regular,
-    reason,
-    shown,
-    to_rgb,
-    upright,
-)
 from dynadapter.data.report import Fault, Report, SetReport, SplitFacts, compared, gone, in_order, names
 from dynadapter.data.splits import hold_out
 from dynadapter.data.vtab import (
@@ -36,6 +25,17 @@ from dynadapter.data.vtab import (
     scan_list,
     task_folder,
     vtab_task,
+)
+from dynadapter.images.reading import (
+    MAX_BYTES,
+    SUFFIXES,
+    image_files,
+    open_image,
+    open_regular,
+    reason,
+    shown,
+    to_rgb,
+    upright,
 )
 
 USUAL_MODES = ("RGB", "L", "P", "RGBA")

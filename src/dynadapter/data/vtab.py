@@ -10,7 +10,7 @@ from pathlib import Path, PureWindowsPath
 from typing import Any, Literal, NamedTuple
 
 from dynadapter.data.base import ImageData, Sample, Split
-from dynadapter.data.images import open_regular, shown
+from dynadapter.images.reading import open_regular, shown
 
 Group = Literal["Natural", "Specialized", "Structured"]
 

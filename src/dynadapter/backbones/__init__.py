@@ -1,0 +1,47 @@
+"""Frozen timm models, cut into blocks: the only rooms that know timm's families.
+
+Importing this package registers the families. A family from outside the package registers itself the same way.
+"""
+
+from dynadapter.backbones import convnext, swin, vit  # noqa: F401  # each registers its family
+from dynadapter.backbones.create import built_for, create_backbone, fingerprint, freeze
+from dynadapter.backbones.cut import (
+    blocks,
+    classifier,
+    classify,
+    convert,
+    embed,
+    finish,
+    has_class_token,
+    needs_all_tokens,
+    pool,
+    prefix_tokens,
+    reads_class_row,
+    tokens,
+    widths,
+)
+from dynadapter.backbones.vit_block import class_row, other_rows, run, splits
+
+__all__ = [
+    "blocks",
+    "built_for",
+    "class_row",
+    "classifier",
+    "classify",
+    "convert",
+    "create_backbone",
+    "embed",
+    "fingerprint",
+    "finish",
+    "freeze",
+    "has_class_token",
+    "needs_all_tokens",
+    "other_rows",
+    "pool",
+    "prefix_tokens",
+    "reads_class_row",
+    "run",
+    "splits",
+    "tokens",
+    "widths",
+]

@@ -1,0 +1,176 @@
+"""The questions that this package asks of a timm model, answered per family by ``functools.singledispatch``.
+
+A backbone is a plain timm model. These functions cut its forward pass into ``embed``, a list of ``blocks``, ``finish``
+and ``classify``, so that a network can stop, read or route between any two blocks. Nothing is copied or stored: the
+modules of the model run, adapters included. ``finish`` of all blocks of ``embed`` is bit-equal to timm's
+``forward_features``, and ``classify`` of that to the model's own output.
+
+The functions dispatch on the model's class. A new family registers ``embed``, ``blocks``, ``finish``, ``tokens`` and
+``widths``, and ``prefix_tokens``, ``has_class_token``, ``reads_class_row``, ``needs_all_tokens`` and ``convert`` where
+the defaults do not fit.
+
+timm's gradient checkpointing is part of the forward passes that are cut here, so ``set_grad_checkpointing`` has no
+effect on a backbone that runs through these functions.
+"""
+
+from functools import singledispatch
+from typing import Any, NoReturn
+
+from torch import Tensor, nn
+
+
+@singledispatch
+def embed(model: nn.Module, images: Tensor) -> Tensor:
+    """Turns images into what the first block takes.
+
+    Args:
+        model: A timm model of a known family.
+        images: (batch, channels, height, width).
+
+    Returns:
+        The family's own layout: ViT (batch, tokens, width), Swin (batch, height, width, channels), ConvNeXt
+        (batch, channels, height, width).
+
+    Raises:
+        TypeError: If no cut is known for the model's class.
+    """
+    _unknown(model)
+
+
+@singledispatch
+def blocks(model: nn.Module) -> list[tuple[nn.Module, ...]]:
+    """Lists the model's blocks.
+
+    Returns:
+        Per block the modules to apply in order, each with one tensor in and one out. Where a stage starts with a
+        downsampling layer, that layer belongs to the stage's first block.
+
+    Raises:
+        TypeError: If no cut is known for the model's class.
+    """
+    _unknown(model)
+
+
+@singledispatch
+def finish(model: nn.Module, x: Tensor) -> Tensor:
+    """Turns the last block's output into features, as the end of timm's ``forward_features`` does.
+
+    Raises:
+        TypeError: If no cut is known for the model's class.
+    """
+    _unknown(model)
+
+
+@singledispatch
+def tokens(model: nn.Module, x: Tensor) -> Tensor:
+    """Reads any block's output as tokens.
+
+    Args:
+        model: A timm model of a known family.
+        x: The output of a block, in the family's layout.
+
+    Returns:
+        (batch, tokens, width), the prefix tokens first and the grid's row by row.
+
+    Raises:
+        TypeError: If no cut is known for the model's class.
+    """
+    _unknown(model)
+
+
+@singledispatch
+def widths(model: nn.Module) -> list[int]:
+    """Lists the channels after each block.
+
+    Raises:
+        TypeError: If no cut is known for the model's class.
+    """
+    _unknown(model)
+
+
+@singledispatch
+def prefix_tokens(model: nn.Module) -> int:
+    """Counts the tokens in front of the image's own: class, distillation, registers; a family may have none."""
+    return 0
+
+
+@singledispatch
+def needs_all_tokens(model: nn.Module) -> str | None:
+    """Names what in the model must have every token of the image in its place; None where some may go on the way."""
+    return type(model).__name__
+
+
+@singledispatch
+def has_class_token(model: nn.Module) -> bool:
+    """Says whether the model's own head reads a class token (the first one); a model may carry one and not read it."""
+    return False
+
+
+@singledispatch
+def reads_class_row(model: nn.Module) -> bool:
+    """Says whether the model's own norm, pooling and head need no row but the first of the last block's output."""
+    return False
+
+
+@singledispatch
+def convert(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Gives a checkpoint timm's names and this model's resolution, by the family's own filter in timm."""
+    return state
+
+
+def pool(model: nn.Module, features: Tensor) -> Tensor:
+    """Pools features into what the classifier reads, (batch, width), as timm does it."""
+    return model.forward_head(features, pre_logits=True)  # type: ignore[operator]
+
+
+def classify(model: nn.Module, features: Tensor) -> Tensor:
+    """Turns features into logits (batch, classes) by the model's own pooling and classifier."""
+    return model.forward_head(features)  # type: ignore[operator]
+
+
+def classifier(model: nn.Module) -> list[nn.Module]:
+    """Lists the model's final linear layers: one, two for a distilled DeiT, none for a model without classes."""
+    return [layer for layer in _classifier_layers(model).values() if not isinstance(layer, nn.Identity)]
+
+
+# ---- helpers for the families ----
+
+
+def _staged_blocks(stages: nn.Sequential) -> list[tuple[nn.Module, ...]]:
+    """Lists the blocks of all stages, each stage's downsampling in front of its first block."""
+    units: list[tuple[nn.Module, ...]] = []
+    stage: Any
+    for stage in stages:
+        first, *rest = stage.blocks
+        downsample = () if isinstance(stage.downsample, nn.Identity) else (stage.downsample,)
+        units += [(*downsample, first), *((block,) for block in rest)]
+    return units
+
+
+def _staged_widths(model: nn.Module, stages: nn.Sequential) -> list[int]:
+    """Repeats each stage's channels for each of its blocks."""
+    infos: Any = model.feature_info
+    depths = [len(stage.blocks) for stage in stages]  # type: ignore[arg-type]
+    return [info["num_chs"] for info, depth in zip(infos, depths, strict=True) for _ in range(depth)]
+
+
+def _same_forward(model: nn.Module, family: type[nn.Module]) -> None:
+    """Refuses a subclass with a forward pass of its own, which a cut of the family's would silently drop."""
+    for method in ("forward", "forward_features"):
+        if getattr(type(model), method) is not getattr(family, method):
+            _unknown(model, f", whose {method} is not {family.__name__}'s")
+
+
+def _unknown(model: nn.Module, why: str = "") -> NoReturn:
+    known = sorted(family.__name__ for family in blocks.registry if family is not object)
+    raise TypeError(
+        f"no cut is known for {type(model).__name__}{why}; known: {known}. Choose a timm model of these classes, "
+        "or register embed, blocks, finish, tokens and widths of dynadapter.backbones for yours"
+    )
+
+
+def _classifier_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Names the classifier's layers, identities included."""
+    layers: Any = model.get_classifier()  # type: ignore[operator]
+    wanted = set(layers) if isinstance(layers, tuple | list) else {layers}
+    return {name: module for name, module in model.named_modules() if module in wanted}

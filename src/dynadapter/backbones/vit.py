@@ -1,0 +1,75 @@
+"""Vision Transformers: timm's VisionTransformer, with the names of DeiT, DINOv2, MAE, CLIP and SigLIP."""
+
+from timm.models import vision_transformer
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from dynadapter.backbones.cut import (
+    _same_forward,
+    blocks,
+    convert,
+    embed,
+    finish,
+    has_class_token,
+    needs_all_tokens,
+    prefix_tokens,
+    reads_class_row,
+    tokens,
+    widths,
+)
+
+
+@embed.register
+def _(model: VisionTransformer, images: Tensor) -> Tensor:
+    _same_forward(model, VisionTransformer)
+    x = model._pos_embed(model.patch_embed(images))  # adds the prefix tokens; the one private call
+    return model.norm_pre(model.patch_drop(x))
+
+
+@blocks.register
+def _(model: VisionTransformer) -> list[tuple[nn.Module, ...]]:
+    _same_forward(model, VisionTransformer)
+    return [(block,) for block in model.blocks]
+
+
+@finish.register
+def _(model: VisionTransformer, x: Tensor) -> Tensor:
+    return model.norm(x)
+
+
+@tokens.register
+def _(model: VisionTransformer, x: Tensor) -> Tensor:
+    return x
+
+
+@widths.register
+def _(model: VisionTransformer) -> list[int]:
+    return [model.embed_dim] * len(model.blocks)
+
+
+@prefix_tokens.register
+def _(model: VisionTransformer) -> int:
+    return model.num_prefix_tokens
+
+
+@needs_all_tokens.register
+def _(model: VisionTransformer) -> str | None:
+    # To timm's own blocks tokens are a set; one of somebody else's may know positions, as by rotary embeddings
+    kinds = [type(block) for block in model.blocks]
+    return next((kind.__name__ for kind in kinds if kind.__module__ != vision_transformer.__name__), None)
+
+
+@has_class_token.register
+def _(model: VisionTransformer) -> bool:
+    # "prr" refines all tokens and then reads the class token where there is one; "map" attends to the patches
+    return model.global_pool == "token" or (model.global_pool == "prr" and model.has_class_token)
+
+
+@reads_class_row.register
+def _(model: VisionTransformer) -> bool:
+    return model.global_pool == "token" and model.has_class_token and type(model) is VisionTransformer
+
+
+@convert.register
+def _(model: VisionTransformer, state: dict) -> dict[str, Tensor]:
+    return vision_transformer.checkpoint_filter_fn(state, model, adapt_layer_scale=True)  # DeiT III names it otherwise

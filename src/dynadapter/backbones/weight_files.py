@@ -1,0 +1,124 @@
+"""Local weight files: read without running code, adapted by timm's own filters, and checked tensor by tensor."""
+
+import pickle
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from timm.models import adapt_input_conv
+from timm.models import load_state_dict as read_checkpoint
+from torch import Tensor, nn
+
+from dynadapter.backbones.cut import _classifier_layers, blocks, convert
+
+_WHAT_FITS = "give the timm name and arguments that the file was made with"
+
+
+def load_weights(model: nn.Module, name: str, path: Path) -> None:
+    """Fits a local weight file to the model; every tensor but the classifier's has to be there, and nothing else."""
+    if not path.is_file():
+        raise ValueError(f"weights={str(path)!r} is not a file; give an existing .safetensors, .pth, .pt, .bin or .npz")
+    if path.suffix.lower() == ".npz":
+        _load_npz(model, name, path)
+        return
+    state = _read(path)
+    try:
+        state = _fit_classifier(model, _fit_input(model, convert(model, state)))
+    except Exception as error:  # timm's filters trip in many ways over tensors of another architecture
+        raise ValueError(f"weights={str(path)!r} do not fit {name!r} ({one_line(error)}); {_WHAT_FITS}") from error
+    _check_fit(model, name, path, state)
+    model.load_state_dict(state)
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    """Reads tensors and nothing else: no code of the file is run."""
+    try:
+        return read_checkpoint(str(path), weights_only=True)
+    except Exception as error:  # torch, zipfile, pickle and safetensors each have their own
+        if any(isinstance(cause, pickle.UnpicklingError) for cause in (error, error.__cause__, error.__context__)):
+            raise ValueError(
+                f"weights={str(path)!r} would have to run code to be read, which is refused, or it is damaged; if you "
+                "trust it, load it yourself and save its state dict as .safetensors"
+            ) from error
+        raise ValueError(
+            f"weights={str(path)!r} cannot be read ({one_line(error)}); it is damaged or holds no weights: fetch it "
+            "again, or give another file"
+        ) from error
+
+
+def _fit_input(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Adapts the first convolution of a colour model to another number of input channels, as timm does."""
+    config: Any = model.pretrained_cfg
+    key = f"{config['first_conv']}.weight"
+    weight, own = state.get(key), model.state_dict().get(key)
+    if weight is not None and own is not None and weight.ndim == 4 and weight.shape[1] == 3 != own.shape[1]:
+        state[key] = adapt_input_conv(own.shape[1], weight)
+    return state
+
+
+def _fit_classifier(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Puts the model's own classifier where the file has none, or one of another class count."""
+    own = model.state_dict()
+    for layer in _classifier_layers(model):
+        weight = state.get(f"{layer}.weight")
+        if weight is None or len(weight) != model.num_classes:
+            state = {key: tensor for key, tensor in state.items() if not key.startswith(f"{layer}.")}
+            state |= {key: tensor for key, tensor in own.items() if key.startswith(f"{layer}.")}
+    return state
+
+
+def _check_fit(model: nn.Module, name: str, path: Path, state: dict[str, Tensor]) -> None:
+    """Raises one line that counts and names what does not fit."""
+    own = model.state_dict()
+    faults = {
+        "missing": [key for key in own if key not in state],
+        "unknown": [key for key in state if key not in own],
+        "of another shape": [
+            f"{key} {tuple(state[key].shape)} instead of {tuple(tensor.shape)}"
+            for key, tensor in own.items()
+            if key in state and state[key].shape != tensor.shape
+        ],
+    }
+    told = [
+        f"{len(found)} {fault} ({', '.join(found[:3])}{', ...' if len(found) > 3 else ''})"
+        for fault, found in faults.items()
+        if found
+    ]
+    if told:
+        raise ValueError(f"weights={str(path)!r} do not fit {name!r}: {'; '.join(told)}; {_WHAT_FITS}")
+
+
+def _load_npz(model: nn.Module, name: str, path: Path) -> None:
+    """Loads Google's JAX layout by timm's own function, which only ViT has."""
+    load: Any = getattr(model, "load_pretrained", None)
+    if load is None:
+        raise ValueError(
+            f"weights={str(path)!r} do not fit {name!r}: .npz is the layout of Google's ViT, and this is a "
+            f"{type(model).__name__}; give a .safetensors, .pth, .pt or .bin file"
+        )
+    try:
+        held, depth = _npz_depth(path), len(blocks(model))
+        if held != depth:  # timm's function would drop the last blocks of a deeper file without a word
+            raise ValueError(f"{held} blocks instead of {depth}")
+        load(str(path))
+    except Exception as error:  # a missing array is a KeyError, another shape a RuntimeError ...
+        raise ValueError(
+            f"weights={str(path)!r} do not fit {name!r} ({one_line(error)}); the file is damaged, or not Google's ViT "
+            "of this size"
+        ) from error
+
+
+def _npz_depth(path: Path) -> int:
+    """Counts the blocks in Google's layouts, which have one array per block or stack all blocks in one."""
+    with path.open("rb") as file, np.load(file) as arrays:
+        stacked = [key for key in arrays.files if key.endswith("Transformer/encoderblock/LayerNorm_0/scale")]
+        if stacked:
+            return len(arrays[stacked[0]])
+        return len({found[1] for key in arrays.files if (found := re.search(r"encoderblock_(\d+)/", key))})
+
+
+def one_line(error: Exception) -> str:
+    """The kind of an error and the first sentence of its message."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0].split('. ')[0]}" if lines else type(error).__name__

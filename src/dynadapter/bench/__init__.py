@@ -1,0 +1,1 @@
+"""Timing of networks: arms interleaved in one run, medians of ratios."""

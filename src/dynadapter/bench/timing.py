@@ -1,0 +1,244 @@
+"""Timing that holds on a busy machine: arms side by side, three clocks, medians of ratios, one arm there twice."""
+
+import os
+import platform
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from itertools import chain
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from dynadapter.exits.policies import Confidence, confidence
+
+Call = Callable[[], Any]
+Clock = Literal["cpu", "wall", "device"]
+
+VOID = 0.03
+"""A run is void where the same arm, timed twice, differs from itself by more than this share."""
+
+CHUNKS = (8, 16, 32, 64)
+"""Images at a time that are tried for an arm which may cut its batch."""
+
+PACKAGES = ("torch", "timm", "lightning", "fvcore", "onnxruntime", "dynadapter")
+
+
+# ---- the machine -----------------------------------------------------------------------------------------------------
+
+
+def cpu_name() -> str:
+    """Names the processor."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return named[0] if named else platform.processor() or platform.machine()
+
+
+def machine(packages: Iterable[str] = PACKAGES) -> dict[str, Any]:
+    """Names the machine and the versions that a number belongs to; packages that are not installed are left out."""
+    found: dict[str, Any] = {
+        "cpu": cpu_name(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+    }
+    if torch.cuda.is_available():
+        found |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
+    for package in packages:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+# ---- clocks ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Times:
+    """What an arm took: for each round the seconds of each of its calls, by three clocks.
+
+    Args:
+        cpu: CPU seconds of the process, of all its threads. What other programs do counts least here.
+        wall: Seconds on the wall's clock.
+        device: Seconds between two events on the device; empty on a CPU.
+    """
+
+    cpu: list[list[float]]
+    wall: list[list[float]]
+    device: list[list[float]]
+
+    def rounds(self, clock: Clock) -> list[float]:
+        """Gives the seconds of each round, its calls added up."""
+        return [sum(calls) for calls in getattr(self, clock)]
+
+    def calls(self, clock: Clock) -> list[float]:
+        """Gives the seconds of each call of all rounds."""
+        return list(chain.from_iterable(getattr(self, clock)))
+
+
+def clock_of(device: torch.device, threads: int) -> Clock:
+    """Says by which clock arms are to be compared.
+
+    That is the device's own where there is one, CPU seconds for one thread, and the wall's for several, whose seconds
+    the process would add up.
+    """
+    if device.type != "cpu":
+        return "device"
+    return "cpu" if threads == 1 else "wall"
+
+
+def timed(call: Call, device: torch.device) -> tuple[float, float, float | None]:
+    """Runs a call and waits for the device before and after it.
+
+    Returns:
+        CPU seconds of the process, seconds on the wall's clock, and seconds between two CUDA events (None on a CPU).
+    """
+    if device.type != "cuda":
+        wall, cpu = time.perf_counter(), time.process_time()
+        call()
+        return time.process_time() - cpu, time.perf_counter() - wall, None
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    stream = torch.cuda.current_stream(device)
+    torch.cuda.synchronize(device)
+    wall, cpu = time.perf_counter(), time.process_time()
+    start.record(stream)
+    call()
+    end.record(stream)
+    torch.cuda.synchronize(device)
+    return time.process_time() - cpu, time.perf_counter() - wall, start.elapsed_time(end) / 1000
+
+
+def interleave(
+    arms: Mapping[str, Call | Sequence[Call]],
+    rounds: int,
+    warmup: int = 2,
+    device: torch.device | str = "cpu",
+    after: Call = lambda: None,
+) -> dict[str, Times]:
+    """Runs all arms once a round, in an order that is drawn anew for each.
+
+    The arms stand side by side in time, so a machine that slows down slows them all; and no arm always runs on the
+    caches that the same other one has left.
+
+    Args:
+        arms: By name, a call, or several that follow each other and are timed one by one.
+        rounds: How many rounds count.
+        warmup: How many more come first and do not.
+        device: Where the arms run.
+        after: Called after each round, to show how far it is.
+    """
+    device, names, order = torch.device(device), list(arms), random.Random(0)
+    calls = {name: [arm] if callable(arm) else list(arm) for name, arm in arms.items()}
+    times = {name: Times([], [], []) for name in names}
+    for round in range(-warmup, rounds):
+        order.shuffle(names)
+        for name in names:
+            cpu, wall, event = zip(*(timed(call, device) for call in calls[name]), strict=True)
+            if round >= 0:
+                times[name].cpu.append(list(cpu))
+                times[name].wall.append(list(wall))
+                if None not in event:
+                    times[name].device.append(list(event))
+        after()
+    return {name: times[name] for name in arms}
+
+
+def ratio(numerator: Iterable[float], denominator: Iterable[float]) -> float:
+    """Gives the median of the ratios round by round.
+
+    >>> ratio([2.0, 4.0, 9.0], [1.0, 2.0, 3.0])
+    2.0
+    """
+    return statistics.median(a / b for a, b in zip(numerator, denominator, strict=True))
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """Gives the value below which a share of all lies, between two neighbours in proportion.
+
+    >>> percentile([1.0, 2.0, 3.0], 0.5)
+    2.0
+    """
+    return torch.tensor(values, dtype=torch.float64).quantile(share).item()
+
+
+def is_void(control: float) -> bool:
+    """Says whether the ratio of an arm to itself is too far from 1 for a run to mean anything; NaN is."""
+    return not abs(control - 1) <= VOID
+
+
+def best_chunk(
+    make: Callable[[int], Call], batch: int, clock: Clock = "cpu", device: torch.device | str = "cpu", rounds: int = 3
+) -> int:
+    """Finds with how many images at a time an arm is fastest; a large batch at once may leave a CPU's caches.
+
+    Args:
+        make: Gives the arm for such a chunk.
+        batch: The whole batch; chunks below it are tried, too.
+        clock: Which seconds count.
+        device: Where the arm runs.
+        rounds: How many rounds are timed.
+    """
+    chunks = [*(chunk for chunk in CHUNKS if chunk < batch), batch]
+    if len(chunks) == 1:
+        return batch
+    times = interleave({str(chunk): make(chunk) for chunk in chunks}, rounds, 1, device)
+    return min(chunks, key=lambda chunk: statistics.median(times[str(chunk)].rounds(clock)))
+
+
+# ---- who leaves where ------------------------------------------------------------------------------------------------
+
+
+def share_thresholds(logits: Tensor, shares: Sequence[float]) -> Confidence:
+    """Finds thresholds on the confidence, one for each early exit, with which the wanted shares of samples leave.
+
+    Each lies between two samples' confidences. Samples with the same confidence leave together, so that the shares
+    reached can differ. Source: MSDNet's walk over the exits (Huang et al. 2018).
+
+    Args:
+        logits: (exits, samples, classes).
+        shares: (exits,), the fraction that is to leave at each exit; the last one takes whoever is left.
+
+    Raises:
+        ValueError: If there is not one share for each exit, or they are no shares of a whole.
+    """
+    exits, samples, _ = logits.shape
+    if len(shares) != exits or min(shares) < 0 or not abs(sum(shares) - 1) <= 1e-3:
+        raise ValueError(f"shares={list(shares)} must be {exits} numbers, one for each exit, at least 0, with sum 1")
+    scores = confidence(logits).double()
+    inside = torch.ones(samples, dtype=torch.bool, device=logits.device)
+    found: list[float] = []
+    for k, share in enumerate(shares[:-1]):
+        ranked = scores[k][inside].sort(descending=True).values.tolist()
+        count = min(round(share * samples), len(ranked))
+        above = ranked[count - 1] if count else 1.0
+        below = ranked[count] if count < len(ranked) else 0.0
+        found.append((above + below) / 2)
+        inside &= scores[k] < found[-1]
+    return Confidence(tuple(found))
+
+
+def representative(exits: Tensor, count: int) -> Tensor:
+    """Picks samples whose exits stand for those of all, in an order that mixes them.
+
+    Args:
+        exits: (samples,), where each leaves.
+        count: How many to pick; more than there are picks some again.
+
+    Returns:
+        Indices (count,).
+
+    >>> exits = torch.tensor([0, 0, 0, 0, 0, 0, 1, 1, 1, 2])
+    >>> exits[representative(exits, 5)].sort().values
+    tensor([0, 0, 0, 1, 1])
+    """
+    ranked = exits.cpu().argsort(stable=True)
+    places = ((torch.arange(count) + 0.5) * len(ranked) / count).long()
+    return ranked[places][torch.randperm(count, generator=torch.Generator().manual_seed(0))]

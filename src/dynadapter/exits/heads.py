@@ -1,0 +1,170 @@
+"""Early heads: what reads logits off the tokens in the middle of a backbone."""
+
+from abc import abstractmethod
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch import Tensor, nn
+
+from dynadapter.spec import Spec
+
+
+class ExitHead(nn.Module):
+    """LayerNorm, pooling, then a linear layer or a narrow MLP.
+
+    Args:
+        width: Channels of a token.
+        num_classes: Classes to tell apart.
+        hidden: Width of the MLP's hidden layer; ``None`` for a single linear layer.
+        prefix_tokens: Tokens before the image's own (class token, registers); mean pooling leaves them out.
+        reads_class_token: Whether the head reads the first token instead of the mean.
+
+    Attributes:
+        reads_class_token: As given. Such a head normalises one row only, and needs no other row of the block before it.
+    """
+
+    def __init__(
+        self, width: int, num_classes: int, hidden: int | None, prefix_tokens: int, reads_class_token: bool
+    ) -> None:
+        super().__init__()
+        self.prefix_tokens = prefix_tokens
+        self.reads_class_token = reads_class_token
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.classify: nn.Module
+        if hidden is None:
+            self.classify = _linear(width, num_classes)
+        else:
+            self.classify = nn.Sequential(_linear(width, hidden), nn.GELU(), _linear(hidden, num_classes))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Maps tokens (batch, tokens, width) to logits (batch, classes)."""
+        if self.reads_class_token:
+            return self.classify(self.norm(tokens[:, 0]))
+        return self.classify(self.norm(tokens[:, self.prefix_tokens :]).mean(1))
+
+
+def _linear(inputs: int, outputs: int) -> nn.Linear:
+    """A linear layer initialised as timm does it for a ViT: normal(0, 0.02) cut at two units, no bias."""
+    layer = nn.Linear(inputs, outputs)
+    nn.init.trunc_normal_(layer.weight, std=0.02)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+@dataclass(frozen=True)
+class Heads(Spec):
+    """The kind of the early heads; the last exit is the backbone's own head and is not built here.
+
+    Args:
+        pooling: What a head reads: ``cls`` the class token, ``mean`` the mean over the image's own tokens, ``auto``
+            the one that the backbone's own head reads.
+    """
+
+    pooling: Literal["auto", "cls", "mean"] = field(default="auto", kw_only=True)
+
+    def __post_init__(self) -> None:
+        if self.pooling not in ("auto", "cls", "mean"):
+            raise ValueError(f"pooling={self.pooling!r} is unknown; choose 'auto', 'cls' or 'mean'")
+
+    @abstractmethod
+    def hidden_at(self, exit: int, exits: int) -> int | None:
+        """Says how wide the MLP at this exit is; ``None`` for a linear head.
+
+        Args:
+            exit: Zero-based exit.
+            exits: Number of all exits, the backbone's own head included.
+        """
+
+    def build(
+        self, exit: int, exits: int, width: int, num_classes: int, prefix_tokens: int, class_token: bool
+    ) -> ExitHead:
+        """Makes the head of one early exit.
+
+        Args:
+            exit: Zero-based exit, from 0 to ``exits - 2``.
+            exits: Number of all exits, the backbone's own head included.
+            width: Channels of a token at this exit.
+            num_classes: Classes to tell apart.
+            prefix_tokens: Tokens before the image's own.
+            class_token: Whether the backbone's own head reads a class token.
+
+        Raises:
+            ValueError: If ``pooling`` is ``cls`` and the backbone has no class token.
+        """
+        if self.pooling == "cls" and not class_token:
+            raise ValueError(
+                "pooling='cls', but this backbone's head reads no class token; use pooling='mean' or 'auto'"
+            )
+        return ExitHead(
+            width=width,
+            num_classes=num_classes,
+            hidden=self.hidden_at(exit, exits),
+            prefix_tokens=prefix_tokens,
+            reads_class_token=class_token and self.pooling != "mean",
+        )
+
+
+def _check_hidden(hidden: int) -> None:
+    if hidden < 1:
+        raise ValueError(f"hidden={hidden} must be at least 1; for heads without a hidden layer use LinearHeads")
+
+
+@dataclass(frozen=True)
+class Balanced(Heads):
+    """MLP heads at the early exits, linear heads at the late ones.
+
+    Shallow features hold more of the input and less of the label (Dyn-Adapter, dynamic-balanced heads); the hidden
+    width and where the two kinds meet are ours.
+
+    Args:
+        hidden: Width of the MLPs' hidden layer.
+        mlp_exits: How many exits, counted from the first, get an MLP; by default half of all exits, the last included.
+        pooling: What a head reads: ``cls`` the class token, ``mean`` the mean over the image's own tokens, ``auto``
+            the one that the backbone's own head reads.
+    """
+
+    hidden: int = 64
+    mlp_exits: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_hidden(self.hidden)
+        if self.mlp_exits is not None and self.mlp_exits < 0:
+            raise ValueError(f"mlp_exits={self.mlp_exits} must be at least 0; leave it out for half of the exits")
+
+    def hidden_at(self, exit: int, exits: int) -> int | None:
+        mlps = exits // 2 if self.mlp_exits is None else self.mlp_exits
+        return self.hidden if exit < mlps else None
+
+
+@dataclass(frozen=True)
+class LinearHeads(Heads):
+    """Linear heads at every early exit.
+
+    Args:
+        pooling: What a head reads: ``cls`` the class token, ``mean`` the mean over the image's own tokens, ``auto``
+            the one that the backbone's own head reads.
+    """
+
+    def hidden_at(self, exit: int, exits: int) -> int | None:
+        return None
+
+
+@dataclass(frozen=True)
+class MLPHeads(Heads):
+    """MLP heads at every early exit.
+
+    Args:
+        hidden: Width of the hidden layer.
+        pooling: What a head reads: ``cls`` the class token, ``mean`` the mean over the image's own tokens, ``auto``
+            the one that the backbone's own head reads.
+    """
+
+    hidden: int = 64
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_hidden(self.hidden)
+
+    def hidden_at(self, exit: int, exits: int) -> int | None:
+        return self.hidden

@@ -1,0 +1,268 @@
+"""Policies: who may leave at an exit, judged by the logits so far."""
+
+import math
+from abc import abstractmethod
+from dataclasses import dataclass
+from numbers import Real
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from dynadapter.spec import Spec
+
+
+def _wide(logits: Tensor) -> Tensor:
+    """Half precision becomes float32: a bfloat16 softmax knows no confidence between 0.996 and 1."""
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def confidence(logits: Tensor) -> Tensor:
+    """Gives the largest softmax probability, in [1 / classes, 1].
+
+    Args:
+        logits: (..., classes).
+
+    Returns:
+        (...), float32, or float64 for float64 logits.
+    """
+    return _wide(logits).softmax(-1).amax(-1)
+
+
+def entropy(logits: Tensor) -> Tensor:
+    """Gives the entropy of the softmax over its greatest possible value, log(classes); in [0, 1].
+
+    Args:
+        logits: (..., classes).
+
+    Returns:
+        (...), float32, or float64 for float64 logits.
+    """
+    log_p = _wide(logits).log_softmax(-1)
+    greatest = math.log(max(logits.shape[-1], 2))  # a single class has entropy 0 over anything
+    return (-(log_p.exp() * log_p).sum(-1) / greatest).clamp(0, 1)
+
+
+def margin(logits: Tensor) -> Tensor:
+    """Gives how far the largest softmax probability is above the second; in [0, 1], 1 for a single class.
+
+    Args:
+        logits: (..., classes).
+
+    Returns:
+        (...), float32, or float64 for float64 logits.
+    """
+    p = _wide(logits).softmax(-1)
+    if p.shape[-1] == 1:
+        return p[..., 0]
+    first, second = p.topk(2, -1).values.unbind(-1)
+    return first - second
+
+
+@dataclass(frozen=True)
+class Policy(Spec):
+    """Decides which samples leave at an exit. A new kind says in :meth:`sure` when its rule holds."""
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """Short label for log keys, CSV headers and file names, e.g. ``confidence_0.9``."""
+
+    @property
+    def asks(self) -> bool:
+        """Whether early exits matter to it; where they do not, routing runs none of their heads."""
+        return True
+
+    @abstractmethod
+    def sure(self, history: Tensor) -> Tensor:
+        """Says for which samples the rule holds at the newest exit, whose logits may not be finite.
+
+        Args:
+            history: Logits (exits so far, batch, classes), the newest last.
+
+        Returns:
+            (batch,) bool.
+        """
+
+    def leave(self, history: Tensor) -> Tensor:
+        """Says which samples may leave at the newest exit; one whose logits there are not finite never does.
+
+        Args:
+            history: Logits (exits so far, batch, classes), the newest last; the last exit of the network is not asked.
+
+        Returns:
+            (batch,) bool.
+        """
+        # NaN and infinities give NaN here: isfinite takes twice as many steps, which a lone image on a CPU feels.
+        finite = (history[-1] * 0).sum(-1) == 0
+        return self.sure(history) & finite
+
+    def check(self, exits: int) -> None:
+        """Makes sure that the policy fits a network with so many exits, the last included.
+
+        Raises:
+            ValueError: If there are thresholds for another number of exits.
+        """
+
+
+@dataclass(frozen=True)
+class Thresholded(Policy):
+    """Base of the policies that compare a score in [0, 1] with a threshold.
+
+    Args:
+        threshold: One value for all early exits, or one per early exit; in [0, 1].
+    """
+
+    threshold: float | tuple[float, ...]
+
+    label: ClassVar[str]
+    beyond: ClassVar[str]
+    """What a threshold out of range would mean, and what to write instead."""
+
+    def __post_init__(self) -> None:
+        given = self.threshold
+        values = tuple(given) if isinstance(given, (tuple, list)) else (given,)
+        for value in values:
+            if not isinstance(value, Real) or isinstance(value, bool):
+                raise TypeError(f"threshold={given!r} must be a number in [0, 1], or one such number per early exit")
+            if not 0 <= value <= 1:  # NaN fails as well
+                raise ValueError(f"threshold={given!r}: {value!r} is not in [0, 1], the range of {self.beyond}")
+        floats = tuple(float(value) for value in values)
+        object.__setattr__(self, "threshold", floats if isinstance(given, (tuple, list)) else floats[0])
+
+    @property
+    def name(self) -> str:
+        values = self.threshold if isinstance(self.threshold, tuple) else (self.threshold,)
+        return "_".join([self.label, *(f"{value:g}" for value in values)])
+
+    def check(self, exits: int) -> None:
+        if isinstance(self.threshold, tuple) and len(self.threshold) != exits - 1:
+            have, need = len(self.threshold), exits - 1
+            raise ValueError(
+                f"threshold has {have} {'value' if have == 1 else 'values'}, this network has {need} early "
+                f"{'exit' if need == 1 else 'exits'} ({exits} exits); give one value or {need}"
+            )
+
+    def at(self, exit: int) -> float:
+        """Gives the threshold of one early exit (zero-based)."""
+        return self.threshold[exit] if isinstance(self.threshold, tuple) else self.threshold
+
+
+@dataclass(frozen=True)
+class Confidence(Thresholded):
+    """Leave when the largest softmax probability reaches the threshold (MSDNet, Dyn-Adapter).
+
+    >>> Confidence(0.9).name
+    'confidence_0.9'
+
+    Args:
+        threshold: One value for all early exits, or one per early exit; in [0, 1], 0 lets everybody leave.
+    """
+
+    threshold: float | tuple[float, ...] = 0.9
+
+    label = "confidence"
+    beyond = "a probability; for a network that nobody leaves early use Never()"
+
+    def sure(self, history: Tensor) -> Tensor:
+        return confidence(history[-1]) >= self.at(len(history) - 1)
+
+
+@dataclass(frozen=True)
+class Entropy(Thresholded):
+    """Leave when the softmax's entropy, as a share of log(classes), is at most the threshold (BranchyNet, normalised).
+
+    Args:
+        threshold: One value for all early exits, or one per early exit; in [0, 1], 1 lets everybody leave.
+    """
+
+    threshold: float | tuple[float, ...] = 0.3
+
+    label = "entropy"
+    beyond = "an entropy normalised by log(classes); for a network that nobody leaves early use Never()"
+
+    def sure(self, history: Tensor) -> Tensor:
+        return entropy(history[-1]) <= self.at(len(history) - 1)
+
+
+@dataclass(frozen=True)
+class Margin(Thresholded):
+    """Leave when the largest softmax probability is above the second by the threshold or more.
+
+    Args:
+        threshold: One value for all early exits, or one per early exit; in [0, 1], 0 lets everybody leave.
+    """
+
+    threshold: float | tuple[float, ...] = 0.5
+
+    label = "margin"
+    beyond = "a difference of two probabilities; for a network that nobody leaves early use Never()"
+
+    def sure(self, history: Tensor) -> Tensor:
+        return margin(history[-1]) >= self.at(len(history) - 1)
+
+
+@dataclass(frozen=True)
+class Patience(Policy):
+    """Leave when the last ``patience`` exits, the newest included, predict the same class (PABEE, Zhou et al. 2020).
+
+    An exit whose logits are not finite agrees with nobody. PABEE itself counts the agreements between neighbours, one
+    fewer than the exits that agree: its patience t is ``patience = t + 1`` here.
+
+    Args:
+        patience: Exits in a row that must agree; 1 lets everybody leave at the first exit.
+    """
+
+    patience: int = 2
+
+    def __post_init__(self) -> None:
+        if self.patience < 1:
+            raise ValueError(f"patience={self.patience} must be at least 1, the number of exits in a row that agree")
+
+    @property
+    def name(self) -> str:
+        return f"patience_{self.patience}"
+
+    def sure(self, history: Tensor) -> Tensor:
+        if len(history) < self.patience:
+            return torch.zeros(history.shape[1], dtype=torch.bool, device=history.device)
+        recent = history[-self.patience :]
+        classes = recent.argmax(-1)  # (patience, batch)
+        return ((classes == classes[-1]) & recent.isfinite().all(-1)).all(0)
+
+
+@dataclass(frozen=True)
+class Never(Policy):
+    """Nobody leaves early: the whole backbone for every sample."""
+
+    @property
+    def name(self) -> str:
+        return "never"
+
+    @property
+    def asks(self) -> bool:
+        return False
+
+    def sure(self, history: Tensor) -> Tensor:
+        return torch.zeros(history.shape[1], dtype=torch.bool, device=history.device)
+
+
+def route(policy: Policy, logits: Tensor) -> Tensor:
+    """Says at which exit each sample would leave, from the logits of all exits: routing without running anything.
+
+    Args:
+        policy: Decides who leaves.
+        logits: (exits, samples, classes) of all exits; the last one takes whoever is left.
+
+    Returns:
+        Zero-based exits (samples,), int64.
+
+    Raises:
+        ValueError: If the policy's thresholds do not fit the number of exits.
+    """
+    exits, samples, _ = logits.shape
+    policy.check(exits)
+    taken = torch.full((samples,), exits - 1, device=logits.device)
+    for k in reversed(range(exits - 1)):  # the earliest exit writes last
+        taken[policy.leave(logits[: k + 1])] = k
+    return taken

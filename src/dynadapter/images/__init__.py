@@ -1,0 +1,1 @@
+"""Image files and the tensors made of them: one pipeline for evaluation."""

@@ -1,0 +1,1 @@
+"""Deployment: bundles, predictions, exported graphs, and a router for a stream of images."""

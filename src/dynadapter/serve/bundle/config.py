@@ -1,0 +1,215 @@
+"""What ``config.json`` says, as one object, and the network that it describes."""
+
+import json
+import platform
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import timm
+import torch
+from torch import Tensor, nn
+
+import dynadapter
+from dynadapter.adapters import AdapterSpec, inject
+from dynadapter.backbones import create_backbone
+from dynadapter.cost import ExitCosts
+from dynadapter.exits.heads import Heads
+from dynadapter.exits.net import ExitNet
+from dynadapter.exits.policies import Policy
+from dynadapter.exits.temperature import Scaled
+from dynadapter.exits.token_merging import TokenMerging
+from dynadapter.images.preprocess import Preprocess
+from dynadapter.serve.bundle.proof import MergeProof
+from dynadapter.serve.bundle.tensors import fill
+from dynadapter.spec import checksum, plain, restore
+
+FORMAT = 2
+"""Version of the layout; a reader takes this one and older ones. 2 added ``token_merging``."""
+
+CONFIG, MODEL, CARD = "config.json", "model.safetensors", "README.md"
+FILES = (MODEL, CARD, CONFIG)
+"""The files of a bundle in the order in which they are written: without the last one it is no bundle."""
+
+
+@dataclass(frozen=True)
+class BackboneSource:
+    """Where the frozen backbone comes from, and how to know it again.
+
+    Args:
+        name: The timm name with its weights' tag.
+        fingerprint: :func:`dynadapter.backbones.fingerprint` before adapters were injected and anything was trained.
+        origin: ``pretrained``: timm fetches the weights that belong to the name; ``file``: a file of weights, which the
+            user of the bundle has to give; ``seed``: drawn from ``seed``, nothing is needed.
+        timm_args: Further arguments of :func:`~dynadapter.backbones.create_backbone` for timm's model.
+        image_size: Pixels of the square input; None for the backbone's own.
+        seed: Seed of what no weights decide.
+        file: Name of the weight file, as a hint for people.
+    """
+
+    name: str
+    fingerprint: str
+    origin: Literal["pretrained", "file", "seed"]
+    timm_args: dict[str, Any] = field(default_factory=dict)
+    image_size: int | None = None
+    seed: int = 0
+    file: str | None = None
+
+    def create(self, num_classes: int, *, pretrained: bool = False, weights: str | Path | None = None) -> nn.Module:
+        """Creates the bare backbone; see :func:`~dynadapter.backbones.create_backbone`."""
+        return create_backbone(
+            self.name,
+            num_classes,
+            pretrained=pretrained,
+            weights=weights,
+            image_size=self.image_size,
+            seed=self.seed,
+            **self.timm_args,
+        )
+
+
+@dataclass(frozen=True)
+class Config:
+    """All that a bundle says beside its tensors.
+
+    Args:
+        backbone: The backbone.
+        adapter: Kind of adapter; of a merged network the kind that was folded in.
+        heads: Kind of the early heads.
+        exit_depths: After how many blocks each exit stands.
+        num_classes: How many classes the network tells apart.
+        class_names: In the order of their indices.
+        policy: Who leaves where; temperatures are inside (:class:`~dynadapter.exits.temperature.Scaled`).
+        preprocessing: From a decoded image to the tensor; None for a bundle that takes tensors alone.
+        costs: Multiply-adds up to each exit; None where nobody counted.
+        measured: What was measured on data, by name, and None where nothing was.
+        whole: Whether ``model.safetensors`` holds all tensors, so that no backbone file is needed.
+        merged: Whether the adapters were folded into the backbone; a merged network is always whole.
+        proof: How far the merged network is from the unmerged one; None where nobody compared.
+        token_merging: Where like tokens are merged; None where all are kept.
+        dtype: Type of the backbone's tensors.
+        versions: Of the packages that wrote the bundle.
+        sha256: Of ``model.safetensors``.
+        format: Version of the layout.
+    """
+
+    backbone: BackboneSource
+    adapter: AdapterSpec | None
+    heads: Heads
+    exit_depths: tuple[int, ...]
+    num_classes: int
+    class_names: tuple[str, ...]
+    policy: Policy
+    preprocessing: Preprocess | None = None
+    costs: ExitCosts | None = None
+    measured: dict[str, Any] | None = None
+    whole: bool = False
+    merged: bool = False
+    proof: MergeProof | None = None
+    token_merging: TokenMerging | None = None
+    dtype: Literal["float64", "float32", "bfloat16", "float16"] = "float32"
+    versions: dict[str, str] = field(default_factory=dict)
+    sha256: str = ""
+    format: int = FORMAT
+
+    def __post_init__(self) -> None:
+        if len(self.class_names) != self.num_classes:
+            raise ValueError(
+                f"{len(self.class_names)} class names for {self.num_classes} classes; give one name a class"
+            )
+        self.policy.check(len(self.exit_depths))
+        if self.costs is not None and self.costs.exit_depths != self.exit_depths:
+            raise ValueError(
+                f"the costs are of exits after blocks {self.costs.exit_depths}, the network has {self.exit_depths}"
+            )
+        if self.merged and not self.whole:
+            raise ValueError("a merged network has a backbone of its own: merged is true, so whole must be, too")
+
+    @property
+    def temperatures(self) -> tuple[float, ...]:
+        """The temperature of each exit, 1 where the policy has none."""
+        given = self.policy.temperatures if isinstance(self.policy, Scaled) else 1.0
+        return given if isinstance(given, tuple) else (given,) * len(self.exit_depths)
+
+    def stamped(self, sha256: str) -> "Config":
+        """Adds the versions of today's packages and the hash of the tensors."""
+        versions = {
+            "dynadapter": dynadapter.__version__,
+            "torch": torch.__version__,
+            "timm": timm.__version__,
+            "python": platform.python_version(),
+        }
+        return replace(self, versions=versions, sha256=sha256)
+
+    def dumps(self) -> str:
+        """Writes the text of ``config.json``."""
+        try:
+            content = {"library": "dynadapter"} | plain(self)
+            content |= {"checksum": checksum(content)}
+            return json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+        except ValueError as error:
+            raise ValueError(f"{CONFIG} cannot be written: {error}") from error
+
+    @classmethod
+    def loads(cls, text: str, where: str) -> "Config":
+        """Reads the text of ``config.json``.
+
+        Args:
+            text: The JSON.
+            where: The file's path, for messages.
+
+        Raises:
+            ValueError: If it is no JSON, lacks something, or was written by a later version; one line.
+        """
+        try:
+            given = json.loads(text)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise ValueError(f"{where} is no JSON ({error}); the bundle is damaged: fetch or write it again") from error
+        if not isinstance(given, dict) or given.get("library") != "dynadapter":
+            raise ValueError(
+                f"{where} does not belong to a bundle of dynadapter; give the folder that save_bundle wrote"
+            )
+        version = given.get("format")
+        if not isinstance(version, int) or version > FORMAT:
+            raise ValueError(f"{where} has format {version!r}, this dynadapter reads up to {FORMAT}; update dynadapter")
+        if given.pop("checksum", None) not in (None, checksum(given)):
+            raise ValueError(
+                f"{where} is not as it was written: the bundle is damaged, fetch or write it again; if you changed "
+                "something on purpose, take the line 'checksum' out"
+            )
+        if version < 2:
+            given.setdefault("token_merging", None)
+        lacking = [entry.name for entry in fields(cls) if entry.name not in given]
+        if lacking:
+            raise ValueError(f"{where} lacks {lacking[0]!r}; the bundle is damaged: fetch or write it again")
+        del given["library"]
+        try:
+            return restore(given, cls)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+
+    def assemble(self, backbone: nn.Module, tensors: dict[str, Tensor], where: str) -> ExitNet:
+        """Puts adapters, heads and the saved tensors on the bare backbone.
+
+        Args:
+            backbone: As :meth:`BackboneSource.create` gives it; it is changed in place.
+            tensors: Names and values of ``model.safetensors``; the network takes them over.
+            where: The file's path, for messages.
+
+        Returns:
+            The network in evaluation mode; nothing in it asks for gradients.
+
+        Raises:
+            ValueError: If adapter, heads, exits or tensors do not fit.
+        """
+        backbone.to(getattr(torch, self.dtype))
+        with torch.random.fork_rng(devices=[]):  # what is drawn is replaced; the user's random numbers stay as they are
+            if self.adapter is not None and not self.merged:
+                inject(backbone, self.adapter)
+            net = ExitNet(backbone, self.heads, exit_depths=self.exit_depths, token_merging=self.token_merging)
+        if net.exit_depths != self.exit_depths:  # a backbone deeper than the last exit gets one more
+            raise ValueError(
+                f"{where}: the exits are after blocks {self.exit_depths}, but the backbone has {net.depth} blocks"
+            )
+        fill(net, tensors, whole=self.whole, where=where)
+        return net.eval().requires_grad_(False)

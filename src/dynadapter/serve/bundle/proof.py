@@ -1,0 +1,84 @@
+"""Merging with proof: the folded network is compared with the one that was trained, on real images."""
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dynadapter.exits.net import ExitNet
+from dynadapter.exits.policies import Policy, route
+
+
+@dataclass(frozen=True)
+class MergeProof:
+    """How a merged network compares with the unmerged one.
+
+    Args:
+        images: On how many images they were compared.
+        difference: Largest difference of two logits as a fraction of the exit's largest logit, over all exits.
+        tolerance: What was allowed.
+        policy: Name of the policy under which all images leave at the same exits with the same classes.
+    """
+
+    images: int
+    difference: float
+    tolerance: float
+    policy: str
+
+
+def merged_copy(
+    net: ExitNet, images: Tensor, policy: Policy, tolerance: float = 1e-4, batch_size: int = 32
+) -> tuple[ExitNet, MergeProof]:
+    """Folds the adapters of a copy into its backbone, in float64, and proves that it does the same.
+
+    Args:
+        net: The network; it is left as it is.
+        images: Preprocessed images of the task (images, channels, height, width), on the network's device.
+        policy: The policy that the network will be used with: each image must leave at the same exit.
+        tolerance: Largest allowed difference, of each merged layer on random tokens (relative, Frobenius norm) and of
+            the logits of each exit on the images (relative to the exit's largest logit).
+        batch_size: Images that are run at once.
+
+    Returns:
+        The merged network in evaluation mode, and the proof.
+
+    Raises:
+        ValueError: If a kind of adapter cannot be merged, there are no images, or the networks differ.
+
+    Source: ours; per layer Hu et al. 2021 (LoRA) and Luo et al. 2023 (RepAdapter).
+    """
+    policy.check(net.num_exits)
+    if images.ndim != 4 or not len(images):
+        raise ValueError(
+            f"the images to compare on have shape {tuple(images.shape)}; give some of the task's, preprocessed, as "
+            "(images, channels, height, width)"
+        )
+    merged = copy.deepcopy(net).eval()
+    before = _logits(merged, images, batch_size)  # (exits, images, classes), still with adapters
+    merged.merge(tolerance)
+    after = _logits(merged, images, batch_size)
+    largest = before.double().abs().amax((1, 2)).clamp_min(torch.finfo(torch.float64).tiny)
+    differences = ((after.double() - before.double()).abs().amax((1, 2)) / largest).tolist()
+    for k, difference in enumerate(differences):
+        if not difference <= tolerance:  # NaN is above any tolerance
+            raise ValueError(
+                f"merging changes the logits of exit {k + 1} by {difference:.1e} of the largest on {len(images)} "
+                f"images, more than tolerance={tolerance:.0e}; keep the adapters, merge in float32, or allow more"
+            )
+    exits = route(policy, before)
+    moved = exits != route(policy, after)
+    rows = torch.arange(len(images), device=exits.device)
+    changed = moved | (before[exits, rows].argmax(-1) != after[exits, rows].argmax(-1))
+    if changed.any():
+        first = int(changed.nonzero()[0, 0])
+        raise ValueError(
+            f"merging changes exit or class of {int(changed.sum())} of {len(images)} images under {policy.name} (the "
+            f"first is image {first}); keep the adapters, or move thresholds away from these images' scores"
+        )
+    return merged, MergeProof(len(images), max(differences), tolerance, policy.name)
+
+
+@torch.no_grad()
+def _logits(net: ExitNet, images: Tensor, batch_size: int) -> Tensor:
+    return torch.cat([net(batch).cpu() for batch in images.split(batch_size)], dim=1)

@@ -1,0 +1,1 @@
+"""Training with Lightning: the module, its losses and schedules, callbacks, and checkpoints."""

@@ -1,0 +1,93 @@
+"""WeightAverage: what is validated and saved is a moving average of what is trained."""
+
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import EMAWeightAveraging
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+from dynadapter.training.sharding import is_sharded
+
+
+class WeightAverage(EMAWeightAveraging):
+    """Average the trained tensors over the optimiser steps, exponentially; the frozen backbone keeps its values.
+
+    Validation, and the checkpoint's weights, are those of the average; a resumed training goes on from both. Buffers,
+    such as batch statistics and scheduled rates, are not averaged. (Lightning's own EMAWeightAveraging averages frozen
+    tensors with themselves, and rounding carries them away.)
+
+    Args:
+        decay: Share of the average that a step keeps, in [0, 1).
+        every_n_steps: Steps between updates.
+        from_step: The first step that counts.
+
+    Raises:
+        ValueError: If ``decay`` is out of range; at the start of fit, if the network is sharded, or its trained tensors
+            have 16 bits.
+    """
+
+    def __init__(self, decay: float = 0.999, every_n_steps: int = 1, from_step: int = 0) -> None:
+        if not 0 <= decay < 1:
+            raise ValueError(f"decay={decay} must be at least 0 and below 1; 0 averages nothing")
+        if every_n_steps < 1:
+            raise ValueError(f"every_n_steps={every_n_steps} must be at least 1")
+        super().__init__(
+            use_buffers=False,
+            decay=decay,
+            update_every_n_steps=every_n_steps,
+            update_starting_at_step=from_step,
+        )
+        self.decay = decay
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Makes the average when fit begins."""
+        if stage == "fit":
+            if getattr(pl_module, "device_mesh", None) is not None or is_sharded(pl_module):
+                raise ValueError("WeightAverage needs whole tensors, here they are sharded; train with strategy: ddp")
+            self._average_model = _Average(pl_module, self.decay)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Follows the module to its device and precision, where the frozen tensors need no copy."""
+        assert self._average_model is not None
+        self._average_model.to(pl_module.device)
+        for average, current in zip(self._average_model.module.parameters(), pl_module.parameters(), strict=True):
+            if not current.requires_grad:
+                average.data = current.data
+            elif torch.finfo(current.dtype).bits < 32:
+                raise ValueError(
+                    f"WeightAverage adds small shares, which tensors in {str(current.dtype).removeprefix('torch.')} "
+                    f"round away; train with precision bf16-mixed or 16-mixed, not {trainer.precision}"
+                )
+            else:
+                average.data = average.data.to(current.dtype)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Restores the average, in fit alone: elsewhere it is the model's weights already."""
+        if self._average_model is not None:
+            super().on_load_checkpoint(trainer, pl_module, checkpoint)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Saves the average as the weights, and beside it what is needed to go on."""
+        if self._average_model is not None:
+            super().on_save_checkpoint(trainer, pl_module, checkpoint)
+
+
+class _Average(AveragedModel):
+    """A copy of a module whose trained tensors follow those of the module."""
+
+    def __init__(self, module: LightningModule, decay: float) -> None:
+        super().__init__(module)
+        self.decay = decay
+
+    @torch.no_grad()
+    def update_parameters(self, model: nn.Module) -> None:
+        """Takes a step: the first one to the module itself. Buffers are copied."""
+        share = torch.where(self.n_averaged == 0, 1.0, 1 - self.decay)  # a tensor: nobody waits for it
+        for average, current in zip(self.module.parameters(), model.parameters(), strict=True):
+            if current.requires_grad:
+                average.lerp_(current, share.to(average.dtype))
+        for kept, buffer in zip(self.module.buffers(), model.buffers(), strict=True):
+            kept.copy_(buffer)
+        self.n_averaged += 1

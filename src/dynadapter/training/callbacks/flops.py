@@ -1,0 +1,204 @@
+"""The table at the end: what each exit costs, how well it does, and what the routing that really occurred has cost."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_only
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from dynadapter.cost import ExitCosts, cost_table, exit_costs, exit_parameters
+from dynadapter.training.callbacks._common import exit_net
+from dynadapter.training.callbacks.early_exit import EarlyExit, PolicyResult
+from dynadapter.training.metrics import ExitUse
+from dynadapter.training.sharding import is_sharded
+
+
+class FlopsReport(Callback):
+    """Counts multiply-adds up to each exit, and averages them over the exits at which samples really left.
+
+    It logs ``<split>/<policy>/gmacs`` for every policy of an :class:`EarlyExit` callback, and ``<split>/gmacs`` where
+    a step's output itself holds ``exits`` (a :class:`~dynadapter.exits.net.Routed`, or a mapping). At the end of a run
+    it prints a table exit | after block | GMACs | of the backbone | accuracy | share | parameters, and one with a row a
+    policy. Accuracies are those that the module logs as ``<split>/acc_exit<k>``.
+
+    Works in any LightningModule that holds one :class:`~dynadapter.exits.net.ExitNet`; the order of the callbacks does
+    not matter.
+
+    Args:
+        image_size: Pixels of the square input; None takes that of the data module, else of the images that
+            come, and until then the backbone's own.
+        class_first: Whether to count what routing runs, where a block before an exit may do with the class token's row;
+            the default counts whole blocks, as papers do.
+        show: Whether to print the tables.
+
+    Attributes:
+        costs: Multiply-adds of one image up to each exit; available from ``setup`` on.
+    """
+
+    def __init__(self, image_size: int | None = None, class_first: bool = False, show: bool = True) -> None:
+        self.image_size = image_size
+        self.class_first = class_first
+        self.show = show
+        self.costs: ExitCosts | None = None
+        self._size: int | tuple[int, int] | None = None
+        self._own: ExitUse | None = None
+        self._early: list[EarlyExit] = []
+
+    @property
+    def average_gmacs(self) -> dict[str, float]:
+        """The last split's average cost of an image by policy, in GMACs; key ``""`` is the steps' own routing."""
+        if self.costs is None:
+            return {}
+        return {name: self.costs.average(shares) / 1e9 for name, shares in self._shares().items()}
+
+    def _results(self) -> list[PolicyResult]:
+        return [result for callback in self._early for result in callback.results]
+
+    def _shares(self) -> dict[str, Tensor]:
+        own = {"": self._own.compute().cpu()} if self._own is not None and self._own.update_called else {}
+        return {result.name: result.shares for result in self._results()} | own
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Traces the network once; one that is sharded by now keeps the costs of before."""
+        self._size = self.image_size or getattr(getattr(trainer, "datamodule", None), "image_size", None)
+        net = exit_net(pl_module, self)
+        if not is_sharded(net):
+            self.costs = exit_costs(net, self._size, class_first=self.class_first)
+        elif self.costs is None:
+            raise ValueError(
+                "FlopsReport cannot count the multiply-adds of a network that is sharded already; take the callback "
+                "that has seen it before, or count with `dynadapter flops`"
+            )
+        self._own = None
+        callbacks: list[Callback] = getattr(trainer, "callbacks", [])
+        self._early = [callback for callback in callbacks if isinstance(callback, EarlyExit)]
+
+    # ---- counting the exits that a step's output holds
+
+    def _start(self, pl_module: LightningModule) -> None:
+        self._own = ExitUse(exit_net(pl_module, self).num_exits).to(pl_module.device)
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Starts to count."""
+        self._start(pl_module)
+
+    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Starts to count."""
+        self._start(pl_module)
+
+    def on_predict_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Starts to count."""
+        self._start(pl_module)
+
+    def _count(self, pl_module: LightningModule, outputs: Any, batch: Any) -> None:
+        images = batch[0] if isinstance(batch, Sequence) and len(batch) else batch
+        if self._size is None and isinstance(images, Tensor) and images.ndim == 4:
+            self._size = (images.shape[2], images.shape[3])
+            if not is_sharded(net := exit_net(pl_module, self)):  # then the backbone's own size must do
+                self.costs = exit_costs(net, self._size, class_first=self.class_first)
+        exits = outputs.get("exit_index") if isinstance(outputs, Mapping) else getattr(outputs, "exit_index", None)
+        if exits is not None and self._own is not None:
+            self._own.update(torch.as_tensor(exits, device=self._own.device))
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any
+    ) -> None:
+        """Counts a batch."""
+        self._count(pl_module, outputs, batch)
+
+    def on_test_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any
+    ) -> None:
+        """Counts a batch."""
+        self._count(pl_module, outputs, batch)
+
+    def on_predict_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any
+    ) -> None:
+        """Counts a batch."""
+        self._count(pl_module, outputs, batch)
+
+    # ---- logging
+
+    def _log(self, pl_module: LightningModule, split: str) -> None:
+        values = {f"{split}/{name}/gmacs" if name else f"{split}/gmacs": v for name, v in self.average_gmacs.items()}
+        pl_module.log_dict(values, sync_dist=True)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Logs the average cost of an image."""
+        self._log(pl_module, "val")
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Logs the average cost of an image."""
+        self._log(pl_module, "test")
+
+    def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Gathers the counts of all processes; nothing can be logged here."""
+        self._shares()
+
+    # ---- printing
+
+    def tables(self, trainer: Trainer, pl_module: LightningModule, split: str) -> list[Table]:
+        """Makes the table of the exits, and that of the policies where there are any.
+
+        Args:
+            trainer: The trainer, after a run.
+            pl_module: The module that ran.
+            split: ``val``, ``test`` or ``predict``.
+        """
+        assert self.costs is not None
+        net, shares = exit_net(pl_module, self), self._shares()
+        logged = [trainer.callback_metrics.get(f"{split}/acc_exit{k}") for k in range(1, net.num_exits + 1)]
+        columns: dict[str, list[str]] = {}
+        if None not in logged:
+            columns["accuracy"] = [f"{float(accuracy):.1%}" for accuracy in logged]  # type: ignore[arg-type]
+        first = next(iter(shares), None)  # the other table has all of them
+        if first is not None:
+            columns["share"] = _percent(shares[first])
+        columns["parameters"] = [f"{count:,}" for count in exit_parameters(net)]
+        exits = cost_table(self.costs, **columns)
+        exits.title = f"Exits ({split}{', shares under ' + first if first else ''})"
+        if not shares:
+            return [exits]
+        routing = Table(title=f"Leaving early ({split})")
+        for heading in ("policy", "accuracy", "GMACs", "of the backbone", "share of samples by exit"):
+            routing.add_column(heading, justify="left" if heading == "policy" else "right")
+        accuracy = {result.name: f"{result.accuracy:.1%}" for result in self._results()}
+        for name, gmacs in self.average_gmacs.items():
+            relative = f"{1e9 * gmacs / self.costs.backbone:.1%}"
+            by_exit = " / ".join(_percent(shares[name]))
+            routing.add_row(name or "as routed", accuracy.get(name, ""), f"{gmacs:.3g}", relative, by_exit)
+        return [exits, routing]
+
+    @rank_zero_only
+    def _print(self, trainer: Trainer, pl_module: LightningModule, split: str) -> None:
+        if self.show:
+            console = Console()
+            console.width = max(console.width, 100)  # a narrow pipe would fold the names
+            for table in self.tables(trainer, pl_module, split):
+                console.print(table)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Prints what the last validation gave."""
+        self._print(trainer, pl_module, "val")
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Prints the tables, unless the validation was one of many inside training."""
+        if trainer.state.fn == "validate":
+            self._print(trainer, pl_module, "val")
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Prints the tables."""
+        self._print(trainer, pl_module, "test")
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Prints the tables."""
+        self._print(trainer, pl_module, "predict")
+
+
+def _percent(shares: Tensor) -> list[str]:
+    return [f"{share:.1%}" for share in shares.tolist()]

@@ -1,0 +1,192 @@
+"""BidirectionalSparsity: dropout that falls with depth on the way forward, masked adapter gradients on the way back."""
+
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from dynadapter.adapters import AdapterLayer
+from dynadapter.training.callbacks._common import progress, require_end
+from dynadapter.training.schedules import Constant, Schedule
+from dynadapter.training.sharding import is_sharded
+
+
+class BidirectionalSparsity(Callback):
+    """Trains adapters sparsely in both directions (Dyn-Adapter, bidirectional sparsity).
+
+    Forward, an adapter at depth d, 0 in the first block and 1 in the last, drops its inner features at the rate
+    ``(1 - d) * shallow + d * deep``. Backward, each optimiser step moves a random part of the adapter elements only:
+    every element is kept with probability ``keep``, drawn anew for each step. Heads are never masked. The paper says
+    that shallow layers drop more and that adapter gradients are masked; the line over depth, all rates and what
+    "masked" means are ours.
+
+    Works in any LightningModule with adapters. Rates follow from the number of optimiser steps, masks from that number
+    and the seed: there is nothing to save, a resumed training goes on exactly, and all data-parallel processes draw
+    the same masks, on any device. Gradients are masked before they are clipped. Logs ``sparsity/keep``,
+    ``sparsity/dropout_shallow`` and ``sparsity/dropout_deep``. Sharded parameters (FSDP) are not supported.
+
+    AdamW's bias correction counts the steps of a tensor, not of an element: with a small ``keep`` an element's first
+    moves are larger than without masks.
+
+    Args:
+        shallow: Dropout rate in the first block; null leaves every adapter its own rate, and ``deep`` unused.
+        deep: Dropout rate in the last block.
+        keep: Probability that an adapter element moves in a step; at 1 there are no masks and no cost.
+        masked: What a masked element does: ``frozen`` it stays where it is, momentum and weight decay included, as if
+            the step had not been; ``gradient`` only its gradient is zero, so momentum and decay go on moving it.
+        seed: Of the masks.
+
+    Raises:
+        ValueError: At the start of fit, if the module holds no adapters, a rate or ``keep`` is out of range, or the
+            schedules vary and training has no known end.
+    """
+
+    def __init__(
+        self,
+        shallow: Schedule | None = Constant(0.2),  # noqa: B008 - frozen
+        deep: Schedule = Constant(0.0),  # noqa: B008
+        keep: Schedule = Constant(0.9),  # noqa: B008
+        masked: Literal["frozen", "gradient"] = "frozen",
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if masked not in ("frozen", "gradient"):
+            raise ValueError(f"masked={masked!r} is unknown; choose 'frozen' or 'gradient'")
+        self.shallow = shallow
+        self.deep = deep
+        self.keep = keep
+        self.masked = masked
+        self.seed = seed
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """Forgets the module and takes the hooks off the optimisers."""
+        for handle in getattr(self, "_handles", ()):
+            handle.remove()
+        self._handles: list[Any] = []
+        self._layers: list[AdapterLayer] = []
+        self._elements: list[nn.Parameter] = []
+        self._held: list[_Held] = []
+        self._dropout: tuple[float, float] | None = None
+
+    def _schedules(self) -> dict[str, Schedule]:
+        """The schedules in use, by name."""
+        forward = {} if self.shallow is None else {"shallow": self.shallow, "deep": self.deep}
+        return {"keep": self.keep, **forward}
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._let_go()
+        self._layers = [part for part in pl_module.modules() if isinstance(part, AdapterLayer)]
+        if not self._layers:
+            raise ValueError(
+                f"BidirectionalSparsity found no adapters in {type(pl_module).__name__}; "
+                "inject some into its backbone, as in inject(backbone, LoRA())"
+            )
+        if is_sharded(pl_module):
+            raise ValueError(
+                "BidirectionalSparsity masks whole tensors, and here each process has a part of them; leave it out "
+                "(sparsity: null), or train with strategy: ddp"
+            )
+        self._elements = [element for layer in self._layers for element in _own_parameters(layer)]
+        for end in (0.0, 1.0):  # what would be wrong at the end of training shows now
+            for name, schedule in self._schedules().items():
+                _share(schedule, end, name)
+        if self.masked == "frozen":
+            self._handles = [one.register_step_post_hook(self._after_step) for one in trainer.optimizers]
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Not earlier: to count the batches is to start the loader, and only now is its state restored.
+        varies = any(schedule.varies for schedule in self._schedules().values())
+        self._steps = require_end(trainer, self, varies)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        now = progress(trainer, self._steps)
+        values = {"sparsity/keep": _share(self.keep, now, "keep")}
+        if self.shallow is not None:
+            shallow, deep = _share(self.shallow, now, "shallow"), _share(self.deep, now, "deep")
+            if (shallow, deep) != self._dropout:
+                for layer in self._layers:
+                    layer.dropout.set((1 - layer.depth) * shallow + layer.depth * deep)
+                self._dropout = (shallow, deep)
+            values |= {"sparsity/dropout_shallow": shallow, "sparsity/dropout_deep": deep}
+        pl_module.log_dict(values)
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        self._held = []  # a step that was skipped for an overflow has left some
+        keep = _share(self.keep, progress(trainer, self._steps), "keep")
+        if keep == 1 or not self._elements:
+            return
+        own = {element for group in optimizer.param_groups for element in group["params"]}
+        for element, moves in zip(self._elements, self._draw(keep, trainer.global_step), strict=True):
+            if element not in own or element.grad is None:
+                continue
+            element.grad.masked_fill_(~moves, 0)
+            if self.masked == "frozen":
+                self._held.append(_Held(element, moves, optimizer))
+
+    def _draw(self, keep: float, step: int) -> list[Tensor]:
+        """Draws which elements of each adapter tensor move in this step."""
+        # On the CPU, so that the masks do not depend on the device, and in one go, for one transfer.
+        generator = torch.Generator().manual_seed((self.seed * 1_000_000_007 + step) % 2**63)
+        sizes = [element.numel() for element in self._elements]
+        moves = torch.rand(sum(sizes), generator=generator) < keep
+        parts = moves.to(self._elements[0].device).split(sizes)
+        return [part.view(element.shape) for part, element in zip(parts, self._elements, strict=True)]
+
+    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        for held in self._held:
+            held.restore(optimizer)
+        self._held = []
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._let_go()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._let_go()
+
+
+class _Held:
+    """One adapter tensor and its optimiser state as they were before a step."""
+
+    def __init__(self, element: nn.Parameter, moves: Tensor, optimizer: Optimizer) -> None:
+        self.element = element
+        self.moves = moves
+        self.before = element.detach().clone()
+        self.state = {key: value.clone() for key, value in _elementwise_state(optimizer, element).items()}
+
+    @torch.no_grad()
+    def restore(self, optimizer: Optimizer) -> None:
+        """Puts the masked elements back."""
+        self.element.copy_(torch.where(self.moves, self.element, self.before))
+        for key, value in _elementwise_state(optimizer, self.element).items():
+            # State that came into being in this step starts at zero, as it does in all of torch.optim that is
+            # created so late (except for Rprop's step size).
+            value.copy_(torch.where(self.moves, value, self.state.get(key, 0)))
+
+
+def _elementwise_state(optimizer: Optimizer, element: Tensor) -> dict[str, Tensor]:
+    """The optimiser's tensors that belong to single elements, such as momentum; the step counter does not."""
+    state = optimizer.state.get(element, {})
+    return {
+        key: value
+        for key, value in state.items()
+        if key != "step" and isinstance(value, Tensor) and value.shape == element.shape
+    }
+
+
+def _own_parameters(layer: AdapterLayer) -> list[nn.Parameter]:
+    return [
+        parameter
+        for name, parameter in layer.named_parameters()
+        if parameter.requires_grad and not name.startswith("base_layer.")
+    ]
+
+
+def _share(schedule: Schedule, now: float, name: str) -> float:
+    share = schedule(now)
+    if not 0 <= share <= 1 or (share == 1 and name != "keep"):  # to drop everything leaves nothing to scale up
+        allowed = "[0, 1]" if name == "keep" else "[0, 1)"
+        raise ValueError(f"{name}={schedule} gives {share} at progress {now:g}; it must stay in {allowed}")
+    return share

@@ -1,0 +1,155 @@
+"""Weightings: how much each exit counts in the joint loss as training goes on."""
+
+import math
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dynadapter.spec import Spec
+from dynadapter.training.schedules import Linear, Schedule
+
+
+@dataclass(frozen=True)
+class Weighting(Spec):
+    """Maps progress, from 0 at the first step to 1 at the last, to one loss weight per exit; they sum to 1.
+
+    A new kind says in :meth:`profile` how the exits relate; they are brought to the sum of 1 here.
+    """
+
+    @property
+    def varies(self) -> bool:
+        """Whether the weights depend on progress; those that do not can be used in training without an end."""
+        return True
+
+    @abstractmethod
+    def profile(self, progress: float, exits: int) -> Sequence[float]:
+        """Gives the weights of all exits at ``progress`` in [0, 1], none negative, in any scale."""
+
+    def __call__(self, progress: float, exits: int) -> tuple[float, ...]:
+        """Gives the weights of all exits; they sum to 1.
+
+        Args:
+            progress: In [0, 1].
+            exits: Number of all exits, the last included.
+
+        Returns:
+            One weight per exit, the first exit first.
+
+        Raises:
+            ValueError: If the profile has another length, a negative or non-finite value, or nothing but zeros.
+        """
+        values = [float(value) for value in self.profile(progress, exits)]
+        if len(values) != exits:
+            raise ValueError(f"{self} gives {len(values)} weights, this network has {exits} exits; give one per exit")
+        total = sum(values)
+        if not (min(values) >= 0 and 0 < total < math.inf):
+            raise ValueError(
+                f"{self} gives {values} at progress {progress:g}; weights must be finite, at least 0, and not all 0"
+            )
+        return tuple(value / total for value in values)
+
+
+def _tilted(lateness: float, exits: int, floor: float) -> list[float]:
+    """A straight line over depth: falling at lateness 0, flat at a half, rising at 1; from ``floor`` to 1."""
+    depths = [k / (exits - 1) for k in range(exits)] if exits > 1 else [0.5]
+    return [floor + (1 - floor) * ((1 - lateness) * (1 - depth) + lateness * depth) for depth in depths]
+
+
+@dataclass(frozen=True)
+class _Shifting(Weighting):
+    floor: float = 0.1
+    ease: Schedule = Linear(0.0, 1.0)  # noqa: RUF009 - frozen
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.floor <= 1:
+            raise ValueError(f"floor={self.floor!r} must be in [0, 1]: the least weight as a share of the greatest")
+
+    @property
+    def varies(self) -> bool:
+        return self.ease.varies
+
+    def way(self, progress: float) -> float:
+        """How much of the shift is done, in [0, 1]."""
+        way = self.ease(progress)
+        if not 0 <= way <= 1:
+            raise ValueError(f"ease={self.ease} gives {way} at progress {progress:g}; it must stay in [0, 1]")
+        return way
+
+
+@dataclass(frozen=True)
+class EarlyToLate(_Shifting):
+    """The early exits weigh most at the start, the late ones at the end.
+
+    At depth d of an exit, 0 for the first and 1 for the last, and with e = ease(progress), the weight is proportional
+    to ``floor + (1 - floor) * ((1 - e) * (1 - d) + e * d)``: a line over depth that tilts from falling to rising.
+    Dyn-Adapter's adaptive prioritisation moves weight from one group of exits to the other; the direction and this
+    form are ours.
+
+    >>> [round(w, 3) for w in EarlyToLate(floor=0.1)(0.0, 4)]
+    [0.455, 0.318, 0.182, 0.045]
+
+    Args:
+        floor: Least weight at either end of training as a share of the greatest; 0 switches exits off there.
+        ease: How the shift goes from 0, not begun, to 1, done.
+    """
+
+    def profile(self, progress: float, exits: int) -> Sequence[float]:
+        return _tilted(self.way(progress), exits, self.floor)
+
+
+@dataclass(frozen=True)
+class LateToEarly(_Shifting):
+    """The late exits weigh most at the start, the early ones at the end: :class:`EarlyToLate` turned round (ours).
+
+    Args:
+        floor: Least weight at either end of training as a share of the greatest; 0 switches exits off there.
+        ease: How the shift goes from 0, not begun, to 1, done.
+    """
+
+    def profile(self, progress: float, exits: int) -> Sequence[float]:
+        return _tilted(1 - self.way(progress), exits, self.floor)
+
+
+@dataclass(frozen=True)
+class Uniform(Weighting):
+    """All exits weigh the same (MSDNet)."""
+
+    @property
+    def varies(self) -> bool:
+        return False
+
+    def profile(self, progress: float, exits: int) -> Sequence[float]:
+        return [1.0] * exits
+
+
+@dataclass(frozen=True)
+class LinearInDepth(Weighting):
+    """Exit k, counted from 1, weighs k times the first (PABEE)."""
+
+    @property
+    def varies(self) -> bool:
+        return False
+
+    def profile(self, progress: float, exits: int) -> Sequence[float]:
+        return [float(k) for k in range(1, exits + 1)]
+
+
+@dataclass(frozen=True)
+class PerExit(Weighting):
+    """One schedule per exit; the values are brought to the sum of 1 at every step.
+
+    Args:
+        schedules: One per exit, the last exit included.
+    """
+
+    schedules: tuple[Schedule, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "schedules", tuple(self.schedules))
+
+    @property
+    def varies(self) -> bool:
+        return any(schedule.varies for schedule in self.schedules)
+
+    def profile(self, progress: float, exits: int) -> Sequence[float]:
+        return [schedule(progress) for schedule in self.schedules]
