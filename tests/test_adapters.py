@@ -488,13 +488,19 @@ def untouched(model: nn.Module, spec: AdapterSpec, match: str) -> None:
     assert {name: id(module) for name, module in model.named_modules()} == before
 
 
-def test_a_pattern_without_a_hit_lists_what_there_is(convnext, vit):
+def test_target_without_a_match(convnext, vit):
     untouched(
-        convnext, LoRA(), r"no layer of ConvNeXt matches the target '\*.qkv' of LoRA; .*: stages.\*.blocks.\*.mlp.fc1"
+        convnext,
+        LoRA(targets=("*.qkv",)),
+        r"no layer of ConvNeXt matches the target '\*.qkv' of LoRA; .*: stages.\*.blocks.\*.mlp.fc1",
     )
-    untouched(convnext, RepAdapter(), r"'\*.attn.qkv' of RepAdapter")
     untouched(vit, LoRA(targets=("*.qkv", "*.fc3")), r"'\*.fc3'.*: blocks.\*.attn.qkv, blocks.\*.attn.proj, .*head$")
     untouched(nn.Sequential(nn.ReLU()), LoRA(), "it can wrap: none")
+
+
+@pytest.mark.parametrize("spec", [LoRA(), RepAdapter(), Adapter(), AdaptFormer()], ids=lambda spec: type(spec).__name__)
+def test_default_places_in_every_family(spec, any_backbone):
+    assert len(inject(any_backbone, spec)) >= 6  # one a block at least
 
 
 def test_layers_that_a_kind_cannot_take(vit, convnext):

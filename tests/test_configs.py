@@ -1,8 +1,8 @@
-"""The config files that ship: each trains, alone or laid over vtab.yaml, and says what it claims to say."""
+"""The config files that ship: each trains over vtab.yaml, they compose in any order, and they hold what they claim."""
 
-import importlib
 import json
-import sys
+from collections.abc import Callable
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -14,28 +14,40 @@ from dynadapter import Heads, Schedule, Weighting
 from dynadapter.backbones import packaged
 from dynadapter.cli import main
 from dynadapter.cli.app import DynCLI
+from dynadapter.data import VTAB_TASKS
+from dynadapter.exits.heads import Balanced, LinearHeads
+from dynadapter.exits.policies import Confidence
+from dynadapter.exits.token_merging import TokenMerging
 from dynadapter.spec import restore
 from dynadapter.training.callbacks import BidirectionalSparsity, EarlyExit, ExitWeights
-from dynadapter.training.schedules import Cosine, Warmup
+from dynadapter.training.schedules import Constant, Cosine, Linear, Warmup
+from dynadapter.training.weighting import EarlyToLate
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-FILES = sorted(CONFIGS.glob("*.yaml"))
 ALONE = ("quickstart", "vtab")
-KINDS = ("adapter", "lora", "repadapter", "adaptformer")
-SMALL = [
-    "--model.backbone=vit_tiny_patch16_224",
-    "--model.pretrained=false",
-    "--model.backbone_args={patch_size: 16, embed_dim: 24, depth: 5, num_heads: 3}",
-    "--model.every=1",
-    "--trainer.accelerator=cpu",
-    "--trainer.fast_dev_run=true",
-]
+KINDS = ("adapter", "adaptformer", "lora", "repadapter")
+EXTRAS = ("token_merging", "linear_heads", "distillation", "static")
+FAMILIES = {
+    "vit": ("vit_tiny_patch16_224", "{patch_size: 16, embed_dim: 24, depth: 5, num_heads: 3}"),
+    "swin": (
+        "swin_tiny_patch4_window7_224",
+        "{patch_size: 2, window_size: 4, embed_dim: 16, depths: [2, 2], num_heads: [2, 2]}",
+    ),
+    "convnext": ("convnext_tiny", "{patch_size: 2, dims: [16, 24, 32, 48], depths: [2, 1, 2, 1]}"),
+}
 pytestmark = pytest.mark.filterwarnings("ignore:The number of training batches")
+
+
+def small(family: str = "vit") -> list[str]:
+    """Return overrides for a tiny backbone of a family."""
+    name, args = FAMILIES[family]
+    backbone = [f"--model.backbone={name}", f"--model.backbone_args={args}", "--model.pretrained=false"]
+    return [*backbone, "--model.every=1", "--trainer.accelerator=cpu", "--trainer.fast_dev_run=true"]
 
 
 @pytest.fixture(scope="module")
 def task(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """The arguments for a task of generated images, in the layout of VTAB-1k."""
+    """Return the arguments for a task of plain-coloured images in the layout of VTAB-1k."""
     root = tmp_path_factory.mktemp("data")
     (root / "colours" / "images").mkdir(parents=True)
     for k in range(8):
@@ -47,7 +59,9 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 @pytest.fixture
-def built(monkeypatch: pytest.MonkeyPatch):
+def built(monkeypatch: pytest.MonkeyPatch) -> Callable[..., DynCLI]:
+    """Return a function that builds all parts of a command line and runs nothing."""
+
     def build(*args: str) -> DynCLI:
         made: list[DynCLI] = []
         monkeypatch.setattr(DynCLI, "_run_subcommand", lambda self, subcommand: made.append(self))
@@ -61,66 +75,105 @@ def stacked(*names: str) -> list[str]:
     return [f"--config={CONFIGS / name}.yaml" for name in names]
 
 
-def name_of(file: Path) -> str:
-    return file.relative_to(CONFIGS).with_suffix("").as_posix()
+def read(name: str) -> dict[str, Any]:
+    return yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
 
 
 def test_every_file_is_tested():
-    assert {name_of(file) for file in FILES} == {*ALONE, *KINDS, "paper", "static"}
+    names = {path.stem for path in CONFIGS.glob("*.yaml")}
+    assert names == {*ALONE, *KINDS, *EXTRAS, "paper", "swin", "convnext", "vtab_scales"}
 
 
-@pytest.mark.parametrize("file", FILES, ids=name_of)
-def test_every_file_trains_in_the_small(file, task, recwarn):
-    names = [file.stem] if file.stem in ALONE else ["vtab", name_of(file)]
-    main(["fit", *stacked(*names), *SMALL, *(task if "vtab" in names else ["--data.image_size=32"])])
+@pytest.mark.parametrize("name", [*ALONE, *KINDS, *EXTRAS, "paper", "swin", "convnext"])
+def test_file_trains(name, task, recwarn):
+    names = [name] if name in ALONE else ["vtab", name]
+    family = name if name in FAMILIES else "vit"
+    main(["fit", *stacked(*names), *small(family), *(task if "vtab" in names else ["--data.image_size=32"])])
     assert not [str(warning.message) for warning in recwarn if "discard" in str(warning.message)]
 
 
-@pytest.mark.parametrize("file", FILES, ids=name_of)
-def test_every_file_has_comments_that_say_how_to_run_it(file):
-    head = [line for line in file.read_text().splitlines()[:4] if line.startswith("#")]
-    assert any(f"configs/{name_of(file)}.yaml" in line and "dynadapter fit" in line for line in head)
+@pytest.mark.parametrize(
+    "path", sorted({*CONFIGS.glob("*.yaml")} - {CONFIGS / "quickstart.yaml"}), ids=lambda path: path.stem
+)
+def test_file_starts_with_a_sentence(path):
+    first, *others = path.read_text().splitlines()
+    assert first.startswith("# ")
+    assert first.endswith(".")
+    if path.stem != "vtab_scales":
+        names = ["vtab"] if path.stem == "vtab" else ["vtab", path.stem]
+        assert others[0].startswith("#   dynadapter fit " + " ".join(f"-c {name}" for name in names))
 
 
-@pytest.fixture
-def benchmark(monkeypatch) -> Any:
-    """The recipes of benchmarks/transfer.py."""
-    monkeypatch.setattr(sys, "path", [str(CONFIGS.parent / "benchmarks"), *sys.path])
-    return importlib.import_module("recipes")
+# ---- files over each other
 
 
-def test_paper_is_the_recipe_of_the_paper(benchmark):
-    recipe, config = benchmark.recipe(benchmark.PAPER), yaml.safe_load((CONFIGS / "paper.yaml").read_text())
-    assert restore(config["model"]["heads"], Heads) == recipe.heads
-    assert (config["model"]["token_merging"], config["model"]["distillation"]) == (
-        recipe.token_merging,
-        recipe.distillation,
-    )
-    assert restore(config["exit_weights"]["weighting"], Weighting) == recipe.weighting
-    found = [restore(config["sparsity"][name], Schedule | None) for name in ("shallow", "deep", "keep")]
-    assert found == [recipe.shallow, recipe.deep, recipe.keep]
+def settings(cli: DynCLI) -> dict[str, Any]:
+    """Return the model's settings and the callbacks of a built command."""
+    callbacks = sorted(type(callback).__name__ for callback in cli.trainer.callbacks)
+    found = {**{k: repr(v) for k, v in cli.model.hparams.items()}, "callbacks": callbacks}
+    if cli.model.net.num_exits == 1:
+        del found["distillation"]  # it has no effect on a single exit
+    return found
 
 
-def test_one_adapter_over_another_is_that_one_alone(task, built):
-    """jsonargparse would keep the targets of the one below."""
-    alone = built("fit", *stacked("vtab"), *SMALL, *task, "--model.adapter=RepAdapter").model.hparams["adapter"]
-    for below in ("adaptformer", "lora"):
-        for over in (["--model.adapter=RepAdapter"], ["--model.adapter", "RepAdapter"]):
-            cli = built("fit", *stacked("vtab", below), *SMALL, *task, *over)
-            assert cli.model.hparams["adapter"] == alone
-        file = built("fit", *stacked("vtab", below, "repadapter"), *SMALL, *task).model.hparams["adapter"]
-        assert file == built("fit", *stacked("vtab", "repadapter"), *SMALL, *task).model.hparams["adapter"]
+@pytest.mark.parametrize(
+    "overlays",
+    [
+        ("adapter", "token_merging", "static"),
+        ("repadapter", "linear_heads", "distillation"),
+        ("adaptformer", "distillation", "static"),
+    ],
+    ids="-".join,
+)
+def test_overlays_in_any_order(overlays, task, built):
+    found = [settings(built("fit", *stacked("vtab", *order), *small(), *task)) for order in permutations(overlays)]
+    assert all(other == found[0] for other in found[1:])
 
 
-def test_settings_of_the_same_kind_are_laid_over_each_other(task, built):
+def test_fair_baseline(task, built):
+    """Without exits, with the tokens of the dynamic network merged and its kind of adapter."""
+    model = built("fit", *stacked("vtab", "adapter", "token_merging", "static"), *small(), *task).model
+    assert model.net.exit_depths == (5,)
+    assert model.net.token_merging == TokenMerging(after=(1, 2, 3, 4), share=0.23)
+    assert model.hparams["adapter"]["class_path"].endswith("Adapter")
+
+
+def test_static_is_the_same_model_without_exits(task, built):
+    dynamic = built("fit", *stacked("vtab", "lora"), *small(), *task)
+    static = built("fit", *stacked("vtab", "static"), *small(), *task)
+    assert static.model.net.exit_depths == (5,)
+    assert static.model.backbone_hash == dynamic.model.backbone_hash
+    trained = {name for name, p in static.model.net.named_parameters() if p.requires_grad}
+    assert trained == {n for n, p in dynamic.model.net.named_parameters() if p.requires_grad and "heads." not in n}
+    assert not {type(callback) for callback in static.trainer.callbacks} & {
+        EarlyExit,
+        ExitWeights,
+        BidirectionalSparsity,
+    }
+
+
+@pytest.mark.parametrize("below", ["adaptformer", "lora"])
+def test_adapter_replaces_another_kind(below, task, built):
+    """jsonargparse alone would keep the targets of the kind below."""
+    alone = built("fit", *stacked("vtab"), *small(), *task, "--model.adapter=RepAdapter").model.hparams["adapter"]
+    for over in (["--model.adapter=RepAdapter"], ["--model.adapter", "RepAdapter"]):
+        cli = built("fit", *stacked("vtab", below), *small(), *task, *over)
+        assert cli.model.hparams["adapter"] == alone
+    file = built("fit", *stacked("vtab", below, "repadapter"), *small(), *task).model.hparams["adapter"]
+    assert file == built("fit", *stacked("vtab", "repadapter"), *small(), *task).model.hparams["adapter"]
+
+
+def test_adapter_of_the_same_kind_is_changed(task, built):
     more = ["--model.adapter=AdaptFormer", "--model.adapter.scale=0.3"]
-    adapter = built("fit", *stacked("vtab", "adaptformer"), *SMALL, *task, *more).model.hparams["adapter"]
-    assert adapter["init_args"]["bottleneck"] == 64
-    assert adapter["init_args"]["scale"] == 0.3
+    adapter = built("fit", *stacked("vtab", "adaptformer"), *small(), *task, *more).model.hparams["adapter"]
+    assert (adapter["init_args"]["bottleneck"], adapter["init_args"]["scale"]) == (64, 0.3)
 
 
-def test_vtab_is_the_protocol():
-    config = yaml.safe_load((CONFIGS / "vtab.yaml").read_text())
+# ---- what the files hold
+
+
+def test_vtab_protocol():
+    config = read("vtab")
     model, data, trainer = config["model"], config["data"]["init_args"], config["trainer"]
     assert (model["backbone"], model["pretrained"]) == ("vit_base_patch16_224.orig_in21k", True)
     assert model["optimizer"] == {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-3, "weight_decay": 1e-4}}
@@ -130,33 +183,56 @@ def test_vtab_is_the_protocol():
     assert trainer["max_epochs"] == 100
 
 
-def test_vtab_warms_up_for_ten_epochs_and_ends_at_a_hundredth(task, built):
-    schedule = built("fit", *stacked("vtab"), *SMALL, *task).model.lr_schedule
+def test_vtab_method(task, built):
+    """An adapter, early heads, weights that change, sparsity in both directions, confidence, no token merging."""
+    cli = built("fit", *stacked("vtab"), *small(), *task)
+    callbacks = {type(callback): callback for callback in cli.trainer.callbacks}
+    sparsity = callbacks[BidirectionalSparsity]
+    assert cli.model.hparams["adapter"]["class_path"].endswith("LoRA")
+    assert cli.model.hparams["adapter"]["init_args"]["rank"] == 8
+    assert cli.model.net.num_exits > 1
+    assert cli.model.net.token_merging is None
+    assert callbacks[ExitWeights].weighting.varies
+    assert sparsity.shallow(0.5) > sparsity.deep(0.5)
+    assert 0 < sparsity.keep(0.5) < 1
+    assert callbacks[EarlyExit].policies == [Confidence(0.9)]
+
+
+def test_vtab_learning_rate(task, built):
+    schedule = built("fit", *stacked("vtab"), *small(), *task).model.lr_schedule
     assert schedule == Warmup(0.1, 1e-3, then=Cosine(1.0, 1e-2))
     rates = [1e-3 * schedule(epoch / 100) for epoch in (0, 10, 100)]
     assert rates == pytest.approx([1e-6, 1e-3, 1e-5])
 
 
-def test_static_is_the_same_model_without_exits(task, built):
-    dynamic = built("fit", *stacked("vtab", "lora"), *SMALL, *task)
-    for order in (("vtab", "lora", "static"), ("vtab", "static", "lora")):
-        static = built("fit", *stacked(*order), *SMALL, *task)
-        assert static.model.net.exit_depths == (5,)
-        assert static.model.backbone_hash == dynamic.model.backbone_hash
-        trained = {name for name, p in static.model.net.named_parameters() if p.requires_grad}
-        assert trained == {n for n, p in dynamic.model.net.named_parameters() if p.requires_grad and "heads." not in n}
-        ours = {type(callback) for callback in static.trainer.callbacks}
-        assert not ours & {EarlyExit, ExitWeights, BidirectionalSparsity}
+def test_paper_recipe():
+    config = read("paper")
+    model, sparsity = config["model"], config["sparsity"]
+    assert restore(model["heads"], Heads) == Balanced(hidden=64)
+    assert (model["token_merging"], model["distillation"]) == (None, None)
+    weighting = restore(config["exit_weights"]["weighting"], Weighting)
+    assert weighting == EarlyToLate(floor=0.1, ease=Linear(0.0, 1.0))
+    rates = [restore(sparsity[name], Schedule) for name in ("shallow", "deep", "keep")]
+    assert rates == [Constant(0.2), Constant(0.0), Constant(0.9)]
 
 
-def test_quickstart_needs_no_download():
-    config = yaml.safe_load((CONFIGS / "quickstart.yaml").read_text())
+def test_linear_heads_at_every_exit(task, built):
+    model = built("fit", *stacked("vtab", "linear_heads"), *small(), *task).model
+    assert restore(model.hparams["heads"], Heads) == LinearHeads()
+
+
+def test_published_scales_name_every_task():
+    scales = read("vtab_scales")
+    assert set(scales) == set(KINDS)
+    assert all(list(of_kind) == list(VTAB_TASKS) for of_kind in scales.values())
+    assert all(scale > 0 for of_kind in scales.values() for scale in of_kind.values())
+    assert scales["adapter"] == scales["adaptformer"]
+    assert (scales["lora"]["kitti"], scales["repadapter"]["kitti"], scales["adapter"]["dtd"]) == (10, 5, 0.01)
+
+
+def test_quickstart_reads_images_as_its_backbone():
+    config = read("quickstart")
     assert config["model"]["backbone"] in packaged.names()
     assert config["model"]["pretrained"] is True
-    assert config["data"]["class_path"] == "Digits"
-
-
-def test_quickstart_gives_the_backbone_images_as_it_was_trained_with():
-    config = yaml.safe_load((CONFIGS / "quickstart.yaml").read_text())
     about = json.loads((packaged.FOLDER / f"{config['model']['backbone']}.json").read_text())
     assert about["preprocess"].items() <= config["data"]["init_args"].items()

@@ -23,12 +23,12 @@ def inject(model: nn.Module, spec: AdapterSpec) -> list[str]:
         The names of the wrappers in the order of the model, as in :func:`adapter_layers`.
 
     Raises:
-        ValueError: If a pattern matches nothing, or a layer that is wrapped already, or one that the kind cannot
-            take. The model is then untouched.
+        ValueError: If a target matches nothing, no default place of the kind exists, or a layer is wrapped already or
+            is one that the kind cannot take. The model is then untouched.
     """
     kind = type(spec).__name__
     layers = {name: (path, layer) for name, path, layer in _layers(model)}
-    patterns = spec.targets or spec.places
+    patterns = spec.targets or _present(spec.places, layers)
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in layers):
             fitting = dict.fromkeys(
@@ -53,6 +53,11 @@ def inject(model: nn.Module, spec: AdapterSpec) -> list[str]:
         wrappers[path].install(model, path)
     added = set(map(id, wrappers.values()))
     return [name for name, layer in adapter_layers(model).items() if id(layer) in added]
+
+
+def _present(places: tuple[str, ...], names: Iterable[str]) -> tuple[str, ...]:
+    """Return the default places that a family has; all of them where it has none, for the message."""
+    return tuple(p for p in places if any(fnmatchcase(name, p) for name in names)) or places
 
 
 def adapter_layers(model: nn.Module) -> dict[str, AdapterLayer]:

@@ -77,7 +77,8 @@ class LoRA(AdapterSpec):
         rank: Rank r of the update, of each update where there are two.
         split: ``fused`` has one pair of matrices for the whole layer. ``qv`` has one for q and one for v, and none for
             k, where the layer is a fused qkv; elsewhere it is the same as ``fused``.
-        targets: Patterns of linear layers or 1x1 convolutions; empty: ``*.qkv``.
+        targets: Patterns of linear layers or 1x1 convolutions; empty: ``*.qkv``, or in a ConvNeXt, which has no
+            attention, ``stages.*.mlp.fc1``.
     """
 
     rank: int = 8
@@ -90,8 +91,8 @@ class LoRA(AdapterSpec):
 
     @property
     def places(self) -> tuple[str, ...]:
-        """The fused q, k and v of each attention."""
-        return ("*.qkv",)
+        """The fused q, k and v of each attention, or the first matrix of each MLP in a ConvNeXt."""
+        return ("*.qkv", "stages.*.mlp.fc1")
 
     def wrap(self, model: nn.Module, name: str) -> LoRALayer:
         """Builds the wrapper of one layer."""
