@@ -17,6 +17,7 @@ from dynadapter import Cosine, ExitNet, VTAB1k, Warmup, create_backbone, inject
 from dynadapter.adapters import AdapterLayer, AdapterSpec, adapter_layers
 from dynadapter.backbones import blocks, classifier
 from dynadapter.data.base import ImageDataset
+from dynadapter.data.normalize import normalize
 from dynadapter.exits.net import exit_blocks
 from dynadapter.images.preprocess import Preprocess
 from dynadapter.training.callbacks.sparsity import _Held, _own_parameters
@@ -385,7 +386,7 @@ def _order(samples: int, batch: int, epochs: int, seed: int) -> Tensor:
 
 def normalized(images: Images, preprocess: Preprocess, device: torch.device) -> Tensor:
     """Puts all images of a split on the device as the backbone takes them."""
-    return preprocess.normalize(images.pixels.to(device))
+    return normalize(images.pixels.to(device), preprocess)
 
 
 @torch.no_grad()
@@ -395,7 +396,7 @@ def stacked_logits(net: ExitNet, images: Images, preprocess: Preprocess, device:
     parts = []
     for pixels in images.pixels.split(256):
         with torch.autocast(device.type, torch.bfloat16, enabled=on):
-            parts.append(net.eval()(preprocess.normalize(pixels.to(device))).float())
+            parts.append(net.eval()(normalize(pixels.to(device), preprocess)).float())
     return torch.cat(parts, 1).cpu()
 
 

@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dynadapter import ExitNet, LinearHeads, TokenMerging, exit_costs
+from dynadapter.data.normalize import normalize
 
 MERGINGS = (
     ((0,), 0.25),
@@ -81,7 +82,7 @@ def main() -> None:
             raise SystemExit(
                 f"{args.data} has {len(names)} classes, the backbone {model.num_classes}; give its own images"
             )
-        return file.preprocess.normalize(images.pixels), images.labels
+        return normalize(images.pixels, file.preprocess), images.labels
 
     def line(token_merging: TokenMerging | None) -> dict[str, Any]:
         key = {"backbone": file.label, "token_merging": str(token_merging)}

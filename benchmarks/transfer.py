@@ -43,6 +43,7 @@ from dynadapter import ExitNet, Policy, exit_costs, lay_out_for_cpu, route
 from dynadapter.adapters import adapter_layers
 from dynadapter.bench.timing import best_chunk, clock_of, cpu_name, interleave, ratio, representative
 from dynadapter.data import VTAB_TASKS
+from dynadapter.data.normalize import normalize
 from dynadapter.data.vtab import LISTS, vtab_task
 from dynadapter.spec import plain, restore
 
@@ -298,7 +299,7 @@ class Bench:
                 continue
             policy = restore(found["policy"], Policy)
             rows = representative(route(policy, logits), TIMED_IMAGES)
-            images = self.backbone.preprocess.normalize(pixels[rows]).to(self.device, dtype)
+            images = normalize(pixels[rows], self.backbone.preprocess).to(self.device, dtype)
             result[goal] = time_arms(net, images, policy, batch, self.args.rounds, costs[policy.asks])
         return {"arm": "dynamic", "threads": torch.get_num_threads(), "times": result}
 

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from dynadapter import AdapterSpec, Constant, ExitCosts, ExitNet, LateToEarly, LinearHeads, Uniform, route
 from dynadapter.adapters import AdapterLayer
+from dynadapter.data.normalize import normalize
 from dynadapter.serve.runtime import Runner
 from dynadapter.training.callbacks.sparsity import _own_parameters
 
@@ -511,7 +512,7 @@ def test_merged_tokens_at_the_own_classes_of_a_backbone(program, source, tmp_pat
     model, file = tokens.pretrained(about)
     _, images, _ = program("mosaics").read(source / "folder", 12)
     with torch.no_grad():
-        answers = model(file.preprocess.normalize(images.pixels)).argmax(-1)
+        answers = model(normalize(images.pixels, file.preprocess)).argmax(-1)
     assert every["accuracy"] == (answers == images.labels).double().mean().item()
 
 

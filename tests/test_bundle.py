@@ -730,7 +730,7 @@ def pictures(tmp_path) -> list[Path]:
 def test_predictions_follow_the_files(whole, pictures):
     bundle = load(whole)
     images = [load_image(path) for path in pictures]
-    tensors = torch.stack([PREPROCESS(image) for image in images])
+    tensors = torch.stack([torch.from_numpy(PREPROCESS(image)) for image in images])
     with torch.no_grad():
         routed = bundle.net.early(tensors, POLICY)
     assert len(set(routed.exit_index.tolist())) > 1
@@ -930,7 +930,7 @@ def test_the_origin_of_a_classifiers_backbone(settings, origin, file, tmp_path):
 
 def test_a_classifier_is_merged_on_real_images(tmp_path, pictures, images):
     net = made("vit", RepAdapter)[0]
-    tensors = torch.stack([Preprocess(32, resize="crop")(load_image(path)) for path in pictures])
+    tensors = torch.stack([torch.from_numpy(Preprocess(32, resize="crop")(load_image(path))) for path in pictures])
     for k, given in enumerate((pictures, [load_image(path) for path in pictures], tensors)):
         place = bundle_from_classifier(
             classifier(RepAdapter), tmp_path / f"b{k}", policy=POLICY, merge=True, check_images=given

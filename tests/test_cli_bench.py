@@ -142,7 +142,7 @@ def test_real_images_decide_who_leaves(bundle, images, tmp_path, capsys):
     files = sorted(images.rglob("[0-9].png"))
     assert len(files) == 10
     with torch.no_grad():
-        logits = opened.net(torch.stack([opened.preprocess(Image.open(file)) for file in files]))
+        logits = opened.net(torch.stack([torch.from_numpy(opened.preprocess(Image.open(file))) for file in files]))
     expected = route(opened.policy, logits).bincount(minlength=3) / 10
     assert result["shares_of_all_images"] == pytest.approx(expected.tolist())
     assert result["batches"][0]["shares"] == pytest.approx(expected.tolist())  # 20 images: each of the ten twice

@@ -51,7 +51,7 @@ def manifest(folder: Path) -> dict[str, Any]:
 
 
 def pictures(images: Path) -> torch.Tensor:
-    return torch.stack([PREPROCESS(load_image(path)) for path in find_images(images)])
+    return torch.stack([torch.from_numpy(PREPROCESS(load_image(path))) for path in find_images(images)])
 
 
 # ---- what it makes

@@ -66,7 +66,7 @@ def write_bundle(folder: Path, images: Path, adapter: AdapterSpec | None = None,
         torch.manual_seed(0)
         inject(backbone, adapter)
         net = ExitNet(backbone, LinearHeads(), every=1)
-        pictures = torch.stack([PREPROCESS(load_image(path)) for path in find_images(images)])
+        pictures = torch.stack([torch.from_numpy(PREPROCESS(load_image(path))) for path in find_images(images)])
         with torch.no_grad():
             for p in (p for p in net.parameters() if p.requires_grad):
                 p += 0.1 * torch.randn(p.shape)

@@ -185,7 +185,7 @@ class Bench:
         tensors, broken = [], []
         for file in files:
             try:
-                tensors.append(preprocess(load_image(file)))
+                tensors.append(torch.from_numpy(preprocess(load_image(file))))
             except UnreadableImage:
                 broken.append(file)
         if not tensors:

@@ -22,11 +22,11 @@ from dynadapter.cli.stops import Terminated, sigterm
 from dynadapter.serve.predictions import Answer, Busy, Entry, Foreign, PredictionTable, Unread, check_output
 
 if TYPE_CHECKING:  # torch takes seconds to load, and a slip of the pen is answered without it
-    from torch import Tensor
+    from numpy.typing import NDArray
 
     from dynadapter.serve.bundle import Bundle
 
-    Read = tuple[str, Tensor | None, str]
+    Read = tuple[str, NDArray[Any] | None, str]
     """A file, its pixels (3, size, size) uint8, or None and the reason."""
 
 WAY_ON = "give what it was begun with, delete it, or start over with --overwrite true"
@@ -235,11 +235,12 @@ def _classify(bundle: "Bundle", table: PredictionTable, given: Any) -> float:
 
 def _answers(bundle: "Bundle", batch: "Sequence[Read]") -> list[Entry]:
     """Computes a batch, those who cannot be read aside."""
+    import numpy as np
     import torch
 
     read = [pixels for _, pixels, _ in batch if pixels is not None]
     assert bundle.preprocess is not None
-    images = bundle.preprocess.normalize(torch.stack(read)) if read else torch.empty(0)
+    images = torch.from_numpy(bundle.preprocess.normalize(np.stack(read))) if read else torch.empty(0)
     predictions = iter(bundle.predict(images, batch_size=len(batch)))
     entries: list[Entry] = []
     for file, pixels, reason in batch:
@@ -259,7 +260,7 @@ def read_batches(bundle: "Bundle", files: Sequence[str], batch_size: int, worker
     Yields:
         For each file its name, its pixels or None, and the reason.
     """
-    from dynadapter.images.reading import UnreadableImage, load_image, why_unreadable
+    from dynadapter.images.reading import UnreadableImage, load_image
 
     preprocess = bundle.preprocess
     assert preprocess is not None
@@ -267,8 +268,8 @@ def read_batches(bundle: "Bundle", files: Sequence[str], batch_size: int, worker
     def read(file: str) -> "Read":
         try:
             return file, preprocess.pixels(load_image(Path(file))), ""
-        except UnreadableImage:
-            return file, None, why_unreadable(Path(file)) or "changed while it was read"
+        except UnreadableImage as error:
+            return file, None, error.reason
 
     batches = (files[start : start + batch_size] for start in range(0, len(files), batch_size))
     if not workers:

@@ -15,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
+from dynadapter.data.normalize import normalize
 from dynadapter.data.samplers import EpochOrder, Evened, ResumableLoader
 from dynadapter.images.preprocess import Interpolation, Normalization, Preprocess, Resize
 from dynadapter.images.reading import find_images, load_image, shown, why_unreadable
@@ -52,7 +53,7 @@ class ImageDataset(Dataset[tuple[torch.Tensor, int | str]]):
 
     def pixels(self, source: Path | Image.Image) -> torch.Tensor:
         """Return the resized bytes of one image, ``(3, size, size)`` uint8."""
-        return self.preprocess.pixels(load_image(source))
+        return torch.from_numpy(self.preprocess.pixels(load_image(source)))
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -63,7 +64,7 @@ class ImageDataset(Dataset[tuple[torch.Tensor, int | str]]):
         pixels = self.pixels(source) if self.cached is None else self.cached[index]
         if self.flip and number % 2:
             pixels = pixels.flip(-1)
-        return self.preprocess.normalize(pixels), target
+        return normalize(pixels, self.preprocess), target
 
 
 def collate(items: list[tuple[torch.Tensor, int | str]]) -> tuple[torch.Tensor, torch.Tensor | list[str]]:

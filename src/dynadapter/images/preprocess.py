@@ -1,12 +1,14 @@
-"""From a decoded image to the tensor that a backbone takes."""
+"""Turn a decoded image into the array that a backbone takes.
+
+This file imports Pillow and numpy alone: an exported folder holds a copy of it, and every evaluation runs it.
+"""
 
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-import torch
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms.v2 import functional as F
 
 Interpolation = Literal["bicubic", "bilinear", "nearest"]
 Resize = Literal["stretch", "crop"]
@@ -18,21 +20,27 @@ STATISTICS: dict[str, Statistics] = {
     "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
     "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
 }
+LONGEST = 32
+"""Crop a strip before resizing if its resized form would be longer than this many squares."""
 
 
 @dataclass(frozen=True)
 class Preprocess:
-    """What happens to every image, in training and in use: resize, scale to [0, 1], normalise.
+    """Resize an image, scale it to [0, 1] and normalise it.
 
     Args:
         image_size: Height and width of the result in pixels.
         interpolation: How pixels are resampled; bicubic and bilinear are antialiased when an image shrinks.
-        resize: ``stretch`` to the square (the VTAB-1k protocol), or ``crop`` its centre after the shorter side fits.
-        normalization: ``imagenet`` and ``half`` subtract a mean and divide by a deviation, ``none`` leaves [0, 1];
+        resize: ``stretch`` the image to a square (the VTAB-1k protocol), or ``crop`` its centre after the shorter side
+            is resized to `image_size`.
+        normalization: ``imagenet`` and ``half`` subtract a mean and divide by a deviation, ``none`` keeps [0, 1];
             or a pair (mean, deviation), each with a value per colour.
 
-    >>> Preprocess(image_size=32)(Image.new("L", (8, 8))).shape
-    torch.Size([3, 32, 32])
+    Raises:
+        ValueError: A setting is none of these.
+
+    >>> Preprocess(image_size=32)(Image.new("RGB", (8, 8))).shape
+    (3, 32, 32)
     """
 
     image_size: int = 224
@@ -41,36 +49,68 @@ class Preprocess:
     normalization: Normalization = "imagenet"
 
     def __post_init__(self) -> None:
-        if self.image_size < 1:
-            raise ValueError(f"image_size must be at least 1 pixel, not {self.image_size}")
-        for name, kind in (("interpolation", Interpolation), ("resize", Resize)):
-            if (value := getattr(self, name)) not in get_args(kind):
-                raise ValueError(f"unknown {name} {value!r}; choose from: {', '.join(get_args(kind))}")
+        if isinstance(self.image_size, bool) or not isinstance(self.image_size, int) or self.image_size < 1:
+            raise ValueError(f"image_size must be a whole number of at least 1 pixel, not {self.image_size!r}")
+        for name, choices in (("interpolation", get_args(Interpolation)), ("resize", get_args(Resize))):
+            if (value := getattr(self, name)) not in choices:
+                raise ValueError(f"unknown {name} {value!r}; choose from: {', '.join(choices)}")
         if isinstance(self.normalization, str):
             if self.normalization not in STATISTICS:
-                choices = ", ".join(STATISTICS) + ", or a pair (mean, deviation)"
-                raise ValueError(f"unknown normalization {self.normalization!r}; choose from: {choices}")
-        elif [len(part) for part in self.normalization] != [3, 3] or min(self.normalization[1]) <= 0:
-            raise ValueError(
-                f"normalization {self.normalization} is not ((mean of 3 colours), (deviation of 3 colours above 0))"
-            )
+                choices = (*STATISTICS, "or a pair (mean, deviation)")
+                raise ValueError(f"unknown normalization {self.normalization!r}; choose from: {', '.join(choices)}")
+        else:
+            object.__setattr__(self, "normalization", _statistics(self.normalization))
 
     @property
     def statistics(self) -> Statistics:
         """Mean and deviation of the three colours, for pixels in [0, 1]."""
         return STATISTICS[self.normalization] if isinstance(self.normalization, str) else self.normalization
 
-    def pixels(self, image: Image.Image) -> torch.Tensor:
-        """Resize an image and return its bytes, ``(3, size, size)`` uint8."""
-        side = [self.image_size, self.image_size] if self.resize == "stretch" else [self.image_size]
-        image = F.resize(image.convert("RGB"), side, InterpolationMode(self.interpolation), antialias=True)
-        return F.pil_to_tensor(F.center_crop(image, [self.image_size, self.image_size]))
+    def pixels(self, image: Image.Image) -> NDArray[np.uint8]:
+        """Resize an image and return its bytes ``(3, size, size)``."""
+        size, (width, height) = self.image_size, image.size
+        wanted = (size, size)
+        if self.resize == "crop":
+            if max(width, height) > LONGEST * min(width, height):  # the resized strip might not fit in memory
+                image = _centre(image, min(width, LONGEST * height), min(height, LONGEST * width))
+                width, height = image.size
+            # The longer side is rounded down, as in torchvision
+            wanted = (int(size * width / min(width, height)), int(size * height / min(width, height)))
+        image = image.convert("RGB")
+        if image.size != wanted:
+            image = image.resize(wanted, Image.Resampling[self.interpolation.upper()])
+        return np.asarray(_centre(image, size, size)).transpose(2, 0, 1).copy()
 
-    def normalize(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Turn bytes ``(..., 3, size, size)`` uint8 into float32 of the same shape."""
-        mean, deviation = self.statistics
-        return F.normalize(F.to_dtype(pixels, torch.float32, scale=True), list(mean), list(deviation), inplace=True)
+    def normalize(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Return bytes ``(..., 3, size, size)`` as normalised float32 of the same shape."""
+        mean, deviation = np.asarray(self.statistics, np.float32)[..., None, None]
+        values = pixels.astype(np.float32)
+        values *= np.float32(1 / 255)
+        values -= mean
+        values /= deviation
+        return values
 
-    def __call__(self, image: Image.Image) -> torch.Tensor:
-        """Turn a decoded image into ``(3, size, size)`` float32."""
+    def __call__(self, image: Image.Image) -> NDArray[np.float32]:
+        """Return a decoded image as ``(3, size, size)`` float32."""
         return self.normalize(self.pixels(image))
+
+
+def _statistics(given: object) -> Statistics:
+    """Return a mean and a deviation as a pair of tuples; a file holds lists."""
+    try:
+        values = np.asarray(given, np.float64)
+        fits = values.shape == (2, 3) and bool(np.isfinite(values).all()) and bool((values[1] > 0).all())
+    except (TypeError, ValueError):
+        fits = False
+    if not fits:
+        raise ValueError(f"normalization {given} is not ((mean of 3 colours), (deviation of 3 colours above 0))")
+    mean, deviation = values.tolist()
+    return (mean[0], mean[1], mean[2]), (deviation[0], deviation[1], deviation[2])
+
+
+def _centre(image: Image.Image, width: int, height: int) -> Image.Image:
+    """Cut the centre out of an image; the corner is rounded to the nearest pixel, as in torchvision."""
+    if image.size == (width, height):
+        return image
+    left, top = round((image.width - width) / 2), round((image.height - height) / 2)
+    return image.crop((left, top, left + width, top + height))

@@ -1,4 +1,7 @@
-"""Image files: which there are, and their pixels as RGB."""
+"""Find image files and decode them to RGB.
+
+This file imports Pillow and numpy alone: an exported folder holds a copy of it.
+"""
 
 import errno
 import os
@@ -10,28 +13,34 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-# By name, because Pillow would otherwise also try formats that run outside programs (EPS calls Ghostscript).
+# Named, because Pillow would otherwise also try formats that run outside programs (EPS calls Ghostscript).
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 MAX_PIXELS = 178_956_970
-"""More pixels than this are refused before they are decoded: half a gigabyte that a file of some bytes can ask for.
+"""Images with more pixels are refused before they are decoded: a file of a few bytes can decode to gigabytes.
 
-It is what Pillow refuses too, held here because other packages of a process may lift Pillow's own limit.
+This is Pillow's own limit, repeated here because other packages in the process may raise Pillow's.
 """
 MAX_BYTES = 2**31
 """Larger files are refused."""
 
 
 class UnreadableImage(ValueError):
-    """An image file that cannot be decoded: one line with its path and the reason."""
+    """An image that cannot be decoded.
 
-    def __init__(self, line: str):
-        # A DataLoader worker re-raises an error with its whole traceback as the message; the line itself comes last.
-        super().__init__(line.strip().splitlines()[-1].rpartition(f"{type(self).__name__}: ")[2])
+    Args:
+        message: One line with the path and the reason.
+        reason: The reason alone, in a few words.
+    """
+
+    def __init__(self, message: str, reason: str = "") -> None:
+        # A DataLoader worker raises the error again with a whole traceback as its message; the last line is ours.
+        super().__init__(message.strip().splitlines()[-1].rpartition(f"{type(self).__name__}: ")[2])
+        self.reason = reason
 
 
-def load_image(source: Path | Image.Image) -> Image.Image:
-    """Decode a file, or take an image as it is, and return its pixels as 8-bit RGB, upright.
+def load_image(source: str | os.PathLike[str] | Image.Image) -> Image.Image:
+    """Return the pixels of a file or of a Pillow image as 8-bit RGB, upright.
 
     Args:
         source: A file of one of `FORMATS`, or an image in memory.
@@ -40,38 +49,35 @@ def load_image(source: Path | Image.Image) -> Image.Image:
         UnreadableImage: The file is missing, broken, or of another format.
     """
     try:
-        return _decode(source)
-    except Exception as error:  # decoders fail with many types on damaged bytes
-        line = f"cannot read image {shown(source)}: {reason(error)}; repair it, take it out, or set on_error: skip"
-    raise UnreadableImage(line)
+        if isinstance(source, Image.Image):
+            return to_rgb(upright(source))
+        with open_regular(source) as file, open_image(file) as image:
+            return to_rgb(upright(image))
+    except Exception as error:  # decoders raise many types on damaged bytes
+        why = reason(error)
+    message = f"cannot read image {shown(source)}: {why}; repair it, remove it, or set on_error: skip"
+    raise UnreadableImage(message, why)
 
 
-def why_unreadable(source: Path | Image.Image) -> str | None:
-    """Return why an image cannot be decoded, in a few words; None when it can."""
+def why_unreadable(source: str | os.PathLike[str] | Image.Image) -> str | None:
+    """Return the reason why an image cannot be decoded, or None if it can."""
     try:
-        _decode(source)
-    except Exception as error:
-        return reason(error)
+        load_image(source)
+    except UnreadableImage as error:
+        return error.reason
     return None
 
 
-def _decode(source: Path | Image.Image) -> Image.Image:
-    if isinstance(source, Image.Image):
-        return to_rgb(source)
-    with open_regular(source) as file, open_image(file) as image:
-        return to_rgb(upright(image))
-
-
 def open_regular(path: str | os.PathLike[str]) -> BufferedReader:
-    """Open a file to read it, and nothing that only looks like one: a pipe would make the reader wait for ever.
+    """Open a regular file for reading; opening a pipe could block for ever.
 
     Raises:
-        OSError: It cannot be read, or is a folder, a pipe, a socket or a device.
+        OSError: The path cannot be read, or is a folder, a pipe, a socket or a device.
     """
-    _check_regular(os.stat(path).st_mode, path)  # first, because opening some devices does something already
+    _check_regular(os.stat(path).st_mode, path)  # before opening, because opening some devices has effects
     handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     try:
-        _check_regular(os.fstat(handle).st_mode, path)  # again, because it may have been exchanged
+        _check_regular(os.fstat(handle).st_mode, path)  # again, because the file may have been exchanged meanwhile
         return os.fdopen(handle, "rb")
     except BaseException:
         os.close(handle)
@@ -86,17 +92,17 @@ def _check_regular(mode: int, path: str | os.PathLike[str]) -> None:
 
 
 def open_image(file: BufferedReader) -> Image.Image:
-    """Read the head of an image of one of `FORMATS`; its pixels are decoded when they are asked for.
+    """Read the header of an image of one of `FORMATS`; Pillow decodes the pixels later.
 
     Raises:
         ValueError: The file is empty or too large, or has more than `MAX_PIXELS`.
-        PIL.UnidentifiedImageError: It is of another format.
+        PIL.UnidentifiedImageError: The file has another format.
     """
     size = os.fstat(file.fileno()).st_size
     if not size:
         raise ValueError("the file is empty")
-    if size > MAX_BYTES:  # some decoders read a file whole, and one with holes costs nothing to make
-        raise ValueError(f"{size:,} bytes are more than {MAX_BYTES:,}, no image is that large")
+    if size > MAX_BYTES:  # some decoders read the whole file, and a sparse file costs nothing to make
+        raise ValueError(f"{size:,} bytes are more than the limit of {MAX_BYTES:,}")
     image = Image.open(file, formats=FORMATS)
     if image.width * image.height > MAX_PIXELS:
         raise ValueError(
@@ -106,7 +112,7 @@ def open_image(file: BufferedReader) -> Image.Image:
 
 
 def shown(source: object) -> str:
-    r"""Put the name of a file in one line that every terminal and file can take.
+    r"""Return a file name as one printable line.
 
     >>> shown("a\nb.png")
     'a\\nb.png'
@@ -115,15 +121,15 @@ def shown(source: object) -> str:
 
 
 def reason(error: Exception) -> str:
-    """Say in a few words why an image cannot be decoded."""
-    if isinstance(error, UnidentifiedImageError):  # its own words repeat the path
+    """Return in a few words why decoding failed."""
+    if isinstance(error, UnidentifiedImageError):  # Pillow's message repeats the path
         return f"not an image of a known format ({', '.join(FORMATS)})"
     return " ".join(str(getattr(error, "strerror", None) or error or type(error).__name__).split())
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """Turn a photograph the way its EXIF orientation says; damaged EXIF data leave it as stored."""
-    image.load()  # first, so that only what is wrong beside the pixels is forgiven
+    """Rotate a photograph as its EXIF orientation says; with damaged EXIF data, return it as stored."""
+    image.load()  # outside the try, so that only errors of the EXIF data are ignored
     try:
         return ImageOps.exif_transpose(image)
     except Exception:
@@ -133,11 +139,11 @@ def upright(image: Image.Image) -> Image.Image:
 def to_rgb(image: Image.Image) -> Image.Image:
     """Convert any Pillow mode to 8-bit RGB.
 
-    16-bit grey keeps its high byte, as Pillow does for 16-bit colour (its own conversion would clip at 255);
-    transparent pixels lie on white, as viewers show them.
+    16-bit grey keeps its high byte, as 16-bit colour does in Pillow (Pillow itself would clip grey at 255).
+    Transparent pixels are placed on white, as viewers show them.
 
     Raises:
-        ValueError: Float or 32-bit pixels, whose range nobody can know.
+        ValueError: The pixels are floats or 32-bit integers, whose range is unknown.
     """
     if image.mode == "I" or image.mode.startswith("I;16"):
         grey = np.asarray(image)
@@ -154,12 +160,13 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def image_files(folder: Path) -> list[Path]:
-    """List the image files in a folder and below, sorted by path, hidden files and folders left out.
+    """List the image files of a folder and its subfolders, sorted by path.
 
-    Links to folders are not followed, so that none leads round in a circle; links to files count.
+    Hidden files and folders are left out. Links to folders are not followed, so that no link leads into a circle;
+    links to files count.
 
     Raises:
-        OSError: A folder cannot be read: what is in it would be missing without a word.
+        OSError: A folder cannot be read; its images would be missing without notice.
     """
     found, folders = [], [folder]
     while folders:
@@ -173,10 +180,10 @@ def image_files(folder: Path) -> list[Path]:
 
 
 def find_images(places: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> list[Path]:
-    """List the images of a folder (and below), of a file, or of several of both.
+    """List the images of a folder and its subfolders, a single file, or the images of several of these.
 
     Raises:
-        ValueError: A path does not exist, or a folder holds no image.
+        ValueError: A path does not exist, or there is no image.
     """
     if isinstance(places, (str, os.PathLike)):
         places = [places]
@@ -190,7 +197,7 @@ def find_images(places: str | os.PathLike[str] | Iterable[str | os.PathLike[str]
         elif place.is_file():
             files.append(place)
         else:
-            raise ValueError(f"predict_images: {place} does not exist; give a folder of images or a list of files")
+            raise ValueError(f"{place} does not exist; give a folder of images or a list of files")
     if not files:
-        raise ValueError("predict_images is empty; give a folder of images or a list of files")
+        raise ValueError("the list of images is empty; give a folder of images or a list of files")
     return files

@@ -134,7 +134,7 @@ class Bundle:
             raise ValueError(
                 "this bundle has no preprocessing; give preprocessed tensors (batch, channels, height, width)"
             )
-        return self.preprocess(load_image(source if isinstance(source, Image.Image) else Path(source)))
+        return torch.from_numpy(self.preprocess(load_image(source)))
 
     def __repr__(self) -> str:
         kind = type(self.config.adapter).__name__ if self.config.adapter else "no adapter"

@@ -7,6 +7,7 @@ from dataclasses import is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -272,7 +273,7 @@ def _images(given: Any, preprocess: Preprocess | None, net: ExitNet) -> Tensor:
         files = [image if isinstance(image, Image.Image) else Path(image) for image in given]
         if not files:
             raise ValueError("check_images is empty; give some real images of the task")
-        given = torch.stack([preprocess(load_image(file)) for file in files])
+        given = torch.from_numpy(np.stack([preprocess(load_image(file)) for file in files]))
     like = next(net.backbone.parameters())
     return given.to(like.device, like.dtype)
 
