@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 from dynadapter.cli import main
-from dynadapter.cli.errors import Mistake, explain, judged
+from dynadapter.cli.errors import Mistake, describe
+from dynadapter.cli.explain import explain
 from dynadapter.training.callbacks import FlopsReport
 
 TINY = str(Path(__file__).parent / "conf" / "tiny.yaml")
@@ -297,7 +298,7 @@ def test_an_operation_that_went_wrong_is_a_bug_too(monkeypatch, capsys):
 
 
 def test_out_of_memory_is_no_bug():
-    line, code = judged(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"))
+    line, code = describe(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"))
     assert code == 2
     assert "out of memory" in line
 

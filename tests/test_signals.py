@@ -15,8 +15,8 @@ from tiny import make_classifier, trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
+from dynadapter.cli.errors import Terminated, sigterm
 from dynadapter.cli.signals import StopOnSignal
-from dynadapter.cli.stops import Terminated, sigterm
 from dynadapter.training.checkpoints import RunCheckpoint
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)

@@ -67,7 +67,7 @@ def main(args: list[str] | None = None) -> None:
     if args[0] == "--version":
         print(f"dynadapter {dynadapter.__version__}")
         return
-    from dynadapter.cli.errors import Stopped, judged
+    from dynadapter.cli.errors import Stopped, describe
 
     try:
         _run(args)
@@ -78,7 +78,7 @@ def main(args: list[str] | None = None) -> None:
     except Exception as error:
         if debug:
             raise
-        end(*judged(error))
+        end(*describe(error))
 
 
 def _run(args: list[str]) -> None:

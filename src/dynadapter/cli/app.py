@@ -23,7 +23,8 @@ from rich.console import Console
 import dynadapter
 from dynadapter.adapters import adapter_layers
 from dynadapter.cli import calibrate
-from dynadapter.cli.errors import Mistake, Stopped, explain, judged
+from dynadapter.cli.errors import Mistake, Stopped, Terminated, describe, sigterm
+from dynadapter.cli.explain import explain
 from dynadapter.cli.layers import (
     LINKED,
     checkpoint_path,
@@ -38,7 +39,6 @@ from dynadapter.cli.resume import Earlier, GoOn, earlier, to_resume
 from dynadapter.cli.runs import RUN_FOLDERS, SaveConfig, claim_folder, forget, loggers, settle
 from dynadapter.cli.safety import check_config
 from dynadapter.cli.signals import StopOnSignal
-from dynadapter.cli.stops import Terminated, sigterm
 from dynadapter.cli.strategies import require_known, require_own_processes
 from dynadapter.cost import cost_table, exit_costs, exit_parameters
 from dynadapter.data import ImageData
@@ -383,7 +383,7 @@ class DynCLI(LightningCLI):
                 raise SystemExit(0) from ending  # any other code, and Lightning kills the first process at once
             raise Stopped(f"{what}{self._way_on()}", 130 if by_hand else 143) from ending
         except Exception as error:
-            self._end("failed", judged(error)[0])
+            self._end("failed", describe(error)[0])
             raise
         self._end("finished")
 

@@ -11,10 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from dynadapter.cli.errors import Mistake, Stopped, one_line
+from dynadapter.cli.errors import Mistake, Stopped, Terminated, one_line, sigterm
 from dynadapter.cli.parser import CommandParser
 from dynadapter.cli.predict import check_bundle, load_bundle
-from dynadapter.cli.stops import Terminated, sigterm
 
 if TYPE_CHECKING:  # torch takes seconds to load, and a slip of the pen is answered without it
     from torch import Tensor

@@ -1,28 +1,30 @@
-"""A parser for the commands that take a handful of settings and no Lightning."""
+"""The parser of the commands that have a handful of settings and no trainer."""
 
 from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser
 
-from dynadapter.cli.errors import Mistake, explain
+from dynadapter.cli.errors import Mistake
+from dynadapter.cli.explain import explain
 
 
 class CommandParser(ArgumentParser):
-    """Reads ``--KEY VALUE`` settings, and says in one line what is wrong with them.
+    """A parser of ``--KEY VALUE`` settings that explains a mistake in one line.
 
     Args:
-        command: Its name on the command line.
-        description: What it does, in a sentence.
+        command: The name on the command line.
+        description: What the command does, in one sentence.
+        **kwargs: Passed to jsonargparse.
     """
 
     def __init__(self, command: str = "", description: str = "", **kwargs: Any) -> None:
-        # jsonargparse makes parsers of this class for its own use, too.
+        # jsonargparse creates parsers of this class for its own use, without a command.
         own = {"prog": f"dynadapter {command}", "usage": f"dynadapter {command} [--KEY VALUE ...]"} if command else {}
-        # A key cut short would be taken for the long one, and a slip of the pen go unnoticed.
+        # An abbreviated key would be read as the long one, and a typing error would pass unnoticed.
         super().__init__(**{**own, "description": description, "allow_abbrev": False, **kwargs})
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Raises a :class:`Mistake`."""
-        no_keys = ("help", "print_shtab", "==SUPPRESS==")
-        keys = [action.dest for action in self._actions if action.dest not in no_keys]
+        """Raise a :class:`Mistake`."""
+        hidden = ("help", "print_shtab", "==SUPPRESS==")
+        keys = [action.dest for action in self._actions if action.dest not in hidden]
         raise Mistake(explain(message, {}, keys)) from ex

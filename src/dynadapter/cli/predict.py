@@ -16,9 +16,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from dynadapter.cli.errors import Mistake, Stopped, one_line
+from dynadapter.cli.errors import Mistake, Stopped, Terminated, one_line, sigterm
 from dynadapter.cli.parser import CommandParser
-from dynadapter.cli.stops import Terminated, sigterm
 from dynadapter.serve.predictions import Answer, Busy, Entry, Foreign, PredictionTable, Unread, check_output
 
 if TYPE_CHECKING:  # torch takes seconds to load, and a slip of the pen is answered without it

@@ -1,0 +1,261 @@
+"""Explain a message of the parser in one line, with the nearest valid name. The parser's own messages are nested."""
+
+import inspect
+import re
+import textwrap
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple, get_args, get_type_hints
+
+from dynadapter.cli.errors import nearest, one_line
+
+Sections = Mapping[str, type]
+"""The class whose arguments each section of a config holds."""
+
+
+class ParserError(NamedTuple):
+    """What a nested message of jsonargparse is about.
+
+    Args:
+        key: The dotted key, such as ``model.every``; empty where the message names none.
+        text: The innermost message. For a union of types, their messages joined.
+        value: The value given, where the message shows it apart from the text.
+    """
+
+    key: str
+    text: str
+    value: str | None = None
+
+
+def innermost(message: str) -> ParserError:
+    r"""Return the innermost of jsonargparse's nested messages.
+
+    >>> innermost('Parser key "model.every":\n  Expected a <class \'int\'>. Got value: two')
+    ParserError(key='model.every', text="Expected a <class 'int'>. Got value: two", value=None)
+    """
+    text, keys, value = textwrap.dedent(message).strip(), [], None
+    while True:
+        if found := re.match(r'Parser key "([^"]+)":[^\S\n]*\n*', text):
+            keys.append(found[1])
+            text = textwrap.dedent(text[found.end() :]).strip()
+        elif found := re.match(r"Problem with given class_path '.*':\n", text):
+            text = textwrap.dedent(text[found.end() :]).strip("\n")
+        elif found := re.match(r"Type .* expects a function or a callable class: (?=Parser key)", text):
+            text = re.sub(r"\. Got value: Namespace\(.*", "", text[found.end() :], flags=re.DOTALL)
+        elif text.startswith("- "):
+            text = _most_specific(text)
+        elif text.startswith("Does not validate against any of the Union subtypes") and "Errors:\n" in text:
+            errors, _, value = text.partition("Errors:\n")[2].partition("\nGiven value type:")
+            value = value.partition("Given value: ")[2].strip()
+            nested = re.fullmatch(r"NestedArg\(key='.+', val=(.*)\)", value)
+            value = nested[1].strip("'") if nested else value
+            text = _most_specific(textwrap.dedent(errors).strip("\n"))
+        else:
+            return ParserError(".".join(keys), text.partition("\nSubclass types expect")[0], value)
+
+
+def _most_specific(bullets: str) -> str:
+    """Return the most specific error of a union's types; where each only names a type, all of them."""
+    items = [textwrap.dedent("  " + item).strip() for item in re.split(r"^- ", bullets, flags=re.MULTILINE)[1:]]
+    items = [item for item in items if not re.match(r"Expected a <class 'NoneType'>|Expected a path but", item)]
+    if any(re.match(r"Expected a <class '(int|float)'>", item) for item in items):  # a number, or rarely a class
+        items = [item for item in items if not item.startswith("Expected a dot import path")]
+    specific = [item for item in items if not re.match(r"Expected (a )?(<class|\S*Literal)", item)]
+    return specific[0] if specific else "; ".join(items)
+
+
+def explain(message: str, sections: Sections, keys: Iterable[str]) -> str:
+    """Return a message of jsonargparse as one line with the valid names.
+
+    Args:
+        message: The parser's message.
+        sections: The class behind each section.
+        keys: All keys of the parser, sections included, such as ``model.every``.
+    """
+    error, keys = innermost(message), list(keys)
+    for pattern, rule in RULES:
+        if found := re.search(pattern, error.text):
+            return rule(error, next(filter(None, found.groups()), ""), sections, keys)
+    return _about(error) + one_line(error.text)
+
+
+def _about(error: ParserError) -> str:
+    return f"{error.key}: " if error.key else ""
+
+
+# ---- one rule for each kind of message -------------------------------------------------------------------------------
+
+
+def _unknown_key(error: ParserError, given: str, sections: Sections, keys: list[str]) -> str:
+    if error.text.startswith("unrecognized") and not given.startswith("--"):
+        return f"{given!r} belongs to no setting; settings are given as --KEY VALUE"
+    key = given.removeprefix("--").partition("=")[0]
+    section, _, rest = key.partition(".")
+    inside = [name for name in keys if name.startswith(f"{section}.")]
+    similar = [name for name in inside if name.startswith(f"{section}.{rest[:4]}")]  # wrong only at the end
+    deeper = [f"{name}.{rest}" for name in inside if rest in _settings_of(bases(name, sections))]
+    longer = [name for name in keys if name.startswith(key) and len(key) > 2]  # cut short
+    hints = [nearest(key, similar), *map(_meant, deeper[:1]), nearest(key, keys)]
+    hints += map(_meant, longer if len(longer) == 1 else [])
+    if hint := next(filter(None, hints), ""):
+        return f"there is no key {key!r}{hint}"
+    if inside:
+        return f"there is no key {key!r}; {section} has: {', '.join(name.partition('.')[2] for name in inside)}"
+    return f"there is no key {key!r}; choose from {', '.join(sections or keys)}"
+
+
+def _meant(name: str) -> str:
+    return f"; did you mean {name!r}?"
+
+
+def _unknown_setting(error: ParserError, given: str, sections: Sections, keys: list[str]) -> str:
+    if given in ("class_path", "init_args"):
+        line = "class_path takes only init_args beside it, as in {class_path: LoRA, init_args: {rank: 8}}"
+        return _about(error) + line
+    classes = list(_classes_below(bases(error.key, sections)))
+    named = re.search(r"class_path(?:=|': )'(?:[\w.]*\.)?(\w+)'", error.value or "")
+    chosen = [cls for cls in classes if not named or cls.__name__ == named[1]]
+    settings = list(dict.fromkeys(name for cls in chosen for name in parameters(cls)))
+    if named and chosen:
+        hint = nearest(given, settings) or f"; it has: {', '.join(settings)}"
+        return f"{_about(error)}{named[1]} has no setting {given!r}{hint}"
+    hint = nearest(given, [*settings, "class_path", "init_args"])
+    return f"{_about(error)}there is no setting {given!r}{hint}"
+
+
+def _unknown_class(error: ParserError, given: str, sections: Sections, keys: list[str]) -> str:
+    choices = sorted({cls.__name__ for cls in _classes_below(bases(error.key, sections))})
+    hint = nearest(given.rpartition(".")[2], choices)
+    if "Constant" in choices and re.fullmatch(r"-?[\d.]+(e-?\d+)?", given):
+        hint = f"; a fixed number is {{class_path: Constant, init_args: {{value: {given}}}}}."
+    line = f"{error.key or 'a class'} cannot be {given!r}{hint}"
+    if hint and len(choices) > 20:
+        return line
+    return f"{line}{' There' if hint else '; there'} are {', '.join(choices)}"
+
+
+def _missing(error: ParserError, given: str, sections: Sections, keys: list[str]) -> str:
+    names = [name.partition(".")[2] or name for name in given.split(", ")]
+    if names == ["data"]:
+        way = "give a config file with a data section, or --data, such as --data Digits"
+        return f"data is missing; {way}; every command except fit also takes it from --ckpt_path"
+    line = f"{' and '.join(names)} must be given"
+    return (
+        f"{error.key}: {line}, as in {' '.join(f'--{error.key}.{name} ...' for name in names)}" if error.key else line
+    )
+
+
+def _linked(error: ParserError, given: str, sections: Sections, keys: list[str]) -> str:
+    return f"{given} cannot be set, it comes from the data; leave it out"
+
+
+def _no_value(error: ParserError, given: str, sections: Sections, keys: list[str]) -> str:
+    return f"{given.rpartition('/')[2]} needs a value"
+
+
+def _no_section_file(error: ParserError, given: str, sections: Sections, keys: list[str]) -> str:
+    line = f"there is no config file {given!r} with that section; one setting is --{error.key}.NAME VALUE"
+    return _about(error) + line
+
+
+def _wrong_type(error: ParserError, given: str, sections: Sections, keys: list[str]) -> str:
+    value, got = error.value, re.search(r"Got value: (.*)$", error.text)
+    if value is None or (got and "'class_path'" in value):  # that is the whole object, not the value inside
+        value = got[1] if got else ""
+    words: list[str] = []
+    choices: list[str] = []
+    for kind in re.findall(_TYPE, error.text):
+        if kind.startswith("<"):
+            name = kind.rpartition("'")[0].rpartition("'")[2].rpartition(".")[2]
+            words.append(TYPES.get(name, name))
+        else:
+            choices += [choice.strip().strip("'") for choice in kind.partition("[")[2].rstrip("]").split(",")]
+    if choices:
+        words.insert(0, f"one of {', '.join(dict.fromkeys(choices))}")
+    return f"{_about(error)}expected {' or '.join(words)}, not {value!r}{nearest(value, choices)}"
+
+
+_TYPE = r"Expected (?:an? )?(<class '.+?'>|\S*Literal\[.+?\])"
+TYPES = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "str": "text",
+    "dict": "a mapping such as {depth: 6}",
+    "list": "a list such as [3, 6]",
+    "tuple": "a list",
+    "Sequence": "a list",
+    "Iterable": "a list",
+}
+RULES: tuple[tuple[str, Callable[[ParserError, str, Sections, list[str]], str]], ...] = (
+    (r"^unrecognized arguments: (\S+)", _unknown_key),
+    (r"^(?:Subcommand|Group) '.*' does not accept option '(.+?)'", _unknown_key),
+    (r"Option '(.+?)' is not accepted", _unknown_setting),
+    (r"(?:string|format): (.*)$|^Import path (\S+) does not|subclass of \w+. Got value: (.*)$", _unknown_class),
+    (r"^the following arguments are required: (.+)", _missing),
+    (r'^Linked "(.+?)"', _linked),
+    (r"^argument (\S+): expected one argument", _no_value),
+    (r'^Unable to load config "(.*)"', _no_section_file),
+    (_TYPE, _wrong_type),
+)
+"""A pattern in the innermost message, and the rule that explains its first group."""
+
+
+# ---- the classes that a key may name ---------------------------------------------------------------------------------
+
+
+def bases(key: str, sections: Sections) -> Iterator[type]:
+    """Yield the classes whose subclasses a key may name; those of all keys where the key is not known."""
+    from dynadapter.spec import Spec
+
+    section, _, rest = key.partition(".")
+    if section in sections and not rest:
+        yield sections[section]
+    elif section in sections:
+        yield from _classes_in(_hints(sections[section]).get(rest.rpartition(".")[2]))
+    elif key:  # an argument of a class inside another's
+        yield from {cls for home in subclasses(Spec) for cls in _classes_in(_hints(home).get(key))}
+    else:
+        yield from {cls for home in sections.values() for hint in _hints(home).values() for cls in _classes_in(hint)}
+        if "data" in sections:
+            yield sections["data"]
+
+
+def _hints(cls: type) -> dict[str, Any]:
+    return get_type_hints(cls.__init__)  # type: ignore[misc]  # of this very class
+
+
+def _classes_in(hint: Any) -> Iterator[type]:
+    """Yield the classes of configuration objects in a type hint."""
+    parts = hint if isinstance(hint, list) else get_args(hint)
+    if parts:
+        for part in parts:
+            yield from _classes_in(part)
+    elif isinstance(hint, type) and hint.__module__.partition(".")[0] in ("dynadapter", "lightning", "torch"):
+        yield hint
+
+
+def _classes_below(found: Iterable[type]) -> Iterator[type]:
+    for base in found:
+        yield from subclasses(base)
+
+
+def _settings_of(found: Iterable[type]) -> set[str]:
+    return {name for cls in _classes_below(found) for name in parameters(cls)}
+
+
+def subclasses(cls: type) -> Iterator[type]:
+    """Yield the concrete classes that a config can name, from a class downwards."""
+    if not cls.__name__.startswith("_") and not inspect.isabstract(cls):
+        yield cls
+    children: list[type] = cls.__subclasses__()
+    for child in children:
+        yield from subclasses(child)
+
+
+def parameters(cls: type) -> Iterator[str]:
+    """Yield the names of a class's arguments, those that it passes to its bases included."""
+    for parent in cls.__mro__:
+        if "__init__" in vars(parent):
+            for name, parameter in inspect.signature(vars(parent)["__init__"]).parameters.items():
+                if name != "self" and parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
+                    yield name
