@@ -1,12 +1,12 @@
-"""What an adapter costs a transformer block: one block of a ViT with each kind against the bare block.
+"""Time one ViT block with each kind of adapter against the bare block.
 
     python benchmarks/adapters.py
 
-Protocol: as in latency.py: one thread, CPU seconds of the process, arms interleaved call by call, medians of the ratios
-round by round, a control arm, the bare block once more; where its ratio leaves 1 by more than 3 %, the run is void.
-Every arm has a block of its own with the same weights, 197 tokens an image, and runs it several times a call. The kinds
-have their defaults: rank 8 for LoRA, a bottleneck of 8, AdaptFormer's 64. Beside ours: peft's LoRA, and RepAdapter as
-its authors' code has it, two convolutions over transposed tokens.
+Protocol as in ``latency.py``: one thread, CPU seconds of the process, arms interleaved call by call, medians of the
+ratios round by round, and a control arm, the bare block again; where its ratio differs from 1 by more than 3 %, the run
+is void. Every arm has its own block with the same weights, 197 tokens an image, and runs it several times a call. The
+kinds have their defaults: rank 8 for LoRA, a bottleneck of 8, AdaptFormer's 64. Baselines: peft's LoRA, and RepAdapter
+as in its authors' code, two convolutions over transposed tokens.
 """
 
 from collections.abc import Callable
@@ -14,19 +14,23 @@ from typing import Any
 
 import timm
 import torch
-from common import Log, arguments, interleave, mark, ratio
-from rich.console import Console
-from rich.table import Table
+from common import Line, Log, Row, arguments, control, interleave, show
 from torch import Tensor, nn
 
 from dynadapter import Adapter, AdapterSpec, AdaptFormer, LoRA, RepAdapter, inject, lay_out_for_cpu, merge
+from dynadapter.bench.timing import ratio
 
-BLOCKS = {"ViT-S": "vit_small_patch16_224", "ViT-B": "vit_base_patch16_224"}
+BLOCKS: dict[str, dict[str, Any]] = {
+    "ViT-S": dict(name="vit_small_patch16_224"),
+    "ViT-B": dict(name="vit_base_patch16_224"),
+}
+TINY: dict[str, dict[str, Any]] = {
+    "tiny": dict(name="vit_tiny_patch16_224", embed_dim=48, num_heads=3, img_size=32, patch_size=8)
+}
 BATCHES = (1, 8)
 TOKENS = 197
 ROWS = {"ViT-S": 24 * TOKENS, "ViT-B": 8 * TOKENS}
-"""Tokens a call at least: a tenth of a second or more."""
-GOALS = {"LoRA merged": 1.01, "RepAdapter merged": 1.01, "LoRA": 1.03, "RepAdapter": 1.04}
+"""Tokens in a call, at least: a tenth of a second or more."""
 
 
 class Convolutions(nn.Module):
@@ -35,7 +39,7 @@ class Convolutions(nn.Module):
     Args:
         base: The linear layer.
         hidden: Channels in the middle.
-        groups: Of the second convolution.
+        groups: Groups of the second convolution.
     """
 
     def __init__(self, base: nn.Linear, hidden: int = 8, groups: int = 2) -> None:
@@ -51,8 +55,8 @@ class Convolutions(nn.Module):
         return self.base(x.transpose(1, 2).contiguous())
 
 
-def ours(backbone: nn.Module, kind: AdapterSpec, merged: bool = False) -> nn.Module:
-    """Injects a kind, none of whose tensors stays at zero."""
+def adapted(backbone: nn.Module, kind: AdapterSpec, merged: bool = False) -> nn.Module:
+    """Inject a kind of adapter with random weights, none of them zero."""
     known = {id(p) for p in backbone.parameters()}
     inject(backbone, kind)
     for p in backbone.parameters():
@@ -64,7 +68,7 @@ def ours(backbone: nn.Module, kind: AdapterSpec, merged: bool = False) -> nn.Mod
 
 
 def peft_lora(backbone: nn.Module) -> nn.Module:
-    """Injects peft's LoRA of rank 8."""
+    """Inject peft's LoRA of rank 8."""
     from peft import LoraConfig, inject_adapter_in_model
 
     config = LoraConfig(r=8, lora_alpha=8, target_modules=["qkv"], init_lora_weights=False)
@@ -72,7 +76,7 @@ def peft_lora(backbone: nn.Module) -> nn.Module:
 
 
 def convolutions(backbone: nn.Module) -> nn.Module:
-    """Puts RepAdapter's convolutional form before attention and before the MLP."""
+    """Put RepAdapter's convolutional form in front of attention and of the MLP."""
     for name in ("blocks.0.attn.qkv", "blocks.0.mlp.fc1"):
         backbone.set_submodule(name, Convolutions(backbone.get_submodule(name)))  # type: ignore[arg-type]
     return backbone
@@ -81,74 +85,71 @@ def convolutions(backbone: nn.Module) -> nn.Module:
 ARMS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "bare": lambda backbone: backbone,
     "control": lambda backbone: backbone,
-    "LoRA merged": lambda backbone: ours(backbone, LoRA(), merged=True),
-    "RepAdapter merged": lambda backbone: ours(backbone, RepAdapter(), merged=True),
-    "LoRA": lambda backbone: ours(backbone, LoRA()),
-    "RepAdapter": lambda backbone: ours(backbone, RepAdapter()),
-    "Adapter": lambda backbone: ours(backbone, Adapter()),
-    "AdaptFormer": lambda backbone: ours(backbone, AdaptFormer()),
+    "LoRA merged": lambda backbone: adapted(backbone, LoRA(), merged=True),
+    "RepAdapter merged": lambda backbone: adapted(backbone, RepAdapter(), merged=True),
+    "LoRA": lambda backbone: adapted(backbone, LoRA()),
+    "RepAdapter": lambda backbone: adapted(backbone, RepAdapter()),
+    "Adapter": lambda backbone: adapted(backbone, Adapter()),
+    "AdaptFormer": lambda backbone: adapted(backbone, AdaptFormer()),
     "peft LoRA": peft_lora,
     "RepAdapter as conv1d": convolutions,
 }
 
 
 def make(arm: str, name: str, **options: Any) -> nn.Module:
-    """Makes an arm's block, in evaluation mode and laid out for a CPU."""
+    """Return an arm's block, in evaluation mode and laid out for a CPU."""
     torch.manual_seed(0)
     backbone = timm.create_model(name, num_classes=0, depth=1, **options)
     return lay_out_for_cpu(ARMS[arm](backbone).eval().get_submodule("blocks.0"))
 
 
+def repeat(block: nn.Module, x: Tensor, times: int) -> Callable[[], None]:
+    """Return a call that runs a block several times."""
+
+    def run() -> None:
+        for _ in range(times):
+            block(x)
+
+    return run
+
+
 @torch.inference_mode()
-def case(
-    name: str, batch: int, rounds: int, rows: int = TOKENS, tokens: int = TOKENS, **options: Any
-) -> dict[str, Any]:
-    """Times all arms at one batch size; ``options`` are timm's."""
+def case(options: dict[str, Any], batch: int, rounds: int, rows: int, tokens: int = TOKENS) -> Line:
+    """Time all arms at one batch size; arms whose package is missing are named in ``notes``."""
     notes, blocks = [], {}
     for arm in ARMS:
         try:
             with torch.inference_mode(False):
-                blocks[arm] = make(arm, name, **options)
+                blocks[arm] = make(arm, **options)
         except ImportError as error:
             notes.append(f"{arm}: {error}")
     width = blocks["bare"].norm1.weight.shape[0]  # type: ignore[union-attr, index]
     x = torch.randn(batch, tokens, width, generator=torch.Generator().manual_seed(1))
-    repeats = max(rows // (batch * tokens), 1)
-
-    def call(block: nn.Module) -> Callable[[], None]:
-        def run() -> None:
-            for _ in range(repeats):
-                block(x)
-
-        return run
-
-    seconds = interleave({arm: call(block) for arm, block in blocks.items()}, rounds)
-    result = {arm: ratio(seconds[arm], seconds["bare"]) for arm in blocks if arm != "bare"}
-    return {"control": result.pop("control"), "repeats": repeats, "ratios": result, "notes": notes, "seconds": seconds}
+    times = max(rows // (batch * tokens), 1)
+    seconds = interleave({arm: repeat(block, x, times) for arm, block in blocks.items()}, rounds)
+    ratios = {arm: ratio(seconds[arm], seconds["bare"]) for arm in blocks if arm != "bare"}
+    return {"control": ratios.pop("control"), "repeats": times, "ratios": ratios, "notes": notes, "seconds": seconds}
 
 
-def main() -> None:
-    """Runs what is not done yet and prints the table."""
-    args = arguments(__doc__ or "", "adapters.jsonl").parse_args()
+def rows(line: Line) -> list[Row]:
+    """Return the table row of a line: time divided by the bare block's."""
+    first: Row = {"block": line["key"]["block"], "batch": line["key"]["batch"], "control": control(line)}
+    return [first | line["ratios"]]
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run what is not done yet and print the table."""
+    args = arguments(__doc__ or "", "adapters.jsonl").parse_args(argv)
     torch.set_num_threads(1)
-    log = Log(args.out)
-    table = Table("block", "batch", "control", "arm", "time / bare block", "goal", "reached")
-    notes: list[str] = []
-    for block, name in BLOCKS.items():
+    log, lines = Log(args.out), []
+    for block, options in (TINY if args.tiny else BLOCKS).items():
         for batch in BATCHES:
-            if args.only not in f"{block}, batch {batch}":
-                continue
-            key = {"block": block, "batch": batch, "tokens": TOKENS, "rounds": args.rounds}
-            line = log.find(key) or log.add(key, **case(name, batch, args.rounds, ROWS[block]))
-            notes += line["notes"]
-            first = [block, str(batch), mark(line["control"])]
-            for arm, times in line["ratios"].items():
-                goal = GOALS.get(arm)
-                met = [f"{goal:.2f}", "yes" if times <= goal else "no"] if goal else ["", ""]
-                table.add_row(*first, arm, f"{times:.3f}", *met)
-                first = ["", "", ""]
-    Console(width=110).print(table)
-    print(*dict.fromkeys(notes), sep="\n")
+            if args.only in f"{block}, batch {batch}":
+                key = {"block": block, "batch": batch, "tokens": TOKENS, "rounds": args.rounds}
+                size = ROWS.get(block, TOKENS)
+                lines.append(log.find(key) or log.add(key, **case(options, batch, args.rounds, size)))
+    show((row for line in lines for row in rows(line)), "time / time of the bare block")
+    print(*dict.fromkeys(note for line in lines for note in line["notes"]), sep="\n")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""Three counts of the multiply-adds up to each exit of ten timm models, which must be the same integers.
+"""Count the MACs up to each exit of ten timm models in three ways, which must give the same integers.
 
     python benchmarks/cost.py
 
-Protocol: 224 pixels, 100 classes, an exit after every quarter of the blocks, Balanced heads on the way, no adapters.
-dynadapter.cost traces once with fvcore; torch's FlopCounterMode, halved, counts an eager run and is read at each exit;
-the formulas are written by hand. Compared is what all three count exactly: products, convolutions and attention. The
-light part, normalisation and pooling, is fvcore's estimate and stands beside. Shapes decide, so the weights are zeros.
-It takes about 20 s on one core.
+Protocol: 224 pixels, 100 classes, an exit after every quarter of the blocks, Balanced heads, no adapters.
+dynadapter.cost traces once with fvcore; torch's FlopCounterMode, halved (1 MAC = 2 FLOPs), counts an eager run and is
+read at each exit; the formulas are written by hand. The three are compared on what they all count: products,
+convolutions and attention. The light part, normalisation and pooling, is fvcore's estimate and is listed beside. The
+counts depend on shapes alone, so the weights are zeros. It takes about 20 s on one core.
 """
 
 import argparse
@@ -17,29 +17,29 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, machine
-from rich.console import Console
-from rich.table import Table
+from common import RESULTS, Line, Row, show
 
 from dynadapter import ExitNet, exit_costs
+from dynadapter.bench.timing import machine
 
-# The references are the tests' own.
+# The references are the tests' own
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 from cost_references import MODELS, SIDE, build, by_hand, by_torch
 
 CLASSES = 100
+COUNTERS = ("fvcore", "torch", "by_hand")
 
 
 def measure(name: str) -> dict[str, Any]:
-    """Counts one model in the three ways."""
+    """Count one model in the three ways."""
     architecture = MODELS[name]
     depth = len(architecture.parts(SIDE)[1])
     net = ExitNet(build(name, CLASSES), every=depth // 4)
     start = time.perf_counter()
     costs = exit_costs(net, SIDE)
     seconds = time.perf_counter() - start
-    row = {
-        "exits": net.exit_depths,
+    found = {
+        "exit_depths": net.exit_depths,
         "fvcore": [macs - light for macs, light in zip(costs.macs, costs.light, strict=True)],
         "torch": by_torch(net),
         "by_hand": by_hand(architecture, net.exit_depths, CLASSES),
@@ -47,40 +47,35 @@ def measure(name: str) -> dict[str, Any]:
         "backbone": costs.backbone,
         "trace_seconds": round(seconds, 2),
     }
-    return row | {"agree": row["fvcore"] == row["torch"] == row["by_hand"]}
+    return found | {"agree": found["fvcore"] == found["torch"] == found["by_hand"]}
 
 
-def lay_out(models: dict[str, dict[str, Any]]) -> Table:
-    """Makes a row for each exit of each model."""
-    table = Table(title=f"Multiply-adds up to each exit at {SIDE} px, heads on the way included")
-    table.add_column("model")
-    for title in ("after block", "fvcore", "FlopCounterMode / 2", "by hand", "agree", "with light, GMACs"):
-        table.add_column(title, justify="right")
-    for name, row in models.items():
-        for k, block in enumerate(row["exits"]):
-            counts = [row[counter][k] for counter in ("fvcore", "torch", "by_hand")]
-            agree = "yes" if len(set(counts)) == 1 else "NO"
-            total = f"{(row['fvcore'][k] + row['light'][k]) / 1e9:.3f}"
-            table.add_row(name if k == 0 else "", str(block), *(f"{count:,}" for count in counts), agree, total)
-        table.add_section()
-    return table
+def rows(result: Line) -> list[Row]:
+    """Return a table row for each exit of each model."""
+    found = []
+    for name, model in result["models"].items():
+        for k, depth in enumerate(model["exit_depths"]):
+            counts = {counter: model[counter][k] for counter in COUNTERS}
+            row: Row = {"model": "" if k else name, "after block": depth}
+            row |= {counter: f"{count:,}" for counter, count in counts.items()}
+            row["agree"] = "yes" if len(set(counts.values())) == 1 else "NO"
+            found.append(row | {"with light, GMACs": (model["fvcore"][k] + model["light"][k]) / 1e9})
+    return found
 
 
-def main() -> None:
-    """Counts, prints and writes; the exit status is 1 where the counts differ."""
+def main(argv: list[str] | None = None) -> None:
+    """Count, print and write; the exit status is 1 where the counts differ."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=RESULTS / "cost.json", help="the file to write")
     parser.add_argument("--only", default="", help="count only the models whose name contains this, and write nothing")
-    arguments = parser.parse_args()
-    models = {name: measure(name) for name in MODELS if arguments.only in name}
-    Console(width=None if sys.stdout.isatty() else 130).print(lay_out(models))
-    if not arguments.only:
-        protocol = " ".join((__doc__ or "").partition("Protocol: ")[2].split())
-        now = datetime.now(UTC).isoformat(timespec="seconds")
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        result = {"protocol": protocol, "machine": machine(), "time": now, "models": models}
-        arguments.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    if not all(row["agree"] for row in models.values()):
+    args = parser.parse_args(argv)
+    models = {name: measure(name) for name in MODELS if args.only in name}
+    result = {"machine": machine(), "time": datetime.now(UTC).isoformat(timespec="seconds"), "models": models}
+    show(rows(result))
+    if not args.only:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    if not all(model["agree"] for model in models.values()):
         raise SystemExit("the counts differ")
 
 

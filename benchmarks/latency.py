@@ -1,130 +1,186 @@
-"""What early exits save in time: per-sample routing against the static backbone, beside what the multiply-adds promise.
+"""Time per-sample routing against the static backbone, next to what the GMACs promise.
 
     python benchmarks/latency.py
     python benchmarks/latency.py --device cuda
 
 Protocol: one thread, CPU seconds of the process, arms interleaved call by call, medians of the ratios round by round.
-The static arm cuts its batch where that is faster for it. A control arm, the static one once more, runs in every round:
-where its ratio leaves 1 by more than 3 %, the run is void. Per-exit thresholds on the confidence are set so that the
-wanted shares leave at the four exits; weights are random, which changes nothing about the time. Efficiency is the
-speed-up over the static backbone divided by the speed-up in multiply-adds. "plain" runs whole blocks; "class first"
-computes the class token's row of the last block before an exit first, and has its own, smaller count. On a CPU all arms
-have their weights laid out for it (`lay_out_for_cpu`) but one, "static as it comes".
+The static arm cuts its batch into the chunks that are fastest for it. A control arm, the static one again, runs in
+every round; where its ratio differs from 1 by more than 3 %, the run is void. Thresholds per exit are set so that the
+given shares of samples exit at the four exits. The weights are random, which does not change the time. On a CPU all
+arms but "static as it comes" have their weights laid out for it (`lay_out_for_cpu`).
 
-Two more arms say where the time goes. "backbone, our blocks" is the whole backbone as ExitNet runs it. "stages alone"
-runs the stages on as many images as plain routing does, without heads, policy and gather: what routing could be at
-best, for small batches are slower an image than large ones. "of stages alone" is that time over routing's.
+"efficiency" is the speed-up over the static backbone divided by the speed-up in GMACs. "plain" runs whole blocks.
+"class first" computes the class token's row of the last block before an exit first, and has its own, smaller GMACs.
+"our blocks" is the static backbone run block by block as ExitNet runs it. "of stages alone" compares routing with its
+stages alone, run on as many images without heads, policy and gather: the best that routing could reach.
 
-On a GPU: ViT-B/16 in bfloat16, seconds between two events on the device, and from which batch on routing pays.
+On a GPU: ViT-B/16 in bfloat16, seconds between two events on the device.
 """
 
+import argparse
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from common import (
-    BACKBONES,
     SHARES,
+    Line,
     Log,
+    Row,
+    add_device,
     arguments,
-    best_chunk,
+    backbones,
     build,
+    control,
     images_a_call,
     interleave,
-    mark,
-    ratio,
+    noise,
+    place,
     shares_of,
+    show,
     thresholds,
 )
-from rich.console import Console
-from rich.table import Table
+from torch import Tensor, nn
 
 from dynadapter import Confidence, ExitNet, Policy, exit_costs
-from dynadapter.bench.timing import clock_of, percentile
+from dynadapter.bench.timing import best_chunk, clock_of, percentile, ratio
 from dynadapter.exits.net import CPU_CHUNK
 
-CASES = {
-    "cpu": (BACKBONES, (1, 8, 64), torch.float32),
-    "cuda": (
-        {"ViT-B/16, 224": dict(name="vit_base_patch16_224", img_size=224)},
-        (1, 2, 4, 8, 16, 32, 64, 128, 256),
-        torch.bfloat16,
-    ),
-}
-"""Backbones, batch sizes and type by device."""
+BATCHES = {"cpu": (1, 8, 64), "cuda": (1, 8, 64, 256)}
+WAYS = ("plain", "class first")
+ALL_LAST = Confidence(1.0)
+"""Runs every head, and no sample exits early."""
+
+
+class Nets(NamedTuple):
+    """The networks of one backbone, on one device.
+
+    ``static`` is the timm model, ``net`` the network around it, ``as_it_comes`` the same model whose weights are not
+    laid out (None on a GPU), ``exact`` a float32 network on the CPU to count GMACs.
+    """
+
+    static: nn.Module
+    net: ExitNet
+    as_it_comes: nn.Module | None
+    exact: ExitNet
+    size: int
+
+
+def prepare(options: dict[str, Any], device: str = "cpu", precision: str = "fp32") -> Nets:
+    """Build the networks of one backbone."""
+    laid_out = device == "cpu" and precision == "fp32"
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    static, net = build(**options, laid_out=laid_out)
+    other, exact = build(**options, laid_out=False)
+    net.to(device, dtype)
+    return Nets(static, net, other if laid_out else None, exact, int(options["img_size"]))
+
+
+def run_static(model: nn.Module, images: Tensor, batch: int, chunk: int) -> None:
+    """Run a model on whole batches, cut into chunks."""
+    for part in images.split(batch):
+        for piece in part.split(chunk):
+            model(piece)
+
+
+def run_routed(net: ExitNet, images: Tensor, batch: int, policy: Policy, class_first: bool) -> Tensor:
+    """Route whole batches and return the exit indices (images,)."""
+    return torch.cat([net.early(part, policy, class_first).exit_index for part in images.split(batch)])
+
+
+def run_stages(net: ExitNet, parts: tuple[Tensor, ...], counts: list[list[int]]) -> None:
+    """Run the stages alone, each on as many images as routing has left there."""
+    for part, left in zip(parts, counts, strict=True):
+        x = net.embed(part)
+        for k, count in enumerate(left):
+            if not count:
+                break
+            x = net.stage(k, x[:count])
+
+
+def routings(nets: Nets, images: Tensor, batch: int) -> dict[str, Callable[[], Tensor]]:
+    """Return the arms that route, by shares and way."""
+    policies: dict[str, Policy] = {name: thresholds(nets.net, images, share) for name, share in SHARES.items()}
+    policies["all last"] = ALL_LAST
+    return {
+        f"{name} {way}": partial(run_routed, nets.net, images, batch, policy, way == "class first")
+        for name, policy in policies.items()
+        for way in WAYS
+    }
+
+
+def stages_alone(nets: Nets, images: Tensor, batch: int, arms: dict[str, Callable[[], Tensor]]) -> dict[str, Any]:
+    """Return the arms that run stages alone, on as many images as plain routing leaves to each."""
+    chunk = CPU_CHUNK if images.device.type == "cpu" else batch
+    parts = tuple(part for call in images.split(batch) for part in call.split(chunk))
+    found = {}
+    for name in SHARES:
+        exits = arms[f"{name} plain"]().split([len(part) for part in parts])
+        left = [[int((part >= k).sum()) for k in range(nets.net.num_exits)] for part in exits]
+        found[f"{name} stages alone"] = partial(run_stages, nets.net, parts, left)
+    return found
 
 
 @torch.inference_mode()
-def case(
-    backbone: torch.nn.Module, net: ExitNet, as_it_comes: torch.nn.Module, batch: int, size: int, rounds: int
-) -> dict[str, Any]:
-    """Times the static backbone, the control and each routing at one batch size, on the network's device."""
-    like = next(backbone.parameters())
-    images = torch.randn(images_a_call(batch), 3, size, size, generator=torch.Generator().manual_seed(1)).to(like)
+def case(nets: Nets, batch: int, rounds: int) -> Line:
+    """Time the static backbone, the control and each routing at one batch size."""
+    like = next(nets.static.parameters())
+    images = noise(images_a_call(batch), nets.size).to(like)
+    routed = routings(nets, images, batch)
 
-    def static(chunk: int, model: torch.nn.Module = backbone) -> Callable[[], object]:
-        return lambda: [model(part) for call in images.split(batch) for part in call.split(chunk)]
+    def static(chunk: int, model: nn.Module = nets.static) -> Callable[[], None]:
+        return partial(run_static, model, images, batch, chunk)
 
-    def routed(policy: Policy, class_first: bool) -> Callable[[], torch.Tensor]:
-        return lambda: torch.cat([net.early(part, policy, class_first).exit_index for part in images.split(batch)])
-
-    routings: dict[str, Callable[[], torch.Tensor]] = {}
-    for name, share in SHARES.items():
-        policy = thresholds(net, images, share)
-        routings[f"{name} plain"], routings[f"{name} class first"] = routed(policy, False), routed(policy, True)
-    nobody = Confidence(1.0)  # every head is asked; Never() would run none of the early ones
-    routings["all last plain"], routings["all last class first"] = routed(nobody, False), routed(nobody, True)
-    parts = [
-        part for call in images.split(batch) for part in call.split(CPU_CHUNK if like.device.type == "cpu" else batch)
-    ]
-    costs = {way: exit_costs(net, size, class_first=way == "class first") for way in ("plain", "class first")}
-    reached = {name: shares_of(arm(), net.num_exits) for name, arm in routings.items()}
     chunk = best_chunk(static, batch, clock_of(like.device, 1), like.device)
-    alone = {}
-    for name in SHARES:
-        exits = routings[f"{name} plain"]().split([len(part) for part in parts])
-        left = [[int((part >= k).sum()) for k in range(net.num_exits)] for part in exits]
-        alone[f"{name} stages alone"] = lambda left=left: [
-            _stages(net, part, n) for part, n in zip(parts, left, strict=True)
-        ]
-    arms = {**routings, **alone, "static": static(chunk), "control": static(chunk)}
-    arms |= {"backbone, our blocks": static(chunk, net.at(-1)), "static as it comes": static(chunk, as_it_comes)}
+    arms: dict[str, Callable[[], Any]] = {**routed, **stages_alone(nets, images, batch, routed)}
+    arms |= {"static": static(chunk), "control": static(chunk), "our blocks": static(chunk, nets.net.at(-1))}
+    if nets.as_it_comes is not None:
+        arms["static as it comes"] = static(chunk, nets.as_it_comes)
     seconds = interleave(arms, rounds, device=str(like.device))
-    result: dict[str, Any] = {
+    line: Line = {
         "control": ratio(seconds["control"], seconds["static"]),
         "static_chunk": chunk,
-        "our_blocks": ratio(seconds["static"], seconds["backbone, our blocks"]),
-        "laid_out": ratio(seconds["static as it comes"], seconds["static"]),
         "milliseconds": {name: 1000 * percentile(taken, 0.5) / len(images) for name, taken in seconds.items()},
         "seconds": seconds,
+        "our_blocks": ratio(seconds["static"], seconds["our blocks"]),
     }
-    for name in routings:
-        cost = costs["class first" if name.endswith("class first") else "plain"]
-        promise = cost.backbone / cost.average(reached[name])
-        speedup = ratio(seconds["static"], seconds[name])
-        result[name] = {
-            "shares": reached[name],
-            "mac_speedup": promise,
-            "speedup": speedup,
-            "efficiency": speedup / promise,
-            "over_plain": ratio(seconds[name.replace("class first", "plain")], seconds[name]),
-        }
+    if nets.as_it_comes is not None:
+        line["laid_out"] = ratio(seconds["static as it comes"], seconds["static"])
+    costs = {way: exit_costs(nets.exact, nets.size, class_first=way == "class first") for way in WAYS}
+    for name, arm in routed.items():
+        way = "class first" if name.endswith("class first") else "plain"
+        shares, speedup = shares_of(arm(), nets.net.num_exits), ratio(seconds["static"], seconds[name])
+        promise = costs[way].backbone / costs[way].average(shares)
+        line[name] = {"shares": shares, "mac_speedup": promise, "speedup": speedup, "efficiency": speedup / promise}
+        line[name]["over_plain"] = ratio(seconds[name.replace("class first", "plain")], seconds[name])
     for name in SHARES:
-        result[f"{name} plain"]["of_stages_alone"] = ratio(seconds[f"{name} stages alone"], seconds[f"{name} plain"])
-    return result
+        alone = ratio(seconds[f"{name} stages alone"], seconds[f"{name} plain"])
+        line[f"{name} plain"]["of_stages_alone"] = alone
+    return line
 
 
-def _stages(net: ExitNet, images: torch.Tensor, left: list[int]) -> None:
-    """Runs each stage on so many images."""
-    x = net.embed(images)
-    for k, count in enumerate(left):
-        if not count:
-            break
-        x = net.stage(k, x[:count])
+def rows(line: Line) -> list[Row]:
+    """Return the table rows of a line."""
+    times = line["milliseconds"]
+    first: Row = {"backbone": line["key"]["backbone"], "batch": line["key"]["batch"], "control": control(line)}
+    found: list[Row] = [first | {"arm": "static", "ms an image": times["static"]}]
+    speeds = {"our blocks": line["our_blocks"]}
+    if "laid_out" in line:
+        speeds["static as it comes"] = 1 / line["laid_out"]
+    found += [{"arm": name, "ms an image": times[name], "speed-up": speed} for name, speed in speeds.items()]
+    for name, got in line.items():
+        if isinstance(got, dict) and "efficiency" in got:
+            row = {"arm": name, "shares, %": "/".join(f"{100 * share:.0f}" for share in got["shares"])}
+            columns = {"GMACs speed-up": "mac_speedup", "speed-up": "speedup", "efficiency": "efficiency"}
+            columns |= {"over plain": "over_plain", "of stages alone": "of_stages_alone"}
+            values = {title: got.get(column) for title, column in columns.items()}
+            found.append(row | {"ms an image": times[name]} | values)
+    return found
 
 
-def pays_from(lines: dict[int, dict[str, Any]], routing: str) -> int | None:
-    """Gives the smallest batch from which on routing is faster than the static backbone at every larger one."""
+def pays_from(lines: dict[int, Line], routing: str) -> int | None:
+    """Return the smallest batch from which on routing is faster than static at every larger one, or None."""
     found = None
     for batch in sorted(lines, reverse=True):
         if lines[batch][routing]["speedup"] <= 1:
@@ -133,69 +189,37 @@ def pays_from(lines: dict[int, dict[str, Any]], routing: str) -> int | None:
     return found
 
 
-def main() -> None:
-    """Runs what is not done yet and prints the table."""
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """Read the command line."""
     parser = arguments(__doc__ or "", "latency.jsonl")
-    parser.add_argument("--device", default="cpu", choices=list(CASES))
-    parser.add_argument("--batches", type=int, nargs="+", help="images a call; by default those of the device")
-    args = parser.parse_args()
-    backbones, batches, dtype = CASES[args.device]
-    device_key: dict[str, str] = {}
-    if args.device == "cuda":
-        if not torch.cuda.is_available():
-            raise SystemExit("torch finds no CUDA device here; leave --device out")
-        device_key = {"device": "cuda", "gpu": torch.cuda.get_device_name(), "type": str(dtype)}
-    torch.set_num_threads(1)
-    log = Log(args.out)
-    table = Table(
-        "backbone",
-        "batch",
-        "control",
-        "routing",
-        "shares",
-        "ms an image",
-        "MAC speed-up",
-        "speed-up",
-        "efficiency",
-        "over plain",
-        "of stages alone",
-    )
-    pays = []
-    for name, options in backbones.items():
-        if args.only not in name:
-            continue
-        backbone, net = build(**options, laid_out=args.device == "cpu")
-        as_it_comes, _ = build(**options, laid_out=False)
-        net.to(args.device, dtype)
-        as_it_comes.to(args.device, dtype)
-        lines, size = {}, int(options["img_size"])
-        for batch in args.batches or batches:
-            arms = "plain, class first, stages alone, as it comes"
-            key = {"backbone": name, "batch": batch, "rounds": args.rounds, "arms": arms, **device_key}
-            line = log.find(key) or log.add(key, **case(backbone, net, as_it_comes, batch, size, args.rounds))
-            lines[batch], times = line, line["milliseconds"]
-            table.add_row(name, str(batch), mark(line["control"]), "static", "", _milliseconds(times, "static"))
-            ours = "backbone, our blocks"
-            table.add_row("", "", "", ours, "", _milliseconds(times, ours), "1.00x", f"{line['our_blocks']:.2f}x")
-            plain, slower = "static as it comes", f"{1 / line['laid_out']:.2f}x"
-            table.add_row("", "", "", plain, "", _milliseconds(times, plain), "1.00x", slower)
-            for routing, got in line.items():
-                if isinstance(got, dict) and "efficiency" in got:
-                    shares = "/".join(f"{100 * s:.0f}" for s in got["shares"])
-                    factors = (f"{got[key]:.2f}x" for key in ("mac_speedup", "speedup"))
-                    alone = f"{got['of_stages_alone']:.3f}" if "of_stages_alone" in got else ""
-                    cells = (*factors, f"{got['efficiency']:.3f}", f"{got['over_plain']:.3f}", alone)
-                    table.add_row("", "", "", routing, shares, _milliseconds(times, routing), *cells)
+    add_device(parser)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run what is not done yet and print the table."""
+    args = parse(argv)
+    device, log, table, notes = place(args), Log(args.out), [], []
+    for name, options in backbones(args).items():
+        lines, nets = {}, None
+        for batch in args.batches or BATCHES[args.device]:
+            key = {"backbone": name, "batch": batch, "rounds": args.rounds, **device}
+            line = log.find(key)
+            if line is None:
+                nets = nets or prepare(options, args.device, args.precision)
+                try:
+                    line = log.add(key, **case(nets, batch, args.rounds))
+                except torch.OutOfMemoryError:
+                    notes.append(f"{name}: a batch of {batch} does not fit in the memory of the device")
+                    continue
+            lines[batch] = line
+            table += rows(line)
         for share in SHARES:
-            batch = pays_from(lines, f"{share} class first")
-            words = f"from batch {batch} on" if batch else "at no batch size that was run"
-            pays.append(f"{name}: routing at {share} with the class token first is faster than the backbone {words}")
-    Console(width=170).print(table)
-    print(*pays, sep="\n")
-
-
-def _milliseconds(times: dict[str, float], name: str) -> str:
-    return f"{times[name]:.3f}" if name in times else ""
+            first = pays_from(lines, f"{share} class first")
+            words = f"from batch {first} on" if first else "at no batch size that was run"
+            notes.append(f"{name}: routing at {share}, class first, is faster than static {words}")
+    show(table)
+    print(*notes, sep="\n")
 
 
 if __name__ == "__main__":

@@ -1,148 +1,280 @@
-"""Writes RESULTS.md and its figures from the lines that transfer.py left. It trains nothing and measures nothing.
+"""Write RESULTS.md and its figures from the JSON lines in results/. It trains nothing and measures nothing.
 
-    python benchmarks/report.py                      # results/transfer.jsonl -> RESULTS.md, figures/*.svg
-    python benchmarks/report.py --readme README.md   # and the small table between the README's two markers
+    python benchmarks/report.py
 
-What a log does not have is named, and the rest is printed. The same lines give the same bytes. Text in
-``results/notes.md``, beside the log, is taken over as it stands: what was learned, by whoever ran the benchmark. Where
-``results/drawn.jsonl`` is there, searches on tasks that ``drawn.py`` draws, recipes are compared on those, too.
+Reads the lines of the timing programs and those of ``dynadapter sweep`` (``results/transfer.jsonl``). The same lines
+give the same bytes. Needs pandas and matplotlib: ``pip install 'dynadapter[bench]'``.
 """
 
 import argparse
-import os
-import re
+import importlib
+import inspect
+import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
-import figures
-from findings import NAMES, dyn, settings
-from recipes import DEFAULT, recipe
-from runs import Line, read_lines
-from sections import Section
-from transfer import GOAL, OUT
+import matplotlib
+import pandas as pd
+from common import RESULTS, Line, Row, cell
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from dynadapter.bench.timing import is_void
 
 HERE = Path(__file__).parent
-BEGIN, END = "<!-- results -->", "<!-- /results -->"
-DRAWN = "drawn.jsonl"
+TRANSFER = "transfer.jsonl"
+FINAL = "train800val200"
+NO_ACCURACY = (
+    "There are no accuracy tables. The former ones were removed because a second trainer in this folder had made them, "
+    "and not the product; `dynadapter sweep` makes the next ones."
+)
+SECTIONS: list[tuple[str, str, str]] = [
+    ("Training step", "training", "training.jsonl"),
+    ("Training step on a GPU", "training", "gpu_step.jsonl"),
+    ("Routing a batch", "latency", "latency.jsonl"),
+    ("Routing a batch on a GPU", "latency", "gpu_routing.jsonl"),
+    ("torch.compile by stage on a GPU", "stage_compile", "gpu_compile.jsonl"),
+    ("Token merging", "token_merging", "token_merging.jsonl"),
+    ("A block with an adapter", "adapters", "adapters.jsonl"),
+    ("Serving", "serving", "serving.jsonl"),
+]
+"""Title, program and file of each section on time."""
 
 
-# ---- the documents ---------------------------------------------------------------------------------------------------
+# ---- reading and printing
 
 
-def document(
-    lines: list[Line], name: str, folder: Path, link: str, shown: str, notes: str, drawn: Sequence[Line] = ()
-) -> str:
-    """Gives RESULTS.md; draws its figures on the way.
+def read(path: Path) -> list[Line]:
+    """Return the lines of a file; none where there is no file.
 
-    Args:
-        lines: Of the log.
-        name: The log's, for the text.
-        folder: For the figures.
-        link: Of that folder, as the document sees it.
-        shown: The recipe with exits that tables show.
-        notes: Text on what was learned; empty leaves that section out.
-        drawn: Lines of the phase search on drawn tasks.
+    Raises:
+        ValueError: If a line is not JSON.
     """
+    lines = []
+    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines() if path.exists() else (), start=1):
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            raise ValueError(f"{path}:{number} is not JSON; a run was cut short: delete that line") from None
+    return lines
+
+
+def markdown(frame: pd.DataFrame) -> str:
+    """Return a table as Markdown; numbers are right-aligned, missing values stay empty."""
+    frame = frame.astype(object).where(frame.notna(), None)
+    numeric = [frame[name].map(lambda value: isinstance(value, int | float)).any() for name in frame.columns]
+    rows = [list(frame.columns), ["---:" if right else "---" for right in numeric]]
+    rows += [[cell(value) for value in row] for row in frame.values.tolist()]
+    return "".join(f"| {' | '.join(map(str, row))} |\n" for row in rows)
+
+
+def protocol(program: ModuleType) -> str:
+    """Return the paragraphs of a program's docstring behind its command, as Markdown."""
+    first, *rest = inspect.cleandoc(program.__doc__ or "").split("\n\n")
+    words = "\n\n".join([first, *(text for text in rest if not text.startswith("    python"))])
+    return words.replace("``", "`") + "\n"
+
+
+def place(line: Line) -> str:
+    """Return the machine of a line in words."""
+    found, memory = line["machine"], line.get("key", {}).get("memory")
+    words = f"{found.get('gpu', found['cpu'])}, Python {found['python']}, torch {found['torch']}, timm {found['timm']}"
+    return words + (f"; {', '.join(f'{name}={value}' for name, value in memory.items())}" if memory else "")
+
+
+def by_machine(lines: Iterable[Line]) -> dict[str, list[Line]]:
+    """Return the lines of each machine, in the order of the file."""
+    groups: dict[str, list[Line]] = {}
+    for line in lines:
+        groups.setdefault(place(line), []).append(line)
+    return groups
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure as SVG, the same bytes for the same figure."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with matplotlib.rc_context({"svg.hashsalt": "dynadapter"}):
+        figure.savefig(path, metadata={"Date": None})
+
+
+# ---- accuracy
+
+
+def transfer_frame(lines: Iterable[Line]) -> pd.DataFrame:
+    """Return a row for each exit, and for the policy, of each final run of a sweep; accuracy in %."""
+    rows: list[Row] = []
+    for line in lines:
+        run = line["run"]
+        if run["split"] != FINAL or "failed" in line:
+            continue
+        readings = {f"exit {one['exit']}": one for one in line["exits"]} | {"policy": line["policy"]}
+        for reading, one in readings.items():
+            row: Row = {name: run[name] for name in ("task", "adapter", "recipe", "seed")}
+            row |= {"reading": reading, "accuracy": 100 * one["accuracy"], "cost": one["percent_of_static"]}
+            rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def over_seeds(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return the mean over tasks and then over seeds, with its deviation over seeds, by adapter, recipe and reading.
+
+    Only seeds that have every task of the sweep count.
+    """
+    names, tasks = ["adapter", "recipe", "reading"], frame["task"].nunique()
+    by_seed = frame.groupby([*names, "seed"], sort=False).agg(
+        tasks=("task", "nunique"), accuracy=("accuracy", "mean"), cost=("cost", "mean")
+    )
+    whole = by_seed[by_seed["tasks"] == tasks].groupby(names, sort=False)
+    return whole.agg(
+        accuracy=("accuracy", "mean"), deviation=("accuracy", "std"), cost=("cost", "mean"), seeds=("cost", "size")
+    ).reset_index()
+
+
+def transfer_table(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return accuracy by task and over all tasks, for the policy of each adapter and recipe."""
+    policy = frame[frame["reading"] == "policy"]
+    table = policy.pivot_table(values="accuracy", index=["adapter", "recipe"], columns="task", sort=False).round(1)
+    means = over_seeds(policy).set_index(["adapter", "recipe"]).reindex(table.index)
+    table["mean"] = means["accuracy"].round(1)
+    table["± over seeds"] = means["deviation"].round(1)
+    table["seeds"] = means["seeds"]
+    table["% of static"] = means["cost"].round(1)
+    return table.reset_index()
+
+
+def draw_transfer(means: pd.DataFrame) -> Figure:
+    """Draw mean accuracy over cost: a line through the exits of each arm, and a star at its policy."""
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes: Axes = figure.subplots()
+    for number, ((adapter, recipe), arm) in enumerate(means.groupby(["adapter", "recipe"], sort=False)):
+        exits, policy = arm[arm["reading"] != "policy"], arm[arm["reading"] == "policy"]
+        axes.plot(exits["cost"], exits["accuracy"], "o-", color=f"C{number}", label=f"{adapter}, {recipe}")
+        axes.plot(policy["cost"], policy["accuracy"], "*", color=f"C{number}", markersize=14, markeredgecolor="black")
+    axes.set(xlabel="cost in % of static", ylabel="test accuracy in %, mean of tasks", xlim=(0, None))
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small", title="★ by the policy")
+    return figure
+
+
+def accuracy_section(results: Path, figures: Path) -> str:
+    """Return the section on accuracy."""
+    frame = transfer_frame(read(results / TRANSFER))
+    if frame.empty:
+        return f"## Accuracy\n\n{NO_ACCURACY}\n"
+    means = over_seeds(frame)
+    save(draw_transfer(means), figures / "accuracy.svg")
+    words = (
+        "Top-1 accuracy in % on the test images, by the exit policy that val200 chose; means over seeds, with their "
+        "sample deviation. % of static: GMACs over those of the static network."
+    )
+    exits = means[means["reading"] != "policy"].drop(columns="seeds").round(1)
     parts = [
-        "# Transfer to tasks, with early exits and without\n",
-        f"Printed by `python benchmarks/report.py` from the {len(lines)} lines of `{name}`; nothing here is typed by "
-        "hand"
-        + (", but the last section" if notes else "")
-        + ". X is a kind of adapter on the frozen backbone without exits, Dyn-X the same with them.\n",
+        "## Accuracy\n",
+        words + "\n",
+        markdown(transfer_table(frame)),
+        "![accuracy over cost](figures/accuracy.svg)\n",
     ]
-    found = settings(lines, shown)
-    apart = settings(drawn, found[0].recipe if found else shown)
-    for number, setting in enumerate(found):
-        prefix = "" if number == 0 else re.sub(r"[^\w]+", "-", f"{setting.backbone}-{setting.epochs}-{setting.batch}-")
-        parts.append(f"## {setting.backbone.partition(':')[0]}, {setting.epochs} epochs\n")
-        parts.append(Section(setting, folder, prefix, link, apart[0] if apart and number == 0 else None).text())
-    for number, setting in enumerate(apart):
-        images = max(line["samples"] for line in setting.lines)
-        parts.append(f"## {setting.backbone.partition(':')[0]}, {setting.epochs} epochs, drawn tasks\n")
-        parts.append(
-            f"`drawn.py` draws these tasks, with {images:,} validation images each ({len(setting.lines)} lines of "
-            f"`{DRAWN}`): enough to tell differences that 200 cannot. What is called val200 here are those.\n"
-        )
-        parts.append(Section(setting, folder, f"drawn-{number}-" if number else "drawn-", link).searched())
-    if notes:
-        parts.append(f"## What was tried, and what was learned\n\n{notes.strip()}\n")
+    return "\n".join([*parts, "Every exit, mean of the tasks:\n", markdown(exits)])
+
+
+# ---- time and cost
+
+
+def draw_routing(lines: list[Line]) -> Figure:
+    """Draw the speed-up of routing over what its GMACs promise, for every line that is not void."""
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes: Axes = figure.subplots()
+    lines = [line for line in lines if not is_void(line["control"])]
+    names = list(dict.fromkeys(f"{line['key']['backbone']}, batch {line['key']['batch']}" for line in lines))
+    for number, name in enumerate(names):
+        arms = [
+            got
+            for line in lines
+            if f"{line['key']['backbone']}, batch {line['key']['batch']}" == name
+            for got in line.values()
+            if isinstance(got, dict) and "efficiency" in got
+        ]
+        points = [(got["mac_speedup"], got["speedup"]) for got in arms]
+        axes.plot(*zip(*points, strict=True), "os^vDP<>"[number % 8], color=f"C{number}", label=name, alpha=0.8)
+    most = axes.get_xlim()[1]
+    axes.plot([0.8, most], [0.8, most], color="grey", linewidth=1, label="as the GMACs promise")
+    axes.set(xlabel="speed-up in GMACs over static", ylabel="speed-up in time over static")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    return figure
+
+
+def time_section(title: str, name: str, lines: list[Line], figures: Path) -> str:
+    """Return a section on time: what the program measures, and a table for each machine."""
+    program = importlib.import_module(name)
+    parts = [f"## {title}\n", protocol(program)]
+    kinds: dict[str, list[Line]] = {}
+    for line in lines:
+        kinds.setdefault(line["key"].get("part", ""), []).append(line)
+    for kind, some in kinds.items():
+        parts += [f"### {title}: {kind}\n"] if kind else []
+        for machine, own in by_machine(some).items():
+            parts += [
+                f"On {machine}:\n",
+                markdown(pd.DataFrame([row for line in own for row in program.rows(line)], dtype=object)),
+            ]
+    if name == "latency":
+        file = f"{title.lower().replace(' ', '-')}.svg"
+        save(draw_routing(lines), figures / file)
+        parts.append(f"![speed-up in time over speed-up in GMACs](figures/{file})\n")
     return "\n".join(parts)
 
 
-def between(text: str, content: str, path: Path) -> str:
-    """Puts text between the two markers of a document.
+def cost_section(results: Path) -> str:
+    """Return the section on counted GMACs; empty where nothing was counted."""
+    path = results / "cost.json"
+    if not path.exists():
+        return ""
+    import cost
 
-    Raises:
-        ValueError: It has not exactly these two, in this order.
-    """
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(END) < text.index(BEGIN):
-        raise ValueError(f"{path} needs one line {BEGIN} and after it one line {END}; the table goes between them")
-    return f"{text[: text.index(BEGIN) + len(BEGIN)]}\n{content}{text[text.index(END) :]}"
-
-
-def arguments(argv: list[str] | None) -> argparse.Namespace:
-    """Reads the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lines", type=Path, default=OUT, help="what transfer.py wrote")
-    parser.add_argument("--out", type=Path, default=HERE / "RESULTS.md", help="the document")
-    parser.add_argument("--figures", type=Path, help="folder for the figures; by default figures/ beside --out")
-    parser.add_argument("--recipe", default=DEFAULT, help="the recipe with exits that tables and figures show")
-    parser.add_argument("--readme", type=Path, help=f"a file with {BEGIN} and {END}: puts the small table between them")
-    group = parser.add_argument_group("a grid of images that leave first and last; mind the images' terms")
-    group.add_argument("--leavers", type=Path, help="file to draw it to (.png or .svg)")
-    group.add_argument("--data", type=Path, help="folder that holds the tasks")
-    group.add_argument("--keep", type=Path, help="folder in which transfer.py --keep left its logits")
-    group.add_argument("--method", default="lora", choices=[*NAMES], help="the kind that is shown")
-    return parser.parse_args(argv)
+    result = json.loads(path.read_text(encoding="utf-8"))
+    return "\n".join(
+        [
+            "## Counting\n",
+            protocol(cost),
+            f"On {place(result)}:\n",
+            markdown(pd.DataFrame(cost.rows(result), dtype=object)),
+        ]
+    )
 
 
-def report(args: argparse.Namespace) -> None:
-    """Writes what was asked for.
+# ---- the document
 
-    Raises:
-        ValueError: There are no lines, or something that was asked for cannot be made of them.
-    """
-    lines = read_lines(args.lines)
-    if not lines:
-        raise ValueError(f"{args.lines} has no lines; run transfer.py first, or give --lines")
-    recipe(args.recipe)
-    first = settings(lines, args.recipe)[0]
-    small = Section(first, HERE, "", "").short()
-    if args.readme and not small:
-        raise ValueError(f"{args.lines} has no final runs of X and Dyn-X yet: there is no table for {args.readme}")
-    folder = args.figures or args.out.parent / "figures"
-    link = Path(os.path.relpath(folder, args.out.parent)).as_posix()
-    notes = args.lines.parent / "notes.md"
-    told_notes = notes.read_text(encoding="utf-8") if notes.is_file() else ""
-    name = args.lines.resolve()
-    shown = name.relative_to(HERE.parent).as_posix() if name.is_relative_to(HERE.parent) else name.name
-    drawn = args.lines.with_name(DRAWN)
-    text = document(lines, shown, folder, link, args.recipe, told_notes, read_lines(drawn) if drawn.is_file() else ())
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(text, encoding="utf-8")
-    print(f"wrote {args.out} from {len(lines)} lines, and figures in {folder}")
-    if args.readme:
-        args.readme.write_text(between(args.readme.read_text(encoding="utf-8"), small, args.readme), encoding="utf-8")
-        print(f"wrote the table in {args.readme}")
-    if args.leavers:
-        if args.data is None or args.keep is None:
-            raise ValueError("--leavers needs --data, the tasks, and --keep, the logits of the final runs")
-        shown_tasks = figures.leavers(args.leavers, first, args.method, GOAL, args.data, args.keep)
-        if not shown_tasks:
-            raise ValueError(
-                f"{args.keep} has no logits of final runs of {dyn(args.method)} whose images are in {args.data}"
-            )
-        print(f"wrote {args.leavers}: {', '.join(shown_tasks)}; mind the images' terms before you pass it on")
+
+def document(results: Path, figures: Path) -> str:
+    """Return RESULTS.md; write its figures."""
+    parts = [
+        "# Results\n",
+        "`python benchmarks/report.py` prints this page from the files in `benchmarks/results`; none of it is typed.\n",
+        accuracy_section(results, figures),
+    ]
+    for title, program, file in SECTIONS:
+        if lines := read(results / file):
+            parts.append(time_section(title, program, lines, figures))
+    return "\n".join(part for part in [*parts, cost_section(results)] if part)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Runs the program; a user's mistake is one line and exit code 2."""
+    """Write the document; a user's mistake is one line and exit code 2."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder with the JSON lines")
+    parser.add_argument("--out", type=Path, default=HERE / "RESULTS.md", help="the document; figures/ lies beside it")
+    args: Any = parser.parse_args(argv)
     try:
-        report(arguments(argv))
+        text = document(args.results, args.out.parent / "figures")
+        args.out.write_text(text, encoding="utf-8")
     except (ValueError, OSError) as error:
         print(f"report.py: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    print(f"wrote {args.out}")
 
 
 if __name__ == "__main__":

@@ -296,7 +296,7 @@ def test_type_and_context_of_the_run_do_not_matter():
     assert all(block._compiled_call_impl is not None for block in compiled.backbone.blocks)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.cuda
 def test_a_network_on_a_gpu_costs_the_same():
     state = torch.cuda.get_rng_state()
     assert exit_costs(small_net().cuda().half()) == exit_costs(small_net())

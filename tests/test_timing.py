@@ -1,14 +1,7 @@
-"""Timing: what is counted and in which order, shares that come out, and the benchmark programs on a small backbone."""
+"""Timing: clocks, order of the arms, ratios, thresholds for given shares."""
 
-import copy
-import json
-import os
 import statistics
-import sys
 import time
-from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import pytest
 import torch
@@ -31,14 +24,13 @@ from dynadapter.bench.timing import (
 )
 from dynadapter.exits.policies import route
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 CPU = torch.device("cpu")
 
 
 # ---- clocks
 
 
-def test_every_arm_runs_in_every_round_and_the_order_changes():
+def test_arms_run_once_a_round_in_new_order():
     seen: list[str] = []
     arms = {name: (lambda name=name: seen.append(name)) for name in "abc"}
     times = interleave(arms, rounds=20, warmup=3)
@@ -50,7 +42,7 @@ def test_every_arm_runs_in_every_round_and_the_order_changes():
     assert all(len(arm.cpu) == len(arm.wall) == 20 and not arm.device for arm in times.values())
 
 
-def test_the_order_is_the_same_every_time():
+def test_order_is_reproducible():
     orders = []
     for _ in range(2):
         seen: list[str] = []
@@ -59,7 +51,7 @@ def test_the_order_is_the_same_every_time():
     assert orders[0] == orders[1]
 
 
-def test_the_calls_of_an_arm_follow_each_other_and_are_timed_one_by_one():
+def test_calls_of_an_arm_are_timed_one_by_one():
     seen: list[int] = []
     ticks: list[None] = []
     times = interleave(
@@ -71,13 +63,13 @@ def test_the_calls_of_an_arm_follow_each_other_and_are_timed_one_by_one():
     assert len(times["one"].calls("cpu")) == 6
 
 
-def test_sleep_takes_time_on_the_wall_and_none_of_the_processor():
+def test_sleep_counts_on_the_wall_clock_alone():
     times = interleave({"sleep": lambda: time.sleep(0.02)}, 3)["sleep"]
     assert min(times.rounds("wall")) >= 0.02
     assert max(times.rounds("cpu")) < 0.02
 
 
-def test_on_a_gpu_events_count_and_the_device_is_waited_for(monkeypatch):
+def test_gpu_times_are_between_two_events(monkeypatch):
     done: list[str] = []
 
     class Event:
@@ -99,20 +91,20 @@ def test_on_a_gpu_events_count_and_the_device_is_waited_for(monkeypatch):
     assert len(times.cpu) == len(times.wall) == 2
 
 
-def test_rounds_add_up_their_calls():
+def test_rounds_sum_their_calls():
     times = Times([[1.0, 2.0], [3.0]], [[4.0], [5.0]], [])
     assert times.rounds("cpu") == [3.0, 3.0]
     assert times.calls("cpu") == [1.0, 2.0, 3.0]
     assert times.rounds("device") == []
 
 
-def test_the_clock_that_counts():
+def test_clock_by_device_and_threads():
     assert clock_of(CPU, 1) == "cpu"
     assert clock_of(CPU, 2) == "wall"
     assert clock_of(torch.device("cuda"), 1) == "device"
 
 
-def test_a_ratio_is_the_median_round_by_round():
+def test_ratio_is_the_median_of_rounds():
     assert ratio([2, 4, 30], [1, 2, 3]) == 2
     with pytest.raises(ValueError, match="zip"):
         ratio([1, 2], [1])
@@ -120,18 +112,18 @@ def test_a_ratio_is_the_median_round_by_round():
 
 @given(st.lists(st.floats(0, 1e3), min_size=1, max_size=30))
 @settings(deadline=None, max_examples=30)
-def test_the_middle_percentile_is_the_median(values):
+def test_percentiles_of_a_list(values):
     assert percentile(values, 0.5) == pytest.approx(statistics.median(values))
     assert percentile(values, 0) == min(values)
     assert percentile(values, 1) == max(values)
 
 
-def test_void():
+def test_void_beyond_three_percent():
     assert not any(map(is_void, (1.0, 0.971, 1.029)))
     assert all(map(is_void, (0.96, 1.04, float("nan"))))
 
 
-def test_the_best_chunk_is_the_fastest():
+def test_best_chunk_is_the_fastest():
     def make(chunk: int):
         return lambda: time.sleep(0.001 if chunk == 16 else 0.02)
 
@@ -140,14 +132,14 @@ def test_the_best_chunk_is_the_fastest():
     assert best_chunk(make, 17, "wall") == 16
 
 
-def test_the_machine_has_a_name_and_what_is_not_installed_is_left_out():
+def test_machine_names_installed_packages():
     found = machine(("torch", "no-such-package"))
     assert found["cpu"] == cpu_name() != ""
     assert found["torch"] == torch.__version__.partition("+")[0] or found["torch"] == torch.__version__
     assert "no-such-package" not in found
 
 
-# ---- who leaves where
+# ---- exit shares
 
 
 @given(
@@ -156,7 +148,7 @@ def test_the_machine_has_a_name_and_what_is_not_installed_is_left_out():
     st.integers(0, 5),
 )
 @settings(deadline=None, max_examples=60)
-def test_the_wanted_shares_leave(parts, samples, seed):
+def test_thresholds_give_the_wanted_shares(parts, samples, seed):
     shares = [part / sum(parts) for part in parts]
     logits = torch.randn(len(shares), samples, 4, generator=torch.Generator().manual_seed(seed))
     exits = route(share_thresholds(logits, shares), logits)
@@ -168,20 +160,20 @@ def test_the_wanted_shares_leave(parts, samples, seed):
     assert int((exits == len(shares) - 1).sum()) == left
 
 
-def test_samples_with_one_confidence_leave_together():
+def test_equal_confidences_exit_together():
     logits = torch.zeros(2, 6, 3)
     assert route(share_thresholds(logits, (0.5, 0.5)), logits).unique().numel() == 1
 
 
 @pytest.mark.parametrize("shares", [(0.5, 0.5), (0.5, 0.4, 0.2), (1.5, -0.5, 0.0), (float("nan"), 0.5, 0.5)])
-def test_shares_that_are_none(shares):
+def test_invalid_shares_are_refused(shares):
     with pytest.raises(ValueError, match="must be 3 numbers, one for each exit"):
         share_thresholds(torch.zeros(3, 4, 2), shares)
 
 
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=50), st.integers(1, 70))
 @settings(deadline=None, max_examples=60)
-def test_the_samples_picked_stand_for_all(exits, count):
+def test_picked_samples_keep_the_exit_shares(exits, count):
     exits = torch.tensor(exits)
     picked = representative(exits, count)
     assert len(picked) == count
@@ -192,176 +184,5 @@ def test_the_samples_picked_stand_for_all(exits, count):
         assert len(picked.unique()) == count
 
 
-# ---- the benchmark programs
-
-
-@pytest.fixture(scope="module")
-def program():
-    """Imports a program of the folder of benchmarks."""
-    sys.path.insert(0, str(BENCHMARKS))
-    before = set(sys.modules)
-    yield lambda name: __import__(name)
-    sys.path.remove(str(BENCHMARKS))
-    for name in {"common", "latency", "serving", "adapters"} & (set(sys.modules) - before):
-        del sys.modules[name]
-
-
-TINY: dict[str, Any] = {
-    "name": "vit_tiny_patch16_224",
-    "img_size": 32,
-    "patch_size": 8,
-    "embed_dim": 48,
-    "depth": 4,
-    "num_heads": 3,
-}
-
-
-def test_a_run_is_found_on_its_own_machine_alone(program, tmp_path, monkeypatch):
-    for name in [name for name in os.environ if name.startswith("MALLOC_")]:
-        monkeypatch.delenv(name)  # it would be in the key
-    common: ModuleType = program("common")
-    file = tmp_path / "log.jsonl"
-    key = {"backbone": "tiny", "batch": 1}
-    old = {"key": key, "value": 1, "machine": {"cpu": cpu_name()}}  # from before the processor was in the key
-    other = {"key": {"cpu": "another"} | key, "value": 2, "machine": {"cpu": "another"}}
-    older = {"key": {"backbone": "big"}, "value": 3, "machine": {"cpu": "another"}}
-    file.write_text("".join(json.dumps(line) + "\n" for line in (other, older, old)))
-    log = common.Log(file)
-    assert log.find(key)["value"] == 1
-    assert log.find({"backbone": "big"}) is None
-    log.add({"backbone": "big"}, value=4)
-    lines = file.read_text().splitlines()
-    assert lines[:3] == [json.dumps(line) for line in (other, older, old)]
-    assert json.loads(lines[3])["key"] == {"cpu": cpu_name(), "backbone": "big"}
-    assert common.Log(file).find({"backbone": "big"})["value"] == 4
-
-
-def test_a_log_that_was_cut_short_is_said_to_be(program, tmp_path):
-    file = tmp_path / "log.jsonl"
-    file.write_text('{"key": {}}\n{"ke')
-    with pytest.raises(SystemExit, match="ends in the middle of a line"):
-        program("common").Log(file)
-
-
-def test_the_results_that_are_there_can_be_read(program):
-    common = program("common")
-    for file in common.RESULTS.glob("*.jsonl"):
-        for line in common.Log(file).lines:
-            assert {"key", "machine", "time"} <= line.keys()
-
-
-def test_latency(program):
-    latency = program("latency")
-    backbone, net = program("common").build(**TINY)
-    assert net.exit_depths == (1, 2, 3, 4)
-    line = latency.case(backbone, net, copy.deepcopy(backbone), batch=5, size=32, rounds=2)
-    assert line["static_chunk"] == 5
-    assert json.loads(json.dumps(line)) == line
-    got = line["50/30/15/5 plain"]
-    assert got["shares"] == [0.5, 0.3, 0.15, 0.05]
-    assert got["efficiency"] == pytest.approx(got["speedup"] / got["mac_speedup"])
-    assert line["25/25/25/25 class first"]["shares"] == [0.25] * 4
-    assert line["all last plain"]["shares"] == [0, 0, 0, 1]
-    assert line["50/30/15/5 class first"]["mac_speedup"] > got["mac_speedup"] > 1
-    assert set(line["milliseconds"]) == set(line["seconds"])
-    alone = zip(line["seconds"]["50/30/15/5 stages alone"], line["seconds"]["50/30/15/5 plain"], strict=True)
-    assert got["of_stages_alone"] == pytest.approx(statistics.median(a / b for a, b in alone))
-    assert {"backbone, our blocks", "control"} < set(line["seconds"])
-    # As slow as the machine may be at this moment, the sums are these.
-    lines = {batch: {"one": {"speedup": s}} for batch, s in {1: 1.2, 8: 0.9, 64: 1.1, 256: 1.5}.items()}
-    assert latency.pays_from(lines, "one") == 64
-    assert latency.pays_from({1: {"one": {"speedup": 0.5}}}, "one") is None
-
-
-def test_latency_prints_what_is_done(program, tmp_path, monkeypatch, capsys):
-    latency = program("latency")
-    monkeypatch.setattr(latency, "CASES", {"cpu": ({"tiny": TINY}, (2,), torch.float32), "cuda": ({}, (), None)})
-    argv = ["latency.py", "--rounds", "2", "--out", str(tmp_path / "out.jsonl")]
-    monkeypatch.setattr(sys, "argv", argv)
-    latency.main()
-    first = capsys.readouterr().out
-    assert "50/30/15/5 class first" in first
-    monkeypatch.setattr(latency, "case", None)  # is not called again
-    latency.main()
-    assert capsys.readouterr().out == first
-    if not torch.cuda.is_available():
-        monkeypatch.setattr(sys, "argv", [*argv, "--device", "cuda"])
-        with pytest.raises(SystemExit, match="no CUDA device"):
-            latency.main()
-
-
-def test_serving_a_flow(program):
-    _, net = program("common").build(**TINY)
-    line = program("serving").stream_case(net, size=32, flow=20, rounds=2)
-    plain, stream = line["50/30/15/5 plain"], line["50/30/15/5 Stream of 8"]
-    assert plain["shares"] == stream["shares"] == [0.5, 0.3, 0.15, 0.05]
-    assert stream["same_exits"] == 1
-    assert plain["over_plain"] == 1
-    assert 0 < stream["waits_for"]["mean"] <= stream["waits_for"]["most"] < 20
-    assert json.loads(json.dumps(line)) == line
-
-
-@pytest.mark.slow
-def test_serving_with_onnx(program, tmp_path):
-    pytest.importorskip("onnxscript")
-    serving = program("serving")
-    _, net = program("common").build(**TINY)
-    line = serving.onnx_case(net, serving.Exported(net, 32, tmp_path), size=32, batch=2, rounds=2)
-    got = line["50/30/15/5 class first"]
-    assert got["shares"] == [0.5, 0.3, 0.15, 0.05]
-    assert got["efficiency"] == pytest.approx(got["speedup"] / got["mac_speedup"])
-    assert line["torch static"]["speedup"] > 0
-    assert json.loads(json.dumps(line)) == line
-
-
-@pytest.mark.filterwarnings("ignore:`torch.jit.:FutureWarning", "ignore:`torch.jit.:DeprecationWarning")
-@pytest.mark.parametrize("batch", [1, 4])
-def test_serving_beside_rivals(program, monkeypatch, batch):
-    serving = program("serving")
-    monkeypatch.setattr(serving, "COMPILE", {"backend": "eager"})
-    line = serving.rivals_case(TINY, batch, rounds=2)
-    wanted = [0.5, 0.3, 0.15, 0.05]
-    assert line["routing"]["shares"] == wanted
-    assert line["routing, LoRA unmerged"]["mac_speedup"] < line["routing"]["mac_speedup"]
-    for arm, package in (("peft LoRA merged", "peft"), ("earlyon", "earlyon")):
-        if arm in line:
-            assert line[arm]["speedup"] > 0
-        else:
-            assert any(
-                note.startswith(f"{arm}: ModuleNotFoundError: No module named '{package}") for note in line["notes"]
-            )
-    if "earlyon" in line and batch == 1:
-        assert line["earlyon"]["shares"] == wanted
-    assert json.loads(json.dumps(line)) == line
-
-
-def test_adapters_on_a_block(program):
-    adapters = program("adapters")
-    line = adapters.case(
-        "vit_tiny_patch16_224", 2, 2, rows=100, tokens=17, embed_dim=48, num_heads=3, img_size=32, patch_size=8
-    )
-    assert line["repeats"] == 2
-    assert {"LoRA merged", "RepAdapter", "Adapter", "AdaptFormer", "RepAdapter as conv1d"} <= line["ratios"].keys()
-    assert ("peft LoRA" in line["ratios"]) == (not line["notes"])
-    assert json.loads(json.dumps(line)) == line
-
-
-def test_the_convolutional_form_is_repadapter(program):
-    adapters = program("adapters")
-    base = torch.nn.Linear(16, 24)
-    layer = adapters.Convolutions(base).eval()
-    backbone = torch.nn.ModuleDict({"qkv": base})
-    from dynadapter.adapters import RepAdapter
-
-    own = RepAdapter(targets=("qkv",)).wrap(backbone, "qkv")
-    with torch.no_grad():
-        own.down.copy_(layer.down.weight[..., 0])
-        own.down_bias.copy_(layer.down.bias)
-        own.up.copy_(layer.up.weight[..., 0])
-        own.up_bias.copy_(layer.up.bias)
-        x = torch.randn(2, 7, 16)
-        torch.testing.assert_close(own.eval()(x), layer(x))
-
-
-def test_the_clocks_are_the_fields_of_times():
+def test_clocks_are_the_fields_of_times():
     assert set(timing.Clock.__args__) == set(Times.__dataclass_fields__)  # type: ignore[attr-defined]

@@ -34,19 +34,19 @@ class Images:
         return len(self.labels)
 
     def to(self, device: torch.device) -> "Images":
-        """Moves the split to a device."""
+        """Return the split on a device."""
         return Images(self.pixels.to(device), self.labels.to(device))
 
 
 def read(root: str | Path, size: int, limit: int = 0, cache: Path | None = None) -> tuple[Images, Images, list[str]]:
-    """Decodes a whole set.
+    """Decode a whole set.
 
     Args:
         root: The folder that holds ``train`` and ``val``.
         size: Height and width of the result in pixels: of a mosaic's tiles, or what other images are resized to (the
-            shorter side, then the centre is cut out).
-        limit: Take the first so many classes only; 0 takes all.
-        cache: A file that keeps the decoded set; read when it was made of the same files, else written.
+            shorter side, then the centre crop).
+        limit: Use the first so many classes only; 0 uses all.
+        cache: A file that keeps the decoded set; read if it was made of the same files, else written.
 
     Returns:
         The images to train on, those to validate on, and the names of the classes.
@@ -70,7 +70,7 @@ def read(root: str | Path, size: int, limit: int = 0, cache: Path | None = None)
 
 
 def class_names(root: Path) -> list[str]:
-    """Lists the classes in the order of ``classes.txt``, or by name where there is none."""
+    """Return the classes in the order of ``classes.txt``, or by name where there is none."""
     train = root / "train"
     if not train.is_dir():
         raise ValueError(f"{str(root)!r} has no folder 'train'; give the folder that holds train/ and val/")
@@ -83,12 +83,14 @@ def class_names(root: Path) -> list[str]:
     listed = [line.split("\t")[0].strip() for line in table.read_text(encoding="utf-8").splitlines() if line.strip()]
     if sorted(listed) != found:
         odd = sorted(set(listed) ^ set(found)) or ["a name twice"]
-        raise ValueError(f"{str(table)!r} and {str(train)!r} do not name the same classes: {', '.join(odd[:3])}")
+        raise ValueError(
+            f"{str(table)!r} and {str(train)!r} do not name the same classes: {', '.join(odd[:3])}; make them agree"
+        )
     return listed
 
 
 def files_of(split: Path, name: str) -> list[Path]:
-    """Lists a class's files: its mosaic, or what its folder holds."""
+    """Return a class's files: its mosaic, or the images of its folder."""
     folder = split / name
     within = folder.iterdir() if folder.is_dir() else (split / (name + suffix) for suffix in SUFFIXES)
     found = sorted(path for path in within if path.suffix.lower() in SUFFIXES and path.is_file())
@@ -98,7 +100,7 @@ def files_of(split: Path, name: str) -> list[Path]:
 
 
 def decode(split: Path, classes: list[list[Path]], size: int) -> Images:
-    """Decodes the files of all classes of a split into one tensor; Pillow's decoders run beside each other."""
+    """Decode the files of all classes of a split into one tensor, in several threads."""
 
     def pixels_of(path: Path) -> np.ndarray:
         return tiles(path, size) if path.parent == split else square(path, size)  # a mosaic lies in the split itself
@@ -113,17 +115,17 @@ def decode(split: Path, classes: list[list[Path]], size: int) -> Images:
 
 
 def tiles(path: Path, size: int) -> np.ndarray:
-    """Cuts a mosaic into its tiles, row by row: (count, size, size, 3)."""
+    """Cut a mosaic into its tiles, row by row: (count, size, size, 3)."""
     pixels = rgb(path)
     height, width, _ = pixels.shape
     if height % size or width % size:
-        raise ValueError(f"mosaic {str(path)!r} of {width} x {height} pixels is no grid of tiles of {size} x {size}")
+        raise ValueError(f"mosaic {str(path)!r} of {width} x {height} pixels is not a grid of tiles of {size} x {size}")
     grid = pixels.reshape(height // size, size, width // size, size, 3)
     return grid.swapaxes(1, 2).reshape(-1, size, size, 3)
 
 
 def square(path: Path, size: int) -> np.ndarray:
-    """Resizes an image by its shorter side and cuts out the centre: (1, size, size, 3)."""
+    """Resize an image by its shorter side and crop the centre: (1, size, size, 3)."""
     image = Image.fromarray(rgb(path))
     scale = size / min(image.size)
     width, height = (max(size, round(side * scale)) for side in image.size)
@@ -133,30 +135,30 @@ def square(path: Path, size: int) -> np.ndarray:
 
 
 def rgb(path: Path) -> np.ndarray:
-    """Decodes a file: (height, width, 3) uint8."""
+    """Decode a file: (height, width, 3) uint8."""
     try:
         with Image.open(path) as image:
             return np.asarray(image.convert("RGB"))
     except Exception as error:  # decoders fail in many ways on damaged bytes
-        raise ValueError(f"cannot read image {str(path)!r} ({type(error).__name__}: {error}); take it out") from None
+        raise ValueError(f"cannot read image {str(path)!r} ({type(error).__name__}: {error}); delete it") from None
 
 
 # ---- the decoded set in a file
 
 
 def fingerprint(root: Path, size: int, names: list[str], files: dict[str, list[list[Path]]]) -> str:
-    """Names a set by its files' names, sizes and times."""
+    """Return a hash of the names, sizes and times of a set's files."""
 
     def listed(paths: Iterable[Path]) -> list[tuple[str, int, int]]:
         stats = ((path, path.stat()) for path in paths)
         return [(str(path.relative_to(root)), stat.st_size, stat.st_mtime_ns) for path, stat in stats]
 
-    told = [str(root.resolve()), size, names, [listed(paths) for classes in files.values() for paths in classes]]
-    return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+    identity = [str(root.resolve()), size, names, [listed(paths) for classes in files.values() for paths in classes]]
+    return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
 
 
 def pack(cache: Path, key: str, train: Images, val: Images) -> None:
-    """Writes a decoded set, all of it or nothing."""
+    """Write a decoded set, all of it or nothing."""
     cache.parent.mkdir(parents=True, exist_ok=True)
     part = cache.with_name(cache.name + ".part")
     torch.save({"key": key, "train": vars(train), "val": vars(val)}, part)
@@ -164,7 +166,7 @@ def pack(cache: Path, key: str, train: Images, val: Images) -> None:
 
 
 def unpack(cache: Path, key: str) -> tuple[Images, Images] | None:
-    """Reads a decoded set; None when it was made of other files or is damaged."""
+    """Read a decoded set; None if it was made of other files or is damaged."""
     try:
         held = torch.load(cache, weights_only=True)
         return (Images(**held["train"]), Images(**held["val"])) if held["key"] == key else None

@@ -1,0 +1,236 @@
+"""The timing programs on a tiny network, and the log that they share."""
+
+import importlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dynadapter.adapters import RepAdapter
+from dynadapter.bench.timing import cpu_name
+
+ROOT = Path(__file__).parents[1]
+BENCHMARKS = ROOT / "benchmarks"
+QUICK = ["--tiny", "--rounds", "2"]
+SHARES = [0.5, 0.3, 0.15, 0.05]
+
+
+@pytest.fixture(scope="module")
+def program() -> Iterator[Callable[[str], Any]]:
+    """Import a program from the folder of benchmarks."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "path", [str(BENCHMARKS), *sys.path])
+        yield importlib.import_module
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+# ---- the log
+
+
+def test_log_finds_only_its_own_machine(program, tmp_path, monkeypatch):
+    for name in [name for name in os.environ if name.startswith("MALLOC_")]:
+        monkeypatch.delenv(name)  # it would be in the key
+    common, file, key = program("common"), tmp_path / "log.jsonl", {"backbone": "tiny"}
+    other = {"key": {"cpu": "another"} | key, "value": 1}
+    file.write_text(json.dumps(other) + "\n")
+    log = common.Log(file)
+    assert log.find(key) is None
+    log.add(key, value=2)
+    assert [line["value"] for line in read(file)] == [1, 2]
+    assert common.Log(file).find(key)["value"] == 2
+    assert read(file)[1]["key"] == {"cpu": cpu_name()} | key
+
+
+def test_log_cut_short_is_refused(program, tmp_path):
+    file = tmp_path / "log.jsonl"
+    file.write_text('{"key": {}}\n{"ke')
+    with pytest.raises(SystemExit, match="ends in the middle of a line"):
+        program("common").Log(file)
+
+
+# ---- every program: runs, is resumable, and its lines make rows
+
+PROGRAMS: dict[str, list[str]] = {
+    "latency": ["--batches", "5"],
+    "training": [],
+    "stage_compile": ["--batches", "2"],
+    "token_merging": [],
+    "adapters": [],
+    "serving": ["--batches", "1", "4", "--parts", "stream", "baselines"],
+}
+IGNORED = ["ignore:`torch.jit.:FutureWarning", "ignore:`torch.jit.:DeprecationWarning"]
+
+
+@pytest.fixture(scope="module")
+def finished(program, tmp_path_factory) -> Callable[[str], tuple[Path, list[str]]]:
+    """Run a program once on a tiny network and return its lines' file and its arguments."""
+    done: dict[str, tuple[Path, list[str]]] = {}
+
+    def run(name: str) -> tuple[Path, list[str]]:
+        if name not in done:
+            file = tmp_path_factory.mktemp(name) / "out.jsonl"
+            argv = ["--out", str(file), *QUICK, *PROGRAMS[name]]
+            with pytest.MonkeyPatch.context() as patch:
+                if name == "serving":
+                    patch.setattr(program(name), "COMPILE", {"backend": "eager"})
+                program(name).main(argv)
+            done[name] = file, argv
+        return done[name]
+
+    return run
+
+
+@pytest.mark.filterwarnings(*IGNORED)
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_program_is_resumable(program, finished, name, capsys, monkeypatch):
+    file, argv = finished(name)
+    capsys.readouterr()
+    before = file.read_bytes()
+    for case in [case for case in vars(program(name)) if case == "case" or case.endswith("_case")]:
+        monkeypatch.setattr(program(name), case, None)  # is not called again
+    program(name).main(argv)
+    assert file.read_bytes() == before
+    assert "tiny" in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings(*IGNORED)
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_lines_make_rows(program, finished, name):
+    lines = read(finished(name)[0])
+    assert all({"key", "machine", "time"} <= line.keys() for line in lines)
+    rows = [row for line in lines for row in program(name).rows(line)]
+    assert len(rows) >= len(lines)
+    assert all("control" in program(name).rows(line)[0] for line in lines)
+
+
+def test_committed_lines_make_rows(program):
+    for name in PROGRAMS:
+        file = BENCHMARKS / "results" / f"{name}.jsonl"
+        for line in read(file) if file.exists() else ():
+            assert program(name).rows(line)
+
+
+# ---- what their numbers mean
+
+
+def test_latency_ratios(program, finished):
+    (line,) = read(finished("latency")[0])
+    got = line["50/30/15/5 plain"]
+    assert got["shares"] == SHARES
+    assert got["efficiency"] == pytest.approx(got["speedup"] / got["mac_speedup"])
+    assert line["25/25/25/25 class first"]["shares"] == [0.25] * 4
+    assert line["all last plain"]["shares"] == [0, 0, 0, 1]
+    assert line["50/30/15/5 class first"]["mac_speedup"] > got["mac_speedup"] > 1
+    alone = zip(line["seconds"]["50/30/15/5 stages alone"], line["seconds"]["50/30/15/5 plain"], strict=True)
+    assert got["of_stages_alone"] == pytest.approx(statistics.median(a / b for a, b in alone))
+
+
+def test_batch_from_which_routing_pays(program):
+    lines = {batch: {"one": {"speedup": s}} for batch, s in {1: 1.2, 8: 0.9, 64: 1.1, 256: 1.5}.items()}
+    assert program("latency").pays_from(lines, "one") == 64
+    assert program("latency").pays_from({1: {"one": {"speedup": 0.5}}}, "one") is None
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("name", ["latency", "training", "stage_compile"])
+def test_missing_gpu_is_one_line(program, name, tmp_path):
+    with pytest.raises(SystemExit, match="torch finds no CUDA device"):
+        program(name).main(["--device", "cuda", "--out", str(tmp_path / "out.jsonl")])
+
+
+def test_compile_verdict_follows_the_rule(program):
+    verdict = program("stage_compile").verdict
+
+    def lines(*gains: float) -> list[dict[str, Any]]:
+        return [{"over_eager": {"routing compiled": gain}} for gain in gains]
+
+    assert verdict(lines(1.2, 1.3, 1.0, 1.0)).startswith("routing compiled passes")
+    for gains in ((1.2, 1.1, 1.1, 1.1), (1.3, 1.3, 1.3, 0.9)):
+        assert verdict(lines(*gains)).startswith("no way of compiling passes")
+
+
+@pytest.mark.filterwarnings(*IGNORED)
+def test_stream_answers_as_plain_routing(finished):
+    line = next(line for line in read(finished("serving")[0]) if line["key"]["part"] == "stream")
+    plain, stream = line["50/30/15/5 plain"], line["50/30/15/5 Stream of 8"]
+    assert plain["shares"] == stream["shares"] == SHARES
+    assert stream["same_exits"] == 1
+    assert plain["over_plain"] == 1
+    assert 0 < stream["waits_for"]["mean"] <= stream["waits_for"]["most"] < 20
+
+
+@pytest.mark.filterwarnings(*IGNORED)
+@pytest.mark.parametrize(("arm", "package"), [("peft LoRA merged", "peft"), ("earlyon", "earlyon")])
+def test_missing_baselines_are_named(finished, arm, package):
+    for line in read(finished("serving")[0]):
+        if line["key"]["part"] == "baselines":
+            assert line["routing"]["shares"] == SHARES
+            assert line["routing, LoRA unmerged"]["mac_speedup"] < line["routing"]["mac_speedup"]
+            missing = f"{arm}: ModuleNotFoundError: No module named '{package}"
+            assert arm in line or any(note.startswith(missing) for note in line["notes"])
+
+
+@pytest.mark.slow
+def test_onnx_stages_beside_one_graph(program, tmp_path):
+    pytest.importorskip("onnxscript")
+    serving, common = program("serving"), program("common")
+    _, net = common.build(**common.TINY["tiny"])
+    line = serving.onnx_case(net, serving.Exported(net, 32, tmp_path), size=32, batch=2, rounds=2)
+    got = line["50/30/15/5 class first"]
+    assert got["shares"] == SHARES
+    assert got["efficiency"] == pytest.approx(got["speedup"] / got["mac_speedup"])
+    assert json.loads(json.dumps(line)) == line
+
+
+def test_convolutional_form_equals_repadapter(program):
+    base = torch.nn.Linear(16, 24)
+    layer = program("adapters").Convolutions(base).eval()
+    own = RepAdapter(targets=("qkv",)).wrap(torch.nn.ModuleDict({"qkv": base}), "qkv")
+    with torch.no_grad():
+        own.down.copy_(layer.down.weight[..., 0])
+        own.down_bias.copy_(layer.down.bias)
+        own.up.copy_(layer.up.weight[..., 0])
+        own.up_bias.copy_(layer.up.bias)
+        x = torch.randn(2, 7, 16)
+        torch.testing.assert_close(own.eval()(x), layer(x))
+
+
+# ---- gpu.sh
+
+
+def gpu(tmp_path: Path, *parts: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OUT": str(tmp_path), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    command = [str(BENCHMARKS / "gpu.sh"), *parts]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
+
+
+def test_gpu_script_lists_its_parts(tmp_path):
+    listed = gpu(tmp_path)
+    assert listed.returncode == 0
+    assert {"tests", "step", "routing", "compile", "pretrain"} <= {
+        line.split()[0] for line in listed.stdout.split("\n") if line
+    }
+    unknown = gpu(tmp_path, "nope")
+    assert (unknown.returncode, "no part is named 'nope'" in unknown.stderr) == (2, True)
+
+
+@pytest.mark.slow
+def test_gpu_parts_run_once_on_a_cpu(tmp_path):
+    parts = {"step": "gpu_step", "routing": "gpu_routing", "compile": "gpu_compile", "tests": "gpu_tests"}
+    contents = []
+    for _ in range(2):
+        done = gpu(tmp_path, "--tiny", *parts)
+        assert done.returncode == 0, done.stderr[-2000:]
+        contents.append({name: (tmp_path / f"{name}.jsonl").read_bytes() for name in parts.values()})
+    assert contents[0] == contents[1]
+    assert all(b'"precision": "bf16"' in contents[0][name] for name in ("gpu_step", "gpu_routing", "gpu_compile"))
