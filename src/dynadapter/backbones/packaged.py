@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 FOLDER = Path(__file__).parent / "weights"
-"""NAME.safetensors with NAME.json and the model card NAME.md beside it, as benchmarks/pretrain.py writes them."""
+"""NAME.safetensors with NAME.json and the model card NAME.md beside it, as tools/pretrain writes them."""
 
 
 @dataclass(frozen=True)
