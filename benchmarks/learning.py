@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dynadapter import Cosine, ExitNet, VTAB1k, Warmup, create_backbone, inject
 from dynadapter.adapters import AdapterLayer, AdapterSpec, adapter_layers
 from dynadapter.backbones import blocks, classifier
-from dynadapter.data.base import ImageDataset
+from dynadapter.data.dataset import ImageDataset
 from dynadapter.data.normalize import normalize
 from dynadapter.exits.net import exit_blocks
 from dynadapter.images.preprocess import Preprocess

@@ -24,7 +24,7 @@ from tiny import make_classifier, trainer
 
 from dynadapter.adapters import LoRA
 from dynadapter.data import ImageData, ImagesToPredict
-from dynadapter.data.base import ImageDataset
+from dynadapter.data.dataset import ImageDataset
 from dynadapter.exits.heads import LinearHeads
 from dynadapter.exits.policies import Confidence, Patience
 from dynadapter.exits.temperature import Scaled

@@ -14,7 +14,8 @@ from PIL import Image
 from tiny import make_classifier, trainer
 
 from dynadapter.data import Digits, ImageData, ImageFolder, ImagesToPredict, UnreadableImage, VTAB1k
-from dynadapter.data.samplers import EpochOrder, Evened
+from dynadapter.data.dataset import Padded
+from dynadapter.data.samplers import CachedLoader, EpochOrder
 from dynadapter.images.reading import find_images, load_image
 from dynadapter.training.callbacks import BidirectionalSparsity
 from dynadapter.training.losses import IGNORED
@@ -165,12 +166,12 @@ def test_what_is_too_little_for_a_step_is_trained_on_all_the_same():
 def test_a_set_filled_up_for_several_processes(folder):
     (folder / "broken.png").unlink()
     data = Files(folder, image_size=4, predict_images=str(folder))
-    filled, paths = Evened(data.dataset("test"), 4), Evened(data.dataset("predict"), 4)
-    assert (len(filled), len(paths), len(Evened(data.dataset("test"), 7))) == (8, 8, 7)
+    filled, paths = Padded(data.dataset("test"), 4), Padded(data.dataset("predict"), 4)
+    assert (len(filled), len(paths), len(Padded(data.dataset("test"), 7))) == (8, 8, 7)
     assert [target for _, target in filled] == [0] * 7 + [IGNORED]
     assert [target for _, target in paths] == [*sorted(map(str, folder.glob("*"))), ""]
     assert torch.nn.CrossEntropyLoss().ignore_index == IGNORED
-    assert len(Evened(data.dataset("val"), 3)) == 0
+    assert len(Padded(data.dataset("val"), 3)) == 0
 
 
 @pytest.mark.parametrize(
@@ -211,22 +212,42 @@ def test_a_global_batch_counts_accumulated_batches(folder):
     assert [len(images) for images, _ in data.test_dataloader()] == [1] * 7  # evaluation keeps its own
 
 
-@pytest.mark.parametrize("flip", [False, True])
-def test_cache_changes_nothing_but_speed(folder, flip, monkeypatch):
+@pytest.mark.parametrize("processes", [1, 2, 3])
+@pytest.mark.parametrize("augment", ["none", "flip"])
+def test_cached_batches_equal_decoded_ones(folder, augment, processes, monkeypatch):
     (folder / "broken.png").unlink()
-    options = {"image_size": 8, "batch_size": 7, "augment": "flip" if flip else "none"}
 
-    def epoch(cache: bool) -> torch.Tensor:
+    def epochs(rank: int, cache: bool) -> list[list[torch.Tensor]]:
         torch.manual_seed(0)
-        data = Files(folder, cache=cache, **options)
+        monkeypatch.setattr(ImageData, "_processes", lambda self: (processes, rank))
+        data = Files(folder, cache=cache, image_size=8, batch_size=2, augment=augment)
+        monkeypatch.setattr(Files, "samples", lambda self, split: [(p, i % 3) for i, p in enumerate(paths)])
+        data.class_names = ["a", "b", "c"]
         data.setup("fit")
         if cache:
-            monkeypatch.setattr("dynadapter.data.base.load_image", None)
-        return next(iter(data.train_dataloader()))[0]
+            monkeypatch.setattr("dynadapter.data.dataset.load_image", None)
+        train, val = data.train_dataloader(), data.val_dataloader()
+        assert isinstance(train, CachedLoader) == isinstance(val, CachedLoader) == cache
+        return [list(batch) for loader in (train, val, train, train) for batch in loader]
 
-    plain = epoch(cache=False)
-    assert torch.equal(plain, epoch(cache=True))
-    monkeypatch.undo()
+    paths = sorted(folder.glob("*"))
+    for rank in range(processes):
+        expected = epochs(rank, cache=False)
+        found = epochs(rank, cache=True)
+        monkeypatch.undo()
+        assert len(found) == len(expected) > 4
+        assert all(torch.equal(a, b) for x, y in zip(found, expected, strict=True) for a, b in zip(x, y, strict=True))
+
+
+def test_cached_images_move_where_there_is_room(folder):
+    (folder / "broken.png").unlink()
+    dataset = Files(folder, cache=True, image_size=8).dataset("train")
+    meta = torch.device("meta")
+    dataset.move_to(meta, room=7 * 3 * 8 * 8 - 1)
+    assert dataset.cached.device.type == "cpu"
+    dataset.move_to(meta, room=7 * 3 * 8 * 8)
+    indices = torch.arange(2, device=meta)
+    assert {part.device for part in (dataset.cached, *dataset.batch(indices))} == {meta}
 
 
 def test_flip_mirrors_about_half_of_the_training_images_only(folder):
@@ -442,10 +463,10 @@ def fitted(folder: Path, checkpoint: Path | None = None, seed: int = 0, accumula
 
 
 @elsewhere
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("source", [{"num_workers": 0}, {"num_workers": 2}, {"cache": True}])
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_a_training_goes_on_in_the_middle_of_an_epoch(workers, accumulate, tmp_path):
-    options = {"accumulate": accumulate, "num_workers": workers}
+def test_training_resumes_within_an_epoch(source, accumulate, tmp_path):
+    options = {"accumulate": accumulate, **source}
     whole, seen = fitted(tmp_path, **options)
     assert len({total for *_, total in seen}) == len(seen) == 9
     stops = {1: [1, 3, 5], 2: [1, 3, 4]}[accumulate]  # after the first step, at an end, and in between

@@ -40,7 +40,7 @@ from dynadapter.cli.runs import claim_folder
 from dynadapter.cli.safety import data_class
 from dynadapter.cost import ExitCosts, exit_costs
 from dynadapter.data import ImageData
-from dynadapter.data.base import ImageDataset, collate
+from dynadapter.data.dataset import ImageDataset, collate
 from dynadapter.exits.policies import Never, Patience, Policy, Thresholded
 from dynadapter.exits.temperature import Scaled
 from dynadapter.serve.bundle import bundle_from_classifier

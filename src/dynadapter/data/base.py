@@ -1,100 +1,57 @@
-"""What all image data modules share: reading, batches, order, and what to do with a broken file."""
+"""The base of the data modules: settings, splits, class names, loaders and unreadable images."""
 
 import os
+import sys
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, DistributedSampler, Sampler
 
-from dynadapter.data.normalize import normalize
-from dynadapter.data.samplers import EpochOrder, Evened, ResumableLoader
+from dynadapter.data.dataset import ImageDataset, Padded, Sample, collate
+from dynadapter.data.samplers import CachedLoader, EpochOrder, ResumableLoader
 from dynadapter.images.preprocess import Interpolation, Normalization, Preprocess, Resize
-from dynadapter.images.reading import find_images, load_image, shown, why_unreadable
+from dynadapter.images.reading import find_images, shown, why_unreadable
 
-Loader = TypeVar("Loader", bound=DataLoader)
 Split = Literal["train", "val", "test"]
-Sample = tuple[Path | Image.Image, int | str]  # where the pixels are; the class index, or the path under predict
 
 STAGES = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}
 
-
-class ImageDataset(Dataset[tuple[torch.Tensor, int | str]]):
-    """Images and what to say about them, decoded one by one or, with `cache`, once.
-
-    An item is asked for by its index, or by its index and a number on which augmentation depends; without a number an
-    image comes as it is.
-
-    Args:
-        samples: Pairs (file or image, class index or path).
-        preprocess: From image to tensor.
-        flip: Mirror the images that come with an odd number.
-        cache: Keep all resized images in memory as bytes: 147 MiB for 1000 images of 224 px.
-    """
-
-    def __init__(self, samples: Sequence[Sample], preprocess: Preprocess, *, flip: bool = False, cache: bool = False):
-        self.samples = samples
-        self.preprocess = preprocess
-        self.flip = flip
-        self.cached: torch.Tensor | None = None
-        if cache and samples:
-            self.cached = torch.empty(len(samples), 3, preprocess.image_size, preprocess.image_size, dtype=torch.uint8)
-            with ThreadPoolExecutor() as pool:  # Pillow decodes outside the interpreter lock
-                for row, pixels in zip(self.cached, pool.map(self.pixels, [s for s, _ in samples]), strict=True):
-                    row.copy_(pixels)
-
-    def pixels(self, source: Path | Image.Image) -> torch.Tensor:
-        """Return the resized bytes of one image, ``(3, size, size)`` uint8."""
-        return torch.from_numpy(self.preprocess.pixels(load_image(source)))
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, item: int | tuple[int, int]) -> tuple[torch.Tensor, int | str]:
-        index, number = item if isinstance(item, tuple) else (item, 0)
-        source, target = self.samples[index]
-        pixels = self.pixels(source) if self.cached is None else self.cached[index]
-        if self.flip and number % 2:
-            pixels = pixels.flip(-1)
-        return normalize(pixels, self.preprocess), target
-
-
-def collate(items: list[tuple[torch.Tensor, int | str]]) -> tuple[torch.Tensor, torch.Tensor | list[str]]:
-    """Stack items to images ``(batch, 3, size, size)`` and class indices ``(batch,)`` int64, or a list of paths."""
-    images, targets = zip(*items, strict=True)
-    return torch.stack(images), list(targets) if isinstance(targets[0], str) else torch.tensor(targets)
+GPU_SHARE = 0.25
+"""Fraction of a GPU's free memory that the cached images of a split may take."""
 
 
 class ImageData(LightningDataModule, ABC):
     """Base of the data modules: a subclass sets `class_names` in its ``__init__`` and lists its `samples`.
 
-    Batches are (images ``(batch, 3, size, size)`` float32, class indices ``(batch,)`` int64); under predict the second
+    Batches are (images ``(batch, 3, size, size)`` float32, class indices ``(batch,)`` int64); in predict the second
     part is the list of paths. Training shuffles and drops the last incomplete batch, unless it is the only one.
 
-    Several processes share each batch of training and see together what one would with a batch as large. In evaluation
-    every image is counted once: where their number does not divide, batches are filled up with samples of class -100
-    or path "", which count nowhere.
+    Several processes share each batch of training. Together they see what one process with the same global batch sees.
+    Evaluation counts every image once: where their number does not divide, batches are padded with samples of class
+    -100 or path "", which are ignored.
 
     Args:
         batch_size: Images in a batch, on each device.
-        global_batch_size: Images in a step of training, over all processes and accumulated batches; it decides the
-            batches of training instead of `batch_size`, which remains for evaluation.
-        num_workers: Processes that read images beside the training one; 0 reads in the training process.
+        global_batch_size: Images in an optimiser step of training, over all processes and accumulated batches. It
+            replaces `batch_size` in training; evaluation still uses `batch_size`.
+        num_workers: Worker processes that read images; 0 reads in the main process. Cached images need none.
         image_size: Height and width that the backbone takes, in pixels.
-        normalization: ``imagenet`` or ``half`` (mean and deviation 0.5) as the backbone was pre-trained with, ``none``
-            for [0, 1], or a pair of (mean, deviation) with three values each. It moves results by points: name it.
+        normalization: ``imagenet`` or ``half`` (mean and deviation 0.5) as in the backbone's pre-training, ``none``
+            for [0, 1], or a pair of (mean, deviation) with three values each. Results differ by points: report it.
         interpolation: How pixels are resampled; bicubic and bilinear are antialiased.
         resize: ``stretch`` to a square, as in VTAB-1k, or ``crop`` the centre after the shorter side fits.
-        augment: ``none``, as in VTAB-1k, or ``flip`` to mirror every second training image by chance.
-        cache: Decode training and validation images once and keep them in memory (147 MiB for 1000 images of 224 px).
+        augment: ``none``, as in VTAB-1k, or ``flip`` to mirror each training image with probability 0.5.
+        cache: Decode training and validation images once and keep them as one uint8 tensor (147 MiB for 1000 images of
+            224 px): on the GPU if they take at most a quarter of its free memory, else in main memory.
         on_error: ``raise`` at the first image that cannot be read, or ``skip``: read every image once before use, leave
             the unreadable ones out and list them.
         max_skipped: With ``skip``, more unreadable images than this are an error.
@@ -102,7 +59,7 @@ class ImageData(LightningDataModule, ABC):
     """
 
     class_names: list[str]
-    validation_switch: ClassVar[str] = ""  # the setting that gives validation images where there are none
+    validation_switch: ClassVar[str] = ""  # the setting to name when there are no validation images
 
     def __init__(
         self,
@@ -135,7 +92,7 @@ class ImageData(LightningDataModule, ABC):
         ):
             if word not in choices:
                 raise ValueError(f"unknown {name} {word!r}; choose from: {', '.join(choices)}")
-        # The protocol belongs to a run's record; a logger would refuse names that the model has too.
+        # The run's record holds the protocol. A logger would refuse names that the model has too.
         self.save_hyperparameters(logger=False)
         self.hparams.update({name: _plain(value) for name, value in self.hparams.items()})
         self.batch_size = batch_size
@@ -149,7 +106,7 @@ class ImageData(LightningDataModule, ABC):
         self.predict_images = predict_images
         self.skipped: dict[str, str] = {}
         self._datasets: dict[str, ImageDataset] = {}
-        self._own_classes: list[str] | None = None  # in the order of `samples`, where a model has another
+        self._own_classes: list[str] | None = None  # in the order of `samples`, if a model has another order
         self._train_loader: ResumableLoader | None = None
         self._restored: dict[str, int] = {}
 
@@ -165,7 +122,7 @@ class ImageData(LightningDataModule, ABC):
 
     @property
     def preprocessing(self) -> dict[str, Any]:
-        """What happens to every image, as plain settings that travel with a model; `Preprocess` takes them again."""
+        """The settings of `Preprocess` as plain values, to be stored with a model."""
         return asdict(self.preprocess)
 
     @abstractmethod
@@ -173,7 +130,11 @@ class ImageData(LightningDataModule, ABC):
         """List the images of a split with their class indices; empty for ``val`` when nothing is held out."""
 
     def setup(self, stage: str) -> None:
-        """Find the images of a stage (``fit``, ``validate``, ``test``, ``predict``) and say what is missing."""
+        """Find the images of a stage: ``fit``, ``validate``, ``test`` or ``predict``.
+
+        Raises:
+            ValueError: The stage is unknown, or has no images.
+        """
         if stage not in STAGES:
             raise ValueError(f"unknown stage {stage!r}; choose from: {', '.join(STAGES)}")
         for split in STAGES[stage]:
@@ -182,23 +143,23 @@ class ImageData(LightningDataModule, ABC):
                 raise ValueError(f"{type(self).__name__} has no image for {split}{advice}")
 
     def dataset(self, split: str) -> ImageDataset:
-        """Return the images of ``train``, ``val``, ``test`` or ``predict``, looked up once."""
+        """Return the images of ``train``, ``val``, ``test`` or ``predict``; the first call finds them."""
         if split not in self._datasets:
             samples = self._predict_samples() if split == "predict" else self._labelled(split)  # type: ignore[arg-type]
             if self.on_error == "skip":
                 samples = self._readable(split, samples)
-            fitting = split in ("train", "val")  # what is read many times
+            fitting = split in ("train", "val")  # read many times
             flip = split == "train" and self.augment == "flip"
             self._datasets[split] = ImageDataset(samples, self.preprocess, flip=flip, cache=self.cache and fitting)
         return self._datasets[split]
 
     def take_classes(self, names: Sequence[str]) -> None:
-        """Number the classes as a model does, by their names, in the splits to come and in those that are there.
+        """Use the class indices of a model, matched by class name, in all splits.
 
-        Where the one or the other has only numbers for names ("0", "1", ...), these stay what they are.
+        If the names of the model or of the data are only numbers ("0", "1", ...), the indices stay as they are.
 
         Args:
-            names: Of the model's classes, in the order of their indices; not all of them have to occur in the data.
+            names: The model's class names in the order of their indices; the data may lack some of them.
 
         Raises:
             ValueError: The data have a class that the model does not know.
@@ -209,23 +170,23 @@ class ImageData(LightningDataModule, ABC):
         if not _numbered(own) or len(own) > len(names):
             if unknown := [name for name in own if name not in names]:
                 raise ValueError(
-                    f"the data have classes that the model does not know: {_told(unknown)}; the model has "
-                    f"{_told(names)}; the data have {_told(own)}"
+                    f"the data have classes that the model does not know: {_listed(unknown)}; the model "
+                    f"has {_listed(names)}; the data have {_listed(own)}"
                 )
             self._own_classes = own
             for split, dataset in self._datasets.items():
                 if split != "predict":
-                    dataset.samples = _renumbered(dataset.samples, now, names)
+                    dataset.relabel(_renumbered(dataset.samples, now, names))
         self.class_names = list(names)
 
     def _labelled(self, split: Split) -> list[Sample]:
-        """List the samples of a split with the labels of `class_names`."""
+        """Return the samples of a split with the class indices of `class_names`."""
         names, own = self.class_names, self._own_classes
         if own is None:
             samples = self.samples(split)
             self._require_classes(split, samples)
             return samples
-        self.class_names = own  # a subclass may look there
+        self.class_names = own  # `samples` of a subclass may read it
         try:
             samples = self.samples(split)
             self._require_classes(split, samples)
@@ -238,10 +199,11 @@ class ImageData(LightningDataModule, ABC):
             if isinstance(label, int) and not 0 <= label < self.num_classes:
                 raise ValueError(
                     f"label {label} of {_named(index, source)} for {split} is no class; "
-                    f"there are classes 0 to {self.num_classes - 1}"
+                    f"valid are classes 0 to {self.num_classes - 1}"
                 )
 
     def train_dataloader(self) -> DataLoader:
+        """Return the loader of the training images, at the restored place in the epoch if there is one."""
         dataset, accumulated, seed = self.dataset("train"), 1, torch.initial_seed()
         processes, rank = self._processes()
         if self.trainer is not None:
@@ -249,22 +211,22 @@ class ImageData(LightningDataModule, ABC):
             seed = self.trainer.strategy.broadcast(seed)  # a launcher may have started each process without a seed
         batch_size = self._train_batch_size(processes, accumulated)
         if self.global_batch_size is None:
-            accumulated = 1  # as many batches as there are; the last step takes those that are left
+            accumulated = 1  # use every batch; the last step takes those that are left
         order = EpochOrder(dataset, batch_size, seed=seed, processes=processes, rank=rank, accumulated=accumulated)
-        loader = self._train_loader = self._loader(dataset, ResumableLoader, batch_size=batch_size, sampler=order)
+        loader = self._train_loader = self._loader(dataset, batch_size=batch_size, sampler=order)
         loader.load_state_dict(self._restored)
         self._restored = {}
         return loader
 
-    # Lightning would give the loader its state back by itself, but not where a module counts the batches to plan its
-    # schedules: then there is a loader before there is a state.
+    # Lightning restores a loader's state by itself, but not if a module counts the batches for its schedules: then the
+    # loader exists before the state does.
 
     def state_dict(self) -> dict[str, int]:
-        """Says how far the epoch of training is; Lightning saves it in a checkpoint."""
+        """Return the place in the epoch of training, which Lightning saves in a checkpoint."""
         return self._train_loader.state_dict() if self._train_loader is not None else {}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Goes on in the middle of an epoch."""
+        """Continue in the middle of an epoch; ignored outside fit."""
         if self.trainer is not None and self.trainer.state.fn != "fit":
             return
         if self._train_loader is None:
@@ -273,12 +235,12 @@ class ImageData(LightningDataModule, ABC):
             self._train_loader.load_state_dict(state_dict)
 
     def _processes(self) -> tuple[int, int]:
-        """Says how many processes share the images, and which of them this is."""
+        """Return how many processes share the images, and the index of this one."""
         shares = (self.trainer and self.trainer.distributed_sampler_kwargs) or {"num_replicas": 1, "rank": 0}
         return shares["num_replicas"], shares["rank"]
 
     def _train_batch_size(self, processes: int, accumulated: int) -> int:
-        """Divides the global batch where it is given, and says what comes out."""
+        """Return the batch size of one process, and print how the images of a step are divided."""
         size, rest = self.batch_size, 0
         if self.global_batch_size is not None:
             size, rest = divmod(self.global_batch_size, processes * accumulated)
@@ -293,7 +255,7 @@ class ImageData(LightningDataModule, ABC):
         return size
 
     def files(self, epoch: int, batch: int) -> list[str]:
-        """Names the images of a batch of training that this process sees; empty where that is not known."""
+        """Return the names of the images in a training batch of this process; empty if they are not known."""
         order = self._train_loader and self._train_loader.sampler
         if not isinstance(order, EpochOrder) or getattr(self.trainer, "overfit_batches", False):
             return []
@@ -301,34 +263,45 @@ class ImageData(LightningDataModule, ABC):
         return [_named(index, samples[index][0]) for index in order.batch(epoch, batch)]
 
     def val_dataloader(self) -> DataLoader | list[DataLoader]:
-        dataset = self.dataset("val")
-        if len(dataset):
+        """Return the loader of the validation images; an empty list if there are none."""
+        if len(self.dataset("val")):
             return self._evaluation_loader("val")
-        # Lightning asks to make sure that this is intended; it is.
+        # Lightning warns because an empty list could be a mistake; here it is intended.
         warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")
         return []
 
     def test_dataloader(self) -> DataLoader:
+        """Return the loader of the test images."""
         return self._evaluation_loader("test")
 
     def predict_dataloader(self) -> DataLoader:
+        """Return the loader of the images to predict."""
         return self._evaluation_loader("predict")
 
     def _evaluation_loader(self, split: str) -> DataLoader:
         dataset, (processes, rank) = self.dataset(split), self._processes()
         if processes == 1:
-            return self._loader(dataset)
-        evened = Evened(dataset, processes)
-        return self._loader(evened, sampler=DistributedSampler(evened, processes, rank, shuffle=False))
+            return self._loader(dataset, batch_size=self.batch_size)
+        padded = Padded(dataset, processes)
+        sampler = DistributedSampler(padded, processes, rank, shuffle=False)
+        return self._loader(padded, batch_size=self.batch_size, sampler=sampler)
 
-    def _loader(self, dataset: Dataset, kind: type[Loader] = DataLoader, **options: Any) -> Loader:  # type: ignore[assignment]
-        return kind(
+    def _loader(
+        self, dataset: ImageDataset | Padded, batch_size: int, sampler: Sampler[Any] | None = None
+    ) -> ResumableLoader:
+        pin_memory = torch.cuda.is_available()
+        if dataset.cached is not None:
+            device = self.trainer.strategy.root_device if self.trainer is not None else torch.device("cpu")
+            dataset.move_to(device, _room_on(device))
+            return CachedLoader(dataset, batch_size=batch_size, sampler=sampler, pin_memory=pin_memory)
+        return ResumableLoader(
             dataset,
+            batch_size=batch_size,
+            sampler=sampler,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=pin_memory,
             collate_fn=collate,
-            **{"batch_size": self.batch_size} | options,
         )
 
     def _predict_samples(self) -> list[Sample]:
@@ -337,9 +310,9 @@ class ImageData(LightningDataModule, ABC):
         return [(path, str(path)) for path in find_images(self.predict_images)]
 
     def _readable(self, split: str, samples: list[Sample]) -> list[Sample]:
-        """Decode every image once and keep the samples that can be read.
+        """Decode every image once and return the samples that can be read.
 
-        Done before any worker process starts, so that the list, its cap and the length of the set are exact.
+        This happens before any worker process starts, so that the list of unreadable images is complete.
         """
         with ThreadPoolExecutor() as pool:
             reasons = list(pool.map(why_unreadable, [source for source, _ in samples]))
@@ -357,6 +330,13 @@ class ImageData(LightningDataModule, ABC):
         return [sample for sample, why in zip(samples, reasons, strict=True) if not why]
 
 
+def _room_on(device: torch.device) -> int:
+    """Return how many bytes of images may be kept on a device: any number in main memory, none on unknown devices."""
+    if device.type == "cuda":
+        return int(GPU_SHARE * torch.cuda.mem_get_info(device)[0])
+    return sys.maxsize if device.type == "cpu" else 0
+
+
 def _numbered(names: Sequence[str]) -> bool:
     return list(names) == [str(k) for k in range(len(names))]
 
@@ -366,7 +346,7 @@ def _renumbered(samples: Sequence[Sample], old: Sequence[str], new: Sequence[str
     return [(source, index[old[label]] if isinstance(label, int) else label) for source, label in samples]
 
 
-def _told(names: Sequence[str], most: int = 10) -> str:
+def _listed(names: Sequence[str], most: int = 10) -> str:
     rest = f" and {len(names) - most:,} more" if len(names) > most else ""
     return ", ".join(map(shown, names[:most])) + rest
 

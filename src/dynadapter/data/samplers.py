@@ -1,24 +1,23 @@
-"""Who sees which image when: the same for any number of processes, and after a training was interrupted."""
+"""The order of the training images and loaders that keep it: equal for any number of processes and after a resume."""
 
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch import Tensor
+from torch.utils.data import DataLoader, DistributedSampler
 
-from dynadapter.training.losses import IGNORED
-
-Item = tuple[torch.Tensor, int | str]
+from dynadapter.data.dataset import ImageDataset, Padded
 
 
 class EpochOrder(DistributedSampler):
-    """The order of an epoch of training, of which each process takes its share of every batch.
+    """The order of the training images in an epoch; each process takes its share of every batch.
 
-    The order depends on the seed and the epoch alone. All processes together see, step by step, what one process with
-    the same global batch sees; what is left over at the end of an epoch, less than a batch, none of them sees. Each
-    index comes with a number drawn for it in this epoch, for augmentation.
+    The order depends on the seed and the epoch alone. All processes together see in each step what one process with the
+    same global batch sees. The images left over at the end of an epoch, fewer than a batch, are not used in it. Each
+    index comes with a random number of this epoch, which decides about augmentation.
 
-    Lightning leaves a `DistributedSampler` alone and calls `set_epoch`; in a plain loop each pass is the next epoch.
+    Lightning keeps a `DistributedSampler` as it is and calls `set_epoch`; in a plain loop each pass is the next epoch.
 
     >>> [[index for index, _ in EpochOrder(range(10), 2, seed=0, processes=2, rank=rank)] for rank in (0, 1)]
     [[4, 7, 3, 0], [1, 5, 9, 8]]
@@ -28,91 +27,102 @@ class EpochOrder(DistributedSampler):
     Args:
         dataset: Anything with a length.
         batch_size: Images in a batch of one process.
-        seed: Of the order.
-        processes: How many share it.
-        rank: Which of them this is.
-        accumulated: Batches of an optimiser step; an epoch ends with a whole step where it holds one at all.
+        seed: Seed of the order.
+        processes: Number of processes that share the images.
+        rank: Index of this process, from 0.
+        accumulated: Batches of an optimiser step. An epoch ends with a whole step if it has at least one.
+
+    Attributes:
+        start: Batches to skip at the beginning of the epoch, because they were seen before a resume.
 
     Raises:
-        ValueError: If there are fewer images than processes.
+        ValueError: There are fewer images than processes.
     """
 
     def __init__(
         self, dataset: Any, batch_size: int, *, seed: int, processes: int = 1, rank: int = 0, accumulated: int = 1
-    ):
+    ) -> None:
         super().__init__(dataset, num_replicas=processes, rank=rank, seed=seed)
         self.batch_size = batch_size
-        self.start = 0  # batches of the epoch to leave out, because they have been seen
+        self.start = 0
         self.count = count = len(dataset)
         together = batch_size * processes
         if count < processes:
             raise ValueError(f"{count} training image(s) for {processes} processes; train on at most {count}")
-        for unit in (together * accumulated, together, 1):  # whatever is too little for a step is still trained on
+        for unit in (together * accumulated, together, 1):  # fewer images than a step are still trained on
             if whole := count // unit * unit:
                 self.images = whole
                 break
 
     @property
     def weight(self) -> float:
-        """What the mean over this process's images counts in that over all images of a step.
+        """Factor that turns the mean over this process's images into its part of the mean over all processes.
 
-        It is 1, but where the only batch there is does not divide by the number of processes.
+        It is 1 unless the only batch does not divide by the number of processes.
         """
         return len(self) * self.num_replicas / self.images
 
     def __len__(self) -> int:
         return len(range(self.rank, self.images, self.num_replicas))
 
-    def _shuffled(self, epoch: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Gives all images of an epoch, and a number for each image of the set."""
+    def _shuffled(self, epoch: int) -> tuple[Tensor, Tensor]:
+        """Return all image indices of an epoch in order, and a random number for each image of the dataset."""
         generator = torch.Generator().manual_seed((self.seed + epoch) % 2**63)
         order = torch.randperm(self.count, generator=generator)[: self.images]
         return order, torch.randint(2**62, (self.count,), generator=generator)
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:
+    def next_epoch(self) -> tuple[Tensor, Tensor]:
+        """Return this process's image indices of the epoch and their random numbers, then advance to the next epoch."""
         order, numbers = self._shuffled(self.epoch)
-        mine = order[self.rank :: self.num_replicas][self.start * self.batch_size :]
+        indices = order[self.rank :: self.num_replicas][self.start * self.batch_size :]
         self.epoch += 1
-        return zip(mine.tolist(), numbers[mine].tolist(), strict=True)
+        return indices, numbers[indices]
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        indices, numbers = self.next_epoch()
+        return zip(indices.tolist(), numbers.tolist(), strict=True)
 
     def batch(self, epoch: int, step: int) -> list[int]:
-        """Names the images of a batch of this process, by their indices."""
-        mine = self._shuffled(epoch)[0][self.rank :: self.num_replicas]
-        return mine[step * self.batch_size : (step + 1) * self.batch_size].tolist()
+        """Return the image indices of a batch of this process."""
+        indices = self._shuffled(epoch)[0][self.rank :: self.num_replicas]
+        return indices[step * self.batch_size : (step + 1) * self.batch_size].tolist()
 
 
 class ResumableLoader(DataLoader):
-    """A loader that knows how far its epoch is: a training saved in the middle of one sees the rest of it, exactly."""
+    """A loader that saves its place in the epoch: a training resumed there sees exactly the remaining batches."""
 
-    _seen: tuple[int, int] | None = None  # the epoch, and how many batches of it
+    _seen: tuple[int, int] | None = None  # the epoch, and how many of its batches were seen
     _restored: dict[str, int] | None = None
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        # As a generator it starts with the first batch: Lightning asks for an iterator before it says which epoch it
-        # is, or that there is a checkpoint.
+        # A generator starts with the first batch. Lightning asks for an iterator before it sets the epoch or restores
+        # a checkpoint.
         order = self.sampler
-        if not isinstance(order, EpochOrder):  # Lightning puts in another one to overfit a few batches
-            yield from super().__iter__()
+        if not isinstance(order, EpochOrder):  # evaluation; or Lightning's own sampler for overfit_batches
+            yield from self._batches()
             return
         epoch, state, self._restored = order.epoch, self._restored, None
-        order.start = self._passed(state) if state is not None and state["epoch"] == epoch else 0
+        order.start = self._batches_seen(state) if state is not None and state["epoch"] == epoch else 0
         self._seen = epoch, order.start
-        for batch in super().__iter__():
+        for batch in self._batches():
             self._seen = epoch, self._seen[1] + 1
             yield batch
 
-    def _passed(self, state: dict[str, int]) -> int:
-        """Says how many batches of this epoch have been seen already."""
+    def _batches(self) -> Iterator[Any]:
+        return super().__iter__()
+
+    def _batches_seen(self, state: dict[str, int]) -> int:
+        """Return how many batches of this epoch a saved state has seen."""
         for key, what in (("images", "training images"), ("global_batch", "images in a batch of all processes")):
             if state["batches"] and state[key] != (now := self.state_dict()[key]):
                 raise ValueError(
-                    f"the checkpoint stands in the middle of epoch {state['epoch']}, which had {state[key]} {what}, "
+                    f"the checkpoint was saved in the middle of epoch {state['epoch']}, which had {state[key]} {what}, "
                     f"and now there are {now}; give the same again, or a checkpoint from the end of an epoch"
                 )
         return state["batches"]
 
     def state_dict(self) -> dict[str, int]:
-        """Says how far the epoch is."""
+        """Return the place in the epoch, and what it depends on; empty if the order is not an `EpochOrder`."""
         order = self.sampler
         if self._restored is not None or not isinstance(order, EpochOrder):
             return self._restored or {}
@@ -127,10 +137,10 @@ class ResumableLoader(DataLoader):
         }
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Goes on where another loader was.
+        """Continue at the saved place of another loader.
 
-        The first batch raises a ValueError if that was in the middle of an epoch, of other images or with batches of
-        another size.
+        The first batch raises a ValueError if that place is in the middle of an epoch with other images or another
+        global batch size.
         """
         if state and isinstance(self.sampler, EpochOrder):
             self._restored = state
@@ -138,28 +148,26 @@ class ResumableLoader(DataLoader):
             self.sampler.set_epoch(state["epoch"])
 
 
-class Evened(Dataset[Item]):
-    """A set filled up to a multiple of some number with samples that count nowhere.
+class CachedLoader(ResumableLoader):
+    """A loader of images in memory: a batch is one `index_select` and one normalisation, where the images are.
 
-    So every process has as many batches as any other, and none waits for one that has finished.
-
-    Args:
-        dataset: Images with a class, or with a path.
-        multiple: Of this number there is a multiple.
+    Batches, order and saved places are those of :class:`ResumableLoader`. There are no worker processes and no work in
+    Python for each sample.
     """
 
-    def __init__(self, dataset: Dataset[Item], multiple: int):
-        self.dataset = dataset
-        self.count: int = len(dataset)  # type: ignore[arg-type]
-        self.filled = -(-self.count // multiple) * multiple
+    dataset: ImageDataset | Padded
 
-    def __len__(self) -> int:
-        return self.filled
-
-    def __getitem__(self, index: int) -> Item:
-        if index < self.count:
-            return self.dataset[index]
-        if index >= self.filled:
-            raise IndexError(index)
-        image, target = self.dataset[index % self.count]
-        return image, "" if isinstance(target, str) else IGNORED
+    def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        cached, size = self.dataset.cached, self.batch_size
+        assert cached is not None
+        assert size is not None
+        if isinstance(self.sampler, EpochOrder):
+            indices, numbers = self.sampler.next_epoch()
+        else:
+            indices = torch.tensor(list(self.sampler), dtype=torch.int64)
+            numbers = torch.zeros_like(indices)
+        parts = zip(indices.to(cached.device).split(size), numbers.to(cached.device).split(size), strict=True)
+        for part, part_numbers in parts:
+            images, targets = self.dataset.batch(part, part_numbers)
+            pin = self.pin_memory and not images.is_cuda
+            yield (images.pin_memory(), targets.pin_memory()) if pin else (images, targets)
