@@ -283,7 +283,7 @@ class ImageData(LightningDataModule, ABC):
         if processes == 1:
             return self._loader(dataset, batch_size=self.batch_size)
         padded = Padded(dataset, processes)
-        sampler = DistributedSampler(padded, processes, rank, shuffle=False)
+        sampler: Sampler[int] = DistributedSampler(padded, processes, rank, shuffle=False)
         return self._loader(padded, batch_size=self.batch_size, sampler=sampler)
 
     def _loader(
