@@ -133,7 +133,7 @@ def test_gradients_reach_every_tensor(variant, family, images):
 
 
 @each
-def test_without_gradients_the_output_is_the_same(variant, family, images):
+def test_output_equal_without_gradients(variant, family, images):
     model = scramble(injected(variant, family))
     expected = model(images)
     assert not torch.allclose(expected, FAMILIES[family]()(images), atol=1e-3)
@@ -183,7 +183,7 @@ def test_dropout_acts_in_training_only(variant, family, images):
 
 
 @each
-def test_merging_keeps_the_output_and_gives_timm_its_keys_back(variant, family, images):
+def test_merge_keeps_output_and_timm_keys(variant, family, images):
     model = scramble(injected(variant, family))
     spec, bare = spec_for(variant, family), FAMILIES[family]()
     if not any(layer.mergeable for layer in adapter_layers(model).values()):
@@ -230,7 +230,7 @@ def test_copies_and_pickles(variant, family, images):
 
 
 @each
-def test_depth_runs_from_the_first_block_to_the_last(variant, family):
+def test_depth_from_first_to_last_block(variant, family):
     model = injected(variant, family)
     by_place: dict[str, list[float]] = {}
     for name, layer in adapter_layers(model).items():
@@ -373,7 +373,7 @@ def test_a_block_by_hand(variant):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("channels_first", [False, True], ids=["tokens", "images"])
-def test_gradients_against_finite_differences(variant, channels_first):
+def test_gradients_equal_finite_differences(variant, channels_first):
     """Every layer that the variant wraps, in all of its own tensors and in its input."""
     block = Block(4, num_heads=2, mlp_ratio=2, qkv_bias=True)
     if channels_first:
@@ -435,7 +435,7 @@ def test_dropout_is_unbiased(rate, dtype):
     assert drop.eval()(x) is x
 
 
-def test_without_a_rate_dropout_costs_nothing():
+def test_dropout_zero_rate_no_operation():
     x = torch.randn(3)
     drop = DropRate().train()
     state = torch.get_rng_state()
@@ -460,7 +460,7 @@ def test_dropout_rates_are_checked(rate):
     assert drop.rate == pytest.approx(0.3)
 
 
-def test_changing_the_rate_does_not_recompile():
+def test_dropout_rate_change_no_recompile():
     compilations = []
 
     def backend(graph, _):
@@ -488,7 +488,7 @@ def untouched(model: nn.Module, spec: AdapterSpec, match: str) -> None:
     assert {name: id(module) for name, module in model.named_modules()} == before
 
 
-def test_target_without_a_match(convnext, vit):
+def test_pattern_without_match_lists_layers(convnext, vit):
     untouched(
         convnext,
         LoRA(targets=("*.qkv",)),
@@ -545,18 +545,18 @@ def test_depth_counts_the_whole_backbone(vit):
     assert adapter_layers(vit)[name].depth == pytest.approx(0.8)
 
 
-def test_adaptformer_needs_the_norm_before_its_layer():
+def test_adaptformer_needs_norm_before():
     model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, block_fn=ResPostBlock)
     untouched(
         model, AdaptFormer(), r"none of norms=\('norm2', 'norm'\) before blocks.0.mlp; .*attn, norm1, .*mlp, norm2"
     )
 
 
-def test_groups_must_divide_and_biases_must_fit():
+def test_repadapter_groups_and_biases():
     untouched(
         make_vit(), RepAdapter(bottleneck=9, groups=9), "groups=9 must divide the 48 channels that blocks.0.attn.qkv"
     )
-    untouched(make_vit(qkv_bias=False), RepAdapter(), "blocks.0.attn.qkv has no bias .* use bias=False")
+    untouched(make_vit(qkv_bias=False), RepAdapter(), "blocks.0.attn.qkv has no bias, .* use bias=False")
     model = make_vit(qkv_bias=False)
     inject(model, RepAdapter(bias=False))
     merge(scramble(model))
@@ -615,7 +615,7 @@ def test_merging_is_all_or_nothing(vit, images):
     assert len(adapter_layers(mixed)) == 12
 
 
-def test_a_coarse_backbone_is_refused_within_the_tolerance():
+def test_merge_half_precision_refused():
     vit = make_vit().bfloat16()
     inject(vit, LoRA())
     scramble(vit)
@@ -625,7 +625,7 @@ def test_a_coarse_backbone_is_refused_within_the_tolerance():
     assert not adapter_layers(vit)
 
 
-def test_merging_in_training_mode_leaves_dropout_out(vit, images):
+def test_merge_in_training_mode_no_dropout(vit, images):
     inject(vit, LoRA(dropout=0.5))
     expected = scramble(vit)(images)
     for layer in adapter_layers(vit).values():
@@ -634,13 +634,13 @@ def test_merging_in_training_mode_leaves_dropout_out(vit, images):
     torch.testing.assert_close(vit(images), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_a_model_without_adapters_stays_as_it_is(vit):
+def test_merge_without_adapters_no_change(vit):
     modules = list(map(id, vit.modules()))
     merge(vit)
     assert list(map(id, vit.modules())) == modules
 
 
-def test_the_merged_update_against_peft_s_words(vit):
+def test_merge_equals_peft(vit):
     """W' = W + (alpha / r) B A with s = alpha / r."""
     inject(vit, LoRA(rank=4, scale=16 / 4))
     scramble(vit)
@@ -649,7 +649,7 @@ def test_the_merged_update_against_peft_s_words(vit):
     torch.testing.assert_close(layer.merged().weight, expected)
 
 
-def test_every_kind_is_a_layer_of_its_own_name():
+def test_every_kind_has_named_layer():
     for kind in KINDS:
         model = make_vit()
         inject(model, kind())

@@ -105,7 +105,7 @@ def test_cut_is_bit_equal_to_timm(case, images):
 
 
 @torch.no_grad()
-def test_block_outputs_are_timms_intermediates(case, images):
+def test_blocks_equal_timms_intermediates(case, images):
     model, (prefix, _) = case
     outputs = run(model, images)
     read = [cut.tokens(model, x) for x in outputs]
@@ -161,7 +161,7 @@ def test_other_image_sizes(images):
 
 
 @torch.no_grad()
-def test_cut_follows_what_is_replaced_and_copied(any_backbone, images):
+def test_cut_uses_replaced_and_copied_layers(any_backbone, images):
     before = cut.classify(any_backbone, cut.finish(any_backbone, run(any_backbone, images)[-1]))
     other = copy.deepcopy(any_backbone)
     mine = {id(module) for module in other.modules()}
@@ -207,7 +207,7 @@ def test_unknown_family():
 
 
 @pytest.mark.parametrize("method", ["forward", "forward_features"])
-def test_subclass_with_its_own_forward_is_refused(any_backbone, images, method):
+def test_cut_own_forward_refused(any_backbone, images, method):
     family = type(any_backbone)
     any_backbone.__class__ = type("Mine", (family,), {"helper": lambda self: None})
     assert len(cut.blocks(any_backbone)) == 6
@@ -222,7 +222,7 @@ def test_subclass_with_its_own_forward_is_refused(any_backbone, images, method):
 
 
 @pytest.mark.parametrize("make", BACKBONES.values(), ids=BACKBONES)
-def test_seed_decides_all_and_leaves_the_random_state_alone(make):
+def test_seed_global_state_unchanged(make):
     torch.manual_seed(1)
     states = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()  # noqa: NPY002
     model = make()
@@ -235,7 +235,7 @@ def test_seed_decides_all_and_leaves_the_random_state_alone(make):
     assert not same(make(seed=1), model)
 
 
-def test_image_size_goes_to_the_families_that_are_built_for_one(tmp_path):
+def test_image_size_where_family_needs_it(tmp_path):
     small = VIT | {"img_size": None}
     for name, options, size in (
         ("vit_tiny_patch16_224", small, 48),
@@ -280,7 +280,7 @@ def test_name_that_is_near_to_nothing():
     told(error, "convnext", "vit")
 
 
-def test_unknown_tag_gives_the_tags_there_are():
+def test_unknown_tag_lists_tags():
     with pytest.raises(ValueError, match="timm has no weights 'augreg_in22k'") as error:
         create_backbone("vit_tiny_patch16_224.augreg_in22k", CLASSES)
     told(error, "augreg_in21k", "augreg_in21k_ft_in1k")
@@ -311,7 +311,7 @@ def test_negative_classes():
 
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224.ms_in1k", "hf-hub:timm/nobody"])
-def test_pretrained_without_network_says_which_weights_and_the_way_out(name, tmp_path, monkeypatch):
+def test_pretrained_without_network_message(name, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(ValueError, match="could not be fetched") as error:
@@ -430,7 +430,7 @@ old_timm = pytest.mark.skipif(
         pytest.param("swin", False, marks=old_timm),
     ],
 )
-def test_classifier_of_other_classes_is_left_out(kind, has_head, tmp_path):
+def test_weights_other_classifier_left_out(kind, has_head, tmp_path):
     name = {"npz": "vit"}.get(kind, kind)
 
     def make(classes, **options):
@@ -630,7 +630,7 @@ def test_no_such_file(name, tmp_path):
 
 
 @torch.no_grad()
-def test_fingerprint_sees_every_frozen_bit_and_nothing_else(any_backbone):
+def test_fingerprint_covers_frozen_tensors(any_backbone):
     mark = fingerprint(any_backbone)
     assert len(mark) == 64
     assert fingerprint(copy.deepcopy(any_backbone)) == mark
@@ -651,7 +651,7 @@ def test_fingerprint_sees_every_frozen_bit_and_nothing_else(any_backbone):
     assert fingerprint(any_backbone) != mark
 
 
-def test_fingerprint_of_other_layouts_and_types(any_backbone, convnext):
+def test_fingerprint_layouts_and_types(any_backbone, convnext):
     mark = fingerprint(any_backbone)
     any_backbone.requires_grad_(True).train()
     assert fingerprint(any_backbone) == mark
@@ -662,7 +662,7 @@ def test_fingerprint_of_other_layouts_and_types(any_backbone, convnext):
     assert fingerprint(convnext.to(memory_format=torch.channels_last)) == mark
 
 
-def test_fingerprint_is_the_same_in_another_process(vit):
+def test_fingerprint_in_another_process(vit):
     code = """
 from dynadapter.backbones import create_backbone, fingerprint
 options = {"num_heads": 3, "depth": 6, "embed_dim": 48, "patch_size": 8, "img_size": 32}
@@ -672,6 +672,6 @@ print(fingerprint(create_backbone("vit_tiny_patch16_224", 5, **options)))
     assert done.stdout.strip() == fingerprint(vit)
 
 
-def test_an_image_size_that_would_lose_pixels():
-    with pytest.raises(ValueError, match=r"image_size=30 is no multiple of the patch size 8 .* choose 24 or 32"):
+def test_image_size_not_multiple_of_patch():
+    with pytest.raises(ValueError, match=r"image_size=30 does not fit patch size 8 .*; use 24 or 32"):
         create_backbone("vit_tiny_patch16_224", 5, image_size=30, patch_size=8, depth=1)

@@ -44,7 +44,7 @@ def test_equal_on_every_family(family):
     assert_equal(network(BACKBONES[family]()), pictures())
 
 
-def test_equal_in_half_precision_and_under_autocast():
+def test_run_half_precision_and_autocast():
     net = network(make_vit(), LoRA(rank=4))
     with torch.autocast("cpu", torch.bfloat16):
         assert_equal(net, pictures())
@@ -95,7 +95,7 @@ def test_who_watches_all_modules_sees_them():
 
 
 @pytest.mark.parametrize("place", ["norm2", "attn.proj", "mlp.fc2"])
-def test_a_layer_with_a_forward_of_its_own_is_called(place):
+def test_run_own_forward_called(place):
     net = network(make_vit())
     layer = net.backbone.blocks[0].get_submodule(place)
     layer.forward = lambda x, plain=layer.forward: 2 * plain(x)

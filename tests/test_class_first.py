@@ -104,14 +104,14 @@ def test_falls_back_to_the_whole_block(net):
     assert_same(net)
 
 
-def test_a_distilled_backbone_reads_two_tokens_at_its_end():
+def test_distilled_backbone_reads_two_tokens():
     backbone = create_backbone("deit_tiny_distilled_patch16_224", 5, img_size=32, patch_size=8, embed_dim=48, depth=4)
     net = network(backbone)
     assert [net.splits(k) for k in range(net.num_exits)] == [True, False]
     assert_same(net)
 
 
-def test_who_leaves_computes_one_row_and_who_goes_on_computes_all():
+def test_exiting_samples_compute_one_row():
     net = network(make_vit())
     images = pictures()
     rows: list[tuple[int, int]] = []
@@ -158,21 +158,21 @@ def test_both_baselines():
     assert all(a < b for a, b in zip(first.macs, plain.macs, strict=True))
 
 
-def test_a_backbone_without_it_costs_the_same_either_way():
+def test_cost_without_class_token_equal():
     net = network(make_swin())
     plain, first = exit_costs(net, 32), exit_costs(net, 32, class_first=True)
     assert first.macs == plain.macs
     assert first.backbone_class_row == plain.backbone
 
 
-def test_only_a_plain_linear_layer_or_one_that_gives_some_outputs_splits():
+def test_splits_known_layers_only():
     backbone = make_vit()
     assert cut.splits(backbone, cut.blocks(backbone)[0])
     backbone.blocks[0].attn.qkv = nn.Sequential(backbone.blocks[0].attn.qkv)
     assert not cut.splits(backbone, cut.blocks(backbone)[0])
 
 
-def test_by_itself_from_four_images_on_and_for_one_of_a_large_backbone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_class_first_default_by_size(monkeypatch: pytest.MonkeyPatch) -> None:
     net, asked = network(make_vit()), []
     begin = net.begin
     monkeypatch.setattr(net, "begin", lambda k, x, first: asked.append(first) or begin(k, x, first))
@@ -190,7 +190,7 @@ def test_by_itself_from_four_images_on_and_for_one_of_a_large_backbone(monkeypat
 
 @pytest.mark.parametrize("policy", [Never(), Scaled(Never(), 2.0)])
 @pytest.mark.parametrize("class_first", [False, True])
-def test_where_nobody_is_asked_no_early_head_runs_and_the_answer_is_the_last_exits(policy, class_first):
+def test_never_runs_no_early_head(policy, class_first):
     net, asked = network(make_vit()), []
     images = pictures(5)
     expected = net.early(images, Confidence(1.0), class_first)

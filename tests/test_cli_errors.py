@@ -106,7 +106,7 @@ TABLE = [
     fit("--seed_everything=x", "seed_everything", "whole number", "'x'"),
     # values
     fit("--model.every=9", "every=9", "1 to 3"),
-    fit("--model.exit_depths=[2,9]", "[2, 9]", "between 1 and 3"),
+    fit("--model.exit_depths=[2,9]", "[2, 9]", "from 1 to 3"),
     fit("--model.adapter.rank=0", "rank=0", "at least 1"),
     fit("--model.adapter.scale=-1", "scale=-1", "above 0"),
     fit("--model.adapter.dropout=1.5", "dropout=1.5", "below 1"),

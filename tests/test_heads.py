@@ -57,7 +57,7 @@ def test_hidden_width_counts() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("pooling", ["auto", "cls", "mean"])
 @pytest.mark.parametrize("prefix_tokens", [1, 5])
-def test_forward_is_norm_then_pool_then_classify(kind: Heads, pooling: str, prefix_tokens: int) -> None:
+def test_forward_norm_pool_classify(kind: Heads, pooling: str, prefix_tokens: int) -> None:
     head = build(type(kind)(pooling=pooling), prefix_tokens=prefix_tokens)  # type: ignore[arg-type]
     torch.nn.init.normal_(head.norm.weight)
     torch.nn.init.normal_(head.norm.bias)
@@ -71,14 +71,14 @@ def test_forward_is_norm_then_pool_then_classify(kind: Heads, pooling: str, pref
 
 
 @pytest.mark.parametrize("pooling", ["auto", "mean"])
-def test_without_class_token_the_mean_is_read(pooling: str) -> None:
+def test_pooling_without_class_token(pooling: str) -> None:
     head = build(LinearHeads(pooling=pooling), prefix_tokens=0, class_token=False)  # type: ignore[arg-type]
     assert not head.reads_class_token
     tokens = torch.randn(3, 16, 24)
     torch.testing.assert_close(head(tokens), head(tokens[:, torch.randperm(16)]))
 
 
-def test_prefix_tokens_do_not_reach_the_mean_and_image_tokens_do_not_reach_cls() -> None:
+def test_pooling_reads_only_its_tokens() -> None:
     tokens, other = torch.randn(2, 3, 17, 24).unbind()
     mean, cls = build(LinearHeads(pooling="mean")), build(LinearHeads(pooling="cls"))
     torch.testing.assert_close(mean(tokens), mean(torch.cat([other[:, :1], tokens[:, 1:]], 1)))

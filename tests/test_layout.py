@@ -47,7 +47,7 @@ def test_values_and_answers_stay(adapter):
             close(mine.logits, theirs.logits)
 
 
-def test_twice_is_once_and_the_module_comes_back():
+def test_second_call_changes_nothing():
     net = network(make_vit())
     assert lay_out_for_cpu(net) is net
     places = [layer.weight.data_ptr() for layer in linears(net)]
@@ -55,7 +55,7 @@ def test_twice_is_once_and_the_module_comes_back():
     assert [layer.weight.data_ptr() for layer in linears(net)] == places
 
 
-def test_the_order_stays_with_copies_types_and_loading():
+def test_layout_survives_copy_and_load():
     net, other = (network(make_vit(), LoRA(rank=4)) for _ in range(2))
     lay_out_for_cpu(net)
     assert laid_out(copy.deepcopy(net))
@@ -72,7 +72,7 @@ def test_weights_in_16_bits_stay_as_they_are():
     assert laid_out(lay_out_for_cpu(net.double()))
 
 
-def test_weights_that_two_layers_share_stay_shared():
+def test_shared_weights_stay_shared():
     first, second = nn.Linear(3, 4), nn.Linear(3, 4)
     second.weight = first.weight
     lay_out_for_cpu(nn.Sequential(first, second))
@@ -109,7 +109,7 @@ def test_training_goes_on():
         torch.testing.assert_close(mine[name], theirs[name], rtol=1e-3, atol=1e-4)
 
 
-def test_a_state_dict_from_a_file_is_the_same(tmp_path):
+def test_state_dict_file_unchanged(tmp_path):
     net, other = network(make_vit()), network(make_vit())
     nn.init.ones_(other.backbone.head.weight)
     torch.save(lay_out_for_cpu(net).state_dict(), tmp_path / "state.pt")
@@ -143,7 +143,7 @@ def test_a_bundle_is_the_same_to_the_byte(tmp_path):
 
 
 def test_what_is_no_module():
-    with pytest.raises(TypeError, match=r"^a dict cannot be laid out; give an nn\.Module$"):
+    with pytest.raises(TypeError, match=r"^lay_out_for_cpu takes a module, not a dict; give an nn\.Module$"):
         lay_out_for_cpu({})  # type: ignore[type-var]
 
 
@@ -151,5 +151,5 @@ def test_a_bundle_is_told_to_give_its_net():
     class Bundle:
         net = nn.Linear(2, 2)
 
-    with pytest.raises(TypeError, match=r"^a Bundle cannot be laid out; give its net$"):
+    with pytest.raises(TypeError, match=r"^lay_out_for_cpu takes a module, not a Bundle; give its net$"):
         lay_out_for_cpu(Bundle())  # type: ignore[type-var]

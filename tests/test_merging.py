@@ -91,7 +91,7 @@ def by_loop(x: Tensor, count: int, prefix: int, sizes: Tensor | None = None) -> 
 @pytest.mark.parametrize(
     ("own", "count", "prefix"), [(16, 6, 1), (16, 8, 0), (17, 8, 5), (9, 1, 2), (3, 1, 1), (2, 1, 0), (25, 12, 1)]
 )
-def test_what_a_loop_over_images_and_tokens_does(own: int, count: int, prefix: int) -> None:
+def test_merge_equals_loop(own: int, count: int, prefix: int) -> None:
     x = tokens(3, prefix + own, 6, seed=own).requires_grad_()
     expected, result = by_loop(x, count, prefix), merge_tokens(x, count, prefix)
     torch.testing.assert_close(result, expected)
@@ -102,7 +102,7 @@ def test_what_a_loop_over_images_and_tokens_does(own: int, count: int, prefix: i
 
 
 @pytest.mark.parametrize(("own", "count", "prefix"), [(16, 6, 1), (17, 8, 5), (2, 1, 0)])
-def test_a_token_counts_as_often_as_it_stands_for_tokens(own: int, count: int, prefix: int) -> None:
+def test_merge_weights_by_token_count(own: int, count: int, prefix: int) -> None:
     x = tokens(3, prefix + own, 6, seed=own)
     sizes = torch.randint(1, 9, x.shape[:2], generator=torch.Generator().manual_seed(1)).double()
     found, logs = merge_counted(x, sizes.log(), count, prefix)
@@ -131,7 +131,7 @@ def test_like_tokens_are_all_the_same() -> None:
     assert torch.equal(merge_tokens(0 * x, 4, 1), 0 * x[:, :5])  # without a direction
 
 
-def test_an_image_with_values_that_are_not_finite_spoils_no_other() -> None:
+def test_merge_nonfinite_image_alone() -> None:
     x = tokens(3, 10, 4)
     fine = merge_tokens(x, 4, 1)
     for value in (torch.nan, torch.inf, -torch.inf):
@@ -143,7 +143,7 @@ def test_an_image_with_values_that_are_not_finite_spoils_no_other() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_merges_the_same_tokens(dtype: torch.dtype) -> None:
+def test_merge_half_precision_same_tokens(dtype: torch.dtype) -> None:
     x = tokens(4, 17, 8).to(dtype)
     result = merge_tokens(x, 8, 1)
     assert result.dtype == dtype
@@ -188,10 +188,10 @@ class Turning(torch.nn.Module):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (make_swin, "cannot be merged in a SwinTransformer"),
-        (make_convnext, "cannot be merged in a ConvNeXt"),
-        (lambda: make_vit(block_fn=Turning), "cannot be merged in a Turning"),
-        (lambda: make_vit(depth=2), r"after=\(1, 2\) merges tokens where no block is left: the backbone has 2"),
+        (make_swin, "token_merging does not fit SwinTransformer"),
+        (make_convnext, "token_merging does not fit ConvNeXt"),
+        (lambda: make_vit(block_fn=Turning), "token_merging does not fit Turning"),
+        (lambda: make_vit(depth=2), r"after=\(1, 2\) merges tokens where no block follows: the backbone has 2"),
     ],
 )
 def test_backbones_that_cannot(make: Any, message: str) -> None:
@@ -208,7 +208,7 @@ def test_backbones_that_cannot(make: Any, message: str) -> None:
     [*((options, TWICE) for options in VITS.values()), ({}, UNCOUNTED)],
     ids=[*VITS, "each counts once"],
 )
-def test_every_way_through_the_network_gives_the_same(options: dict[str, Any], token_merging: TokenMerging) -> None:
+def test_all_paths_give_same_logits(options: dict[str, Any], token_merging: TokenMerging) -> None:
     net = network(make_vit(**options), LoRA(rank=4), token_merging=token_merging)
     images = pictures()
     with torch.no_grad():
@@ -245,7 +245,7 @@ def test_tokens_in_front_stay(options: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"reg_tokens": 3}, {"init_values": 0.3, "qk_norm": True}])
-def test_merging_equal_tokens_changes_nothing(options: dict[str, Any]) -> None:
+def test_merge_equal_tokens_no_change(options: dict[str, Any]) -> None:
     """Attention that is told of n equal keys by one key does what it does with all of them."""
     backbone = make_vit(**options)
     nn.init.zeros_(backbone.pos_embed)
@@ -258,7 +258,7 @@ def test_merging_equal_tokens_changes_nothing(options: dict[str, Any]) -> None:
             assert torch.allclose(net(images), expected, rtol=1e-4, atol=1e-5) == counted
 
 
-def test_a_distilled_backbone_and_an_image_of_another_size() -> None:
+def test_distilled_and_other_image_size() -> None:
     small = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 4}
     distilled = create_backbone("deit_tiny_distilled_patch16_224", CLASSES, **small)
     wide = make_vit(dynamic_img_size=True)
@@ -270,7 +270,7 @@ def test_a_distilled_backbone_and_an_image_of_another_size() -> None:
                 torch.testing.assert_close(logits, net(images)[-1], rtol=1e-4, atol=1e-5)
 
 
-def test_the_first_exit_reads_all_tokens_where_they_are_merged_behind_it() -> None:
+def test_exit_before_place_reads_all_tokens() -> None:
     late = replace(TWICE, after=(2,))
     plain, merging = network(make_vit()), network(make_vit(), token_merging=late)
     with torch.no_grad():
@@ -279,7 +279,7 @@ def test_the_first_exit_reads_all_tokens_where_they_are_merged_behind_it() -> No
     assert not torch.allclose(ours[1], theirs[1])
 
 
-def test_a_cpu_routes_twice_as_many_at_a_time_where_tokens_are_merged() -> None:
+def test_chunk_doubles_with_token_merging() -> None:
     net, images = network(make_vit(), token_merging=TWICE), pictures(70)
     seen: list[int] = []
     embed = net.embed
@@ -301,7 +301,7 @@ def test_folded_adapters_do_the_same() -> None:
         torch.testing.assert_close(copy.deepcopy(net).merge()(pictures()), before, rtol=1e-4, atol=1e-4)
 
 
-def test_everything_that_learns_gets_a_gradient() -> None:
+def test_every_trained_tensor_gets_gradient() -> None:
     net = network(make_vit(), LoRA(rank=2), token_merging=TWICE).train()
     net(pictures()).square().sum().backward()
     for name, parameter in net.named_parameters():
@@ -378,7 +378,7 @@ def test_a_bundle_brings_it_along(tmp_path: Path) -> None:
     assert said in (place / "README.md").read_text()
 
 
-def test_files_from_before_tokens_were_counted(tmp_path: Path) -> None:
+def test_files_before_proportional(tmp_path: Path) -> None:
     net, place = merging_net(), tmp_path / "b"
     net.token_merging = UNCOUNTED
     save(place, net=net)
@@ -396,7 +396,7 @@ def test_files_from_before_tokens_were_counted(tmp_path: Path) -> None:
     assert torch.load(pickled, weights_only=True)["token_merging"] == UNCOUNTED
 
 
-def test_a_bundle_from_before_there_was_merging(tmp_path: Path) -> None:
+def test_bundle_before_token_merging(tmp_path: Path) -> None:
     net, place = save(tmp_path / "b")
     assert json.loads((place / "config.json").read_text())["token_merging"] is None
     edited(place, "token_merging")
@@ -405,11 +405,11 @@ def test_a_bundle_from_before_there_was_merging(tmp_path: Path) -> None:
     edited(place, "format", value=1)
     same(load(place), net, pictures(4))
     edited(place, "token_merging", value={"class_path": "dynadapter.TokenMerging", "init_args": {"after": [1, 6]}})
-    with pytest.raises(ValueError, match=r"after=\(1, 6\) merges tokens where no block is left"):
+    with pytest.raises(ValueError, match=r"after=\(1, 6\) merges tokens where no block follows"):
         load(place)
 
 
-def test_bench_times_the_plain_backbone_as_its_rival(tmp_path: Path) -> None:
+def test_bench_static_keeps_every_token(tmp_path: Path) -> None:
     place, out = tmp_path / "b", tmp_path / "b.json"
     save(place, net=merging_net())
     main(["bench", "--bundle", str(place), f"--out={out}", "--rounds=1", "--batch_sizes=[4]", "--arms=[static]"])
@@ -487,7 +487,7 @@ def test_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert found.costs.macs[-1] < found.costs.backbone
     for wrong, words in (
         ("--model.token_merging.share=0.7", "at most 0.5"),
-        ("--model.token_merging.after=[3]", "no block is left"),
+        ("--model.token_merging.after=[3]", "no block follows"),
         ("--model.token_merging.after=[a]", "model.token_merging.after: expected a whole number, not \"['a']\""),
         ("--model.token_merging.places=[1]", "model.token_merging: there is no setting 'places'"),
     ):

@@ -501,7 +501,7 @@ def test_confidence_is_that_after_the_temperature_of_its_exit(temperatures: Any)
         ({"num_classes": 1}, "num_classes=1 leaves nothing to tell apart"),
         ({"label_smoothing": 1.0}, "label_smoothing=1.0 must be at least 0 and below 1"),
         ({"class_names": ["a", "b"]}, "2 class names for 5 classes"),
-        ({"every": 7}, "every=7 puts no exit inside a backbone of 6 blocks"),
+        ({"every": 7}, "every=7 fits no exit into a backbone of 6 blocks"),
         ({"exit_depths": [2, 9]}, "exit_depths="),
         ({"backbone": "vit_tiny_patch16_225"}, "timm has no model 'vit_tiny_patch16_225'; the nearest are"),
         ({"adapter": LoRA(targets=("*.nope",))}, "no layer of VisionTransformer matches the target"),

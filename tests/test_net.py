@@ -129,7 +129,7 @@ def test_routing_equals_one_sample_at_a_time(kind: str, policy: Policy, batch: i
         assert calls == ([still_in] if still_in else [])
 
 
-def test_the_network_of_these_tests_has_samples_for_every_exit(net: ExitNet) -> None:
+def test_fixture_uses_every_exit(net: ExitNet) -> None:
     exits = net.early(pictures(32, 0), Confidence(0.9)).exit_index
     assert set(exits.tolist()) == {0, 1, 2}
 
@@ -177,7 +177,7 @@ def test_logits_that_are_not_finite_go_on(net: ExitNet, policy: Policy, bad: flo
     assert routed.nonfinite == 0
 
 
-def test_a_broken_image_is_counted_and_hurts_nobody_else(net: ExitNet) -> None:
+def test_nonfinite_image_counted_alone(net: ExitNet) -> None:
     images = pictures(3, 3)
     clean = net.early(images, Confidence(0.0))
     images[1] = math.nan
@@ -188,7 +188,7 @@ def test_a_broken_image_is_counted_and_hurts_nobody_else(net: ExitNet) -> None:
 
 
 @pytest.mark.parametrize("policy", [Confidence((0.9,)), Confidence((0.9, 0.8, 0.7)), Margin((0.5,)), Entropy(())])
-def test_thresholds_must_fit_before_anything_runs(net: ExitNet, policy: Policy) -> None:
+def test_thresholds_checked_before_run(net: ExitNet, policy: Policy) -> None:
     with rows_seen(net) as seen, pytest.raises(ValueError, match=r"this network has 2 early exits \(3 exits\)"):
         net.early(pictures(1, 0), policy)
     assert not any(seen)
@@ -202,7 +202,7 @@ def test_the_last_exit_is_timms_own_model(any_backbone: nn.Module, images: Tenso
     assert torch.equal(logits[-1], any_backbone(images))
 
 
-def test_an_early_exit_reads_the_blocks_output_in_timms_own_forward(any_backbone: nn.Module, images: Tensor) -> None:
+def test_exit_equals_timms_forward_and_head(any_backbone: nn.Module, images: Tensor) -> None:
     net, outputs = ExitNet(any_backbone, every=EVERY), []
     for blocks in net.exit_depths[:-1]:
         cut.blocks(any_backbone)[blocks - 1][-1].register_forward_hook(lambda _, args, out: outputs.append(out))
@@ -224,7 +224,7 @@ def test_at_ends_at_one_exit(net: ExitNet) -> None:
 
 @pytest.mark.parametrize("k", [3, -4])
 def test_at_an_exit_that_is_not_there(net: ExitNet, k: int) -> None:
-    with pytest.raises(ValueError, match=f"there is no exit {k}; this network has 3, from 0 to 2"):
+    with pytest.raises(ValueError, match=f"exit index {k} is out of range; this network has exit indices 0 to 2"):
         net.at(k)
 
 
@@ -246,13 +246,13 @@ def test_exit_blocks(arguments: dict, places: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("every", [0, -1, 13])
 def test_an_interval_that_does_not_fit(every: int) -> None:
-    with pytest.raises(ValueError, match=f"every={every} puts no exit inside a backbone of 12 blocks; choose 1 to 12"):
+    with pytest.raises(ValueError, match=f"every={every} fits no exit into a backbone of 12 blocks; use 1 to 12"):
         exit_blocks(12, every=every)
 
 
 @pytest.mark.parametrize("exits", [[0], [3, 3], [6, 3], [13], [3, 13], [-1, 3]])
 def test_exits_that_do_not_fit(exits: list[int]) -> None:
-    with pytest.raises(ValueError, match="must be strictly rising block counts between 1 and 12") as error:
+    with pytest.raises(ValueError, match="must be strictly rising block counts from 1 to 12") as error:
         exit_blocks(12, exit_depths=exits)
     assert "\n" not in str(error.value)
 
@@ -263,7 +263,7 @@ def test_a_backbone_without_a_classifier(vit: nn.Module) -> None:
         ExitNet(vit)
 
 
-def test_the_backbone_stays_in_evaluation_mode(any_backbone: nn.Module) -> None:
+def test_backbone_stays_in_eval_mode(any_backbone: nn.Module) -> None:
     inject(any_backbone, LoRA(targets=("*.mlp.fc1",)))
     net = ExitNet(any_backbone, every=EVERY)
     adapters = [module for module in net.modules() if isinstance(module, AdapterLayer)]
@@ -291,14 +291,14 @@ def test_only_heads_and_adapters_learn(any_backbone: nn.Module, images: Tensor) 
         assert parameter.requires_grad <= ours
 
 
-def test_exit_weights_are_a_buffer_that_is_not_saved() -> None:
+def test_exit_weights_buffer_not_saved() -> None:
     net = ExitNet(make_vit(), every=EVERY)
     assert torch.equal(net.exit_weights, torch.full((3,), 1 / 3))
     assert "exit_weights" in dict(net.named_buffers())
     assert "exit_weights" not in net.state_dict()
 
 
-def test_merging_keeps_the_exits_and_gives_timms_keys_back(vit: nn.Module, images: Tensor) -> None:
+def test_merge_keeps_exits_and_timm_keys(vit: nn.Module, images: Tensor) -> None:
     keys = set(vit.state_dict())
     inject(vit, LoRA(rank=2))
     net = ExitNet(vit, every=EVERY).eval()

@@ -33,14 +33,14 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "small.safetensors"
 
 
-def test_the_name_is_the_shape_and_the_weights(small):
+def test_name_gives_shape_and_weights(small):
     expected = create_backbone(BASE, 5, weights=small, **SHAPE)
     found = create_backbone("small", 5, pretrained=True)
     assert fingerprint(found) == fingerprint(expected)
     assert all(torch.equal(p, q) for p, q in zip(found.parameters(), expected.parameters(), strict=True))
 
 
-def test_without_its_weights_it_is_drawn_from_the_seed(small):
+def test_without_weights_drawn_from_seed(small):
     assert fingerprint(create_backbone("small", 5, seed=3)) == fingerprint(create_backbone(BASE, 5, seed=3, **SHAPE))
 
 
@@ -56,11 +56,11 @@ def test_another_image_size_is_fitted(small):
     expected = create_backbone(BASE, 5, weights=small, **(SHAPE | {"img_size": 48}))
     assert fingerprint(found) == fingerprint(expected)
     assert fingerprint(create_backbone("small", 5, pretrained=True, img_size=48)) == fingerprint(expected)
-    with pytest.raises(ValueError, match="image_size=45 is no multiple of the patch size 8"):
+    with pytest.raises(ValueError, match="image_size=45 does not fit patch size 8"):
         create_backbone("small", 5, pretrained=True, image_size=45)
 
 
-def test_a_damaged_file_and_another_shape_are_refused(small):
+def test_damaged_or_other_shape_refused(small):
     with pytest.raises(ValueError, match=r"do not fit 'small': .* missing"):
         create_backbone("small", 5, pretrained=True, depth=3)
     small.write_bytes(small.read_bytes()[:-1] + b"\1")

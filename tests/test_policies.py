@@ -31,7 +31,7 @@ BAD = [math.nan, math.inf, -math.inf]
 
 
 @pytest.mark.parametrize("policy", [*KINDS, Scaled(Never(), 2.0), Scaled(Patience(), 2.0)])
-def test_a_policy_that_asks_nobody_lets_nobody_leave(policy):
+def test_never_exits_nobody(policy):
     assert policy.asks == ("never" not in policy.name)
     for scale in (0.0, 1.0, 1e3):  # no class is sure, some are, one is
         logits = scale * torch.randn(3, 50, 4, generator=torch.Generator().manual_seed(0))
@@ -107,7 +107,7 @@ def test_route_equals_a_loop_over_samples(seed, exits, samples, classes, bad, th
 
 @pytest.mark.parametrize("policy", KINDS)
 @pytest.mark.parametrize("bad", BAD)
-def test_logits_that_are_not_finite_never_leave(policy: Policy, bad: float) -> None:
+def test_nonfinite_logits_never_exit(policy: Policy, bad: float) -> None:
     sure = torch.tensor([40.0, 0.0, 0.0]).expand(3, 2, 3).clone()
     sure[:, 1, 2] = bad
     taken = route(policy, torch.cat([sure, sure[:1]]))
@@ -115,7 +115,7 @@ def test_logits_that_are_not_finite_never_leave(policy: Policy, bad: float) -> N
     assert taken[0] < 3 or isinstance(policy, Never)
 
 
-def test_an_exit_without_finite_logits_agrees_with_nobody() -> None:
+def test_patience_nonfinite_exit() -> None:
     logits = torch.tensor([[9.0, 0.0], [math.nan, 0.0], [9.0, 0.0], [9.0, 0.0], [9.0, 0.0]])[:, None]
     assert route(Patience(2), logits).tolist() == [3]
 
@@ -138,7 +138,7 @@ def test_scores_of_known_distributions() -> None:
 
 
 @pytest.mark.parametrize("score", [confidence, entropy, margin])
-def test_scores_stay_in_range_and_in_wide_precision(score) -> None:
+def test_scores_range_and_precision(score) -> None:
     logits = torch.randn(50, 7, generator=torch.Generator().manual_seed(0)) * torch.logspace(-6, 3, 50)[:, None]
     for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         values = score(logits.to(dtype))
@@ -148,7 +148,7 @@ def test_scores_stay_in_range_and_in_wide_precision(score) -> None:
     assert score(torch.randn(3, 1)).tolist() == ([0, 0, 0] if score is entropy else [1, 1, 1])
 
 
-def test_the_loosest_thresholds_let_everybody_leave() -> None:
+def test_loosest_threshold_exits_all() -> None:
     logits = torch.zeros(3, 4, 5)  # nobody is sure of anything
     for policy in (Confidence(0), Margin(0), Entropy(1)):
         assert route(policy, logits).tolist() == [0] * 4
@@ -178,7 +178,7 @@ def test_thresholds_of_the_wrong_number(kind, threshold, exits: int, message: st
 
 @pytest.mark.parametrize("kind", [Confidence, Entropy, Margin])
 @pytest.mark.parametrize("threshold", [1.5, -0.1, math.nan, math.inf, (0.5, 1.5), (0.5, math.nan)])
-def test_thresholds_out_of_range_point_to_never(kind, threshold) -> None:
+def test_threshold_out_of_range_message(kind, threshold) -> None:
     with pytest.raises(ValueError, match=r"is not in \[0, 1\].*use Never\(\)") as error:
         kind(threshold)
     assert "\n" not in str(error.value)
@@ -195,7 +195,7 @@ def test_patience_below_one() -> None:
         Patience(0)
 
 
-def test_names_tell_policies_apart_and_suit_keys_and_files() -> None:
+def test_names_unique_and_safe() -> None:
     assert [kind.name for kind in KINDS] == [
         "confidence_0.9",
         "entropy_0.3",

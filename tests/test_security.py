@@ -171,7 +171,7 @@ def test_code_in_weights(mark, capsys):
     path = mark.parent / "evil.pth"
     torch.save({"state_dict": Code(mark)}, path)
     line = refused(["fit", "-c", TINY, "--trainer.fast_dev_run=true", f"--model.weights={path}"], capsys)
-    assert "would have to run code to be read" in line
+    assert "needs code to load" in line
 
 
 def named(class_path: str, **arguments: Any) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from scipy.optimize import minimize_scalar
 from torch.nn.functional import cross_entropy
 
 from dynadapter.exits.policies import Confidence, Entropy, Margin, Never, Patience, route
-from dynadapter.exits.temperature import COLDEST, HOTTEST, Scaled, fit_temperatures
+from dynadapter.exits.temperature import MAX_TEMPERATURE, MIN_TEMPERATURE, Scaled, fit_temperatures
 
 
 def draw(exits=3, samples=200, classes=5, sharpness=(1.0, 3.0, 0.4), seed=0):
@@ -30,13 +30,15 @@ def test_fit_agrees_with_a_bounded_minimiser(seed):
     logits, targets = draw(seed=seed)
     for exit_logits, found in zip(logits, fit_temperatures(logits, targets), strict=True):
         other = minimize_scalar(
-            lambda t, z=exit_logits: nll(z, targets, t), bounds=(COLDEST, HOTTEST), options={"xatol": 1e-9}
+            lambda t, z=exit_logits: nll(z, targets, t),
+            bounds=(MIN_TEMPERATURE, MAX_TEMPERATURE),
+            options={"xatol": 1e-9},
         )
         assert found == pytest.approx(other.x, rel=1e-4)
         assert nll(exit_logits, targets, found) <= other.fun + 1e-12
 
 
-def test_fit_finds_the_factor_that_spoilt_the_calibration():
+def test_fit_recovers_known_factor():
     logits, targets = draw(samples=20000)
     assert fit_temperatures(logits, targets) == pytest.approx((1.0, 3.0, 0.4), rel=0.05)
 
@@ -46,12 +48,12 @@ numbers = st.one_of(st.floats(-5, 5, width=32), st.sampled_from([0.0, 1.0, -1.0,
 
 @settings(max_examples=60, deadline=None)
 @given(st.data(), st.integers(1, 6), st.integers(1, 4))
-def test_fit_stays_in_range_and_is_never_worse_than_one(data, samples, classes):
+def test_fit_in_range_and_never_worse(data, samples, classes):
     values = data.draw(st.lists(numbers, min_size=samples * classes, max_size=samples * classes))
     targets = torch.tensor(data.draw(st.lists(st.integers(0, classes - 1), min_size=samples, max_size=samples)))
     logits = torch.tensor(values).view(1, samples, classes)
     [found] = fit_temperatures(logits, targets)
-    assert COLDEST <= found <= HOTTEST
+    assert MIN_TEMPERATURE <= found <= MAX_TEMPERATURE
     assert nll(logits[0], targets, found) <= nll(logits[0], targets, 1.0) * (1 + 1e-12)
 
 
@@ -60,11 +62,11 @@ def test_degenerate_exits_keep_or_clip():
     targets = torch.randint(4, (50,), generator=g)
     right = torch.nn.functional.one_hot(targets, 4).float() * 3
     logits = torch.stack([right, -right, torch.full_like(right, torch.nan), torch.zeros_like(right)])
-    assert fit_temperatures(logits, targets) == (1.0, HOTTEST, 1.0, 1.0)
+    assert fit_temperatures(logits, targets) == (1.0, MAX_TEMPERATURE, 1.0, 1.0)
     assert fit_temperatures(torch.randn(2, 9, 1, generator=g), torch.zeros(9, dtype=torch.int64)) == (1.0, 1.0)
 
 
-def test_rows_that_are_not_finite_play_no_part():
+def test_fit_ignores_nonfinite_rows():
     logits, targets = draw(samples=60)
     spoilt = torch.cat([logits, torch.full((3, 2, 5), torch.nan), torch.full((3, 1, 5), torch.inf)], 1)
     spoilt[:, -1, 1:] = 0
@@ -95,7 +97,7 @@ INNER = [Confidence(0.6), Confidence((0.5, 0.8)), Entropy(0.5), Margin((0.3, 0.1
 
 @pytest.mark.parametrize("inner", INNER, ids=lambda policy: policy.name)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_scaled_decides_like_its_policy_on_divided_logits(inner, dtype):
+def test_scaled_equals_policy_on_divided(inner, dtype):
     logits = draw()[0].to(dtype)
     temperatures = (2.0, 0.5, 3.0)
     wide = logits.float() if dtype == torch.bfloat16 else logits
@@ -104,7 +106,7 @@ def test_scaled_decides_like_its_policy_on_divided_logits(inner, dtype):
     assert torch.equal(route(Scaled(inner), logits), route(inner, wide))
 
 
-def test_scaled_lets_nobody_leave_whose_logits_are_not_finite_before_or_after():
+def test_scaled_nonfinite_never_exits():
     logits = torch.zeros(2, 3, 2)
     logits[0, 0] = torch.tensor([torch.inf, 0])
     logits[0, 1] = torch.tensor([3e38, 0])  # overflows when divided by 0.1
@@ -112,7 +114,7 @@ def test_scaled_lets_nobody_leave_whose_logits_are_not_finite_before_or_after():
     assert route(Scaled(Confidence(0.0), 0.1), logits).tolist() == [1, 1, 0]
 
 
-def test_scaled_is_checked_and_saved_like_any_policy():
+def test_scaled_checked_and_saved():
     with pytest.raises(ValueError, match="temperatures has 2 values, this network has 3 exits"):
         Scaled(Confidence(), (1.0, 2.0)).check(3)
     with pytest.raises(ValueError, match="threshold has 3 values"):

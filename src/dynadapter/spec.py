@@ -21,9 +21,9 @@ T = TypeVar("T")
 class Spec(ABC):
     """Base of every configuration object (an adapter kind, a policy, a schedule ...).
 
-    A subclass is a frozen dataclass. It can be named in a config by its class name alone, its fields can be set on the
-    command line, and a checkpoint that holds it loads under ``torch.load(..., weights_only=True)``.
-    The class is not a pure dataclass itself: jsonargparse offers subclasses only for those that are not.
+    A subclass is a frozen dataclass. A config names it by its class name alone, the command line can set its fields,
+    and a checkpoint that holds it loads under ``torch.load(..., weights_only=True)``. The base is an ABC because
+    jsonargparse offers no subclasses for a pure dataclass.
     """
 
     BEFORE: ClassVar[Mapping[str, Any]] = {}
@@ -38,18 +38,18 @@ class Spec(ABC):
 
 
 def plain(value: Any) -> Any:
-    """Turns a value into what JSON can hold, and a config file would say.
+    """Convert a value to plain data, in the form of a config file.
 
     >>> from dynadapter.exits.policies import Confidence
     >>> plain(Confidence(0.9))
     {'class_path': 'dynadapter.exits.policies.Confidence', 'init_args': {'threshold': 0.9}}
 
     Args:
-        value: Numbers, text, None; a :class:`~dynadapter.spec.Spec` becomes its class and arguments, any other
-            dataclass a mapping of its fields, a tuple a list; and all of these inside each other.
+        value: Numbers, text or None. A :class:`Spec` becomes its class path and arguments, any other dataclass a
+            mapping of its fields, a tuple a list. Values can be nested.
 
     Raises:
-        ValueError: If a value is none of these.
+        ValueError: If a value has another type.
     """
     if is_dataclass(value) and not isinstance(value, type):
         settings = {field.name: plain(getattr(value, field.name)) for field in fields(value)}
@@ -66,7 +66,7 @@ def plain(value: Any) -> Any:
 
 
 def checksum(content: Mapping[str, Any]) -> str:
-    """Gives the SHA-256 of what a JSON object says, whatever its layout and the order of its keys.
+    """Return the SHA-256 of a JSON object; layout and order of keys play no part.
 
     >>> checksum({"a": 1, "b": 2}) == checksum({"b": 2, "a": 1})
     True
@@ -76,7 +76,7 @@ def checksum(content: Mapping[str, Any]) -> str:
 
 
 def restore(value: Any, hint: Any, where: str = "") -> Any:
-    """Rebuilds what :func:`plain` wrote, and checks every type on the way.
+    """Rebuild the value that :func:`plain` converted, and check every type.
 
     >>> from dynadapter.exits.policies import Policy
     >>> restore({"class_path": "Confidence", "init_args": {"threshold": 0.8}}, Policy)
@@ -84,12 +84,12 @@ def restore(value: Any, hint: Any, where: str = "") -> Any:
 
     Args:
         value: As read from JSON. Lists become tuples, as the fields of configuration objects are.
-        hint: The type to expect: a dataclass, a base of configuration objects, or a hint such as ``float | None``.
-            A class of this package is found by its bare name as well, and wherever its file has moved.
+        hint: The expected type: a dataclass, a base class of configuration objects, or a hint such as ``float | None``.
+            A class of this package is found by its bare name, whatever module its path names.
         where: Path to the value, for messages.
 
     Raises:
-        ValueError: If the value does not fit, or names a class that is not known; one line.
+        ValueError: If the value does not fit or names an unknown class; one line.
     """
     origin, inner = get_origin(hint), get_args(hint)
     if hint is Any:
@@ -114,7 +114,7 @@ def restore(value: Any, hint: Any, where: str = "") -> Any:
 
 
 def kinds(base: type[T]) -> Iterator[type[T]]:
-    """Yields the classes below a base that can be built, the base itself included."""
+    """Yield the concrete dataclasses below a base class, the base included."""
     if not inspect.isabstract(base) and is_dataclass(base):
         yield base
     for child in base.__subclasses__():
@@ -146,7 +146,7 @@ def _ours(path: str) -> bool:
 
 
 def _built(cls: type[T], settings: Mapping[str, Any], where: str) -> T:
-    """Builds a dataclass from its fields."""
+    """Build a dataclass from its fields."""
     accepted = {field.name: field for field in fields(cls) if field.init}  # type: ignore[arg-type]
     unknown = [name for name in settings if name not in accepted]
     if unknown:
@@ -201,7 +201,7 @@ def _restore_scalar(value: Any, hint: Any, where: str) -> Any:
 
 
 def _frozen(value: Any) -> Any:
-    """Turns the lists in a value into tuples."""
+    """Convert the lists in a value into tuples."""
     if isinstance(value, Mapping):
         return {str(key): _frozen(part) for key, part in value.items()}
     return tuple(_frozen(part) for part in value) if isinstance(value, list | tuple) else value

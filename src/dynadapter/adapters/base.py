@@ -1,4 +1,4 @@
-"""What every adapter kind shares: its description and its wrapper around a layer of the backbone."""
+"""Base classes of the adapter kinds: the configuration and the wrapper around a layer of the backbone."""
 
 import math
 from abc import abstractmethod
@@ -17,15 +17,15 @@ class AdapterLayer(nn.Module):
 
     Args:
         base_layer: The layer of the backbone.
-        spec: The kind that asks for it.
+        spec: The adapter's configuration.
 
     Attributes:
         base_layer: The layer of the backbone, unchanged.
         scale: Factor of the update.
         dropout: Dropout in the adapter's bottleneck.
-        depth: Where the layer stands among the layers of its name, from 0 (first block) to 1 (last block).
+        depth: The layer's rank among the layers of its name, from 0 (first block) to 1 (last block).
         kind: Name of the :class:`AdapterSpec` that it belongs to.
-        mergeable: Whether the update can be folded into the base layer.
+        mergeable: Whether the update can be merged into the base layer.
     """
 
     kind: ClassVar[str]
@@ -43,11 +43,11 @@ class AdapterLayer(nn.Module):
         self.training = self.dropout.training = base_layer.training
 
     def install(self, model: nn.Module, name: str) -> None:
-        """Puts the wrapper in its layer's place, the layer ``name`` of ``model``."""
+        """Replace the layer ``name`` of ``model`` with this wrapper."""
         model.set_submodule(name, self)
 
     def merged(self) -> nn.Module:
-        """Gives a frozen copy of the base layer with the update folded in, computed in float64.
+        """Return a frozen copy of the base layer with the update merged in, computed in float64.
 
         Raises:
             ValueError: If the kind cannot be merged.
@@ -67,7 +67,7 @@ class AdapterLayer(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterSpec(Spec):
-    """Describes a kind of adapter: what it is made of and which layers it wraps.
+    """Configuration of an adapter kind: its size and the layers that it wraps.
 
     A new kind is one subclass of this and one of :class:`AdapterLayer`.
 
@@ -75,7 +75,7 @@ class AdapterSpec(Spec):
         scale: Factor s of the update, above 0.
         dropout: Fraction of the bottleneck's activations dropped in training, in [0, 1).
         targets: Shell patterns on the full names of the backbone's layers, such as ``*.qkv``; each must match a layer.
-            Empty: the kind's own places.
+            Empty means the kind's default places.
     """
 
     scale: float = 1.0
@@ -93,22 +93,22 @@ class AdapterSpec(Spec):
     @property
     @abstractmethod
     def places(self) -> tuple[str, ...]:
-        """The patterns of the layers that the kind wraps by itself."""
+        """The default patterns of the layers that the kind wraps."""
 
     def fits(self, layer: nn.Module) -> bool:
-        """Says whether the kind can wrap a layer of this type; ``takes`` says it in words."""
+        """Check whether the kind can wrap this layer; ``takes`` describes such layers in words."""
         return is_matrix(layer)
 
     @abstractmethod
     def wrap(self, model: nn.Module, name: str) -> AdapterLayer:
-        """Builds the wrapper of one layer without changing the model.
+        """Build the wrapper of one layer without changing the model.
 
         Args:
             model: The backbone.
             name: Full name of a layer that :meth:`fits`.
 
         Returns:
-            A wrapper whose output is exactly the layer's own; its new tensors come from :func:`parameter`.
+            A wrapper whose output equals the layer's own; create its tensors with :func:`parameter`.
 
         Raises:
             ValueError: If this layer cannot be wrapped; the message names it.
@@ -116,41 +116,41 @@ class AdapterSpec(Spec):
 
 
 def is_matrix(layer: nn.Module) -> bool:
-    """Says whether a layer multiplies each token by one matrix: a linear layer, or a 1x1 convolution."""
+    """Check whether a layer multiplies each token by one matrix: a linear layer or a 1x1 convolution."""
     if isinstance(layer, nn.Conv2d):
         return layer.kernel_size == layer.stride == (1, 1) and layer.padding in ((0, 0), "valid") and layer.groups == 1
     return isinstance(layer, nn.Linear)
 
 
 def matrices(layer: nn.Module) -> list[nn.Linear | nn.Conv2d]:
-    """Lists the layer itself, or else those of its direct children, that multiply each token by one matrix."""
+    """List the layer and its direct children that multiply each token by one matrix, without wrappers."""
     members = [unwrapped(member) for member in (layer, *layer.children())]
     return [member for member in members if is_matrix(member)]  # type: ignore[misc]
 
 
 def unwrapped(layer: nn.Module) -> nn.Module:
-    """Gives the backbone's own layer, whether it is wrapped or not."""
+    """Return the backbone's own layer, without its wrapper."""
     return layer.base_layer if isinstance(layer, AdapterLayer) else layer
 
 
 def parameter(like: Tensor, *shape: int) -> nn.Parameter:
-    """Makes a trainable float32 tensor of zeros on the device of another; float32 whatever the backbone's type is."""
+    """Return a trainable float32 tensor of zeros on the device of another tensor."""
     return nn.Parameter(torch.zeros(shape, dtype=torch.float32, device=like.device))
 
 
 def check_size(name: str, value: int) -> None:
-    """Raises a ValueError where a field is not a whole number of at least 1."""
+    """Raise a ValueError if a field is not a whole number of at least 1."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
 
 
 def check_choice(name: str, value: str, *choices: str) -> None:
-    """Raises a ValueError where a field is none of the choices."""
+    """Raise a ValueError if a field is not one of the choices."""
     if value not in choices:
         raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, choices))}")
 
 
 def check_names(name: str, value: tuple[str, ...], example: str) -> None:
-    """Raises a ValueError where a field is not a tuple of strings; a single string is the usual slip."""
+    """Raise a ValueError if a field is not a tuple of strings; a single string is a common mistake."""
     if not isinstance(value, tuple) or not all(isinstance(item, str) for item in value):
         raise ValueError(f"{name}={value!r} must be a tuple of names, such as ({example!r},)")

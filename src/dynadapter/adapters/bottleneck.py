@@ -24,9 +24,9 @@ class BottleneckLayer(AdapterLayer):
 
     Args:
         base_layer: The layer of the backbone.
-        spec: The kind that asks for it.
-        width: Channels that go into the down-projection.
-        bottleneck: Channels in the middle.
+        spec: The adapter's configuration.
+        width: Input channels of the down-projection.
+        bottleneck: Output channels of the down-projection.
 
     Attributes:
         down: (bottleneck, width).
@@ -44,12 +44,12 @@ class BottleneckLayer(AdapterLayer):
         self.up_bias = parameter(last, last.shape[0])
         nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
 
-    def squeezed(self, x: Tensor) -> Tensor:
-        """Maps tokens (..., width) to the bottleneck (..., bottleneck), before its activation."""
+    def project_down(self, x: Tensor) -> Tensor:
+        """Map tokens (..., width) to the bottleneck (..., bottleneck), before its activation."""
         return project(x, self.down, self.down_bias, self.channels_first)
 
-    def added(self, x: Tensor, hidden: Tensor) -> Tensor:
-        """Adds the scaled up-projection of the bottleneck to ``x`` (..., out)."""
+    def add_up_projection(self, x: Tensor, hidden: Tensor) -> Tensor:
+        """Add the scaled up-projection of the bottleneck to ``x`` (..., out)."""
         return add_product(x, hidden, self.up, self.up_bias, self.scale, self.channels_first)
 
 
@@ -59,22 +59,23 @@ class SequentialLayer(BottleneckLayer):
     kind = "Adapter"
 
     def forward(self, x: Tensor, **context: Tensor) -> Tensor:
-        """Maps the base layer's input to its adapted output; an attention's mask passes through as ``context``."""
+        """Map the base layer's input to its adapted output; ``context`` passes an attention mask through."""
         x = self.base_layer(x, **context)
-        return self.added(x, self.dropout(F.gelu(self.squeezed(x))))
+        return self.add_up_projection(x, self.dropout(F.gelu(self.project_down(x))))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Adapter(AdapterSpec):
     """Sequential adapter: a bottleneck with GELU after the MLP, or after attention and after the MLP.
 
-    Sources: Houlsby et al. 2019 (arXiv 1902.00751) for both places; after the MLP alone is what papers on vision
-    transformers call Adapter. The down-projection starts as ``nn.Linear`` does, everything else at zero (ours).
+    Sources: Houlsby et al. 2019 (arXiv 1902.00751) for both places; papers on vision transformers use the place after
+    the MLP alone. The down-projection is initialised like ``nn.Linear``, every other tensor at zero (ours).
 
     Args:
-        bottleneck: Channels in the middle.
-        placement: ``mlp``, or ``houlsby`` for a second one after attention.
-        targets: Patterns of linear layers, 1x1 convolutions, MLPs or attentions; empty: as placed.
+        bottleneck: Channels of the bottleneck.
+        placement: ``mlp``, or ``houlsby`` for a second adapter after attention.
+        targets: Patterns of linear layers, 1x1 convolutions, MLPs or attentions; empty means the layers of
+        ``placement``.
     """
 
     bottleneck: int = 8
@@ -94,11 +95,11 @@ class Adapter(AdapterSpec):
         return (*after_attention, "*blocks.*.mlp")
 
     def fits(self, layer: nn.Module) -> bool:
-        """Says whether the layer is a matrix or has some among its children."""
+        """Check whether the layer or one of its children is a matrix."""
         return bool(matrices(layer))
 
     def wrap(self, model: nn.Module, name: str) -> SequentialLayer:
-        """Builds the wrapper of one layer."""
+        """Build the wrapper of one layer."""
         layer = model.get_submodule(name)
         return SequentialLayer(layer, self, matrices(layer)[-1].weight.shape[0], self.bottleneck)
 
@@ -106,15 +107,15 @@ class Adapter(AdapterSpec):
 class ParallelLayer(BottleneckLayer):
     """``layer(norm(x)) + s * (up @ drop(relu(down @ x + down_bias)) + up_bias)``, where x is not normalised.
 
-    The block calls its norm and then the layer, which therefore never sees x. So the wrapper takes the norm over and
-    leaves an identity in its place.
+    The block calls its norm before the layer, so the layer never receives x. The wrapper therefore takes over the norm
+    and puts an identity in its place.
 
     Args:
         base_layer: The layer of the backbone.
-        norm: The norm that the block applies just before it.
+        norm: The norm that the block applies before this layer.
         norm_name: The norm's full name in the model.
-        spec: The kind that asks for it.
-        bottleneck: Channels in the middle.
+        spec: The adapter's configuration.
+        bottleneck: Channels of the bottleneck.
     """
 
     kind = "AdaptFormer"
@@ -127,26 +128,26 @@ class ParallelLayer(BottleneckLayer):
         self.norm_name = norm_name
 
     def install(self, model: nn.Module, name: str) -> None:
-        """Puts the wrapper in its layer's place and an identity in the norm's."""
+        """Replace the layer with this wrapper and the norm with an identity."""
         super().install(model, name)
         model.set_submodule(self.norm_name, nn.Identity())
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps the norm's input to the adapted output of the base layer."""
-        return self.added(self.base_layer(self.norm(x)), self.dropout(F.relu(self.squeezed(x))))
+        """Map the norm's input to the adapted output of the base layer."""
+        return self.add_up_projection(self.base_layer(self.norm(x)), self.dropout(F.relu(self.project_down(x))))
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdaptFormer(AdapterSpec):
     """Parallel adapter: a bottleneck with ReLU beside the norm and the MLP, on tokens that are not normalised.
 
-    Source: Chen et al. 2022, AdaptFormer (arXiv 2205.13535). Where the block scales its MLP's output (LayerScale in
-    DINOv2, gamma in ConvNeXt), that scales the update, too (ours).
+    Source: Chen et al. 2022, AdaptFormer (arXiv 2205.13535). If the block scales its MLP's output (LayerScale in
+    DINOv2, gamma in ConvNeXt), the update is scaled too (ours).
 
     Args:
-        bottleneck: Channels in the middle.
-        norms: Names of the norm beside the target; the first one that the block holds before its target is taken.
-        targets: Patterns of layers that directly follow their norm; empty: the blocks' MLPs.
+        bottleneck: Channels of the bottleneck.
+        norms: Possible names of the norm; the first one that the block has before its target is used.
+        targets: Patterns of layers that directly follow their norm; empty means the blocks' MLPs.
     """
 
     scale: float = 0.1
@@ -167,18 +168,18 @@ class AdaptFormer(AdapterSpec):
         return ("*blocks.*.mlp",)
 
     def fits(self, layer: nn.Module) -> bool:
-        """Says whether the layer is a matrix or has some among its children."""
+        """Check whether the layer or one of its children is a matrix."""
         return bool(matrices(layer))
 
     def wrap(self, model: nn.Module, name: str) -> ParallelLayer:
-        """Builds the wrapper of one layer.
+        """Build the wrapper of one layer.
 
         Raises:
-            ValueError: If no norm of a known name stands before it.
+            ValueError: If the block has no norm of these names before the layer.
         """
         block_name, _, key = name.rpartition(".")
         children = [child for child, _ in model.get_submodule(block_name).named_children()]
-        # A block that normalises after its MLP (timm's ResPostBlock) holds that norm after it: not the one we need.
+        # A block that normalises after its MLP (timm's ResPostBlock) has that norm after it
         before = children[: children.index(key)]
         norm = next((norm for norm in self.norms if norm in before), None)
         if norm is None:

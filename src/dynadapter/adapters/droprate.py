@@ -5,10 +5,10 @@ from torch import Tensor, nn
 
 
 def check_rate(rate: float) -> float:
-    """Returns the rate where it is a fraction in [0, 1).
+    """Return the rate as a float.
 
     Raises:
-        ValueError: If it is not.
+        ValueError: If it is not in [0, 1).
     """
     if not 0 <= rate < 1:
         raise ValueError(f"dropout={rate} must be a fraction of at least 0 and below 1; 0 switches it off")
@@ -27,8 +27,8 @@ class DropRate(nn.Module):
         rate: Fraction of the activations to drop, in [0, 1).
 
     Attributes:
-        rate: Scalar buffer, not saved. Written in place, it does not make compiled code recompile.
-        active: Whether a positive rate was ever set; until then not even a random number is drawn.
+        rate: Scalar buffer, not saved. Writing it in place does not recompile compiled code.
+        active: Whether a positive rate was ever set; before that no random number is drawn.
     """
 
     rate: Tensor
@@ -39,21 +39,21 @@ class DropRate(nn.Module):
         self.active = rate > 0
 
     def set(self, rate: float) -> None:
-        """Changes the rate in place.
+        """Set the rate in place.
 
         Raises:
             ValueError: If the rate is not in [0, 1).
         """
         self.rate.fill_(check_rate(rate))
-        # Never back to False: a rate that is 0 now and then must not recompile each time it changes.
+        # Never back to False: a rate that is sometimes 0 must not recompile at each change
         self.active = self.active or rate > 0
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps activations of any shape to the same shape and type."""
+        """Map activations of any shape to the same shape and type."""
         if not (self.training and self.active):
             return x
         rate = self.rate.float()
-        # Drawn in float32: half-precision random numbers are so coarse that the rate would be missed.
+        # In float32: half-precision random numbers are too coarse to meet the rate
         kept = torch.rand_like(x, dtype=torch.float32) >= rate
         return x * kept / (1 - rate)
 

@@ -1,4 +1,4 @@
-"""Puts adapters around the layers of a backbone whose names match."""
+"""Inject adapters: wrap the layers of a backbone whose names match a pattern."""
 
 import re
 from collections.abc import Iterable, Iterator
@@ -10,10 +10,10 @@ from dynadapter.adapters.base import AdapterLayer, AdapterSpec, unwrapped
 
 
 def inject(model: nn.Module, spec: AdapterSpec) -> list[str]:
-    """Wraps the layers that a kind's patterns match; the model's output stays exactly the same.
+    """Wrap the layers that match the patterns of an adapter kind; the model's output stays exactly the same.
 
-    Patterns see the names of the bare backbone, also where an earlier injection has wrapped a module around a layer.
-    The backbone's own tensors keep their ``requires_grad``.
+    Patterns match the names of the backbone without adapters, also after an earlier injection. The backbone's own
+    tensors keep their ``requires_grad``.
 
     Args:
         model: A timm model; it is changed in place.
@@ -23,8 +23,8 @@ def inject(model: nn.Module, spec: AdapterSpec) -> list[str]:
         The names of the wrappers in the order of the model, as in :func:`adapter_layers`.
 
     Raises:
-        ValueError: If a target matches nothing, no default place of the kind exists, or a layer is wrapped already or
-            is one that the kind cannot take. The model is then untouched.
+        ValueError: If a pattern matches no layer, a wrapped layer, or a layer that the kind cannot wrap. The model is
+            then unchanged.
     """
     kind = type(spec).__name__
     layers = {name: (path, layer) for name, path, layer in _layers(model)}
@@ -48,7 +48,7 @@ def inject(model: nn.Module, spec: AdapterSpec) -> list[str]:
             raise ValueError(f"{kind} cannot wrap {name}, {_described(layer)}; it takes {spec.takes}")
         wrappers[path] = spec.wrap(model, path)
         wrappers[path].depth = _depth(name, layers)
-    # Inner layers first: once a module is wrapped, the paths of the layers in it are no longer these.
+    # Inner layers first: wrapping a module changes the paths of the layers inside it
     for path in reversed(wrappers):
         wrappers[path].install(model, path)
     added = set(map(id, wrappers.values()))
@@ -56,19 +56,17 @@ def inject(model: nn.Module, spec: AdapterSpec) -> list[str]:
 
 
 def _present(places: tuple[str, ...], names: Iterable[str]) -> tuple[str, ...]:
-    """Return the default places that a family has; all of them where it has none, for the message."""
+    """Return the default places that the model has, or all of them if it has none (for the error message)."""
     return tuple(p for p in places if any(fnmatchcase(name, p) for name in names)) or places
 
 
 def adapter_layers(model: nn.Module) -> dict[str, AdapterLayer]:
-    """Finds the wrappers in a model by their names, in the order of the model."""
+    """Return the wrappers in a model by name, in the order of the model."""
     return {name: layer for name, layer in model.named_modules() if isinstance(layer, AdapterLayer)}
 
 
 def _layers(module: nn.Module, name: str = "", path: str = "") -> Iterator[tuple[str, str, nn.Module]]:
-    """Yields each layer with its name in the bare backbone and its path now; a wrapped layer is there as its "
-    "wrapper.
-    """
+    """Yield each layer, or its wrapper, with its name without adapters and its path in the model."""
     for key, child in module.named_children():
         child_name, child_path = f"{name}{key}", f"{path}{key}"
         yield child_name, child_path, child
@@ -85,12 +83,12 @@ def _collapsed(name: str) -> str:
 
 
 def _depth(name: str, names: Iterable[str]) -> float:
-    """Ranks a layer among all layers of the backbone whose names differ from its own in the numbers alone."""
+    """Return a layer's rank from 0 to 1 among the layers whose names differ only in numbers."""
     family = sorted({_numbers(other) for other in names if _collapsed(other) == _collapsed(name)})
     return family.index(_numbers(name)) / max(1, len(family) - 1)
 
 
 def _described(layer: nn.Module) -> str:
-    """Describes a layer in one line."""
+    """Return a layer's description in one line."""
     kind = type(layer).__name__
     return re.sub(r"\s+", " ", repr(layer)) if not list(layer.children()) else f"a module of type {kind}"

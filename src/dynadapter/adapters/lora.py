@@ -17,9 +17,9 @@ class LoRALayer(AdapterLayer):
 
     Args:
         base_layer: A linear layer or a 1x1 convolution.
-        spec: The kind that asks for it.
-        rank: Rank of the update, of each update where there are two.
-        split: Whether the layer is a fused qkv whose q and v get a pair each.
+        spec: The adapter's configuration.
+        rank: Rank of each update.
+        split: Whether the layer is a fused qkv in which q and v each get an update.
 
     Attributes:
         lora_a: (rank, width), or (2 * rank, width) for q above v.
@@ -39,21 +39,21 @@ class LoRALayer(AdapterLayer):
         nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
 
     def up(self) -> Tensor:
-        """Gives the matrix from the low-rank activations to the layer's output, (out, rows of ``lora_a``)."""
+        """Return the matrix from the low-rank activations to the layer's output, (out, rows of ``lora_a``)."""
         if not self.split:
             return self.lora_b
         query, value = self.lora_b.chunk(2)
-        key = query.new_empty(len(query), 0)  # no columns: only zero rows in the block-diagonal matrix
+        key = query.new_empty(len(query), 0)  # no columns, so its rows of the block-diagonal matrix are zero
         return torch.block_diag(query, key, value)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps tokens (..., width) to (..., out), or (batch, width, rows, columns) accordingly."""
+        """Map tokens (..., width) to (..., out), or (batch, width, rows, columns) to (batch, out, rows, columns)."""
         y = self.base_layer(x)
         hidden = self.dropout(project(x, self.lora_a, None, self.channels_first))
         return add_product(y, hidden, self.up(), None, self.scale, self.channels_first, own=True)
 
     def some(self, x: Tensor, start: int, stop: int) -> Tensor:
-        """Gives only the outputs from ``start`` to ``stop`` for tokens (..., width)."""
+        """Compute only the outputs ``start:stop`` for tokens (..., width)."""
         matrix = matrices(self.base_layer)[0]
         bias = None if matrix.bias is None else matrix.bias[start:stop]
         y = project(x, matrix.weight.flatten(1)[start:stop], bias, False)
@@ -61,7 +61,7 @@ class LoRALayer(AdapterLayer):
         return add_product(y, hidden, self.up()[start:stop], None, self.scale, False, own=True)
 
     def merged(self) -> nn.Module:
-        """Gives the base layer with ``W + s * lora_b @ lora_a``."""
+        """Return the base layer with ``W + s * lora_b @ lora_a``."""
         weight = matrices(self.base_layer)[0].weight.flatten(1)
         return rebuilt(self.base_layer, exact(weight) + self.scale * exact(self.up()) @ exact(self.lora_a))
 
@@ -70,15 +70,15 @@ class LoRALayer(AdapterLayer):
 class LoRA(AdapterSpec):
     """Low-rank update of the fused qkv projection, or of any other matrix.
 
-    Source: Hu et al. 2021, LoRA (arXiv 2106.09685). The scale s is what that paper and peft write as ``alpha / r``.
-    Dropout acts on the ``rank`` activations in the middle (ours); peft drops the layer's input instead.
+    Source: Hu et al. 2021, LoRA (arXiv 2106.09685). The scale s is ``alpha / r`` in that paper and in peft. Dropout
+    acts on the ``rank`` activations of the bottleneck (ours); peft drops elements of the layer's input.
 
     Args:
-        rank: Rank r of the update, of each update where there are two.
-        split: ``fused`` has one pair of matrices for the whole layer. ``qv`` has one for q and one for v, and none for
-            k, where the layer is a fused qkv; elsewhere it is the same as ``fused``.
-        targets: Patterns of linear layers or 1x1 convolutions; empty: ``*.qkv``, or in a ConvNeXt, which has no
-            attention, ``stages.*.mlp.fc1``.
+        rank: Rank r of each update.
+        split: ``fused`` uses one pair of matrices for the whole layer. ``qv`` uses one pair for q and one for v of a
+            fused qkv, and none for k; on other layers it equals ``fused``.
+        targets: Patterns of linear layers or 1x1 convolutions; empty means ``*.qkv``, or
+            ``stages.*.mlp.fc1`` on a ConvNeXt, which has no attention.
     """
 
     rank: int = 8
@@ -95,6 +95,6 @@ class LoRA(AdapterSpec):
         return ("*.qkv", "stages.*.mlp.fc1")
 
     def wrap(self, model: nn.Module, name: str) -> LoRALayer:
-        """Builds the wrapper of one layer."""
+        """Build the wrapper of one layer."""
         split = self.split == "qv" and name.rpartition(".")[2] == "qkv"
         return LoRALayer(model.get_submodule(name), self, self.rank, split)

@@ -1,4 +1,4 @@
-"""The two matrix products that every kind consists of, for channels-last tokens and for images with channels first."""
+"""The two matrix products of every adapter kind, for tokens and for images with channels first."""
 
 import torch
 from torch import Tensor
@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 
 def project(x: Tensor, weight: Tensor, bias: Tensor | None, channels_first: bool) -> Tensor:
-    """Multiplies each token by a matrix, in the activations' own type.
+    """Multiply each token by a matrix, in the type of the activations.
 
     Args:
         x: (..., width), or (batch, width, rows, columns) with channels first.
@@ -32,11 +32,11 @@ def add_product(
     channels_first: bool,
     own: bool = False,
 ) -> Tensor:
-    """Adds ``scale * (weight @ hidden + bias)`` to each token of ``x``.
+    """Add ``scale * (weight @ hidden + bias)`` to each token of ``x``.
 
-    Written as ``addmm``: a product of its own and then a sum would pass over the wide activations twice more, which
-    costs more than the product itself (ours, measured). With ``out=`` rather than ``addmm_``, because the usual
-    counters of multiply-adds, fvcore's and torch's, know the one and not the other.
+    It uses ``addmm``, since a separate product and sum would read the wide activations twice more, which takes longer
+    than the product itself. It uses ``out=`` and not ``addmm_`` because fvcore's and torch's counters know only the
+    former.
 
     Args:
         x: (..., out), or (batch, out, rows, columns) with channels first.
@@ -45,7 +45,7 @@ def add_product(
         bias: (out,) or None.
         scale: Factor of the update.
         channels_first: Whether the channels are in the second dimension.
-        own: Whether nobody else needs ``x``, so that it may be overwritten where no gradient is recorded.
+        own: Whether ``x`` may be overwritten when no gradient is recorded.
 
     Returns:
         The sum in the layout of ``x``.
@@ -56,5 +56,5 @@ def add_product(
     if bias is not None:
         rows, own = torch.add(rows, bias.to(x.dtype), alpha=scale), True
     hidden = hidden.reshape(-1, hidden.shape[-1]).to(x.dtype)  # (tokens, rank)
-    out = rows if own and not torch.is_grad_enabled() else None  # autograd does not go through `out=`
+    out = rows if own and not torch.is_grad_enabled() else None  # autograd does not support `out=`
     return torch.addmm(rows, hidden, weight.t().to(x.dtype), alpha=scale, out=out).view(x.shape)

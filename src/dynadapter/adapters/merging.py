@@ -1,4 +1,4 @@
-"""Folds adapters into the backbone, and proves on tokens that nothing else changed."""
+"""Merge adapters into the weights of the backbone, and compare the outputs."""
 
 import copy
 
@@ -10,17 +10,17 @@ from dynadapter.adapters.injection import adapter_layers
 
 
 def merge(model: nn.Module, tolerance: float = 1e-5) -> None:
-    """Replaces each wrapper by its base layer with the update folded in; the keys are timm's own again.
+    """Replace each wrapper with its base layer, with the update merged in; the keys are timm's own again.
 
-    The merged layers are frozen. Each is compared with its wrapper on random tokens, before any is replaced. A model
-    without adapters stays as it is.
+    The merged layers are frozen. Each is compared with its wrapper on random tokens before any layer is replaced. A
+    model without adapters stays unchanged.
 
     Args:
-        model: The backbone; it is changed in place.
+        model: The backbone; changed in place.
         tolerance: Largest relative error (Frobenius norm) of a merged layer's output.
 
     Raises:
-        ValueError: If a kind cannot be merged, or an error is above the tolerance. The model is then untouched.
+        ValueError: If a kind cannot be merged or an error exceeds the tolerance. The model is then unchanged.
     """
     merged = {}
     for name, layer in adapter_layers(model).items():
@@ -36,12 +36,12 @@ def merge(model: nn.Module, tolerance: float = 1e-5) -> None:
 
 
 def exact(tensor: Tensor) -> Tensor:
-    """Gives a tensor in float64, on the CPU because not every accelerator has that type."""
+    """Return a tensor in float64 on the CPU; some accelerators have no float64."""
     return tensor.detach().to("cpu", torch.float64)
 
 
 def rebuilt(layer: nn.Module, weight: Tensor, bias: Tensor | None = None) -> nn.Module:
-    """Copies a linear layer or a 1x1 convolution with other values, frozen.
+    """Return a frozen copy of a linear layer or 1x1 convolution with other values.
 
     Args:
         layer: The layer to copy.
@@ -58,10 +58,10 @@ def rebuilt(layer: nn.Module, weight: Tensor, bias: Tensor | None = None) -> nn.
 
 @torch.no_grad()
 def _error(layer: AdapterLayer, merged: nn.Module) -> float:
-    """Gives the relative distance between the outputs of a wrapper and of its merged layer, on random tokens."""
+    """Return the relative difference between the outputs of a wrapper and its merged layer on random tokens."""
     weight = matrices(merged)[0].weight
     shape = (4, weight.shape[1], 8, 8) if layer.channels_first else (256, weight.shape[1])
-    generator = torch.Generator().manual_seed(0)  # the user's random numbers stay as they are
+    generator = torch.Generator().manual_seed(0)  # leaves the global random state unchanged
     tokens = torch.randn(shape, generator=generator).to(weight)
     training = layer.dropout.training
     layer.dropout.eval()

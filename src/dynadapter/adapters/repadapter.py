@@ -1,4 +1,4 @@
-"""RepAdapter: a linear adapter before a frozen matrix, into which it can be folded."""
+"""RepAdapter: a linear adapter before a frozen matrix, which can be merged into that matrix."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -16,12 +16,12 @@ class RepAdapterLayer(AdapterLayer):
 
     Args:
         base_layer: A linear layer or a 1x1 convolution.
-        spec: The kind that asks for it.
+        spec: The adapter's configuration.
 
     Attributes:
         down: (bottleneck, width).
         down_bias: (bottleneck,) or None.
-        up: (width, bottleneck / groups); as in a grouped convolution, each part of its rows reads its own part of the
+        up: (width, bottleneck / groups); as in a grouped convolution, each group of rows reads its own part of the
             bottleneck.
         up_bias: (width,) or None.
     """
@@ -41,26 +41,26 @@ class RepAdapterLayer(AdapterLayer):
         nn.init.xavier_uniform_(self.down)
 
     def dense(self) -> Tensor:
-        """Gives ``up`` as one block-diagonal matrix (width, bottleneck): one product is faster than one per group."""
+        """Return ``up`` as one block-diagonal matrix (width, bottleneck); one product is faster than one per group."""
         return torch.block_diag(*self.up.chunk(self.groups)) if self.groups > 1 else self.up
 
     def forward(self, u: Tensor) -> Tensor:
-        """Maps tokens (..., width) to (..., out), or (batch, width, rows, columns) accordingly."""
+        """Map tokens (..., width) to (..., out), or (batch, width, rows, columns) to (batch, out, rows, columns)."""
         return self.base_layer(self.adapted(u))
 
     def adapted(self, u: Tensor) -> Tensor:
-        """Gives ``f(u)``, in the layout of ``u``."""
+        """Return ``f(u)``, in the layout of ``u``."""
         hidden = self.dropout(project(u, self.down, self.down_bias, self.channels_first))
         return add_product(u, hidden, self.dense(), self.up_bias, self.scale, self.channels_first)
 
     def some(self, u: Tensor, start: int, stop: int) -> Tensor:
-        """Gives only the outputs from ``start`` to ``stop`` for tokens (..., width)."""
+        """Compute only the outputs ``start:stop`` for tokens (..., width)."""
         matrix = matrices(self.base_layer)[0]
         bias = None if matrix.bias is None else matrix.bias[start:stop]
         return project(self.adapted(u), matrix.weight.flatten(1)[start:stop], bias, False)
 
     def merged(self) -> nn.Module:
-        """Gives the base layer with ``W M`` and ``b + W c``, where ``f(u) = M u + c``."""
+        """Return the base layer with ``W M`` and ``b + W c``, where ``f(u) = M u + c``."""
         matrix = matrices(self.base_layer)[0]
         weight, up = exact(matrix.weight.flatten(1)), exact(self.dense())
         bias = None
@@ -71,17 +71,16 @@ class RepAdapterLayer(AdapterLayer):
 
 @dataclass(frozen=True, kw_only=True)
 class RepAdapter(AdapterSpec):
-    """Linear bottleneck before attention and before the MLP, after their norms; free of cost once it is merged.
+    """Linear bottleneck before attention and before the MLP, after their norms; without cost once merged.
 
     Source: Luo et al. 2023, RepAdapter (arXiv 2302.08106).
 
     Args:
-        bottleneck: Channels in the middle.
-        groups: Parts into which the up-projection is cut; divides ``bottleneck`` and the layer's width.
-        bias: Whether both projections have biases; the wrapped layers must then have one, too, to take them up in a
-            merge.
-        placement: ``block`` for both places, ``attn`` for the one before attention alone.
-        targets: Patterns of linear layers or 1x1 convolutions; empty: as placed.
+        bottleneck: Channels of the bottleneck.
+        groups: Groups of the up-projection; divides ``bottleneck`` and the layer's width.
+        bias: Whether both projections have biases; the wrapped layers must then have a bias for the merge.
+        placement: ``block`` for both places, ``attn`` for the place before attention only.
+        targets: Patterns of linear layers or 1x1 convolutions; empty means the layers of ``placement``.
     """
 
     dropout: float = 0.1
@@ -105,10 +104,10 @@ class RepAdapter(AdapterSpec):
         return ("*.attn.qkv", *before_mlp)
 
     def wrap(self, model: nn.Module, name: str) -> RepAdapterLayer:
-        """Builds the wrapper of one layer.
+        """Build the wrapper of one layer.
 
         Raises:
-            ValueError: If the groups do not divide its width, or if it has no bias to take up the adapter's.
+            ValueError: If the groups do not divide its width, or if ``bias`` is set and the layer has no bias.
         """
         layer = model.get_submodule(name)
         matrix = matrices(layer)[0]
@@ -117,5 +116,5 @@ class RepAdapter(AdapterSpec):
                 f"groups={self.groups} must divide the {matrix.weight.shape[1]} channels that {name} takes"
             )
         if self.bias and matrix.bias is None:
-            raise ValueError(f"{name} has no bias to take up the RepAdapter's in a merge; use bias=False")
+            raise ValueError(f"{name} has no bias, so a RepAdapter with biases could not be merged; use bias=False")
         return RepAdapterLayer(layer, self)

@@ -17,7 +17,7 @@ from dynadapter.backbones.packaged import find
 from dynadapter.backbones.packaged import names as packaged_names
 from dynadapter.backbones.weight_files import load_weights, one_line
 
-# The modules of timm whose models are of a family below; only for the names that an error message suggests.
+# timm's modules with models of known families; error messages suggest names from them.
 _TIMM_MODULES = ("vision_transformer", "vision_transformer_hybrid", "deit", "swin_transformer", "convnext")
 
 
@@ -31,36 +31,33 @@ def create_backbone(
     seed: int = 0,
     **timm_args: Any,
 ) -> nn.Module:
-    """Creates a timm model as a backbone: frozen except for its classifier, and in evaluation mode.
+    """Create a timm model as a backbone: frozen except for its classifier, and in evaluation mode.
 
-    The backbone stays in evaluation mode in an :class:`~dynadapter.exits.net.ExitNet`, so ``drop_path_rate``,
-    ``proj_drop_rate`` and the like are accepted but inactive: what is frozen is not regularised.
+    An :class:`~dynadapter.exits.net.ExitNet` keeps it in evaluation mode, so ``drop_path_rate``, ``proj_drop_rate`` and
+    similar arguments are accepted but have no effect.
 
     >>> backbone = create_backbone("vit_tiny_patch16_224", num_classes=10, img_size=32, patch_size=8, depth=2)
     >>> [name for name, parameter in backbone.named_parameters() if parameter.requires_grad]
     ['head.weight', 'head.bias']
 
     Args:
-        name: Any timm name of a known family, with tag or without (``vit_base_patch16_224.augreg_in21k``), or
-            ``hf-hub:owner/name``, or ``local-dir:folder``, or a backbone that ships with the package (``micro``).
+        name: A timm name of a known family, with or without tag (``vit_base_patch16_224.augreg_in21k``),
+            ``hf-hub:owner/name``, ``local-dir:folder``, or a packaged backbone (``micro``).
         num_classes: Classes of the model's own classifier.
-        pretrained: Whether timm fetches the weights that belong to the name, or takes them from its cache; those of a
-            packaged backbone are at hand.
-        weights: A local file instead, which wins over ``pretrained``: ``.safetensors``, a PyTorch file (``.pth``,
-            ``.pt``, ``.bin``; tensors only, no code) or Google's ``.npz`` for ViT. Names, patch size, position
-            embedding, windows and input channels are adapted by timm's own functions; a classifier of another class
-            count is left out, and everything else has to fit.
-        image_size: Height and width of the images in pixels, for the families that are built for one size; the others
-            take any. An ``img_size`` among ``timm_args`` wins over it.
-        seed: Decides what the weights do not: the new classifier, and without weights every tensor. The same arguments
-            rebuild the same tensors; the global random state is neither used nor changed.
-        timm_args: Further arguments of timm's model: ``img_size``, ``patch_size``, ``global_pool``, ``in_chans`` ...
+        pretrained: Load the weights of this name: from timm's cache or the network, or from the package.
+        weights: A local weight file; it wins over ``pretrained``. See
+        :func:`~dynadapter.backbones.weight_files.load_weights`.
+        image_size: Height and width of the images in pixels, for families built for one size. ``img_size`` among
+            ``timm_args`` wins over it.
+        seed: Random seed of the new classifier, and of every tensor if there are no weights. The global random state is
+            neither used nor changed.
+        timm_args: Further arguments of timm's model, such as ``patch_size``, ``global_pool`` or ``in_chans``.
 
     Returns:
         The model on the CPU.
 
     Raises:
-        ValueError: If timm has no such name, an argument is wrong, or weights cannot be fetched, read or fitted.
+        ValueError: If timm has no such name, an argument is wrong, or weights cannot be loaded.
         TypeError: If no cut is known for the model's class.
     """
     asked, packaged = name, find(name)
@@ -74,18 +71,13 @@ def create_backbone(
         )
     if timm_args.get("global_pool") == "":
         raise ValueError("global_pool='' leaves features unpooled; choose 'avg', 'token' ..., or leave it out")
-    # Wrong names, arguments and families show in this first build, before anything is downloaded.
+    # This first build shows wrong names, arguments and families before any download
     model = _build(name, num_classes, seed, timm_args)
     blocks(model)
     if image_size is not None and timm_args.get("img_size") is None and built_for(model) not in (None, image_size):
         timm_args["img_size"] = image_size
         model = _build(name, num_classes, seed, timm_args)
-        patch = model.patch_embed.patch_size[0]  # type: ignore[union-attr, index]
-        if image_size % patch:
-            raise ValueError(
-                f"image_size={image_size} is no multiple of the patch size {patch} of {name!r}, and pixels at the "
-                f"border would be lost; choose {image_size // patch * patch} or {(image_size // patch + 1) * patch}"
-            )
+        _check_image_size(model, name, image_size)
     if weights is not None:
         load_weights(model, asked, Path(weights).expanduser())
     elif pretrained:
@@ -94,24 +86,34 @@ def create_backbone(
     return model.eval()
 
 
+def _check_image_size(model: nn.Module, name: str, image_size: int) -> None:
+    """Raise a ValueError if the patches do not cover the image: pixels at the border would be lost."""
+    patch = model.patch_embed.patch_size[0]  # type: ignore[union-attr, index]
+    if image_size % patch:
+        below = image_size // patch * patch
+        raise ValueError(
+            f"image_size={image_size} does not fit patch size {patch} of {name!r}; use {below} or {below + patch}"
+        )
+
+
 def built_for(model: nn.Module) -> int | None:
-    """Gives the image size in pixels (the height) that the model was built for; None where it takes any."""
+    """Return the height in pixels that the model was built for, or None if it takes any size."""
     size = getattr(getattr(model, "patch_embed", None), "img_size", None)
     return size[0] if size else None
 
 
 def freeze(model: nn.Module) -> None:
-    """Stops the gradients of all parameters but the classifier's; to be called before adapters are injected."""
+    """Freeze all parameters except the classifier's. Call it before adapters are injected."""
     model.requires_grad_(False)
     for layer in classifier(model):
         layer.requires_grad_(True)
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Names the frozen tensors by a hash, so that files made for one backbone are not used with another.
+    """Return a hash of the frozen tensors, which tells whether a file belongs to this backbone.
 
-    It covers name, shape, type and bytes of every tensor of the state dict except the classifier's; the device, the
-    memory layout and the order of the tensors play no part. Adapters change the names: to be called before injection.
+    It covers name, shape, type and bytes of every tensor of the state dict except the classifier's. Device, memory
+    layout and order play no part. Adapters change names, so call it before injection.
 
     Returns:
         The SHA-256 as 64 hexadecimal digits.
@@ -127,8 +129,8 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def _check_name(name: str) -> None:
-    """Refuses a name or a tag that timm does not have, with the nearest ones that it has."""
-    if ":" in name:  # a folder or a repository: timm looks there
+    """Raise a ValueError with the nearest known names if timm does not know the name or its tag."""
+    if ":" in name:  # a folder or a repository, which timm resolves
         return
     architecture, _, tag = name.partition(".")
     if not timm.is_model(architecture):
@@ -153,28 +155,28 @@ def _check_name(name: str) -> None:
 
 
 def _build(name: str, num_classes: int, seed: int, timm_args: dict[str, Any], pretrained: bool = False) -> nn.Module:
-    """Lets timm build the model from a seed, on the CPU whatever the surrounding default device is."""
+    """Build the model with timm from a seed, on the CPU whatever the default device is."""
     try:
         with torch.device("cpu"), torch.random.fork_rng(devices=[]):
             # torch.manual_seed would also seed the accelerators, which a fork without devices does not restore
             torch.random.default_generator.manual_seed(seed)
             return timm.create_model(name, pretrained=pretrained, num_classes=num_classes, **timm_args)
     except Exception as error:  # assertions, TypeErrors, network and file errors of many libraries
-        said = one_line(error)
-        wrong = re.search(r"unexpected keyword argument '(\w+)'", said)
+        reason = one_line(error)
+        wrong = re.search(r"unexpected keyword argument '(\w+)'", reason)
         if wrong:
             raise ValueError(_wrong_argument(name, wrong[1])) from error
         # timm reads the configuration of a model on the hub first, with weights or without
         if pretrained or (name.startswith("hf") and isinstance(error, OSError)):
             raise ValueError(
-                f"the pretrained weights of {_full_name(name)!r} could not be fetched ({said}); without a network they "
-                "have to be in the cache of the Hugging Face hub, or give a local file as weights='...'"
+                f"the pretrained weights of {_full_name(name)!r} could not be fetched ({reason}); without a network "
+                "they must be in the cache of the Hugging Face hub, or give a local file as weights='...'"
             ) from error
-        raise ValueError(f"timm cannot build {name!r} with {timm_args or 'its defaults'} ({said})") from error
+        raise ValueError(f"timm cannot build {name!r} with {timm_args or 'its defaults'} ({reason})") from error
 
 
 def _full_name(name: str) -> str:
-    """Adds the tag that timm takes by default."""
+    """Return the name with timm's default tag."""
     config = None if ":" in name else get_pretrained_cfg(name)
     return f"{config.architecture}.{config.tag}" if config and config.tag else name
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 @singledispatch
 def embed(model: nn.Module, images: Tensor) -> Tensor:
-    """Turns images into what the first block takes.
+    """Convert images into the input of the first block.
 
     Args:
         model: A timm model of a known family.
@@ -39,10 +39,10 @@ def embed(model: nn.Module, images: Tensor) -> Tensor:
 
 @singledispatch
 def blocks(model: nn.Module) -> list[tuple[nn.Module, ...]]:
-    """Lists the model's blocks.
+    """List the model's blocks.
 
     Returns:
-        Per block the modules to apply in order, each with one tensor in and one out. Where a stage starts with a
+        For each block the modules to apply in order, each with one tensor in and one out. If a stage starts with a
         downsampling layer, that layer belongs to the stage's first block.
 
     Raises:
@@ -53,7 +53,7 @@ def blocks(model: nn.Module) -> list[tuple[nn.Module, ...]]:
 
 @singledispatch
 def finish(model: nn.Module, x: Tensor) -> Tensor:
-    """Turns the last block's output into features, as the end of timm's ``forward_features`` does.
+    """Convert the last block's output into features, like the end of timm's ``forward_features`` does.
 
     Raises:
         TypeError: If no cut is known for the model's class.
@@ -63,7 +63,7 @@ def finish(model: nn.Module, x: Tensor) -> Tensor:
 
 @singledispatch
 def tokens(model: nn.Module, x: Tensor) -> Tensor:
-    """Reads any block's output as tokens.
+    """Convert the output of any block into tokens.
 
     Args:
         model: A timm model of a known family.
@@ -80,7 +80,7 @@ def tokens(model: nn.Module, x: Tensor) -> Tensor:
 
 @singledispatch
 def widths(model: nn.Module) -> list[int]:
-    """Lists the channels after each block.
+    """List the channels after each block.
 
     Raises:
         TypeError: If no cut is known for the model's class.
@@ -90,54 +90,54 @@ def widths(model: nn.Module) -> list[int]:
 
 @singledispatch
 def prefix_tokens(model: nn.Module) -> int:
-    """Counts the tokens in front of the image's own: class, distillation, registers; a family may have none."""
+    """Count the tokens in front of the patch tokens: class, distillation and register tokens."""
     return 0
 
 
 @singledispatch
 def needs_all_tokens(model: nn.Module) -> str | None:
-    """Names what in the model must have every token of the image in its place; None where some may go on the way."""
+    """Return the name of the part that needs every patch token in its place; None if tokens can be merged."""
     return type(model).__name__
 
 
 @singledispatch
 def has_class_token(model: nn.Module) -> bool:
-    """Says whether the model's own head reads a class token (the first one); a model may carry one and not read it."""
+    """Check whether the model's own head reads the class token, the first token."""
     return False
 
 
 @singledispatch
 def reads_class_row(model: nn.Module) -> bool:
-    """Says whether the model's own norm, pooling and head need no row but the first of the last block's output."""
+    """Check whether norm, pooling and head of the model need only the first row of the last block's output."""
     return False
 
 
 @singledispatch
 def convert(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Gives a checkpoint timm's names and this model's resolution, by the family's own filter in timm."""
+    """Convert a checkpoint to timm's names and this model's resolution with timm's filter for the family."""
     return state
 
 
 def pool(model: nn.Module, features: Tensor) -> Tensor:
-    """Pools features into what the classifier reads, (batch, width), as timm does it."""
+    """Pool features to the classifier's input (batch, width) with timm's own pooling."""
     return model.forward_head(features, pre_logits=True)  # type: ignore[operator]
 
 
 def classify(model: nn.Module, features: Tensor) -> Tensor:
-    """Turns features into logits (batch, classes) by the model's own pooling and classifier."""
+    """Convert features into logits (batch, classes) with the model's own pooling and classifier."""
     return model.forward_head(features)  # type: ignore[operator]
 
 
 def classifier(model: nn.Module) -> list[nn.Module]:
-    """Lists the model's final linear layers: one, two for a distilled DeiT, none for a model without classes."""
+    """List the model's final linear layers: one, two for a distilled DeiT, none for a model without classes."""
     return [layer for layer in _classifier_layers(model).values() if not isinstance(layer, nn.Identity)]
 
 
-# ---- helpers for the families ----
+# Helpers for the families
 
 
 def _staged_blocks(stages: nn.Sequential) -> list[tuple[nn.Module, ...]]:
-    """Lists the blocks of all stages, each stage's downsampling in front of its first block."""
+    """List the blocks of all stages, with each stage's downsampling before its first block."""
     units: list[tuple[nn.Module, ...]] = []
     stage: Any
     for stage in stages:
@@ -148,14 +148,14 @@ def _staged_blocks(stages: nn.Sequential) -> list[tuple[nn.Module, ...]]:
 
 
 def _staged_widths(model: nn.Module, stages: nn.Sequential) -> list[int]:
-    """Repeats each stage's channels for each of its blocks."""
+    """Return the channels after each block of a model with stages."""
     infos: Any = model.feature_info
     depths = [len(stage.blocks) for stage in stages]  # type: ignore[arg-type]
     return [info["num_chs"] for info, depth in zip(infos, depths, strict=True) for _ in range(depth)]
 
 
 def _same_forward(model: nn.Module, family: type[nn.Module]) -> None:
-    """Refuses a subclass with a forward pass of its own, which a cut of the family's would silently drop."""
+    """Raise a TypeError if a subclass has its own forward pass, which the family's cut would drop silently."""
     for method in ("forward", "forward_features"):
         if getattr(type(model), method) is not getattr(family, method):
             _unknown(model, f", whose {method} is not {family.__name__}'s")
@@ -170,7 +170,7 @@ def _unknown(model: nn.Module, why: str = "") -> NoReturn:
 
 
 def _classifier_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Names the classifier's layers, identities included."""
+    """Return the classifier's layers by name, identities included."""
     layers: Any = model.get_classifier()  # type: ignore[operator]
     wanted = set(layers) if isinstance(layers, tuple | list) else {layers}
     return {name: module for name, module in model.named_modules() if module in wanted}

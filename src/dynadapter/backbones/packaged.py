@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 FOLDER = Path(__file__).parent / "weights"
-"""NAME.safetensors with NAME.json and the model card NAME.md beside it, as tools/pretrain writes them."""
+"""Folder with NAME.safetensors, NAME.json and the model card NAME.md, as tools/pretrain writes them."""
 
 
 @dataclass(frozen=True)
@@ -16,10 +16,10 @@ class Packaged:
     """A backbone that ships with the package.
 
     Args:
-        name: What stands where a timm name would.
-        architecture: The timm name of its shape.
-        timm_args: Further arguments of timm's model.
-        sha256: Of the weight file.
+        name: Name to give in place of a timm name.
+        architecture: timm's name of the architecture.
+        timm_args: Further arguments of ``timm.create_model``.
+        sha256: Hash of the weight file, in hexadecimal digits.
     """
 
     name: str
@@ -28,15 +28,18 @@ class Packaged:
     sha256: str
 
     def settings(self, given: Mapping[str, Any], image_size: int | None) -> dict[str, Any]:
-        """Gives the arguments of timm's model: its own, over them what is given; another image size takes its place."""
+        """Return the arguments for timm: the backbone's own, overridden by those given.
+
+        With an ``image_size`` the backbone's own ``img_size`` is left out.
+        """
         own = {key: value for key, value in self.timm_args.items() if key != "img_size" or image_size is None}
         return own | dict(given)
 
     def weights(self) -> Path:
-        """Gives the weight file.
+        """Return the path of the weight file.
 
         Raises:
-            ValueError: If it is not the one that was packaged.
+            ValueError: If the file is missing or its hash differs.
         """
         path = FOLDER / f"{self.name}.safetensors"
         if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != self.sha256:
@@ -45,12 +48,12 @@ class Packaged:
 
 
 def names() -> list[str]:
-    """Lists the packaged backbones."""
+    """List the packaged backbones."""
     return sorted(path.stem for path in FOLDER.glob("*.json"))
 
 
 def find(name: str) -> Packaged | None:
-    """Gives the packaged backbone of a name; None where it names none."""
+    """Return the packaged backbone with this name, or None."""
     if name not in names():
         return None
     about = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))

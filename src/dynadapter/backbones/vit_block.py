@@ -13,19 +13,22 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 _TOKEN_WISE = (timm.layers.Mlp, timm.layers.GluMlp, timm.layers.SwiGLU)
-"""MLPs that treat each token by itself."""
+"""MLPs that work token by token."""
 
 
 def splits(model: nn.Module, unit: tuple[nn.Module, ...]) -> bool:
-    """Says whether :func:`class_row` and :func:`other_rows` may replace a block whose class token alone is read.
+    """Check whether :func:`class_row` and :func:`other_rows` can replace a block.
 
-    They may where everything but attention works token by token: in timm's plain pre-norm ViT block, with adapters on
-    its qkv, its output projection or its MLP, or without. A hook on the block itself is then not called.
+    They can if everything except attention works token by token: in timm's plain pre-norm ViT block, with or without
+    adapters on its qkv, output projection or MLP. A hook on the block itself is then not called.
     """
     block = unit[-1]
     if type(block) is not vision_transformer.Block or len(unit) > 1 or not isinstance(model, VisionTransformer):
         return False
-    attention, mlp = block._modules["attn"], block._modules["mlp"]  # asked at every exit of every batch, hence so
+    attention, mlp = (
+        block._modules["attn"],
+        block._modules["mlp"],
+    )  # direct access: this runs at every exit of every batch
     if type(attention) is not vision_transformer.Attention:
         return False
     inner = attention._modules
@@ -37,22 +40,22 @@ def splits(model: nn.Module, unit: tuple[nn.Module, ...]) -> bool:
 
 
 def run(module: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Applies a module of a block's unit; the result is the module's own, bit for bit.
+    """Apply a module of a block's unit, with the module's own result bit for bit.
 
-    Without gradients timm's plain ViT block is run in fewer steps: what does nothing in evaluation is not called, plain
-    layers are functions of their tensors, and tensors in the middle are written again instead of new ones. On a CPU
-    that takes up to a tenth off a block's time, most of all for one or two images, as deep stages get them. A block or
-    a layer with a hook, a compiled one, or one with a forward of its own runs as it is.
+    Without gradients timm's plain ViT block runs in fewer steps: identities are not called, plain layers become
+    functions of their tensors, and intermediate tensors are overwritten. On a CPU this saves up to a tenth of a block's
+    time, most for one or two images. A block or layer with a hook, a compiled one, or one with its own forward runs
+    unchanged.
 
     Args:
         module: One of :func:`blocks`' modules.
-        x: Its input, which is left as it is.
-        bias: (batch, tokens), added to the attention scores of each token as a key; for timm's ViT blocks.
+        x: Its input, not changed.
+        bias: (batch, tokens), added to each token's attention score as a key; for timm's ViT blocks.
     """
     mask = None if bias is None else _mask(bias, x.shape[1])
     if type(module) is not vision_transformer.Block or not _reuses() or _changed(module) or module.training:
         return module(x) if mask is None else module(x, attn_mask=mask)
-    parts: Any = module._modules  # a module looks its attributes up in Python, which would cost what is gained here
+    parts: Any = module._modules  # attribute access on a module runs in Python and would cost the gain
     attention = parts["attn"]
     inner: Any = attention._modules
     plain = type(attention) is vision_transformer.Attention and attention.fused_attn and inner.get("gate") is None
@@ -68,44 +71,44 @@ def run(module: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _mask(bias: Tensor, queries: int) -> Tensor:
-    """What attention adds to its scores (batch, heads, queries, keys): a view of one row for all heads and queries."""
+    """Return the attention mask (batch, heads, queries, keys): one row, expanded to all heads and queries."""
     return bias[:, None, None].expand(-1, 1, queries, -1)
 
 
 def class_row(block: Any, x: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Computes a block's output for the class token alone.
+    """Compute a block's output for the class token only.
 
-    Keys and values are needed of all tokens; query, output projection and MLP of the first row only. Of a block's
-    multiply-adds this is little more than a sixth.
+    It needs the keys and values of all tokens, but query, output projection and MLP of the first row only: little more
+    than a sixth of a block's multiply-adds.
 
     Args:
-        block: A block that :func:`splits`.
+        block: A block for which :func:`splits` holds.
         x: Its input (batch, tokens, width).
         bias: As in :func:`run`.
 
     Returns:
-        The output's first row (batch, 1, width), and what :func:`other_rows` needs: keys beside values (batch, tokens,
-        2 * width of attention).
+        The output's first row (batch, 1, width), and keys and values (batch, tokens, 2 * attention width) for
+        :func:`other_rows`.
     """
     attention, normed = block.attn, block.norm1(x)
     inner = attention.num_heads * attention.head_dim
     keys_values = _some(attention.qkv, normed, inner, 3 * inner)
-    # Two dimensions are one product with the bias in it; an exported graph keeps three, as all that int8 looks for.
+    # Two dimensions give one product with bias; an exported graph keeps three, which int8 quantisation expects
     first = normed[:, 0] if _reuses() else normed[:, :1]
     query = _some(attention.qkv, first, 0, inner).view(-1, 1, inner)
     return _after_attention(block, x[:, :1], _attend(attention, query, keys_values, bias)), keys_values
 
 
 def other_rows(block: Any, x: Tensor, keys_values: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Finishes a block that :func:`class_row` has begun, for the samples that go on.
+    """Finish a block that :func:`class_row` started, for the samples that continue.
 
-    The class token's row is computed once more, which costs less than putting the rows together would.
+    The class token's row is computed again, which costs less than joining the rows.
 
     Args:
         block: The same block.
-        x: The block's input (batch, tokens, width) of those samples.
-        keys_values: What :func:`class_row` gave, of those samples.
-        bias: As in :func:`run`, of those samples.
+        x: The block's input (batch, tokens, width) for those samples.
+        keys_values: Second result of :func:`class_row` for those samples.
+        bias: As in :func:`run`, for those samples.
 
     Returns:
         The block's output (batch, tokens, width).
@@ -116,7 +119,7 @@ def other_rows(block: Any, x: Tensor, keys_values: Tensor, bias: Tensor | None =
 
 
 def _some(layer: Any, x: Tensor, start: int, stop: int) -> Tensor:
-    """Some of a linear layer's outputs, of a wrapped one by its own word for it."""
+    """Compute the outputs ``start:stop`` of a linear layer or of its wrapper."""
     if isinstance(layer, nn.Linear):
         bias = None if layer.bias is None else layer.bias[start:stop]
         return nn.functional.linear(x, layer.weight[start:stop], bias)
@@ -124,7 +127,7 @@ def _some(layer: Any, x: Tensor, start: int, stop: int) -> Tensor:
 
 
 def _attend(attention: Any, query: Tensor, keys_values: Tensor, bias: Tensor | None) -> Tensor:
-    """Attention as timm does it, for some queries (batch, queries, inner) and all (batch, tokens, 2 * inner)."""
+    """Compute timm's attention for queries (batch, queries, inner), keys and values (batch, tokens, 2 * inner)."""
     heads, width, parts = attention.num_heads, attention.head_dim, attention._modules
     batch, queries, inner = query.shape
     q = _called(parts["q_norm"], query.view(batch, queries, heads, width).transpose(1, 2))
@@ -136,7 +139,7 @@ def _attend(attention: Any, query: Tensor, keys_values: Tensor, bias: Tensor | N
 
 
 def _after_attention(block: Any, x: Tensor, mixed: Tensor) -> Tensor:
-    """What a block does in evaluation with the rows that attention gave: projection, both residual sums, the MLP."""
+    """Compute the rest of a block after attention: projection, both residual sums, the MLP."""
     if not _reuses():
         attention = block.attn
         x = x + block.drop_path1(block.ls1(attention.proj_drop(attention.proj(attention.norm(mixed)))))
@@ -145,7 +148,7 @@ def _after_attention(block: Any, x: Tensor, mixed: Tensor) -> Tensor:
 
 
 def _rest(block: Any, x: Tensor, mixed: Tensor) -> Tensor:
-    """The same where tensors may be written again."""
+    """Compute the same with intermediate tensors overwritten."""
     parts = block._modules
     inner = parts["attn"]._modules
     x = _added(_called(parts["ls1"], _direct(inner["proj"], _called(inner["norm"], mixed))), x)
@@ -153,7 +156,7 @@ def _rest(block: Any, x: Tensor, mixed: Tensor) -> Tensor:
 
 
 def _mlp(mlp: Any, x: Tensor) -> Tensor:
-    """An MLP in evaluation, whose activation takes the place of what it reads."""
+    """Apply an MLP in evaluation mode with an in-place activation."""
     if type(mlp) is not timm.layers.Mlp or _changed(mlp):
         return mlp(x)
     parts: Any = mlp._modules
@@ -169,7 +172,7 @@ def _called(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 def _direct(layer: Any, x: Tensor) -> Tensor:
-    """Applies a layer; a plain linear one or norm as a function of its tensors, for a module's call takes longer."""
+    """Apply a layer; call a plain linear layer or norm as a function, which is faster than a module call."""
     kind = type(layer)
     if kind is nn.Linear and not _changed(layer):
         own = layer._parameters
@@ -181,12 +184,12 @@ def _direct(layer: Any, x: Tensor) -> Tensor:
 
 
 def _added(fresh: Tensor, x: Tensor) -> Tensor:
-    """Adds to what a layer has just made, in its place unless autocast has given it another type."""
+    """Add ``x`` to a new tensor, in place unless autocast gave it another type."""
     return fresh.add_(x) if fresh.dtype == x.dtype else x + fresh
 
 
 def _reuses() -> bool:
-    """Says whether tensors may be written again: no gradient needs them, nobody traces, or watches all modules."""
+    """Check whether intermediate tensors can be overwritten: no gradients, no tracing, no global hooks."""
     return not (
         torch.is_grad_enabled()
         or torch.compiler.is_compiling()
@@ -196,6 +199,6 @@ def _reuses() -> bool:
 
 
 def _changed(module: nn.Module) -> bool:
-    """Says whether somebody has changed how a module is called."""
+    """Check whether a module's call was changed by hooks, compilation or a replaced forward."""
     hooked = module._forward_hooks or module._forward_pre_hooks
     return bool(hooked) or module._compiled_call_impl is not None or "forward" in module.__dict__

@@ -16,7 +16,19 @@ _WHAT_FITS = "give the timm name and arguments that the file was made with"
 
 
 def load_weights(model: nn.Module, name: str, path: Path) -> None:
-    """Fits a local weight file to the model; every tensor but the classifier's has to be there, and nothing else."""
+    """Load a local weight file into the model.
+
+    Every tensor except the classifier's must be in the file, and no other. timm's own functions adapt names, patch
+    size, position embedding, windows and input channels. A classifier with another number of classes is left out.
+
+    Args:
+        model: A timm model of a known family; changed in place.
+        name: Its name, for messages.
+        path: ``.safetensors``, ``.pth``, ``.pt``, ``.bin`` (tensors only, no code), or Google's ``.npz`` for ViT.
+
+    Raises:
+        ValueError: If the file is missing, damaged, needs code to load, or does not fit.
+    """
     if not path.is_file():
         raise ValueError(f"weights={str(path)!r} is not a file; give an existing .safetensors, .pth, .pt, .bin or .npz")
     if path.suffix.lower() == ".npz":
@@ -32,23 +44,23 @@ def load_weights(model: nn.Module, name: str, path: Path) -> None:
 
 
 def _read(path: Path) -> dict[str, Tensor]:
-    """Reads tensors and nothing else: no code of the file is run."""
+    """Read the tensors of a file without running code from it."""
     try:
         return read_checkpoint(str(path), weights_only=True)
     except Exception as error:  # torch, zipfile, pickle and safetensors each have their own
         if any(isinstance(cause, pickle.UnpicklingError) for cause in (error, error.__cause__, error.__context__)):
             raise ValueError(
-                f"weights={str(path)!r} would have to run code to be read, which is refused, or it is damaged; if you "
+                f"weights={str(path)!r} needs code to load, which is refused, or it is damaged; if you "
                 "trust it, load it yourself and save its state dict as .safetensors"
             ) from error
         raise ValueError(
-            f"weights={str(path)!r} cannot be read ({one_line(error)}); it is damaged or holds no weights: fetch it "
+            f"weights={str(path)!r} cannot be read ({one_line(error)}); it is damaged or has no weights: fetch it "
             "again, or give another file"
         ) from error
 
 
 def _fit_input(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Adapts the first convolution of a colour model to another number of input channels, as timm does."""
+    """Adapt the first convolution of an RGB file to another number of input channels with timm's function."""
     config: Any = model.pretrained_cfg
     key = f"{config['first_conv']}.weight"
     weight, own = state.get(key), model.state_dict().get(key)
@@ -58,7 +70,7 @@ def _fit_input(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _fit_classifier(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Puts the model's own classifier where the file has none, or one of another class count."""
+    """Put the model's own classifier where the file has none, or one of another class count."""
     own = model.state_dict()
     for layer in _classifier_layers(model):
         weight = state.get(f"{layer}.weight")
@@ -69,7 +81,7 @@ def _fit_classifier(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Ten
 
 
 def _check_fit(model: nn.Module, name: str, path: Path, state: dict[str, Tensor]) -> None:
-    """Raises one line that counts and names what does not fit."""
+    """Raise one line that counts and names what does not fit."""
     own = model.state_dict()
     faults = {
         "missing": [key for key in own if key not in state],
@@ -90,7 +102,7 @@ def _check_fit(model: nn.Module, name: str, path: Path, state: dict[str, Tensor]
 
 
 def _load_npz(model: nn.Module, name: str, path: Path) -> None:
-    """Loads Google's JAX layout by timm's own function, which only ViT has."""
+    """Load Google's JAX layout by timm's own function, which only ViT has."""
     load: Any = getattr(model, "load_pretrained", None)
     if load is None:
         raise ValueError(
@@ -110,7 +122,7 @@ def _load_npz(model: nn.Module, name: str, path: Path) -> None:
 
 
 def _npz_depth(path: Path) -> int:
-    """Counts the blocks in Google's layouts, which have one array per block or stack all blocks in one."""
+    """Count the blocks in Google's layouts, which have one array per block or stack all blocks in one."""
     with path.open("rb") as file, np.load(file) as arrays:
         stacked = [key for key in arrays.files if key.endswith("Transformer/encoderblock/LayerNorm_0/scale")]
         if stacked:

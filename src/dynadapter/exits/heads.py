@@ -1,4 +1,4 @@
-"""Early heads: what reads logits off the tokens in the middle of a backbone."""
+"""Early heads, which compute logits from the tokens between two stages of a backbone."""
 
 from abc import abstractmethod
 from dataclasses import dataclass, field
@@ -16,11 +16,11 @@ class ExitHead(nn.Module):
         width: Channels of a token.
         num_classes: Classes to tell apart.
         hidden: Width of the MLP's hidden layer; ``None`` for a single linear layer.
-        prefix_tokens: Tokens before the image's own (class token, registers); mean pooling leaves them out.
+        prefix_tokens: Tokens before the patch tokens (class token, registers); mean pooling leaves them out.
         reads_class_token: Whether the head reads the first token instead of the mean.
 
     Attributes:
-        reads_class_token: As given. Such a head normalises one row only, and needs no other row of the block before it.
+        reads_class_token: As given. Such a head needs only the first row of the block before it.
     """
 
     def __init__(
@@ -37,14 +37,14 @@ class ExitHead(nn.Module):
             self.classify = nn.Sequential(_linear(width, hidden), nn.GELU(), _linear(hidden, num_classes))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Maps tokens (batch, tokens, width) to logits (batch, classes)."""
+        """Map tokens (batch, tokens, width) to logits (batch, classes)."""
         if self.reads_class_token:
             return self.classify(self.norm(tokens[:, 0]))
         return self.classify(self.norm(tokens[:, self.prefix_tokens :]).mean(1))
 
 
 def _linear(inputs: int, outputs: int) -> nn.Linear:
-    """A linear layer initialised as timm does it for a ViT: normal(0, 0.02) cut at two units, no bias."""
+    """Return a linear layer initialised like timm's ViT head: truncated normal(0, 0.02), bias zero."""
     layer = nn.Linear(inputs, outputs)
     nn.init.trunc_normal_(layer.weight, std=0.02)
     nn.init.zeros_(layer.bias)
@@ -53,11 +53,11 @@ def _linear(inputs: int, outputs: int) -> nn.Linear:
 
 @dataclass(frozen=True)
 class Heads(Spec):
-    """The kind of the early heads; the last exit is the backbone's own head and is not built here.
+    """Configuration of the early heads; the last exit is the backbone's own head.
 
     Args:
-        pooling: What a head reads: ``cls`` the class token, ``mean`` the mean over the image's own tokens, ``auto``
-            the one that the backbone's own head reads.
+        pooling: Input of a head: ``cls`` the class token, ``mean`` the mean over the patch tokens, ``auto`` the same as
+            the backbone's own head.
     """
 
     pooling: Literal["auto", "cls", "mean"] = field(default="auto", kw_only=True)
@@ -68,24 +68,24 @@ class Heads(Spec):
 
     @abstractmethod
     def hidden_at(self, exit: int, exits: int) -> int | None:
-        """Says how wide the MLP at this exit is; ``None`` for a linear head.
+        """Return the hidden width of the MLP at an exit, or ``None`` for a linear head.
 
         Args:
-            exit: Zero-based exit.
-            exits: Number of all exits, the backbone's own head included.
+            exit: Exit index, from 0.
+            exits: Number of exits, the last one included.
         """
 
     def build(
         self, exit: int, exits: int, width: int, num_classes: int, prefix_tokens: int, class_token: bool
     ) -> ExitHead:
-        """Makes the head of one early exit.
+        """Build the head of one early exit.
 
         Args:
-            exit: Zero-based exit, from 0 to ``exits - 2``.
-            exits: Number of all exits, the backbone's own head included.
+            exit: Exit index, from 0 to ``exits - 2``.
+            exits: Number of exits, the last one included.
             width: Channels of a token at this exit.
             num_classes: Classes to tell apart.
-            prefix_tokens: Tokens before the image's own.
+            prefix_tokens: Tokens before the patch tokens.
             class_token: Whether the backbone's own head reads a class token.
 
         Raises:
@@ -113,14 +113,14 @@ def _check_hidden(hidden: int) -> None:
 class Balanced(Heads):
     """MLP heads at the early exits, linear heads at the late ones.
 
-    Shallow features hold more of the input and less of the label (Dyn-Adapter, dynamic-balanced heads); the hidden
-    width and where the two kinds meet are ours.
+    Shallow features hold more of the input and less of the label (Dyn-Adapter, dynamic-balanced heads). The hidden
+    width and the number of MLP heads are ours.
 
     Args:
         hidden: Width of the MLPs' hidden layer.
-        mlp_exits: How many exits, counted from the first, get an MLP; by default half of all exits, the last included.
-        pooling: What a head reads: ``cls`` the class token, ``mean`` the mean over the image's own tokens, ``auto``
-            the one that the backbone's own head reads.
+        mlp_exits: Number of first exits with an MLP; by default half of all exits, the last one included.
+        pooling: Input of a head: ``cls`` the class token, ``mean`` the mean over the patch tokens, ``auto`` the same as
+            the backbone's own head.
     """
 
     hidden: int = 64
@@ -142,8 +142,8 @@ class LinearHeads(Heads):
     """Linear heads at every early exit.
 
     Args:
-        pooling: What a head reads: ``cls`` the class token, ``mean`` the mean over the image's own tokens, ``auto``
-            the one that the backbone's own head reads.
+        pooling: Input of a head: ``cls`` the class token, ``mean`` the mean over the patch tokens, ``auto`` the same as
+            the backbone's own head.
     """
 
     def hidden_at(self, exit: int, exits: int) -> int | None:
@@ -156,8 +156,8 @@ class MLPHeads(Heads):
 
     Args:
         hidden: Width of the hidden layer.
-        pooling: What a head reads: ``cls`` the class token, ``mean`` the mean over the image's own tokens, ``auto``
-            the one that the backbone's own head reads.
+        pooling: Input of a head: ``cls`` the class token, ``mean`` the mean over the patch tokens, ``auto`` the same as
+            the backbone's own head.
     """
 
     hidden: int = 64

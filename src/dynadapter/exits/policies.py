@@ -1,4 +1,4 @@
-"""Policies: who may leave at an exit, judged by the logits so far."""
+"""Exit policies: decide from the logits so far which samples stop at an exit."""
 
 import math
 from abc import abstractmethod
@@ -13,12 +13,12 @@ from dynadapter.spec import Spec
 
 
 def _wide(logits: Tensor) -> Tensor:
-    """Half precision becomes float32: a bfloat16 softmax knows no confidence between 0.996 and 1."""
+    """Return half-precision logits as float32; a bfloat16 softmax has no values between 0.996 and 1."""
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def confidence(logits: Tensor) -> Tensor:
-    """Gives the largest softmax probability, in [1 / classes, 1].
+    """Return the largest softmax probability, in [1 / classes, 1].
 
     Args:
         logits: (..., classes).
@@ -30,7 +30,7 @@ def confidence(logits: Tensor) -> Tensor:
 
 
 def entropy(logits: Tensor) -> Tensor:
-    """Gives the entropy of the softmax over its greatest possible value, log(classes); in [0, 1].
+    """Return the entropy of the softmax divided by its maximum log(classes), in [0, 1].
 
     Args:
         logits: (..., classes).
@@ -39,12 +39,12 @@ def entropy(logits: Tensor) -> Tensor:
         (...), float32, or float64 for float64 logits.
     """
     log_p = _wide(logits).log_softmax(-1)
-    greatest = math.log(max(logits.shape[-1], 2))  # a single class has entropy 0 over anything
-    return (-(log_p.exp() * log_p).sum(-1) / greatest).clamp(0, 1)
+    maximum = math.log(max(logits.shape[-1], 2))  # a single class has entropy 0
+    return (-(log_p.exp() * log_p).sum(-1) / maximum).clamp(0, 1)
 
 
 def margin(logits: Tensor) -> Tensor:
-    """Gives how far the largest softmax probability is above the second; in [0, 1], 1 for a single class.
+    """Return the difference of the two largest softmax probabilities, in [0, 1]; 1 for a single class.
 
     Args:
         logits: (..., classes).
@@ -61,7 +61,7 @@ def margin(logits: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Policy(Spec):
-    """Decides which samples leave at an exit. A new kind says in :meth:`sure` when its rule holds."""
+    """Base of the exit policies. A subclass defines its condition in :meth:`sure`."""
 
     @property
     @abstractmethod
@@ -70,12 +70,12 @@ class Policy(Spec):
 
     @property
     def asks(self) -> bool:
-        """Whether early exits matter to it; where they do not, routing runs none of their heads."""
+        """Whether samples can exit early; if not, routing runs no early head."""
         return True
 
     @abstractmethod
     def sure(self, history: Tensor) -> Tensor:
-        """Says for which samples the rule holds at the newest exit, whose logits may not be finite.
+        """Check which samples meet the condition at the newest exit. Its logits can be non-finite.
 
         Args:
             history: Logits (exits so far, batch, classes), the newest last.
@@ -85,23 +85,23 @@ class Policy(Spec):
         """
 
     def leave(self, history: Tensor) -> Tensor:
-        """Says which samples may leave at the newest exit; one whose logits there are not finite never does.
+        """Check which samples exit at the newest exit; a sample with non-finite logits there continues.
 
         Args:
-            history: Logits (exits so far, batch, classes), the newest last; the last exit of the network is not asked.
+            history: Logits (exits so far, batch, classes), the newest last; never those of the network's last exit.
 
         Returns:
             (batch,) bool.
         """
-        # NaN and infinities give NaN here: isfinite takes twice as many steps, which a lone image on a CPU feels.
+        # NaN and infinity give NaN here. isfinite takes twice as many steps, which shows for one image on a CPU.
         finite = (history[-1] * 0).sum(-1) == 0
         return self.sure(history) & finite
 
     def check(self, exits: int) -> None:
-        """Makes sure that the policy fits a network with so many exits, the last included.
+        """Check that the policy fits a network with this number of exits, the last one included.
 
         Raises:
-            ValueError: If there are thresholds for another number of exits.
+            ValueError: If it has thresholds for another number of exits.
         """
 
 
@@ -117,7 +117,7 @@ class Thresholded(Policy):
 
     label: ClassVar[str]
     beyond: ClassVar[str]
-    """What a threshold out of range would mean, and what to write instead."""
+    """The range of the score and the alternative, for the error message of a threshold out of range."""
 
     def __post_init__(self) -> None:
         given = self.threshold
@@ -144,25 +144,25 @@ class Thresholded(Policy):
             )
 
     def at(self, exit: int) -> float:
-        """Gives the threshold of one early exit (zero-based)."""
+        """Return the threshold of an early exit (index from 0)."""
         return self.threshold[exit] if isinstance(self.threshold, tuple) else self.threshold
 
 
 @dataclass(frozen=True)
 class Confidence(Thresholded):
-    """Leave when the largest softmax probability reaches the threshold (MSDNet, Dyn-Adapter).
+    """Exit when the largest softmax probability reaches the threshold (MSDNet, Dyn-Adapter).
 
     >>> Confidence(0.9).name
     'confidence_0.9'
 
     Args:
-        threshold: One value for all early exits, or one per early exit; in [0, 1], 0 lets everybody leave.
+        threshold: One value for all early exits, or one per early exit; in [0, 1]; at 0 every sample exits.
     """
 
     threshold: float | tuple[float, ...] = 0.9
 
     label = "confidence"
-    beyond = "a probability; for a network that nobody leaves early use Never()"
+    beyond = "a probability; use Never() for no early exits"
 
     def sure(self, history: Tensor) -> Tensor:
         return confidence(history[-1]) >= self.at(len(history) - 1)
@@ -170,16 +170,16 @@ class Confidence(Thresholded):
 
 @dataclass(frozen=True)
 class Entropy(Thresholded):
-    """Leave when the softmax's entropy, as a share of log(classes), is at most the threshold (BranchyNet, normalised).
+    """Exit when the softmax's entropy divided by log(classes) is at most the threshold (BranchyNet, normalised).
 
     Args:
-        threshold: One value for all early exits, or one per early exit; in [0, 1], 1 lets everybody leave.
+        threshold: One value for all early exits, or one per early exit; in [0, 1]; at 1 every sample exits.
     """
 
     threshold: float | tuple[float, ...] = 0.3
 
     label = "entropy"
-    beyond = "an entropy normalised by log(classes); for a network that nobody leaves early use Never()"
+    beyond = "an entropy normalised by log(classes); use Never() for no early exits"
 
     def sure(self, history: Tensor) -> Tensor:
         return entropy(history[-1]) <= self.at(len(history) - 1)
@@ -187,16 +187,16 @@ class Entropy(Thresholded):
 
 @dataclass(frozen=True)
 class Margin(Thresholded):
-    """Leave when the largest softmax probability is above the second by the threshold or more.
+    """Exit when the two largest softmax probabilities differ by the threshold or more.
 
     Args:
-        threshold: One value for all early exits, or one per early exit; in [0, 1], 0 lets everybody leave.
+        threshold: One value for all early exits, or one per early exit; in [0, 1]; at 0 every sample exits.
     """
 
     threshold: float | tuple[float, ...] = 0.5
 
     label = "margin"
-    beyond = "a difference of two probabilities; for a network that nobody leaves early use Never()"
+    beyond = "a difference of two probabilities; use Never() for no early exits"
 
     def sure(self, history: Tensor) -> Tensor:
         return margin(history[-1]) >= self.at(len(history) - 1)
@@ -204,13 +204,13 @@ class Margin(Thresholded):
 
 @dataclass(frozen=True)
 class Patience(Policy):
-    """Leave when the last ``patience`` exits, the newest included, predict the same class (PABEE, Zhou et al. 2020).
+    """Exit when the last ``patience`` exits, the newest included, predict the same class (PABEE, Zhou et al. 2020).
 
-    An exit whose logits are not finite agrees with nobody. PABEE itself counts the agreements between neighbours, one
-    fewer than the exits that agree: its patience t is ``patience = t + 1`` here.
+    An exit with non-finite logits agrees with no other. PABEE counts the agreements between neighbours, one fewer than
+    the exits that agree: its patience t is ``patience = t + 1`` here.
 
     Args:
-        patience: Exits in a row that must agree; 1 lets everybody leave at the first exit.
+        patience: Exits in a row that must agree; with 1 every sample exits at the first exit.
     """
 
     patience: int = 2
@@ -233,7 +233,7 @@ class Patience(Policy):
 
 @dataclass(frozen=True)
 class Never(Policy):
-    """Nobody leaves early: the whole backbone for every sample."""
+    """No sample exits early: every sample runs the whole backbone."""
 
     @property
     def name(self) -> str:
@@ -248,14 +248,14 @@ class Never(Policy):
 
 
 def route(policy: Policy, logits: Tensor) -> Tensor:
-    """Says at which exit each sample would leave, from the logits of all exits: routing without running anything.
+    """Compute each sample's exit from the logits of all exits, without running the network.
 
     Args:
-        policy: Decides who leaves.
-        logits: (exits, samples, classes) of all exits; the last one takes whoever is left.
+        policy: The exit policy.
+        logits: (exits, samples, classes).
 
     Returns:
-        Zero-based exits (samples,), int64.
+        Exit indices (samples,), int64, from 0.
 
     Raises:
         ValueError: If the policy's thresholds do not fit the number of exits.

@@ -1,4 +1,4 @@
-"""Per-exit temperatures: fitted on validation logits, and applied before a policy looks at the logits."""
+"""A temperature for each exit: fitted on validation logits, applied before the exit policy."""
 
 import math
 from collections.abc import Sequence
@@ -10,20 +10,19 @@ from torch import Tensor
 
 from dynadapter.exits.policies import Confidence, Policy, confidence
 
-COLDEST, HOTTEST = 0.1, 10.0
-"""The range of a fitted temperature; beyond it a few odd samples decide and confidences saturate."""
+MIN_TEMPERATURE, MAX_TEMPERATURE = 0.1, 10.0
+"""Range of a fitted temperature; beyond it a few samples decide and confidences saturate."""
 
 
 def fit_temperatures(logits: Tensor, targets: Tensor) -> tuple[float, ...]:
-    """Finds for each exit the temperature whose softmax(logits / temperature) explains the targets best.
+    """Fit the temperature of each exit that minimises the mean negative log-likelihood of the targets.
 
-    The mean negative log-likelihood is minimised exit by exit, in float64. It is convex in 1 / temperature, so a Newton
-    iteration inside a shrinking bracket finds the minimum. The result lies in [0.1, 10] and its likelihood is never
-    worse than that of temperature 1. Where there is no minimum, the temperature is 1: every target has its row's
-    greatest logit (the colder the better, without end), or no row is finite.
-    Rows with logits that are not finite are left out: they never leave early.
+    The likelihood is convex in 1 / temperature, so a Newton iteration inside a shrinking bracket finds the minimum, in
+    float64. The result is in [0.1, 10] and its likelihood is never worse than at temperature 1. If there is no minimum,
+    the temperature is 1: every target has its row's largest logit, or no row is finite. Rows with non-finite logits are
+    left out, since such samples never exit early.
 
-    >>> logits = torch.tensor([[[4.0, 0.0], [4.0, 0.0], [4.0, 0.0], [4.0, 0.0]]])  # says 98 %, is right in 3 of 4
+    >>> logits = torch.tensor([[[4.0, 0.0], [4.0, 0.0], [4.0, 0.0], [4.0, 0.0]]])  # confidence 98 %, accuracy 75 %
     >>> [temperature] = fit_temperatures(logits, torch.tensor([0, 0, 0, 1]))
     >>> round((logits[0, 0] / temperature).softmax(-1)[0].item(), 4)
     0.75
@@ -47,7 +46,7 @@ def fit_temperatures(logits: Tensor, targets: Tensor) -> tuple[float, ...]:
 
 
 def check_logits(logits: Tensor) -> None:
-    """Makes sure of floating logits (exits, samples, classes) with at least one of each."""
+    """Raise an error unless logits are floating-point (exits, samples, classes) with at least one of each."""
     if not logits.is_floating_point():
         raise TypeError(f"logits are {logits.dtype}; give floating-point logits (exits, samples, classes)")
     if logits.ndim != 3 or not logits.numel():
@@ -57,7 +56,7 @@ def check_logits(logits: Tensor) -> None:
 
 
 def check_targets(logits: Tensor, targets: Tensor) -> Tensor:
-    """Makes sure of one class per sample, and gives them as int64 beside the logits."""
+    """Return the targets as int64 on the logits' device, after a check that there is one class per sample."""
     _, samples, classes = logits.shape
     if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
         raise TypeError(f"targets are {targets.dtype}; give integer classes (samples,)")
@@ -74,13 +73,13 @@ def check_targets(logits: Tensor, targets: Tensor) -> Tensor:
 def _fit(logits: Tensor, targets: Tensor) -> float:
     finite = logits.isfinite().all(-1)
     z = logits[finite].double()
-    z = z - z.amax(-1, keepdim=True)  # (samples, classes), the greatest is 0
+    z = z - z.amax(-1, keepdim=True)  # (samples, classes), the largest is 0
     right = z.gather(-1, targets[finite, None])[:, 0]
     if not (right < 0).any():
         return 1.0
 
     def slope(sharpness: float) -> tuple[float, float]:
-        """First and second derivative of the mean negative log-likelihood by 1 / temperature."""
+        """Return the first and second derivative of the mean negative log-likelihood by 1 / temperature."""
         p = (sharpness * z).softmax(-1)
         mean = (p * z).sum(-1)
         variance = (p * (z - mean[:, None]).square()).sum(-1)
@@ -89,14 +88,14 @@ def _fit(logits: Tensor, targets: Tensor) -> float:
     def likelihood(sharpness: float) -> float:
         return ((sharpness * z).logsumexp(-1) - sharpness * right).mean().item()
 
-    low, high = 1 / HOTTEST, 1 / COLDEST
+    low, high = 1 / MAX_TEMPERATURE, 1 / MIN_TEMPERATURE
     if slope(low)[0] >= 0:
         best = low
     elif slope(high)[0] <= 0:
         best = high
     else:
         best = 1.0
-        for _ in range(100):  # a handful is enough; bisection alone would need fifty
+        for _ in range(100):  # about five suffice; bisection alone would need fifty
             first, second = slope(best)
             low, high = (best, high) if first < 0 else (low, best)
             newton = best - first / second if second > 0 else math.nan
@@ -108,11 +107,11 @@ def _fit(logits: Tensor, targets: Tensor) -> float:
 
 
 def tempered(logits: Tensor, temperatures: Sequence[float]) -> Tensor:
-    """Divides each exit's logits by its temperature; half precision becomes float32.
+    """Divide each exit's logits by its temperature; half precision becomes float32.
 
     Args:
         logits: (exits so far, samples, classes).
-        temperatures: One per exit, in the order of the exits; further ones are not used.
+        temperatures: One per exit, in order; further values are ignored.
 
     Returns:
         (exits so far, samples, classes).
@@ -122,12 +121,12 @@ def tempered(logits: Tensor, temperatures: Sequence[float]) -> Tensor:
 
 
 def tempered_confidence(policy: Policy, logits: Tensor, exits: Tensor) -> Tensor:
-    """Gives the largest softmax probability of each sample, after the temperature of the exit at which it left.
+    """Return each sample's largest softmax probability at the temperature of its exit.
 
     Args:
-        policy: Whose temperatures count; a policy without any leaves the logits alone.
-        logits: At those exits (batch, classes).
-        exits: Zero-based exits (batch,).
+        policy: The policy with the temperatures; without temperatures logits stay unchanged.
+        logits: Logits at those exits (batch, classes).
+        exits: Exit indices (batch,), from 0.
 
     Returns:
         (batch,), in [1 / classes, 1].
@@ -142,19 +141,19 @@ def tempered_confidence(policy: Policy, logits: Tensor, exits: Tensor) -> Tensor
 
 @dataclass(frozen=True)
 class Scaled(Policy):
-    """Asks another policy about logits divided by each exit's temperature.
+    """Apply another policy to logits divided by each exit's temperature.
 
-    A sample whose logits are not finite, before or after the division, does not leave.
+    A sample with non-finite logits, before or after the division, continues.
 
     >>> policy = Scaled(Confidence(0.8), temperatures=(2.0, 1.0))
     >>> policy.name
     'confidence_0.8_scaled'
-    >>> policy.leave(torch.tensor([[[2.0, 0.0]]]))  # confidence 0.88 as it is, 0.73 at temperature 2
+    >>> policy.leave(torch.tensor([[[2.0, 0.0]]]))  # confidence 0.88, or 0.73 at temperature 2
     tensor([False])
 
     Args:
-        policy: The policy that decides.
-        temperatures: One value for all exits, or one per exit, the last one included; greater than 0.
+        policy: The other policy.
+        temperatures: One value for all exits, or one per exit, the last one included; above 0.
 
     Source: Guo et al. 2017, section 4.2, per exit (ours).
     """

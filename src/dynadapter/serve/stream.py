@@ -150,7 +150,7 @@ class Stream:
         x = self.net.complete(k - 1, now.held) if k else self.net.embed(now.held[0])
         last = k == self.net.num_exits - 1
         if not last and not self.policy.asks:
-            self._queues[k + 1].append(_Waiting(now.tickets, self.clock(), (self.net.onward(k, x),), None))
+            self._queues[k + 1].append(_Waiting(now.tickets, self.clock(), (self.net.stage(k, x),), None))
             return
         seen, held = self.net.begin(k, x, self.class_first)
         logits = self.net.head(k, seen)
