@@ -15,7 +15,7 @@
 #
 #   benchmarks/gpu.sh wheels            `pip wheel --no-deps` into wheels/ (about 1 MB of pure Python)
 #
-# On the machine: `pip install --no-index --no-deps --find-links wheels --target ...`, into a folder of its own.
+# On the machine: `pip install --no-index --no-deps --target wheels/site wheels/*.whl`.
 #
 # Part `pretrain` reads images from $DATA (train/ and val/, see tools/pretrain) and keeps its checkpoint in
 # runs/gpu_pretrain; the weights come in files of 15 MiB: cat small.safetensors.* > small.safetensors
@@ -43,7 +43,7 @@ prepare() {
   mkdir -p "$OUT"
   export PYTHONPATH="$PWD/src:$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
   if compgen -G "wheels/*.whl" > /dev/null; then
-    local site="${TMPDIR:-/tmp}/dynadapter-wheels-$(id -u)"
+    local site="$PWD/wheels/site"
     [ -d "$site" ] || python3 -m pip install -q --no-index --no-deps --no-compile --target "$site" wheels/*.whl
     export PYTHONPATH="$PYTHONPATH:$site"
   fi
@@ -58,9 +58,9 @@ resume() {
 timing() {
   resume "$2"
   if [ -n "$tiny" ]; then
-    timeout 600 python3 "benchmarks/$1" --out "$OUT/$2" --device cpu --precision bf16 --tiny --rounds 2 --batches 2
+    timeout 570 python3 "benchmarks/$1" --out "$OUT/$2" --device cpu --precision bf16 --tiny --rounds 2 --batches 2
   else
-    timeout 600 python3 "benchmarks/$1" --out "$OUT/$2" --device cuda --precision bf16
+    timeout 570 python3 "benchmarks/$1" --out "$OUT/$2" --device cuda --precision bf16
   fi
 }
 
@@ -70,7 +70,7 @@ pretrain() {
     run="$OUT/gpu_pretrain"
     more=(--epochs 1 --width 16 --heads 2 --depth 2 --classes 2 --batch 8 --device cpu --stop_after 60)
   fi
-  timeout 600 python3 -m tools.pretrain --data "$DATA" --arch small --out "$run" "${more[@]}"
+  timeout 570 python3 -m tools.pretrain --data "$DATA" --arch small --out "$run" "${more[@]}"
   cp "$run/log.jsonl" "$OUT/gpu_pretrain.jsonl"
   if [ -e "$run/small.safetensors" ]; then
     split -b 15m -d -a 1 "$run/small.safetensors" "$OUT/small.safetensors."
@@ -80,12 +80,12 @@ pretrain() {
 
 part() {
   case "$1" in
-    tests) resume gpu_tests.jsonl; timeout 600 python3 benchmarks/gpu_tests.py --out "$OUT/gpu_tests.jsonl" ${tiny:+--device cpu} ;;
+    tests) resume gpu_tests.jsonl; timeout 570 python3 benchmarks/gpu_tests.py --out "$OUT/gpu_tests.jsonl" ${tiny:+--device cpu} ;;
     step) timing training.py gpu_step.jsonl ;;
     routing) timing latency.py gpu_routing.jsonl ;;
     compile) timing stage_compile.py gpu_compile.jsonl ;;
     pretrain) pretrain ;;
-    wheels) python3 -m pip wheel -q --no-deps -w wheels $WHEELS ;;
+    wheels) rm -rf wheels; python3 -m pip wheel -q --no-deps -w wheels $WHEELS ;;
     *) echo "no part is named '$1'; the parts are:" >&2; list >&2; exit 2 ;;
   esac
 }

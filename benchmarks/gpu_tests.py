@@ -57,11 +57,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda", choices=("cpu", "cuda"))
     args = parser.parse_args(argv)
     recorder = Recorder(Log(args.out))
-    chosen = (
-        ["-m", "cuda", str(ROOT / "tests")]
-        if args.device == "cuda"
-        else ["-k", "cpu", str(ROOT / "tests" / "test_device.py")]
-    )
+    files = [str(path) for path in sorted((ROOT / "tests").glob("test_*.py")) if "mark.cuda" in path.read_text()]
+    chosen = ["-m", "cuda", *files] if args.device == "cuda" else ["-k", "cpu", str(ROOT / "tests" / "test_device.py")]
     code = pytest.main(
         [
             "-q",

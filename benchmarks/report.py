@@ -228,6 +228,16 @@ def time_section(title: str, name: str, lines: list[Line], figures: Path) -> str
     return "\n".join(parts)
 
 
+def soak_section(results: Path) -> str:
+    """Return the section on killed runs; empty where there are none."""
+    lines = read(results / "soak.jsonl")
+    if not lines:
+        return ""
+    import soak
+
+    return "\n".join(["## Killed runs\n", protocol(soak), markdown(pd.DataFrame(soak.rows(lines), dtype=object))])
+
+
 def cost_section(results: Path) -> str:
     """Return the section on counted GMACs; empty where nothing was counted."""
     path = results / "cost.json"
@@ -259,7 +269,7 @@ def document(results: Path, figures: Path) -> str:
     for title, program, file in SECTIONS:
         if lines := read(results / file):
             parts.append(time_section(title, program, lines, figures))
-    return "\n".join(part for part in [*parts, cost_section(results)] if part)
+    return "\n".join(part for part in [*parts, soak_section(results), cost_section(results)] if part)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -2,9 +2,9 @@
 
     python benchmarks/stage_compile.py --device cuda
 
-Protocol as in ``latency.py``, at the shares 50/30/15/5. "compiled" compiles the parts of a stage for any batch size;
-"CUDA graphs" also records them for each batch size (mode reduce-overhead, batches up to 8, GPU only). "static
-compiled" is the whole static backbone, compiled for the one batch size that it gets.
+Protocol as in ``latency.py``, at the shares 50/30/15/5. "compiled" compiles the parts of a stage once for any batch
+size; "CUDA graphs" also records them (mode reduce-overhead; for one image alone, on a GPU). "static compiled" is the
+whole static backbone, compiled for the one batch size that it gets.
 
 The rule, fixed before any run: a compiled network returns to the product where routing by one of the two ways is at
 least 1.15 times as fast as eager routing at half of the batch sizes or more, and no less than 0.95 at any.
@@ -33,17 +33,17 @@ from common import (
     show,
     thresholds,
 )
-from latency import BATCHES, Nets, prepare, run_routed, run_static
+from latency import BATCHES, Nets, prepare, run_static
 from torch import Tensor
 
 from dynadapter import ExitNet, Policy
 from dynadapter.bench.timing import ratio
 
 SHARE = "50/30/15/5"
-GRAPHS_UP_TO = 8
 GAIN, LOSS = 1.15, 0.95
 PARTS = ("embed", "begin", "complete", "head")
 """The methods of ExitNet that run layers."""
+Arms = dict[str, Callable[[], Any]]
 BACKENDS: dict[str, dict[str, Any]] = {"full": {}, "tiny": {"backend": "eager"}}
 
 
@@ -56,42 +56,52 @@ def compiled(net: ExitNet, **how: Any) -> ExitNet:
     return again
 
 
-def run_graphs(net: ExitNet, images: Tensor, batch: int, policy: Policy) -> Tensor:
-    """Route whole batches by recorded CUDA graphs, whose outputs are valid until the next batch."""
+def route(net: ExitNet, images: Tensor, batch: int, policy: Policy) -> Tensor:
+    """Route whole batches and return the exit indices (images,)."""
     exits = []
     for part in images.split(batch):
-        torch.compiler.cudagraph_mark_step_begin()
+        torch.compiler.cudagraph_mark_step_begin()  # recorded outputs are valid until the next batch
         exits.append(net.early(part, policy).exit_index.clone())
     return torch.cat(exits)
 
 
-@torch.inference_mode()
-def case(nets: Nets, batch: int, rounds: int, backend: dict[str, Any]) -> Line:
-    """Time eager and compiled routing and the static backbone at one batch size."""
-    torch._dynamo.reset()
+def compiled_ways(net: ExitNet, device: str, backend: dict[str, Any]) -> dict[str, ExitNet]:
+    """Return the compiled networks by name; they compile when they first run."""
     torch._dynamo.config.recompile_limit = 64  # a stage is compiled for its own blocks
+    ways = {"routing compiled": compiled(net, dynamic=True, **backend)}
+    if device == "cuda":
+        ways["routing CUDA graphs"] = compiled(net, dynamic=False, mode="reduce-overhead")
+    return ways
+
+
+def make_arms(nets: Nets, ways: dict[str, ExitNet], images: Tensor, batch: int, backend: dict[str, Any]) -> Arms:
+    """Return the arms of one batch size."""
+    policy = thresholds(nets.net, images, SHARES[SHARE])
+    static = torch.compile(nets.static, dynamic=False, **backend)
+    arms: Arms = {
+        "static": partial(run_static, nets.static, images, batch, batch),
+        "control": partial(run_static, nets.static, images, batch, batch),
+        "static compiled": partial(run_static, static, images, batch, batch),
+        "routing": partial(route, nets.net, images, batch, policy),
+        "routing compiled": partial(route, ways["routing compiled"], images, batch, policy),
+    }
+    if batch == 1 and "routing CUDA graphs" in ways:
+        arms["routing CUDA graphs"] = partial(route, ways["routing CUDA graphs"], images, batch, policy)
+    return arms
+
+
+@torch.inference_mode()
+def case(nets: Nets, ways: dict[str, ExitNet], batch: int, rounds: int, backend: dict[str, Any]) -> Line:
+    """Time eager and compiled routing and the static backbone at one batch size."""
     like = next(nets.static.parameters())
     images = noise(images_a_call(batch), nets.size).to(like)
-    policy = thresholds(nets.net, images, SHARES[SHARE])
-    dynamic = compiled(nets.net, dynamic=True, **backend)
-    arms: dict[str, Callable[[], Any]] = {
-        "static": partial(run_static, nets.static, images, batch, batch),
-        "static compiled": partial(
-            run_static, torch.compile(nets.static, dynamic=False, **backend), images, batch, batch
-        ),
-        "routing": lambda: run_routed(nets.net, images, batch, policy, nets.net.prefers_class_first(images[:batch])),
-        "routing compiled": lambda: torch.cat([dynamic.early(part, policy).exit_index for part in images.split(batch)]),
-    }
-    arms["control"] = arms["static"]
-    if like.device.type == "cuda" and batch <= GRAPHS_UP_TO:
-        graphs = compiled(nets.net, dynamic=False, mode="reduce-overhead")
-        arms["routing CUDA graphs"] = partial(run_graphs, graphs, images, batch, policy)
+    arms = make_arms(nets, ways, images, batch, backend)
     notes, shares = [], {}
     for name in list(arms):
         try:
             exits = arms[name]()  # compiles
         except Exception as error:  # the compiler fails in many ways
-            if "compiled" not in name and "graphs" not in name:
+            if name in ("static", "control", "routing"):
                 raise
             notes.append(f"{name}: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}")
             del arms[name]
@@ -140,13 +150,14 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     device, log, lines = place(args), Log(args.out), []
     for name, options in backbones(args).items():
-        nets = None
+        nets, ways, backend = None, {}, BACKENDS["tiny" if args.tiny else "full"]
         for batch in args.batches or BATCHES[args.device]:
             key = {"backbone": name, "batch": batch, "rounds": args.rounds, **device}
             line = log.find(key)
             if line is None:
                 nets = nets or prepare(options, args.device, args.precision)
-                line = log.add(key, **case(nets, batch, args.rounds, BACKENDS["tiny" if args.tiny else "full"]))
+                ways = ways or compiled_ways(nets.net, args.device, backend)
+                line = log.add(key, **case(nets, ways, batch, args.rounds, backend))
             lines.append(line)
     show([row for line in lines for row in rows(line)])
     print(*dict.fromkeys(note for line in lines for note in line["notes"]), verdict(lines), sep="\n")

@@ -1,5 +1,6 @@
 """The timing programs on a tiny network, and the log that they share."""
 
+import hashlib
 import importlib
 import json
 import os
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from dynadapter.adapters import RepAdapter
 from dynadapter.bench.timing import cpu_name
@@ -68,6 +70,8 @@ PROGRAMS: dict[str, list[str]] = {
     "adapters": [],
     "serving": ["--batches", "1", "4", "--parts", "stream", "baselines"],
 }
+SLOW = ("stage_compile",)
+NAMES = [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in PROGRAMS]
 IGNORED = ["ignore:`torch.jit.:FutureWarning", "ignore:`torch.jit.:DeprecationWarning"]
 
 
@@ -91,7 +95,7 @@ def finished(program, tmp_path_factory) -> Callable[[str], tuple[Path, list[str]
 
 
 @pytest.mark.filterwarnings(*IGNORED)
-@pytest.mark.parametrize("name", PROGRAMS)
+@pytest.mark.parametrize("name", NAMES)
 def test_program_is_resumable(program, finished, name, capsys, monkeypatch):
     file, argv = finished(name)
     capsys.readouterr()
@@ -104,7 +108,7 @@ def test_program_is_resumable(program, finished, name, capsys, monkeypatch):
 
 
 @pytest.mark.filterwarnings(*IGNORED)
-@pytest.mark.parametrize("name", PROGRAMS)
+@pytest.mark.parametrize("name", NAMES)
 def test_lines_make_rows(program, finished, name):
     lines = read(finished(name)[0])
     assert all({"key", "machine", "time"} <= line.keys() for line in lines)
@@ -225,8 +229,13 @@ def test_gpu_script_lists_its_parts(tmp_path):
 
 
 @pytest.mark.slow
-def test_gpu_parts_run_once_on_a_cpu(tmp_path):
-    parts = {"step": "gpu_step", "routing": "gpu_routing", "compile": "gpu_compile", "tests": "gpu_tests"}
+def test_gpu_parts_run_once_on_a_cpu(tmp_path, monkeypatch):
+    for name in ("train/cat", "train/dog", "val/cat", "val/dog"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for k in range(8):
+            Image.new("RGB", (48, 48), (20 * k, 100, 50)).save(tmp_path / "data" / name / f"{k}.png")
+    monkeypatch.setenv("DATA", str(tmp_path / "data"))
+    parts = {part: f"gpu_{part}" for part in ("step", "routing", "compile", "tests", "pretrain")}
     contents = []
     for _ in range(2):
         done = gpu(tmp_path, "--tiny", *parts)
@@ -234,3 +243,14 @@ def test_gpu_parts_run_once_on_a_cpu(tmp_path):
         contents.append({name: (tmp_path / f"{name}.jsonl").read_bytes() for name in parts.values()})
     assert contents[0] == contents[1]
     assert all(b'"precision": "bf16"' in contents[0][name] for name in ("gpu_step", "gpu_routing", "gpu_compile"))
+    about = json.loads((tmp_path / "small.json").read_text())
+    assert hashlib.sha256((tmp_path / "small.safetensors.0").read_bytes()).hexdigest() == about["sha256"]
+
+
+@pytest.mark.slow
+def test_killed_runs_end_as_uninterrupted_ones(program, tmp_path):
+    argv = ["--out", str(tmp_path / "soak.jsonl"), "--work", str(tmp_path / "work"), "--chains", "1", "--epochs", "2"]
+    with pytest.raises(SystemExit) as ending:
+        program("soak").main(argv)
+    assert not ending.value.code
+    assert {line["outcome"] for line in read(tmp_path / "soak.jsonl")} == {"same"}

@@ -67,8 +67,8 @@ def refused(args: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 
 
 def calls() -> Iterator[tuple[str, str, dict[str, ast.expr]]]:
-    """Yields the calls in the package and its benchmarks: the file, the dotted name, the named arguments."""
-    for path in sorted([*(ROOT / "src").rglob("*.py"), *(ROOT / "benchmarks").glob("*.py")]):
+    """Yield the calls in package, benchmarks and tools: the file, the dotted name, the named arguments."""
+    for path in sorted(path for room in ("src", "benchmarks", "tools") for path in (ROOT / room).rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call):
                 named = {word.arg: word.value for word in node.keywords if word.arg is not None}
