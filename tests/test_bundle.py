@@ -20,6 +20,7 @@ from conftest import CLASSES
 from PIL import Image
 from torch import Tensor, nn
 
+from dynadapter import files as folder
 from dynadapter.adapters import Adapter, AdapterLayer, AdapterSpec, LoRA, RepAdapter, adapter_layers, inject
 from dynadapter.backbones import create_backbone, fingerprint
 from dynadapter.calibrate import Calibrated, Outcome
@@ -34,7 +35,6 @@ from dynadapter.serve.bundle import (
     BackboneSource,
     Bundle,
     bundle_from_classifier,
-    folder,
     from_pretrained,
     load,
     merged_copy,
@@ -280,7 +280,7 @@ def load_unchecked(net: ExitNet, place: Path) -> dict[str, Tensor]:
     from dynadapter.serve.bundle import saving
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(saving, "_check_rebuilt", lambda *_: None)
+        patch.setattr(saving, "check_rebuilt", lambda *_: None)
         return load(save(place / "unchecked", net=net)[1]).net.state_dict()
 
 
@@ -367,7 +367,7 @@ def test_parts_that_do_not_fit_are_not_written(changes, message, tmp_path):
     ("changes", "message"),
     [
         ({"fingerprint": "0" * 64}, "not the one that seed 0 draws"),
-        ({"fingerprint": "0" * 64, "origin": "file"}, "the bundle is to say 000000000000"),
+        ({"fingerprint": "0" * 64, "origin": "file"}, "the bundle would name 000000000000"),
         ({"timm_args": SOURCES["vit"][1] | {"depth": 7}, "origin": "file"}, "backbone has 7 blocks"),
         ({"timm_args": SOURCES["vit"][1] | {"num_heads": 4}, "origin": "file"}, "logits differ"),
         ({"timm_args": SOURCES["vit"][1] | {"qkv_bias": False}, "origin": "file"}, "qkv.base_layer.bias differs"),
@@ -401,7 +401,7 @@ def test_tensors_that_are_not_finite(tmp_path):
         load(place)
     bundle = load(place, check_finite=False)
     predictions = bundle.predict(torch.randn(3, 3, 32, 32), policy=Confidence((1.0, 0.0)))
-    assert [p.exit for p in predictions] == [2, 2, 2]  # nobody leaves with such logits
+    assert [p.exit_index for p in predictions] == [2, 2, 2]  # nobody leaves with such logits
 
 
 # ---- merging with proof
@@ -597,7 +597,8 @@ def test_overwriting_replaces_nothing_but_a_bundle(whole, tmp_path):
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        (("format",), 3, "has format 3, this dynadapter reads up to 2; update dynadapter"),
+        (("format",), 4, "has format 4, this dynadapter reads format 3; update dynadapter"),
+        (("format",), 2, "has format 2, this dynadapter reads format 3; write the bundle again"),
         (("format",), "1", "has format '1'"),
         (("library",), "timm", "does not belong to a bundle of dynadapter"),
         (("sha256",), ..., "lacks 'sha256'"),
@@ -749,11 +750,11 @@ def test_predictions_follow_the_files(whole, pictures):
     close(bundle.predict(tensors[2]), expected[2:3])
     close(bundle.predict([pictures[2], images[3], tensors[4]]), expected[2:5])
     assert bundle.predict([]) == bundle.predict(tensors[:0]) == []
-    assert {p.exit for p in bundle.predict(pictures, policy=Never())} == {2}
+    assert {p.exit_index for p in bundle.predict(pictures, policy=Never())} == {2}
 
 
 def close(ours, theirs) -> None:
-    assert [(p.label, p.exit) for p in ours] == [(p.label, p.exit) for p in theirs]
+    assert [(p.label, p.exit_index) for p in ours] == [(p.label, p.exit_index) for p in theirs]
     assert [p.confidence for p in ours] == pytest.approx([p.confidence for p in theirs], abs=1e-5)
 
 
@@ -824,9 +825,7 @@ def test_the_card_says_what_was_measured_and_what_not(tmp_path):
     assert "class 0, class 1" in card
     nothing = (save(tmp_path / "c", class_names=["a|b", "<x>", "c\nd", "e", "f"])[1] / "README.md").read_text()
     assert "The cost of the exits was not counted." in nothing
-    assert (
-        "Not measured: accuracy, how many images leave at each exit, the average cost of an image, time in" in nothing
-    )
+    assert "Not measured: accuracy, exit shares, average cost of an image, time in" in nothing
     assert r"a\|b, &lt;x>, c d, e, f" in nothing
     unlabelled = save(tmp_path / "d", measured=replace(measured, accuracy=float("nan")))[1]
     assert "Not measured: accuracy, time" in (unlabelled / "README.md").read_text()

@@ -11,6 +11,7 @@ import dynadapter
 
 SOURCE = Path(dynadapter.__file__).parent
 BELOW = {
+    "files": set(),
     "spec": set(),
     "backbones": set(),
     "adapters": {"spec"},
@@ -18,10 +19,10 @@ BELOW = {
     "cost": {"backbones", "adapters", "exits"},
     "images": set(),
     "calibrate": {"spec", "exits"},
-    "serve": {"spec", "backbones", "adapters", "exits", "cost", "images"},
+    "serve": {"files", "spec", "backbones", "adapters", "exits", "cost", "images"},
     "bench": {"spec", "backbones", "adapters", "exits", "cost", "images", "serve", "cli"},
     # ---- above this line nothing imports lightning
-    "training": {"spec", "backbones", "adapters", "exits", "cost"},
+    "training": {"files", "spec", "backbones", "adapters", "exits", "cost", "serve"},
     "data": {"images", "training"},
 }
 LIGHTNING = {"training", "data", "cli"}

@@ -15,6 +15,8 @@ from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin,
 
 import torch
 
+import dynadapter
+
 T = TypeVar("T")
 
 
@@ -42,7 +44,7 @@ def plain(value: Any) -> Any:
 
     >>> from dynadapter.exits.policies import Confidence
     >>> plain(Confidence(0.9))
-    {'class_path': 'dynadapter.exits.policies.Confidence', 'init_args': {'threshold': 0.9}}
+    {'class_path': 'dynadapter.Confidence', 'init_args': {'threshold': 0.9}}
 
     Args:
         value: Numbers, text or None. A :class:`Spec` becomes its class path and arguments, any other dataclass a
@@ -55,7 +57,7 @@ def plain(value: Any) -> Any:
         settings = {field.name: plain(getattr(value, field.name)) for field in fields(value)}
         if not isinstance(value, Spec):
             return settings
-        return {"class_path": f"{type(value).__module__}.{type(value).__qualname__}", "init_args": settings}
+        return {"class_path": _class_path(type(value)), "init_args": settings}
     if isinstance(value, Mapping):
         return {str(key): plain(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
@@ -63,6 +65,12 @@ def plain(value: Any) -> Any:
     if value is None or isinstance(value, bool | int | float | str):
         return value
     raise ValueError(f"{value!r} cannot be written as JSON; give numbers, text, lists and mappings")
+
+
+def _class_path(cls: type) -> str:
+    """Return the name of a class in files; for a public one, it stays when its module moves."""
+    public = _ours(cls.__module__) and cls.__qualname__ in dynadapter.__all__
+    return f"{'dynadapter' if public else cls.__module__}.{cls.__qualname__}"
 
 
 def checksum(content: Mapping[str, Any]) -> str:

@@ -45,8 +45,8 @@ from dynadapter.exits.policies import Never, Patience, Policy, Thresholded
 from dynadapter.exits.temperature import Scaled
 from dynadapter.serve.bundle import bundle_from_classifier
 from dynadapter.serve.bundle.config import FILES
-from dynadapter.serve.bundle.folder import check_place
-from dynadapter.serve.bundle.loading import read as read_bundle
+from dynadapter.serve.bundle.place import check_place
+from dynadapter.serve.bundle.reading import read as read_bundle
 from dynadapter.spec import plain
 from dynadapter.training.module import ExitClassifier
 

@@ -120,23 +120,37 @@ def tempered(logits: Tensor, temperatures: Sequence[float]) -> Tensor:
     return torch.stack([exit_logits / t for exit_logits, t in zip(wide, temperatures, strict=False)])
 
 
-def tempered_confidence(policy: Policy, logits: Tensor, exits: Tensor) -> Tensor:
-    """Return each sample's largest softmax probability at the temperature of its exit.
+def tempered_at_exit(policy: Policy, logits: Tensor, exit_index: Tensor) -> Tensor:
+    """Divide each sample's logits by the temperature of the exit at which it stopped.
 
     Args:
-        policy: The policy with the temperatures; without temperatures logits stay unchanged.
-        logits: Logits at those exits (batch, classes).
-        exits: Exit indices (batch,), from 0.
+        policy: Its temperatures count; a policy without any leaves the logits alone.
+        logits: At those exits (batch, classes).
+        exit_index: Zero-based exits (batch,).
+
+    Returns:
+        (batch, classes), float32, or float64 for float64 logits.
+    """
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    while isinstance(policy, Scaled):
+        heat = torch.tensor(policy.temperatures, device=logits.device)
+        wide = wide / (heat[exit_index, None] if heat.ndim else heat)
+        policy = policy.policy
+    return wide
+
+
+def tempered_confidence(policy: Policy, logits: Tensor, exit_index: Tensor) -> Tensor:
+    """Return the largest softmax probability of each sample after the temperature of the exit at which it stopped.
+
+    Args:
+        policy: Its temperatures count; a policy without any leaves the logits alone.
+        logits: At those exits (batch, classes).
+        exit_index: Zero-based exits (batch,).
 
     Returns:
         (batch,), in [1 / classes, 1].
     """
-    if not isinstance(policy, Scaled):
-        return confidence(logits)
-    given = policy.temperatures
-    heat = torch.tensor(given, device=logits.device)
-    wide = logits if logits.dtype == torch.float64 else logits.float()
-    return tempered_confidence(policy.policy, wide / (heat[exits, None] if heat.ndim else heat), exits)
+    return confidence(tempered_at_exit(policy, logits, exit_index))
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What ``config.json`` says, as one object, and the network that it describes."""
+"""The content of ``config.json`` as one object, and the network that it describes."""
 
 import json
 import platform
@@ -24,8 +24,8 @@ from dynadapter.serve.bundle.proof import MergeProof
 from dynadapter.serve.bundle.tensors import fill
 from dynadapter.spec import checksum, plain, restore
 
-FORMAT = 2
-"""Version of the layout; a reader takes this one and older ones. 2 added ``token_merging``."""
+FORMAT = 3
+"""Version of the layout; a reader takes this one alone."""
 
 CONFIG, MODEL, CARD = "config.json", "model.safetensors", "README.md"
 FILES = (MODEL, CARD, CONFIG)
@@ -34,16 +34,16 @@ FILES = (MODEL, CARD, CONFIG)
 
 @dataclass(frozen=True)
 class BackboneSource:
-    """Where the frozen backbone comes from, and how to know it again.
+    """Where the frozen backbone comes from, and how to recognise it.
 
     Args:
         name: The timm name with its weights' tag.
         fingerprint: :func:`dynadapter.backbones.fingerprint` before adapters were injected and anything was trained.
-        origin: ``pretrained``: timm fetches the weights that belong to the name; ``file``: a file of weights, which the
-            user of the bundle has to give; ``seed``: drawn from ``seed``, nothing is needed.
+        origin: ``pretrained``: timm fetches the weights that belong to the name; ``file``: the user of the bundle gives
+            a file of weights; ``seed``: drawn from ``seed``, nothing is needed.
         timm_args: Further arguments of :func:`~dynadapter.backbones.create_backbone` for timm's model.
         image_size: Pixels of the square input; None for the backbone's own.
-        seed: Seed of what no weights decide.
+        seed: Random seed of the tensors that no weights set.
         file: Name of the weight file, as a hint for people.
     """
 
@@ -56,7 +56,7 @@ class BackboneSource:
     file: str | None = None
 
     def create(self, num_classes: int, *, pretrained: bool = False, weights: str | Path | None = None) -> nn.Module:
-        """Creates the bare backbone; see :func:`~dynadapter.backbones.create_backbone`."""
+        """Create the bare backbone; see :func:`~dynadapter.backbones.create_backbone`."""
         return create_backbone(
             self.name,
             num_classes,
@@ -70,25 +70,26 @@ class BackboneSource:
 
 @dataclass(frozen=True)
 class Config:
-    """All that a bundle says beside its tensors.
+    """Everything in a bundle but its tensors.
 
     Args:
         backbone: The backbone.
-        adapter: Kind of adapter; of a merged network the kind that was folded in.
+        adapter: Kind of adapter; of a merged network the kind that was merged.
         heads: Kind of the early heads.
-        exit_depths: After how many blocks each exit stands.
-        num_classes: How many classes the network tells apart.
+        exit_depths: After how many blocks the exits stand.
+        num_classes: Number of classes.
         class_names: In the order of their indices.
-        policy: Who leaves where; temperatures are inside (:class:`~dynadapter.exits.temperature.Scaled`).
+        policy: Decides at which exit a sample stops; temperatures are inside
+            (:class:`~dynadapter.exits.temperature.Scaled`).
         preprocessing: From a decoded image to the tensor; None for a bundle that takes tensors alone.
-        costs: Multiply-adds up to each exit; None where nobody counted.
-        measured: What was measured on data, by name, and None where nothing was.
+        costs: Cost up to each exit; None if it was not counted.
+        measured: What was measured on data, by name; None if nothing was.
         whole: Whether ``model.safetensors`` holds all tensors, so that no backbone file is needed.
-        merged: Whether the adapters were folded into the backbone; a merged network is always whole.
-        proof: How far the merged network is from the unmerged one; None where nobody compared.
-        token_merging: Where like tokens are merged; None where all are kept.
+        merged: Whether the adapters are merged into the backbone; a merged network is always whole.
+        proof: How far the merged network is from the unmerged one; None if they were not compared.
+        token_merging: Where similar tokens are merged; None if all are kept.
         dtype: Type of the backbone's tensors.
-        versions: Of the packages that wrote the bundle.
+        versions: Versions of the packages that wrote the bundle.
         sha256: Of ``model.safetensors``.
         format: Version of the layout.
     """
@@ -127,12 +128,12 @@ class Config:
 
     @property
     def temperatures(self) -> tuple[float, ...]:
-        """The temperature of each exit, 1 where the policy has none."""
+        """The temperature of each exit; 1 if the policy has none."""
         given = self.policy.temperatures if isinstance(self.policy, Scaled) else 1.0
         return given if isinstance(given, tuple) else (given,) * len(self.exit_depths)
 
     def stamped(self, sha256: str) -> "Config":
-        """Adds the versions of today's packages and the hash of the tensors."""
+        """Return a copy with the versions of the installed packages and the hash of the tensors."""
         versions = {
             "dynadapter": dynadapter.__version__,
             "torch": torch.__version__,
@@ -142,7 +143,7 @@ class Config:
         return replace(self, versions=versions, sha256=sha256)
 
     def dumps(self) -> str:
-        """Writes the text of ``config.json``."""
+        """Return the text of ``config.json``."""
         try:
             content = {"library": "dynadapter"} | plain(self)
             content |= {"checksum": checksum(content)}
@@ -152,14 +153,14 @@ class Config:
 
     @classmethod
     def loads(cls, text: str, where: str) -> "Config":
-        """Reads the text of ``config.json``.
+        """Parse the text of ``config.json``.
 
         Args:
             text: The JSON.
             where: The file's path, for messages.
 
         Raises:
-            ValueError: If it is no JSON, lacks something, or was written by a later version; one line.
+            ValueError: It is no JSON, lacks something, or was written by another version; one line.
         """
         try:
             given = json.loads(text)
@@ -170,15 +171,15 @@ class Config:
                 f"{where} does not belong to a bundle of dynadapter; give the folder that save_bundle wrote"
             )
         version = given.get("format")
-        if not isinstance(version, int) or version > FORMAT:
-            raise ValueError(f"{where} has format {version!r}, this dynadapter reads up to {FORMAT}; update dynadapter")
+        if version != FORMAT:
+            newer = isinstance(version, int) and version > FORMAT
+            advice = "update dynadapter" if newer else "write the bundle again from its checkpoint"
+            raise ValueError(f"{where} has format {version!r}, this dynadapter reads format {FORMAT}; {advice}")
         if given.pop("checksum", None) not in (None, checksum(given)):
             raise ValueError(
                 f"{where} is not as it was written: the bundle is damaged, fetch or write it again; if you changed "
-                "something on purpose, take the line 'checksum' out"
+                "it on purpose, remove the entry 'checksum'"
             )
-        if version < 2:
-            given.setdefault("token_merging", None)
         lacking = [entry.name for entry in fields(cls) if entry.name not in given]
         if lacking:
             raise ValueError(f"{where} lacks {lacking[0]!r}; the bundle is damaged: fetch or write it again")
@@ -189,21 +190,21 @@ class Config:
             raise ValueError(f"{where}: {error}") from error
 
     def assemble(self, backbone: nn.Module, tensors: dict[str, Tensor], where: str) -> ExitNet:
-        """Puts adapters, heads and the saved tensors on the bare backbone.
+        """Build the network: put adapters, heads and the saved tensors on the bare backbone.
 
         Args:
-            backbone: As :meth:`BackboneSource.create` gives it; it is changed in place.
+            backbone: From :meth:`BackboneSource.create`; it is changed in place.
             tensors: Names and values of ``model.safetensors``; the network takes them over.
             where: The file's path, for messages.
 
         Returns:
-            The network in evaluation mode; nothing in it asks for gradients.
+            The network in evaluation mode, frozen.
 
         Raises:
-            ValueError: If adapter, heads, exits or tensors do not fit.
+            ValueError: Adapter, heads, exits or tensors do not fit.
         """
         backbone.to(getattr(torch, self.dtype))
-        with torch.random.fork_rng(devices=[]):  # what is drawn is replaced; the user's random numbers stay as they are
+        with torch.random.fork_rng(devices=[]):  # the random numbers of the caller stay as they are
             if self.adapter is not None and not self.merged:
                 inject(backbone, self.adapter)
             net = ExitNet(backbone, self.heads, exit_depths=self.exit_depths, token_merging=self.token_merging)

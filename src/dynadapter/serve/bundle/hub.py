@@ -1,11 +1,12 @@
-"""Bundles on the Hugging Face hub, for those with a network."""
+"""Bundles on the Hugging Face hub."""
 
 import os
 from pathlib import Path
-from typing import Any
 
 from dynadapter.serve.bundle.config import FILES
-from dynadapter.serve.bundle.loading import HUB, Bundle, load, read
+from dynadapter.serve.bundle.reading import read
+
+HUB = "hf-hub:"
 
 
 def push_to_hub(
@@ -17,11 +18,11 @@ def push_to_hub(
     revision: str | None = None,
     message: str = "Upload a bundle of dynadapter",
 ) -> str:
-    """Uploads a bundle, after making sure that it is whole.
+    """Upload a bundle after checking that it is whole.
 
     Args:
         folder: The bundle.
-        repo_id: ``owner/name``; made if it is not there.
+        repo_id: ``owner/name``; created if it does not exist.
         private: Whether a new repository is private; None for the hub's default, which is public.
         token: Instead of the one that ``hf auth login`` stored.
         revision: Branch to write to.
@@ -31,7 +32,7 @@ def push_to_hub(
         The address of the commit.
 
     Raises:
-        ValueError: If the bundle is damaged, or the hub refuses it.
+        ValueError: The bundle is damaged, or the hub refuses it.
     """
     from huggingface_hub import HfApi
 
@@ -52,31 +53,14 @@ def push_to_hub(
     return str(done)
 
 
-def from_pretrained(repo_id: str, *, revision: str | None = None, **options: Any) -> Bundle:
-    """Reads a bundle from the hub, or from its cache.
-
-    Args:
-        repo_id: ``owner/name``.
-        revision: Branch, tag or commit.
-        options: As :func:`~dynadapter.serve.bundle.load` takes them: ``weights``, ``pretrained``, ``device`` ...
-
-    Raises:
-        ValueError: If it cannot be fetched, and as :func:`~dynadapter.serve.bundle.load`.
-    """
-    return load(f"{HUB}{repo_id}" + (f"@{revision}" if revision else ""), **options)
-
-
 def fetch(name: str) -> Path:
-    """Fetches the files of a bundle from the hub into its cache.
+    """Fetch the files of a bundle from the hub into its cache, and return that folder.
 
     Args:
         name: ``owner/name``, or ``owner/name@revision``.
 
-    Returns:
-        The folder in the cache.
-
     Raises:
-        ValueError: If they cannot be fetched and are not in the cache.
+        ValueError: They cannot be fetched and are not in the cache.
     """
     from huggingface_hub import snapshot_download
 

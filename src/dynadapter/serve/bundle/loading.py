@@ -1,11 +1,11 @@
-"""Reading a bundle: a network that is ready to serve, without a training framework."""
+"""Load a bundle: a network that is ready to serve, without a training framework."""
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from PIL import Image
@@ -13,43 +13,40 @@ from torch import Tensor, nn
 
 from dynadapter.backbones import fingerprint
 from dynadapter.cost import ExitCosts
-from dynadapter.exits.net import ExitNet
-from dynadapter.exits.policies import Policy
-from dynadapter.exits.temperature import tempered_confidence
+from dynadapter.exits.net import ExitNet, Routed
+from dynadapter.exits.policies import Policy, confidence
+from dynadapter.exits.temperature import tempered_at_exit
 from dynadapter.images.preprocess import Preprocess
 from dynadapter.images.reading import load_image
-from dynadapter.serve.bundle.config import CONFIG, MODEL, Config
-from dynadapter.serve.bundle.folder import left_over
-from dynadapter.serve.bundle.tensors import check_finite as refuse_nonfinite
-from dynadapter.serve.bundle.tensors import from_bytes
+from dynadapter.serve.bundle.config import MODEL, Config
+from dynadapter.serve.bundle.hub import HUB, fetch
+from dynadapter.serve.bundle.reading import read
 
-HUB = "hf-hub:"
 Source = str | os.PathLike[str] | Image.Image | Tensor
 T = TypeVar("T")
 
 
 class Prediction(NamedTuple):
-    """What a bundle says about one image.
+    """The answer for one image.
 
     ``label`` is the name of the class, ``confidence`` its softmax probability in [0, 1] after the exit's temperature
-    (NaN where the logits were not finite), ``exit`` the zero-based exit at which the image left.
+    (NaN where the logits were not finite), and ``exit_index`` the zero-based exit at which the image stopped.
     """
 
     label: str
     confidence: float
-    exit: int
+    exit_index: int
 
 
 @dataclass(eq=False, repr=False)
 class Bundle:
-    """A network that is ready to serve, and all that belongs to it.
+    """A network that is ready to serve, with all that belongs to it.
 
     Args:
-        net: In evaluation mode, nothing asks for gradients. ``net(images)`` gives the logits of all exits (exits,
-            batch, classes), ``net.early(images, policy)`` routes; images (batch, 3, size, size) as ``preprocess``
-            gives them.
-        policy: Who leaves where; a single prediction may ask another one.
-        config: All that the bundle says.
+        net: In evaluation mode and frozen. ``net(images)`` computes the logits of all exits (exits, batch, classes),
+            ``net.early(images, policy)`` routes; images (batch, 3, size, size) as `preprocess` returns them.
+        policy: Decides at which exit a sample stops; a single call of `predict` may use another one.
+        config: The content of ``config.json``.
     """
 
     net: ExitNet
@@ -68,7 +65,7 @@ class Bundle:
 
     @property
     def costs(self) -> ExitCosts | None:
-        """Multiply-adds up to each exit, as written in the bundle."""
+        """Cost up to each exit, as written in the bundle."""
         return self.config.costs
 
     @property
@@ -77,7 +74,7 @@ class Bundle:
         return next(self.net.parameters()).device
 
     def to(self, device: torch.device | str) -> "Bundle":
-        """Moves the network to a device."""
+        """Move the network to a device."""
         self.net.to(device)
         return self
 
@@ -85,20 +82,20 @@ class Bundle:
     def predict(
         self, images: Source | Iterable[Source], *, batch_size: int = 32, policy: Policy | None = None
     ) -> list[Prediction]:
-        """Says what is on images, each leaving at the first exit that is sure.
+        """Classify images; each stops at the first exit where the policy allows it.
 
         Args:
             images: Files, decoded images, and preprocessed tensors (3, size, size), one or many; or one preprocessed
                 tensor (batch, 3, size, size). Files and images are read as the training data was.
-            batch_size: Images that are run at once.
-            policy: Who leaves where, instead of the bundle's own.
+            batch_size: Images that are computed at once.
+            policy: Instead of the bundle's own.
 
         Returns:
             One prediction for each image, in order.
 
         Raises:
-            ValueError: If an image cannot be read, has another shape, or the policy does not fit.
-            TypeError: If something is none of these.
+            ValueError: An image cannot be read or has another shape, or the policy does not fit.
+            TypeError: Something is none of these.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size} must be at least 1")
@@ -106,21 +103,31 @@ class Bundle:
             isinstance(images, Tensor) and images.ndim == 3
         )
         sources: Iterable[Source] = [images] if single else images  # type: ignore[assignment, list-item]
-        like = next(self.net.backbone.parameters())
         predictions: list[Prediction] = []
         for group in _groups(sources, batch_size):
-            batch = torch.stack([self._tensor(source) for source in group]).to(like.device, like.dtype)
-            predictions += self._predicted(batch, policy or self.policy)
+            routed = self.route(torch.stack([self._tensor(source) for source in group]), policy)
+            names = [self.class_names[index] for index in routed.logits.argmax(-1).tolist()]
+            values = (names, confidence(routed.logits).tolist(), routed.exit_index.tolist())
+            predictions += map(Prediction._make, zip(*values, strict=True))
         return predictions
 
-    def _predicted(self, batch: Tensor, policy: Policy) -> list[Prediction]:
-        routed = self.net.early(batch, policy)
-        sure = tempered_confidence(self.policy, routed.logits, routed.exit_index)
-        rows = zip(routed.logits.argmax(-1).tolist(), sure.tolist(), routed.exit_index.tolist(), strict=True)
-        return [Prediction(self.class_names[index], certainty, exit) for index, certainty, exit in rows]
+    @torch.inference_mode()
+    def route(self, images: Tensor, policy: Policy | None = None) -> Routed:
+        """Route preprocessed images and return their logits after the temperature of the exit where they stop.
+
+        Args:
+            images: (batch, 3, size, size).
+            policy: Instead of the bundle's own; the temperatures are always the bundle's.
+
+        Returns:
+            Logits (batch, classes), in float32 or wider, and the zero-based exits (batch,).
+        """
+        like = next(self.net.backbone.parameters())
+        routed = self.net.early(images.to(like.device, like.dtype), policy or self.policy)
+        return Routed(tempered_at_exit(self.policy, routed.logits, routed.exit_index), routed.exit_index)
 
     def _tensor(self, source: Source) -> Tensor:
-        """Gives one image as the network takes it (channels, height, width)."""
+        """Return one image as the network takes it, (channels, height, width)."""
         if isinstance(source, Tensor):
             if source.ndim != 3 or not source.is_floating_point():
                 raise ValueError(
@@ -153,7 +160,7 @@ def load(
     device: torch.device | str = "cpu",
     check_finite: bool = True,
 ) -> Bundle:
-    """Reads a bundle.
+    """Load a bundle.
 
     The hash of its tensors and the fingerprint of the backbone are checked before anything is used. The logits of all
     exits are bit for bit those of the network that was saved (on the same kind of machine, with the same torch).
@@ -161,20 +168,15 @@ def load(
     Args:
         folder: The folder; or ``hf-hub:owner/name``, or ``hf-hub:owner/name@revision``, on the Hugging Face hub.
         weights: A local file with the backbone's weights; without one, they come from where the training had them.
-        pretrained: Whether timm may fetch the backbone's weights, or take them from its cache; None for what the
+        pretrained: Whether timm may fetch the backbone's weights or take them from its cache; None for what the
             training did. A whole bundle, and one whose backbone was drawn from a seed, need neither.
         device: Where to put the network.
         check_finite: Refuse tensors that hold NaN or infinity.
 
-    Returns:
-        The network with policy, class names and preprocessing.
-
     Raises:
-        ValueError: If there is no bundle, it is damaged, its backbone is not to be had, or another backbone is given.
+        ValueError: There is no bundle, it is damaged, its backbone is missing, or another backbone is given.
     """
     if str(folder).startswith(HUB):
-        from dynadapter.serve.bundle.hub import fetch
-
         folder = fetch(str(folder).removeprefix(HUB))
     place = Path(folder).expanduser()
     config, tensors = read(place, check_finite=check_finite)
@@ -183,37 +185,24 @@ def load(
     return Bundle(net.to(device), config.policy, config)
 
 
-def read(folder: Path, *, check_finite: bool = True) -> tuple[Config, dict[str, Tensor]]:
-    """Reads the configuration and the tensors of a bundle, and checks that they belong together.
+def from_pretrained(repo_id: str, *, revision: str | None = None, **options: Any) -> Bundle:
+    """Load a bundle from the hub, or from its cache.
+
+    Args:
+        repo_id: ``owner/name``.
+        revision: Branch, tag or commit.
+        options: As of :func:`load`: ``weights``, ``pretrained``, ``device`` ...
 
     Raises:
-        ValueError: If there is no bundle, or it is damaged.
+        ValueError: It cannot be fetched, and as :func:`load`.
     """
-    if not folder.is_dir():
-        old = left_over(folder)
-        hint = f"; an interrupted overwriting has left the bundle that was there as {old}: rename it" if old else ""
-        raise ValueError(
-            f"{folder} is no folder{' but a file' if folder.is_file() else ''}; give a bundle's folder{hint}"
-        )
-    for name in (CONFIG, MODEL):
-        if not (folder / name).is_file():
-            raise ValueError(f"{folder} has no {name}: it is no bundle, or only a part of one; fetch or write it again")
-    try:
-        text = (folder / CONFIG).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{folder / CONFIG} is no JSON ({error}); the bundle is damaged: fetch it again") from error
-    config = Config.loads(text, str(folder / CONFIG))
-    where = str(folder / MODEL)
-    tensors = from_bytes((folder / MODEL).read_bytes(), config.sha256, where)
-    if check_finite:
-        refuse_nonfinite(tensors, where)
-    return config, tensors
+    return load(f"{HUB}{repo_id}" + (f"@{revision}" if revision else ""), **options)
 
 
 def _backbone(
     config: Config, folder: Path, weights: str | os.PathLike[str] | None, pretrained: bool | None
 ) -> nn.Module:
-    """Creates the bare backbone and makes sure that it is the one of the training."""
+    """Create the bare backbone and check that it is the one of the training."""
     source, classes = config.backbone, config.num_classes
     if config.whole:
         if weights is not None or pretrained:
@@ -235,13 +224,12 @@ def _backbone(
         )
     found = fingerprint(backbone)
     if found != source.fingerprint:
-        wrote = config.versions
-        reason = (
-            f"they are drawn from a seed, by torch {wrote.get('torch')} then and by torch {torch.__version__} now; "
-            "write the bundle whole, then nothing is drawn"
-            if source.origin == "seed" and weights is None
-            else "give the weights of the training"
-        )
+        reason = "give the weights of the training"
+        if source.origin == "seed" and weights is None:
+            reason = (
+                f"they are drawn from a seed, by torch {config.versions.get('torch')} then and by torch "
+                f"{torch.__version__} now; write the bundle whole, then nothing is drawn"
+            )
         raise ValueError(
             f"{folder} was made for the backbone {source.name!r} with the weights {source.fingerprint[:12]}, these are "
             f"{found[:12]}; {reason}"

@@ -1,4 +1,4 @@
-"""Merging with proof: the folded network is compared with the one that was trained, on real images."""
+"""Merge adapters into the backbone and compare the merged network with the trained one on real images."""
 
 import copy
 from dataclasses import dataclass
@@ -12,13 +12,13 @@ from dynadapter.exits.policies import Policy, route
 
 @dataclass(frozen=True)
 class MergeProof:
-    """How a merged network compares with the unmerged one.
+    """Result of comparing a merged network with the unmerged one.
 
     Args:
-        images: On how many images they were compared.
+        images: Number of images.
         difference: Largest difference of two logits as a fraction of the exit's largest logit, over all exits.
-        tolerance: What was allowed.
-        policy: Name of the policy under which all images leave at the same exits with the same classes.
+        tolerance: The largest difference that was allowed.
+        policy: Name of the policy under which all images stop at the same exits with the same classes.
     """
 
     images: int
@@ -30,12 +30,12 @@ class MergeProof:
 def merged_copy(
     net: ExitNet, images: Tensor, policy: Policy, tolerance: float = 1e-4, batch_size: int = 32
 ) -> tuple[ExitNet, MergeProof]:
-    """Folds the adapters of a copy into its backbone, in float64, and proves that it does the same.
+    """Merge the adapters of a copy into its backbone, in float64, and check that its answers are the same.
 
     Args:
         net: The network; it is left as it is.
         images: Preprocessed images of the task (images, channels, height, width), on the network's device.
-        policy: The policy that the network will be used with: each image must leave at the same exit.
+        policy: The policy that the network will be used with: each image must stop at the same exit.
         tolerance: Largest allowed difference, of each merged layer on random tokens (relative, Frobenius norm) and of
             the logits of each exit on the images (relative to the exit's largest logit).
         batch_size: Images that are run at once.
@@ -44,7 +44,7 @@ def merged_copy(
         The merged network in evaluation mode, and the proof.
 
     Raises:
-        ValueError: If a kind of adapter cannot be merged, there are no images, or the networks differ.
+        ValueError: A kind of adapter cannot be merged, there are no images, or the networks differ.
 
     Source: ours; per layer Hu et al. 2021 (LoRA) and Luo et al. 2023 (RepAdapter).
     """

@@ -1,4 +1,4 @@
-"""The tensors of ``model.safetensors``: which belong there, how they are written, and how a network takes them up."""
+"""The tensors of ``model.safetensors``: choose, write, read and check them, and load them into a network."""
 
 import hashlib
 from collections.abc import Iterable, Mapping
@@ -13,7 +13,7 @@ from dynadapter.exits.net import ExitNet
 
 
 def frozen_names(net: ExitNet) -> set[str]:
-    """Names the state-dict keys of the frozen backbone: not adapters, own classifier, and what else is trained."""
+    """Return the state-dict keys of the frozen backbone: all but adapters, its classifier and what else is trained."""
     ours = {id(p) for head in classifier(net.backbone) for p in head.parameters()}
     for layer in adapter_layers(net.backbone).values():
         ours |= {id(p) for name, p in layer.named_parameters() if not name.startswith("base_layer.")}
@@ -22,15 +22,15 @@ def frozen_names(net: ExitNet) -> set[str]:
 
 
 def saved_tensors(net: ExitNet, whole: bool) -> dict[str, Tensor]:
-    """Copies what belongs in the file to the CPU.
+    """Copy the tensors that belong in the file to the CPU.
 
     Args:
         net: The network.
-        whole: Everything instead of what was trained.
+        whole: All tensors instead of the trained ones.
     """
     left_out = set() if whole else frozen_names(net)
     state = net.state_dict()
-    # Each in storage of its own: safetensors refuses tensors that share one.
+    # Each in its own storage: safetensors refuses tensors that share one.
     return {
         name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         for name, tensor in state.items()
@@ -39,16 +39,16 @@ def saved_tensors(net: ExitNet, whole: bool) -> dict[str, Tensor]:
 
 
 def to_bytes(tensors: Mapping[str, Tensor]) -> tuple[bytes, str]:
-    """Gives the content of a safetensors file and its SHA-256."""
+    """Return the content of a safetensors file and its SHA-256."""
     data = safetensors.torch.save(dict(tensors), metadata={"format": "pt"})
     return data, hashlib.sha256(data).hexdigest()
 
 
 def from_bytes(data: bytes, sha256: str, where: str) -> dict[str, Tensor]:
-    """Reads the content of a safetensors file whose hash is known.
+    """Read the content of a safetensors file whose hash is known.
 
     Raises:
-        ValueError: If the hash is another, or the content is no safetensors file.
+        ValueError: The hash differs, or the content is no safetensors file.
     """
     found = hashlib.sha256(data).hexdigest()
     if found != sha256:
@@ -57,17 +57,17 @@ def from_bytes(data: bytes, sha256: str, where: str) -> dict[str, Tensor]:
             f"({len(data)} bytes) or of another bundle; fetch or write the bundle again"
         )
     try:
-        # Copied out of the one buffer: torch's own memory is aligned, and the same sums come out to the last bit.
+        # Copied out of the one buffer: torch aligns its own memory, and sums then agree to the last bit.
         return {name: tensor.clone() for name, tensor in safetensors.torch.load(data).items()}
     except Exception as error:  # safetensors has its own type; a wrong type of tensor is a KeyError
         raise ValueError(f"{where} is no readable safetensors file ({error})") from error
 
 
 def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
-    """Refuses tensors that hold NaN or infinity.
+    """Refuse tensors that hold NaN or infinity.
 
     Raises:
-        ValueError: If there are any.
+        ValueError: There are some.
     """
     broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if broken:
@@ -78,16 +78,16 @@ def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
 
 
 def fill(net: ExitNet, tensors: dict[str, Tensor], whole: bool, where: str) -> None:
-    """Replaces the network's tensors by those of a file; types are the file's.
+    """Replace the network's tensors by those of a file, with the file's types.
 
     Args:
         net: A network as it was before training.
         tensors: By name; the network takes them over.
-        whole: Whether all tensors have to be there, instead of those that are trained.
+        whole: Whether all tensors are required, instead of the trained ones.
         where: The file's path, for messages.
 
     Raises:
-        ValueError: If a tensor is missing, unknown, or of another shape.
+        ValueError: A tensor is missing, unknown, or of another shape.
     """
     own = net.state_dict(keep_vars=True)
     needed = set(own) if whole else set(own) - frozen_names(net)
@@ -100,12 +100,11 @@ def fill(net: ExitNet, tensors: dict[str, Tensor], whole: bool, where: str) -> N
             if name in own and tensor.shape != own[name].shape
         ],
     }
-    told = [f"{fault} {len(names)} tensors ({_listed(names)})" for fault, names in faults.items() if names]
-    if told:
+    lines = [f"{fault} {len(names)} tensors ({_listed(names)})" for fault, names in faults.items() if names]
+    if lines:
         raise ValueError(
-            f"{where} {' and '.join(told)}: it does not belong to the backbone, adapter, heads, exits and class "
-            f"names of "
-            "its config.json"
+            f"{where} {' and '.join(lines)}: it does not belong to the backbone, adapter, heads, exits and class names "
+            "of its config.json"
         )
     for name, tensor in tensors.items():
         own[name].data = tensor

@@ -1,0 +1,98 @@
+"""Write files and folders whole or not at all, whenever the process or the machine stops."""
+
+import contextlib
+import ctypes
+import os
+import secrets
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import BinaryIO
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """Open a new file that takes the name `path` in one step once it is on the disk; an error changes nothing."""
+    new = path.with_name(f".{path.name}.new")
+    new.unlink(missing_ok=True)  # a killed process can have left it
+    try:
+        with new.open("xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(new, path)
+        sync_folder(path.parent)
+    finally:
+        new.unlink(missing_ok=True)
+
+
+def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Write files into a new folder, which takes its name once all of them are on the disk, and replace an old one.
+
+    Whenever the process stops, the name stands for nothing, the old folder or the new one. Where the system cannot
+    exchange two folders in one step, the old one can be left under a hidden name, see :func:`left_over`.
+
+    Args:
+        folder: Where to write; missing parent folders are created.
+        files: Content by name, in the order of writing.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # Beside the target, because a rename is one step only inside one file system. Not by tempfile, because its folders
+    # are closed to other users.
+    unfinished = folder.parent / f".{folder.name}.{secrets.token_hex(4)}.partial"
+    unfinished.mkdir()
+    try:
+        for name, data in files.items():
+            _write(unfinished / name, data)
+        sync_folder(unfinished)
+        if not os.path.lexists(folder):
+            os.rename(unfinished, folder)
+        elif not _exchange(unfinished, folder):
+            _replace(unfinished, folder)
+        sync_folder(folder.parent)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def left_over(folder: Path) -> Path | None:
+    """Return the old folder that an interrupted :func:`write_folder` left under a hidden name, if there is one."""
+    return next(folder.parent.glob(f".{folder.name}.*.previous"), None)
+
+
+def sync_folder(folder: Path) -> None:
+    """Force the names in a folder to the disk. Windows offers no such call and needs none."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _write(path: Path, data: bytes) -> None:
+    with path.open("xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _exchange(new: Path, old: Path) -> bool:
+    """Exchange two folders in one step, on Linux, and return whether that worked."""
+    if not sys.platform.startswith("linux"):
+        return False
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)  # glibc 2.28, musl 1.2.6
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return rename is not None and rename(here, os.fsencode(new), here, os.fsencode(old), exchange) == 0
+
+
+def _replace(new: Path, old: Path) -> None:
+    """Exchange two folders in two steps."""
+    aside = old.parent / f".{old.name}.{secrets.token_hex(4)}.previous"
+    os.rename(old, aside)
+    try:
+        os.rename(new, old)
+    except BaseException:
+        os.rename(aside, old)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)

@@ -1,0 +1,38 @@
+"""Where a bundle may be written."""
+
+import json
+import os
+from pathlib import Path
+
+
+def check_place(folder: Path, names: tuple[str, ...], overwrite: bool) -> None:
+    """Refuse a place that is taken. An empty folder and a bundle with nothing else in it can be overwritten.
+
+    Args:
+        folder: Where to write.
+        names: The files of a bundle, its configuration last.
+        overwrite: Whether a bundle that is there may be replaced.
+
+    Raises:
+        ValueError: The place is taken.
+    """
+    if not os.path.lexists(folder):
+        return
+    if not folder.is_dir():
+        raise ValueError(f"{folder} exists and is no folder; give another place for the bundle")
+    if not overwrite:
+        raise ValueError(f"{folder} exists; give another folder, or overwrite=True to replace the bundle in it")
+    inside = sorted(path.name for path in folder.iterdir())
+    foreign = [name for name in inside if name not in names]
+    if inside and (foreign or not _is_bundle(folder / names[-1])):
+        what = f"holds {', '.join(foreign[:3])}" if foreign else "holds something else"
+        raise ValueError(
+            f"{folder} {what}; overwrite=True replaces a bundle and nothing more: move that away, or give another place"
+        )
+
+
+def _is_bundle(config: Path) -> bool:
+    try:
+        return json.loads(config.read_text(encoding="utf-8")).get("library") == "dynadapter"
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return False

@@ -1,0 +1,41 @@
+"""Read the files of a bundle and check that they belong together."""
+
+from pathlib import Path
+
+from torch import Tensor
+
+from dynadapter.files import left_over
+from dynadapter.serve.bundle.config import CONFIG, MODEL, Config
+from dynadapter.serve.bundle.tensors import check_finite as refuse_nonfinite
+from dynadapter.serve.bundle.tensors import from_bytes
+
+
+def read(folder: Path, *, check_finite: bool = True) -> tuple[Config, dict[str, Tensor]]:
+    """Read the configuration and the tensors of a bundle.
+
+    Args:
+        folder: The bundle.
+        check_finite: Refuse tensors that hold NaN or infinity.
+
+    Raises:
+        ValueError: There is no bundle, or it is damaged.
+    """
+    if not folder.is_dir():
+        old = left_over(folder)
+        hint = f"; an interrupted overwriting has left the bundle that was there as {old}: rename it" if old else ""
+        raise ValueError(
+            f"{folder} is no folder{' but a file' if folder.is_file() else ''}; give a bundle's folder{hint}"
+        )
+    for name in (CONFIG, MODEL):
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder} has no {name}: it is no bundle, or only a part of one; fetch or write it again")
+    try:
+        text = (folder / CONFIG).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{folder / CONFIG} is no JSON ({error}); the bundle is damaged: fetch it again") from error
+    config = Config.loads(text, str(folder / CONFIG))
+    where = str(folder / MODEL)
+    tensors = from_bytes((folder / MODEL).read_bytes(), config.sha256, where)
+    if check_finite:
+        refuse_nonfinite(tensors, where)
+    return config, tensors

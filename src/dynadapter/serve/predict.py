@@ -1,0 +1,233 @@
+"""Predict for many images: from folders, lists and single files to a table, resumable and by several processes."""
+
+import csv
+import io
+import math
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from dynadapter.exits.policies import Policy
+from dynadapter.images.preprocess import Preprocess
+from dynadapter.images.reading import UnreadableImage, find_images, load_image
+from dynadapter.serve.bundle import Bundle
+from dynadapter.serve.formats import COLUMNS, PROBABILITY, Row, Unread
+from dynadapter.serve.table import PredictionTable
+
+Pixels = NDArray[np.uint8]
+"""(3, size, size)."""
+
+LISTS = (".txt", ".lst", ".list")
+"""Suffixes of files that hold one path a line."""
+
+
+class TooManyUnread(ValueError):
+    """More images than allowed cannot be read."""
+
+
+def list_images(places: Iterable[str], path_column: str | None = None) -> list[str]:
+    """List the images that are meant by folders, lists, CSV files and single images.
+
+    Args:
+        places: Folders (searched with their subfolders), text files with one path a line, CSV files, image files. Paths
+            in a list are relative to its folder. They are only ever read as images.
+        path_column: The column of a CSV file that holds the paths; None for the first.
+
+    Raises:
+        ValueError: A place does not exist, or holds no image.
+    """
+    found: list[str] = []
+    for place in (Path(place).expanduser() for place in places):
+        if not place.exists():
+            raise ValueError(f"{place} does not exist; give a folder, a list, a CSV file or an image")
+        if place.suffix.lower() == ".csv":
+            names = _column(place, path_column)
+        elif place.suffix.lower() in LISTS:
+            names = [line.removesuffix("\r") for line in _text(place).split("\n") if line.strip()]
+        else:
+            found += map(str, find_images(place))
+            continue
+        if not names:
+            raise ValueError(f"{place} lists no image; give a file with one path a line, or a CSV file with a header")
+        found += [str(place.parent / Path(name).expanduser()) for name in names]
+    return found
+
+
+def _column(place: Path, name: str | None) -> list[str]:
+    try:
+        reader = csv.DictReader(io.StringIO(_text(place)))
+        columns = list(reader.fieldnames or [])
+        wanted = name or next(iter(columns), "")
+        if wanted not in columns:
+            raise ValueError(f"{place} has no column {wanted!r}; its columns are: {', '.join(columns) or 'none'}")
+        return [row[wanted] for row in reader if row[wanted]]
+    except csv.Error as error:
+        raise ValueError(f"{place} is no CSV file: {error}") from error
+
+
+def _text(place: Path) -> str:
+    try:
+        return place.read_text(encoding="utf-8-sig", errors="surrogateescape")
+    except OSError as error:
+        raise ValueError(f"{place} cannot be read: {error.strerror}") from error
+
+
+# ---- rows
+
+
+def columns(class_names: Sequence[str], top_k: int = 1, probabilities: bool = False) -> tuple[str, ...]:
+    """Return the names of a table's columns.
+
+    >>> columns(["ant", "bee"], top_k=2)
+    ('file', 'class', 'confidence', 'exit', 'class_2', 'confidence_2')
+
+    Args:
+        class_names: Of the network.
+        top_k: How many classes to name for each image, the most probable first.
+        probabilities: Add a column with the probability of each class.
+    """
+    more = [f"{name}_{k}" for k in range(2, top_k + 1) for name in ("class", "confidence")]
+    return (*COLUMNS, *more, *(f"{PROBABILITY}{name}" for name in class_names if probabilities))
+
+
+def rows(
+    bundle: Bundle, policy: Policy, files: Sequence[str], pixels: Sequence[Pixels], top_k: int, probabilities: bool
+) -> list[Row]:
+    """Compute a batch's rows.
+
+    Args:
+        bundle: The network.
+        policy: Decides at which exit an image stops.
+        files: Names of the images.
+        pixels: The images, (3, size, size) uint8 each.
+        top_k: As in :func:`columns`.
+        probabilities: As in :func:`columns`.
+    """
+    assert bundle.preprocess is not None
+    if not files:
+        return []
+    logits, exit_index = bundle.route(torch.from_numpy(bundle.preprocess.normalize(np.stack(pixels))), policy)
+    order = logits.argsort(dim=-1, descending=True, stable=True)[:, :top_k].tolist()
+    found: list[Row] = []
+    for file, values, best, exit in zip(files, logits.softmax(-1).tolist(), order, exit_index.tolist(), strict=True):
+        ranked = [part for k in best for part in (bundle.class_names[k], _rounded(values[k], 4))]
+        every = [_rounded(value, 6) for value in values] if probabilities else []
+        found.append([file, *ranked[:2], exit + 1, *ranked[2:], *every])
+    return found
+
+
+def _rounded(value: float, digits: int) -> float | None:
+    return round(value, digits) if math.isfinite(value) else None
+
+
+# ---- the run
+
+
+class _Read(NamedTuple):
+    """An image that was read: its pixels (3, size, size) uint8, or None and the reason."""
+
+    file: str
+    pixels: Pixels | None
+    reason: str
+
+
+def predict(
+    bundle: Bundle,
+    table: PredictionTable,
+    policy: Policy | None = None,
+    *,
+    top_k: int = 1,
+    probabilities: bool = False,
+    max_skipped: int = 10,
+    workers: int = 4,
+    on_batch: Callable[[], None] = lambda: None,
+) -> None:
+    """Fill a table with this process's share of the images; finishing it is left to the caller.
+
+    Args:
+        bundle: The network, with preprocessing.
+        table: With the columns that :func:`columns` returns for `top_k` and `probabilities`.
+        policy: Instead of the bundle's own.
+        top_k: As in :func:`columns`.
+        probabilities: As in :func:`columns`.
+        max_skipped: More unreadable images than this are an error.
+        workers: Threads that read images ahead; 0 reads each batch when it is due.
+        on_batch: Called after each batch.
+
+    Raises:
+        TooManyUnread: More images cannot be read; they are listed in ``table.unread_list``.
+    """
+    assert bundle.preprocess is not None
+    for wait in (False, True):  # at the end, take over what another process has claimed and not finished
+        numbers = table.claim(wait)
+        with closing(read_batches(bundle.preprocess, table, numbers, 0 if wait else workers)) as batches:
+            for number, batch in batches:
+                unread = [Unread(read.file, read.reason) for read in batch if read.pixels is None]
+                _check_cap(table, unread, max_skipped)
+                files, pixels = [], []
+                for read in batch:
+                    if read.pixels is not None:
+                        files.append(read.file)
+                        pixels.append(read.pixels)
+                found: Iterator[Row | Unread] = iter(
+                    rows(bundle, policy or bundle.policy, files, pixels, top_k, probabilities)
+                )
+                skipped: Iterator[Row | Unread] = iter(unread)
+                table.save(number, [next(skipped if read.pixels is None else found) for read in batch])
+                on_batch()
+    _check_cap(table, [], max_skipped)
+
+
+def _check_cap(table: PredictionTable, unread: Sequence[Unread], most: int) -> None:
+    count = table.unread + len(unread)
+    if count > most:
+        table.list_unread(unread)
+        raise TooManyUnread(f"{count} images cannot be read, more than max_skipped={most}")
+
+
+def read_batches(
+    preprocess: Preprocess, table: PredictionTable, numbers: Iterable[int], workers: int
+) -> Generator[tuple[int, list[_Read]]]:
+    """Read batches ahead of their use.
+
+    Args:
+        preprocess: Decides the size of the pixels.
+        table: Knows the files of a batch.
+        numbers: Of the batches.
+        workers: Threads; 0 reads a batch when it is asked for.
+
+    Yields:
+        The number of a batch, and its images in order.
+    """
+
+    def read(file: str) -> _Read:
+        try:
+            return _Read(file, preprocess.pixels(load_image(file)), "")
+        except UnreadableImage as error:
+            return _Read(file, None, error.reason)
+
+    if not workers:
+        for number in numbers:
+            yield number, [read(file) for file in table.batch(number)]
+        return
+    pool = ThreadPoolExecutor(workers)  # Pillow decodes outside the interpreter lock
+    try:
+        pending: deque[tuple[int, list[Future[_Read]]]] = deque()
+        ahead = max(2, math.ceil(2 * workers / table.batch_size))
+        for number in numbers:
+            pending.append((number, [pool.submit(read, file) for file in table.batch(number)]))
+            if len(pending) > ahead:
+                first, futures = pending.popleft()
+                yield first, [future.result() for future in futures]
+        while pending:
+            first, futures = pending.popleft()
+            yield first, [future.result() for future in futures]
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
