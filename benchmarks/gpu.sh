@@ -17,8 +17,9 @@
 #
 # On the machine: `pip install --no-index --no-deps --target wheels/site wheels/*.whl`.
 #
-# Part `pretrain` reads images from $DATA (train/ and val/, see tools/pretrain) and keeps its checkpoint in
-# runs/gpu_pretrain; the weights come in files of 15 MiB: cat small.safetensors.* > small.safetensors
+# Part `pretrain` reads images of 180 classes from $DATA (train/ and val/, see tools/pretrain; the other classes stay unseen
+# for transfer) and keeps its checkpoint in runs/gpu_pretrain, so it goes on while the machine keeps that folder. The
+# weights come in files of 15 MiB: cat small.safetensors.* > small.safetensors
 set -euo pipefail
 cd "$(dirname "$0")/.."
 WHEELS="fvcore==0.1.5.post20221221 iopath yacs termcolor jsonargparse>=4.42,<5 docstring-parser typeshed-client importlib-resources rich"
@@ -65,7 +66,7 @@ timing() {
 }
 
 pretrain() {
-  local run="runs/gpu_pretrain" more=(--minutes 7.5 --stop_after 500)
+  local run="runs/gpu_pretrain" more=(--minutes 7.5 --stop_after 500 --classes 180)
   if [ -n "$tiny" ]; then
     run="$OUT/gpu_pretrain"
     more=(--epochs 1 --width 16 --heads 2 --depth 2 --classes 2 --batch 8 --device cpu --stop_after 60)
@@ -74,7 +75,7 @@ pretrain() {
   cp "$run/log.jsonl" "$OUT/gpu_pretrain.jsonl"
   if [ -e "$run/small.safetensors" ]; then
     split -b 15m -d -a 1 "$run/small.safetensors" "$OUT/small.safetensors."
-    cp "$run/small.json" "$run/small.md" "$OUT"
+    cp "$run/small.json" "$OUT"
   fi
 }
 

@@ -196,7 +196,7 @@ def test_onnx_stages_beside_one_graph(program, tmp_path):
     assert json.loads(json.dumps(line)) == line
 
 
-def test_convolutional_form_equals_repadapter(program):
+def test_convolutions_equal_repadapter(program):
     base = torch.nn.Linear(16, 24)
     layer = program("adapters").Convolutions(base).eval()
     own = RepAdapter(targets=("qkv",)).wrap(torch.nn.ModuleDict({"qkv": base}), "qkv")
@@ -248,7 +248,7 @@ def test_gpu_parts_run_once_on_a_cpu(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_killed_runs_end_as_uninterrupted_ones(program, tmp_path):
+def test_killed_runs_equal_uninterrupted(program, tmp_path):
     argv = ["--out", str(tmp_path / "soak.jsonl"), "--work", str(tmp_path / "work"), "--chains", "1", "--epochs", "2"]
     with pytest.raises(SystemExit) as ending:
         program("soak").main(argv)

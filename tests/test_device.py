@@ -33,7 +33,7 @@ def batch(device: str, dtype: torch.dtype = torch.float32, count: int = 16) -> T
 @pytest.mark.parametrize("precision", TYPES)
 @pytest.mark.parametrize("class_first", [False, True])
 @pytest.mark.parametrize("token_merging", [None, TokenMerging(after=(1, 2), share=0.3)], ids=["every", "merged"])
-def test_routing_gives_the_logits_of_its_exit(device, precision, class_first, token_merging):
+def test_routing_gives_logits_of_its_exit(device, precision, class_first, token_merging):
     dtype, tolerance = TYPES[precision]
     net, images = network(device, dtype, token_merging=token_merging), batch(device, dtype)
     with torch.inference_mode():
@@ -51,7 +51,7 @@ def test_devices_give_the_logits_of_the_cpu(device):
     torch.testing.assert_close(there, here, rtol=1e-3, atol=1e-3)
 
 
-def test_merged_adapters_give_the_same_logits(device):
+def test_merged_adapters_keep_logits(device):
     net, images = network(device), batch(device)
     with torch.inference_mode():
         before = net(images)

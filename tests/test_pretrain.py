@@ -83,7 +83,7 @@ def learner(start: Path | None = None, **changes: Any) -> Learner:
 # ---- data and recipe
 
 
-def test_folders_and_mosaics_are_the_same_set(source):
+def test_folders_equal_mosaics(source):
     (train, val, names), other = read(source / "folder", 12), read(source / "mosaic", 12)
     assert names == other[2] == ["cat", "dog"]
     assert torch.equal(train.pixels, other[0].pixels)
@@ -95,7 +95,7 @@ def test_folders_and_mosaics_are_the_same_set(source):
         read(source, 12)
 
 
-def test_cached_set_is_reread_if_files_change(source, tmp_path):
+def test_cache_is_reread_if_files_change(source, tmp_path):
     cache = tmp_path / "data.pt"
     train, _, _ = read(source / "folder", 12, cache=cache)
     assert torch.equal(read(source / "folder", 12, cache=cache)[0].pixels, train.pixels)
@@ -180,7 +180,7 @@ def test_shipped_backbone_fits_its_files():
 
 
 @pytest.mark.parametrize("mixed", [False, True])
-def test_early_losses_are_labels_and_last_prediction(mixed):
+def test_early_loss_by_hand(mixed):
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(3, 4, 5, generator=generator, dtype=torch.float64)
     labels, own = torch.tensor([3, 0, 0, 4]), torch.tensor([1.0, 0.7, 0.2, 0.5], dtype=torch.float64)
@@ -204,7 +204,7 @@ def test_early_losses_are_labels_and_last_prediction(mixed):
     torch.testing.assert_close(given.grad[-1], alone.grad)
 
 
-def test_early_classifiers_change_earlier_blocks_alone():
+def test_early_losses_reach_earlier_blocks():
     draw = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (4, 3, 12, 12), generator=draw, dtype=torch.uint8)
     labels = torch.tensor([0, 1, 1, 0])
@@ -225,7 +225,7 @@ def test_early_classifiers_change_earlier_blocks_alone():
 
 
 @pytest.mark.parametrize("proportional", [False, True])
-def test_token_merging_equals_that_of_exitnet(proportional):
+def test_token_merging_equals_exitnet(proportional):
     one = learner(depth=5, size=24, token_merging=1.0, proportional=proportional)
     images = torch.randn(3, 3, 24, 24, generator=torch.Generator().manual_seed(0))
     assert one.mergings
@@ -248,7 +248,7 @@ def test_step_merges_tokens_at_its_share():
 # ---- weights to start with
 
 
-def test_run_starts_with_an_earlier_runs_weights(source, earlier, tmp_path, capsys):
+def test_start_from_an_earlier_run(source, earlier, tmp_path, capsys):
     more = f"--start {earlier} --exit_every 1"
     one = learner(earlier, exit_every=1)
     for model in (one.model, one.ema.module):
@@ -287,7 +287,7 @@ def test_widened_model_computes_the_same(monkeypatch, width, heads):
             assert len(torch.unique(one.grad.round(decimals=9), dim=0)) == len(one), name
 
 
-def test_wider_run_starts_with_narrow_weights(source, earlier, tmp_path):
+def test_start_from_narrow_weights(source, earlier, tmp_path):
     wide, narrow = learner(earlier, width=32, heads=4).model.eval(), timm_model().eval()
     narrow.load_state_dict({name: one.float() for name, one in safetensors.torch.load_file(earlier).items()})
     images = torch.randn(5, 3, 12, 12)

@@ -51,7 +51,7 @@ def test_order_is_reproducible():
     assert orders[0] == orders[1]
 
 
-def test_calls_of_an_arm_are_timed_one_by_one():
+def test_calls_are_timed_one_by_one():
     seen: list[int] = []
     ticks: list[None] = []
     times = interleave(
@@ -63,7 +63,7 @@ def test_calls_of_an_arm_are_timed_one_by_one():
     assert len(times["one"].calls("cpu")) == 6
 
 
-def test_sleep_counts_on_the_wall_clock_alone():
+def test_sleep_counts_on_wall_clock_alone():
     times = interleave({"sleep": lambda: time.sleep(0.02)}, 3)["sleep"]
     assert min(times.rounds("wall")) >= 0.02
     assert max(times.rounds("cpu")) < 0.02
