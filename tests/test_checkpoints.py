@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from dynadapter.adapters import Adapter, LoRA, RepAdapter, adapter_layers
-from dynadapter.data import Digits
+from dynadapter.data import Shapes
 from dynadapter.exits.heads import LinearHeads
 from dynadapter.exits.net import ExitNet
 from dynadapter.images.preprocess import Preprocess
@@ -115,7 +115,7 @@ def test_size_for_lora_on_vit_tiny(classes: int, weights: float, resumable: floa
 
 
 def test_names_and_preprocessing_travel(tmp_path: Path) -> None:
-    data = Digits(image_size=32, batch_size=8, normalization="half", interpolation="bilinear")
+    data = Shapes(image_size=32, batch_size=8, normalization="half", interpolation="bilinear")
     module = make_classifier(num_classes=10, class_names=[f"digit {k}" for k in range(10)])
     fitting = trainer(max_steps=1, limit_val_batches=1)
     fitting.fit(module, datamodule=data)
@@ -136,7 +136,7 @@ def test_names_and_preprocessing_travel(tmp_path: Path) -> None:
     trainer().validate(unnamed, datamodule=data, ckpt_path=tmp_path / "a.ckpt", verbose=False, weights_only=True)
     assert unnamed.class_names == again.class_names
     assert unnamed.preprocessing == again.preprocessing
-    other = Digits(image_size=32, batch_size=8, normalization="imagenet")
+    other = Shapes(image_size=32, batch_size=8, normalization="imagenet")
     trainer(max_steps=1, limit_val_batches=1).fit(again, datamodule=other)
     assert again.preprocessing["normalization"] == "imagenet"  # of the last training
 

@@ -18,7 +18,7 @@ from dynadapter.adapters import LoRA, RepAdapter
 from dynadapter.cli import main
 from dynadapter.cli.app import DynCLI
 from dynadapter.cli.runs import RUN_VARIABLE, claim_folder
-from dynadapter.data import Digits, ImagesToPredict
+from dynadapter.data import ImagesToPredict, Shapes
 from dynadapter.training.callbacks import EarlyExit, PredictionWriter
 from dynadapter.training.module import ExitClassifier
 
@@ -265,7 +265,7 @@ def test_the_checkpoint_wins_over_defaults(checkpoint, built):
     cli = built("test", "--ckpt_path", checkpoint)
     assert cli.model.backbone_name == "vit_tiny_patch16_224"
     assert cli.model.net.exit_depths == (1, 2, 3)
-    assert isinstance(cli.datamodule, Digits)
+    assert isinstance(cli.datamodule, Shapes)
     assert (cli.datamodule.batch_size, cli.datamodule.preprocess.normalization) == (48, "half")
 
 
@@ -278,7 +278,7 @@ def test_config_files_win_over_the_checkpoint(checkpoint, tmp_path, built):
 
 
 def test_the_command_line_wins_over_all_wherever_it_stands(checkpoint, tmp_path, built):
-    file = write(tmp_path / "a.yaml", {"ckpt_path": None, "model": {"label_smoothing": 0.1}, "data": "Digits"})
+    file = write(tmp_path / "a.yaml", {"ckpt_path": None, "model": {"label_smoothing": 0.1}, "data": "Shapes"})
     arguments = ["--model.label_smoothing=0.3", "--data.batch_size=7", "--ckpt_path", checkpoint]
     for order in ([*arguments, "-c", file], ["-c", file, *arguments]):
         cli = built("test", *order)
@@ -332,7 +332,7 @@ def test_a_checkpoint_made_in_python(adapter, tmp_path, built):
     options = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
     trainer = Trainer(max_steps=1, limit_val_batches=0, default_root_dir=tmp_path, **options)
     with pytest.warns():  # Lightning on a frozen backbone and few workers
-        trainer.fit(module, datamodule=Digits(image_size=32, normalization="none"))
+        trainer.fit(module, datamodule=Shapes(image_size=32, normalization="none"))
     trainer.save_checkpoint(tmp_path / "mine.ckpt")
     cli = built("test", "--ckpt_path", tmp_path / "mine.ckpt", f"--trainer.default_root_dir={tmp_path}")
     assert cli.model.net.exit_depths == (2, 3)

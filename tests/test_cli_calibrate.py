@@ -44,7 +44,7 @@ from dynadapter.cli.calibrate import (
 )
 from dynadapter.cli.errors import Mistake
 from dynadapter.cost import ExitCosts, exit_costs
-from dynadapter.data import Digits, ImageFolder, VTAB1k
+from dynadapter.data import ImageFolder, Shapes, VTAB1k
 from dynadapter.exits.policies import Never, Policy
 from dynadapter.serve.bundle import bundle_from_classifier
 from dynadapter.spec import restore
@@ -76,7 +76,7 @@ def checkpoint(trained: Path, tmp_path: Path) -> Path:
 def stacked(trained: Path) -> tuple[Tensor, Tensor, ExitCosts]:
     """Logits and targets of the validation images by a plain loop, and the costs."""
     model = ExitClassifier.load_from_checkpoint(trained, map_location="cpu").eval()
-    loader = Digits(image_size=32, batch_size=48, normalization="half").val_dataloader()
+    loader = Shapes(image_size=32, batch_size=48, normalization="half").val_dataloader()
     with torch.no_grad():
         seen = [(model(images), targets) for images, targets in loader]
     costs = exit_costs(model.net, 32, class_first=True)
@@ -187,13 +187,13 @@ def test_a_merged_bundle_takes_the_place_of_one(checkpoint, stacked, tmp_path, c
     assert shipped.costs == exit_costs(copy.deepcopy(net).merge(), 32, class_first=True)
     assert shipped.costs.macs < stacked[2].macs
     agrees(written, stacked[0], stacked[1], shipped.costs, stratified=True)
-    images = torch.stack([image for image, _ in Digits(image_size=32, normalization="half").dataset("val")])
+    images = torch.stack([image for image, _ in Shapes(image_size=32, normalization="half").dataset("val")])
     with torch.no_grad():
         torch.testing.assert_close(shipped.net(images), net(images), atol=1e-4, rtol=1e-4)
 
 
 def test_the_images_to_compare_on_are_spread(tmp_path):
-    data = Digits(image_size=32, normalization="half")
+    data = Shapes(image_size=32, normalization="half")
     images, some = data.dataset("val"), _some_images(data, "val")
     assert len(some) == 64
     assert all(torch.equal(some[k], images[k * len(images) // 64][0]) for k in range(64))
@@ -266,7 +266,7 @@ def test_few_images_and_broken_logits_are_told():
 
 
 def test_test_and_training_images_only_in_words(checkpoint, tmp_path, capsys):
-    for split, samples in (("test", 359), ("train", len(Digits().samples("train")))):
+    for split, samples in (("test", 359), ("train", len(Shapes().samples("train")))):
         out = tmp_path / split
         args = ["--goal.cost=0.9", f"--data_split={split}", f"--out={out}"]
         with pytest.raises(SystemExit) as ending:
@@ -311,7 +311,7 @@ def test_with_matplotlib_there_is_one(checkpoint, tmp_path):
         ("--goal.cost=0.5 --bundle={W} --overwrite=true", ("holds calibration.json", "--overwrite true replaces")),
         ("--goal.cost=0.5 --merge=true", ("merge belongs to the bundle", "--bundle FOLDER")),
         ("--goal.cost=0.5 --out={W}", ("calibration.json already",)),
-        ("--goal.cost=0.5 --ckpt_path=null --data=Digits", ("calibrate needs a checkpoint",)),
+        ("--goal.cost=0.5 --ckpt_path=null --data=Shapes", ("calibrate needs a checkpoint",)),
         ("--goal.cost=0.01", ("goal.cost=0.01 cannot be reached", "of the full backbone; give that or more")),
         ("--goal.accuracy_drop=-99", ("goal.accuracy_drop=-99 cannot be reached", "give at least")),
         ("--goal.cost=0.9 --trainer.limit_val_batches=1 --data.batch_size=1", ("one image cannot calibrate",)),
@@ -397,9 +397,9 @@ def test_another_split_seed_is_found(tmp_path):
 
 
 def test_data_that_cannot_be_looked_up_is_a_note(tmp_path):
-    file = saved(tmp_path / "a.ckpt", Digits())
+    file = saved(tmp_path / "a.ckpt", Shapes())
     torch.save({"dynadapter": {"data": {"class_path": "nowhere.Data", "init_args": {}}}}, file)
-    [note] = _check_images(Digits(), settings(ckpt_path=file))
+    [note] = _check_images(Shapes(), settings(ckpt_path=file))
     assert "could not be found out" in note
 
 
@@ -410,7 +410,7 @@ def test_several_devices_are_refused():
     from dynadapter.cli.calibrate import calibrate
 
     with pytest.raises(Mistake, match=r"--trainer\.devices 1"):
-        calibrate(Several(), None, Digits(), settings())  # type: ignore[arg-type]
+        calibrate(Several(), None, Shapes(), settings())  # type: ignore[arg-type]
 
 
 def test_half_precision_is_collected_in_full():

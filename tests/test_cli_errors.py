@@ -42,7 +42,7 @@ TABLE = [
     # the command
     Row("fti", ("'fti'", "did you mean 'fit'")),
     Row(f"-c {TINY} fit", ("command comes first", "fit, validate, test, predict, flops")),
-    Row("fit", ("data is missing", "--data Digits")),
+    Row("fit", ("data is missing", "--data Shapes")),
     Row("test", ("data is missing", "--ckpt_path")),
     Row("test --ckpt x.ckpt", ("'ckpt'", "did you mean 'ckpt_path'")),
     Row("fit -c", ("-c needs a file",)),
@@ -78,7 +78,7 @@ TABLE = [
     fit("--model.adapter=LoRa", "model.adapter", "'LoRa'", "'LoRA'", "RepAdapter"),
     fit("--model.adapter=Nope", "'Nope'", "AdaptFormer, Adapter, LoRA, RepAdapter"),
     fit("--model.heads=Blanced", "'Blanced'", "'Balanced'"),
-    fit("--data=Digit", "'Digit'", "'Digits'", "VTAB1k"),
+    fit("--data=Digit", "'Digit'", "'Shapes'", "VTAB1k"),
     fit("--model.optimizer=AdmW", "'AdmW'", "'AdamW'"),
     fit("--model.lr_schedule=Cosin", "'Cosin'", "'Cosine'"),
     fit("--exit_weights.weighting=EarlyLate", "'EarlyLate'", "'EarlyToLate'"),

@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
 from tiny import make_classifier, trainer
 
-from dynadapter.data import Digits, ImageData, ImageFolder, ImagesToPredict, UnreadableImage, VTAB1k
+from dynadapter.data import Shapes, ImageData, ImageFolder, ImagesToPredict, UnreadableImage, VTAB1k
 from dynadapter.data.dataset import Padded
 from dynadapter.data.samplers import CachedLoader, EpochOrder
 from dynadapter.images.reading import find_images, load_image
@@ -76,7 +76,7 @@ def folder(tmp_path: Path) -> Path:
 )
 def test_wrong_options_are_named(options, words):
     with pytest.raises(ValueError, match=re.escape(words)) as caught:
-        Digits(**options)
+        Shapes(**options)
     assert "\n" not in str(caught.value)
 
 
@@ -193,7 +193,7 @@ def test_a_set_filled_up_for_several_processes(folder):
 def test_a_global_batch_is_divided(given, processes, accumulated, expected, monkeypatch):
     said: list[str] = []
     monkeypatch.setattr("dynadapter.data.base.rank_zero_info", said.append)
-    data = Digits(batch_size=5, global_batch_size=given)
+    data = Shapes(batch_size=5, global_batch_size=given)
     if isinstance(expected, str):
         with pytest.raises(ValueError, match=re.escape(expected)):
             data._train_batch_size(processes, accumulated)
@@ -333,7 +333,7 @@ def test_predict_gives_images_and_paths(tmp_path, workers):
     files = [save(tmp_path / name, noise(4, 4, 3)) for name in ("b.png", "sub/a.JPG", "a.webp")]
     (tmp_path / "notes.txt").write_text("no image")
     save(tmp_path / ".hidden" / "c.png")
-    data = Digits(predict_images=str(tmp_path), num_workers=workers, batch_size=2, image_size=8)
+    data = Shapes(predict_images=str(tmp_path), num_workers=workers, batch_size=2, image_size=8)
     data.setup("predict")
     batches = list(data.predict_dataloader())
     assert [path for _, paths in batches for path in paths] == sorted(map(str, files))
@@ -350,19 +350,19 @@ def test_predict_takes_files_and_folders(tmp_path):
 
 def test_predict_without_images(tmp_path):
     with pytest.raises(ValueError, match=r"no image in .*: looked for files ending in \.png, \.jpg"):
-        Digits(predict_images=tmp_path).setup("predict")
+        Shapes(predict_images=tmp_path).setup("predict")
     with pytest.raises(ValueError, match=r"nothing.png does not exist; give a folder"):
-        Digits(predict_images=[tmp_path / "nothing.png"]).setup("predict")
+        Shapes(predict_images=[tmp_path / "nothing.png"]).setup("predict")
     with pytest.raises(ValueError, match="predict needs predict_images"):
-        Digits().setup("predict")
+        Shapes().setup("predict")
     with pytest.raises(ValueError, match="list of images is empty"):
-        Digits(predict_images=[]).setup("predict")
+        Shapes(predict_images=[]).setup("predict")
 
 
 def test_predict_skips_too(folder):
     with pytest.raises(UnreadableImage, match=r"broken\.png"):
-        list(Digits(predict_images=str(folder), image_size=8).predict_dataloader())
-    data = Digits(predict_images=str(folder), on_error="skip", image_size=8)
+        list(Shapes(predict_images=str(folder), image_size=8).predict_dataloader())
+    data = Shapes(predict_images=str(folder), on_error="skip", image_size=8)
     with pytest.warns(UserWarning, match=r"broken\.png"):
         data.setup("predict")
     ((images, paths),) = data.predict_dataloader()
@@ -381,7 +381,7 @@ def test_images_to_predict_have_no_other_stage(folder):
 
 def test_unknown_stage():
     with pytest.raises(ValueError, match="unknown stage 'train'; choose from: fit, validate, test, predict"):
-        Digits().setup("train")
+        Shapes().setup("train")
 
 
 # Lightning and its command line
@@ -552,7 +552,7 @@ def parser() -> ArgumentParser:
     return parser
 
 
-@pytest.mark.parametrize("kind", [VTAB1k, ImageFolder, Digits])
+@pytest.mark.parametrize("kind", [VTAB1k, ImageFolder, Shapes])
 def test_every_setting_can_stand_in_a_config(kind):
     common = {
         "batch_size": 8,
@@ -568,7 +568,7 @@ def test_every_setting_can_stand_in_a_config(kind):
         "max_skipped": 3,
         "predict_images": ["a.png", "b.png"],
     }
-    own = {VTAB1k: {"root": "data", "task": "cifar"}, ImageFolder: {"root": "data"}, Digits: {}}[kind]
+    own = {VTAB1k: {"root": "data", "task": "cifar"}, ImageFolder: {"root": "data"}, Shapes: {}}[kind]
     config = parser().parse_object({"data": {"class_path": kind.__name__, "init_args": common | own}})
     parsed = config.data.init_args
     assert parsed.normalization == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
@@ -578,16 +578,16 @@ def test_every_setting_can_stand_in_a_config(kind):
 
 
 def test_a_folder_can_be_given_on_the_command_line():
-    config = parser().parse_args(["--data=Digits", "--data.predict_images=my photos/[1]", "--data.normalization=half"])
+    config = parser().parse_args(["--data=Shapes", "--data.predict_images=my photos/[1]", "--data.normalization=half"])
     assert config.data.init_args.predict_images == "my photos/[1]"
     assert config.data.init_args.normalization == "half"
 
 
 def test_a_misspelt_setting_is_an_error():
     with pytest.raises(Exception, match="bach_size"):
-        parser().parse_args(["--data=Digits", "--data.bach_size=4"])
+        parser().parse_args(["--data=Shapes", "--data.bach_size=4"])
     with pytest.raises(TypeError, match="bach_size"):
-        Digits(bach_size=4)
+        Shapes(bach_size=4)
 
 
 # Classes by name

@@ -410,7 +410,7 @@ def test_nothing_to_check(tmp_path):
 
     fails("does not exist or is no folder", "VTAB1k", tmp_path / "nowhere")
     fails(f"no folder in .* holds VTAB lists such as cifar/{LISTS[0]}$", "VTAB1k", tmp_path)
-    fails("unknown data 'Digits'; choose from: VTAB1k, ImageFolder", "Digits", tmp_path)
+    fails("unknown data 'Shapes'; choose from: VTAB1k, ImageFolder", "Shapes", tmp_path)
     folder = make_task(tmp_path)
     fails("itself holds the lists of a task: set root to .* and task to toys", "VTAB1k", folder)
     fails("no task toy in .*; did you mean toys?", "VTAB1k", tmp_path, "toy")

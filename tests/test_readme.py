@@ -18,7 +18,7 @@ def test_the_first_block_starts_the_quick_start():
     found = re.search(r"dynadapter fit --config (\S+)", commands()[0])
     assert found
     config = yaml.safe_load((ROOT / found[1]).read_text())
-    assert config["data"]["class_path"] == "Digits"
+    assert config["data"]["class_path"] == "Shapes"
 
 
 def test_continuous_integration_runs_the_readmes_test_command():

@@ -15,7 +15,7 @@ import yaml
 from PIL import Image
 
 from dynadapter.cli import main, record
-from dynadapter.data import Digits, ImageFolder
+from dynadapter.data import ImageFolder, Shapes
 from dynadapter.training.module import ExitClassifier
 
 TINY = str(Path(__file__).parent / "conf" / "tiny.yaml")
@@ -66,7 +66,7 @@ def test_what_it_was_made_of(run: Path, content: dict[str, Any]) -> None:
 
 
 def test_the_data_by_split_with_their_hashes(content: dict[str, Any]) -> None:
-    data, splits = Digits(image_size=32, normalization="half"), content["data"]["splits"]
+    data, splits = Shapes(image_size=32, normalization="half"), content["data"]["splits"]
     assert set(splits) == {"train", "val", "test"}
     assert len({split["hash"] for split in splits.values()}) == 3
     for name, split in splits.items():

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from dynadapter.backbones.layout import lay_out_for_cpu
     from dynadapter.calibrate import Calibrated, evaluate, to_accuracy_drop, to_cost, with_guarantee
     from dynadapter.cost import ExitCosts, exit_costs
-    from dynadapter.data import Digits, ImageData, ImageFolder, ImagesToPredict, VTAB1k
+    from dynadapter.data import ImageData, ImageFolder, ImagesToPredict, Shapes, VTAB1k
     from dynadapter.exits.heads import Balanced, Heads, LinearHeads, MLPHeads
     from dynadapter.exits.net import ExitNet, Routed
     from dynadapter.exits.policies import Confidence, Entropy, Margin, Never, Patience, Policy, route
@@ -50,7 +50,7 @@ _HOMES = {
     "backbones.layout": "lay_out_for_cpu",
     "calibrate": "Calibrated evaluate to_accuracy_drop to_cost with_guarantee",
     "cost": "ExitCosts exit_costs",
-    "data": "Digits ImageData ImageFolder ImagesToPredict VTAB1k",
+    "data": "Shapes ImageData ImageFolder ImagesToPredict VTAB1k",
     "exits.heads": "Balanced Heads LinearHeads MLPHeads",
     "exits.net": "ExitNet Routed",
     "exits.policies": "Confidence Entropy Margin Never Patience Policy route",

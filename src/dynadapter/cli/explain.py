@@ -136,7 +136,7 @@ def _unknown_class(error: ParserError, given: str, sections: Sections, keys: lis
 def _missing(error: ParserError, given: str, sections: Sections, keys: list[str]) -> str:
     names = [name.partition(".")[2] or name for name in given.split(", ")]
     if names == ["data"]:
-        way = "give a config file with a data section, or --data, such as --data Digits"
+        way = "give a config file with a data section, or --data, such as --data Shapes"
         return f"data is missing; {way}; every command except fit also takes it from --ckpt_path"
     line = f"{' and '.join(names)} must be given"
     return (

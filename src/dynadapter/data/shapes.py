@@ -1,0 +1,254 @@
+"""Drawn images of shapes, from plain to cluttered: a task that needs no download."""
+
+import math
+from colorsys import hsv_to_rgb
+from pathlib import Path
+from random import Random
+from typing import Any, Literal
+
+from PIL import Image, ImageDraw
+
+from dynadapter.data.base import ImageData, Sample, Split
+
+FINER = 3
+"""Images are drawn this many times larger and then reduced, which smooths edges."""
+
+Point = tuple[float, float]
+Outline = list[Point]
+
+
+# ---- outlines in the unit circle, y downwards ------------------------------------------------------------------------
+
+
+def _polygon(corners: int, inner: float = 1.0) -> Outline:
+    """Return a regular polygon that stands on its flat side; `inner` below 1 makes a star of every second corner."""
+    turn = -math.pi / 2 if corners % 2 or inner < 1 else math.pi / corners - math.pi / 2
+    angles = [turn + 2 * math.pi * k / corners for k in range(corners)]
+    return [
+        ((inner if k % 2 else 1.0) * math.cos(angle), (inner if k % 2 else 1.0) * math.sin(angle))
+        for k, angle in enumerate(angles)
+    ]
+
+
+def _arc(start: float, end: float, radius: float = 1.0, centre: Point = (0.0, 0.0), points: int = 40) -> Outline:
+    """Return points on a circle from one angle to another, in degrees, clockwise on the screen."""
+    steps = [math.radians(start + (end - start) * k / (points - 1)) for k in range(points)]
+    return [(centre[0] + radius * math.cos(angle), centre[1] + radius * math.sin(angle)) for angle in steps]
+
+
+def _cross(half: float = 0.34) -> Outline:
+    """Return a plus sign with arms `half` wide on either side."""
+    corner = [(-half, -0.95), (half, -0.95), (half, -half)]
+    return [(x, y) if k == 0 else _turned((x, y), k) for k in range(4) for x, y in corner]
+
+
+def _turned(point: Point, quarters: int) -> Point:
+    for _ in range(quarters):
+        point = (-point[1], point[0])
+    return point
+
+
+def _heart() -> Outline:
+    """Return the usual heart curve, scaled to the unit circle."""
+    steps = [2 * math.pi * k / 48 for k in range(48)]
+    return [
+        (
+            16 * math.sin(t) ** 3 / 17,
+            -(13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)) / 17,
+        )
+        for t in steps
+    ]
+
+
+def _moon() -> Outline:
+    """Return a crescent: an outer arc and, back again, an inner one."""
+    return _arc(50, 310) + _arc(292, 68, radius=0.8265, centre=(0.333, 0.0))
+
+
+OUTLINES: dict[str, list[Outline]] = {
+    "circle": [_arc(0, 360)],
+    "cross": [_cross()],
+    "heart": [_heart()],
+    "moon": [_moon()],
+    "ring": [_arc(0, 360), _arc(0, 360, radius=0.52)],
+    "square": [_polygon(4)],
+    "star": [_polygon(10, inner=0.45)],
+    "triangle": [_polygon(3)],
+}
+"""The classes in their order. The first outline is filled; a second one is a hole in it."""
+CLASSES = tuple(OUTLINES)
+
+
+# ---- one image -------------------------------------------------------------------------------------------------------
+
+
+def draw_shape(rng: Random, kind: str, difficulty: float, size: int = 48) -> Image.Image:
+    """Draw a shape. Its outline is the class; its colour carries no information.
+
+    Six things change with the difficulty: rotation, position, and background clutter increase, strips cover a part of
+    the shape, and its size and contrast decrease.
+
+    Args:
+        rng: Random numbers; the same state draws the same image.
+        kind: One of `CLASSES`.
+        difficulty: From 0 (plain: large, upright, centred, whole) to 1 (cluttered).
+        size: Height and width in pixels.
+
+    >>> draw_shape(Random(0), "star", difficulty=0.5).size
+    (48, 48)
+    """
+    side = size * FINER
+    hue = rng.random()
+    image = _background(rng, hue, difficulty, side)
+    draw = ImageDraw.Draw(image)
+    for _ in range(round(14 * difficulty)):
+        _draw_strip(rng, draw, (rng.uniform(0, side), rng.uniform(0, side)), side * rng.uniform(0.03, 0.09))
+
+    radius = side * (0.40 - 0.19 * difficulty) * rng.uniform(0.94, 1.06)
+    free = (side / 2 - radius) * difficulty
+    centre = (side / 2 + rng.uniform(-free, free), side / 2 + rng.uniform(-free, free))
+    angle = difficulty * rng.uniform(-math.pi, math.pi)
+    mask = Image.new("L", image.size, 0)
+    opacity = round(255 * (1 - 0.45 * difficulty))
+    for outline, alpha in zip(OUTLINES[kind], (opacity, 0), strict=False):
+        ImageDraw.Draw(mask).polygon(_place(outline, centre, radius, angle), fill=alpha)
+    image.paste(_rgb(hue + rng.uniform(0.3, 0.7), rng.uniform(0.6, 0.95), rng.choice((0.35, 0.95))), mask=mask)
+
+    for _ in range(round(4 * max(0.0, difficulty - 0.25))):
+        where = (centre[0] + rng.uniform(-radius, radius), centre[1] + rng.uniform(-radius, radius))
+        _draw_strip(rng, draw, where, 0.6 * radius)
+    return image.reduce(FINER)
+
+
+def _background(rng: Random, hue: float, difficulty: float, side: int) -> Image.Image:
+    """Draw a soft background around a hue, with blotches that grow with the difficulty."""
+    value, spread = rng.uniform(0.45, 0.95), 0.04 + 0.28 * difficulty
+    cells = [
+        _rgb(hue + 0.3 * spread * rng.uniform(-1, 1), 0.35, value + spread * rng.uniform(-1, 1)) for _ in range(16)
+    ]
+    small = Image.frombytes("RGB", (4, 4), bytes(byte for cell in cells for byte in cell))
+    return small.resize((side, side), Image.Resampling.BICUBIC)
+
+
+def _draw_strip(rng: Random, draw: ImageDraw.ImageDraw, centre: Point, length: float) -> None:
+    outline = [(-1.0, -0.3), (1.0, -0.3), (1.0, 0.3), (-1.0, 0.3)]
+    points = _place(outline, centre, length, rng.uniform(0, math.pi))
+    draw.polygon(points, fill=_rgb(rng.random(), rng.uniform(0.2, 0.8), rng.uniform(0.4, 1.0)))
+
+
+def _place(outline: Outline, centre: Point, radius: float, angle: float) -> Outline:
+    """Scale an outline, rotate it and move it to its centre."""
+    cos, sin = radius * math.cos(angle), radius * math.sin(angle)
+    return [(centre[0] + x * cos - y * sin, centre[1] + x * sin + y * cos) for x, y in outline]
+
+
+def _rgb(hue: float, saturation: float, value: float) -> tuple[int, int, int]:
+    """Return a colour as bytes; the hue wraps around, the value is clipped to [0, 1]."""
+    red, green, blue = hsv_to_rgb(hue % 1, saturation, min(max(value, 0.0), 1.0))
+    return round(255 * red), round(255 * green), round(255 * blue)
+
+
+# ---- data sets -------------------------------------------------------------------------------------------------------
+
+
+def draw_split(split: str, images: int, seed: int = 0, size: int = 48) -> tuple[list[Sample], list[float]]:
+    """Draw the images of a split: classes in turn, difficulties uniform in [0, 1].
+
+    An image depends on the seed, the split and its index alone, so a split of fewer images is the start of a longer
+    one, and no two splits share an image.
+
+    Returns:
+        Pairs (image, class index), and the difficulty of each.
+    """
+    samples, difficulties = list[Sample](), list[float]()
+    for index in range(images):
+        rng = Random(f"{seed} {split} {index}")
+        difficulty, label = rng.random(), index % len(CLASSES)
+        samples.append((draw_shape(rng, CLASSES[label], difficulty, size), label))
+        difficulties.append(difficulty)
+    return samples, difficulties
+
+
+class Shapes(ImageData):
+    """Drawn shapes of eight classes, from plain to cluttered; the same arguments always draw the same images.
+
+    Args:
+        train_images: Images for training.
+        val_images: Images for validation.
+        test_images: Images for testing.
+        seed: Random seed of the images.
+        image_size: Height and width in pixels; the images are drawn at this size.
+    """
+
+    def __init__(
+        self,
+        train_images: int = 1600,
+        val_images: int = 400,
+        test_images: int = 400,
+        seed: int = 0,
+        *,
+        image_size: int = 48,
+        **kwargs: Any,
+    ):
+        super().__init__(image_size=image_size, **kwargs)
+        self.images = {"train": train_images, "val": val_images, "test": test_images}
+        if few := [f"{split}_images={count}" for split, count in self.images.items() if count < 1]:
+            raise ValueError(f"{few[0]} must be at least 1")
+        self.seed = seed
+        self.class_names = list(CLASSES)
+        self._drawn: dict[str, tuple[list[Sample], list[float]]] = {}
+
+    def samples(self, split: Split) -> list[Sample]:
+        return self._split(split)[0]
+
+    def difficulties(self, split: Split) -> list[float]:
+        """Return the difficulty of each image of a split, in the order of `samples`: 0 is plain, 1 is cluttered."""
+        return self._split(split)[1]
+
+    def _split(self, split: Split) -> tuple[list[Sample], list[float]]:
+        if split not in self._drawn:
+            self._drawn[split] = draw_split(split, self.images[split], self.seed, self.image_size)
+        return self._drawn[split]
+
+
+def write_shapes(
+    root: str | Path,
+    layout: Literal["VTAB1k", "ImageFolder"] = "ImageFolder",
+    *,
+    train: int = 800,
+    val: int = 200,
+    test: int = 200,
+    seed: int = 0,
+    size: int = 48,
+) -> Path:
+    """Write drawn shapes as PNG files: a data set for trying out a command, an example, or a test.
+
+    Args:
+        root: Folder of the data set, created where it is missing. `VTAB1k` makes the task ``shapes`` in it.
+        layout: ``ImageFolder`` (``train/CLASS/0.png``), or ``VTAB1k`` with its four lists and ``classes.txt``.
+        train: Images for training.
+        val: Images for validation.
+        test: Images for testing.
+        seed: Random seed of the images.
+        size: Height and width in pixels.
+
+    Returns:
+        The folder of the images: `root`, or ``root/shapes``.
+    """
+    folder = Path(root) / "shapes" if layout == "VTAB1k" else Path(root)
+    lists: dict[str, str] = {}
+    for split, count in (("train", train), ("val", val), ("test", test)):
+        lines = []
+        for index, (image, label) in enumerate(draw_split(split, count, seed, size)[0]):
+            name = f"images/{split}/{index:05d}.png" if layout == "VTAB1k" else f"{split}/{CLASSES[label]}/{index}.png"
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            image.save(folder / name)
+            lines.append(f"{name} {label}\n")
+        lists[split] = "".join(lines)
+    if layout == "VTAB1k":
+        both = lists["train"] + lists["val"]
+        files = {"train800": lists["train"], "val200": lists["val"], "train800val200": both, "test": lists["test"]}
+        for name, content in files.items():
+            (folder / f"{name}.txt").write_text(content)
+        (folder / "classes.txt").write_text("\n".join(CLASSES) + "\n")
+    return folder
