@@ -116,12 +116,13 @@ def test_size_for_lora_on_vit_tiny(classes: int, weights: float, resumable: floa
 
 def test_names_and_preprocessing_travel(tmp_path: Path) -> None:
     data = Shapes(image_size=32, batch_size=8, normalization="half", interpolation="bilinear")
-    module = make_classifier(num_classes=10, class_names=[f"digit {k}" for k in range(10)])
+    names = data.class_names[::-1]
+    module = make_classifier(num_classes=len(names), class_names=names)
     fitting = trainer(max_steps=1, limit_val_batches=1)
     fitting.fit(module, datamodule=data)
     fitting.save_checkpoint(tmp_path / "a.ckpt")
     again = ExitClassifier.load_from_checkpoint(tmp_path / "a.ckpt")
-    assert again.class_names == [f"digit {k}" for k in range(10)]
+    assert again.class_names == names
     assert again.preprocessing == data.preprocessing
     assert again.preprocessing == {
         "image_size": 32,
@@ -132,7 +133,7 @@ def test_names_and_preprocessing_travel(tmp_path: Path) -> None:
     assert Preprocess(**again.preprocessing) == data.preprocess
     assert again.data_config == module.data_config
     assert again.data_config["init_args"]["normalization"] == "half"
-    unnamed = make_classifier(num_classes=10)  # was told no names, so those of the checkpoint are its own now
+    unnamed = make_classifier(num_classes=len(names))  # was told no names, so those of the checkpoint are its own now
     trainer().validate(unnamed, datamodule=data, ckpt_path=tmp_path / "a.ckpt", verbose=False, weights_only=True)
     assert unnamed.class_names == again.class_names
     assert unnamed.preprocessing == again.preprocessing

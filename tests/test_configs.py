@@ -234,13 +234,5 @@ def test_quickstart_reads_images_as_its_backbone():
     config = read("quickstart")
     assert config["model"]["backbone"] in packaged.names()
     assert config["model"]["pretrained"] is True
-<<<<<<< HEAD
-=======
-    assert config["data"]["class_path"] == "Shapes"
-
-
-def test_quickstart_gives_the_backbone_images_as_it_was_trained_with():
-    config = yaml.safe_load((CONFIGS / "quickstart.yaml").read_text())
->>>>>>> 3c05901 (wip)
     about = json.loads((packaged.FOLDER / f"{config['model']['backbone']}.json").read_text())
     assert about["preprocess"].items() <= config["data"]["init_args"].items()

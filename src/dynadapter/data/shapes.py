@@ -2,9 +2,10 @@
 
 import math
 from colorsys import hsv_to_rgb
+from functools import lru_cache
 from pathlib import Path
 from random import Random
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from PIL import Image, ImageDraw
 
@@ -151,22 +152,33 @@ def _rgb(hue: float, saturation: float, value: float) -> tuple[int, int, int]:
 # ---- data sets -------------------------------------------------------------------------------------------------------
 
 
-def draw_split(split: str, images: int, seed: int = 0, size: int = 48) -> tuple[list[Sample], list[float]]:
+class Drawn(NamedTuple):
+    """An image with its class index and its difficulty in [0, 1]."""
+
+    image: Image.Image
+    label: int
+    difficulty: float
+
+
+@lru_cache(maxsize=8)  # a process that sets up the same data again does not draw it again
+def draw_split(split: str, images: int, seed: int = 0, size: int = 48) -> tuple[Drawn, ...]:
     """Draw the images of a split: classes in turn, difficulties uniform in [0, 1].
 
-    An image depends on the seed, the split and its index alone, so a split of fewer images is the start of a longer
-    one, and no two splits share an image.
+    An image depends on the seed, the split's name and its index alone. A shorter split is the start of a longer one,
+    and two splits have different images.
 
-    Returns:
-        Pairs (image, class index), and the difficulty of each.
+    Args:
+        split: Any name.
+        images: Number of images.
+        seed: Random seed.
+        size: Height and width in pixels.
     """
-    samples, difficulties = list[Sample](), list[float]()
+    drawn = []
     for index in range(images):
-        rng = Random(f"{seed} {split} {index}")
-        difficulty, label = rng.random(), index % len(CLASSES)
-        samples.append((draw_shape(rng, CLASSES[label], difficulty, size), label))
-        difficulties.append(difficulty)
-    return samples, difficulties
+        rng, label = Random(f"{seed} {split} {index}"), index % len(CLASSES)
+        difficulty = rng.random()
+        drawn.append(Drawn(draw_shape(rng, CLASSES[label], difficulty, size), label, difficulty))
+    return tuple(drawn)
 
 
 class Shapes(ImageData):
@@ -182,7 +194,7 @@ class Shapes(ImageData):
 
     def __init__(
         self,
-        train_images: int = 1600,
+        train_images: int = 1000,
         val_images: int = 400,
         test_images: int = 400,
         seed: int = 0,
@@ -196,19 +208,16 @@ class Shapes(ImageData):
             raise ValueError(f"{few[0]} must be at least 1")
         self.seed = seed
         self.class_names = list(CLASSES)
-        self._drawn: dict[str, tuple[list[Sample], list[float]]] = {}
 
     def samples(self, split: Split) -> list[Sample]:
-        return self._split(split)[0]
+        return [(drawn.image, drawn.label) for drawn in self._drawn(split)]
 
     def difficulties(self, split: Split) -> list[float]:
-        """Return the difficulty of each image of a split, in the order of `samples`: 0 is plain, 1 is cluttered."""
-        return self._split(split)[1]
+        """Return the difficulty of each image of a split, in the order of its samples: 0 is plain, 1 is cluttered."""
+        return [drawn.difficulty for drawn in self._drawn(split)]
 
-    def _split(self, split: Split) -> tuple[list[Sample], list[float]]:
-        if split not in self._drawn:
-            self._drawn[split] = draw_split(split, self.images[split], self.seed, self.image_size)
-        return self._drawn[split]
+    def _drawn(self, split: Split) -> tuple[Drawn, ...]:
+        return draw_split(split, self.images[split], self.seed, self.image_size)
 
 
 def write_shapes(
@@ -239,7 +248,7 @@ def write_shapes(
     lists: dict[str, str] = {}
     for split, count in (("train", train), ("val", val), ("test", test)):
         lines = []
-        for index, (image, label) in enumerate(draw_split(split, count, seed, size)[0]):
+        for index, (image, label, _) in enumerate(draw_split(split, count, seed, size)):
             name = f"images/{split}/{index:05d}.png" if layout == "VTAB1k" else f"{split}/{CLASSES[label]}/{index}.png"
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             image.save(folder / name)

@@ -1,0 +1,130 @@
+"""Drawn shapes: deterministic, disjoint, balanced, harder step by step, and fast."""
+
+from collections import Counter
+from random import Random
+
+import numpy as np
+import pytest
+import torch
+
+from dynadapter.data import ImageFolder, Shapes, VTAB1k
+from dynadapter.data.shapes import CLASSES, OUTLINES, draw_shape, draw_split, write_shapes
+from dynadapter.data.splits import hold_out
+
+SPLITS = ("train", "val", "test")
+FEW = {"train_images": 24, "val_images": 16, "test_images": 16}
+
+
+def test_outlines_fit_the_unit_circle():
+    for outlines in OUTLINES.values():
+        for outline in outlines:
+            radii = np.linalg.norm(np.array(outline), axis=1)
+            assert radii.max() <= 1.02
+
+
+def test_one_seed_draws_the_same_images():
+    first = [drawn.image.tobytes() for drawn in draw_split("val", 16, seed=3)]
+    draw_split.cache_clear()
+    assert [drawn.image.tobytes() for drawn in draw_split("val", 24, seed=3)][:16] == first
+    assert not {drawn.image.tobytes() for drawn in draw_split("val", 16, seed=4)} & set(first)
+
+
+def test_splits_share_no_image():
+    data = Shapes(train_images=200, val_images=100, test_images=100)
+    images = [image.tobytes() for split in SPLITS for image, _ in data.samples(split)]
+    assert len(set(images)) == 400
+
+
+def test_classes_are_balanced_and_known():
+    data = Shapes(**FEW)
+    assert data.class_names == list(CLASSES)
+    assert Counter(label for _, label in data.samples("train")) == dict.fromkeys(range(len(CLASSES)), 3)
+
+
+def test_difficulties_are_uniform_and_in_order():
+    data = Shapes()
+    found = data.difficulties("train")
+    counts, _ = np.histogram(found, bins=5, range=(0, 1))
+    assert len(found) == counts.sum() == len(data.samples("train"))
+    assert counts.min() > 150
+    plain, cluttered = int(np.argmin(found)), int(np.argmax(found))
+    images = [np.asarray(data.samples("train")[index][0], dtype=float) for index in (plain, cluttered)]
+    edges = [np.abs(np.diff(image, axis=0)).mean() for image in images]
+    assert edges[0] < edges[1]
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_plain_shapes_are_large_and_centred(kind):
+    shape = np.asarray(draw_shape(Random(0), kind, difficulty=0.0, size=64), dtype=float)
+    ground = shape[:2].mean((0, 1))
+    y, x = np.nonzero(np.abs(shape - ground).sum(-1) > 100)
+    assert 0.15 < len(y) / 64**2 < 0.6
+    assert 24 < y.mean() < 40
+    assert 20 < x.mean() < 40
+
+
+def test_edges_are_smooth():
+    image = np.asarray(draw_shape(Random(1), "circle", difficulty=0.0)).reshape(-1, 3)
+    assert len(np.unique(image, axis=0)) > 100
+
+
+@pytest.mark.parametrize(("size", "options"), [(48, {}), (20, {"image_size": 20})])
+def test_items_are_the_drawn_images(size, options):
+    data = Shapes(**FEW, **options, normalization="half", batch_size=5)
+    data.setup("test")
+    images, targets = next(iter(data.test_dataloader()))
+    source, label = data.samples("test")[0]
+    assert source.size == (size, size)
+    expected = np.asarray(source, dtype=np.float32).transpose(2, 0, 1) / 255 * 2 - 1
+    np.testing.assert_allclose(images[0], expected, atol=1e-6)
+    assert targets[0] == label
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_epoch_shows_each_image_once(workers):
+    data = Shapes(**FEW, image_size=8, batch_size=10, num_workers=workers, cache=True)
+    data.setup("fit")
+    assert [len(targets) for _, targets in data.val_dataloader()] == [10, 6]
+    assert len(torch.cat([targets for _, targets in data.train_dataloader()])) == 20  # the last batch is incomplete
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_a_split_without_images_is_refused(split):
+    with pytest.raises(ValueError, match=f"{split}_images=0 must be at least 1"):
+        Shapes(**{f"{split}_images": 0})
+
+
+@pytest.mark.parametrize("layout", ["VTAB1k", "ImageFolder"])
+def test_written_shapes_are_read_again(layout, tmp_path):
+    folder = write_shapes(tmp_path, layout, train=16, val=8, test=8, size=12)
+    options = {"image_size": 12, "normalization": "none"}
+    read = VTAB1k(tmp_path, "shapes", **options) if layout == "VTAB1k" else ImageFolder(tmp_path, **options)
+    assert (folder == tmp_path / "shapes") == (layout == "VTAB1k")
+    assert read.class_names == list(CLASSES)
+    for split, count in {"train": 16, "val": 8, "test": 8}.items():
+        drawn = draw_split(split, count, size=12)
+        pixels = {(image.tobytes(), label) for image, label, _ in drawn}
+        items = {
+            ((image * 255).round().byte().permute(1, 2, 0).numpy().tobytes(), label)
+            for image, label in read.dataset(split)
+        }
+        assert items == pixels
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.1, 0.25, 0.5, 0.9])
+def test_hold_out_splits_each_class(fraction):
+    generator = np.random.default_rng(0)
+    classes = [*generator.choice(list("abcd"), 97, p=[0.6, 0.2, 0.15, 0.05]).tolist(), "single"]
+    kept, held = hold_out(classes, fraction, seed=3)
+    assert sorted(kept + held) == list(range(98))
+    assert (kept, held) == (sorted(kept), sorted(held))
+    for name, count in Counter(classes).items():
+        out = sum(classes[i] == name for i in held)
+        if count == 1 or fraction == 0:
+            assert out == 0
+        else:
+            assert 1 <= out <= count - 1
+            assert abs(out - fraction * count) <= 1
+    if fraction:
+        assert hold_out(classes, fraction, seed=4)[1] != held
+        assert hold_out(classes, fraction, seed=3)[1] == held
