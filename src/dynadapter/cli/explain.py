@@ -118,7 +118,7 @@ def _unknown_setting(error: ParserError, given: str, sections: Sections, keys: l
     if named and chosen:
         hint = nearest(given, settings) or f"; it has: {', '.join(settings)}"
         return f"{_about(error)}{named[1]} has no setting {given!r}{hint}"
-    hint = nearest(given, [*settings, "class_path", "init_args"])
+    hint = nearest(given, [name for name in (*settings, "class_path", "init_args") if name != given])
     return f"{_about(error)}there is no setting {given!r}{hint}"
 
 

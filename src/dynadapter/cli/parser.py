@@ -1,11 +1,12 @@
 """The parser of the commands that have a handful of settings and no trainer."""
 
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser
 
 from dynadapter.cli.errors import Mistake
-from dynadapter.cli.explain import explain
+from dynadapter.cli.explain import Sections, explain
 
 
 class CommandParser(ArgumentParser):
@@ -15,7 +16,12 @@ class CommandParser(ArgumentParser):
         command: The name on the command line.
         description: What the command does, in one sentence.
         **kwargs: Passed to jsonargparse.
+
+    Attributes:
+        sections: The class behind each key that takes a class.
     """
+
+    sections: Sections = MappingProxyType({})
 
     def __init__(self, command: str = "", description: str = "", **kwargs: Any) -> None:
         # jsonargparse creates parsers of this class for its own use, without a command.
@@ -27,4 +33,4 @@ class CommandParser(ArgumentParser):
         """Raise a :class:`Mistake`."""
         hidden = ("help", "print_shtab", "==SUPPRESS==")
         keys = [action.dest for action in self._actions if action.dest not in hidden]
-        raise Mistake(explain(message, {}, keys)) from ex
+        raise Mistake(explain(message, self.sections, keys)) from ex

@@ -1,182 +1,115 @@
-"""``dynadapter verify``: checks a data set to its last image and says all that is wrong with it."""
+"""``dynadapter verify``: check a data set before a run."""
 
 import json
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from types import MappingProxyType
+from typing import TYPE_CHECKING
 
-from dynadapter.cli.errors import Mistake, nearest, one_line
+from dynadapter.cli.errors import Mistake
+from dynadapter.cli.explain import Sections
+from dynadapter.cli.layers import config_files, read_config
 from dynadapter.cli.parser import CommandParser
+from dynadapter.images.reading import shown
 
-if TYPE_CHECKING:  # Lightning takes seconds to load, and a slip of the pen is answered without it
+if TYPE_CHECKING:  # Lightning takes seconds to import
     from rich.console import Console
 
-    from dynadapter.data.report import Fault, Report, SetReport
+    from dynadapter.data.verify import Finding, Report, SplitReport
 
-CLASSES = ("VTAB1k", "ImageFolder")
 ITEMS = 5
-"""How many things a fault names on the screen; the report has all."""
+"""Number of items that a finding names on the screen; the file of ``--out`` names all."""
+CLASSES = 20
+"""With more classes than this, the screen shows no table of images per class."""
 
 
-def parser() -> CommandParser:
-    """Makes the command's parser."""
-    parser = CommandParser(
+def make_parser() -> CommandParser:
+    """Create the command's parser; its keys ``data.*`` are those of every other command."""
+    from dynadapter.data import ImageData
+
+    class Parser(CommandParser):  # jsonargparse creates more parsers of this class, which need the sections, too
+        sections: Sections = MappingProxyType({"data": ImageData})
+
+    parser = Parser(
         "verify",
-        "Decodes every image of a data set and says what is missing, broken, doubled, or in two splits. "
-        "The exit code is 0 for data without an error, and 1 for others.",
+        "Decode every image of a data set, count images and classes, and find duplicates. "
+        "The exit code is 0 for data without errors, 1 for errors in the data, and 2 for invalid input.",
         usage="dynadapter verify --data CLASS --data.root FOLDER [--KEY VALUE ...]",
     )
-    words = "Config file whose data section says what to check; what the command line says wins."
-    parser.add_argument("--config", "-c", type=str, action="append", help=words)
-    words = "What reads the images: VTAB1k or ImageFolder; short: --data CLASS."
-    parser.add_argument("--data.class_path", type=Literal["VTAB1k", "ImageFolder"] | None, help=words)
-    parser.add_argument("--data.root", type=str | None, help="The folder of the tasks, or the one that holds train.")
-    parser.add_argument("--data.task", type=str | None, help="The task for VTAB1k; by default all that are in root.")
-    words = "For ImageFolder without val: the share that is held out, 0.2 by default."
-    parser.add_argument("--data.val_fraction", type=float | None, help=words)
-    parser.add_argument("--data.split_seed", type=int | None, help="Decides which images are held out, 0 by default.")
-    words = "Where to write all that was found, as JSON; a second check compares itself with it by --expect."
-    parser.add_argument("--out", type=str | None, help=words)
-    parser.add_argument("--overwrite", type=bool, default=False, help="Whether a report at --out may be replaced.")
-    words = "Report of an earlier check: other hashes than in it are errors."
-    parser.add_argument("--expect", type=str | None, help=words)
-    words = "Images that are decoded at once; some more than there are cores by default."
+    words = "Config file whose data section is checked, or its name; the command line wins over it."
+    parser.add_argument("--config", "-c", type=str | None, help=words)  # read by `config_files`, here for the help
+    parser.add_subclass_arguments(ImageData, "data", required=True)
+    parser.add_argument("--out", type=str | None, help="File for the whole report, as JSON.")
+    words = "Images decoded at once; by default a few more than there are cores."
     parser.add_argument("--threads", type=int | None, help=words)
     return parser
 
 
 def run(args: list[str]) -> None:
-    """Runs the command.
+    """Run the command.
 
     Raises:
         SystemExit: With code 1 if the data have errors.
-        Mistake: If there is nothing to check.
+        Mistake: If a setting is invalid.
+        ValueError: If the data module cannot read its lists or folders.
     """
-    try:
-        given = parser().parse_args([_class_key(arg) for arg in args])
-    except Mistake as mistake:  # the key as it was given
-        raise Mistake(str(mistake).replace("data.class_path", "data")) from mistake
-    data = _data(given)
+    from dynadapter.cli.safety import check_config
+    from dynadapter.data.verify import verify
+
+    files, rest = config_files(args)
+    sections = [_data_section(file) for file in files]
+    parser = make_parser()
+    given = parser.parse_args([*(f"--data={section}" for section in sections), *rest])
+    check_config(given)
     if given.threads is not None and given.threads < 1:
         raise Mistake(f"threads={given.threads} must be at least 1")
-    if given.out is not None:
-        _check_out(Path(given.out).expanduser(), given.overwrite)
-    expected = _expected(given.expect) if given.expect is not None else None
-    report = verify(data, expected, given.threads)
-    show(report, given.out)
-    if given.out is not None:
-        _write(report, Path(given.out).expanduser())
-    if report.errors:
+    out = Path(given.out).expanduser() if given.out is not None else None
+    if out is not None:
+        _check_out(out)
+    data = parser.instantiate(given).data
+    with progress_bar() as progress:
+        report = verify(data, threads=given.threads, progress=progress)
+    print_report(report)
+    if out is not None:
+        out.write_text(json.dumps(report.as_dict(), indent=1) + "\n", encoding="utf-8")
+        print(f"report in {out}")
+    if report.count("error"):
         raise SystemExit(1)
 
 
-def _class_key(arg: str) -> str:
-    key, equals, value = arg.partition("=")
-    return f"--data.class_path{equals}{value.rpartition('.')[2]}" if key == "--data" else arg
-
-
-def _data(given: Any) -> dict[str, Any]:
-    """Puts together what config files and the command line say of the data.
-
-    Raises:
-        Mistake: If that is not enough, or of other data.
-    """
-    settings: dict[str, Any] = {}
-    for file in given.config or []:
-        settings |= _section(file)
-    settings |= {name: value for name, value in vars(given.data).items() if value is not None}
-    if "class_path" not in settings:
-        raise Mistake(
-            "data is missing; give --data VTAB1k or --data ImageFolder, or --config, a file with a data section"
-        )
-    name = str(settings["class_path"]).rpartition(".")[2]
-    if name not in CLASSES:
-        hint = nearest(name, CLASSES)
-        raise Mistake(f"data cannot be {settings['class_path']!r}{hint or ';'} verify checks VTAB1k and ImageFolder")
-    if settings.get("root") is None:
-        holds = "the tasks" if name == "VTAB1k" else "train"
-        raise Mistake(f"data.root is missing; give --data.root, the folder that holds {holds}")
-    takes = {"VTAB1k": ("task",), "ImageFolder": ("val_fraction", "split_seed")}
-    for other in ("task", "val_fraction", "split_seed"):
-        if getattr(given.data, other) is not None and other not in takes[name]:
-            raise Mistake(f"{name} has no setting {other!r}; leave out --data.{other}")
-    chosen = {"data": name, "root": settings["root"]}
-    return chosen | {other: settings[other] for other in takes[name] if settings.get(other) is not None}
-
-
-def _section(file: str) -> dict[str, Any]:
-    """Reads the data section of a config file.
-
-    Raises:
-        Mistake: If there is none, or its values are of no use.
-    """
-    from dynadapter.cli.layers import read_config
-
+def _data_section(file: str) -> str:
+    """Return the data section of a config file as the parser reads it: JSON, or the name of a class."""
     section = read_config(file, ("data",)).get("data")
-    if isinstance(section, str):
-        return {"class_path": section}
-    settings = {**section, **(section.get("init_args") or {})} if isinstance(section, dict) else {}
-    types: dict[str, Any] = {
-        "class_path": str,
-        "root": str,
-        "task": str,
-        "val_fraction": int | float,
-        "split_seed": int,
-    }
-    found = {name: settings[name] for name in types if settings.get(name) is not None}
-    for name, value in found.items():
-        if not isinstance(value, types[name]):
-            raise Mistake(f"config file {file}: data.{name} cannot be {value!r}")
-    if not found:
+    if not section:
         raise Mistake(f"config file {file} has no data section; give another, or --data CLASS --data.root FOLDER")
-    return found
+    return section if isinstance(section, str) else json.dumps(section, default=str)
 
 
-def _check_out(out: Path, overwrite: bool) -> None:
-    """Refuses a place for the report before hours of work, not after."""
-    if out.is_dir():
-        raise Mistake(f"out={out} is a folder; give a file, such as {out / 'report.json'}")
-    if os.path.lexists(out) and not overwrite:
-        raise Mistake(f"{out} exists; give another --out, or --overwrite true to replace it")
+def _check_out(out: Path) -> None:
+    """Refuse a place for the report before the work, not after it."""
+    if os.path.lexists(out):
+        raise Mistake(f"out={out} exists; give a new file, such as {out.with_suffix('')}-2.json")
     if not out.parent.is_dir():
-        raise Mistake(f"out={out}: there is no folder {out.parent}; make it first")
+        raise Mistake(f"out={out}: folder {out.parent} does not exist; create it first")
     if not os.access(out.parent, os.W_OK):
-        raise Mistake(f"out={out}: nothing can be written in {out.parent}; give another place")
+        raise Mistake(f"out={out}: folder {out.parent} is not writable; give another place")
 
 
-def _expected(file: str) -> Any:
-    from dynadapter.data.report import check_report
+@contextmanager
+def progress_bar() -> Iterator[Callable[[int, int], None]]:
+    """Show a progress bar on a terminal; yield what moves it."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
-    try:
-        return check_report(json.loads(Path(file).expanduser().read_text(encoding="utf-8")))
-    except OSError as error:
-        raise Mistake(f"expect={file} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise Mistake(f"expect={file} is no report of verify: {one_line(error)}") from error
-
-
-def verify(data: dict[str, Any], expected: Any, threads: int | None) -> "Report":
-    """Checks the data with a progress bar for each set."""
-    from rich.markup import escape
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    from dynadapter.data.verify import verify
-    from dynadapter.images.reading import shown
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=error_console(), transient=True) as bar:
-        tasks: dict[str, Any] = {}
-
-        def progress(name: str, done: int, total: int) -> None:
-            if name not in tasks:
-                tasks[name] = bar.add_task(escape(shown(name)), total=total)
-            bar.update(tasks[name], completed=done)
-
-        return verify(**data, expected=expected, threads=threads, progress=progress)
+        task = bar.add_task("images", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def error_console() -> "Console":
-    """Makes a console for what is not the result: progress bars, and only where somebody sees them move."""
+    """Return a console for what is not the result; it prints nothing where standard error is not a terminal."""
     from rich.console import Console
 
     console = Console(stderr=True)
@@ -184,69 +117,50 @@ def error_console() -> "Console":
     return console
 
 
-# ---- what was found --------------------------------------------------------------------------------------------------
+# ---- the printed report ----------------------------------------------------------------------------------------------
 
 
-def show(report: "Report", out: str | None) -> None:
-    """Prints a table for each set and its faults, and in the end what it comes to."""
-    for one in report.sets:
-        _show_set(one)
-    if report.missing_tasks:
-        told = f"{len(report.missing_tasks)} of the 19 tasks of VTAB-1k are missing: {', '.join(report.missing_tasks)}"
-        print(told if len(report.missing_tasks) < 19 else "none of the 19 tasks of VTAB-1k is there")
-    errors, warnings = len(report.errors), len(report.warnings)
-    where = "" if out or not errors + warnings else "; --out report.json writes down all that they name"
-    told = _count(errors, "error") if errors else "no error"
-    print(f"{told}, {_count(warnings, 'warning')}{where}")
+def print_report(report: "Report") -> None:
+    """Print a table of the splits, a table of the classes where they are few, the findings, and a summary."""
+    names = report.class_names
+    print(shown(f"{report.data}, {len(names)} class{'es' * (len(names) != 1)}, {report.folder or 'in memory'}"))
+    columns = ["split", "images", "unreadable", "images per class", "smallest", "largest", "hash"]
+    _print_table(columns, [_split_row(split) for split in report.splits])
+    if len(names) <= CLASSES and report.splits:
+        rows = [[name, *(f"{split.classes[name]:,}" for split in report.splits)] for name in names]
+        _print_table(["class", *(split.name for split in report.splits)], rows)
+    for finding in report.findings:
+        _print_finding(finding)
+    errors, warnings = report.count("error"), report.count("warning")
+    print(f"{errors:,} error{'s' * (errors != 1)}, {warnings:,} warning{'s' * (warnings != 1)}")
 
 
-def _show_set(one: "SetReport") -> None:
+def _split_row(split: "SplitReport") -> list[str]:
+    counts = split.classes.values()
+    sizes = ["x".join(map(str, size)) if size else "–" for size in (split.smallest, split.largest)]
+    per_class = f"{min(counts):,} to {max(counts):,}"
+    return [split.name, f"{split.images:,}", f"{split.unreadable:,}", per_class, *sizes, (split.hash or "–")[:12]]
+
+
+def _print_table(columns: list[str], rows: list[list[str]]) -> None:
     from rich import box
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
-    classes = f", {_count(one.classes, 'class', 'classes')}" if one.classes is not None else ""
-    table = Table(title=escape(f"{_text(one.name)}{classes}"), box=box.SIMPLE, title_justify="left")
-    table.add_column("split")
-    for name in ("images", "readable", "classes", "smallest", "largest"):
-        table.add_column(name, justify="right")
-    table.add_column("modes")
-    table.add_column("hash")
-    for split in one.splits:
-        sizes = ["x".join(map(str, size)) if size else "–" for size in (split.smallest, split.largest)]
-        modes = ", ".join(f"{mode} {count:,}" if len(split.modes) > 1 else mode for mode, count in split.modes.items())
-        counts = [f"{n:,}" for n in (split.images, split.readable, split.classes)]
-        table.add_row(split.name, *counts, *sizes, modes or "–", (split.hash or "–")[:12])
+    table = Table(box=box.SIMPLE)
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if index else "left")
+    for row in rows:
+        table.add_row(*(escape(shown(cell)) for cell in row))
     console = Console()
-    console.width = max(console.width, 120)  # a narrow pipe would fold the names
+    console.width = max(console.width, 120)  # a narrow pipe would break the lines
     console.print(table)
-    for fault in one.faults:
-        _show_fault(fault)
-    if one.faults:
-        print()
 
 
-def _show_fault(fault: "Fault") -> None:
-    print(f"  {fault.level}: {_text(fault.text)}")
-    for item in fault.items[:ITEMS]:
-        print(f"      {_text(item)[:300]}")
-    if len(fault.items) > ITEMS:
-        print(f"      and {len(fault.items) - ITEMS:,} more")
-
-
-def _text(text: str) -> str:
-    from dynadapter.images.reading import shown
-
-    return shown(text)
-
-
-def _count(number: int, one: str, many: str = "") -> str:
-    return f"{number:,} {one if number == 1 else many or one + 's'}"
-
-
-def _write(report: "Report", out: Path) -> None:
-    from dynadapter.training.checkpoints import write
-
-    write(out, json.dumps(report.as_dict(), indent=1).encode() + b"\n")
-    print(f"report in {out}")
+def _print_finding(finding: "Finding") -> None:
+    print(f"  {finding.level}: {shown(finding.text)}")
+    for item in finding.items[:ITEMS]:
+        print(f"      {shown(item)[:300]}")
+    if len(finding.items) > ITEMS:
+        print(f"      and {len(finding.items) - ITEMS:,} more; --out report.json lists all")

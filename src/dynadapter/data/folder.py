@@ -1,23 +1,23 @@
-"""A folder per class: the layout that people have their own images in."""
+"""Read images from one folder a class."""
 
 from pathlib import Path
 from typing import Any
 
 from dynadapter.data.base import ImageData, Sample, Split
-from dynadapter.data.splits import hold_out
+from dynadapter.data.splits import MissingSplit, hold_out
 from dynadapter.images.reading import SUFFIXES, image_files, shown
 
 
 class ImageFolder(ImageData):
-    """Images in ``root/train/CLASS/``, ``root/val/CLASS/`` and ``root/test/CLASS/``, at any depth below.
+    """Images in ``root/train/CLASS/``, ``root/val/CLASS/`` and ``root/test/CLASS/``, at any depth below the class.
 
-    Classes are the subfolders of ``train``, sorted; those of ``val`` and ``test`` are matched by name. Without ``val``
-    a part of ``train`` is held out, the same share of each class.
+    Classes are the subfolders of ``train``, sorted. Those of ``val`` and ``test`` are matched by name. Without ``val``,
+    the same fraction of each class of ``train`` is held out.
 
     Args:
-        root: Folder with ``train`` and, if there are, ``val`` and ``test``.
-        val_fraction: Share of the training images held out where ``val`` is missing, in [0, 1); 0 for no validation.
-        split_seed: Decides which images are held out.
+        root: Folder with ``train`` and, where they exist, ``val`` and ``test``.
+        val_fraction: Fraction of the training images held out where ``val`` is missing, in [0, 1); 0 for no validation.
+        split_seed: Random seed of the images that are held out.
     """
 
     validation_switch = "val_fraction above 0, or make a folder 'val'"
@@ -30,33 +30,38 @@ class ImageFolder(ImageData):
         self.val_fraction = val_fraction
         self.split_seed = split_seed
         if not self.root.is_dir():
-            raise ValueError(f"root {self.root} does not exist or is no folder")
-        self.class_names = self._classes("train")
+            raise ValueError(f"root {self.root} does not exist or is not a folder")
+        self.class_names = self._list_classes("train")
         if not self.class_names:
             raise ValueError(f"{self.root / 'train'} holds no class folder; expected train/CLASS/image.png")
 
+    @property
+    def folder(self) -> Path:
+        """The folder of all images."""
+        return self.root
+
     def samples(self, split: Split) -> list[Sample]:
         if split == "test" or (split == "val" and (self.root / "val").is_dir()):
-            return self._listed(split)
-        train = self._listed("train")
+            return self._list_samples(split)
+        train = self._list_samples("train")
         if (self.root / "val").is_dir():
             return train
         kept, held = hold_out([label for _, label in train], self.val_fraction, self.split_seed)
         return [train[i] for i in (kept if split == "train" else held)]
 
-    def _classes(self, split: str) -> list[str]:
+    def _list_classes(self, split: str) -> list[str]:
         folder = self.root / split
         if not folder.is_dir():
-            there = _told(subfolders(self.root)) or "no folder"
-            raise ValueError(f"{folder} does not exist; expected {split}/CLASS/image.png, but in root are: {there}")
-        return subfolders(folder)
+            there = _join(_subfolders(self.root)) or "no folder"
+            raise MissingSplit(f"{folder} does not exist; expected {split}/CLASS/image.png, but root contains: {there}")
+        return _subfolders(folder)
 
-    def _listed(self, split: str) -> list[Sample]:
-        classes = self._classes(split)
+    def _list_samples(self, split: str) -> list[Sample]:
+        classes = self._list_classes(split)
         if unknown := sorted(set(classes) - set(self.class_names)):
             raise ValueError(
-                f"{self.root / split} has classes that train has not: {_told(unknown)}; "
-                f"train has: {_told(self.class_names)}"
+                f"{self.root / split} has classes that train does not have: {_join(unknown)}; "
+                f"train has: {_join(self.class_names)}"
             )
         index = {name: label for label, name in enumerate(self.class_names)}
         found = [(path, index[name]) for name in classes for path in image_files(self.root / split / name)]
@@ -64,16 +69,16 @@ class ImageFolder(ImageData):
         without = [name for name in classes if index[name] not in with_images]
         if not found or (split == "train" and without):
             raise ValueError(
-                f"no image in {self.root / split} for: {_told(without) or 'any class'}; "
+                f"no image in {self.root / split} for: {_join(without) or 'any class'}; "
                 f"looked for files ending in {', '.join(SUFFIXES)}"
             )
         return list(found)
 
 
-def subfolders(folder: Path) -> list[str]:
-    """List the names of the folders in a folder, hidden ones left out."""
+def _subfolders(folder: Path) -> list[str]:
+    """Return the names of the folders in a folder, without hidden ones."""
     return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
 
 
-def _told(names: list[str]) -> str:
+def _join(names: list[str]) -> str:
     return ", ".join(map(shown, names))

@@ -1,7 +1,7 @@
-"""What a set of images is, as a hash: the same here and elsewhere, whatever its folder is called."""
+"""Hash a set of images, so that two runs can tell whether they used the same data."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -11,10 +11,10 @@ from dynadapter.images.reading import open_regular
 
 
 def data_hash(samples: Sequence[tuple[Path | Image.Image, int | str]]) -> str:
-    """Hash the images of a split and their labels, in their order; nothing is decoded.
+    """Hash the images of a split and their labels, in their order, without decoding them.
 
-    A file counts by its content and not by its path, an image in memory by its mode, size, palette and bytes. So the
-    same lists on another machine give the same hash, and one changed pixel, label or place another.
+    A file counts by its content, not by its path; an image in memory by its mode, size, palette and bytes. The same
+    lists give the same hash on another machine. One changed pixel, label or position gives another hash.
 
     >>> data_hash([])[:12]
     'e3b0c44298fc'
@@ -26,13 +26,42 @@ def data_hash(samples: Sequence[tuple[Path | Image.Image, int | str]]) -> str:
         SHA-256 in hexadecimal.
 
     Raises:
-        OSError: A file cannot be read, or is none: a pipe, a device, a folder.
+        OSError: A file cannot be read, or is a pipe, a device or a folder.
+    """
+    with ThreadPoolExecutor() as pool:  # reading and hashing both release the interpreter lock
+        hashes = pool.map(image_hash, [source for source, _ in samples])
+        return combine_hashes((content, label) for content, (_, label) in zip(hashes, samples, strict=True))
+
+
+def combine_hashes(images: Iterable[tuple[str, int | str]]) -> str:
+    """Return the `data_hash` of images whose own hashes are known.
+
+    Args:
+        images: Pairs (`image_hash`, label). Text and number are told apart, and lengths are included, so that no two
+            lists are written to the same bytes.
     """
     whole = hashlib.sha256()
-    with ThreadPoolExecutor() as pool:  # reading and hashing both leave the interpreter lock
-        for content, (_, label) in zip(pool.map(_digest, [source for source, _ in samples]), samples, strict=True):
-            whole.update(row(content, label))
+    for content, label in images:
+        text = str(label).encode("utf-8", "surrogateescape")
+        kind = "text" if isinstance(label, str) else "index"
+        whole.update(f"{content} {kind} {len(text)} ".encode() + text + b"\n")
     return whole.hexdigest()
+
+
+def image_hash(source: Path | Image.Image) -> str:
+    """Hash the bytes of a file, or the pixels of an image in memory.
+
+    Returns:
+        SHA-256 in hexadecimal.
+
+    Raises:
+        OSError: The file cannot be read, or is a pipe, a device or a folder.
+    """
+    if not isinstance(source, Image.Image):
+        return file_hash(source)
+    width, height = source.size
+    head = f"{source.mode} {width} {height} {source.getpalette() if source.mode in ('P', 'PA') else ''}"
+    return hashlib.sha256(head.encode() + b"\n" + source.tobytes()).hexdigest()
 
 
 def file_hash(path: str | Path) -> str:
@@ -42,27 +71,7 @@ def file_hash(path: str | Path) -> str:
         SHA-256 in hexadecimal.
 
     Raises:
-        OSError: The file cannot be read, or is none: a pipe, a device, a folder.
+        OSError: The file cannot be read, or is a pipe, a device or a folder.
     """
     with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def row(content: str, label: int | str) -> bytes:
-    """Put one sample into the bytes that `data_hash` takes in, so that no two lists of samples share theirs.
-
-    Args:
-        content: Hash of the image.
-        label: Its class index, or its name.
-    """
-    text = str(label).encode("utf-8", "surrogateescape")
-    kind = "text" if isinstance(label, str) else "index"
-    return f"{content} {kind} {len(text)} ".encode() + text + b"\n"
-
-
-def _digest(source: Path | Image.Image) -> str:
-    if not isinstance(source, Image.Image):
-        return file_hash(source)
-    width, height = source.size
-    head = f"{source.mode} {width} {height} {source.getpalette() if source.mode in ('P', 'PA') else ''}"
-    return hashlib.sha256(head.encode() + b"\n" + source.tobytes()).hexdigest()

@@ -1,18 +1,22 @@
-"""Holding images out, the same ones on every machine."""
+"""Hold images out for validation, the same ones on every machine."""
 
 import random
 from collections.abc import Hashable, Sequence
 
 
+class MissingSplit(ValueError):
+    """A data set has no list or folder for a split."""
+
+
 def hold_out(labels: Sequence[Hashable], fraction: float, seed: int) -> tuple[list[int], list[int]]:
     """Hold out a fraction of each class.
 
-    Every class of two and more images has at least one on either side; a single image is kept.
+    A class of two or more images keeps at least one on either side; a single image is not held out.
 
     Args:
         labels: The class of each image.
-        fraction: Share to hold out, in [0, 1).
-        seed: Decides which; the result depends on `labels`, `fraction` and `seed` alone.
+        fraction: Fraction to hold out, in [0, 1).
+        seed: Random seed. The result depends on `labels`, `fraction` and `seed` alone.
 
     Returns:
         The indices kept and the indices held out, both ascending.

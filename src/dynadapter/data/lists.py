@@ -1,0 +1,129 @@
+"""Read the lists of a VTAB-1k task, and check that the files they name lie inside the data's folders."""
+
+import os
+import re
+import stat
+from collections import Counter
+from pathlib import Path, PureWindowsPath
+from typing import Literal, NamedTuple
+
+from dynadapter.images.reading import open_regular, shown
+
+LISTS = ("train800.txt", "val200.txt", "train800val200.txt", "test.txt")
+LABEL = re.compile("-?[0-9]{1,9}")  # int() alone also accepts '1_0' and digits of other scripts
+CONTROL = re.compile("[\x00-\x1f\x7f]")
+MAX_LIST = 2**28
+"""Lists of more bytes are refused; a million lines need a tenth of this."""
+
+
+class Line(NamedTuple):
+    """A line of a list.
+
+    Attributes:
+        path: Of the image, relative to the task's folder.
+        label: Class index.
+        place: List and line number, for messages.
+    """
+
+    path: str
+    label: int
+    place: str
+
+
+def read_list(file: Path) -> list[Line]:
+    """Read a list of lines ``PATH LABEL``.
+
+    Raises:
+        ValueError: A line is malformed, a path leaves the task's folder, or the list is empty.
+    """
+    lines = []
+    for number, content in enumerate(read_text(file).split("\n"), start=1):
+        if not content.strip():
+            continue
+        place = f"{file}:{number}"
+        path, *label = content.strip().rsplit(maxsplit=1)  # a path may contain spaces
+        if not label or not LABEL.fullmatch(label[0]) or CONTROL.search(path):
+            given = content.strip()[:100]
+            raise ValueError(f"{place}: {given!r} is not 'PATH LABEL', for example 'images/train800/000000.jpg 12'")
+        if _leaves_folder(path):
+            raise ValueError(
+                f"{place}: path {path[:100]!r} leaves the task's folder; paths are relative to {shown(file.parent)}"
+            )
+        lines.append(Line(path, int(label[0]), place))
+    if not lines:
+        raise ValueError(f"{file} lists no image")
+    return lines
+
+
+def _leaves_folder(path: str) -> bool:
+    if not (path.startswith("/") or ":" in path or "\\" in path or ".." in path):
+        return False  # the usual case, without the slow parsing below
+    windows = PureWindowsPath(path)  # understands both separators, and drives
+    return bool(windows.anchor) or ".." in windows.parts
+
+
+def read_classes(file: Path, expected: int | None = None) -> list[str]:
+    """Read class names, one a line.
+
+    Args:
+        file: ``classes.txt``.
+        expected: Number of classes, where it is known.
+
+    Raises:
+        ValueError: A name occurs twice, or the number of names is not the expected one.
+    """
+    names = [name.strip() for name in read_text(file).split("\n") if name.strip()]
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise ValueError(f"{file} names a class twice: {', '.join(map(shown, twice))}")
+    if expected is not None and len(names) != expected:
+        raise ValueError(f"{file} names {len(names)} classes; the task has {expected}")
+    return names
+
+
+def read_text(file: Path) -> str:
+    """Read a text file in UTF-8 with line breaks of any system.
+
+    Raises:
+        ValueError: The file is not UTF-8, or larger than `MAX_LIST`.
+    """
+    with open_regular(file) as opened:
+        content = opened.read(MAX_LIST + 1)
+    if len(content) > MAX_LIST:
+        raise ValueError(f"{file} has more than {MAX_LIST:,} bytes, too many for a list")
+    try:
+        return content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not text in UTF-8: {error.reason} at byte {error.start}") from None
+
+
+class PathCheck:
+    """Check whether files lie inside some folders after all links are followed.
+
+    Args:
+        folders: A file may lie in any of these.
+    """
+
+    def __init__(self, *folders: Path) -> None:
+        self.folders = [os.path.realpath(folder) for folder in folders]
+        self._parents: dict[str, bool] = {}  # most images share a few folders, whose links are followed once
+
+    def state(self, path: Path) -> Literal["file", "missing", "outside"]:
+        """Return ``file`` for a regular file inside, ``outside`` for a path that leads out, else ``missing``."""
+        parent = os.path.dirname(path)
+        if parent not in self._parents:
+            self._parents[parent] = self._contains(parent)
+        if not self._parents[parent]:
+            return "outside"
+        try:
+            mode = os.lstat(path).st_mode
+            if stat.S_ISLNK(mode):
+                if not self._contains(path):
+                    return "outside"
+                mode = os.stat(path).st_mode
+        except OSError:
+            return "missing"
+        return "file" if stat.S_ISREG(mode) else "missing"
+
+    def _contains(self, path: str | Path) -> bool:
+        real = os.path.realpath(path)
+        return any(real == folder or real.startswith(os.path.join(folder, "")) for folder in self.folders)
