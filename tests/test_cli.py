@@ -19,6 +19,7 @@ from dynadapter.cli import main
 from dynadapter.cli.app import DynCLI
 from dynadapter.cli.runs import RUN_VARIABLE, claim_folder
 from dynadapter.data import ImagesToPredict, Shapes
+from dynadapter.data.shapes import CLASSES
 from dynadapter.training.callbacks import EarlyExit, PredictionWriter
 from dynadapter.training.module import ExitClassifier
 
@@ -321,7 +322,7 @@ def test_what_is_off_is_off_in_the_config_of_the_run(tmp_path):
 @pytest.mark.parametrize("adapter", [LoRA(rank=3), None])
 def test_a_checkpoint_made_in_python(adapter, tmp_path, built):
     module = ExitClassifier(
-        10,
+        8,
         backbone="vit_tiny_patch16_224",
         pretrained=False,
         backbone_args={"patch_size": 16, "embed_dim": 24, "depth": 3, "num_heads": 3},
@@ -349,7 +350,7 @@ def test_predict_needs_checkpoint_and_images_alone(checkpoint, pictures, tmp_pat
     table = rows(tmp_path / "out.csv")
     assert list(table[0])[:4] == ["file", "class", "confidence", "exit"]
     assert [Path(row["file"]).name for row in table] == ["a.png", "b.png", "c.png"]
-    assert {row["class"] for row in table} <= {str(digit) for digit in range(10)}
+    assert {row["class"] for row in table} <= {*CLASSES}
     assert {path.name for path in tmp_path.iterdir()} == {"runs", "pictures", "out.csv"}  # and no run
 
 
