@@ -1,13 +1,15 @@
-"""A folder per class."""
+"""Image folders: classes, splits, and messages for missing parts."""
 
 import re
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from dynadapter.data import ImageFolder
+from dynadapter.data.splits import hold_out
 
 
 def make(root: Path, **splits: dict[str, int]) -> Path:
@@ -31,7 +33,7 @@ def fails(words: str, make_data) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_classes_are_mapped_by_name(tmp_path):
+def test_classes_are_matched_by_name(tmp_path):
     make(tmp_path, train={"cat": 2, "ant": 1, "bee": 1}, val={"cat": 1}, test={"cat": 1, "bee": 2})
     data = ImageFolder(tmp_path)
     assert data.class_names == ["ant", "bee", "cat"]
@@ -46,7 +48,7 @@ def test_classes_are_mapped_by_name(tmp_path):
     assert listed(data, "test") == [("test/bee/0.png", 1), ("test/bee/1.png", 1), ("test/cat/0.png", 2)]
 
 
-def test_a_share_of_train_is_held_out_where_val_is_missing(tmp_path):
+def test_train_is_split_without_val(tmp_path):
     make(tmp_path, train={"a": 10, "b": 20, "c": 1})
     data = ImageFolder(tmp_path, val_fraction=0.3)
     train, val = listed(data, "train"), listed(data, "val")
@@ -57,7 +59,7 @@ def test_a_share_of_train_is_held_out_where_val_is_missing(tmp_path):
     assert listed(ImageFolder(tmp_path, val_fraction=0.3, split_seed=1), "val") != val
 
 
-def test_no_validation(tmp_path):
+def test_val_fraction_0_means_no_validation(tmp_path):
     make(tmp_path, train={"a": 3, "b": 3})
     data = ImageFolder(tmp_path, val_fraction=0, image_size=4)
     data.setup("fit")
@@ -75,31 +77,50 @@ def test_images_are_found_at_any_depth(tmp_path):
     assert [label for _, label in listed(data, "train")] == [0, 1, 1]
 
 
-def test_an_unknown_class_lists_both_sides(tmp_path):
+def test_unknown_class_lists_both_splits(tmp_path):
     make(tmp_path, train={"a": 1, "b": 1}, test={"a": 1, "z": 1})
-    fails("test has classes that train has not: z; train has: a, b", lambda: ImageFolder(tmp_path).setup("test"))
+    fails("test has classes that train does not have: z; train has: a, b", lambda: ImageFolder(tmp_path).setup("test"))
 
 
-def test_missing_folders(tmp_path):
+def test_missing_folder_is_named(tmp_path):
     fails(f"root {tmp_path / 'no'} does not exist", lambda: ImageFolder(tmp_path / "no"))
     fails(
-        f"{tmp_path / 'train'} does not exist; expected train/CLASS/image.png, but in root are: no folder",
+        f"{tmp_path / 'train'} does not exist; expected train/CLASS/image.png, but root contains: no folder",
         lambda: ImageFolder(tmp_path),
     )
     make(tmp_path, cats={"a": 1}, dogs={"b": 1})
-    fails("but in root are: cats, dogs", lambda: ImageFolder(tmp_path))
+    fails("but root contains: cats, dogs", lambda: ImageFolder(tmp_path))
     (tmp_path / "train").mkdir()
     fails("holds no class folder", lambda: ImageFolder(tmp_path))
     make(tmp_path, train={"a": 1})
     fails("test does not exist; expected test/CLASS/image.png", lambda: ImageFolder(tmp_path).setup("test"))
 
 
-def test_a_class_without_images(tmp_path):
+def test_class_without_images_is_named(tmp_path):
     make(tmp_path, train={"a": 1, "b": 0}, val={"a": 0})
     fails("train for: b; looked for files ending in .png", lambda: ImageFolder(tmp_path).setup("fit"))
     fails("val for: a; looked for files", lambda: ImageFolder(tmp_path).setup("validate"))
 
 
 @pytest.mark.parametrize("fraction", [-0.1, 1.0])
-def test_impossible_fractions(tmp_path, fraction):
+def test_val_fraction_out_of_range(tmp_path, fraction):
     fails("val_fraction must lie in [0, 1)", lambda: ImageFolder(make(tmp_path, train={"a": 1}), val_fraction=fraction))
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.1, 0.25, 0.5, 0.9])
+def test_hold_out_splits_each_class(fraction):
+    generator = np.random.default_rng(0)
+    classes = [*generator.choice(list("abcd"), 97, p=[0.6, 0.2, 0.15, 0.05]).tolist(), "single"]
+    kept, held = hold_out(classes, fraction, seed=3)
+    assert sorted(kept + held) == list(range(98))
+    assert (kept, held) == (sorted(kept), sorted(held))
+    for name, count in Counter(classes).items():
+        out = sum(classes[i] == name for i in held)
+        if count == 1 or fraction == 0:
+            assert out == 0
+        else:
+            assert 1 <= out <= count - 1
+            assert abs(out - fraction * count) <= 1
+    if fraction:
+        assert hold_out(classes, fraction, seed=4)[1] != held
+        assert hold_out(classes, fraction, seed=3)[1] == held

@@ -9,7 +9,6 @@ import torch
 
 from dynadapter.data import ImageFolder, Shapes, VTAB1k
 from dynadapter.data.shapes import CLASSES, OUTLINES, draw_shape, draw_split, write_shapes
-from dynadapter.data.splits import hold_out
 
 SPLITS = ("train", "val", "test")
 FEW = {"train_images": 24, "val_images": 16, "test_images": 16}
@@ -109,22 +108,3 @@ def test_written_shapes_are_read_again(layout, tmp_path):
             for image, label in read.dataset(split)
         }
         assert items == pixels
-
-
-@pytest.mark.parametrize("fraction", [0.0, 0.1, 0.25, 0.5, 0.9])
-def test_hold_out_splits_each_class(fraction):
-    generator = np.random.default_rng(0)
-    classes = [*generator.choice(list("abcd"), 97, p=[0.6, 0.2, 0.15, 0.05]).tolist(), "single"]
-    kept, held = hold_out(classes, fraction, seed=3)
-    assert sorted(kept + held) == list(range(98))
-    assert (kept, held) == (sorted(kept), sorted(held))
-    for name, count in Counter(classes).items():
-        out = sum(classes[i] == name for i in held)
-        if count == 1 or fraction == 0:
-            assert out == 0
-        else:
-            assert 1 <= out <= count - 1
-            assert abs(out - fraction * count) <= 1
-    if fraction:
-        assert hold_out(classes, fraction, seed=4)[1] != held
-        assert hold_out(classes, fraction, seed=3)[1] == held

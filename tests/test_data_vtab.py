@@ -1,4 +1,4 @@
-"""VTAB-1k and its layout."""
+"""VTAB-1k: the table of tasks, its lists, and messages for faults in them."""
 
 import re
 import tarfile
@@ -14,7 +14,7 @@ SHARED = Path(__file__).parents[2] / "shared" / "data" / "tasks"
 
 
 def make(root: Path, task: str = "toys", classes: int = 3, **lists: str) -> Path:
-    """A task with 4 training images, 2 validation images and 3 test images, or lists of one's own."""
+    """A task with 4 training images, 2 validation images and 3 test images, or with the given lists."""
     folder = root / task
     (folder / "images").mkdir(parents=True)
     for i in range(9):
@@ -40,10 +40,10 @@ def fails(words: str, make_data) -> None:
     assert "\n" not in str(caught.value)
 
 
-# The table
+# ---- the table
 
 
-def test_the_table_is_the_benchmark():
+def test_table_equals_the_benchmark():
     groups = [task.group for task in VTAB_TASKS.values()]
     assert (len(groups), len(set(VTAB_TASKS))) == (19, 19)
     assert [groups.count(group) for group in ("Natural", "Specialized", "Structured")] == [7, 4, 8]
@@ -54,16 +54,16 @@ def test_the_table_is_the_benchmark():
     assert len(aliases) == len(set(aliases))
 
 
-def test_aliases():
+def test_aliases_name_the_same_task():
     for alias, name in {"cifar100": "cifar", "pets": "oxford_iiit_pet", "flowers102": "oxford_flowers102"}.items():
         assert vtab_task(alias) == VTAB_TASKS[name]
     assert vtab_task("cifar10") is None
 
 
-# Reading
+# ---- reading
 
 
-def test_protocol_switch(tmp_path):
+def test_split_selects_the_lists(tmp_path):
     make(tmp_path)
     choose = VTAB1k(tmp_path, "toys")
     assert names(choose, "train") == ["0.png", "1.png", "2.png", "3.png"]
@@ -88,7 +88,7 @@ def test_batches_hold_the_listed_images(tmp_path, workers):
     assert not images[:, 1:].any()
 
 
-def test_known_tasks_under_their_names(tmp_path):
+def test_known_tasks_have_their_classes(tmp_path):
     make(tmp_path, "oxford_pet")
     for name in ("pets", "oxford_iiit_pet", "oxford_pet"):
         data = VTAB1k(tmp_path, name)
@@ -99,7 +99,7 @@ def test_known_tasks_under_their_names(tmp_path):
     assert VTAB1k(tmp_path, "pets").folder == tmp_path / "pets"  # what is there by its own name comes first
 
 
-def test_classes_of_other_tasks(tmp_path):
+def test_other_tasks_number_their_classes(tmp_path):
     make(tmp_path, "counted", test="images/0.png 6\n")
     data = VTAB1k(tmp_path, "counted")
     assert (data.num_classes, data.group) == (7, None)
@@ -108,7 +108,7 @@ def test_classes_of_other_tasks(tmp_path):
     assert VTAB1k(tmp_path, "named").class_names == ["red", "dark green", "blue", "never seen"]
 
 
-def test_lists_may_hold_spaces_blank_lines_and_foreign_line_ends(tmp_path):
+def test_lists_may_have_spaces_and_blanks(tmp_path):
     make(tmp_path, test="\ufeffimages/my cat.png\t 2\r\n\r\nimages/0.png 0")
     Image.new("L", (2, 2)).save(tmp_path / "toys" / "images" / "my cat.png")
     data = VTAB1k(tmp_path, "toys")
@@ -116,10 +116,10 @@ def test_lists_may_hold_spaces_blank_lines_and_foreign_line_ends(tmp_path):
     assert labels(data, "test") == [2, 0]
 
 
-# Mistakes
+# ---- mistakes
 
 
-def test_missing_folders(tmp_path):
+def test_missing_folder_is_named(tmp_path):
     fails(f"root {tmp_path / 'no'} does not exist", lambda: VTAB1k(tmp_path / "no", "toys"))
     fails("no folder in it holds VTAB lists such as toys/train800.txt", lambda: VTAB1k(tmp_path, "toys"))
     make(make(tmp_path, "cats"), "toys")
@@ -129,7 +129,7 @@ def test_missing_folders(tmp_path):
     fails("has none of the lists train800.txt", lambda: VTAB1k(tmp_path, "bare"))
 
 
-def test_a_missing_list(tmp_path):
+def test_missing_list_is_named(tmp_path):
     make(tmp_path)
     (tmp_path / "toys" / "val200.txt").unlink()
     data = VTAB1k(tmp_path, "toys")
@@ -143,15 +143,15 @@ def test_a_missing_list(tmp_path):
 @pytest.mark.parametrize(
     "line", ["images/0.png", "images/0.png one", "images/0.png 1_0", "images/0.png ١", "1", "a 1.0"]
 )
-def test_a_malformed_line(tmp_path, line):
+def test_malformed_line_is_refused(tmp_path, line):
     make(tmp_path, val200=f"images/0.png 0\n{line}\n")
     fails(f"val200.txt:2: {line!r} is not 'PATH LABEL'", lambda: VTAB1k(tmp_path, "toys"))
 
 
-def test_a_list_that_is_no_text(tmp_path):
+def test_list_must_be_text(tmp_path):
     make(tmp_path)
     (tmp_path / "toys" / "test.txt").write_bytes(b"\xff\xfe\x00")
-    fails("test.txt is not a text in UTF-8", lambda: VTAB1k(tmp_path, "toys"))
+    fails("test.txt is not text in UTF-8", lambda: VTAB1k(tmp_path, "toys"))
     (tmp_path / "toys" / "test.txt").write_text(" \n")
     fails("test.txt lists no image", lambda: VTAB1k(tmp_path, "toys"))
 
@@ -159,22 +159,22 @@ def test_a_list_that_is_no_text(tmp_path):
 @pytest.mark.parametrize(
     ("task", "label", "valid"), [("svhn", 10, "0 to 9"), ("toys", -1, "0 to 2"), ("toys", 3, "0 to 2")]
 )
-def test_a_label_out_of_range(tmp_path, task, label, valid):
+def test_label_out_of_range_is_refused(tmp_path, task, label, valid):
     make(tmp_path, task, test=f"images/0.png 0\nimages/1.png {label}\n")
     if label > 0 and task == "toys":
         (tmp_path / task / "classes.txt").write_text("a\nb\nc\n")
-    fails(f"test.txt:2: label {label} is out of range, valid are {valid}", lambda: VTAB1k(tmp_path, task))
+    fails(f"test.txt:2: label {label} is out of range; valid labels are {valid}", lambda: VTAB1k(tmp_path, task))
 
 
-def test_an_absurd_label_makes_no_absurd_model(tmp_path):
+def test_huge_label_is_refused(tmp_path):
     make(tmp_path, test="images/0.png 999999999\n")
     fails("test.txt:1: label 999999999 is higher than the number of listed images", lambda: VTAB1k(tmp_path, "toys"))
 
 
-def test_wrong_class_names(tmp_path):
+def test_wrong_class_names_are_refused(tmp_path):
     make(tmp_path, "kitti")
     (tmp_path / "kitti" / "classes.txt").write_text("a\nb\nc\n")
-    fails("classes.txt names 3 classes, but kitti has 4", lambda: VTAB1k(tmp_path, "kitti"))
+    fails("classes.txt names 3 classes; the task has 4", lambda: VTAB1k(tmp_path, "kitti"))
     (tmp_path / "kitti" / "classes.txt").write_text("a\nb\na\nc\n")
     fails("classes.txt names a class twice: a", lambda: VTAB1k(tmp_path, "kitti"))
 
@@ -182,12 +182,12 @@ def test_wrong_class_names(tmp_path):
 @pytest.mark.parametrize(
     "path", ["../secret.png", "images/../../secret.png", "/etc/passwd", "C:\\x.png", "a\\..\\..\\x.png"]
 )
-def test_paths_stay_inside(tmp_path, path):
+def test_path_out_of_the_folder_is_refused(tmp_path, path):
     make(tmp_path, test=f"{path} 0\n")
     fails(f"test.txt:1: path {path!r} leaves the task's folder", lambda: VTAB1k(tmp_path, "toys"))
 
 
-def test_a_listed_image_is_missing(tmp_path):
+def test_missing_image_is_named(tmp_path):
     make(tmp_path, test="images/0.png 0\nimages/gone.png 1\nimages/too.png 1\n")
     data = VTAB1k(tmp_path, "toys")
     data.setup("fit")
@@ -201,7 +201,7 @@ def test_a_listed_image_is_missing(tmp_path):
     assert names(skipping, "test") == ["0.png"]
 
 
-def test_a_real_task(tmp_path):
+def test_real_task_is_read(tmp_path):
     archive = SHARED / "shapes_count.tar.xz"
     if not archive.is_file():
         pytest.skip(f"{archive} is not on this machine")
