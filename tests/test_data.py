@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
 from tiny import make_classifier, trainer
 
-from dynadapter.data import Shapes, ImageData, ImageFolder, ImagesToPredict, UnreadableImage, VTAB1k
+from dynadapter.data import ImageData, ImageFolder, ImagesToPredict, Shapes, UnreadableImage, VTAB1k
 from dynadapter.data.dataset import Padded
 from dynadapter.data.samplers import CachedLoader, EpochOrder
 from dynadapter.images.reading import find_images, load_image

@@ -1,4 +1,4 @@
-"""Data modules: VTAB-1k, folders of images, and digits that need no download."""
+"""Data modules: VTAB-1k, folders of images, and drawn shapes that need no download."""
 
 from dynadapter.data.base import ImageData, ImageDataset
 from dynadapter.data.folder import ImageFolder

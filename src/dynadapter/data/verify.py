@@ -124,14 +124,14 @@ def verify(
     data.on_error = "skip"  # missing files are reported together with the unreadable ones
     folder: Path | None = getattr(data, "folder", None)
     findings: list[Finding] = []
-    listed = []
+    listed: list[tuple[Split, Path | Image.Image, int]] = []
     for split in SPLITS:
         try:
             listed += [(split, source, int(label)) for source, label in data.samples(split)]
         except (ValueError, OSError) as error:
             level: Level = "warning" if isinstance(error, MissingSplit) and split == "test" else "error"
             findings.append(Finding(level, "split", " ".join(str(error).split())))
-    entries = []
+    entries: list[_Entry] = []
     pool = ThreadPoolExecutor(threads)  # Pillow decodes outside the interpreter lock
     try:
         progress(0, len(listed))
