@@ -71,7 +71,7 @@ def run(model: nn.Module, images: torch.Tensor) -> list[torch.Tensor]:
     return outputs
 
 
-def told(error: pytest.ExceptionInfo, *words: str) -> None:
+def check_message(error: pytest.ExceptionInfo, *words: str) -> None:
     """Asserts that an error is one line that holds the words."""
     message = str(error.value)
     assert "\n" not in message
@@ -197,13 +197,13 @@ def test_cut_compiles_as_one_graph(any_backbone, images):
 def test_unknown_class_names_the_known(question):
     with pytest.raises(TypeError) as error:
         question(nn.Linear(2, 2))
-    told(error, "no cut is known for Linear", "['ConvNeXt', 'SwinTransformer', 'VisionTransformer']")
+    check_message(error, "no cut is known for Linear", "['ConvNeXt', 'SwinTransformer', 'VisionTransformer']")
 
 
 def test_unknown_family():
     with pytest.raises(TypeError) as error:
         create_backbone("resnet18", CLASSES)
-    told(error, "no cut is known for ResNet", "ConvNeXt")
+    check_message(error, "no cut is known for ResNet", "ConvNeXt")
 
 
 @pytest.mark.parametrize("method", ["forward", "forward_features"])
@@ -215,7 +215,7 @@ def test_cut_own_forward_refused(any_backbone, images, method):
     for question in (cut.blocks, lambda model: cut.embed(model, images)):
         with pytest.raises(TypeError) as error:
             question(any_backbone)
-        told(error, "no cut is known for Mine", method, family.__name__)
+        check_message(error, "no cut is known for Mine", method, family.__name__)
 
 
 # ---- names, arguments and seeds --------------------------------------------------------------------------------------
@@ -271,19 +271,19 @@ def test_unknown_name_gives_the_nearest(name):
     with pytest.raises(ValueError, match="timm has no model") as error:
         create_backbone(name, CLASSES)
     nearest = difflib.get_close_matches(name, timm.list_models(), n=1)[0]
-    told(error, repr(name), nearest)
+    check_message(error, repr(name), nearest)
 
 
 def test_name_that_is_near_to_nothing():
     with pytest.raises(ValueError, match="timm has no model") as error:
         create_backbone("???", CLASSES)
-    told(error, "convnext", "vit")
+    check_message(error, "convnext", "vit")
 
 
 def test_unknown_tag_lists_tags():
     with pytest.raises(ValueError, match="timm has no weights 'augreg_in22k'") as error:
         create_backbone("vit_tiny_patch16_224.augreg_in22k", CLASSES)
-    told(error, "augreg_in21k", "augreg_in21k_ft_in1k")
+    check_message(error, "augreg_in21k", "augreg_in21k_ft_in1k")
 
 
 @pytest.mark.parametrize(
@@ -302,7 +302,7 @@ def test_unknown_tag_lists_tags():
 def test_wrong_arguments_are_one_line(name, options, words):
     with pytest.raises(ValueError) as error:  # noqa: PT011
         create_backbone(name, CLASSES, **options)
-    told(error, *words)
+    check_message(error, *words)
 
 
 def test_negative_classes():
@@ -316,7 +316,7 @@ def test_pretrained_without_network_message(name, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(ValueError, match="could not be fetched") as error:
         create_backbone(name, CLASSES, pretrained=True, cache_dir=str(tmp_path))
-    told(error, name, "weights='...'", "LocalEntryNotFoundError")
+    check_message(error, name, "weights='...'", "LocalEntryNotFoundError")
 
 
 def test_pretrained_is_timms_own(tmp_path, vit):
@@ -540,7 +540,7 @@ def test_weights_that_do_not_fit(any_backbone, tmp_path, request):
         path = save(any_backbone, tmp_path / "file.pth", wrap)
         with pytest.raises(ValueError, match="do not fit") as error:
             make(weights=path, **changes)
-        told(error, "file.pth", *words)
+        check_message(error, "file.pth", *words)
 
     refuse(lambda state: {k: v for k, v in state.items() if k != names[0]}, "1 missing", names[0])
     refuse(lambda state: {k: v for k, v in state.items() if k not in names[:9]}, "9 missing", names[2], "...")
@@ -557,7 +557,7 @@ def test_weights_of_another_family(tmp_path, vit, swin, convnext):
             if wanted != made:
                 with pytest.raises(ValueError, match="do not fit") as error:
                     make(weights=path)
-                told(error, made)
+                check_message(error, made)
 
 
 def test_npz_that_does_not_fit(tmp_path, vit):
@@ -565,10 +565,10 @@ def test_npz_that_does_not_fit(tmp_path, vit):
     for change in ({"depth": 7}, {"depth": 5}, {"embed_dim": 96, "num_heads": 6}, {"pre_norm": True}):
         with pytest.raises(ValueError, match=r"file\.npz") as error:
             make_vit(weights=path, **change)
-        told(error)
+        check_message(error)
     with pytest.raises(ValueError, match="do not fit") as error:
         make_swin(weights=path)
-    told(error, "SwinTransformer", ".safetensors")
+    check_message(error, "SwinTransformer", ".safetensors")
 
 
 class Code:
@@ -613,9 +613,9 @@ def test_broken_files_are_one_line(name, tmp_path):
     broken_files()[name](path)
     with pytest.raises(ValueError, match="weights=") as error:
         make_vit(weights=path)
-    told(error, str(path))
+    check_message(error, str(path))
     if name.startswith(("code", "model")):
-        told(error, "code", ".safetensors")
+        check_message(error, "code", ".safetensors")
     assert not Code.ran
 
 
@@ -623,7 +623,7 @@ def test_broken_files_are_one_line(name, tmp_path):
 def test_no_such_file(name, tmp_path):
     with pytest.raises(ValueError, match="is not a file") as error:
         make_vit(weights=tmp_path / name)
-    told(error, str(tmp_path), ".safetensors")
+    check_message(error, str(tmp_path), ".safetensors")
 
 
 # ---- fingerprint -----------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The class token's row first, the rest of the block for those who go on: the same answers for less."""
+"""The class token's row first, the rest of the block for samples that continue: equal results at lower cost."""
 
 import pytest
 import torch

@@ -138,7 +138,7 @@ def test_a_bundle_is_the_same_to_the_byte(tmp_path):
     files = [(tmp_path / place / "model.safetensors").read_bytes() for place in ("plain", "laid out")]
     assert files[0] == files[1]
     loaded = load(tmp_path / "laid out").net
-    assert not laid_out(loaded)  # asked for, not by itself: a loaded bundle's logits are the saved one's to the bit
+    assert not laid_out(loaded)  # not by default: a loaded bundle has the saved network's logits bit for bit
     assert_same_state(loaded, net)
 
 

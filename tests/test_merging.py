@@ -70,8 +70,8 @@ def by_loop(x: Tensor, count: int, prefix: int, sizes: Tensor | None = None) -> 
         sources, targets = own[::2], own[1::2]
         found = []
         for place, source in enumerate(sources):
-            likeness = [torch.cosine_similarity(source, target, dim=0).item() for target in targets]
-            found.append((max(likeness), place, likeness.index(max(likeness))))
+            similarities = [torch.cosine_similarity(source, target, dim=0).item() for target in targets]
+            found.append((max(similarities), place, similarities.index(max(similarities))))
         found.sort(key=lambda pair: (-pair[0], pair[1]))
         weights = size[prefix:].tolist()
         groups = [[(target, weights[2 * place + 1])] for place, target in enumerate(targets)]
@@ -246,7 +246,7 @@ def test_tokens_in_front_stay(options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("options", [{}, {"reg_tokens": 3}, {"init_values": 0.3, "qk_norm": True}])
 def test_merge_equal_tokens_no_change(options: dict[str, Any]) -> None:
-    """Attention that is told of n equal keys by one key does what it does with all of them."""
+    """Attention with one key of weight n equals attention with n equal keys."""
     backbone = make_vit(**options)
     nn.init.zeros_(backbone.pos_embed)
     net = network(backbone, LoRA(rank=4))
@@ -337,7 +337,7 @@ def test_the_meter_agrees_with_a_formula() -> None:
         if block in TWICE.after:
             before = {10: 16, 6: 10}[own]
             sources = targets = before // 2
-            total += sources * targets * d + (1 + own) * (1 + before) * d  # who is like whom, and the means
+            total += sources * targets * d + (1 + own) * (1 + before) * d  # similarities and means
         total += (1 + own) * 12 * d * d + 2 * (1 + own) ** 2 * d
         if block % 2:
             total += d * CLASSES
@@ -432,7 +432,7 @@ def test_exported_stages_do_the_same(tmp_path: Path) -> None:
         "preprocessing": {"image_size": 32},
         "check_images": pictures(6),
     }
-    export_onnx(net, tmp_path / "onnx", **options)  # compares every exit, and who leaves where
+    export_onnx(net, tmp_path / "onnx", **options)  # compares logits and exits
     export_programs(net, tmp_path / "programs", **options)
     found, exits = map(torch.from_numpy, runtime.Runner(tmp_path / "onnx", threads=1).route(pictures(5).numpy()))
     with torch.no_grad():

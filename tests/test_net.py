@@ -79,7 +79,7 @@ def alone(net: ExitNet, image: Tensor, policy: Policy) -> tuple[int, Tensor]:
         history.append(net.head(k, x))
         if k == net.num_exits - 1 or policy.leave(torch.stack(history)).item():
             return k, history[-1][0]
-    raise AssertionError("the last exit takes everybody")
+    raise AssertionError("every sample stops at the last exit")
 
 
 def clear_cut(policy: Policy, logits: Tensor) -> bool:
@@ -124,7 +124,7 @@ def test_routing_equals_one_sample_at_a_time(kind: str, policy: Policy, batch: i
     assert torch.equal(routed.exit_index, route(policy, stacked))
     torch.testing.assert_close(routed.logits, stacked[routed.exit_index, range(batch)], rtol=1e-4, atol=1e-4)
 
-    for block, calls in enumerate(seen):  # each block ran once for those who were still in, and not for nobody
+    for block, calls in enumerate(seen):  # each block ran once for the remaining samples, and never for an empty batch
         still_in = sum(block < net.exit_depths[k] for k, _ in expected)
         assert calls == ([still_in] if still_in else [])
 

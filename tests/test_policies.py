@@ -39,8 +39,8 @@ def test_never_exits_nobody(policy):
         assert policy.asks or not left.any()
 
 
-def leaves(policy: Policy, history: list[list[float]]) -> bool:
-    """Whether a single sample may leave, in plain Python and double precision."""
+def should_exit(policy: Policy, history: list[list[float]]) -> bool:
+    """Decide for a single sample, in plain Python and double precision."""
     last, k = history[-1], len(history) - 1
     if not all(math.isfinite(x) for x in last):
         return False
@@ -66,7 +66,7 @@ def routed(policy: Policy, logits: Tensor) -> list[int]:
     exits, samples, _ = logits.shape
     rows = logits.double().tolist()
     return [
-        next((k for k in range(exits - 1) if leaves(policy, [rows[j][i] for j in range(k + 1)])), exits - 1)
+        next((k for k in range(exits - 1) if should_exit(policy, [rows[j][i] for j in range(k + 1)])), exits - 1)
         for i in range(samples)
     ]
 
@@ -149,7 +149,7 @@ def test_scores_range_and_precision(score) -> None:
 
 
 def test_loosest_threshold_exits_all() -> None:
-    logits = torch.zeros(3, 4, 5)  # nobody is sure of anything
+    logits = torch.zeros(3, 4, 5)  # the lowest possible confidence
     for policy in (Confidence(0), Margin(0), Entropy(1)):
         assert route(policy, logits).tolist() == [0] * 4
     assert route(Never(), logits).tolist() == [2] * 4

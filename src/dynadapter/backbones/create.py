@@ -60,7 +60,7 @@ def create_backbone(
         ValueError: If timm has no such name, an argument is wrong, or weights cannot be loaded.
         TypeError: If no cut is known for the model's class.
     """
-    asked, packaged = name, find(name)
+    given, packaged = name, find(name)
     if packaged is not None:
         name, timm_args = packaged.architecture, packaged.settings(timm_args, image_size)
         weights = packaged.weights() if pretrained and weights is None else weights
@@ -79,7 +79,7 @@ def create_backbone(
         model = _build(name, num_classes, seed, timm_args)
         _check_image_size(model, name, image_size)
     if weights is not None:
-        load_weights(model, asked, Path(weights).expanduser())
+        load_weights(model, given, Path(weights).expanduser())
     elif pretrained:
         model = _build(name, num_classes, seed, timm_args, pretrained=True)
     freeze(model)

@@ -54,7 +54,7 @@ def _(model: VisionTransformer) -> int:
 
 @needs_all_tokens.register
 def _(model: VisionTransformer) -> str | None:
-    # To timm's own blocks tokens are a set; one of somebody else's may know positions, as by rotary embeddings
+    # timm's own blocks treat tokens as a set; other blocks can use positions, such as rotary embeddings
     kinds = [type(block) for block in model.blocks]
     return next((kind.__name__ for kind in kinds if kind.__module__ != vision_transformer.__name__), None)
 

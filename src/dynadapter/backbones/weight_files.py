@@ -92,13 +92,13 @@ def _check_fit(model: nn.Module, name: str, path: Path, state: dict[str, Tensor]
             if key in state and state[key].shape != tensor.shape
         ],
     }
-    told = [
+    faulty = [
         f"{len(found)} {fault} ({', '.join(found[:3])}{', ...' if len(found) > 3 else ''})"
         for fault, found in faults.items()
         if found
     ]
-    if told:
-        raise ValueError(f"weights={str(path)!r} do not fit {name!r}: {'; '.join(told)}; {_WHAT_FITS}")
+    if faulty:
+        raise ValueError(f"weights={str(path)!r} do not fit {name!r}: {'; '.join(faulty)}; {_WHAT_FITS}")
 
 
 def _load_npz(model: nn.Module, name: str, path: Path) -> None:
