@@ -123,8 +123,8 @@ def case(options: dict[str, Any], batch: int, rounds: int, rows: int, tokens: in
                 blocks[arm] = make(arm, **options)
         except ImportError as error:
             notes.append(f"{arm}: {error}")
-    width = blocks["bare"].norm1.weight.shape[0]  # type: ignore[union-attr, index]
-    x = torch.randn(batch, tokens, width, generator=torch.Generator().manual_seed(1))
+    bare: Any = blocks["bare"]
+    x = torch.randn(batch, tokens, len(bare.norm1.weight), generator=torch.Generator().manual_seed(1))
     times = max(rows // (batch * tokens), 1)
     seconds = interleave({arm: repeat(block, x, times) for arm, block in blocks.items()}, rounds)
     ratios = {arm: ratio(seconds[arm], seconds["bare"]) for arm in blocks if arm != "bare"}

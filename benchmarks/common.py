@@ -42,7 +42,7 @@ Row = dict[str, Any]
 def build(name: str, laid_out: bool = True, **options: Any) -> tuple[torch.nn.Module, ExitNet]:
     """Return a backbone and the network with four exits around it, with random weights, laid out for a CPU."""
     torch.manual_seed(0)
-    backbone = timm.create_model(name, num_classes=10, **options).eval()
+    backbone: Any = timm.create_model(name, num_classes=10, **options).eval()
     net = ExitNet(backbone, Balanced(), every=max(len(backbone.blocks) // 4, 1)).eval()
     return backbone, lay_out_for_cpu(net) if laid_out else net
 
@@ -136,9 +136,10 @@ def control(line: Line) -> str:
 def show(rows: Iterable[Row], title: str = "") -> None:
     """Print rows as a table; floats get three digits, missing values stay empty."""
     rows = list(rows)
-    table = Table(*dict.fromkeys(name for row in rows for name in row), title=title or None)
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    table = Table(*names, title=title or None)
     for row in rows:
-        table.add_row(*(cell(row.get(column.header)) for column in table.columns))
+        table.add_row(*(cell(row.get(name)) for name in names))
     Console(width=None if sys.stdout.isatty() else 170).print(table)
 
 

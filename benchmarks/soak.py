@@ -30,7 +30,7 @@ import yaml
 from common import Line, Log, Row, arguments, show
 from PIL import Image
 
-BACKBONE = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 4, "num_heads": 3}
+BACKBONE: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 4, "num_heads": 3}
 HANG = 300
 """Seconds after which a command that takes about five counts as hanging."""
 PROCESSES = multiprocessing.get_context("forkserver")

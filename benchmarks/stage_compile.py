@@ -150,7 +150,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     device, log, lines = place(args), Log(args.out), []
     for name, options in backbones(args).items():
-        nets, ways, backend = None, {}, BACKENDS["tiny" if args.tiny else "full"]
+        backend = BACKENDS["tiny" if args.tiny else "full"]
+        nets: Nets | None = None
+        ways: dict[str, ExitNet] = {}
         for batch in args.batches or BATCHES[args.device]:
             key = {"backbone": name, "batch": batch, "rounds": args.rounds, **device}
             line = log.find(key)

@@ -53,7 +53,7 @@ class Dropping(TokenMerging):
 @torch.inference_mode()
 def case(options: dict[str, Any], merging: TokenMerging, batch: int, rounds: int) -> Line:
     """Time one backbone at one batch size."""
-    backbone = create_backbone(num_classes=10, **options)
+    backbone: Any = create_backbone(num_classes=10, **options)
     kinds = {"static": None, "merged": merging, "dropped": Dropping(merging.after, merging.share)}
     nets = {
         name: ExitNet(backbone, LinearHeads(), exit_depths=[], token_merging=kind).eval()

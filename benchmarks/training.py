@@ -40,7 +40,7 @@ CLASSES = 10
 def network(arm: str, name: str, **options: Any) -> nn.Module:
     """Build the network of an arm."""
     torch.manual_seed(0)
-    backbone = timm.create_model(name, num_classes=CLASSES, **options)
+    backbone: Any = timm.create_model(name, num_classes=CLASSES, **options)
     if arm == "full fine-tuning":
         return backbone.train()
     freeze(backbone.eval())
