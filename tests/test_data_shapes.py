@@ -8,17 +8,16 @@ import pytest
 import torch
 
 from dynadapter.data import ImageFolder, Shapes, VTAB1k
-from dynadapter.data.shapes import CLASSES, OUTLINES, draw_shape, draw_split, write_shapes
+from dynadapter.data.shapes import CLASSES, KINDS, draw_shape, draw_split, write_shapes
 
 SPLITS = ("train", "val", "test")
 FEW = {"train_images": 24, "val_images": 16, "test_images": 16}
 
 
 def test_outlines_fit_the_unit_circle():
-    for outlines in OUTLINES.values():
-        for outline in outlines:
-            radii = np.linalg.norm(np.array(outline), axis=1)
-            assert radii.max() <= 1.02
+    for kind in KINDS.values():
+        for border in (kind.outline, kind.hole or []):
+            assert all(np.hypot(x, y) <= 1.02 for x, y in border)
 
 
 def test_one_seed_draws_the_same_images():
@@ -60,6 +59,11 @@ def test_plain_shapes_are_large_and_centred(kind):
     assert 0.15 < len(y) / 64**2 < 0.6
     assert 24 < y.mean() < 40
     assert 20 < x.mean() < 40
+
+
+def test_plain_classes_have_their_own_colours():
+    hues = sorted(kind.hue for kind in KINDS.values())
+    assert np.diff([*hues, hues[0] + 1]).min() > 0.07
 
 
 def test_edges_are_smooth():

@@ -66,64 +66,79 @@ def _moon() -> Outline:
     return _arc(50, 310) + _arc(292, 68, radius=0.8265, centre=(0.333, 0.0))
 
 
-OUTLINES: dict[str, list[Outline]] = {
-    "circle": [_arc(0, 360)],
-    "cross": [_cross()],
-    "heart": [_heart()],
-    "moon": [_moon()],
-    "ring": [_arc(0, 360), _arc(0, 360, radius=0.52)],
-    "square": [_polygon(4)],
-    "star": [_polygon(10, inner=0.45)],
-    "triangle": [_polygon(3)],
+class Kind(NamedTuple):
+    """A class of shapes.
+
+    Attributes:
+        hue: Colour of its plain images, in [0, 1).
+        outline: The border.
+        hole: The border of a hole, where the shape has one.
+    """
+
+    hue: float
+    outline: Outline
+    hole: Outline | None = None
+
+
+KINDS = {
+    "circle": Kind(0.60, _arc(0, 360)),
+    "cross": Kind(0.88, _cross()),
+    "heart": Kind(0.00, _heart()),
+    "moon": Kind(0.16, _moon()),
+    "ring": Kind(0.76, _arc(0, 360), hole=_arc(0, 360, radius=0.52)),
+    "square": Kind(0.33, _polygon(4)),
+    "star": Kind(0.08, _polygon(10, inner=0.45)),
+    "triangle": Kind(0.48, _polygon(3)),
 }
-"""The classes in their order. The first outline is filled; a second one is a hole in it."""
-CLASSES = tuple(OUTLINES)
+"""The classes, in the order of their indices."""
+CLASSES = tuple(KINDS)
 
 
 # ---- one image -------------------------------------------------------------------------------------------------------
 
 
 def draw_shape(rng: Random, kind: str, difficulty: float, size: int = 48) -> Image.Image:
-    """Draw a shape. Its outline is the class; its colour carries no information.
+    """Draw a shape of a class.
 
-    Six things change with the difficulty: rotation, position, and background clutter increase, strips cover a part of
-    the shape, and its size and contrast decrease.
+    A plain image has one large, upright, bright shape in the colour of its class on a dark ground. With the difficulty
+    the colour drifts to those of other classes, the shape turns, moves, shrinks and fades, and strips cover the ground
+    and parts of the shape.
 
     Args:
         rng: Random numbers; the same state draws the same image.
         kind: One of `CLASSES`.
-        difficulty: From 0 (plain: large, upright, centred, whole) to 1 (cluttered).
+        difficulty: From 0 (plain) to 1 (cluttered).
         size: Height and width in pixels.
 
     >>> draw_shape(Random(0), "star", difficulty=0.5).size
     (48, 48)
     """
     side = size * FINER
-    hue = rng.random()
-    image = _background(rng, hue, difficulty, side)
+    image = _background(rng, difficulty, side)
     draw = ImageDraw.Draw(image)
     for _ in range(round(14 * difficulty)):
         _draw_strip(rng, draw, (rng.uniform(0, side), rng.uniform(0, side)), side * rng.uniform(0.03, 0.09))
 
-    radius = side * (0.40 - 0.19 * difficulty) * rng.uniform(0.94, 1.06)
-    free = (side / 2 - radius) * difficulty
+    radius = side * (0.40 - 0.13 * difficulty) * rng.uniform(0.94, 1.06)
+    free = 0.6 * difficulty * (side / 2 - radius)
     centre = (side / 2 + rng.uniform(-free, free), side / 2 + rng.uniform(-free, free))
-    angle = difficulty * rng.uniform(-math.pi, math.pi)
+    angle = difficulty * rng.uniform(-math.pi / 4, math.pi / 4)
+    hue = KINDS[kind].hue + 0.18 * difficulty * rng.uniform(-1, 1)
     mask = Image.new("L", image.size, 0)
-    opacity = round(255 * (1 - 0.45 * difficulty))
-    for outline, alpha in zip(OUTLINES[kind], (opacity, 0), strict=False):
-        ImageDraw.Draw(mask).polygon(_place(outline, centre, radius, angle), fill=alpha)
-    image.paste(_rgb(hue + rng.uniform(0.3, 0.7), rng.uniform(0.6, 0.95), rng.choice((0.35, 0.95))), mask=mask)
+    for border, opacity in ((KINDS[kind].outline, 1 - 0.25 * difficulty), (KINDS[kind].hole, 0)):
+        if border is not None:
+            ImageDraw.Draw(mask).polygon(_place(border, centre, radius, angle), fill=round(255 * opacity))
+    image.paste(_rgb(hue, rng.uniform(0.6, 0.9), rng.uniform(0.85, 1.0)), mask=mask)
 
-    for _ in range(round(4 * max(0.0, difficulty - 0.25))):
+    for _ in range(round(3 * max(0.0, difficulty - 0.3))):
         where = (centre[0] + rng.uniform(-radius, radius), centre[1] + rng.uniform(-radius, radius))
         _draw_strip(rng, draw, where, 0.6 * radius)
     return image.reduce(FINER)
 
 
-def _background(rng: Random, hue: float, difficulty: float, side: int) -> Image.Image:
-    """Draw a soft background around a hue, with blotches that grow with the difficulty."""
-    value, spread = rng.uniform(0.45, 0.95), 0.04 + 0.28 * difficulty
+def _background(rng: Random, difficulty: float, side: int) -> Image.Image:
+    """Draw a soft ground; with the difficulty it gets brighter and more uneven."""
+    hue, value, spread = rng.random(), rng.uniform(0.15, 0.35) + 0.25 * difficulty, 0.04 + 0.28 * difficulty
     cells = [
         _rgb(hue + 0.3 * spread * rng.uniform(-1, 1), 0.35, value + spread * rng.uniform(-1, 1)) for _ in range(16)
     ]
@@ -134,7 +149,7 @@ def _background(rng: Random, hue: float, difficulty: float, side: int) -> Image.
 def _draw_strip(rng: Random, draw: ImageDraw.ImageDraw, centre: Point, length: float) -> None:
     outline = [(-1.0, -0.3), (1.0, -0.3), (1.0, 0.3), (-1.0, 0.3)]
     points = _place(outline, centre, length, rng.uniform(0, math.pi))
-    draw.polygon(points, fill=_rgb(rng.random(), rng.uniform(0.2, 0.8), rng.uniform(0.4, 1.0)))
+    draw.polygon(points, fill=_rgb(rng.random(), rng.uniform(0.2, 0.8), rng.uniform(0.3, 0.8)))
 
 
 def _place(outline: Outline, centre: Point, radius: float, angle: float) -> Outline:
