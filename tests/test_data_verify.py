@@ -126,11 +126,11 @@ TASK: dict[str, tuple[Damage, list[tuple[str, str, str]]]] = {
     ),
     "listed with two classes": (
         line("test", 1, "images/12.png 1"),
-        [("error", "contradiction", "1 image with more than one class"), ("warning", "copy", "test: 1"), UNUSED],
+        [("error", "contradiction", "1 image with more than one class"), UNUSED],
     ),
     "copy in another class": (
         copy(TEST, "images/13.png"),
-        [("error", "contradiction", "1 image with more than one class"), ("warning", "copy", "test: 1 image")],
+        [("error", "contradiction", "1 image with more than one class")],
     ),
     "train and test": (copy("images/0.png", TEST), [("error", "leak", "1 image of train also in test")]),
     "train and test, two classes": (
@@ -181,7 +181,7 @@ FOLDER: dict[str, tuple[Damage, list[tuple[str, str, str]]]] = {
     "train and test": (copy("train/red/0.png", "test/red/z.png"), [("error", "leak", "of train also in test")]),
     "two classes": (
         copy("train/red/0.png", "train/blue/z.png"),
-        [("error", "contradiction", "1 image with more than one class"), ("warning", "copy", "train: 1 image")],
+        [("error", "contradiction", "1 image with more than one class")],
     ),
 }
 

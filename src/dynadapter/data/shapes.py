@@ -123,7 +123,7 @@ def draw_shape(rng: Random, kind: str, difficulty: float, size: int = 48) -> Ima
     free = 0.6 * difficulty * (side / 2 - radius)
     centre = (side / 2 + rng.uniform(-free, free), side / 2 + rng.uniform(-free, free))
     angle = difficulty * rng.uniform(-math.pi / 4, math.pi / 4)
-    hue = KINDS[kind].hue + 0.18 * difficulty * rng.uniform(-1, 1)
+    hue = KINDS[kind].hue + 0.15 * difficulty * rng.uniform(-1, 1)
     mask = Image.new("L", image.size, 0)
     for border, opacity in ((KINDS[kind].outline, 1 - 0.25 * difficulty), (KINDS[kind].hole, 0)):
         if border is not None:

@@ -202,8 +202,10 @@ def _find_duplicates(entries: list[_Entry], class_names: list[str], lenient: boo
         if not entry.reason:
             groups[entry.hash].append(entry)
     several = [group for group in groups.values() if len(group) > 1]
+    torn = [group for group in several if len({entry.label for entry in group}) > 1]
+    agreeing = [group for group in several if len({entry.label for entry in group}) == 1]
     level: Level = "warning" if lenient else "error"
-    if torn := [group for group in several if len({entry.label for entry in group}) > 1]:
+    if torn:
         items = tuple(" = ".join(f"{e.name} ({class_names[e.label]})" for e in group) for group in torn)
         yield Finding(level, "contradiction", f"{_images(torn)} with more than one class", items)
     for first, second in combinations(SPLITS, 2):
@@ -213,7 +215,7 @@ def _find_duplicates(entries: list[_Entry], class_names: list[str], lenient: boo
             worse: Level = "error" if 2 * len(both) >= smaller else level
             yield Finding(worse, "leak", f"{_images(both)} of {first} also in {second}", items)
     for split in SPLITS:
-        same = [[entry.name for entry in group if entry.split == split] for group in several]
+        same = [[entry.name for entry in group if entry.split == split] for group in agreeing]
         if copies := [names for names in same if len(names) > 1]:
             text = f"{split}: {_images(copies)} more than once"
             yield Finding("warning", "copy", text, tuple(" = ".join(names) for names in copies))
