@@ -5,11 +5,13 @@ from pathlib import Path
 
 import pytest
 
+from dynadapter.cli import main
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
 def test_every_example_has_a_test() -> None:
-    assert {path.name for path in EXAMPLES.glob("*.py")} == {"parts_in_your_own_module.py"}
+    assert {path.name for path in EXAMPLES.glob("*.py")} == {"exits_by_difficulty.py", "parts_in_your_own_module.py"}
 
 
 def test_parts_in_your_own_module(
@@ -26,3 +28,17 @@ def test_parts_in_your_own_module(
     assert macs[0] <= 1e3 * measured["test/gmacs"] <= macs[3]
     assert measured["test/acc"] > 0.7  # ten classes
     assert list(tmp_path.iterdir()) == []  # leaves nothing behind
+
+
+def test_exits_by_difficulty(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    tiny = Path(__file__).parent / "conf" / "tiny.yaml"
+    main(["fit", "-c", str(tiny), f"--trainer.default_root_dir={tmp_path}", "--trainer.logger=false"])
+    capsys.readouterr()
+    run = runpy.run_path(str(EXAMPLES / "exits_by_difficulty.py"))["main"]
+    for threshold, exit_index in ((0.0, 0), (1.0, 2)):  # all images at the first exit, all at the last
+        rows = run(str(tmp_path / "version_0" / "checkpoints" / "last.ckpt"), threshold)
+        assert len(rows) == 5
+        for row in rows:
+            assert row["share"][exit_index] == 1
+            assert row["routed"] == pytest.approx(row["accuracy"][exit_index])
+    assert len(capsys.readouterr().out.splitlines()) == 12
