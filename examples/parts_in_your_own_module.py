@@ -25,7 +25,7 @@ from dynadapter import (
     inject,
     joint_loss,
 )
-from dynadapter.training.module import trainable_only
+from dynadapter.training.contents import trainable_only
 
 
 class Digits(LightningModule):

@@ -36,7 +36,8 @@ from dynadapter.training.callbacks import (
     PredictionWriter,
     WeightAverage,
 )
-from dynadapter.training.module import ExitClassifier, Mixing
+from dynadapter.training.mixing import Mixing
+from dynadapter.training.module import ExitClassifier
 from dynadapter.training.schedules import Constant
 from dynadapter.training.weighting import PerExit
 

@@ -1065,7 +1065,7 @@ EXAMPLES: dict[str, dict] = {
 
 
 def test_every_configuration_object_comes_back():
-    import dynadapter.training.module
+    import dynadapter.training.mixing
     import dynadapter.training.schedules as schedules
     import dynadapter.training.weighting as weighting
 
@@ -1081,7 +1081,7 @@ def test_every_configuration_object_comes_back():
         back = restore(json.loads(written), Spec)
         assert type(back) is cls
         assert json.dumps(plain(back)) == written
-    assert {LoRA, Balanced, Confidence, Scaled, dynadapter.training.module.Mixing} <= set(found)
+    assert {LoRA, Balanced, Confidence, Scaled, dynadapter.training.mixing.Mixing} <= set(found)
 
 
 def test_a_class_is_found_wherever_its_file_is():

@@ -19,7 +19,7 @@ from dynadapter.data.samplers import CachedLoader, EpochOrder
 from dynadapter.images.reading import find_images, load_image
 from dynadapter.training.callbacks import BidirectionalSparsity
 from dynadapter.training.losses import IGNORED
-from dynadapter.training.module import Mixing
+from dynadapter.training.mixing import Mixing
 from dynadapter.training.schedules import Constant, Linear
 
 

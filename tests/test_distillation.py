@@ -5,8 +5,7 @@ import torch
 from tiny import loader, make_classifier, trainer
 from torch.nn import functional as F
 
-from dynadapter.training.distillation import Distillation
-from dynadapter.training.losses import exit_losses
+from dynadapter.training.losses import Distillation, exit_losses
 
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
 

@@ -218,9 +218,7 @@ def test_what_cannot_be_sharded_is_said(folder: Path) -> None:
     for rank in (0, 1):
         said = results(folder, "sharded_mistakes")[2, rank]
         assert all("\n" not in line for line in said)
-        assert said[0].startswith(
-            "BidirectionalSparsity masks whole tensors, and here each process has a part of them;"
-        )
+        assert said[0].startswith("BidirectionalSparsity masks whole tensors, and here they are sharded;")
         assert said[1].startswith("WeightAverage needs whole tensors, here they are sharded;")
         assert said[2].startswith("tensor_parallel_size=2 is not supported")
         assert said[3].startswith("the checkpoint does not fit this model: Missing: NAME. Unknown: other. Give the")

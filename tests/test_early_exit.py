@@ -1,4 +1,4 @@
-"""EarlyExit: validation reads off, a test routes, and both are what one sample after the other would give."""
+"""EarlyExit: one pass gives for every policy what routing one sample after the other gives."""
 
 import math
 from collections.abc import Callable
@@ -88,17 +88,33 @@ def test_validation_and_test_are_what_one_sample_after_the_other_gives(family: s
                 assert 0.4 < shares[0] < 0.6
 
 
-def test_a_test_runs_only_what_is_needed() -> None:
-    module, batches = spread("swin"), data()  # without a class token, of which less than a block is needed
-    policy = Confidence((middle(module, confidence), middle(module, confidence, 1)))
-    left, _ = one_by_one(module, policy, batches)
+@pytest.mark.parametrize("loop", ["validate", "test"])
+@pytest.mark.parametrize("verify", [False, True])
+def test_one_pass_serves_all_policies(loop: str, verify: bool) -> None:
+    module = spread("swin")  # no class token: every block runs for all its tokens
+    early = EarlyExit(policies(module), verify_routing=verify)
     seen = [0] * 6
     for k, unit in enumerate(blocks(module.net.backbone)):
         unit[-1].register_forward_pre_hook(lambda _, x, k=k: seen.__setitem__(k, seen[k] + len(x[0])))
-    trainer(EarlyExit([policy])).test(module, batches, verbose=False)
-    routed = [sum(exit >= k // 2 for exit in left) for k in range(6)]
-    assert routed[0] == 23 > routed[-1] > 0
-    assert seen == [23 + count for count in routed]  # the step's own pass is through all exits
+    getattr(trainer(early), loop)(module, data(), verbose=False)
+    passes = 1 + len(early.policies) * verify
+    assert seen[0] == 23 * passes
+    assert (seen[-1] < 23 * passes) == verify  # routing leaves out blocks
+
+
+def test_verify_routing_finds_a_difference(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = spread()
+    early = module.net.early
+
+    def wrong(images: Tensor, policy: Policy) -> Any:
+        routed = early(images, policy)
+        return routed._replace(exit_index=routed.exit_index.index_fill(0, torch.tensor([1]), 1))
+
+    monkeypatch.setattr(module.net, "early", wrong)
+    line = r"^verify_routing: confidence_0 differs for 1 of 5 images in test batch 0; image 1 stops at exit 2 with .*"
+    with pytest.raises(ValueError, match=line) as error:
+        trainer(EarlyExit([Confidence(0.0)], verify_routing=True)).test(module, data(), verbose=False)
+    assert "\n" not in str(error.value)
 
 
 def test_each_split_starts_anew() -> None:
@@ -196,7 +212,7 @@ def test_in_a_module_that_is_not_ours() -> None:
     ("loop", "message"),
     [
         ("validate", "EarlyExit needs validation_step to return a mapping with 'logits', not NoneType"),
-        ("test", "EarlyExit needs test_step to return a mapping with 'targets', not one with loss"),
+        ("test", "EarlyExit needs test_step to return a mapping with 'logits', not one with loss"),
     ],
 )
 def test_steps_that_return_something_else(loop: str, message: str) -> None:

@@ -20,8 +20,9 @@ from dynadapter.adapters import AdapterLayer, LoRA, RepAdapter
 from dynadapter.data import ImageFolder
 from dynadapter.exits.policies import Confidence, Patience
 from dynadapter.exits.temperature import Scaled
-from dynadapter.training.callbacks import BidirectionalSparsity
-from dynadapter.training.module import ExitClassifier, Mixing
+from dynadapter.training.callbacks import BidirectionalSparsity, FiniteCheck
+from dynadapter.training.mixing import Mixing
+from dynadapter.training.module import ExitClassifier
 from dynadapter.training.schedules import Constant, Cosine, Linear, Schedule, Warmup
 
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
@@ -161,7 +162,7 @@ def test_weights_that_are_not_finite_never_take_the_place_of_good_ones(tmp_path:
 def test_on_an_accelerator_a_loss_is_looked_at_a_step_later(
     batch: int, save: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ExitClassifier, "_known_at_once", staticmethod(lambda losses: False))
+    monkeypatch.setattr(FiniteCheck, "_readable", staticmethod(lambda losses: False))
     batches = data(6, 2)
     batches.dataset.tensors[0][2 * batch] = math.nan
     counted = Spoilt(step=-1)

@@ -77,9 +77,9 @@ def test_pure_and_honest_about_varying(kind: Schedule) -> None:
     [
         (lambda: Constant(math.nan), "value=nan must be a finite number"),
         (lambda: Linear(0.0, math.inf), "end=inf must be a finite number"),
-        (lambda: Step(0.0, 1.0, 1.5), "at=1.5 must be a share of training"),
+        (lambda: Step(0.0, 1.0, 1.5), "at=1.5 must be a fraction of training"),
         (lambda: Step(math.nan, 1.0, 0.5), "start=nan must be a finite number"),
-        (lambda: Warmup(1.0, 0.0, Constant(1.0)), "fraction=1.0 must be a share of training"),
+        (lambda: Warmup(1.0, 0.0, Constant(1.0)), "fraction=1.0 must be a fraction of training"),
         (lambda: Warmup(0.5, math.nan, Constant(1.0)), "start=nan must be a finite number"),
     ],
 )

@@ -37,10 +37,10 @@ if TYPE_CHECKING:
         PredictionWriter,
         WeightAverage,
     )
-    from dynadapter.training.distillation import Distillation
-    from dynadapter.training.losses import joint_loss
+    from dynadapter.training.losses import Distillation, joint_loss
     from dynadapter.training.metrics import ExitUse
-    from dynadapter.training.module import ExitClassifier, Mixing
+    from dynadapter.training.mixing import Mixing
+    from dynadapter.training.module import ExitClassifier
     from dynadapter.training.schedules import Constant, Cosine, Cubic, Linear, Schedule, Step, Warmup
     from dynadapter.training.weighting import EarlyToLate, LateToEarly, LinearInDepth, PerExit, Uniform, Weighting
 
@@ -59,10 +59,10 @@ _HOMES = {
     "serve.bundle": "BackboneSource Bundle bundle_from_classifier from_pretrained load push_to_hub save_bundle",
     "serve.stream": "Stream",
     "training.callbacks": "BidirectionalSparsity EarlyExit ExitWeights FlopsReport PredictionWriter WeightAverage",
-    "training.distillation": "Distillation",
-    "training.losses": "joint_loss",
+    "training.losses": "Distillation joint_loss",
     "training.metrics": "ExitUse",
-    "training.module": "ExitClassifier Mixing",
+    "training.mixing": "Mixing",
+    "training.module": "ExitClassifier",
     "training.schedules": "Constant Cosine Cubic Linear Schedule Step Warmup",
     "training.weighting": "EarlyToLate LateToEarly LinearInDepth PerExit Uniform Weighting",
 }

@@ -20,6 +20,7 @@ from dynadapter.backbones.cut import (
     tokens,
     widths,
 )
+from dynadapter.backbones.depth import cut_depth
 from dynadapter.backbones.vit_block import class_row, other_rows, run, splits
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "classify",
     "convert",
     "create_backbone",
+    "cut_depth",
     "embed",
     "fingerprint",
     "finish",

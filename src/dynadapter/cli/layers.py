@@ -12,7 +12,8 @@ from dynadapter.cli.errors import Mistake, one_line
 from dynadapter.cli.safety import check_saved, data_class
 from dynadapter.spec import plain
 from dynadapter.training.checkpoints import read
-from dynadapter.training.module import ExitClassifier, in_todays_form
+from dynadapter.training.contents import saved_contents
+from dynadapter.training.module import ExitClassifier
 
 LINKED = ("num_classes", "class_names", "image_size")
 """What the model takes from the data."""
@@ -215,7 +216,7 @@ def checkpoint_settings(path: str, command: str) -> tuple[dict[str, Any], dict[s
 
 def _layers(checkpoint: dict[str, Any], command: str, path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     try:
-        ours = in_todays_form(dict(checkpoint["dynadapter"]))
+        ours = saved_contents({"dynadapter": dict(checkpoint["dynadapter"])})
     except ValueError as error:
         raise Mistake(f"{path}: {error}") from error
     known = set(inspect.signature(ExitClassifier).parameters) - {*LINKED, "optimizer"}  # which no checkpoint holds

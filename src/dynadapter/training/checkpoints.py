@@ -1,4 +1,4 @@
-"""Checkpoints that are there whole or not at all: written in one step, and checked before anything of them is used."""
+"""Write checkpoints atomically, check them before use, and find the newest whole one."""
 
 import contextlib
 import errno
@@ -15,24 +15,24 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 PARTIAL = ".partial"
-"""Ends the name of a file that is being written; nobody ever reads one."""
+"""Ending of a file that is being written; such files are never read."""
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint beside its place and gives it its name in one step; reads none that is damaged.
+    """Write a checkpoint under another name beside its place and rename it; refuse to read damaged ones.
 
-    Whenever the process or the machine ends, under that name is the old file or the new one. What a killed process left
-    unfinished is removed when the next checkpoint is written into that folder. Give each run a folder of its own.
+    Even if the process or the machine stops, the path holds the old file or the new one. Unfinished files of a killed
+    process are removed when the next checkpoint is written into the folder. Use a separate folder for each run.
 
-    (Lightning's own writes to a temporary folder elsewhere; from another file system a file is moved by copying it.)
+    (Lightning writes to a temporary folder, which may be on another file system; then the final move is a copy.)
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
-        """Saves a checkpoint.
+        """Save a checkpoint.
 
         Raises:
-            ValueError: If it holds something that does not load under ``weights_only=True``.
-            OSError: In one line, if it cannot be written; a file that was there stays.
+            ValueError: It holds something that does not load under ``weights_only=True``.
+            OSError: In one line, if it cannot be written; an existing file is kept.
         """
         if storage_options is not None or not _is_local(path):
             super().save_checkpoint(checkpoint, path, storage_options)
@@ -42,8 +42,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         buffer.seek(0)
         if foreign := torch.serialization.get_unsafe_globals_in_checkpoint(buffer):
             raise ValueError(
-                f"the checkpoint {path} would not load again under weights_only=True: it holds {', '.join(foreign)}; "
-                "let callbacks and hyper-parameters keep numbers, text and tensors alone"
+                f"the checkpoint {path} would not load under weights_only=True: it holds {', '.join(foreign)}; "
+                "keep only numbers, text and tensors in callbacks and hyper-parameters"
             )
         target = Path(path)
         try:
@@ -53,17 +53,17 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             write(target, buffer.getbuffer())
         except OSError as error:
             raise OSError(
-                f"checkpoint {target} cannot be written: {error.strerror or error}; what was saved before is whole: "
-                "make room or give another place, and go on from it"
+                f"checkpoint {target} cannot be written: {error.strerror or error}; earlier checkpoints are whole: "
+                "free disk space or give another folder, and resume"
             ) from error
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any = lambda storage, _: storage, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Loads a checkpoint, under ``weights_only=True`` unless something else is said.
+        """Load a checkpoint, under ``weights_only=True`` by default.
 
         Raises:
-            ValueError: If it is damaged.
+            ValueError: It is damaged.
         """
         if _is_local(path) and Path(path).is_file():
             check(path)
@@ -71,34 +71,34 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 class RunCheckpoint(ModelCheckpoint):
-    """Lightning's ModelCheckpoint, saving only where a training can go on exactly, and the last one always.
+    """Lightning's ModelCheckpoint, saving only where a training can be resumed exactly.
 
-    Not between the batches of one optimiser step, whose gradients no checkpoint holds; and where validation follows on
-    a batch, after it, because a training resumed before it would leave it out. With ``save_last`` the last one is saved
-    whenever one is due; Lightning saves it only when the best one has changed.
+    It does not save between the batches of one optimiser step, because no checkpoint holds their gradients. If
+    validation follows a batch, it saves after the validation, because a training resumed before it would skip it. With
+    ``save_last`` the last checkpoint is written whenever one is due; Lightning does so only when the best one changes.
     """
 
     _due = False  # a save by steps that waits for the validation
 
     @property
     def state_key(self) -> str:
-        """The name of its state in a checkpoint: Lightning's, so that either goes on from the other's."""
+        """Lightning's name of its state in a checkpoint, so that either class resumes from the other's."""
         return super().state_key.replace(type(self).__qualname__, ModelCheckpoint.__qualname__, 1)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Saves by steps or by time, where that is due."""
+        """Save by steps or by time, if due."""
         loop, fetcher = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
         if loop._should_accumulate():
             return
         if fetcher is not None and loop._should_check_val_fx(fetcher):
             self._due = self._every_n_train_steps > 0 and trainer.global_step % self._every_n_train_steps == 0
-            return  # a save by time comes a step later
+            return  # a save by time happens one step later
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Saves what was due before the validation, and what is due after it."""
+        """Save what was due before the validation, and what is due after it."""
         if self._due and not self._should_skip_saving_checkpoint(trainer):
             candidates = self._monitor_candidates(trainer)
             self._save_topk_checkpoint(trainer, candidates)
@@ -109,7 +109,7 @@ class RunCheckpoint(ModelCheckpoint):
             self._save_last(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Saves by epochs, where that is due."""
+        """Save by epochs, if due."""
         super().on_train_epoch_end(trainer, pl_module)
         if self._should_save_on_train_epoch_end(trainer):
             self._save_last(trainer)
@@ -121,12 +121,12 @@ class RunCheckpoint(ModelCheckpoint):
 
 
 class Resumable(NamedTuple):
-    """A checkpoint from which a training can go on.
+    """A checkpoint from which a training can be resumed.
 
     Args:
         path: The file.
-        step: Optimiser steps that were done.
-        damaged: Newer files in that folder that cannot be read.
+        step: Optimiser steps done.
+        damaged: Other files of the folder that cannot be read.
     """
 
     path: Path
@@ -135,10 +135,10 @@ class Resumable(NamedTuple):
 
 
 def newest(folder: Path) -> Resumable | None:
-    """Finds the checkpoint in a folder with the most steps that is whole and holds the optimiser's state.
+    """Return the whole checkpoint with the most steps in a folder that holds the optimiser's state; None without any.
 
     Raises:
-        ValueError: If there are some, and all of them are damaged.
+        ValueError: All checkpoints of the folder are damaged.
     """
     found: list[tuple[int, float, Path]] = []
     damaged = []
@@ -147,7 +147,7 @@ def newest(folder: Path) -> Resumable | None:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # tensors stay on the disk
             if "optimizer_states" in checkpoint:
                 found.append((checkpoint["global_step"], path.stat().st_mtime, path))
-        except Exception:  # whatever the reader trips over
+        except Exception:  # a damaged file can raise anything
             damaged.append(path)
     for step, _, path in sorted(found, reverse=True):
         try:
@@ -162,7 +162,7 @@ def newest(folder: Path) -> Resumable | None:
 
 
 def read(path: str | Path) -> dict[str, Any]:
-    """Reads a checkpoint to the CPU, under ``weights_only=True``.
+    """Read a checkpoint to the CPU, under ``weights_only=True``.
 
     Raises:
         ValueError: In one line, if it is damaged, or no checkpoint.
@@ -170,9 +170,9 @@ def read(path: str | Path) -> dict[str, Any]:
     check(path)
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever the reader trips over, the file is what is wrong
+    except Exception as error:  # a damaged file can raise anything
         foreign = "weights_only" in str(error).lower()
-        why = "it holds more than numbers, text and tensors" if foreign else "torch has not written it"
+        why = "it holds more than numbers, text and tensors" if foreign else "it was not written by torch"
         raise ValueError(f"{path} is no checkpoint that can be read: {why}") from error
     if not isinstance(checkpoint, dict):
         raise ValueError(f"{path} is no checkpoint: it holds a {type(checkpoint).__name__}")
@@ -180,28 +180,28 @@ def read(path: str | Path) -> dict[str, Any]:
 
 
 def check(path: str | Path) -> None:
-    """Makes sure that a file is whole: every part of it has the checksum that was written with it (CRC-32).
+    """Check that a file is whole: every part must match the checksum stored with it (CRC-32).
 
-    torch writes these checksums and does not look at them when it reads.
+    torch writes these checksums but does not check them when it reads.
 
     Raises:
-        ValueError: In one line, if it is cut off or damaged, or is no file of torch's.
-        OSError: If it cannot be opened.
+        ValueError: In one line, if it is cut off, damaged or not written by torch.
+        OSError: It cannot be opened.
     """
-    with open(path, "rb") as file:  # what is wrong with the place, not with the content, is said as it is
+    with open(path, "rb") as file:  # errors of the path, not of the content, are raised unchanged
         size = os.fstat(file.fileno()).st_size
         try:
             with zipfile.ZipFile(file) as archive:
                 parts = archive.infolist()
                 stored = all(part.compress_type == zipfile.ZIP_STORED for part in parts)
                 if not stored or sum(part.file_size for part in parts) > size:
-                    why: str | None = "torch has not written it"
+                    why: str | None = "it was not written by torch"
                 else:
                     broken = archive.testzip()
                     why = f"{broken} has another checksum" if broken else None
         except zipfile.BadZipFile as error:
             why = "it is empty" if not size else str(error)
-        except Exception as error:  # a flipped bit can look like a password, another method, another script
+        except Exception as error:  # a flipped bit can look like a password or another compression method
             why = str(error) or type(error).__name__
     if why:
         why = " ".join(why.split())
@@ -209,10 +209,10 @@ def check(path: str | Path) -> None:
 
 
 def write(target: Path, data: bytes | memoryview) -> None:
-    """Writes a file that is there whole or not at all, whenever the process or the machine ends.
+    """Write a file atomically: whenever the process or the machine stops, the path holds the old file or the new one.
 
     Raises:
-        OSError: If it cannot be written; a file that was there stays, and nothing is left beside it.
+        OSError: It cannot be written; an existing file is kept, and nothing is left beside it.
     """
     partial = target.with_name(target.name + PARTIAL)
     try:
@@ -225,7 +225,7 @@ def write(target: Path, data: bytes | memoryview) -> None:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
         raise
-    with contextlib.suppress(OSError):  # Windows opens no folders, and needs not
+    with contextlib.suppress(OSError):  # Windows cannot open folders, and need not
         folder = os.open(target.parent, os.O_RDONLY)
         try:
             _sync(folder)
@@ -237,7 +237,7 @@ def _sync(handle: int) -> None:
     try:
         os.fsync(handle)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system that knows no such thing
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # this file system does not support it
             raise
 
 

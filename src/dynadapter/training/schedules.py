@@ -1,4 +1,4 @@
-"""Schedules: a number as a pure function of how far training has come."""
+"""Schedules: a number as a pure function of the progress of training."""
 
 import math
 from abc import abstractmethod
@@ -9,16 +9,16 @@ from dynadapter.spec import Spec
 
 @dataclass(frozen=True)
 class Schedule(Spec):
-    """Maps progress, from 0 at the first step to 1 at the last, to a value."""
+    """A value as a function of progress, from 0 at the first step to 1 at the last."""
 
     @property
     def varies(self) -> bool:
-        """Whether the value depends on progress; one that does not can be used in training without an end."""
+        """Return whether the value depends on progress; a constant also works in training without a known end."""
         return True
 
     @abstractmethod
     def __call__(self, progress: float) -> float:
-        """Gives the value at ``progress`` in [0, 1]."""
+        """Return the value at ``progress`` in [0, 1]."""
 
 
 def _check_finite(**values: float) -> None:
@@ -28,17 +28,17 @@ def _check_finite(**values: float) -> None:
 
 
 def _between(start: float, end: float, way: float) -> float:
-    """The value so much of the way from start to end: exact at both ends, and never outside them by a rounding."""
+    """Interpolate between start and end: exact at both ends, and never outside them through rounding."""
     value = start * (1 - way) + end * way
     return min(max(value, min(start, end)), max(start, end))
 
 
 @dataclass(frozen=True)
 class Constant(Schedule):
-    """The same value throughout.
+    """The same value throughout training.
 
     Args:
-        value: That value.
+        value: The value.
     """
 
     value: float
@@ -94,7 +94,7 @@ class Cosine(_FromTo):
 
 @dataclass(frozen=True)
 class Cubic(_FromTo):
-    """Fast at first, slow towards the end: the cubic of gradual pruning (Zhu and Gupta 2017).
+    """Fast at first, slow towards the end: the cubic schedule of gradual pruning (Zhu and Gupta 2017).
 
     Args:
         start: Value at the first step.
@@ -120,7 +120,7 @@ class Step(_FromTo):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.at <= 1:
-            raise ValueError(f"at={self.at!r} must be a share of training in [0, 1]")
+            raise ValueError(f"at={self.at!r} must be a fraction of training in [0, 1]")
 
     def __call__(self, progress: float) -> float:
         return self.start if progress < self.at else self.end
@@ -128,15 +128,15 @@ class Step(_FromTo):
 
 @dataclass(frozen=True)
 class Warmup(Schedule):
-    """A straight line up to another schedule's first value, then that schedule over the rest of training.
+    """A straight line to another schedule's first value, then that schedule over the rest of training.
 
     >>> Warmup(0.5, 0.0, then=Linear(1, 0))(0.75)
     0.5
 
     Args:
-        fraction: Share of training that the line takes, in [0, 1).
+        fraction: Fraction of training that the line takes, in [0, 1).
         start: Value at the first step.
-        then: The schedule that follows, its own progress stretched over what is left.
+        then: The schedule that follows; its progress runs from 0 to 1 over the rest of training.
     """
 
     fraction: float
@@ -146,7 +146,7 @@ class Warmup(Schedule):
     def __post_init__(self) -> None:
         _check_finite(start=self.start)
         if not 0 <= self.fraction < 1:
-            raise ValueError(f"fraction={self.fraction!r} must be a share of training in [0, 1)")
+            raise ValueError(f"fraction={self.fraction!r} must be a fraction of training in [0, 1)")
 
     def __call__(self, progress: float) -> float:
         if progress < self.fraction:

@@ -1,10 +1,8 @@
-"""An :class:`~dynadapter.exits.net.ExitNet` spread over several processes, each of which keeps a part of every "
-"tensor.
-"""
+"""An :class:`~dynadapter.exits.net.ExitNet` whose tensors are split over several processes (FSDP2)."""
 
 from typing import TYPE_CHECKING
 
-from torch import nn
+from torch import Tensor, nn
 
 from dynadapter import backbones as cut
 from dynadapter.exits.net import ExitNet
@@ -14,14 +12,14 @@ if TYPE_CHECKING:
 
 
 def shard(net: ExitNet, mesh: "DeviceMesh") -> None:
-    """Spreads a network over the processes of a mesh, block by block (FSDP2).
+    """Split a network's tensors, frozen and trained, over the processes of a mesh.
 
-    A block is gathered when it runs and let go of afterwards; what belongs to no block (embedding, heads) is gathered
-    for the whole pass. Only :meth:`ExitNet.forward` can then be called, by all processes at once.
+    Each block is gathered while it runs and released afterwards. What belongs to no block (embedding, heads) is
+    gathered for the whole pass. Afterwards only :meth:`ExitNet.forward` can be called, by all processes at once.
 
     Args:
-        net: With frozen and trained tensors; both are sharded.
-        mesh: One dimension.
+        net: The network.
+        mesh: Of one dimension.
     """
     from torch.distributed.fsdp import fully_shard
 
@@ -32,7 +30,12 @@ def shard(net: ExitNet, mesh: "DeviceMesh") -> None:
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Says whether this process holds but a part of a module's tensors."""
+    """Check whether this process holds only parts of a module's tensors."""
     from torch.distributed.tensor import DTensor
 
     return any(isinstance(tensor, DTensor) for tensor in module.parameters())
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """Return this process's part of a tensor: all of it unless it is sharded."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor

@@ -1,4 +1,4 @@
-"""Weightings: how much each exit counts in the joint loss as training goes on."""
+"""Weightings: loss-weight schedules, the weight of each exit in the joint loss over training."""
 
 import math
 from abc import abstractmethod
@@ -11,22 +11,22 @@ from dynadapter.training.schedules import Linear, Schedule
 
 @dataclass(frozen=True)
 class Weighting(Spec):
-    """Maps progress, from 0 at the first step to 1 at the last, to one loss weight per exit; they sum to 1.
+    """One loss weight per exit as a function of progress, from 0 at the first step to 1 at the last; they sum to 1.
 
-    A new kind says in :meth:`profile` how the exits relate; they are brought to the sum of 1 here.
+    A new kind defines :meth:`profile`, the weights in any scale; this class scales them to the sum of 1.
     """
 
     @property
     def varies(self) -> bool:
-        """Whether the weights depend on progress; those that do not can be used in training without an end."""
+        """Return whether the weights depend on progress; others also work in training without a known end."""
         return True
 
     @abstractmethod
     def profile(self, progress: float, exits: int) -> Sequence[float]:
-        """Gives the weights of all exits at ``progress`` in [0, 1], none negative, in any scale."""
+        """Return the weights of all exits at ``progress`` in [0, 1], none negative, in any scale."""
 
     def __call__(self, progress: float, exits: int) -> tuple[float, ...]:
-        """Gives the weights of all exits; they sum to 1.
+        """Return the weights of all exits; they sum to 1.
 
         Args:
             progress: In [0, 1].
@@ -36,7 +36,7 @@ class Weighting(Spec):
             One weight per exit, the first exit first.
 
         Raises:
-            ValueError: If the profile has another length, a negative or non-finite value, or nothing but zeros.
+            ValueError: The profile has another length, a negative or non-finite value, or only zeros.
         """
         values = [float(value) for value in self.profile(progress, exits)]
         if len(values) != exits:
@@ -50,7 +50,7 @@ class Weighting(Spec):
 
 
 def _tilted(lateness: float, exits: int, floor: float) -> list[float]:
-    """A straight line over depth: falling at lateness 0, flat at a half, rising at 1; from ``floor`` to 1."""
+    """Return a straight line over depth, from ``floor`` to 1: falling at lateness 0, flat at 0.5, rising at 1."""
     depths = [k / (exits - 1) for k in range(exits)] if exits > 1 else [0.5]
     return [floor + (1 - floor) * ((1 - lateness) * (1 - depth) + lateness * depth) for depth in depths]
 
@@ -62,14 +62,16 @@ class _Shifting(Weighting):
 
     def __post_init__(self) -> None:
         if not 0 <= self.floor <= 1:
-            raise ValueError(f"floor={self.floor!r} must be in [0, 1]: the least weight as a share of the greatest")
+            raise ValueError(
+                f"floor={self.floor!r} must be in [0, 1]: the smallest weight as a fraction of the largest"
+            )
 
     @property
     def varies(self) -> bool:
         return self.ease.varies
 
     def way(self, progress: float) -> float:
-        """How much of the shift is done, in [0, 1]."""
+        """Return how much of the shift is done, in [0, 1]."""
         way = self.ease(progress)
         if not 0 <= way <= 1:
             raise ValueError(f"ease={self.ease} gives {way} at progress {progress:g}; it must stay in [0, 1]")
@@ -78,19 +80,19 @@ class _Shifting(Weighting):
 
 @dataclass(frozen=True)
 class EarlyToLate(_Shifting):
-    """The early exits weigh most at the start, the late ones at the end.
+    """The early exits have the largest weights at the start of training, the late exits at the end.
 
     At depth d of an exit, 0 for the first and 1 for the last, and with e = ease(progress), the weight is proportional
-    to ``floor + (1 - floor) * ((1 - e) * (1 - d) + e * d)``: a line over depth that tilts from falling to rising.
-    Dyn-Adapter's adaptive prioritisation moves weight from one group of exits to the other; the direction and this
-    form are ours.
+    to ``floor + (1 - floor) * ((1 - e) * (1 - d) + e * d)``: a line over depth that turns from falling to rising.
+    Dyn-Adapter's adaptive prioritisation shifts weight from one group of exits to the other; the direction and this
+    formula are ours.
 
     >>> [round(w, 3) for w in EarlyToLate(floor=0.1)(0.0, 4)]
     [0.455, 0.318, 0.182, 0.045]
 
     Args:
-        floor: Least weight at either end of training as a share of the greatest; 0 switches exits off there.
-        ease: How the shift goes from 0, not begun, to 1, done.
+        floor: Smallest weight at either end of training as a fraction of the largest; 0 switches exits off there.
+        ease: Progress of the shift, from 0 (not begun) to 1 (complete).
     """
 
     def profile(self, progress: float, exits: int) -> Sequence[float]:
@@ -99,11 +101,13 @@ class EarlyToLate(_Shifting):
 
 @dataclass(frozen=True)
 class LateToEarly(_Shifting):
-    """The late exits weigh most at the start, the early ones at the end: :class:`EarlyToLate` turned round (ours).
+    """The late exits have the largest weights at the start, the early exits at the end (ours).
+
+    This is :class:`EarlyToLate` reversed.
 
     Args:
-        floor: Least weight at either end of training as a share of the greatest; 0 switches exits off there.
-        ease: How the shift goes from 0, not begun, to 1, done.
+        floor: Smallest weight at either end of training as a fraction of the largest; 0 switches exits off there.
+        ease: Progress of the shift, from 0 (not begun) to 1 (complete).
     """
 
     def profile(self, progress: float, exits: int) -> Sequence[float]:
@@ -112,7 +116,7 @@ class LateToEarly(_Shifting):
 
 @dataclass(frozen=True)
 class Uniform(Weighting):
-    """All exits weigh the same (MSDNet)."""
+    """The same weight for all exits (MSDNet)."""
 
     @property
     def varies(self) -> bool:
@@ -124,7 +128,7 @@ class Uniform(Weighting):
 
 @dataclass(frozen=True)
 class LinearInDepth(Weighting):
-    """Exit k, counted from 1, weighs k times the first (PABEE)."""
+    """Weights proportional to the exit's number: exit k counts k times as much as exit 1 (PABEE)."""
 
     @property
     def varies(self) -> bool:
@@ -136,7 +140,7 @@ class LinearInDepth(Weighting):
 
 @dataclass(frozen=True)
 class PerExit(Weighting):
-    """One schedule per exit; the values are brought to the sum of 1 at every step.
+    """One schedule per exit; at every step the values are scaled to the sum of 1.
 
     Args:
         schedules: One per exit, the last exit included.

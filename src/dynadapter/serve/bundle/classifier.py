@@ -134,6 +134,7 @@ def _source(classifier: Classifier) -> BackboneSource:
         image_size=settings.get("image_size"),
         seed=settings.get("backbone_seed", 0),
         file=Path(file).name if file else None,
+        depth=settings.get("depth"),
     )
     # A full checkpoint names neither pretrained nor weights, whatever its backbone was made of.
     if source.origin == "seed" and settings.get("full_checkpoint"):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import dynadapter
 from dynadapter.adapters import AdapterSpec, inject
-from dynadapter.backbones import create_backbone
+from dynadapter.backbones import create_backbone, cut_depth
 from dynadapter.cost import ExitCosts
 from dynadapter.exits.heads import Heads
 from dynadapter.exits.net import ExitNet
@@ -45,6 +45,7 @@ class BackboneSource:
         image_size: Pixels of the square input; None for the backbone's own.
         seed: Random seed of the tensors that no weights set.
         file: Name of the weight file, as a hint for people.
+        depth: Blocks of the backbone that were kept; None for all.
     """
 
     name: str
@@ -54,10 +55,11 @@ class BackboneSource:
     image_size: int | None = None
     seed: int = 0
     file: str | None = None
+    depth: int | None = None
 
     def create(self, num_classes: int, *, pretrained: bool = False, weights: str | Path | None = None) -> nn.Module:
         """Create the bare backbone; see :func:`~dynadapter.backbones.create_backbone`."""
-        return create_backbone(
+        model = create_backbone(
             self.name,
             num_classes,
             pretrained=pretrained,
@@ -66,6 +68,9 @@ class BackboneSource:
             seed=self.seed,
             **self.timm_args,
         )
+        if self.depth is not None:
+            cut_depth(model, self.depth)
+        return model
 
 
 @dataclass(frozen=True)

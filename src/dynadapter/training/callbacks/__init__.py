@@ -1,10 +1,19 @@
-"""Callbacks: each schedules or measures one thing, in anybody's LightningModule that holds an ExitNet."""
+"""Callbacks: each schedules, checks or measures one thing, in any LightningModule that holds one ExitNet."""
 
 from dynadapter.training.callbacks.averaging import WeightAverage
 from dynadapter.training.callbacks.early_exit import EarlyExit
+from dynadapter.training.callbacks.finite_check import FiniteCheck
 from dynadapter.training.callbacks.flops import FlopsReport
 from dynadapter.training.callbacks.loss_weights import ExitWeights
 from dynadapter.training.callbacks.predictions import PredictionWriter
 from dynadapter.training.callbacks.sparsity import BidirectionalSparsity
 
-__all__ = ["BidirectionalSparsity", "EarlyExit", "ExitWeights", "FlopsReport", "PredictionWriter", "WeightAverage"]
+__all__ = [
+    "BidirectionalSparsity",
+    "EarlyExit",
+    "ExitWeights",
+    "FiniteCheck",
+    "FlopsReport",
+    "PredictionWriter",
+    "WeightAverage",
+]

@@ -1,4 +1,4 @@
-"""What the training callbacks share: finding the network, and knowing how far training has come."""
+"""Find the network in a module, and compute the progress of training, for the callbacks."""
 
 import math
 
@@ -8,10 +8,10 @@ from dynadapter.exits.net import ExitNet
 
 
 def exit_net(module: LightningModule, caller: object) -> ExitNet:
-    """Finds the one :class:`ExitNet` in a module.
+    """Return the one :class:`ExitNet` in a module.
 
     Raises:
-        ValueError: If there is none, or more than one.
+        ValueError: There is none, or more than one.
     """
     nets = [part for part in module.modules() if isinstance(part, ExitNet)]
     if len(nets) != 1:
@@ -24,14 +24,14 @@ def exit_net(module: LightningModule, caller: object) -> ExitNet:
 
 
 def total_steps(trainer: Trainer) -> int | None:
-    """Says how many optimiser steps the whole training takes; ``None`` if it has no end that can be known.
+    """Return the number of optimiser steps of the whole training; ``None`` if its end is unknown.
 
-    In manual optimisation each optimiser is taken to step once per batch.
+    In manual optimisation each optimiser is assumed to step once per batch.
     """
     steps = trainer.estimated_stepping_batches
-    if not 0 < steps < math.inf:  # Lightning says -1 for a loader without a length and no max_steps
+    if not 0 < steps < math.inf:  # Lightning returns -1 for a loader without a length and no max_steps
         return None
-    if not trainer.lightning_module.automatic_optimization:  # global_step counts the steps of every optimiser there
+    if not trainer.lightning_module.automatic_optimization:  # global_step then counts the steps of every optimiser
         steps *= len(trainer.optimizers)
         if trainer.max_steps != -1:
             steps = min(steps, trainer.max_steps)
@@ -39,10 +39,10 @@ def total_steps(trainer: Trainer) -> int | None:
 
 
 def require_end(trainer: Trainer, caller: object, varies: bool) -> int:
-    """Gives :func:`total_steps`, or 1 where it is unknown and nothing varies with progress.
+    """Return :func:`total_steps`, or 1 if it is unknown and nothing varies with progress.
 
     Raises:
-        ValueError: If it is unknown and something does vary.
+        ValueError: It is unknown and something varies.
     """
     steps = total_steps(trainer)
     if steps is None and varies:
@@ -54,15 +54,15 @@ def require_end(trainer: Trainer, caller: object, varies: bool) -> int:
 
 
 def progress(trainer: Trainer, steps: int, every: int = 1) -> float:
-    """Gives how far training has come, from 0 at the first optimiser step to 1 at the last.
+    """Return the progress of training, from 0 at the first optimiser step to 1 at the last.
 
-    It is a function of ``trainer.global_step`` alone, so a resumed training goes on exactly, and all batches of one
-    accumulation window see the same value.
+    It depends on ``trainer.global_step`` alone: a resumed training continues exactly, and all batches of one optimiser
+    step see the same value.
 
     Args:
         trainer: The trainer, in fit.
         steps: Optimiser steps of the whole training.
-        every: The value changes only every so many steps.
+        every: Steps between changes of the value.
     """
     done = trainer.global_step // every * every
     return min(done / max(steps - 1, 1), 1.0)

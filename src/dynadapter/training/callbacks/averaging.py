@@ -1,4 +1,4 @@
-"""WeightAverage: what is validated and saved is a moving average of what is trained."""
+"""WeightAverage: validate and save a moving average of the trained tensors."""
 
 from typing import Any
 
@@ -14,14 +14,14 @@ from dynadapter.training.sharding import is_sharded
 class WeightAverage(EMAWeightAveraging):
     """Average the trained tensors over the optimiser steps, exponentially; the frozen backbone keeps its values.
 
-    Validation, and the checkpoint's weights, are those of the average; a resumed training goes on from both. Buffers,
-    such as batch statistics and scheduled rates, are not averaged. (Lightning's own EMAWeightAveraging averages frozen
-    tensors with themselves, and rounding carries them away.)
+    Validation and the checkpoint's weights use the average. A resumed training continues from both. Buffers, such as
+    batch statistics and scheduled rates, are not averaged. (Lightning's EMAWeightAveraging averages frozen tensors with
+    themselves, and rounding changes them.)
 
     Args:
-        decay: Share of the average that a step keeps, in [0, 1).
+        decay: Fraction of the average that a step keeps, in [0, 1).
         every_n_steps: Steps between updates.
-        from_step: The first step that counts.
+        from_step: The first step that is averaged.
 
     Raises:
         ValueError: If ``decay`` is out of range; at the start of fit, if the network is sharded, or its trained tensors
@@ -42,14 +42,14 @@ class WeightAverage(EMAWeightAveraging):
         self.decay = decay
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Makes the average when fit begins."""
+        """Create the average when fit begins."""
         if stage == "fit":
             if getattr(pl_module, "device_mesh", None) is not None or is_sharded(pl_module):
                 raise ValueError("WeightAverage needs whole tensors, here they are sharded; train with strategy: ddp")
             self._average_model = _Average(pl_module, self.decay)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Follows the module to its device and precision, where the frozen tensors need no copy."""
+        """Move the average to the module's device and precision; frozen tensors share memory with the module."""
         assert self._average_model is not None
         self._average_model.to(pl_module.device)
         for average, current in zip(self._average_model.module.parameters(), pl_module.parameters(), strict=True):
@@ -57,19 +57,19 @@ class WeightAverage(EMAWeightAveraging):
                 average.data = current.data
             elif torch.finfo(current.dtype).bits < 32:
                 raise ValueError(
-                    f"WeightAverage adds small shares, which tensors in {str(current.dtype).removeprefix('torch.')} "
+                    f"WeightAverage adds small updates, which tensors in {str(current.dtype).removeprefix('torch.')} "
                     f"round away; train with precision bf16-mixed or 16-mixed, not {trainer.precision}"
                 )
             else:
                 average.data = average.data.to(current.dtype)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Restores the average, in fit alone: elsewhere it is the model's weights already."""
+        """Restore the average in fit; in other stages the loaded weights are the average already."""
         if self._average_model is not None:
             super().on_load_checkpoint(trainer, pl_module, checkpoint)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Saves the average as the weights, and beside it what is needed to go on."""
+        """Save the average as the weights, and beside it what a resume needs."""
         if self._average_model is not None:
             super().on_save_checkpoint(trainer, pl_module, checkpoint)
 
@@ -83,8 +83,8 @@ class _Average(AveragedModel):
 
     @torch.no_grad()
     def update_parameters(self, model: nn.Module) -> None:
-        """Takes a step: the first one to the module itself. Buffers are copied."""
-        share = torch.where(self.n_averaged == 0, 1.0, 1 - self.decay)  # a tensor: nobody waits for it
+        """Average one step; the first one copies the module. Buffers are copied."""
+        share = torch.where(self.n_averaged == 0, 1.0, 1 - self.decay)  # a tensor: the device is not waited for
         for average, current in zip(self.module.parameters(), model.parameters(), strict=True):
             if current.requires_grad:
                 average.lerp_(current, share.to(average.dtype))

@@ -1,4 +1,4 @@
-"""Policies at evaluation time: who leaves where, and how accurate that is."""
+"""EarlyExit: exit policies in evaluation, read off the logits of all exits."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,6 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from dynadapter.exits.net import ExitNet
 from dynadapter.exits.policies import Confidence, Policy, route
 from dynadapter.training.callbacks._common import exit_net
 from dynadapter.training.losses import IGNORED
@@ -18,13 +19,13 @@ from dynadapter.training.sharding import is_sharded
 
 @dataclass
 class PolicyResult:
-    """What a policy gave on a whole split.
+    """The result of one policy on a whole split.
 
     Args:
         name: The policy's short name.
-        accuracy: Share of the samples that were classified right, in [0, 1].
-        shares: Share of the samples that left at each exit (exits,), adding up to 1.
-        nonfinite: Samples whose logits were not finite; they never leave early and count as wrong.
+        accuracy: Fraction of the samples that were classified right, in [0, 1].
+        shares: Exit shares ``(exits,)``, which sum to 1.
+        nonfinite: Samples whose logits were not finite; they never exit early and count as wrong.
     """
 
     name: str
@@ -34,7 +35,7 @@ class PolicyResult:
 
 
 class PolicyUse(ExitUse):
-    """Counts at which exit samples left under a policy, how many of them were right, and non-finite logits.
+    """Count how many samples stop at each exit, how many of them are right, and non-finite logits.
 
     Args:
         exits: Number of all exits, the last included.
@@ -48,46 +49,50 @@ class PolicyUse(ExitUse):
         self.add_state("right", torch.tensor(0), dist_reduce_fx="sum")
         self.add_state("nonfinite", torch.tensor(0), dist_reduce_fx="sum")
 
-    def update(self, exits: Tensor, logits: Tensor, targets: Tensor) -> None:  # type: ignore[override]
-        """Counts a batch.
+    def update(self, exit_index: Tensor, logits: Tensor, targets: Tensor) -> None:  # type: ignore[override]
+        """Count a batch.
 
         Args:
-            exits: Zero-based exits (batch,).
-            logits: Logits at those exits (batch, classes).
-            targets: Classes (batch,).
+            exit_index: ``(batch,)`` integers, from 0.
+            logits: Logits at these exits ``(batch, classes)``.
+            targets: Class indices ``(batch,)``.
         """
-        super().update(exits)
+        super().update(exit_index)
         finite = logits.isfinite().all(-1)
         self.right += ((logits.argmax(-1) == targets) & finite).sum()
         self.nonfinite += (~finite).sum()
 
     def compute(self) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
-        """Gives the shares (exits,), the accuracy, and the number of samples with non-finite logits."""
+        """Return the exit shares ``(exits,)``, the accuracy, and the number of samples with non-finite logits."""
         return super().compute(), self.right / self.counts.sum().clamp(min=1), self.nonfinite
 
 
 class EarlyExit(Callback):
-    """Applies policies whenever the model is validated, tested or asked to predict.
+    """Apply exit policies in validation, test and prediction.
 
-    In a test each policy really routes every batch (:meth:`ExitNet.early`); in validation, and where the network is
-    sharded, the same answer is computed from the logits of all exits, which the step returns anyway. Predictions follow
-    the first policy. Each policy logs ``<split>/<policy>/acc`` and ``<split>/<policy>/share_exit<k>``.
+    Validation and test run the network once and read every policy off the logits of all exits, which the step returns.
+    Predictions are routed by the first policy. Each policy logs ``<split>/<policy>/acc`` and
+    ``<split>/<policy>/share_exit<k>``, with k from 1.
 
-    Several processes give what one would. Samples of class -100 only fill up a batch and are not counted.
+    Several processes give the same results as one. Padding samples (class -100) are ignored.
 
-    Works in any LightningModule that holds one :class:`~dynadapter.exits.net.ExitNet`, if its validation step returns a
-    mapping with ``logits`` (exits, batch, classes) and ``targets`` (batch,), its test step one with ``targets``, and
-    its test batches start with the images. Its prediction step finds the policy as ``self.policy``.
+    Works in any LightningModule that holds one :class:`~dynadapter.exits.net.ExitNet`, if its validation and test steps
+    return a mapping with ``logits`` ``(exits, batch, classes)`` and ``targets`` ``(batch,)``. Its prediction step finds
+    the policy as ``self.policy``.
 
     Args:
-        policies: The policies to apply, each with thresholds of its own; null is ``Confidence(0.9)``.
+        policies: The policies to apply, each with its own thresholds; null is ``Confidence(0.9)``.
+        verify_routing: Route every batch of a validation or test as well, and compare exits and classes with those
+            read off. Batches must start with the images. A sharded network cannot be routed and is not compared.
 
     Raises:
-        ValueError: If a policy is given twice; or, before anything runs, if thresholds do not fit the exits.
+        ValueError: A policy is given twice; before anything runs, if thresholds do not fit the exits; with
+            `verify_routing`, if routing gives another exit or class.
     """
 
-    def __init__(self, policies: Sequence[Policy] | None = None) -> None:
+    def __init__(self, policies: Sequence[Policy] | None = None, verify_routing: bool = False) -> None:
         self.policies = list(policies) if policies is not None else [Confidence(0.9)]
+        self.verify_routing = verify_routing
         names = [policy.name for policy in self.policies]
         if len(set(names)) < len(names):
             raise ValueError(f"each policy may be given once; got {', '.join(names)}")
@@ -95,7 +100,7 @@ class EarlyExit(Callback):
 
     @property
     def results(self) -> list[PolicyResult]:
-        """What each policy gave on the last split; empty where none has run."""
+        """The result of each policy on the last split; empty if none has run."""
         results = []
         for name, use in self._uses.items():
             shares, accuracy, nonfinite = use.compute()
@@ -103,7 +108,7 @@ class EarlyExit(Callback):
         return results
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Checks the thresholds before anything runs, and sets the policy of predictions."""
+        """Check the thresholds before anything runs, and set the policy of predictions."""
         net = exit_net(pl_module, self)
         for policy in self.policies:
             policy.check(net.num_exits)
@@ -111,77 +116,83 @@ class EarlyExit(Callback):
             pl_module.policy = self.policies[0]  # type: ignore[assignment]
         self._uses = {}
 
-    # ---- validation: read off the logits of all exits
-
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Starts to count."""
-        self._start(pl_module)
+        self._reset(pl_module)
+
+    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._reset(pl_module)
 
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
     ) -> None:
-        """Reads off the stacked logits where each policy lets the samples leave."""
-        self._read_off(outputs, "validation")
-
-    def _read_off(self, outputs: Any, step: str) -> None:
-        logits, targets = self._output(outputs, "logits", step), self._output(outputs, "targets", step)
-        counted = (targets != IGNORED).nonzero()[:, 0]
-        logits, targets = logits[:, counted], targets[counted]
-        rows = torch.arange(len(targets), device=targets.device)
-        for policy in self.policies:
-            exits = route(policy, logits)
-            self._uses[policy.name].update(exits, logits[exits, rows], targets)
-
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Logs what each policy gave."""
-        self._log(pl_module, "val")
-
-    # ---- test: route
-
-    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Starts to count."""
-        self._start(pl_module)
+        """Read the exits of a batch off its logits."""
+        self._read_off(trainer, pl_module, outputs, batch, batch_idx, "validation")
 
     def on_test_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
     ) -> None:
-        """Routes the batch once a policy."""
-        targets, net = self._output(outputs, "targets", "test"), exit_net(pl_module, self)
-        if is_sharded(net):  # all processes must run all blocks: each has a part of every tensor
-            self._read_off(outputs, "test")
-            return
-        counted = (targets != IGNORED).nonzero()[:, 0]
-        for policy in self.policies:
-            with trainer.precision_plugin.forward_context():
-                routed = net.early(batch[0], policy)
-            self._uses[policy.name].update(routed.exit_index[counted], routed.logits[counted], targets[counted])
+        """Read the exits of a batch off its logits."""
+        self._read_off(trainer, pl_module, outputs, batch, batch_idx, "test")
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the results of each policy."""
+        self._log(pl_module, "val")
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Logs what each policy gave."""
+        """Log the results of each policy."""
         self._log(pl_module, "test")
 
-    # ----
-
-    def _start(self, pl_module: LightningModule) -> None:
+    def _reset(self, pl_module: LightningModule) -> None:
         exits = exit_net(pl_module, self).num_exits
         self._uses = {policy.name: PolicyUse(exits).to(pl_module.device) for policy in self.policies}
 
-    def _output(self, outputs: Any, key: str, step: str) -> Tensor:
-        if not isinstance(outputs, Mapping) or key not in outputs:
-            given = (
-                f"one with {', '.join(map(str, outputs))}" if isinstance(outputs, Mapping) else type(outputs).__name__
-            )
-            raise ValueError(f"EarlyExit needs {step}_step to return a mapping with {key!r}, not {given}")
-        return outputs[key]
+    def _read_off(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, step: str
+    ) -> None:
+        stacked, targets = _output(outputs, "logits", step), _output(outputs, "targets", step)
+        counted = (targets != IGNORED).nonzero()[:, 0]
+        logits, targets = stacked[:, counted], targets[counted]
+        rows = torch.arange(len(targets), device=targets.device)
+        for policy in self.policies:
+            exit_index = route(policy, logits)
+            self._uses[policy.name].update(exit_index, logits[exit_index, rows], targets)
+        net = exit_net(pl_module, self)
+        if self.verify_routing and not is_sharded(net):
+            with trainer.precision_plugin.forward_context():
+                for policy in self.policies:
+                    _compare_routing(net, policy, batch[0], stacked, f"{step} batch {batch_idx}")
 
     def _log(self, pl_module: LightningModule, split: str) -> None:
         for result in self.results:
             values = {f"{split}/{result.name}/acc": result.accuracy}
             for k, share in enumerate(result.shares.tolist(), start=1):
                 values[f"{split}/{result.name}/share_exit{k}"] = share
-            pl_module.log_dict(values, sync_dist=True)  # they are the same already; Lightning would warn
+            pl_module.log_dict(values, sync_dist=True)  # equal in all processes; Lightning warns without sync_dist
             if result.nonfinite:
                 rank_zero_warn(
                     f"{split}, {result.name}: {result.nonfinite} sample(s) have logits that are not finite; they count "
-                    "as wrong and cannot leave early"
+                    "as wrong and cannot exit early"
                 )
+
+
+def _output(outputs: Any, key: str, step: str) -> Tensor:
+    """Return one entry of what a step returned."""
+    if not isinstance(outputs, Mapping) or key not in outputs:
+        given = f"one with {', '.join(map(str, outputs))}" if isinstance(outputs, Mapping) else type(outputs).__name__
+        raise ValueError(f"EarlyExit needs {step}_step to return a mapping with {key!r}, not {given}")
+    return outputs[key]
+
+
+def _compare_routing(net: ExitNet, policy: Policy, images: Tensor, stacked: Tensor, where: str) -> None:
+    """Route a batch and compare exits and classes with those read off the logits of all exits."""
+    read_off, routed = route(policy, stacked), net.early(images, policy)
+    classes = stacked[read_off, torch.arange(len(images), device=stacked.device)].argmax(-1)
+    different = ((read_off != routed.exit_index) | (classes != routed.logits.argmax(-1))).nonzero()[:, 0].tolist()
+    if different:
+        first = different[0]
+        raise ValueError(
+            f"verify_routing: {policy.name} differs for {len(different)} of {len(images)} images in {where}; image "
+            f"{first} stops at exit {int(routed.exit_index[first]) + 1} with class "
+            f"{int(routed.logits[first].argmax())} when routed; its logits say exit {int(read_off[first]) + 1} and "
+            f"class {int(classes[first])}; rounding near a threshold can cause a single such image, more are a fault"
+        )

@@ -1,30 +1,30 @@
-"""ExitWeights: loss weights of the exits that change over training."""
+"""ExitWeights: a loss-weight schedule for the exits."""
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from dynadapter.exits.net import ExitNet
 from dynadapter.training.callbacks._common import exit_net, progress, require_end
-from dynadapter.training.weighting import LinearInDepth, Weighting
+from dynadapter.training.weighting import LateToEarly, Weighting
 
 
 class ExitWeights(Callback):
-    """Writes each exit's weight in the joint loss into ``ExitNet.exit_weights`` as training goes on.
+    """Write each exit's weight in the joint loss into ``ExitNet.exit_weights`` during training.
 
-    Works in any LightningModule that holds one :class:`~dynadapter.exits.net.ExitNet` and multiplies its losses by that
-    buffer. Weights follow from the number of optimiser steps alone: there is nothing to save, and a resumed training
-    goes on exactly. They are logged as ``exit_weights/1``, ``exit_weights/2`` and so on.
+    Works in any LightningModule that holds one :class:`~dynadapter.exits.net.ExitNet` and multiplies its losses by this
+    buffer. The weights depend on the number of optimiser steps alone: nothing has to be saved, and a resumed training
+    continues exactly. They are logged as ``exit_weights/1``, ``exit_weights/2`` and so on.
 
     Args:
         weighting: The weights as a function of progress.
-        every_n_steps: Renew the weights only every so many optimiser steps.
+        every_n_steps: Optimiser steps between updates of the weights.
 
     Raises:
         ValueError: At the start of fit, if the module holds no ExitNet or several, or if the weights vary and
             training has no known end.
     """
 
-    def __init__(self, weighting: Weighting = LinearInDepth(), every_n_steps: int = 1) -> None:  # noqa: B008 - frozen
+    def __init__(self, weighting: Weighting = LateToEarly(), every_n_steps: int = 1) -> None:  # noqa: B008 - frozen
         super().__init__()
         if every_n_steps < 1:
             raise ValueError(f"every_n_steps={every_n_steps} must be at least 1")
@@ -35,7 +35,7 @@ class ExitWeights(Callback):
         self._net: ExitNet = exit_net(pl_module, self)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Not earlier: to count the batches is to start the loader, and only now is its state restored.
+        # Not earlier: counting the batches starts the loader, and its state is restored only now.
         self._steps = require_end(trainer, self, self.weighting.varies)
         self._write(trainer)
 
@@ -44,11 +44,11 @@ class ExitWeights(Callback):
         pl_module.log_dict({f"exit_weights/{k}": weight for k, weight in enumerate(weights, 1)})
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self.__dict__.pop("_net", None)  # the callback may be kept for another network
+        self.__dict__.pop("_net", None)  # the callback may be used for another network
 
     def _write(self, trainer: Trainer) -> tuple[float, ...]:
         now = progress(trainer, self._steps, self.every_n_steps)
         weights = self.weighting(now, self._net.num_exits)
         with torch.no_grad():
-            self._net.exit_weights.copy_(torch.tensor(weights))  # in place: a compiled step is not compiled again
+            self._net.exit_weights.copy_(torch.tensor(weights))  # in place: a compiled step needs no recompilation
         return weights

@@ -14,29 +14,29 @@ from dynadapter.training.sharding import is_sharded
 
 
 class BidirectionalSparsity(Callback):
-    """Trains adapters sparsely in both directions (Dyn-Adapter, bidirectional sparsity).
+    """Train adapters sparsely in both directions (Dyn-Adapter, bidirectional sparsity).
 
     Forward, an adapter at depth d, 0 in the first block and 1 in the last, drops its inner features at the rate
-    ``(1 - d) * shallow + d * deep``. Backward, each optimiser step moves a random part of the adapter elements only:
-    every element is kept with probability ``keep``, drawn anew for each step. Heads are never masked. The paper says
-    that shallow layers drop more and that adapter gradients are masked; the line over depth, all rates and what
-    "masked" means are ours.
+    ``(1 - d) * shallow + d * deep``. Backward, each optimiser step updates a random part of the adapter elements: every
+    element with probability ``keep``, drawn anew for each step. Heads are never masked. The paper states that shallow
+    layers drop more and that adapter gradients are masked; the line over depth, all rates and the meaning of "masked"
+    are ours.
 
-    Works in any LightningModule with adapters. Rates follow from the number of optimiser steps, masks from that number
-    and the seed: there is nothing to save, a resumed training goes on exactly, and all data-parallel processes draw
-    the same masks, on any device. Gradients are masked before they are clipped. Logs ``sparsity/keep``,
+    Works in any LightningModule with adapters. Rates depend on the number of optimiser steps, masks on that number and
+    the seed: nothing has to be saved, a resumed training continues exactly, and all data-parallel processes draw the
+    same masks, on any device. Gradients are masked before they are clipped. Logs ``sparsity/keep``,
     ``sparsity/dropout_shallow`` and ``sparsity/dropout_deep``. Sharded parameters (FSDP) are not supported.
 
-    AdamW's bias correction counts the steps of a tensor, not of an element: with a small ``keep`` an element's first
-    moves are larger than without masks.
+    AdamW's bias correction counts the steps of a tensor, not of an element: with a small ``keep`` the first updates of
+    an element are larger than without masks.
 
     Args:
-        shallow: Dropout rate in the first block; null leaves every adapter its own rate, and ``deep`` unused.
+        shallow: Dropout rate in the first block; null keeps every adapter's own rate and ignores ``deep``.
         deep: Dropout rate in the last block.
-        keep: Probability that an adapter element moves in a step; at 1 there are no masks and no cost.
-        masked: What a masked element does: ``frozen`` it stays where it is, momentum and weight decay included, as if
-            the step had not been; ``gradient`` only its gradient is zero, so momentum and decay go on moving it.
-        seed: Of the masks.
+        keep: Probability that a step updates an adapter element; at 1 there are no masks and no cost.
+        masked: What happens to a masked element: ``frozen`` keeps the element and its optimiser state unchanged in this
+            step; ``gradient`` sets only its gradient to zero, so that momentum and weight decay still change it.
+        seed: Seed of the masks.
 
     Raises:
         ValueError: At the start of fit, if the module holds no adapters, a rate or ``keep`` is out of range, or the
@@ -45,9 +45,9 @@ class BidirectionalSparsity(Callback):
 
     def __init__(
         self,
-        shallow: Schedule | None = Constant(0.2),  # noqa: B008 - frozen
+        shallow: Schedule | None = Constant(0.1),  # noqa: B008 - frozen
         deep: Schedule = Constant(0.0),  # noqa: B008
-        keep: Schedule = Constant(0.9),  # noqa: B008
+        keep: Schedule = Constant(0.95),  # noqa: B008
         masked: Literal["frozen", "gradient"] = "frozen",
         seed: int = 0,
     ) -> None:
@@ -59,10 +59,10 @@ class BidirectionalSparsity(Callback):
         self.keep = keep
         self.masked = masked
         self.seed = seed
-        self._let_go()
+        self._detach()
 
-    def _let_go(self) -> None:
-        """Forgets the module and takes the hooks off the optimisers."""
+    def _detach(self) -> None:
+        """Release the module and remove the hooks of the optimisers."""
         for handle in getattr(self, "_handles", ()):
             handle.remove()
         self._handles: list[Any] = []
@@ -72,12 +72,12 @@ class BidirectionalSparsity(Callback):
         self._dropout: tuple[float, float] | None = None
 
     def _schedules(self) -> dict[str, Schedule]:
-        """The schedules in use, by name."""
+        """Return the schedules in use, by name."""
         forward = {} if self.shallow is None else {"shallow": self.shallow, "deep": self.deep}
         return {"keep": self.keep, **forward}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._let_go()
+        self._detach()
         self._layers = [part for part in pl_module.modules() if isinstance(part, AdapterLayer)]
         if not self._layers:
             raise ValueError(
@@ -86,18 +86,18 @@ class BidirectionalSparsity(Callback):
             )
         if is_sharded(pl_module):
             raise ValueError(
-                "BidirectionalSparsity masks whole tensors, and here each process has a part of them; leave it out "
+                "BidirectionalSparsity masks whole tensors, and here they are sharded; leave it out "
                 "(sparsity: null), or train with strategy: ddp"
             )
         self._elements = [element for layer in self._layers for element in _own_parameters(layer)]
-        for end in (0.0, 1.0):  # what would be wrong at the end of training shows now
+        for end in (0.0, 1.0):  # an invalid end value is reported before training
             for name, schedule in self._schedules().items():
                 _share(schedule, end, name)
         if self.masked == "frozen":
             self._handles = [one.register_step_post_hook(self._after_step) for one in trainer.optimizers]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Not earlier: to count the batches is to start the loader, and only now is its state restored.
+        # Not earlier: counting the batches starts the loader, and its state is restored only now.
         varies = any(schedule.varies for schedule in self._schedules().values())
         self._steps = require_end(trainer, self, varies)
 
@@ -114,7 +114,7 @@ class BidirectionalSparsity(Callback):
         pl_module.log_dict(values)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        self._held = []  # a step that was skipped for an overflow has left some
+        self._held = []  # a step skipped for an overflow may have left entries
         keep = _share(self.keep, progress(trainer, self._steps), "keep")
         if keep == 1 or not self._elements:
             return
@@ -127,8 +127,8 @@ class BidirectionalSparsity(Callback):
                 self._held.append(_Held(element, moves, optimizer))
 
     def _draw(self, keep: float, step: int) -> list[Tensor]:
-        """Draws which elements of each adapter tensor move in this step."""
-        # On the CPU, so that the masks do not depend on the device, and in one go, for one transfer.
+        """Return masks of the adapter tensors: True where this step updates an element."""
+        # Drawn on the CPU, so that masks do not depend on the device, and together, for a single transfer.
         generator = torch.Generator().manual_seed((self.seed * 1_000_000_007 + step) % 2**63)
         sizes = [element.numel() for element in self._elements]
         moves = torch.rand(sum(sizes), generator=generator) < keep
@@ -141,14 +141,14 @@ class BidirectionalSparsity(Callback):
         self._held = []
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._let_go()
+        self._detach()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._let_go()
+        self._detach()
 
 
 class _Held:
-    """One adapter tensor and its optimiser state as they were before a step."""
+    """A copy of one adapter tensor and its optimiser state from before a step."""
 
     def __init__(self, element: nn.Parameter, moves: Tensor, optimizer: Optimizer) -> None:
         self.element = element
@@ -158,16 +158,16 @@ class _Held:
 
     @torch.no_grad()
     def restore(self, optimizer: Optimizer) -> None:
-        """Puts the masked elements back."""
+        """Restore the masked elements."""
         self.element.copy_(torch.where(self.moves, self.element, self.before))
         for key, value in _elementwise_state(optimizer, self.element).items():
-            # State that came into being in this step starts at zero, as it does in all of torch.optim that is
-            # created so late (except for Rprop's step size).
+            # State created in this step is restored to zero, its initial value in all of torch.optim except for
+            # Rprop's step size.
             value.copy_(torch.where(self.moves, value, self.state.get(key, 0)))
 
 
 def _elementwise_state(optimizer: Optimizer, element: Tensor) -> dict[str, Tensor]:
-    """The optimiser's tensors that belong to single elements, such as momentum; the step counter does not."""
+    """Return the optimiser's tensors with one value per element, such as momentum; the step counter has none."""
     state = optimizer.state.get(element, {})
     return {
         key: value
@@ -186,7 +186,7 @@ def _own_parameters(layer: AdapterLayer) -> list[nn.Parameter]:
 
 def _share(schedule: Schedule, now: float, name: str) -> float:
     share = schedule(now)
-    if not 0 <= share <= 1 or (share == 1 and name != "keep"):  # to drop everything leaves nothing to scale up
+    if not 0 <= share <= 1 or (share == 1 and name != "keep"):  # dropout divides by 1 - rate
         allowed = "[0, 1]" if name == "keep" else "[0, 1)"
         raise ValueError(f"{name}={schedule} gives {share} at progress {now:g}; it must stay in {allowed}")
     return share

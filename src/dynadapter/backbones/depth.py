@@ -1,0 +1,73 @@
+"""Cut a backbone to its first blocks: a shallower model with the same norm and head."""
+
+from functools import singledispatch
+from typing import Any
+
+from timm.models.convnext import ConvNeXt
+from timm.models.swin_transformer import SwinTransformer
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from dynadapter.backbones.cut import blocks, widths
+
+
+def cut_depth(model: nn.Module, depth: int) -> None:
+    """Remove all blocks of a model after the first ``depth``; its norm and head follow the last one that is left.
+
+    Args:
+        model: A timm model of a known family, with its weights loaded and without adapters.
+        depth: Blocks to keep, from 1 to all.
+
+    Raises:
+        ValueError: The model has fewer blocks, or its norm and head read another number of channels than those after
+            block ``depth``.
+        TypeError: The model's class is unknown.
+    """
+    channels = widths(model)
+    if not 1 <= depth <= len(channels):
+        raise ValueError(
+            f"depth={depth} does not fit a backbone of {len(channels)} blocks; choose 1 to {len(channels)}"
+        )
+    fitting = [count for count, width in enumerate(channels, start=1) if width == channels[-1]]
+    if depth not in fitting:
+        raise ValueError(
+            f"depth={depth} ends where the {type(model).__name__} has {channels[depth - 1]} channels, and its norm and "
+            f"head read {channels[-1]}; choose {fitting[0]} to {fitting[-1]}"
+        )
+    remove_last_blocks(model, len(channels) - depth)
+    assert len(blocks(model)) == depth
+
+
+@singledispatch
+def remove_last_blocks(model: nn.Module, count: int) -> None:
+    """Remove a model's last blocks, which are fewer than those of its last stage; a family registers its own.
+
+    Raises:
+        TypeError: The model's class is unknown.
+    """
+    known = sorted(family.__name__ for family in remove_last_blocks.registry if family is not object)
+    raise TypeError(
+        f"the depth of a {type(model).__name__} cannot be cut; known: {known}; leave depth out, or register "
+        "remove_last_blocks of dynadapter.backbones.depth for this class"
+    )
+
+
+@remove_last_blocks.register
+def _(model: VisionTransformer, count: int) -> None:
+    model.blocks = _without_last(model.blocks, count)
+
+
+@remove_last_blocks.register
+def _(model: SwinTransformer, count: int) -> None:
+    last: Any = model.layers[-1]
+    last.blocks = _without_last(last.blocks, count)
+
+
+@remove_last_blocks.register
+def _(model: ConvNeXt, count: int) -> None:
+    last: Any = model.stages[-1]
+    last.blocks = _without_last(last.blocks, count)
+
+
+def _without_last(modules: nn.Sequential, count: int) -> nn.Sequential:
+    return modules[: len(modules) - count]

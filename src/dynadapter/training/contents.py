@@ -1,0 +1,174 @@
+"""What a checkpoint of an ExitClassifier holds, and whether it fits a model: format, tensors, backbone and classes."""
+
+import textwrap
+from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
+from typing import Any
+
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
+from torch.nn.modules.module import _IncompatibleKeys
+
+from dynadapter.adapters import adapter_layers
+from dynadapter.backbones import classifier
+from dynadapter.exits.net import ExitNet
+from dynadapter.exits.token_merging import TokenMerging
+from dynadapter.spec import restore
+
+FORMAT = 2
+"""Version of what this package adds to a checkpoint under the key ``dynadapter``. 2 renamed settings."""
+
+ADVICE = "Give the adapter, heads, exit_depths and depth of the training"
+
+
+# ---- which tensors
+
+
+def trainable_only(module: nn.Module) -> None:
+    """Reduce a module's state dict to what is trained: the frozen tensors of an :class:`ExitNet` in it are left out.
+
+    Loading then accepts that these are missing, and nothing else. A module with a true ``full_checkpoint`` saves
+    everything.
+    """
+    module.register_state_dict_post_hook(_drop_frozen)
+    module.register_load_state_dict_post_hook(_allow_frozen)
+
+
+def frozen_keys(module: nn.Module) -> set[str]:
+    """Return the state-dict keys of a module that belong to a frozen backbone.
+
+    These are all keys of the backbone except the adapters, its own head, and whatever else is trained.
+    """
+    keys = set()
+    for path, net in module.named_modules():
+        if isinstance(net, ExitNet):
+            ours = {id(p) for head in classifier(net.backbone) for p in head.parameters()}
+            for layer in adapter_layers(net.backbone).values():
+                ours |= {id(p) for name, p in layer.named_parameters() if not name.startswith("base_layer.")}
+            for name, tensor in net.backbone.state_dict(keep_vars=True).items():
+                if id(tensor) not in ours and not tensor.requires_grad:
+                    keys.add(f"{path}.backbone.{name}" if path else f"backbone.{name}")
+    return keys
+
+
+def _drop_frozen(module: nn.Module, state: dict[str, Any], prefix: str, _metadata: dict[str, Any]) -> None:
+    if not getattr(module, "full_checkpoint", False):
+        for key in frozen_keys(module):
+            state.pop(prefix + key, None)
+
+
+def _allow_frozen(module: nn.Module, keys: _IncompatibleKeys) -> None:
+    # The hook does not get its prefix (an averaging wrapper adds one), hence the match by ending.
+    frozen = tuple(frozen_keys(module))
+    keys.missing_keys[:] = [key for key in keys.missing_keys if not key.endswith(frozen)]
+
+
+def require_keys(found: AbstractSet[str], module: nn.Module) -> None:
+    """Check that a checkpoint holds everything that is trained, and nothing unknown.
+
+    Raises:
+        ValueError: In one line, if a key is missing or unknown.
+    """
+    own = module.state_dict().keys()
+    faults = [f"Missing: {key}." for key in own - found]
+    faults += [f"Unknown: {key}." for key in found - own - frozen_keys(module)]
+    if faults:
+        more = f" And {len(faults) - 3} more like this." if len(faults) > 3 else ""
+        raise ValueError(f"the checkpoint does not fit this model: {' '.join(sorted(faults)[:3])}{more} {ADVICE}")
+
+
+def describe_mismatch(error: RuntimeError) -> str:
+    """Return torch's report of tensors that do not fit as one line."""
+    lines = str(error).splitlines()[1:]
+    faults = [_shorten(line) for line in lines[:3]]
+    if len(lines) > 3:
+        faults.append(f"And {len(lines) - 3} more like this.")
+    return f"the checkpoint does not fit this model: {' '.join(faults)} {ADVICE}"
+
+
+# ---- what else
+
+
+def saved_contents(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a checkpoint holds under the key ``dynadapter``.
+
+    Raises:
+        ValueError: It was not written by this package, or has another format.
+    """
+    saved = checkpoint.get("dynadapter")
+    if not isinstance(saved, Mapping):
+        raise ValueError(
+            "this checkpoint was not written by dynadapter: it names no backbone; load its weights with torch.load"
+        )
+    format = saved.get("format", 0)
+    if format > FORMAT:
+        raise ValueError(f"this checkpoint has format {format}, this dynadapter reads {FORMAT}; update dynadapter")
+    if format < FORMAT:
+        raise ValueError(
+            f"this checkpoint has the old format {format}, this dynadapter reads {FORMAT}; train again, or use the "
+            "version of dynadapter that wrote it"
+        )
+    return dict(saved)
+
+
+def compare_backbones(saved: Mapping[str, Any], name: str, fingerprint: str) -> None:
+    """Check that a checkpoint without the frozen tensors was trained on this backbone.
+
+    Args:
+        saved: From :func:`saved_contents`.
+        name: The model's backbone.
+        fingerprint: Its hash.
+
+    Raises:
+        ValueError: It was trained on another one.
+    """
+    if saved["backbone_hash"] != fingerprint and not saved["full"]:
+        raise ValueError(
+            f"the checkpoint was trained on backbone {saved['backbone']!r} with weights "
+            f"{saved['backbone_hash'][:12]}, this model has {name!r} with {fingerprint[:12]}; give the backbone, "
+            "weights, backbone_args and depth of the training"
+        )
+
+
+def compare_token_merging(settings: Mapping[str, Any], ours: TokenMerging | None) -> None:
+    """Warn if tokens were merged differently in training: all tensors fit, but the logits differ.
+
+    Args:
+        settings: The checkpoint's hyper-parameters.
+        ours: The model's token merging.
+    """
+    theirs = restore(settings.get("token_merging"), TokenMerging | None, "token_merging")
+    if theirs != ours:
+        rank_zero_warn(
+            f"the checkpoint was trained with token_merging={theirs}, this model has token_merging={ours}: earlier "
+            "measurements do not hold; give the token_merging of the training, or measure again"
+        )
+
+
+def different_class(theirs: list[str], ours: list[str]) -> str:
+    """Return as one line how the class names of a checkpoint and of a model differ; empty if they do not."""
+    both = f"the checkpoint has {_listed(theirs)}; this model has {_listed(ours)}"
+    advice = "use data with the classes of the training, in its order"
+    if len(theirs) != len(ours):
+        return f"the checkpoint knows {len(theirs)} classes, this model {len(ours)}; {both}; {advice}"
+    for k, (their, our) in enumerate(zip(theirs, ours, strict=True)):
+        if their != our:
+            return f"class {k} is {their!r} in the checkpoint and {our!r} in this model; {both}; {advice}"
+    return ""
+
+
+def _shorten(line: str) -> str:
+    """Return the beginning of a line, with the number of keys that it names."""
+    count = line.count('", "') + 1
+    short = textwrap.shorten(line, 200, placeholder=" ...")
+    return f"{short} ({count} keys)" if short.endswith(" ...") and count > 1 else short
+
+
+def _listed(names: list[str]) -> str:
+    """Return the first eight names as text, and how many follow.
+
+    >>> _listed(["cat", "dog"])
+    "'cat', 'dog'"
+    """
+    named = [textwrap.shorten(repr(name), 30, placeholder="...") for name in names[:8]]
+    return ", ".join(named) + (f" and {len(names) - 8} more" if len(names) > 8 else "")

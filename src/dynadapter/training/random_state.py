@@ -1,0 +1,38 @@
+"""Random numbers of a training step that depend on the seed and the step alone, so that a training can be resumed."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+
+def step_seed(seed: int, draw: int) -> int:
+    """Return the seed of one step in one process.
+
+    Args:
+        seed: Global seed of the training.
+        draw: Number of the batch, counted over the whole training and all processes.
+    """
+    return (seed + 1_000_003 * (draw + 1)) % 2**63
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Seed torch and numpy inside the context; afterwards their random states are those of before.
+
+    Args:
+        seed: From 0 to 2**63 - 1.
+        device: The device whose generator is seeded beside the CPU's.
+    """
+    numpy_state = np.random.get_state()  # noqa: NPY002  (timm's mixing draws from numpy's global generator)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        # torch.manual_seed would seed every accelerator of the machine
+        torch.default_generator.manual_seed(seed)
+        if device.type == "cuda":
+            torch.cuda.manual_seed(seed)
+        np.random.seed(seed % 2**32)  # noqa: NPY002
+        try:
+            yield
+        finally:
+            np.random.set_state(numpy_state)  # noqa: NPY002
