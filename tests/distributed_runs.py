@@ -1,4 +1,4 @@
-"""What the tests of several processes run: started as a program, it forks groups of 1, 2 and 3 processes.
+"""Scenarios for the tests of several processes: run as a program, it forks groups of 1, 2 and 3 processes.
 
 Each process runs every scenario of its group and leaves what it returns in ``FOLDER/<scenario>.<processes>.<rank>.pt``.
 """
@@ -42,11 +42,11 @@ from dynadapter.training.schedules import Constant
 from dynadapter.training.weighting import PerExit
 
 NAMES = ["a", "b", "c", "d", "e"]
-PROCESSES = (2, 1, 3)  # the others go on from what two have saved
+PROCESSES = (2, 1, 3)  # the others resume what two have saved
 
 
 class Noise(ImageData):
-    """Images of noise; the class is hidden in their brightness."""
+    """Images of noise whose brightness depends on the class."""
 
     def __init__(self, train: int = 22, rest: int = 23, **options: Any) -> None:
         super().__init__(**({"batch_size": 4, "global_batch_size": 6, "image_size": 32, "augment": "flip"} | options))
@@ -67,7 +67,7 @@ class Noise(ImageData):
 
 
 class Broken(ImageDataset):
-    """One image is not finite."""
+    """A dataset with one image that is not finite."""
 
     broken: int
 
@@ -80,9 +80,9 @@ class Where:
     """The process that a scenario runs in.
 
     Args:
-        processes: How many there are.
-        rank: Which one this is.
-        folder: Where results go.
+        processes: Number of processes.
+        rank: Index of this process.
+        folder: Folder for results.
     """
 
     def __init__(self, processes: int, rank: int, folder: Path) -> None:
@@ -101,7 +101,7 @@ class Where:
 
 
 def shaken(module: ExitClassifier) -> ExitClassifier:
-    """Moves all that is trained, so that every element has a gradient and exits differ."""
+    """Change all trained tensors, so that every element has a gradient and exits differ."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for p in module.parameters():
@@ -111,7 +111,7 @@ def shaken(module: ExitClassifier) -> ExitClassifier:
 
 
 class Losses(Callback):
-    """Notes what is logged in each step."""
+    """Record the values logged in each step."""
 
     def __init__(self) -> None:
         self.seen: list[float] = []
@@ -183,7 +183,7 @@ def bfloat16(where: Where) -> Any:
 
 @scenario
 def float16(where: Where) -> Any:
-    """With gradients scaled; the trainer's own option takes bfloat16 instead on a CPU."""
+    """Scale gradients; on a CPU the trainer's own option uses bfloat16 instead."""
     scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
     state, run = where.fit(plugins=MixedPrecision("16-mixed", "cpu", scaler), gradient_clip_val=0.5)
     return {"state": state, "precision": run.precision, "scale": scaler.get_scale()}
@@ -191,14 +191,14 @@ def float16(where: Where) -> Any:
 
 @scenario
 def drawn(where: Where) -> Any:
-    """Dropout and mixing differ by process; what comes out of a step is the same for all."""
+    """Draw dropout and mixing in each process; the result of a step is equal in all."""
     module = shaken(make_classifier(adapter=LoRA(rank=2, dropout=0.3), mixing=Mixing()))
     return {"state": where.fit(BidirectionalSparsity(), module=module)[0]}
 
 
 @scenario
 def saved(where: Where) -> Any:
-    """Saves after every step, also in the middle of an epoch."""
+    """Save after every step, also within an epoch."""
     folder = where.folder / f"saved.{where.processes}"
     saving = ModelCheckpoint(folder, every_n_train_steps=1, save_top_k=-1, filename="{step}")
     return {"state": where.fit(saving, enable_checkpointing=True)[0]}
@@ -206,7 +206,7 @@ def saved(where: Where) -> Any:
 
 @scenario
 def resumed(where: Where) -> Any:
-    """Goes on from what two processes have saved in the middle of the second epoch."""
+    """Resume what two processes saved within the second epoch."""
     return {"state": where.fit(checkpoint=where.folder / "saved.2" / "step=4.ckpt")[0]}
 
 
@@ -293,7 +293,7 @@ def message(run: Callable[[], Any]) -> str:
 
 @scenario
 def an_image_that_is_not_finite(where: Where) -> Any:
-    """It comes in the second epoch, or the first."""
+    """The broken image is in the second epoch, or the first."""
     folder = where.folder / f"finite.{where.processes}"
     saving = ModelCheckpoint(folder, every_n_train_steps=1, save_top_k=1, filename="only", enable_version_counter=False)
     data, losses = Noise(), Losses()
@@ -308,7 +308,7 @@ def an_image_that_is_not_finite(where: Where) -> Any:
 
 @scenario
 def weights_that_are_not_finite(where: Where) -> Any:
-    """Noticed before they are saved over good ones."""
+    """Refuse to save broken weights over good ones."""
 
     class Spoil(Callback):
         def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
@@ -367,7 +367,7 @@ def sharded_resumed(where: Where) -> Any:
 
 @of_two
 def sharded_files(where: Where) -> Any:
-    """Each process saves its part, and another training goes on from them."""
+    """Save each process's part, and resume from these files."""
 
     class Stop(Callback):
         def on_train_epoch_end(self, trainer: Any, *_: Any) -> None:
@@ -450,7 +450,7 @@ def child(where: Where, names: list[str], port: int) -> int:
 
 
 def group(processes: int, folder: Path, names: list[str], limit: float) -> bool:
-    """Runs scenarios in some processes; True if all went well."""
+    """Run scenarios in a number of processes; return True if all succeeded."""
     port, children = free_port(), []
     for rank in range(processes):
         pid = os.fork()
@@ -460,7 +460,7 @@ def group(processes: int, folder: Path, names: list[str], limit: float) -> bool:
                 code = child(Where(processes, rank, folder), names, port)
             finally:
                 sys.stdout.flush()
-                os._exit(code)  # not the way of the program that was forked
+                os._exit(code)  # skips the forked program's own exit
         children.append(pid)
     end, well, waiting = time.monotonic() + limit, True, set(children)
     while waiting and well and time.monotonic() < end:
@@ -470,7 +470,7 @@ def group(processes: int, folder: Path, names: list[str], limit: float) -> bool:
                 waiting.discard(pid)
                 well &= status == 0
         time.sleep(0.02)
-    time.sleep(2 * bool(waiting))  # the others may have something to say as well
+    time.sleep(2 * bool(waiting))  # gives the others time to print their errors
     for pid in waiting:
         os.kill(pid, 9)
         os.waitpid(pid, 0)

@@ -1,4 +1,4 @@
-"""WeightAverage: an average of what is trained, and of that alone; a resumed training has the same."""
+"""WeightAverage: the average of the trained tensors only, and the same after a resume."""
 
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from dynadapter.training.schedules import Constant
 
 
 class ByHand(Callback):
-    """The average of the trained tensors."""
+    """Average the trained tensors."""
 
     def __init__(self, decay: float, every: int, start: int) -> None:
         self.decay, self.every, self.start = decay, every, start
@@ -30,7 +30,7 @@ class ByHand(Callback):
 
 
 @pytest.mark.parametrize(("decay", "every", "start"), [(0.9, 1, 0), (0.5, 2, 0), (0.3, 1, 3), (0.0, 1, 0)])
-def test_the_average_is_that_of_the_formula(decay: float, every: int, start: int) -> None:
+def test_average_equals_the_formula(decay: float, every: int, start: int) -> None:
     module, by_hand = make_classifier(lr_schedule=Constant(1.0)), ByHand(decay, every, start)
     before = {name: tensor.clone() for name, tensor in [*module.named_parameters(), *module.named_buffers()]}
     trainer(WeightAverage(decay, every, start), by_hand).fit(module, loader(3), loader(1))
@@ -44,7 +44,7 @@ def test_the_average_is_that_of_the_formula(decay: float, every: int, start: int
 
 
 class Validated(Callback):
-    """The trained tensors while they are validated, and while a batch is trained on."""
+    """Record the trained tensors during validation and during a training batch."""
 
     def __init__(self) -> None:
         self.seen: dict[str, list[float]] = {"validated": [], "trained": []}
@@ -61,7 +61,7 @@ class Validating(TinyModule):
         self.net(batch[0])
 
 
-def test_the_average_is_validated_and_training_goes_on_with_what_it_had() -> None:
+def test_validation_uses_the_average() -> None:
     seen, alone = Validated(), Validated()
     trainer(seen, WeightAverage(decay=0.9), num_sanity_val_steps=0).fit(Validating(), loader(3), loader(1))
     trainer(alone, num_sanity_val_steps=0).fit(Validating(), loader(3), loader(1))
@@ -69,7 +69,7 @@ def test_the_average_is_validated_and_training_goes_on_with_what_it_had() -> Non
     assert seen.seen["validated"] != alone.seen["validated"]
 
 
-def test_a_resumed_training_has_the_same_average(tmp_path: Path) -> None:
+def test_resume_continues_the_average(tmp_path: Path) -> None:
     def run(*more: Callback, **where: Any) -> dict[str, Tensor]:
         module = make_classifier()
         trainer(WeightAverage(decay=0.9), *more).fit(module, loader(3), loader(1), **where)
@@ -78,14 +78,14 @@ def test_a_resumed_training_has_the_same_average(tmp_path: Path) -> None:
     whole = run(SaveFirstEpoch(tmp_path / "0.ckpt"))
     resumed = run(ckpt_path=tmp_path / "0.ckpt", weights_only=True)
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
-    module = make_classifier()  # what is saved as the weights is the average
+    module = make_classifier()  # the saved weights are the average
     trainer(WeightAverage()).validate(module, loader(1), ckpt_path=tmp_path / "0.ckpt", verbose=False)
     held = torch.load(tmp_path / "0.ckpt", weights_only=True)
     assert all(torch.equal(tensor, held["state_dict"][name]) for name, tensor in module.state_dict().items())
     assert not all(torch.equal(held["current_model_state"][name], held["state_dict"][name]) for name in whole)
 
 
-def test_an_average_of_doubles_is_one_of_doubles() -> None:
+def test_average_of_doubles_is_double() -> None:
     module, by_hand = make_classifier(lr_schedule=Constant(1.0)), ByHand(0.9, 1, 0)
     trainer(WeightAverage(0.9), by_hand, precision="64-true").fit(module, loader(3), loader(1))
     for name, tensor in module.named_parameters():
@@ -95,7 +95,7 @@ def test_an_average_of_doubles_is_one_of_doubles() -> None:
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [("bf16-true", "bfloat16"), ("16-true", "float16")])
-def test_an_average_in_16_bits_would_stand_still(precision: str, dtype: str) -> None:
+def test_averages_in_16_bits_are_refused(precision: str, dtype: str) -> None:
     with pytest.raises(ValueError, match=rf"in {dtype} round away; train with .* not {precision}"):
         trainer(WeightAverage(), precision=precision).fit(make_classifier(), loader(1), loader(1))
 
@@ -108,6 +108,6 @@ def test_an_average_in_16_bits_would_stand_still(precision: str, dtype: str) -> 
         ({"every_n_steps": 0}, "every_n"),
     ],
 )
-def test_settings_that_cannot_be(options: dict[str, Any], words: str) -> None:
+def test_invalid_settings_are_named(options: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         WeightAverage(**options)

@@ -1,4 +1,4 @@
-"""Checkpoints of ExitClassifier: small, strict, resumable, and refused where they do not belong."""
+"""Checkpoints of ExitClassifier: small, strict, resumable, and refused by other models."""
 
 import copy
 import errno
@@ -64,7 +64,7 @@ def logits(module: ExitClassifier) -> Tensor:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_checkpoint_holds_what_is_trained(family: str, tmp_path: Path) -> None:
+def test_checkpoint_holds_trained_tensors(family: str, tmp_path: Path) -> None:
     module = make_classifier(family)
     held = read(fitted(module, tmp_path / "a.ckpt"))["state_dict"]
     trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
@@ -72,7 +72,7 @@ def test_a_checkpoint_holds_what_is_trained(family: str, tmp_path: Path) -> None
     assert not any(name.startswith(("val_", "test_")) for name in held)
 
 
-def test_what_is_trained_beside_adapters_and_heads_is_held_too(tmp_path: Path) -> None:
+def test_other_trained_tensors_are_saved(tmp_path: Path) -> None:
     module = make_classifier()
     module.net.backbone.norm.requires_grad_(True)
     path = fitted(module, tmp_path / "a.ckpt")
@@ -116,7 +116,7 @@ def test_size_for_lora_on_vit_tiny(classes: int, weights: float, resumable: floa
 # ---- what travels with it
 
 
-def test_names_and_preprocessing_travel(tmp_path: Path) -> None:
+def test_names_and_preprocessing_are_saved(tmp_path: Path) -> None:
     data = Shapes(image_size=32, batch_size=8, normalization="half", interpolation="bilinear")
     names = data.class_names[::-1]
     module = make_classifier(num_classes=len(names), class_names=names)
@@ -135,7 +135,7 @@ def test_names_and_preprocessing_travel(tmp_path: Path) -> None:
     assert Preprocess(**again.preprocessing) == data.preprocess
     assert again.data_config == module.data_config
     assert again.data_config["init_args"]["normalization"] == "half"
-    unnamed = make_classifier(num_classes=len(names))  # was told no names, so those of the checkpoint are its own now
+    unnamed = make_classifier(num_classes=len(names))  # given no names, so it uses the checkpoint's
     trainer().validate(unnamed, datamodule=data, ckpt_path=tmp_path / "a.ckpt", verbose=False, weights_only=True)
     assert unnamed.class_names == again.class_names
     assert unnamed.preprocessing == again.preprocessing
@@ -164,10 +164,10 @@ class SeenEverywhere(Callback):
 
 
 @pytest.mark.parametrize(("accumulate", "mixing"), [(1, None), (2, Mixing())])
-def test_resume_equals_training_straight_through(accumulate: int, mixing: Mixing | None, tmp_path: Path) -> None:
+def test_resume_equals_an_unbroken_training(accumulate: int, mixing: Mixing | None, tmp_path: Path) -> None:
     def train(*more: Callback, **where: Any) -> tuple[ExitClassifier, Any]:
         torch.manual_seed(3)
-        torch.rand(len(where))  # the two have not drawn the same so far
+        torch.rand(len(where))  # the two random states differ
         module = make_classifier(mixing=mixing)
         sparsity = BidirectionalSparsity(Linear(0.5, 0.2), Constant(0.1), keep=Linear(0.3, 0.9))
         fitting = trainer(ExitWeights(EarlyToLate()), sparsity, *more, max_epochs=3, accumulate_grad_batches=accumulate)
@@ -184,7 +184,7 @@ def test_resume_equals_training_straight_through(accumulate: int, mixing: Mixing
     assert all(same(one["state"][k], other["state"][k]) for k in one["state"])
 
 
-def test_dropout_matters_in_that_comparison() -> None:
+def test_dropout_depends_on_the_seed() -> None:
     def train(seed: int) -> dict[str, Tensor]:
         torch.manual_seed(seed)
         module = make_classifier()
@@ -200,7 +200,7 @@ def test_dropout_matters_in_that_comparison() -> None:
 
 def test_weight_averaging(tmp_path: Path) -> None:
     class ByHand(Callback):
-        """The average of the trained tensors, and of them alone."""
+        """Average the trained tensors only."""
 
         def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
             now = {name: p.detach().clone() for name, p in pl_module.named_parameters() if p.requires_grad}
@@ -229,7 +229,7 @@ def test_weight_averaging(tmp_path: Path) -> None:
             assert torch.equal(p, fresh[name]), name
 
 
-def test_a_copy_is_a_model_of_its_own(tmp_path: Path) -> None:
+def test_copies_are_independent(tmp_path: Path) -> None:
     module = make_classifier()
     twin = copy.deepcopy(module)
     fitted(twin, tmp_path / "twin.ckpt")
@@ -240,12 +240,12 @@ def test_a_copy_is_a_model_of_its_own(tmp_path: Path) -> None:
     assert torch.equal(logits(module), logits(twin))
 
 
-def test_anybodys_module_can_hold_what_is_trained_alone() -> None:
+def test_trainable_only_in_any_module() -> None:
     class Wrapper(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.inner = torch.nn.ModuleDict({"net": make_classifier().net})
-            self.own = torch.nn.Linear(2, 2).requires_grad_(False)  # frozen, but no backbone's
+            self.own = torch.nn.Linear(2, 2).requires_grad_(False)  # frozen, but outside the backbone
             trainable_only(self)
 
     module = Wrapper()
@@ -255,7 +255,7 @@ def test_anybodys_module_can_hold_what_is_trained_alone() -> None:
     other = Wrapper()
     other.load_state_dict(module.state_dict())
     assert same(other.state_dict(), module.state_dict())
-    assert len(module.inner.state_dict()) > len(held)  # a part of it, asked by itself, is whole
+    assert len(module.inner.state_dict()) > len(held)  # a part's own state dict is whole
     bare = ExitNet(make_classifier().net.backbone)
     whole = len(bare.state_dict())
     trainable_only(bare)
@@ -287,7 +287,7 @@ LORA_B = "net.backbone.blocks.3.attn.qkv.lora_b"
     ],
 )
 @pytest.mark.parametrize("way", ["python", "trainer"])
-def test_a_checkpoint_that_was_changed(edit: Any, message: str, way: str, tmp_path: Path) -> None:
+def test_changed_checkpoint_is_refused(edit: Any, message: str, way: str, tmp_path: Path) -> None:
     path = change(fitted(make_classifier(), tmp_path / "a.ckpt"), edit)
     ways = {
         "python": lambda: ExitClassifier.load_from_checkpoint(path),
@@ -323,7 +323,7 @@ ABC = [f"class {k}" for k in range(CLASSES)]
         ({"heads": LinearHeads()}, r"net.heads.0"),
     ],
 )
-def test_a_checkpoint_of_another_model(changes: dict, message: str, tmp_path: Path) -> None:
+def test_checkpoint_of_another_model(changes: dict, message: str, tmp_path: Path) -> None:
     path = fitted(make_classifier(class_names=ABC), tmp_path / "a.ckpt")
     with pytest.raises(ValueError, match=message) as error:
         ExitClassifier.load_from_checkpoint(path, **changes)
@@ -334,7 +334,7 @@ def test_a_checkpoint_of_another_model(changes: dict, message: str, tmp_path: Pa
 # ---- the whole model
 
 
-def test_a_full_checkpoint_needs_no_backbone(tmp_path: Path) -> None:
+def test_full_checkpoint_needs_no_backbone(tmp_path: Path) -> None:
     weights = tmp_path / "backbone.pth"
     bare = make_classifier(adapter=None, backbone_seed=5).net.backbone.state_dict()
     torch.save(bare, weights)
@@ -345,7 +345,7 @@ def test_a_full_checkpoint_needs_no_backbone(tmp_path: Path) -> None:
     again = ExitClassifier.load_from_checkpoint(path)
     assert torch.equal(logits(again), logits(module))
     assert again.backbone_hash == module.backbone_hash
-    other = make_classifier()  # another backbone, which the checkpoint brings along
+    other = make_classifier()  # another backbone; the checkpoint holds its own
     trainer().validate(other, loader(1), ckpt_path=path, verbose=False, weights_only=True)
     assert torch.equal(logits(other), logits(module))
     assert other.backbone_hash == module.backbone_hash
@@ -354,7 +354,7 @@ def test_a_full_checkpoint_needs_no_backbone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("adapter", [LoRA(rank=2), RepAdapter()], ids=lambda a: type(a).__name__)
-def test_a_merged_model_is_saved_and_loaded_whole(adapter: Any, tmp_path: Path) -> None:
+def test_merged_model_is_saved_whole(adapter: Any, tmp_path: Path) -> None:
     module = make_classifier(adapter=adapter)
     fitted(module, tmp_path / "a.ckpt")
     before = logits(module)
@@ -373,7 +373,7 @@ def test_a_merged_model_is_saved_and_loaded_whole(adapter: Any, tmp_path: Path) 
     images = next(iter(loader(3)))[0]
     with torch.no_grad():
         torch.testing.assert_close(plain.eval()(images), logits(module)[-1])
-    # Its heads alone do not belong on the backbone that it came from.
+    # Its heads without the merged backbone do not fit the original backbone.
     lean = ExitClassifier.load_from_checkpoint(path, full_checkpoint=False)
     heads = fitted(lean, tmp_path / "heads.ckpt")
     assert len(read(heads)["state_dict"]) < len(held)
@@ -381,7 +381,7 @@ def test_a_merged_model_is_saved_and_loaded_whole(adapter: Any, tmp_path: Path) 
         ExitClassifier.load_from_checkpoint(heads)
 
 
-def test_a_kind_that_cannot_be_merged_leaves_all_as_it_was(tmp_path: Path) -> None:
+def test_failed_merge_changes_nothing(tmp_path: Path) -> None:
     module = make_classifier(adapter=Adapter())
     before = module.backbone_hash
     with pytest.raises(ValueError, match="Adapter cannot be merged"):
@@ -410,7 +410,7 @@ def test_older_formats_are_refused(format: int | None, tmp_path: Path) -> None:
     assert "\n" not in str(error.value)
 
 
-def test_missing_keys_are_counted_and_all_named_underneath(tmp_path: Path) -> None:
+def test_missing_keys_are_counted(tmp_path: Path) -> None:
     path = fitted(make_classifier(), tmp_path / "a.ckpt")
     with pytest.raises(ValueError, match=r"Missing key\(s\).* \.\.\. \((\d+) keys\)") as error:
         ExitClassifier.load_from_checkpoint(path, adapter=Adapter())
@@ -421,7 +421,7 @@ def test_missing_keys_are_counted_and_all_named_underneath(tmp_path: Path) -> No
         ExitClassifier.load_from_checkpoint(path, adapter=LoRA(rank=3))
 
 
-def test_other_classes_are_shown_on_both_sides(tmp_path: Path) -> None:
+def test_other_classes_are_listed(tmp_path: Path) -> None:
     path = fitted(make_classifier(class_names=ABC), tmp_path / "a.ckpt")
     with pytest.raises(
         ValueError, match=r"the checkpoint has 'class 0', 'class 1', .*; this model has 'a', 'b', 'c', "
@@ -455,7 +455,7 @@ def test_what_is_saved_is_loaded(saved: Path) -> None:
         AtomicCheckpointIO().load_checkpoint(saved.with_name("other.ckpt"))
 
 
-def test_another_file_system_is_lightnings_business() -> None:
+def test_other_file_systems_use_lightning() -> None:
     where = "memory://folder/a.ckpt"
     AtomicCheckpointIO().save_checkpoint(CONTENT, where)
     assert AtomicCheckpointIO().load_checkpoint(where)["name"] == "text"
@@ -467,12 +467,12 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
-def test_a_save_that_does_not_end_leaves_the_old_file(call: str, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_save_keeps_the_old_file(call: str, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def killed(*_: Any) -> None:
         raise Killed
 
     monkeypatch.setattr(os, call, killed)
-    monkeypatch.setattr(Path, "unlink", lambda *_, **__: None)  # a kill tidies nothing up
+    monkeypatch.setattr(Path, "unlink", lambda *_, **__: None)  # a killed process removes nothing
     with pytest.raises(Killed):
         AtomicCheckpointIO().save_checkpoint(CONTENT | {"name": "new"}, saved)
     monkeypatch.undo()
@@ -486,7 +486,7 @@ def test_a_save_that_does_not_end_leaves_the_old_file(call: str, saved: Path, mo
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
-def test_a_full_disk_is_one_line_and_loses_nothing(call: str, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_is_one_line(call: str, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -528,7 +528,7 @@ def test_a_training_on_a_full_disk(tmp_path: Path) -> None:
     assert read_whole(saved / "last.ckpt")["global_step"] == 2
 
 
-def test_what_would_not_load_again_is_not_saved(saved: Path) -> None:
+def test_unloadable_contents_are_not_saved(saved: Path) -> None:
     with pytest.raises(ValueError, match=r"would not load under weights_only=True: it holds pathlib\.\w+Path; "):
         AtomicCheckpointIO().save_checkpoint(CONTENT | {"where": Path("a")}, saved)
     assert read_whole(saved)["name"] == "text"
@@ -545,7 +545,7 @@ def test_a_file_that_was_cut_off(left: int, saved: Path) -> None:
         newest(saved.parent)
 
 
-def test_a_flipped_bit_is_found_or_changes_nothing(tmp_path: Path) -> None:
+def test_flipped_bits_are_found_or_harmless(tmp_path: Path) -> None:
     path = fitted(make_classifier(), tmp_path / "a.ckpt")
     whole, content = path.read_bytes(), read(path)
     rng = random.Random(0)
@@ -565,7 +565,7 @@ def test_a_flipped_bit_is_found_or_changes_nothing(tmp_path: Path) -> None:
     assert found > 100  # the others hit padding, dates and the like
 
 
-def test_torch_itself_would_not_notice(tmp_path: Path) -> None:
+def test_torch_does_not_check_checksums(tmp_path: Path) -> None:
     path = tmp_path / "a.ckpt"
     torch.save({"a": torch.zeros(1000)}, path)
     data = bytearray(path.read_bytes())
@@ -576,7 +576,7 @@ def test_torch_itself_would_not_notice(tmp_path: Path) -> None:
         check(path)
 
 
-def test_a_hostile_archive_is_refused_before_it_is_unpacked(tmp_path: Path) -> None:
+def test_hostile_archives_are_not_unpacked(tmp_path: Path) -> None:
     bomb = io.BytesIO()
     with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("archive/data.pkl", bytes(50_000_000))
@@ -585,7 +585,7 @@ def test_a_hostile_archive_is_refused_before_it_is_unpacked(tmp_path: Path) -> N
         check(tmp_path / "bomb.ckpt")
 
 
-def test_the_checkpoint_with_the_most_steps_is_the_newest(tmp_path: Path) -> None:
+def test_most_steps_is_newest(tmp_path: Path) -> None:
     assert newest(tmp_path) is None
     for name, step in (("a", 5), ("b", 9), ("c", 7)):
         AtomicCheckpointIO().save_checkpoint(CONTENT | {"global_step": step}, tmp_path / f"{name}.ckpt")
@@ -596,12 +596,12 @@ def test_the_checkpoint_with_the_most_steps_is_the_newest(tmp_path: Path) -> Non
     assert newest(tmp_path) == (tmp_path / "c.ckpt", 7, [tmp_path / "b.ckpt"])
 
 
-def test_lightnings_checkpoint_goes_on_from_ours_and_the_other_way() -> None:
+def test_lightning_checkpoints_interchange() -> None:
     for options in ({}, {"monitor": "val/acc", "mode": "max"}, {"every_n_train_steps": 5}):
         assert RunCheckpoint(**options).state_key == ModelCheckpoint(**options).state_key
 
 
-def test_the_last_one_is_the_last_whatever_the_best_one_is(tmp_path: Path) -> None:
+def test_last_does_not_depend_on_best(tmp_path: Path) -> None:
     class Worse(Callback):
         def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
             pl_module.log("score", -float(trainer.current_epoch))

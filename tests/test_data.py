@@ -1,4 +1,4 @@
-"""What all data modules share: decoding, preprocessing, batches, order, broken files, configs."""
+"""The base of the data modules: batches, order, cached images, broken files, classes, configs."""
 
 import re
 from itertools import chain
@@ -98,7 +98,7 @@ def test_batches_and_what_is_dropped(folder):
     assert torch.equal(torch.cat([images for images, _ in test]), torch.stack(expected))
 
 
-def test_a_set_smaller_than_a_batch_is_still_trained_on(folder):
+def test_fewer_images_than_a_batch_are_used(folder):
     (folder / "broken.png").unlink()
     ((images, _),) = Files(folder, batch_size=64, image_size=4).train_dataloader()
     assert len(images) == 7
@@ -108,13 +108,13 @@ def indices(order: EpochOrder) -> list[int]:
     return [index for index, _ in order]
 
 
-def test_order_depends_on_seed_and_epoch_alone():
+def test_order_depends_on_seed_and_epoch():
     def orders(seed: int, epochs: range) -> list[list[tuple[int, int]]]:
         order = EpochOrder(range(50), 5, seed=seed)
         result = []
         for epoch in epochs:
             order.set_epoch(epoch)
-            torch.rand(3)  # whatever else draws numbers
+            torch.rand(3)  # other draws do not matter
             result.append(list(order))
         return result
 
@@ -124,13 +124,13 @@ def test_order_depends_on_seed_and_epoch_alone():
     assert len({tuple(order) for order in whole}) == 4
     assert all(sorted(index for index, _ in order) == list(range(50)) for order in whole)
     assert len({number for order in whole for _, number in order}) == 200
-    plain = EpochOrder(range(50), 5, seed=0)  # nobody calls set_epoch
+    plain = EpochOrder(range(50), 5, seed=0)  # without set_epoch
     assert [list(plain) for _ in range(4)] == whole
 
 
 @pytest.mark.parametrize(("count", "together", "accumulated"), [(50, 12, 1), (48, 12, 1), (100, 6, 3), (11, 12, 2)])
 @pytest.mark.parametrize("processes", [1, 2, 3, 6])
-def test_processes_share_the_batches_of_one(count, together, accumulated, processes):
+def test_processes_share_one_batch(count, together, accumulated, processes):
     size = together // processes
     one = EpochOrder(range(count), together, seed=3, accumulated=accumulated)
     shares = [
@@ -151,7 +151,7 @@ def test_processes_share_the_batches_of_one(count, together, accumulated, proces
         assert sum(map(len, lists)) == len(expected) == len({index for index, _ in expected})
 
 
-def test_what_is_too_little_for_a_step_is_trained_on_all_the_same():
+def test_fewer_images_than_a_step_are_used():
     assert len(EpochOrder(range(10), 3, seed=0)) == 9
     assert len(EpochOrder(range(10), 3, seed=0, accumulated=2)) == 6  # whole steps
     assert len(EpochOrder(range(5), 3, seed=0, accumulated=2)) == 3
@@ -163,7 +163,7 @@ def test_what_is_too_little_for_a_step_is_trained_on_all_the_same():
         EpochOrder(range(2), 3, seed=0, processes=3, rank=0)
 
 
-def test_a_set_filled_up_for_several_processes(folder):
+def test_padding_for_several_processes(folder):
     (folder / "broken.png").unlink()
     data = Files(folder, image_size=4, predict_images=str(folder))
     filled, paths = Padded(data.dataset("test"), 4), Padded(data.dataset("predict"), 4)
@@ -203,7 +203,7 @@ def test_a_global_batch_is_divided(given, processes, accumulated, expected, monk
     assert said == ([line] if line else [])
 
 
-def test_a_global_batch_counts_accumulated_batches(folder):
+def test_global_batch_counts_accumulation(folder):
     (folder / "broken.png").unlink()
     data = Files(folder, batch_size=1, global_batch_size=4, image_size=4)
     model = Mean()
@@ -239,7 +239,7 @@ def test_cached_batches_equal_decoded_ones(folder, augment, processes, monkeypat
         assert all(torch.equal(a, b) for x, y in zip(found, expected, strict=True) for a, b in zip(x, y, strict=True))
 
 
-def test_cached_images_move_where_there_is_room(folder):
+def test_cached_images_move_if_they_fit(folder):
     (folder / "broken.png").unlink()
     dataset = Files(folder, cache=True, image_size=8).dataset("train")
     meta = torch.device("meta")
@@ -250,14 +250,14 @@ def test_cached_images_move_where_there_is_room(folder):
     assert {part.device for part in (dataset.cached, *dataset.batch(indices))} == {meta}
 
 
-def test_flip_mirrors_about_half_of_the_training_images_only(folder):
+def test_flip_mirrors_half_of_the_images(folder):
     (folder / "broken.png").unlink()
     data = Files(folder, image_size=8, augment="flip")
     mirrored = 0
     for number in range(20):
         for index in range(7):
             tested, trained = data.dataset("test")[index, number][0], data.dataset("train")[index, number][0]
-            assert torch.equal(tested, data.dataset("train")[index][0])  # as it is, where nothing is drawn
+            assert torch.equal(tested, data.dataset("train")[index][0])  # not mirrored without a number
             assert torch.equal(trained, tested) or torch.equal(trained, tested.flip(-1))
             mirrored += not torch.equal(trained, tested)
     assert mirrored == 70
@@ -265,7 +265,7 @@ def test_flip_mirrors_about_half_of_the_training_images_only(folder):
     assert 400 < sum(number % 2 for number in numbers) < 600
 
 
-def test_what_is_drawn_for_an_image_does_not_depend_on_workers(folder):
+def test_flips_do_not_depend_on_workers(folder):
     (folder / "broken.png").unlink()
 
     def epochs(workers: int) -> list[torch.Tensor]:
@@ -280,7 +280,7 @@ def test_what_is_drawn_for_an_image_does_not_depend_on_workers(folder):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_an_unreadable_image_stops_with_its_name(folder, workers):
+def test_unreadable_image_is_named(folder, workers):
     data = Files(folder, num_workers=workers, image_size=8)
     data.setup("test")
     with pytest.raises(UnreadableImage) as caught:
@@ -299,7 +299,7 @@ def test_skip_leaves_it_out_and_lists_it(folder, workers):
     data.setup("test")  # a second call reads nothing again
 
 
-def test_more_than_the_cap_is_an_error_with_the_list(tmp_path):
+def test_too_many_skipped_images_are_listed(tmp_path):
     save(tmp_path / "good.png")
     for i in range(3):
         (tmp_path / f"bad{i}.png").write_bytes(b"")
@@ -369,7 +369,7 @@ def test_predict_skips_too(folder):
     assert len(images) == len(paths) == 7
 
 
-def test_images_to_predict_have_no_other_stage(folder):
+def test_images_to_predict_only_predict(folder):
     (folder / "broken.png").unlink()
     data = ImagesToPredict(["cat", "dog"], str(folder), image_size=4)
     assert (data.num_classes, data.class_names) == (2, ["cat", "dog"])
@@ -388,7 +388,7 @@ def test_unknown_stage():
 
 
 class Mean(LightningModule):
-    """Learns one number, to see the batches pass."""
+    """Train one number and count the images."""
 
     def __init__(self):
         super().__init__()
@@ -442,7 +442,7 @@ class Noise(ImageData):
 
 
 class Steps(Callback):
-    """Notes what each step of training sees."""
+    """Record the images of each training step."""
 
     def __init__(self):
         self.seen: list[tuple] = []
@@ -452,7 +452,7 @@ class Steps(Callback):
 
 
 def fitted(folder: Path, checkpoint: Path | None = None, seed: int = 0, accumulate: int = 1, **options):
-    """Three epochs of three batches, with a checkpoint after each optimiser step."""
+    """Train three epochs of three batches, with a checkpoint after each optimiser step."""
     torch.manual_seed(seed)
     steps, module = Steps(), make_classifier(num_classes=3, mixing=Mixing(prob=0.5))
     dropout = BidirectionalSparsity(shallow=Constant(0.3), keep=Linear(0.5, 1.0))
@@ -479,9 +479,11 @@ def test_training_resumes_within_an_epoch(source, accumulate, tmp_path):
 
 
 @elsewhere
-def test_what_cannot_go_on_in_the_middle_of_an_epoch(tmp_path, monkeypatch):
+def test_other_data_cannot_resume_mid_epoch(tmp_path, monkeypatch):
     fitted(tmp_path)
-    _, rest = fitted(tmp_path / "ended", tmp_path / "step=3.ckpt", batch_size=11)  # between epochs all is possible
+    _, rest = fitted(
+        tmp_path / "ended", tmp_path / "step=3.ckpt", batch_size=11
+    )  # between epochs other batches are allowed
     assert [batch for _, batch, *_ in rest] == [0, 1, 0, 1]
     with pytest.raises(ValueError, match=r"in the middle of epoch 1, which had 6 images in a batch .* now there are 7"):
         fitted(tmp_path / "no", tmp_path / "step=4.ckpt", batch_size=7)
@@ -492,13 +494,13 @@ def test_what_cannot_go_on_in_the_middle_of_an_epoch(tmp_path, monkeypatch):
 
 
 @elsewhere
-def test_the_order_goes_on_whatever_the_seed_is_now(tmp_path):
+def test_resumed_order_ignores_the_new_seed(tmp_path):
     _, seen = fitted(tmp_path)
     _, rest = fitted(tmp_path / "other", tmp_path / "step=2.ckpt", seed=5)
     assert rest == seen[2:]
 
 
-def test_a_plain_loader_goes_on_too():
+def test_plain_loader_resumes():
     torch.manual_seed(0)
     loader = Noise().train_dataloader()
     whole = [images for images, _ in loader]
@@ -514,17 +516,17 @@ def test_a_plain_loader_goes_on_too():
 
 
 @pytest.mark.parametrize("label", [-1, -100, 3])
-def test_labels_that_are_no_class(label, monkeypatch):
+def test_invalid_labels_are_named(label, monkeypatch):
     monkeypatch.setattr(Noise, "samples", lambda self, split: [(Path("a.png"), 0), (Path("b.png"), label)])
     for stage, split in (("fit", "train"), ("test", "test")):
         with pytest.raises(ValueError, match=f"^label {label} of b.png for {split} is no class; .* classes 0 to 2$"):
             Noise().setup(stage)
 
 
-def test_the_images_of_a_batch_are_known(folder):
+def test_images_of_a_batch_are_named(folder):
     (folder / "broken.png").unlink()
     data = Files(folder, batch_size=2, image_size=4)
-    assert data.files(0, 0) == []  # not before there is an order
+    assert data.files(0, 0) == []  # unknown before there is an order
     loader = data.train_dataloader()
     for step, (images, _) in enumerate(loader):
         expected = torch.stack(
@@ -537,7 +539,7 @@ def test_the_images_of_a_batch_are_known(folder):
     assert re.fullmatch("image [0-9]+", held.files(0, 0)[0])
 
 
-def test_settings_are_plain_data_and_complete(tmp_path):
+def test_settings_are_plain_data(tmp_path):
     save(tmp_path / "train" / "a" / "0.png")
     data = ImageFolder(tmp_path, image_size=32, normalization="half", predict_images=tmp_path)
     torch.save(dict(data.hparams), tmp_path / "settings.pt")
@@ -553,7 +555,7 @@ def parser() -> ArgumentParser:
 
 
 @pytest.mark.parametrize("kind", [VTAB1k, ImageFolder, Shapes])
-def test_every_setting_can_stand_in_a_config(kind):
+def test_configs_take_every_setting(kind):
     common = {
         "batch_size": 8,
         "global_batch_size": 16,
@@ -577,7 +579,7 @@ def test_every_setting_can_stand_in_a_config(kind):
     }
 
 
-def test_a_folder_can_be_given_on_the_command_line():
+def test_command_line_takes_a_folder():
     config = parser().parse_args(["--data=Shapes", "--data.predict_images=my photos/[1]", "--data.normalization=half"])
     assert config.data.init_args.predict_images == "my photos/[1]"
     assert config.data.init_args.normalization == "half"
@@ -594,7 +596,7 @@ def test_a_misspelt_setting_is_an_error():
 
 
 class Named(Noise):
-    """Its samples' labels stand for letters of an order of its own."""
+    """Images whose class names are letters in a given order."""
 
     def __init__(self, names: str, **options):
         super().__init__(**options)
@@ -610,9 +612,9 @@ def letters(data: ImageData, split: str) -> list[str]:
 
 @pytest.mark.parametrize("early", [False, True])
 @pytest.mark.parametrize("names", ["abc", "cab", "xcyab"])
-def test_classes_take_the_numbers_of_a_model_by_name(names, early):
+def test_classes_are_renumbered_by_name(names, early):
     data, plain = Named("bca"), Named("abc")
-    if early:  # as where a checkpoint is loaded after the images were looked up
+    if early:  # as if a checkpoint were loaded after the images were found
         assert letters(data, "train") == letters(plain, "train")
     data.take_classes(list(names))
     assert (data.class_names, data.num_classes) == (list(names), len(names))
@@ -622,7 +624,7 @@ def test_classes_take_the_numbers_of_a_model_by_name(names, early):
     assert [label for _, label in data.dataset("test").samples] == [0, 1, 2, 0]
 
 
-def test_classes_that_a_model_does_not_know():
+def test_unknown_classes_are_listed():
     line = "the data have classes that the model does not know: b, c; the model has a, x; the data have a, b, c"
     with pytest.raises(ValueError, match=f"^{line}$"):
         Named("abc").take_classes(["a", "x"])
@@ -632,16 +634,16 @@ def test_classes_that_a_model_does_not_know():
         Named([f"class {k}" for k in range(100)]).take_classes(["a"])
 
 
-def test_numbers_are_no_names():
+def test_numbers_are_not_matched_as_names():
     named, numbered = Named("bca"), Noise()
     numbered.class_names = ["0", "1", "2"]
-    named.take_classes(["0", "1", "2", "3"])  # a model that was told no names
-    numbered.take_classes(list("xyzt"))  # data that know none
+    named.take_classes(["0", "1", "2", "3"])  # a model without class names
+    numbered.take_classes(list("xyzt"))  # data without class names
     assert (named.class_names, numbered.class_names) == (list("bca"), list("xyzt"))
     assert [label for _, label in numbered.dataset("test").samples] == [0, 1, 2, 0]
 
 
-def test_a_model_is_measured_by_the_names_of_its_classes(tmp_path):
+def test_model_classes_are_matched_by_name(tmp_path):
     run = trainer(max_epochs=1, enable_checkpointing=False)
     model = make_classifier(num_classes=3, class_names=list("abc"))
     run.fit(model, datamodule=Named("abc"))

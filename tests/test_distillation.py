@@ -1,4 +1,4 @@
-"""Distillation against the formula, and who learns from whom."""
+"""Distillation against the formula, and which exit gets which gradient."""
 
 import pytest
 import torch
@@ -31,14 +31,14 @@ def test_formula(logits: torch.Tensor, share: float, temperature: float) -> None
     torch.testing.assert_close(Distillation(share, temperature).mix(losses, logits), torch.stack(expected))
 
 
-def test_the_teacher_learns_from_labels_alone(logits: torch.Tensor) -> None:
+def test_teacher_learns_from_labels_only(logits: torch.Tensor) -> None:
     Distillation(0.5).mix(exit_losses(logits, TARGETS), logits).sum().backward()
     alone = logits.detach()[-1].clone().requires_grad_()
     F.cross_entropy(alone, TARGETS).backward()
     torch.testing.assert_close(logits.grad[-1], alone.grad)  # type: ignore[index]
 
 
-def test_an_early_exit_that_says_the_same_has_nothing_to_learn(logits: torch.Tensor) -> None:
+def test_equal_answers_have_no_divergence(logits: torch.Tensor) -> None:
     same = logits.detach()[-1:].expand(3, -1, -1)
     mixed = Distillation(1.0).mix(exit_losses(same, TARGETS), same)
     assert mixed[:-1].abs().max() < 1e-12
@@ -50,14 +50,14 @@ def test_one_exit_has_no_teacher(logits: torch.Tensor) -> None:
     assert torch.equal(Distillation().mix(losses, logits[:1]), losses)
 
 
-def test_half_precision_is_widened(logits: torch.Tensor) -> None:
+def test_half_precision_becomes_float32(logits: torch.Tensor) -> None:
     half = logits.detach().bfloat16()
     losses = exit_losses(half, TARGETS)
     assert torch.equal(Distillation().mix(losses, half), Distillation().mix(losses, half.float()))
 
 
 @pytest.mark.parametrize("options", [{"share": -0.1}, {"share": 1.5}, {"temperature": 0.0}, {"share": float("nan")}])
-def test_settings_that_cannot_be(options: dict[str, float]) -> None:
+def test_invalid_settings_are_named(options: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="must be") as error:
         Distillation(**options)
     assert "\n" not in str(error.value)

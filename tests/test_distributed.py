@@ -1,4 +1,4 @@
-"""Several processes: what they train, measure and predict is what one process does.
+"""Several processes train, measure and predict what one process does.
 
 The runs are those of ``distributed_runs.py``; here they are compared.
 """
@@ -34,7 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def results(folder: Path, name: str) -> dict[tuple[int, int], Any]:
-    """What each process of each group has returned, by (processes, rank)."""
+    """Return the results of each process by (processes, rank)."""
     return {
         (processes, rank): torch.load(folder / f"{name}.{processes}.{rank}.pt", weights_only=False)
         for processes in PROCESSES
@@ -44,7 +44,7 @@ def results(folder: Path, name: str) -> dict[tuple[int, int], Any]:
 
 
 def difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
-    """The greatest difference between two states, relative to the greatest element of a tensor."""
+    """Return the largest difference between two states, relative to the largest element of a tensor."""
     assert a.keys() == b.keys()
     return max(float((a[name] - b[name]).abs().max() / b[name].abs().max()) for name in b)
 
@@ -68,10 +68,10 @@ def test_all_scenarios_ran(folder: Path) -> None:
         ("resumed", 1e-6),
         ("bfloat16", 1e-2),  # sums of 8 bits, in another order
         ("float16", 1e-3),  # of 11 bits
-        ("drawn", 1.0),  # dropout and mixing are drawn by each process for itself
+        ("drawn", 1.0),  # each process draws its own dropout and mixing
     ],
 )
-def test_the_weights_are_those_of_one_process(name: str, tolerance: float, folder: Path) -> None:
+def test_weights_equal_one_process(name: str, tolerance: float, folder: Path) -> None:
     states = {where: result["state"] for where, result in results(folder, name).items()}
     for (processes, _), state in states.items():
         assert difference(state, states[processes, 0]) == 0  # all processes hold the same
@@ -79,7 +79,7 @@ def test_the_weights_are_those_of_one_process(name: str, tolerance: float, folde
     assert difference(states[1, 0], make_classifier().state_dict()) > 1e-2 or name == "drawn"
 
 
-def test_what_is_logged_is_the_mean_of_all_processes(folder: Path) -> None:
+def test_logs_are_means_over_processes(folder: Path) -> None:
     losses = {where: result["losses"] for where, result in results(folder, "plain").items()}
     assert len(set(losses[1, 0])) == 6
     assert all(seen == pytest.approx(losses[1, 0], rel=1e-6) for seen in losses.values())
@@ -87,10 +87,10 @@ def test_what_is_logged_is_the_mean_of_all_processes(folder: Path) -> None:
 
 def test_gradients_of_16_bits_are_scaled(folder: Path) -> None:
     for result in results(folder, "float16").values():
-        assert (result["precision"], result["scale"]) == ("16-mixed", 256.0)  # no step was left out
+        assert (result["precision"], result["scale"]) == ("16-mixed", 256.0)  # no step was skipped
 
 
-def test_an_average_leaves_the_frozen_backbone_alone(folder: Path) -> None:
+def test_average_keeps_the_frozen_backbone(folder: Path) -> None:
     averaged = results(folder, "averaged")
     assert all(result["frozen"] for result in averaged.values())
     assert difference(averaged[1, 0]["state"], results(folder, "plain")[1, 0]["state"]) > 1e-3
@@ -100,11 +100,11 @@ def test_an_average_leaves_the_frozen_backbone_alone(folder: Path) -> None:
         )
 
 
-def test_accumulated_batches_are_steps_of_the_global_batch(folder: Path) -> None:
+def test_accumulation_keeps_the_global_batch(folder: Path) -> None:
     assert {result["steps"] for result in results(folder, "accumulated_and_clipped").values()} == {6}
 
 
-def test_a_checkpoint_goes_on_with_any_number_of_processes(folder: Path) -> None:
+def test_resume_with_other_process_counts(folder: Path) -> None:
     whole = results(folder, "saved")[1, 0]["state"]
     for result in results(folder, "resumed").values():
         assert difference(result["state"], whole) <= 1e-6
@@ -116,7 +116,7 @@ def test_a_checkpoint_goes_on_with_any_number_of_processes(folder: Path) -> None
 @pytest.mark.parametrize(
     "name", ["measured_on_twentythree", "measured_on_two", "measured_in_fit", "with_broken_logits"]
 )
-def test_measures_are_those_of_one_process(name: str, folder: Path) -> None:
+def test_metrics_equal_one_process(name: str, folder: Path) -> None:
     measured = results(folder, name)
     assert len(measured[1, 0]) > 10
     for result in measured.values():
@@ -135,7 +135,7 @@ def test_every_sample_counts_once(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("count", [11, 2])
-def test_predictions_are_the_same_bytes(count: int, folder: Path) -> None:
+def test_predictions_are_equal(count: int, folder: Path) -> None:
     predicted = {where: result[count] for where, result in results(folder, "predicted").items()}
     one = predicted[1, 0]
     rows = list(csv.DictReader(one["bytes"].decode().splitlines()))
@@ -151,7 +151,7 @@ def test_predictions_are_the_same_bytes(count: int, folder: Path) -> None:
 # ---- mistakes
 
 
-def test_all_processes_stop_at_a_loss_that_is_not_finite(folder: Path) -> None:
+def test_nonfinite_loss_stops_all_processes(folder: Path) -> None:
     for (processes, _), result in results(folder, "an_image_that_is_not_finite").items():
         where = " in process 0" if processes > 1 else ""
         assert result["said"].startswith(
@@ -162,7 +162,7 @@ def test_all_processes_stop_at_a_loss_that_is_not_finite(folder: Path) -> None:
         assert len(result["losses"]) == result["saved"] == 4
 
 
-def test_weights_that_are_not_finite_are_not_saved(folder: Path) -> None:
+def test_nonfinite_weights_are_not_saved(folder: Path) -> None:
     for result in results(folder, "weights_that_are_not_finite").values():
         assert result["finite"]
         assert result["said"].startswith(
@@ -170,7 +170,7 @@ def test_weights_that_are_not_finite_are_not_saved(folder: Path) -> None:
         )
 
 
-def test_a_global_batch_that_does_not_divide(folder: Path) -> None:
+def test_indivisible_global_batch_is_refused(folder: Path) -> None:
     for (processes, _), said in results(folder, "a_global_batch_that_does_not_divide").items():
         wanted = f"global_batch_size=7 does not divide by {processes} process(es) x 1 accumulated batch(es); give a"
         assert said.startswith(wanted if processes > 1 else "no error")
@@ -179,7 +179,7 @@ def test_a_global_batch_that_does_not_divide(folder: Path) -> None:
 # ---- sharded
 
 
-def test_a_sharded_training_is_the_same(folder: Path) -> None:
+def test_sharded_training_is_equal(folder: Path) -> None:
     measured = results(folder, "sharded")
     assert len(measured[1, 0]["numbers"]) > 2 * (10 + len(policies()) * 5)
     for result in measured.values():
@@ -188,7 +188,7 @@ def test_a_sharded_training_is_the_same(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["sharded", "sharded_resumed"])
-def test_a_sharded_checkpoint_is_one_of_one_process(name: str, folder: Path) -> None:
+def test_sharded_checkpoint_equals_a_single(name: str, folder: Path) -> None:
     one, two = (torch.load(folder / f"{name}.{n}.ckpt", weights_only=True) for n in (1, 2))
     assert one.keys() == two.keys()
     assert one["dynadapter"] == two["dynadapter"]
@@ -202,19 +202,19 @@ def test_a_sharded_checkpoint_is_one_of_one_process(name: str, folder: Path) -> 
     assert difference(moments, same) <= 1e-4
 
 
-def test_sharded_files_are_gone_on_with(folder: Path) -> None:
+def test_sharded_files_resume(folder: Path) -> None:
     states = results(folder, "sharded_files")
     for state in states.values():
         assert difference(state, states[1, 0]) <= 1e-6
 
 
-def test_sharded_predictions_are_the_same_bytes(folder: Path) -> None:
+def test_sharded_predictions_are_equal(folder: Path) -> None:
     predicted = results(folder, "sharded_predicted")
     assert len(set(predicted.values())) == 1
     assert len(predicted[1, 0].splitlines()) == 12
 
 
-def test_what_cannot_be_sharded_is_said(folder: Path) -> None:
+def test_unshardable_parts_are_named(folder: Path) -> None:
     for rank in (0, 1):
         said = results(folder, "sharded_mistakes")[2, rank]
         assert all("\n" not in line for line in said)

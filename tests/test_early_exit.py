@@ -1,4 +1,4 @@
-"""EarlyExit: one pass gives for every policy what routing one sample after the other gives."""
+"""EarlyExit: one pass gives the same results as routing single samples, for every policy."""
 
 import math
 from collections.abc import Callable
@@ -27,7 +27,7 @@ def data(samples: int = 23) -> DataLoader:
 
 
 def spread(family: str = "vit", **changes: Any) -> ExitClassifier:
-    """A model whose exits disagree and are neither sure nor unsure of everything."""
+    """Return a model whose exits disagree and whose confidences vary."""
     module = make_classifier(family, **changes)
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
@@ -38,7 +38,7 @@ def spread(family: str = "vit", **changes: Any) -> ExitClassifier:
 
 @torch.no_grad()
 def middle(module: ExitClassifier, score: Callable[[Tensor], Tensor], exit: int = 0) -> float:
-    """A threshold half-way between two samples in the middle, so that rounding does not decide."""
+    """Return a threshold between the scores of the two middle samples, far from rounding."""
     scores = score(module.net(data().dataset.tensors[0]))[exit].sort().values
     return float(scores[11] + scores[12]) / 2
 
@@ -57,7 +57,7 @@ def policies(module: ExitClassifier) -> list[Policy]:
 
 @torch.no_grad()
 def one_by_one(module: ExitClassifier, policy: Policy, batches: DataLoader) -> tuple[list[int], float]:
-    """Takes each image alone through all exits, and asks the policy at one after the other."""
+    """Run each image alone through all exits, and apply the policy exit by exit."""
     left, right = [], 0
     for image, target in zip(*batches.dataset.tensors, strict=True):
         logits = module.net(image[None])
@@ -68,7 +68,7 @@ def one_by_one(module: ExitClassifier, policy: Policy, batches: DataLoader) -> t
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_validation_and_test_are_what_one_sample_after_the_other_gives(family: str) -> None:
+def test_results_equal_single_samples(family: str) -> None:
     module, batches = spread(family), data()
     early = EarlyExit(policies(module))
     run = trainer(early)
@@ -99,7 +99,7 @@ def test_one_pass_serves_all_policies(loop: str, verify: bool) -> None:
     getattr(trainer(early), loop)(module, data(), verbose=False)
     passes = 1 + len(early.policies) * verify
     assert seen[0] == 23 * passes
-    assert (seen[-1] < 23 * passes) == verify  # routing leaves out blocks
+    assert (seen[-1] < 23 * passes) == verify  # routing skips blocks
 
 
 def test_verify_routing_finds_a_difference(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,7 +129,7 @@ def test_each_split_starts_anew() -> None:
     assert float(run.callback_metrics["val/confidence_0.5/acc"]) == pytest.approx(accuracy)
 
 
-def test_a_policys_accuracy_can_be_monitored(tmp_path: Path) -> None:
+def test_accuracy_can_be_monitored(tmp_path: Path) -> None:
     best = ModelCheckpoint(tmp_path, monitor="val/confidence_0.5/acc", mode="max", save_weights_only=True)
     run = trainer(EarlyExit([Confidence(0.5)]), best, enable_checkpointing=True)
     run.fit(spread(), loader(1), data())
@@ -145,11 +145,11 @@ def test_other_precisions(precision: str) -> None:
     assert [float(result.shares.sum()) for result in early.results] == pytest.approx([1, 1])
 
 
-def test_logits_that_are_not_finite_leave_last_and_are_wrong() -> None:
+def test_nonfinite_logits_never_exit_early() -> None:
     module, batches = spread(), data()
     images, targets = batches.dataset.tensors
     images[3], images[11] = math.nan, math.inf
-    targets[3] = targets[11] = 0  # what argmax says of a row of NaN
+    targets[3] = targets[11] = 0  # argmax of a row of NaN
     for policy in (Confidence(0.0), Never()):
         early = EarlyExit([policy])
         for loop in (trainer(early).validate, trainer(early).test):
@@ -180,7 +180,7 @@ def test_predictions_follow_the_first_policy() -> None:
     assert [file for batch in out for file in batch["files"]] == [f"{i}.png" for i in range(23)]
 
 
-# ---- in somebody else's module
+# ---- other modules
 
 
 class Foreign(TinyModule):
@@ -198,7 +198,7 @@ class Silent(TinyModule):
         return {"loss": self.net(batch[0]).sum()}
 
 
-def test_in_a_module_that_is_not_ours() -> None:
+def test_any_module_with_these_outputs_works() -> None:
     early = EarlyExit([Confidence(0.3), Confidence(0.0)])
     module = Foreign()
     trainer(early).validate(module, loader(3), verbose=False)
@@ -221,10 +221,10 @@ def test_steps_that_return_something_else(loop: str, message: str) -> None:
     assert "\n" not in str(error.value)
 
 
-# ---- mistakes
+# ---- invalid settings
 
 
-def test_thresholds_of_the_wrong_length_show_before_anything_runs() -> None:
+def test_wrong_thresholds_stop_before_a_run() -> None:
     class Untouched(TensorDataset):
         def __getitem__(self, i: int) -> Any:
             raise AssertionError("something was read")

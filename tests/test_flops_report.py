@@ -1,4 +1,4 @@
-"""FlopsReport: the average over the exits that really occurred, in anybody's module, and the tables."""
+"""FlopsReport: average cost over the exit shares, in any module, and the tables."""
 
 import io
 from typing import Any
@@ -26,13 +26,13 @@ def data(samples: int = 11) -> DataLoader:
 
 
 def rows(table: Table) -> list[dict[str, str]]:
-    """The table's cells by the heading of their column."""
+    """Return the table's cells by column heading."""
     columns = {str(column.header): list(column.cells) for column in table.columns}
     return [dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
 
 
 class Alternating(Policy):
-    """Every second sample leaves at the first exit, whatever its logits."""
+    """Every second sample stops at exit 1, whatever its logits."""
 
     name = "alternating"
 
@@ -45,7 +45,7 @@ SHARES = [6 / 11, 0, 5 / 11]  # of batches of 4, 4 and 3
 
 @pytest.mark.parametrize("order", [1, -1])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_average_is_the_costs_weighed_by_the_shares(family: str, order: int) -> None:
+def test_average_weights_costs_by_shares(family: str, order: int) -> None:
     module, report = make_classifier(family), FlopsReport(show=False)
     early = EarlyExit([Alternating(), Never(), Confidence(0.0)])
     run = trainer(*[early, report][::order])
@@ -64,7 +64,7 @@ def test_the_average_is_the_costs_weighed_by_the_shares(family: str, order: int)
 
 
 class Foreign(TinyModule):
-    """Steps that route by themselves and return what routing gives."""
+    """A module whose steps route and return the result."""
 
     def test_step(self, batch: list[Tensor], batch_idx: int) -> Routed:
         return self.net.early(batch[0], Alternating())
@@ -78,7 +78,7 @@ class Foreign(TinyModule):
 
 
 @pytest.mark.parametrize("loop", ["validate", "test", "predict"])
-def test_in_a_module_that_is_not_ours_and_without_early_exit(loop: str) -> None:
+def test_any_module_without_early_exit_works(loop: str) -> None:
     module, report = Foreign(), FlopsReport(show=False)
     run = trainer(report)
     assert report.average_gmacs == {}
@@ -100,7 +100,7 @@ class Plain(TinyModule):
         return self.net(batch[0]).sum()
 
 
-def test_where_nothing_is_routed_there_are_the_costs_alone() -> None:
+def test_without_policies_costs_are_shown() -> None:
     module, report = Plain(), FlopsReport(show=False)
     run = trainer(report)
     (logged,) = run.test(module, data(), verbose=False)
@@ -110,7 +110,7 @@ def test_where_nothing_is_routed_there_are_the_costs_alone() -> None:
     assert list(rows(table)[0]) == ["exit", "after block", "GMACs", "of the backbone", "parameters"]
 
 
-def test_the_tables_say_what_was_measured() -> None:
+def test_tables_show_the_measurements() -> None:
     module, early = make_classifier(), EarlyExit([Alternating(), Patience(2)])
     report = FlopsReport(show=False)
     run = trainer(report, early)
@@ -144,7 +144,7 @@ def test_the_tables_say_what_was_measured() -> None:
     assert "…" not in out.getvalue()  # nothing is cut off
 
 
-def test_fit_prints_once_and_what_the_last_validation_gave(capsys: pytest.CaptureFixture) -> None:
+def test_fit_prints_the_last_validation(capsys: pytest.CaptureFixture) -> None:
     module, early, report = make_classifier(), EarlyExit([Confidence(0.3)]), FlopsReport()
 
     class Seen(Callback):
@@ -168,7 +168,7 @@ def test_fit_prints_once_and_what_the_last_validation_gave(capsys: pytest.Captur
 
 
 @pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
-def test_a_fit_without_validation_prints_the_costs(capsys: pytest.CaptureFixture) -> None:
+def test_fit_without_validation_prints_costs(capsys: pytest.CaptureFixture) -> None:
     trainer(FlopsReport(), EarlyExit(), max_epochs=1).fit(make_classifier(), loader(1))
     out = capsys.readouterr().out
     assert "GMACs" in out

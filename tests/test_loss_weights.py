@@ -1,4 +1,4 @@
-"""ExitWeights in somebody else's LightningModule: values, logs, resume, and trainings without an end."""
+"""ExitWeights in any LightningModule: values, logs, resume, and trainings without a known end."""
 
 from pathlib import Path
 
@@ -23,7 +23,7 @@ def profile(weighting: Weighting, *progress: float) -> list[tuple[float, ...]]:
 
 
 @pytest.mark.parametrize("weighting", [EarlyToLate(), LateToEarly(0.0, Cosine(0.0, 1.0)), LinearInDepth()])
-def test_each_step_sees_its_weights_from_the_first_to_the_last(weighting: Weighting) -> None:
+def test_each_step_has_its_weights(weighting: Weighting) -> None:
     module = TinyModule()
     buffer = module.net.exit_weights
     trainer(ExitWeights(weighting)).fit(module, loader(3))
@@ -39,7 +39,7 @@ def test_weights_are_logged(tmp_path: Path) -> None:
     assert logged == profile(EarlyToLate(), *(step / 5 for step in range(6)))
 
 
-def test_weights_stay_within_an_accumulation_window() -> None:
+def test_accumulated_batches_share_weights() -> None:
     module = TinyModule()
     # windows of 2 and 1 batches per epoch
     trainer(ExitWeights(EarlyToLate()), accumulate_grad_batches=2).fit(module, loader(3))
@@ -52,13 +52,13 @@ def test_every_n_steps() -> None:
     assert module.seen == profile(EarlyToLate(), 0, 0, 2 / 5, 2 / 5, 4 / 5, 4 / 5)
 
 
-def test_a_single_step_has_the_first_weights() -> None:
+def test_single_step_has_the_first_weights() -> None:
     module = TinyModule()
     trainer(ExitWeights(EarlyToLate()), max_steps=1).fit(module, loader(3))
     assert module.seen == profile(EarlyToLate(), 0)
 
 
-def test_resume_goes_on_exactly(tmp_path: Path) -> None:
+def test_resume_continues_exactly(tmp_path: Path) -> None:
     straight, resumed = TinyModule(), TinyModule()
     trainer(ExitWeights(EarlyToLate()), SaveFirstEpoch(tmp_path / "0.ckpt")).fit(straight, loader(3))
     trainer(ExitWeights(EarlyToLate())).fit(resumed, loader(3), ckpt_path=tmp_path / "0.ckpt", weights_only=True)
@@ -88,7 +88,7 @@ def endless(data) -> torch.utils.data.DataLoader:
 
 
 @pytest.mark.parametrize(("options", "data"), ENDLESS)
-def test_training_without_an_end_needs_constant_weights(options: dict, data) -> None:
+def test_endless_training_needs_constants(options: dict, data) -> None:
     with pytest.raises(ValueError, match="no known end; set max_steps") as error:
         trainer(ExitWeights(EarlyToLate()), **options).fit(TinyModule(), endless(data()))
     assert "\n" not in str(error.value)
@@ -127,14 +127,14 @@ class ByHand(TinyModule):
 
 
 @pytest.mark.parametrize("options", [{}, {"max_steps": 6, "max_epochs": -1}])
-def test_manual_optimisation_with_two_optimisers(options: dict) -> None:
+def test_manual_optimisation(options: dict) -> None:
     module = ByHand()
     trainer(ExitWeights(EarlyToLate()), **options).fit(module, loader(3))
     total = options.get("max_steps", 12)
     assert module.seen == profile(EarlyToLate(), *(2 * k / (total - 1) for k in range(total // 2)))
 
 
-def test_the_same_callback_serves_a_second_fit() -> None:
+def test_callback_serves_a_second_fit() -> None:
     callback, modules = ExitWeights(EarlyToLate()), [TinyModule(), TinyModule()]
     trainer(callback, max_epochs=1).fit(modules[0], loader(2))
     trainer(callback, max_epochs=1).fit(modules[1], loader(3))
@@ -162,13 +162,13 @@ class TwoNets(TinyModule):
         (TwoNets, "ExitWeights needs one ExitNet in TwoNets and found 2 of them"),
     ],
 )
-def test_modules_without_a_network_or_with_several(module: type[TinyModule], message: str) -> None:
+def test_module_needs_exactly_one_network(module: type[TinyModule], message: str) -> None:
     with pytest.raises(ValueError, match=message) as error:
         trainer(ExitWeights(EarlyToLate())).fit(module(), loader())
     assert "\n" not in str(error.value)
 
 
-def test_a_wrong_number_of_schedules_shows_before_the_first_step() -> None:
+def test_wrong_number_of_schedules() -> None:
     module = TinyModule()
     with pytest.raises(ValueError, match="gives 1 weights, this network has 3 exits"):
         trainer(ExitWeights(PerExit((Constant(1.0),)))).fit(module, loader())

@@ -18,7 +18,7 @@ def targets() -> torch.Tensor:
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_formula_for_classes_and_for_probabilities(logits, targets, smoothing: float) -> None:
+def test_losses_equal_the_formula(logits, targets, smoothing: float) -> None:
     soft = F.one_hot(targets, 5) * (1 - smoothing) + smoothing / 5
     by_hand = -(soft * logits.log_softmax(-1)).sum(-1).mean(-1)
     torch.testing.assert_close(exit_losses(logits, targets, smoothing), by_hand)
@@ -33,7 +33,7 @@ def test_joint_is_the_weighted_sum(logits, targets) -> None:
     torch.testing.assert_close(joint_loss(logits, targets, weights), expected)
 
 
-def test_an_exit_of_weight_zero_stays_in_the_graph(logits, targets) -> None:
+def test_weight_zero_stays_in_the_graph(logits, targets) -> None:
     exits = [one.detach().requires_grad_() for one in logits]
     joint_loss(torch.stack(exits), targets, torch.tensor([0.0, 1.0, 0.0])).backward()
     assert [one.grad is not None for one in exits] == [True] * 3
@@ -41,20 +41,20 @@ def test_an_exit_of_weight_zero_stays_in_the_graph(logits, targets) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_is_widened_and_float64_stays(logits, targets, dtype: torch.dtype) -> None:
+def test_half_precision_becomes_float32(logits, targets, dtype: torch.dtype) -> None:
     half = logits.detach().to(dtype)
     assert torch.equal(exit_losses(half, targets), exit_losses(half.float(), targets))
     assert exit_losses(half.double(), targets).dtype == torch.float64
 
 
 @pytest.mark.parametrize("shape", [(5,), (6, 4), (3, 6), ()])
-def test_targets_that_do_not_fit(logits, shape: tuple[int, ...]) -> None:
+def test_targets_of_a_wrong_shape(logits, shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"targets .* fit no logits \(3, 6, 5\)") as error:
         exit_losses(logits, torch.zeros(shape, dtype=torch.int64))
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("shape", [(1,), (4,), ()])
-def test_weights_that_do_not_fit(logits, targets, shape: tuple[int, ...]) -> None:
+def test_weights_of_a_wrong_shape(logits, targets, shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"weights .* must be one per exit: \(3,\)"):
         joint_loss(logits, targets, torch.ones(shape))

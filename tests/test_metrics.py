@@ -12,7 +12,7 @@ from dynadapter.training.metrics import ExitUse, SampleMean
 
 @given(st.lists(st.lists(st.integers(0, 3), max_size=8), min_size=1, max_size=5))
 @settings(deadline=None, max_examples=40)
-def test_shares_do_not_depend_on_the_batches(batches: list[list[int]]) -> None:
+def test_shares_are_equal_for_any_batches(batches: list[list[int]]) -> None:
     use = ExitUse(exits=4)
     for batch in batches:
         use.update(torch.tensor(batch, dtype=torch.int64))
@@ -40,26 +40,26 @@ def test_reset_and_forward() -> None:
 
 
 @pytest.mark.parametrize("exits", [[3], [-1], [0, 1, 7]])
-def test_an_exit_that_is_not_there(exits: list[int]) -> None:
+def test_unknown_exit_is_named(exits: list[int]) -> None:
     with pytest.raises(ValueError, match="exits must be from 0 to 2, got"):
         ExitUse(exits=3).update(torch.tensor(exits))
 
 
-def test_a_network_has_an_exit() -> None:
+def test_zero_exits_are_refused() -> None:
     with pytest.raises(ValueError, match="exits=0 must be at least 1"):
         ExitUse(exits=0)
 
 
 @given(st.lists(st.lists(st.floats(-10, 10), max_size=8), min_size=1, max_size=5))
 @settings(deadline=None, max_examples=40)
-def test_means_do_not_depend_on_the_batches(batches: list[list[float]]) -> None:
+def test_means_are_equal_for_any_batches(batches: list[list[float]]) -> None:
     mean, values = SampleMean(), [value for batch in batches for value in batch]
     for batch in batches:
         mean.update(torch.tensor(batch).mean(), len(batch))  # NaN for an empty batch
     assert float(mean.compute()) == pytest.approx(sum(values) / max(len(values), 1), abs=1e-5)
 
 
-def test_a_mean_of_what_is_not_finite_is_not_finite() -> None:
+def test_mean_of_nonfinite_is_nonfinite() -> None:
     mean = SampleMean()
     mean.update(torch.tensor(1.0), 2)
     mean.update(torch.tensor(float("nan")), 2)

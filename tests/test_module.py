@@ -1,4 +1,4 @@
-"""ExitClassifier: what it trains, what it leaves alone, and what it measures; against formulas written out by hand."""
+"""ExitClassifier: training, frozen tensors and metrics, against formulas in plain Python."""
 
 import math
 from pathlib import Path
@@ -36,7 +36,7 @@ def data(samples: int, batch_size: int) -> DataLoader:
 
 
 def shaken(module: ExitClassifier) -> ExitClassifier:
-    """Moves all trainable tensors, so that exits differ and logits are far from even."""
+    """Change all trained tensors, so that exits differ and logits are not uniform."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for p in module.parameters():
@@ -53,7 +53,7 @@ def numpy_state() -> str:
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, smoothing: float) -> float:
-    """The mean over a batch, sample by sample, in Python's numbers."""
+    """Return the mean over a batch, computed sample by sample."""
     total = 0.0
     for row, target in zip(logits.tolist(), targets.tolist(), strict=True):
         log_p = [z - math.log(sum(math.exp(other) for other in row)) for z in row]
@@ -72,7 +72,7 @@ class Losses(Callback):
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
-def test_the_loss_is_the_weighted_sum_of_cross_entropies(smoothing: float) -> None:
+def test_loss_is_a_weighted_sum(smoothing: float) -> None:
     module, losses = shaken(make_classifier(label_smoothing=smoothing)), Losses()
     module.net.exit_weights.copy_(torch.tensor([0.5, 0.0, 2.0]))
     (batch,) = loader(1)
@@ -82,13 +82,13 @@ def test_the_loss_is_the_weighted_sum_of_cross_entropies(smoothing: float) -> No
     assert losses.seen == [pytest.approx(0.5 * early + 2 * last, rel=1e-5)]
 
 
-def test_exits_weigh_the_same_without_a_schedule() -> None:
+def test_exit_weights_are_equal_by_default() -> None:
     assert make_classifier().net.exit_weights.tolist() == pytest.approx([1 / 3] * 3)
 
 
 @pytest.mark.parametrize("samples", [1, 4, 5])
 @pytest.mark.parametrize("spec", [Mixing(), Mixing(mixup=0.0), Mixing(cutmix=0.0)])
-def test_mixing_is_timms(spec: Mixing, samples: int) -> None:
+def test_mixing_equals_timm(spec: Mixing, samples: int) -> None:
     module, losses, batches = (
         shaken(make_classifier(mixing=spec, label_smoothing=0.1)),
         Losses(),
@@ -100,10 +100,10 @@ def test_mixing_is_timms(spec: Mixing, samples: int) -> None:
     before = numpy_state()
     trainer(losses, max_steps=1).fit(module, batches)
     assert numpy_state() == before
-    assert torch.equal(batches.dataset.tensors[0], images)  # timm alone would have mixed them in place
+    assert torch.equal(batches.dataset.tensors[0], images)  # timm mixes in place
 
     np.random.set_state(states[0])  # noqa: NPY002
-    if samples % 2:  # timm takes even batches alone
+    if samples % 2:  # timm needs an even batch
         images, targets = torch.cat([images, images[-1:]]), torch.cat([targets, targets[-1:]])
     mixup = timm.data.Mixup(spec.mixup, spec.cutmix, label_smoothing=0.1, num_classes=CLASSES)
     images, targets = mixup(images, targets)
@@ -114,7 +114,7 @@ def test_mixing_is_timms(spec: Mixing, samples: int) -> None:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_loss_that_is_not_finite_stops_training(value: float) -> None:
+def test_nonfinite_loss_stops_training(value: float) -> None:
     batches = data(6, 2)
     batches.dataset.tensors[0][2] = value  # in the second batch
     losses = Losses()
@@ -128,7 +128,7 @@ def test_a_loss_that_is_not_finite_stops_training(value: float) -> None:
 
 
 class Spoilt(Callback):
-    """What is trained is not finite after a step."""
+    """Make a trained tensor infinite after a step."""
 
     def __init__(self, step: int) -> None:
         self.step = step
@@ -145,7 +145,7 @@ def saving(folder: Path) -> ModelCheckpoint:
     return ModelCheckpoint(folder, every_n_train_steps=1, save_top_k=1, filename="last", enable_version_counter=False)
 
 
-def test_weights_that_are_not_finite_never_take_the_place_of_good_ones(tmp_path: Path) -> None:
+def test_nonfinite_weights_are_never_saved(tmp_path: Path) -> None:
     spoilt = Spoilt(step=2)
     with pytest.raises(
         ValueError, match=r"^1 trained tensors are not finite after step 2, net.backbone.head.weight"
@@ -159,7 +159,7 @@ def test_weights_that_are_not_finite_never_take_the_place_of_good_ones(tmp_path:
 
 @pytest.mark.parametrize("batch", [0, 1, 2])
 @pytest.mark.parametrize("save", [False, True])
-def test_on_an_accelerator_a_loss_is_looked_at_a_step_later(
+def test_accelerator_checks_a_step_later(
     batch: int, save: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(FiniteCheck, "_readable", staticmethod(lambda losses: False))
@@ -171,12 +171,12 @@ def test_on_an_accelerator_a_loss_is_looked_at_a_step_later(
     with pytest.raises(ValueError, match=rf"the training loss is not finite at step {batch} \(epoch 0, exit 1, 2, 3, "):
         run.fit(make_classifier(), batches, data(2, 2))
     assert counted.steps == batch + 1
-    assert not any(key.startswith("val") for key in run.callback_metrics)  # what is spoilt is not measured
+    assert not any(key.startswith("val") for key in run.callback_metrics)  # broken weights are not validated
     held = [torch.load(path, weights_only=True)["global_step"] for path in tmp_path.glob("*.ckpt")]
     assert held == ([batch] if save and batch else [])
 
 
-def test_a_loss_that_is_not_finite_names_exits_and_images(tmp_path: Path) -> None:
+def test_nonfinite_loss_names_images(tmp_path: Path) -> None:
     for i in range(6):
         (tmp_path / "train" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (4, 4), (40 * i, 0, 0)).save(tmp_path / "train" / "ab"[i % 2] / f"{i}.png")
@@ -190,7 +190,7 @@ def test_a_loss_that_is_not_finite_names_exits_and_images(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("label", [-1, -100, CLASSES])
-def test_labels_that_are_no_class(label: int) -> None:
+def test_invalid_labels_are_named(label: int) -> None:
     batches = data(4, 2)
     batches.dataset.tensors[1][3] = label
     said = f"^label {label} in a batch; this model has classes 0 to 4; correct the labels"
@@ -203,7 +203,7 @@ def test_labels_that_are_no_class(label: int) -> None:
 
 
 class Modes(Callback):
-    """Notes, in every loop, which parts are in training mode while a step runs."""
+    """Record, in every loop, which parts are in training mode during a step."""
 
     def __init__(self) -> None:
         self.seen: dict[str, set[tuple[bool, bool, bool]]] = {}
@@ -234,7 +234,7 @@ class Modes(Callback):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_backbone_stays_as_it_was_in_every_loop(family: str) -> None:
+def test_backbone_is_unchanged_by_every_loop(family: str) -> None:
     module, modes = make_classifier(family), Modes()
     before = {name: p.detach().clone() for name, p in module.net.backbone.named_parameters()}
     trained = {name for name, p in module.net.backbone.named_parameters() if p.requires_grad}
@@ -257,7 +257,7 @@ def test_the_backbone_stays_as_it_was_in_every_loop(family: str) -> None:
     [("bf16-mixed", torch.float32), ("bf16-true", torch.bfloat16), ("16-true", torch.float16)],
 )
 def test_training_in_16_bits(precision: str, dtype: torch.dtype) -> None:
-    # AdamW's own eps is 0 in float16, and the second step not finite, which is said.
+    # AdamW's default eps is 0 in float16, and the second step would raise for a loss that is not finite.
     module = make_classifier(optimizer=lambda params: torch.optim.AdamW(params, lr=1e-3, eps=1e-4))
     before = {name: p.detach().to(dtype, copy=True) for name, p in module.named_parameters()}
     fitting = trainer(precision=precision)
@@ -300,7 +300,7 @@ class Rates(Callback):
         ),
     ],
 )
-def test_the_learning_rate_follows_its_schedule(schedule: Schedule, by_hand: Any) -> None:
+def test_learning_rate_follows_its_schedule(schedule: Schedule, by_hand: Any) -> None:
     rates = Rates()
     module = make_classifier(lr_schedule=schedule, optimizer=lambda p: torch.optim.SGD(p, lr=0.5))
     trainer(rates, max_epochs=2, accumulate_grad_batches=2).fit(module, loader(6))
@@ -333,7 +333,7 @@ def test_training_without_an_end(options: dict, batches: DataLoader) -> None:
 
 
 @pytest.mark.parametrize("adapter", [LoRA(rank=2), RepAdapter(), None])
-def test_the_optimiser_gets_what_is_trained_and_nothing_else(adapter: Any) -> None:
+def test_optimizer_gets_trained_tensors_only(adapter: Any) -> None:
     taken: list[Any] = []
 
     def optimizer(parameters: Any) -> torch.optim.Optimizer:
@@ -362,7 +362,7 @@ def test_the_optimiser_gets_what_is_trained_and_nothing_else(adapter: Any) -> No
 
 
 class Untouched(Callback):
-    """Looks that a step leaves the global random numbers alone."""
+    """Check that a step does not change the global random state."""
 
     def on_train_batch_start(self, *_: Any) -> None:
         self.before = torch.get_rng_state(), numpy_state()
@@ -385,14 +385,14 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_random_numbers_follow_from_seed_and_step_alone() -> None:
+def test_random_numbers_depend_on_seed_only() -> None:
     first = trained(7)
     assert same(first, trained(7))
-    assert same(first, trained(7, draws=5))  # whatever else has drawn from the global numbers
+    assert same(first, trained(7, draws=5))  # other draws from the global generator do not matter
     assert not same(first, trained(8))
 
 
-def test_each_step_has_its_own_random_numbers() -> None:
+def test_each_step_draws_its_own_numbers() -> None:
     seen: list[float] = []
     module = make_classifier()
     forward = module.net.forward
@@ -405,7 +405,7 @@ def test_each_step_has_its_own_random_numbers() -> None:
 
 
 def calibration_error(logits: Tensor, targets: Tensor, bins: int = 15) -> float:
-    """Guo et al. 2017: the mean distance of accuracy from confidence over bins of equal width, by their size."""
+    """Return the calibration error of Guo et al. 2017: |accuracy - confidence|, averaged over bins by their size."""
     rows: list[list[tuple[float, bool]]] = [[] for _ in range(bins)]
     for row, target in zip(logits.softmax(-1), targets.tolist(), strict=True):
         p = float(row.max())
@@ -418,7 +418,7 @@ def calibration_error(logits: Tensor, targets: Tensor, bins: int = 15) -> float:
 
 
 @pytest.mark.parametrize("split", ["val", "test"])
-def test_measures_of_each_exit_are_those_of_the_whole_split(split: str) -> None:
+def test_metrics_equal_the_whole_split(split: str) -> None:
     module, batches = shaken(make_classifier()), data(37, 8)  # the last batch is smaller
     images, targets = batches.dataset.tensors
     with torch.no_grad():
@@ -435,7 +435,7 @@ def test_measures_of_each_exit_are_those_of_the_whole_split(split: str) -> None:
     assert len({got[f"{split}/acc_exit{k}"] for k in (1, 2, 3)}) > 1
 
 
-def test_the_sanity_check_and_earlier_epochs_leave_no_trace() -> None:
+def test_metrics_start_anew_each_epoch() -> None:
     module, batches = shaken(make_classifier()), data(11, 4)
     fitting = trainer(num_sanity_val_steps=2)
     fitting.fit(module, loader(2), batches)
@@ -444,21 +444,21 @@ def test_the_sanity_check_and_earlier_epochs_leave_no_trace() -> None:
     assert after == pytest.approx(again)
 
 
-def test_logits_that_are_not_finite_are_wrong_answers() -> None:
+def test_nonfinite_logits_count_as_wrong() -> None:
     module, batches = shaken(make_classifier()), data(10, 5)
     images, targets = batches.dataset.tensors
     (clean,) = trainer().validate(
         module, DataLoader(TensorDataset(images[1:], targets[1:]), batch_size=5), verbose=False
     )
     images[0] = math.nan
-    targets[0] = 0  # what argmax says of a row of NaN
+    targets[0] = 0  # argmax of a row of NaN
     (got,) = trainer().validate(module, batches, verbose=False)
     for k in (1, 2, 3):
         assert got[f"val/acc_exit{k}"] == pytest.approx(clean[f"val/acc_exit{k}"] * 9 / 10)
         assert got[f"val/ece_exit{k}"] == pytest.approx(clean[f"val/ece_exit{k}"])
 
 
-def test_predictions_are_those_of_the_policy() -> None:
+def test_predictions_follow_the_policy() -> None:
     names = [f"class {k}" for k in range(CLASSES)]
     module = shaken(make_classifier(class_names=names))
     ((images, files),) = Named()
@@ -481,7 +481,7 @@ def test_predictions_are_those_of_the_policy() -> None:
 
 
 @pytest.mark.parametrize("temperatures", [2.0, (0.5, 3.0, 2.0)])
-def test_confidence_is_that_after_the_temperature_of_its_exit(temperatures: Any) -> None:
+def test_confidence_uses_the_temperature(temperatures: Any) -> None:
     module = shaken(make_classifier())
     ((images, _),) = Named()
     module.policy = Scaled(Scaled(Patience(2), 1.5), temperatures)
@@ -508,7 +508,7 @@ def test_confidence_is_that_after_the_temperature_of_its_exit(temperatures: Any)
         ({"adapter": LoRA(targets=("*.nope",))}, "no layer of VisionTransformer matches the target"),
     ],
 )
-def test_settings_that_cannot_be(options: dict, message: str) -> None:
+def test_invalid_settings_are_named(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message) as error:
         make_classifier(**options)
     assert "\n" not in str(error.value)
@@ -523,6 +523,6 @@ def test_settings_that_cannot_be(options: dict, message: str) -> None:
         ({"switch": math.nan}, r"switch=nan must be in \[0, 1\]"),
     ],
 )
-def test_mixing_that_cannot_be(options: dict, message: str) -> None:
+def test_invalid_mixing_is_named(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Mixing(**options)

@@ -25,12 +25,12 @@ def every_kind(kind: type) -> set[type]:
     return below or {kind}
 
 
-def test_every_kind_is_tried_here() -> None:
+def test_every_kind_is_tested() -> None:
     assert {type(kind) for kind in KINDS} == every_kind(Schedule)
 
 
 @given(start=values, end=values, progress=shares)
-def test_ends_are_exact_and_nothing_leaves_them(start: float, end: float, progress: float) -> None:
+def test_ends_are_exact_and_bound_all_values(start: float, end: float, progress: float) -> None:
     for kind in (Linear(start, end), Cosine(start, end), Cubic(start, end), Step(start, end, 0.5)):
         assert kind(0.0) == start
         assert kind(1.0) == end
@@ -38,7 +38,7 @@ def test_ends_are_exact_and_nothing_leaves_them(start: float, end: float, progre
 
 
 @given(start=values, end=values, a=shares, b=shares)
-def test_they_run_one_way(start: float, end: float, a: float, b: float) -> None:
+def test_schedules_are_monotonic(start: float, end: float, a: float, b: float) -> None:
     a, b = sorted((a, b))
     slack = 1e-9 * max(1.0, abs(start), abs(end))
     for kind in (Linear(start, end), Cosine(start, end), Cubic(start, end), Step(start, end, 0.5)):
@@ -55,7 +55,7 @@ def test_values_by_hand() -> None:
 
 
 @given(fraction=st.floats(0, 0.99), progress=shares)
-def test_warmup_joins_without_a_jump_and_ends_where_the_rest_ends(fraction: float, progress: float) -> None:
+def test_warmup_joins_its_schedule(fraction: float, progress: float) -> None:
     warm = Warmup(fraction, 0.0, Linear(1.0, 0.5))
     assert warm(fraction) == 1.0
     assert warm(1.0) == 0.5
@@ -65,7 +65,7 @@ def test_warmup_joins_without_a_jump_and_ends_where_the_rest_ends(fraction: floa
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_pure_and_honest_about_varying(kind: Schedule) -> None:
+def test_schedules_are_pure(kind: Schedule) -> None:
     grid = [k / 16 for k in range(17)]
     first = [kind(p) for p in grid]
     assert first == [kind(p) for p in reversed(grid)][::-1]
@@ -83,12 +83,12 @@ def test_pure_and_honest_about_varying(kind: Schedule) -> None:
         (lambda: Warmup(0.5, math.nan, Constant(1.0)), "start=nan must be a finite number"),
     ],
 )
-def test_mistakes_are_one_line(make, message: str) -> None:
+def test_invalid_settings_are_one_line(make, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
 
 
-def test_a_config_nests_them() -> None:
+def test_config_nests_schedules() -> None:
     parser = ArgumentParser()
     parser.add_argument("--schedule", type=Schedule)
     text = '{"class_path": "Warmup", "init_args": {"fraction": 0.1, "start": 0.0, "then": '

@@ -1,4 +1,4 @@
-"""BidirectionalSparsity: dropout by depth, and masks under which an element really stays where it is."""
+"""BidirectionalSparsity: dropout by depth, and masks that keep an element unchanged."""
 
 import math
 from collections.abc import Callable
@@ -39,7 +39,7 @@ def sparse(keep: float | Schedule, **options: Any) -> BidirectionalSparsity:
 
 
 class Steps(Callback):
-    """Notes which elements each batch has moved, and the optimiser's state of each element before and after."""
+    """Record which elements each batch changes, and the optimiser's state of each element before and after."""
 
     def __init__(self) -> None:
         self.moved: list[list[Tensor]] = []
@@ -70,7 +70,7 @@ class Steps(Callback):
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_a_masked_element_keeps_its_value_and_its_state(optimizer: str) -> None:
+def test_masked_elements_keep_their_state(optimizer: str) -> None:
     steps, module = Steps(), TinyModule(OPTIMIZERS[optimizer])
     trainer(sparse(0.5), steps).fit(module, loader(3))
     count = sum(p.numel() for p in module.adapter_tensors())
@@ -84,7 +84,7 @@ def test_a_masked_element_keeps_its_value_and_its_state(optimizer: str) -> None:
                 assert torch.equal(value[~moved], was[~moved]), key
 
 
-def test_masks_are_drawn_anew_and_independently() -> None:
+def test_masks_are_independent() -> None:
     steps = Steps()
     trainer(sparse(0.5), steps).fit(TinyModule(), loader(3))
     flat = [torch.cat([m.flatten() for m in step]).float() for step in steps.moved]
@@ -102,7 +102,7 @@ def test_the_keep_rate_is_scheduled() -> None:
     assert steps.shares()[-1] == 1
 
 
-def test_gradient_masks_let_momentum_and_decay_go_on() -> None:
+def test_gradient_masks_keep_momentum() -> None:
     steps = Steps()
     trainer(sparse(0.5, masked="gradient"), steps).fit(TinyModule(), loader(3))
     assert min(steps.shares()) > 0.99
@@ -111,7 +111,7 @@ def test_gradient_masks_let_momentum_and_decay_go_on() -> None:
         return torch.optim.SGD(p, lr=1e-2)
 
     weights = []
-    for masked in ("gradient", "frozen"):  # the two are one where nothing but the gradient moves an element
+    for masked in ("gradient", "frozen"):  # equal if only the gradient changes an element
         module = TinyModule(plain)
         trainer(sparse(0.5, masked=masked), steps := Steps()).fit(module, loader(3))
         weights.append(module.state_dict())
@@ -133,7 +133,7 @@ def test_keeping_everything_changes_nothing() -> None:
     assert same(trained(sparse(1.0)), trained())
 
 
-def test_the_seed_decides_and_repeats() -> None:
+def test_seed_decides_the_masks() -> None:
     assert same(trained(sparse(0.5)), trained(sparse(0.5)))
     assert not same(trained(sparse(0.5)), trained(sparse(0.5, seed=1)))
 
@@ -150,7 +150,7 @@ def test_with_other_trainer_options(options: dict) -> None:
 
 
 class Overflow(Callback):
-    """Makes the third step's gradients infinite, as float16 does now and then."""
+    """Make the third step's gradients infinite, as an overflow in float16 does."""
 
     def on_after_backward(self, trainer, pl_module: TinyModule) -> None:
         if trainer.global_step == 2:
@@ -158,7 +158,7 @@ class Overflow(Callback):
                 p.grad.fill_(math.inf)  # type: ignore[union-attr]
 
 
-def test_with_a_gradient_scaler_and_a_step_it_skips() -> None:
+def test_gradient_scaler_may_skip_a_step() -> None:
     steps, scaler = Steps(), torch.amp.GradScaler("cpu", init_scale=8.0)
     plugin = MixedPrecision("16-mixed", "cpu", scaler=scaler)
     trainer(sparse(0.5), steps, Overflow(), plugins=[plugin]).fit(TinyModule(), loader(3))
@@ -173,7 +173,7 @@ class Clipped(TinyModule):
         self.norm = math.hypot(*(float(p.grad.norm()) for p in self.parameters() if p.grad is not None))
 
 
-def test_gradients_are_masked_before_they_are_clipped() -> None:
+def test_masks_precede_clipping() -> None:
     steps, module = Steps(), Clipped()
     trainer(sparse(0.5), steps, gradient_clip_val=1e-3).fit(module, loader(3))
     assert steps.shares() == [pytest.approx(0.5, abs=0.1)] * 6
@@ -219,7 +219,7 @@ class Rates(Callback):
 
 
 class OnlyABackbone(TinyModule):
-    """No ExitNet at all."""
+    """A module without an ExitNet."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -238,7 +238,7 @@ class OnlyABackbone(TinyModule):
 
 
 @pytest.mark.parametrize("kind", [TinyModule, OnlyABackbone])
-def test_dropout_falls_over_depth_as_scheduled(kind: type[TinyModule]) -> None:
+def test_dropout_falls_over_depth(kind: type[TinyModule]) -> None:
     shallow, deep = Linear(0.5, 0.1), Cosine(0.0, 0.2)
     rates, module = Rates(), kind()
     trainer(BidirectionalSparsity(shallow, deep), rates).fit(module, loader(3))
@@ -248,7 +248,7 @@ def test_dropout_falls_over_depth_as_scheduled(kind: type[TinyModule]) -> None:
     assert rates.seen == [pytest.approx(row, abs=1e-6) for row in expected]
 
 
-def test_without_a_schedule_each_adapter_keeps_its_own_rate() -> None:
+def test_without_shallow_rates_are_kept() -> None:
     module, rates = TinyModule(), Rates()
     layers = [part for part in module.modules() if isinstance(part, AdapterLayer)]
     for k, layer in enumerate(layers):
@@ -272,7 +272,7 @@ def test_values_are_logged() -> None:
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd with momentum"])
-def test_resume_equals_training_straight_through(tmp_path: Path, optimizer: str) -> None:
+def test_resume_equals_an_unbroken_training(tmp_path: Path, optimizer: str) -> None:
     def callbacks() -> list[Callback]:
         both = BidirectionalSparsity(Linear(0.5, 0.1), Linear(0.1, 0.0), keep=Linear(0.3, 0.9))
         return [ExitWeights(EarlyToLate()), both]
@@ -292,7 +292,7 @@ def hooks(owner) -> int:
     return sum(len(one._optimizer_step_post_hooks) for one in owner.optimizers)
 
 
-def test_nothing_is_left_behind_and_nothing_is_doubled() -> None:
+def test_hooks_are_removed_after_fit() -> None:
     counts = []
 
     class Count(Callback):
@@ -317,7 +317,7 @@ class Fails(TinyModule):
         return super().training_step(batch, batch_idx)
 
 
-def test_a_training_that_fails_leaves_no_hooks() -> None:
+def test_failed_training_leaves_no_hooks() -> None:
     fitting = trainer(sparse(0.5))
     with pytest.raises(RuntimeError, match="out of luck"):
         fitting.fit(Fails(), loader(2))
@@ -341,7 +341,7 @@ class Bare(TinyModule):
         (sparse(Linear(0.5, 1.0)), TinyModule, {"max_epochs": -1}, "no known end; set max_steps"),
     ],
 )
-def test_mistakes_show_before_the_first_step(callback, module: type[TinyModule], options: dict, message: str) -> None:
+def test_invalid_settings_stop_before_a_step(callback, module: type[TinyModule], options: dict, message: str) -> None:
     instance = module()
     with pytest.raises(ValueError, match=message) as error:
         trainer(callback, **options).fit(instance, loader())
@@ -349,7 +349,7 @@ def test_mistakes_show_before_the_first_step(callback, module: type[TinyModule],
     assert not instance.seen
 
 
-def test_an_unknown_way_to_mask() -> None:
+def test_unknown_mask_is_named() -> None:
     with pytest.raises(ValueError, match="masked='off' is unknown; choose 'frozen' or 'gradient'"):
         BidirectionalSparsity(masked="off")  # type: ignore[arg-type]
 
@@ -377,7 +377,7 @@ class FrozenAdapters(TinyModule):
             element.requires_grad_(False)
 
 
-def test_adapters_that_do_not_learn_have_nothing_to_mask() -> None:
+def test_frozen_adapters_are_not_masked() -> None:
     module = FrozenAdapters()
     trainer(sparse(0.5)).fit(module, loader(1))
     assert len(module.seen) == 2

@@ -1,4 +1,4 @@
-"""Weightings: always a distribution over exits, in the direction they promise."""
+"""Weightings: a distribution over exits that shifts in the documented direction."""
 
 import math
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ def every_kind(kind: type) -> set[type]:
     return below or {kind}
 
 
-def test_every_kind_is_tried_here() -> None:
+def test_every_kind_is_tested() -> None:
     ours = {kind for kind in every_kind(Weighting) if kind.__module__ == Weighting.__module__}
     assert {type(kind) for kind in KINDS} | {PerExit} == ours
 
@@ -44,7 +44,7 @@ def test_weights_are_a_distribution(progress: float, exits: int, floor: float, v
 
 
 @pytest.mark.parametrize("exits", [2, 3, 4, 12])
-def test_early_to_late_tilts_from_falling_to_rising(exits: int) -> None:
+def test_early_to_late_falls_then_rises(exits: int) -> None:
     kind = EarlyToLate(floor=0.1)
     start, middle, end = kind(0.0, exits), kind(0.5, exits), kind(1.0, exits)
     assert list(start) == sorted(start, reverse=True)
@@ -68,7 +68,7 @@ def test_values_by_hand() -> None:
     assert PerExit((Constant(1.0), Linear(3.0, 1.0)))(0.0, 2) == (0.25, 0.75)
 
 
-def test_the_ease_sets_the_pace() -> None:
+def test_ease_sets_the_progress_of_the_shift() -> None:
     slow = EarlyToLate(ease=Cosine(0.0, 1.0))
     assert slow(0.0, 4) == EarlyToLate()(0.0, 4)
     assert slow(1.0, 4) == EarlyToLate()(1.0, 4)
@@ -78,7 +78,7 @@ def test_the_ease_sets_the_pace() -> None:
 @pytest.mark.parametrize(
     "kind", [*KINDS, PerExit((Constant(1.0),) * 3), PerExit((Linear(1.0, 0.0),) + (Constant(1.0),) * 2)]
 )
-def test_honest_about_varying(kind: Weighting) -> None:
+def test_varies_tells_the_truth(kind: Weighting) -> None:
     assert (len({kind(p / 8, 3) for p in range(9)}) > 1) == kind.varies
 
 
@@ -91,7 +91,7 @@ class Broken(Weighting):
 
 
 @pytest.mark.parametrize("values", [(math.nan, 1.0), (math.inf, 1.0), (-1.0, 2.0), (0.0, 0.0), (1e308, 1e308)])
-def test_weights_that_are_none_are_refused(values: tuple[float, ...]) -> None:
+def test_invalid_weights_are_refused(values: tuple[float, ...]) -> None:
     with pytest.raises(ValueError, match=r"Broken.* at progress 0.5; weights must be finite"):
         Broken(values)(0.5, 2)
 
@@ -105,12 +105,12 @@ def test_weights_that_are_none_are_refused(values: tuple[float, ...]) -> None:
         (lambda: LateToEarly(floor=math.nan), r"floor=nan must be in \[0, 1\]"),
     ],
 )
-def test_mistakes_are_one_line(make, message: str) -> None:
+def test_invalid_settings_are_one_line(make, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
 
 
-def test_a_config_holds_a_schedule_per_exit() -> None:
+def test_config_holds_a_schedule_per_exit() -> None:
     parser = ArgumentParser()
     parser.add_argument("--weighting", type=Weighting, default=EarlyToLate())
     assert instantiate(parser, parser.parse_args(["--weighting.floor=0.2"])).weighting == EarlyToLate(0.2)

@@ -1,4 +1,4 @@
-"""A LightningModule as somebody else might write it, and a short training, for the tests of the callbacks."""
+"""A LightningModule of a user's own, and a short training, for the tests of the callbacks."""
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -49,7 +49,7 @@ class TinyModule(LightningModule):
         return [p for layer in layers for p in layer.parameters() if p.requires_grad]
 
     def on_train_batch_start(self, batch: list[Tensor], batch_idx: int) -> None:
-        torch.manual_seed(self.global_step)  # the layers' random numbers go on alike after a resume
+        torch.manual_seed(self.global_step)  # the same random numbers after a resume
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         images, targets = batch
@@ -72,7 +72,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 
 def make_classifier(family: str = "vit", **changes: Any) -> ExitClassifier:
-    """An ExitClassifier with three exits on a tiny backbone; the same tensors every time."""
+    """Return an ExitClassifier with three exits on a tiny backbone; its tensors are always the same."""
     options: dict[str, Any] = {"num_classes": CLASSES, "pretrained": False, "adapter": LoRA(rank=2), "every": 2}
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
@@ -99,7 +99,7 @@ def trainer(*callbacks: Any, **options: Any) -> Trainer:
 
 
 class SaveFirstEpoch(Callback):
-    """Writes a checkpoint where ModelCheckpoint would; without its state, nobody asks for it at resume."""
+    """Write a checkpoint after the first epoch, without the state of a ModelCheckpoint."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
