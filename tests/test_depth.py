@@ -17,6 +17,8 @@ from dynadapter.exits.policies import Never
 from dynadapter.serve.bundle import bundle_from_classifier, load
 from dynadapter.training.module import ExitClassifier
 
+pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
+
 DEPTHS = {"vit": 2, "swin": 5, "convnext": 6}  # within the last stage, whose channels the head reads
 
 

@@ -49,7 +49,7 @@ def test_half_precision_becomes_float32(logits, targets, dtype: torch.dtype) -> 
 
 @pytest.mark.parametrize("shape", [(5,), (6, 4), (3, 6), ()])
 def test_targets_of_a_wrong_shape(logits, shape: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match=r"targets .* fit no logits \(3, 6, 5\)") as error:
+    with pytest.raises(ValueError, match=r"targets .* do not fit logits \(3, 6, 5\)") as error:
         exit_losses(logits, torch.zeros(shape, dtype=torch.int64))
     assert "\n" not in str(error.value)
 

@@ -41,7 +41,7 @@ def test_reset_and_forward() -> None:
 
 @pytest.mark.parametrize("exits", [[3], [-1], [0, 1, 7]])
 def test_unknown_exit_is_named(exits: list[int]) -> None:
-    with pytest.raises(ValueError, match="exits must be from 0 to 2, got"):
+    with pytest.raises(ValueError, match="exit_index must be from 0 to 2, got"):
         ExitUse(exits=3).update(torch.tensor(exits))
 
 
