@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from dynadapter.data.base import ImageData, Sample, Split
+from dynadapter.data.base import ImageData, Split
+from dynadapter.data.dataset import Sample
 from dynadapter.data.splits import MissingSplit, hold_out
 from dynadapter.images.reading import SUFFIXES, image_files, shown
 

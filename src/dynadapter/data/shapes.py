@@ -9,7 +9,8 @@ from typing import Any, Literal, NamedTuple
 
 from PIL import Image, ImageDraw
 
-from dynadapter.data.base import ImageData, Sample, Split
+from dynadapter.data.base import ImageData, Split
+from dynadapter.data.dataset import Sample
 
 FINER = 3
 """Images are drawn this many times larger and then reduced, which smooths edges."""

@@ -6,7 +6,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
-from dynadapter.data.base import ImageData, Sample, Split
+from dynadapter.data.base import ImageData, Split
+from dynadapter.data.dataset import Sample
 from dynadapter.data.lists import LISTS, Line, PathCheck, read_classes, read_list
 from dynadapter.data.splits import MissingSplit
 from dynadapter.images.reading import shown
