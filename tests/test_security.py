@@ -19,8 +19,7 @@ from PIL import Image
 
 from dynadapter.adapters import LoRA, inject
 from dynadapter.cli import main
-from dynadapter.data import ImageFolder, UnreadableImage, VTAB1k
-from dynadapter.data import vtab as lists
+from dynadapter.data import ImageFolder, UnreadableImage, VTAB1k, lists
 from dynadapter.exits.heads import LinearHeads
 from dynadapter.exits.net import ExitNet
 from dynadapter.exits.policies import Confidence
@@ -275,9 +274,9 @@ def test_a_list_that_leads_out(path, tmp_path, capsys):
     with pytest.raises(ValueError, match=r"leaves the task's folder|is not 'PATH LABEL'"):
         VTAB1k(root, "task")
     with pytest.raises(SystemExit) as ending:
-        main(["verify", "--data", "VTAB1k", "--data.root", str(root)])
-    assert ending.value.code == 1
-    assert "1 of its lines cannot be used" in capsys.readouterr().out
+        main(["verify", "--data", "VTAB1k", "--data.root", str(root), "--data.task", "task"])
+    assert ending.value.code == 2
+    assert ".txt:2: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("skip", [False, True])
@@ -290,7 +289,7 @@ def test_a_list_that_leads_out_by_a_link(what, skip, tmp_path):
         (root / "task" / "more").mkdir()
         (root / "task" / "more" / "secret.png").symlink_to(tmp_path / "secret.png")
     data = VTAB1k(root, "task", on_error="skip" if skip else "raise")
-    with pytest.raises(ValueError, match=r":2: image more/secret.png leads by a link to .*secret.png, out of"):
+    with pytest.raises(ValueError, match=r":2: image more/secret.png is a link to .*secret.png, outside"):
         data.samples("train")
     assert VTAB1k(root.parent / "set", "task").samples  # a root that is given by way of a link is another matter
     (tmp_path / "link").symlink_to(root)
@@ -302,12 +301,12 @@ def test_a_list_that_leads_out_by_a_link(what, skip, tmp_path):
 def test_a_list_without_end(tmp_path, monkeypatch):
     root = task(tmp_path, "images/0.png 0\n" * 100)
     monkeypatch.setattr(lists, "MAX_LIST", 1000)
-    with pytest.raises(ValueError, match="has more than 1,000 bytes, which no list has"):
+    with pytest.raises(ValueError, match="has more than 1,000 bytes, too many for a list"):
         VTAB1k(root, "task")
     (root / "task" / "test.txt").unlink()
     os.mkfifo(root / "task" / "test.txt")  # nobody ever writes there
     monkeypatch.undo()
-    assert "test.txt" not in VTAB1k(root, "task")._lists
+    assert "test.txt" not in VTAB1k(root, "task").lists
 
 
 # ---- a hostile image

@@ -1,6 +1,7 @@
 """Check a data set before a run: decode every image, count, and find duplicates."""
 
 import os
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -131,15 +132,7 @@ def verify(
         except (ValueError, OSError) as error:
             level: Level = "warning" if isinstance(error, MissingSplit) and split == "test" else "error"
             findings.append(Finding(level, "split", " ".join(str(error).split())))
-    entries: list[_Entry] = []
-    pool = ThreadPoolExecutor(threads)  # Pillow decodes outside the interpreter lock
-    try:
-        progress(0, len(listed))
-        for (split, source, label), look in zip(listed, pool.map(_look, [s for _, s, _ in listed]), strict=True):
-            entries.append(_Entry(split, source, _name(source, folder, len(entries)), label, *look))
-            progress(len(entries), len(listed))
-    finally:
-        pool.shutdown(cancel_futures=True)  # Ctrl-C does not wait for the images that are left
+    entries = _look_at_all(listed, folder, threads, progress)
     lenient = isinstance(data, VTAB1k) and data.task is not None
     findings += _find_unreadable(entries)
     findings += _find_duplicates(entries, data.class_names, lenient)
@@ -154,6 +147,26 @@ def verify(
     )
     ordered = tuple(sorted(findings, key=lambda finding: finding.level != "error"))
     return Report(type(data).__name__, str(folder or ""), tuple(data.class_names), splits, ordered)
+
+
+def _look_at_all(
+    listed: list[tuple[Split, Path | Image.Image, int]],
+    folder: Path | None,
+    threads: int | None,
+    progress: Callable[[int, int], None],
+) -> list[_Entry]:
+    entries: list[_Entry] = []
+    pool = ThreadPoolExecutor(threads)  # Pillow decodes outside the interpreter lock
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's, about damaged metadata and large images
+        try:
+            progress(0, len(listed))
+            for (split, source, label), look in zip(listed, pool.map(_look, [s for _, s, _ in listed]), strict=True):
+                entries.append(_Entry(split, source, _name(source, folder, len(entries)), label, *look))
+                progress(len(entries), len(listed))
+        finally:
+            pool.shutdown(cancel_futures=True)  # Ctrl-C does not wait for the images that are left
+    return entries
 
 
 def _look(source: Path | Image.Image) -> tuple[str, tuple[int, int], str]:
