@@ -44,7 +44,7 @@ def measure(name: str) -> dict[str, Any]:
         "torch": by_torch(net),
         "by_hand": by_hand(architecture, net.exit_depths, CLASSES),
         "light": costs.light,
-        "backbone": costs.backbone,
+        "static": costs.static,
         "trace_seconds": round(seconds, 2),
     }
     return found | {"agree": found["fvcore"] == found["torch"] == found["by_hand"]}

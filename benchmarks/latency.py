@@ -151,7 +151,7 @@ def case(nets: Nets, batch: int, rounds: int) -> Line:
     for name, arm in routed.items():
         way = "class first" if name.endswith("class first") else "plain"
         shares, speedup = shares_of(arm(), nets.net.num_exits), ratio(seconds["static"], seconds[name])
-        promise = costs[way].backbone / costs[way].average(shares)
+        promise = costs[way].static / costs[way].average_run(shares)
         line[name] = {"shares": shares, "mac_speedup": promise, "speedup": speedup, "efficiency": speedup / promise}
         line[name]["over_plain"] = ratio(seconds[name.replace("class first", "plain")], seconds[name])
     for name in SHARES:

@@ -60,9 +60,9 @@ def running_mean(logits: Tensor) -> Tensor:
     return logits.log_softmax(-1).cumsum(0) / passed[:, None, None]
 
 
-def costs_of(net: ExitNet) -> tuple[ExitCosts, ExitCosts]:
-    """Counts what each exit costs: whole blocks, and with the class token's row first, as routing runs them."""
-    return exit_costs(net), exit_costs(net, class_first=True)
+def costs_of(net: ExitNet) -> ExitCosts:
+    """Count what each exit costs, with what routing runs where the class token's row comes first."""
+    return exit_costs(net, class_first=True)
 
 
 def exit_accuracy(logits: Tensor, targets: Tensor) -> list[float]:
@@ -114,7 +114,7 @@ def held_out(logits: Tensor, targets: Tensor, costs: ExitCosts) -> dict[str, dic
 def _calibrated(
     logits: Tensor, targets: Tensor, costs: ExitCosts, rule: Rule, goal: str, temperatures: tuple[float, ...] | None
 ) -> dict[str, Any] | None:
-    options: dict[str, Any] = {"kind": rule.kind, "temperatures": temperatures, "full": costs.backbone}
+    options: dict[str, Any] = {"kind": rule.kind, "temperatures": temperatures, "static": costs.static}
     find: Callable[..., Calibrated]
     if goal == "drop 0":
         find, value = to_accuracy_drop, 0.0
@@ -145,7 +145,7 @@ def applied(
 
 
 def _applied(policy: Any, logits: Tensor, targets: Tensor, costs: ExitCosts) -> dict[str, Any]:
-    outcome = evaluate(restore(policy, Policy), logits, targets, costs.macs, full=costs.backbone)
+    outcome = evaluate(restore(policy, Policy), logits, targets, costs.macs, static=costs.static)
     return {"policy": policy, **_outcome(outcome)}
 
 
@@ -153,19 +153,18 @@ def _outcome(outcome: Outcome) -> dict[str, Any]:
     return {"accuracy": outcome.accuracy, "cost": outcome.cost, "shares": list(outcome.shares)}
 
 
-def measures(logits: Tensor, targets: Tensor, costs: tuple[ExitCosts, ExitCosts]) -> dict[str, Any]:
+def measures(logits: Tensor, targets: Tensor, costs: ExitCosts) -> dict[str, Any]:
     """Says what can be said of a network's answers without thresholds, for a line of the log."""
-    whole, class_first = costs
     result: dict[str, Any] = {
         "samples": len(targets),
-        "exits": list(whole.exit_depths),
-        "macs": list(whole.macs),
-        "macs_class_first": list(class_first.macs),
-        "macs_static": whole.backbone,
+        "exits": list(costs.exit_depths),
+        "macs": list(costs.macs),
+        "macs_class_first": list(costs.class_first_macs or costs.macs),
+        "macs_static": costs.static,
         "exit_accuracy": exit_accuracy(logits, targets),
     }
     if len(logits) > 1:
-        steps = curve(logits, targets, whole.macs, full=whole.backbone, points=60).routed
+        steps = curve(logits, targets, costs.macs, static=costs.static, points=60).routed
         result["curve"] = [[round(point.cost, 5), round(point.accuracy, 5)] for point in steps]
         result["running_accuracy"] = exit_accuracy(running_mean(logits), targets)
     return result

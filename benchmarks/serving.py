@@ -165,7 +165,7 @@ def onnx_case(net: ExitNet, exported: Exported, size: int, batch: int, rounds: i
     for name in [name for name in arms if name.startswith(tuple(SHARES))]:
         reached = shares_of(arms[name](), net.num_exits)
         costs = exit_costs(net, size, class_first=name.endswith("class first"))
-        promise, speedup = costs.backbone / costs.average(reached), ratio(seconds["static"], seconds[name])
+        promise, speedup = costs.static / costs.average_run(reached), ratio(seconds["static"], seconds[name])
         line[name] = {"shares": reached, "mac_speedup": promise, "speedup": speedup, "efficiency": speedup / promise}
         line[name]["over_torch_static"] = ratio(seconds["torch static"], seconds[name])
     same = ratio(seconds["control"], seconds["static"])
@@ -259,13 +259,13 @@ def baselines_case(options: dict[str, Any], batch: int, rounds: int) -> Line:
             reached[name] = shares_of(exits, net.num_exits)
     seconds = interleave(arms, rounds)
     line: Line = {}
-    full = exit_costs(net, size).backbone
+    full = exit_costs(net, size).static
     for name in [name for name in arms if name not in ("static", "control")]:
         speedup = ratio(seconds["static"], seconds[name])
         line[name] = {"speedup": speedup}
         if name in reached:
             counted = unmerged if "unmerged" in name else net
-            cost = exit_costs(counted, size, class_first=batch >= 4 and name != "earlyon").average(reached[name])
+            cost = exit_costs(counted, size, class_first=batch >= 4 and name != "earlyon").average_run(reached[name])
             promise = full / cost
             line[name] |= {"shares": reached[name], "mac_speedup": promise, "efficiency": speedup / promise}
     same = ratio(seconds["control"], seconds["static"])

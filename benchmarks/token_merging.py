@@ -73,8 +73,8 @@ def case(options: dict[str, Any], merging: TokenMerging, batch: int, rounds: int
         arms[name] = partial(run_static, net, images, batch, chunk)
     seconds = interleave(arms | {"control": arms["static"]}, rounds)
     costs = exit_costs(routed, class_first=routed.prefers_class_first(routed.embed(images[:batch])))
-    average = costs.average(shares_of(route(), routed.num_exits))
-    promise = {"merged": costs.backbone / exit_costs(nets["merged"]).macs[-1], "routed": costs.backbone / average}
+    average = costs.average_run(shares_of(route(), routed.num_exits))
+    promise = {"merged": costs.static / exit_costs(nets["merged"]).macs[-1], "routed": costs.static / average}
     speedups = {name: ratio(seconds["static"], seconds[name]) for name in promise}
     return {
         "control": ratio(seconds["control"], seconds["static"]),

@@ -251,10 +251,10 @@ class Bench:
             if not how.static:
                 assert found is not None, "the plan has made sure of it"
                 values["calibrated_on_seed"] = found["key"]["seed"]
-                values["routed"] = applied(found["routed"], logits, seen.targets, costs[0])
+                values["routed"] = applied(found["routed"], logits, seen.targets, costs)
         elif not how.static:
-            values["routed"] = calibrated(logits, seen.targets, costs[0])
-            values["held_out"] = held_out(logits, seen.targets, costs[0])
+            values["routed"] = calibrated(logits, seen.targets, costs)
+            values["held_out"] = held_out(logits, seen.targets, costs)
         if final and self.args.keep:
             self._keep(run, net, logits, seen.targets, seen.files)
         return values | {"losses": [round(loss, 4) for loss in losses], "train_seconds": round(seconds, 2)}
@@ -321,7 +321,7 @@ def time_arms(
     times = interleave({"static": static(chunk), "control": static(chunk), "routed": routed}, rounds, 1, images.device)
     seconds = {name: taken.rounds(clock) for name, taken in times.items()}
     shares = (routed().cpu().bincount(minlength=net.num_exits).double() / len(images)).tolist()
-    promise = costs.backbone / (costs.average(shares) if policy.asks else costs.macs[-1])
+    promise = costs.static / (costs.average_run(shares) if policy.asks else costs.class_first_macs[-1])
     speedup = ratio(seconds["static"], seconds["routed"])
     return {
         "images_per_second": {name: len(images) / statistics.median(taken) for name, taken in seconds.items()},

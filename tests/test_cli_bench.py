@@ -1,4 +1,4 @@
-"""``dynadapter bench``: which arms it times, what it writes, and what it refuses."""
+"""``dynadapter bench``: its arms, its numbers, and its errors."""
 
 import copy
 import json
@@ -14,7 +14,7 @@ from PIL import Image
 from test_bundle import made, save
 
 from dynadapter.adapters import Adapter
-from dynadapter.bench import arms
+from dynadapter.bench import arms, measure
 from dynadapter.bench.timing import interleave
 from dynadapter.cli import bench, main
 from dynadapter.cli.errors import Mistake
@@ -34,7 +34,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
-    """A folder of ten images and a file that is none."""
+    """Write a folder of ten images and one broken file."""
     folder = tmp_path / "images"
     (folder / "inside").mkdir(parents=True)
     generator = np.random.default_rng(0)
@@ -46,13 +46,13 @@ def images(tmp_path: Path) -> Path:
 
 
 def run(bundle: Path, out: Path, *more: str) -> dict[str, Any]:
-    """Runs the command with few rounds; gives what it wrote."""
+    """Run the command with few rounds; return what it wrote."""
     main(["bench", "--bundle", str(bundle), "--out", str(out), "--rounds=2", *more])
     return json.loads(out.read_text())
 
 
-def said(capsys: pytest.CaptureFixture[str], *args: str) -> str:
-    """Runs the command, which fails; gives its one line."""
+def error_line(capsys: pytest.CaptureFixture[str], *args: str) -> str:
+    """Run the command, which fails; return its one line."""
     with pytest.raises(SystemExit) as stopped:
         main(["bench", *args])
     assert stopped.value.code == 2
@@ -61,16 +61,24 @@ def said(capsys: pytest.CaptureFixture[str], *args: str) -> str:
     return printed.err
 
 
-# ---- what comes out
+# ---- numbers
 
 
-def test_shares_that_were_asked_for(bundle, tmp_path, capsys):
+def test_given_shares(bundle, tmp_path, capsys):
     shares = [0.5, 0.3, 0.2]
     result = run(bundle, tmp_path / "b.json", f"--shares={shares}", f"--arms={TORCH}", "--batch_sizes=[1,10]")
     printed = capsys.readouterr().out
-    for words in ("smaller static", "unmerged", "efficiency", "control", "CPU seconds of the process", "b.json"):
+    for words in (
+        "smaller static",
+        "unmerged",
+        "efficiency",
+        "control",
+        "CPU seconds of the process",
+        "% of static",
+        "b.json",
+    ):
         assert words in printed
-    assert "noise" not in printed  # the shares are what was asked for
+    assert "noise" not in printed  # the shares are those that were set
     assert [batch["batch"] for batch in result["batches"]] == [1, 10]
     assert result["clock"] == "cpu"
     assert {"cpu", "torch", "timm"} <= result["machine"].keys()
@@ -81,15 +89,18 @@ def test_shares_that_were_asked_for(bundle, tmp_path, capsys):
         class_first = batch["batch"] >= 4
         costs = exit_costs(net, 32, class_first=class_first)
         assert batch["images"] == 20
-        assert batch["static_gmacs"] == costs.backbone / 1e9
+        assert batch["static_gmacs"] == costs.static / 1e9
         rows = batch["arms"]
-        assert list(rows) == ["static", "smaller static", "unmerged"]
-        assert rows["static"]["gmacs"] == costs.backbone / 1e9
+        assert list(rows) == ["static", "smaller static", "unmerged", "merged"]
+        assert rows["static"]["gmacs"] == costs.static / 1e9
         assert rows["static"]["speedup"] == rows["static"]["efficiency"] == 1
         merged = rows["merged"]
         assert merged["shares"] == batch["shares"] == shares
         assert merged["gmacs"] == pytest.approx(costs.average(shares) / 1e9)
-        assert merged["mac_speedup"] == pytest.approx(costs.backbone / costs.average(shares))
+        assert merged["gmacs_run"] == pytest.approx(costs.average_run(shares) / 1e9)
+        assert (merged["gmacs_run"] < merged["gmacs"]) == class_first
+        assert merged["cost"] == pytest.approx(costs.average(shares) / costs.static)
+        assert merged["mac_speedup"] == pytest.approx(costs.static / costs.average(shares))
         assert merged["efficiency"] == pytest.approx(merged["speedup"] / merged["mac_speedup"])
         assert rows["unmerged"]["gmacs"] > merged["gmacs"]
         for name, row in rows.items():
@@ -102,23 +113,23 @@ def test_shares_that_were_asked_for(bundle, tmp_path, capsys):
         assert merged["speedup"] == pytest.approx(sum(ratios) / 2, rel=1e-2)  # the median of two
 
 
-def test_the_smaller_backbone_costs_what_routing_does(bundle, tmp_path):
+def test_smaller_static_costs_what_routing_does(bundle, tmp_path):
     result = run(bundle, tmp_path / "b.json", "--shares=[0.6,0.2,0.2]", "--arms=[smaller_static]", "--batch_sizes=[2]")
     [batch] = result["batches"]
     smaller = batch["arms"]["smaller static"]
     depth = int(smaller["detail"].split()[0])
     net = merged_copy(load(bundle).net, torch.randn(2, 3, 32, 32), Never())[0]
     average = exit_costs(net, 32).average(batch["shares"])
-    far = [abs(exit_costs(arms._up_to(net, d), 32).macs[0] - average) for d in range(1, 7)]
+    far = [abs(exit_costs(arms.cut_after(net, d), 32).macs[0] - average) for d in range(1, 7)]
     assert depth == 1 + min(range(6), key=far.__getitem__)
     assert abs(smaller["gmacs"] * 1e9 - average) == pytest.approx(far[depth - 1])
 
 
 @pytest.mark.parametrize("depth", range(1, 7))
-def test_a_backbone_that_is_cut(depth):
+def test_cut_after(depth):
     net = copy.deepcopy(made("vit")[0])  # the shorter network shares its tensors and freezes them
     x = torch.randn(2, 3, 32, 32)
-    shallow = arms._up_to(net, depth)
+    shallow = arms.cut_after(net, depth)
     with torch.no_grad():
         cut = shallow.at(0)(x)
         if depth in net.exit_depths:
@@ -135,7 +146,7 @@ def _blocks(net: ExitNet, depth: int, x: torch.Tensor) -> torch.Tensor:
     return x
 
 
-def test_real_images_decide_who_leaves(bundle, images, tmp_path, capsys):
+def test_real_images_give_the_shares(bundle, images, tmp_path, capsys):
     result = run(bundle, tmp_path / "b.json", f"--images={images}", "--arms=[merged]", "--batch_sizes=[2]")
     assert "note: 1 images cannot be read and are left out, the first is" in capsys.readouterr().out
     opened = load(bundle)
@@ -149,15 +160,15 @@ def test_real_images_decide_who_leaves(bundle, images, tmp_path, capsys):
     assert result["images"] == "real"
 
 
-def test_noise_is_said_to_be_noise(bundle, tmp_path, capsys):
+def test_noise_is_a_note(bundle, tmp_path, capsys):
     result = run(bundle, tmp_path / "b.json", "--arms=[merged]", "--batch_sizes=[1]")
-    words = "the images are noise, and the shares that leave on noise are not real"
+    words = "the images are noise, and exit shares on noise are not real"
     assert words in capsys.readouterr().out
     assert any(words in note for note in result["notes"])
     assert result["images"] == "noise"
 
 
-def test_what_cannot_be_merged(tmp_path, capsys):
+def test_unmergeable_adapters(tmp_path, capsys):
     _, place = save(tmp_path / "bundle", kind=Adapter)
     result = run(place, tmp_path / "b.json", "--shares=[0.5,0.3,0.2]", f"--arms={TORCH}", "--batch_sizes=[2]")
     assert list(result["batches"][0]["arms"]) == ["static", "smaller static", "unmerged"]
@@ -166,7 +177,7 @@ def test_what_cannot_be_merged(tmp_path, capsys):
     assert "note: merged is not timed at batch 2: the adapters cannot be merged" in printed
 
 
-def test_what_was_merged_or_never_had_adapters(tmp_path):
+def test_merged_bundle_or_no_adapters(tmp_path):
     net, _source = made("vit")
     merged, proof = merged_copy(net, torch.randn(4, 3, 32, 32), Never())
     _, place = save(tmp_path / "merged", net=merged, merged=True, proof=proof, policy=Never())
@@ -188,7 +199,7 @@ def test_other_families_and_half_precision(tmp_path):
         more = ("--arms=[smaller static, merged]", "--batch_sizes=[4]", "--shares=[0.5,0.3,0.2]")
         [batch] = run(place, tmp_path / f"{family}.json", *more)["batches"]
         assert batch["arms"]["merged"]["shares"] == [0.5, 0.3, 0.2]
-        assert batch["static_gmacs_class_row_last"] == batch["static_gmacs"]
+        assert batch["exit_gmacs_run"] == batch["exit_gmacs"]
     result = run(
         tmp_path / "swin",
         tmp_path / "half.json",
@@ -214,12 +225,12 @@ def test_onnx(bundle, tmp_path, monkeypatch):
         rows = batch["arms"]
         assert list(rows) == ["static", "merged", "onnx static", "onnx staged"]
         assert rows["onnx staged"]["shares"] == rows["merged"]["shares"]
-        assert rows["onnx staged"]["rival"] == "onnx static"
+        assert rows["onnx staged"]["baseline"] == "onnx static"
         assert rows["onnx static"]["mac_speedup"] == 1
     assert not list(tmp_path.glob("dynadapter-bench*"))
 
 
-def test_an_arm_that_cannot_run_is_a_note(bundle, tmp_path, monkeypatch, capsys):
+def test_failing_arm_is_a_note(bundle, tmp_path, monkeypatch, capsys):
     def broken(*args: Any) -> None:
         raise RuntimeError("no compiler\nand many lines")
 
@@ -232,13 +243,13 @@ def test_an_arm_that_cannot_run_is_a_note(bundle, tmp_path, monkeypatch, capsys)
     assert list(result["batches"][0]["arms"]) == ["static", "smaller static", "unmerged"]
 
 
-def test_a_void_run_is_a_warning(bundle, tmp_path, monkeypatch, capsys):
+def test_void_run_is_a_warning(bundle, tmp_path, monkeypatch, capsys):
     def unlike(*args: Any, **kwargs: Any) -> Any:
         times = interleave(*args, **kwargs)
         times["control"].cpu = [[2 * call for call in calls] for calls in times["static"].cpu]
         return times
 
-    monkeypatch.setattr(arms, "interleave", unlike)
+    monkeypatch.setattr(measure, "interleave", unlike)
     result = run(bundle, tmp_path / "b.json", "--arms=[merged]", "--batch_sizes=[1]")
     assert result["batches"][0]["void"]
     assert result["batches"][0]["control"] == 2
@@ -247,7 +258,7 @@ def test_a_void_run_is_a_warning(bundle, tmp_path, monkeypatch, capsys):
     assert "VOID" in printed
 
 
-def test_the_threads_are_what_they_were(bundle, tmp_path):
+def test_threads_are_restored(bundle, tmp_path):
     before = torch.get_num_threads()
     result = run(bundle, tmp_path / "b.json", "--arms=[]", "--batch_sizes=[20]", "--threads=2")
     assert torch.get_num_threads() == before
@@ -255,13 +266,13 @@ def test_the_threads_are_what_they_were(bundle, tmp_path):
     assert list(result["batches"][0]["arms"]) == ["static"]
 
 
-# ---- what is refused
+# ---- errors
 
 
-def test_a_file_that_is_there_stays(bundle, tmp_path, capsys):
+def test_existing_file_stays(bundle, tmp_path, capsys):
     out = tmp_path / "b.json"
     out.write_text("mine")
-    line = said(capsys, f"--bundle={bundle}", f"--out={out}")
+    line = error_line(capsys, f"--bundle={bundle}", f"--out={out}")
     assert f"out={out} exists; give another file, or --overwrite true" in line
     assert out.read_text() == "mine"
     run(bundle, out, "--overwrite=true", "--arms=[static]", "--batch_sizes=[1]")
@@ -269,7 +280,7 @@ def test_a_file_that_is_there_stays(bundle, tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["b.json"]
 
 
-def test_a_file_that_came_meanwhile_stays_too(tmp_path):
+def test_file_written_meanwhile_stays(tmp_path):
     out = tmp_path / "b.json"
     out.write_text("another's")
     with pytest.raises(Mistake, match="in the meantime; the numbers are in"):
@@ -299,23 +310,23 @@ def test_a_file_that_came_meanwhile_stays_too(tmp_path):
         (["--out=no/such/folder/b.json"], "is not there or cannot be written"),
     ],
 )
-def test_one_line(bundle, tmp_path, monkeypatch, capsys, args, line):
+def test_invalid_setting_is_one_line(bundle, tmp_path, monkeypatch, capsys, args, line):
     monkeypatch.chdir(tmp_path)
     given = [] if not args or args[0].startswith("--bundle") else [f"--bundle={bundle}"]
-    assert line in said(capsys, *given, *args)
+    assert line in error_line(capsys, *given, *args)
     assert not list(tmp_path.iterdir())
 
 
-def test_images_that_do_not_do(bundle, tmp_path, monkeypatch, capsys):
+def test_unusable_images_raise(bundle, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
-    assert "holds no image" in said(capsys, f"--bundle={bundle}", "--images=empty")
+    assert "holds no image" in error_line(capsys, f"--bundle={bundle}", "--images=empty")
     (tmp_path / "empty" / "a.png").write_bytes(b"?")
-    assert "none of the 1 images in empty can be read" in said(capsys, f"--bundle={bundle}", "--images=empty")
+    assert "none of the 1 images in empty can be read" in error_line(capsys, f"--bundle={bundle}", "--images=empty")
     _, place = save(tmp_path / "tensors", preprocessing=None)
-    assert "has no preprocessing" in said(capsys, f"--bundle={place}", "--images=empty")
+    assert "has no preprocessing" in error_line(capsys, f"--bundle={place}", "--images=empty")
     if not torch.cuda.is_available():
-        assert "torch finds no CUDA device here" in said(capsys, f"--bundle={bundle}", "--device=cuda")
+        assert "torch finds no CUDA device here" in error_line(capsys, f"--bundle={bundle}", "--device=cuda")
 
 
 def test_help_loads_no_torch():

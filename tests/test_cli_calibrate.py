@@ -1,12 +1,10 @@
-"""``dynadapter calibrate``: what it finds, writes and refuses."""
+"""``dynadapter calibrate``: results against the pure functions, files, and errors."""
 
 import copy
 import csv
 import json
-import math
 import re
 import shutil
-import sys
 from pathlib import Path
 from typing import Any, get_args
 
@@ -22,6 +20,7 @@ from dynadapter import load
 from dynadapter.adapters import AdaptFormer, LoRA, adapter_layers
 from dynadapter.calibrate import (
     KINDS,
+    Goal,
     curve,
     evaluate,
     fit_temperatures,
@@ -32,32 +31,24 @@ from dynadapter.calibrate import (
     with_guarantee,
 )
 from dynadapter.cli import main
-from dynadapter.cli.calibrate import (
-    Collector,
-    Kind,
-    Settings,
-    _check_images,
-    _check_mergeable,
-    _some_images,
-    solve,
-    thresholds,
-)
+from dynadapter.cli.calibrate import ARGUMENTS, Kind, Settings, _check_mergeable, calibrate
+from dynadapter.cli.calibration_images import check_images, some_images
 from dynadapter.cli.errors import Mistake
 from dynadapter.cost import ExitCosts, exit_costs
 from dynadapter.data import ImageFolder, Shapes, VTAB1k
 from dynadapter.exits.policies import Never, Policy
 from dynadapter.serve.bundle import bundle_from_classifier
 from dynadapter.spec import restore
+from dynadapter.training.callbacks.stacked_logits import StackedLogits
 from dynadapter.training.module import ExitClassifier
 
 TINY = str(Path(__file__).parent / "conf" / "tiny.yaml")
 QUIET = ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
-COSTS = ExitCosts(macs=(40, 70, 104), light=(0, 0, 0), backbone=100, exit_depths=(2, 4, 6))
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of a short training on drawn shapes, good enough that its exits differ."""
+    """Train on drawn shapes, long enough that the exits differ, and return the checkpoint."""
     root = tmp_path_factory.mktemp("runs")
     more = ["--trainer.limit_train_batches=1.0", "--trainer.max_epochs=2", "--trainer.logger=false"]
     main(["fit", "-c", TINY, f"--trainer.default_root_dir={root}", "--model.optimizer.lr=0.01", *more])
@@ -66,7 +57,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def checkpoint(trained: Path, tmp_path: Path) -> Path:
-    """A copy of it in a run of its own."""
+    """Copy the checkpoint into a run folder of its own."""
     folder = tmp_path / "runs" / "version_0" / "checkpoints"
     folder.mkdir(parents=True)
     return Path(shutil.copy(trained, folder))
@@ -74,12 +65,12 @@ def checkpoint(trained: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def stacked(trained: Path) -> tuple[Tensor, Tensor, ExitCosts]:
-    """Logits and targets of the validation images by a plain loop, and the costs."""
+    """Return logits and targets of the validation images from a plain loop, and the costs."""
     model = ExitClassifier.load_from_checkpoint(trained, map_location="cpu").eval()
     loader = Shapes(image_size=32, batch_size=48, normalization="half").val_dataloader()
     with torch.no_grad():
         seen = [(model(images), targets) for images, targets in loader]
-    costs = exit_costs(model.net, 32, class_first=True)
+    costs = exit_costs(model.net, 32)
     return torch.cat([logits for logits, _ in seen], 1), torch.cat([targets for _, targets in seen]), costs
 
 
@@ -91,38 +82,12 @@ def result(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "calibration.json").read_text())
 
 
-def settings(goal: str = "cost", amount: float = 0.8, **changes: Any) -> Settings:
-    given: dict[str, Any] = {
-        "goal": goal,
-        "amount": amount,
-        "confidence": 0.9,
-        "policy": "confidence",
-        "temperatures": True,
-        "search": "shared",
-        "seed": 0,
-        "data_split": "val",
-        "ckpt_path": "last.ckpt",
-        "bundle": None,
-        "out": None,
-    }
-    return Settings(**(given | changes))
-
-
-def drawn(samples: int = 400, classes: int = 4) -> tuple[Tensor, Tensor]:
-    """Logits of three exits, each better than the one before."""
-    generator = torch.Generator().manual_seed(0)
-    targets = torch.randint(classes, (samples,), generator=generator)
-    logits = torch.randn(3, samples, classes, generator=generator)
-    logits += torch.nn.functional.one_hot(targets, classes) * torch.tensor([1.0, 2.0, 3.0])[:, None, None]
-    return logits, targets
-
-
 def agrees(written: dict[str, Any], logits: Tensor, targets: Tensor, costs: ExitCosts, stratified: bool) -> None:
-    """Says whether what is written of both halves is what the written policy gives on them."""
+    """Compare the written results of both halves with those of the written policy."""
     policy = restore(written["policy"], Policy)
     halves = split_halves(len(targets), written["seed"], targets if stratified else None)
     for name, half in zip(("calibration_half", "held_out_half"), halves, strict=True):
-        outcome = evaluate(policy, logits[:, half], targets[half], costs.macs, full=costs.backbone)
+        outcome = evaluate(policy, logits[:, half], targets[half], costs.macs, static=costs.static)
         assert written[name]["cost"] == outcome.cost
         assert written[name]["accuracy"] == outcome.accuracy
         assert tuple(written[name]["shares"]) == outcome.shares
@@ -133,19 +98,19 @@ def agrees(written: dict[str, Any], logits: Tensor, targets: Tensor, costs: Exit
 # ---- goals
 
 
-def test_a_cost_with_a_bundle(checkpoint, stacked, tmp_path, capsys):
+def test_goal_cost_with_bundle(checkpoint, stacked, tmp_path, capsys):
     logits, targets, costs = stacked
     out, bundle = tmp_path / "out", tmp_path / "bundle"
     run(checkpoint, "--goal.cost=0.8", f"--out={out}", f"--bundle={bundle}")
     printed = capsys.readouterr().out
-    for words in ("cost at most 0.8 of the full backbone", "held-out half", "leave at exit 1", "temperature", str(out)):
+    for words in ("cost at most 0.8 of static", "held-out half", "exit 1, after block 1", "temperature", str(out)):
         assert words in printed
-    assert "confidence_0.9" not in printed  # the policy that test would try
+    assert "confidence_0.9" not in printed  # the default policy of a test
 
     written = result(out)
     first, second = split_halves(len(targets), 0, targets)
     temperatures = fit_temperatures(logits[:, first], targets[first])
-    common = {"temperatures": temperatures, "full": costs.backbone}
+    common = {"temperatures": temperatures, "static": costs.static}
     found = to_cost(logits[:, first], targets[first], costs.macs, 0.8, **common)
     assert restore(written["policy"], Policy) == found.policy
     assert written["calibration_half"]["cost"] == found.cost <= 0.8
@@ -168,7 +133,24 @@ def test_a_cost_with_a_bundle(checkpoint, stacked, tmp_path, capsys):
     assert "held-out half of the validation images" in (bundle / "README.md").read_text()
 
 
-def test_a_merged_bundle_takes_the_place_of_one(checkpoint, stacked, tmp_path, capsys):
+def test_flops_calibrate_and_bundle_agree(checkpoint, stacked, tmp_path, capsys):
+    """One cost convention: an image costs the same in every command, and nobody exiting early costs over 100 %."""
+    out, bundle = tmp_path / "out", tmp_path / "bundle"
+    main(["flops", "--ckpt_path", str(checkpoint)])
+    counted = re.findall(r"│\s+([\d.]+%)\s+│", capsys.readouterr().out)
+    run(checkpoint, "--goal.cost=2", f"--out={out}", f"--bundle={bundle}")
+    written, costs = result(out), stacked[2]
+    assert restore(written["costs"], ExitCosts) == load(bundle).costs == costs
+    assert counted == [f"{share:.1%}" for share in costs.relative]
+    with (out / "curve.csv").open(newline="") as file:
+        alone = {row["policy"]: float(row["cost"]) for row in csv.DictReader(file)}
+    assert [alone[f"exit {k}"] for k in (1, 2, 3)] == pytest.approx(costs.relative)
+    assert written["held_out_half"]["shares"] == [0, 0, 1]
+    assert written["held_out_half"]["cost"] == pytest.approx(costs.relative[-1])
+    assert costs.relative[-1] > 1
+
+
+def test_merged_bundle_replaces_bundle(checkpoint, stacked, tmp_path, capsys):
     out, bundle = tmp_path / "out", tmp_path / "bundle"
     net = ExitClassifier.load_from_checkpoint(checkpoint, map_location="cpu").eval().net
     bundle_from_classifier(ExitClassifier.load_from_checkpoint(checkpoint, map_location="cpu"), bundle, policy=Never())
@@ -181,10 +163,10 @@ def test_a_merged_bundle_takes_the_place_of_one(checkpoint, stacked, tmp_path, c
     assert shipped.config.policy == restore(written["policy"], Policy)
     assert shipped.config.proof is not None
     assert shipped.config.proof.images == 64
-    told = f"merged: on 64 validation images the logits differ by at most {shipped.config.proof.difference:.1e} of"
-    assert told in printed
-    # What is counted, by the goal as well, is the network that is shipped.
-    assert shipped.costs == exit_costs(copy.deepcopy(net).merge(), 32, class_first=True)
+    line = f"merged: on 64 validation images the logits differ by at most {shipped.config.proof.difference:.1e} of"
+    assert line in printed
+    # The costs, those of the goal included, are of the merged network.
+    assert shipped.costs == exit_costs(copy.deepcopy(net).merge(), 32)
     assert shipped.costs.macs < stacked[2].macs
     agrees(written, stacked[0], stacked[1], shipped.costs, stratified=True)
     images = torch.stack([image for image, _ in Shapes(image_size=32, normalization="half").dataset("val")])
@@ -192,22 +174,22 @@ def test_a_merged_bundle_takes_the_place_of_one(checkpoint, stacked, tmp_path, c
         torch.testing.assert_close(shipped.net(images), net(images), atol=1e-4, rtol=1e-4)
 
 
-def test_the_images_to_compare_on_are_spread(tmp_path):
+def test_images_to_compare_on_are_spread(tmp_path):
     data = Shapes(image_size=32, normalization="half")
-    images, some = data.dataset("val"), _some_images(data, "val")
+    images, some = data.dataset("val"), some_images(data, "val")
     assert len(some) == 64
     assert all(torch.equal(some[k], images[k * len(images) // 64][0]) for k in range(64))
     vtab = VTAB1k(make_vtab(tmp_path), "toys", split="train800")
-    assert len(_some_images(vtab, "val")) == len(vtab.dataset("val")) == 2
+    assert len(some_images(vtab, "val")) == len(vtab.dataset("val")) == 2
 
 
-def test_an_accuracy_drop_per_exit_beside_the_training(checkpoint, stacked):
+def test_goal_accuracy_drop_per_exit(checkpoint, stacked):
     logits, targets, costs = stacked
     run(checkpoint, "--goal.accuracy_drop=2", "--policy=margin", "--search=refined", "--temperatures=false", "--seed=3")
     folder = checkpoint.parents[2] / "calibrate_0"
     written = result(folder)
     first, _ = split_halves(len(targets), 3, targets)
-    options = {"kind": KINDS["margin"], "search": "refined", "full": costs.backbone}
+    options = {"kind": KINDS["margin"], "search": "refined", "static": costs.static}
     found = to_accuracy_drop(logits[:, first], targets[first], costs.macs, 2, **options)
     assert restore(written["policy"], Policy) == found.policy
     assert written["temperatures"] == [1, 1, 1]
@@ -216,13 +198,13 @@ def test_an_accuracy_drop_per_exit_beside_the_training(checkpoint, stacked):
     agrees(written, logits, targets, costs, stratified=True)
 
 
-def test_a_guarantee_and_its_short_spelling(checkpoint, stacked, tmp_path):
+def test_goal_risk(checkpoint, stacked, tmp_path):
     logits, targets, costs = stacked
     run(checkpoint, "--goal.risk=0.2", "--confidence=0.8", "--policy=entropy", f"--out={tmp_path / 'out'}")
     written = result(tmp_path / "out")
     certifies, other = split_halves(len(targets), 0)
-    temperatures = fit_temperatures(logits[:, other], targets[other])  # not on those that certify
-    options = {"kind": KINDS["entropy"], "temperatures": temperatures, "full": costs.backbone}
+    temperatures = fit_temperatures(logits[:, other], targets[other])  # not on the certifying half
+    options = {"kind": KINDS["entropy"], "temperatures": temperatures, "static": costs.static}
     found = with_guarantee(logits[:, certifies], targets[certifies], costs.macs, 0.2, 0.8, **options)
     assert restore(written["policy"], Policy) == found.policy
     assert tuple(written["notes"]) == found.notes
@@ -231,41 +213,14 @@ def test_a_guarantee_and_its_short_spelling(checkpoint, stacked, tmp_path):
     agrees(written, logits, targets, costs, stratified=False)
 
 
-def test_too_few_for_a_guarantee_go_the_full_depth():
-    found = solve(*drawn(200), COSTS, settings("risk", 0.001))
-    assert found.held_out.outcome.shares == (0, 0, 1)
-    assert "100 samples are too few" in found.notes[0]
-
-
-@pytest.mark.parametrize("policy", KINDS)
-@pytest.mark.parametrize(("goal", "amount"), [("cost", 0.7), ("accuracy_drop", 3.0), ("risk", 0.1)])
-def test_every_policy_reaches_every_goal(policy, goal, amount):
-    found = solve(*drawn(), COSTS, settings(goal, amount, policy=policy))
-    half = found.calibration
-    reached = {"cost": half.outcome.cost, "accuracy_drop": 100 * (half.last - half.outcome.accuracy), "risk": half.lost}
-    assert reached[goal] <= amount + 1e-9
-    assert half.outcome.samples == found.held_out.outcome.samples == 200
-    assert len(thresholds(found.found.policy, 3)) == 3
-    assert any("patience" in note for note in found.notes) == (policy == "patience")
-
-
-def test_the_choices_are_the_kinds_there_are():
+def test_policy_choices_are_all_kinds():
     assert get_args(Kind) == tuple(KINDS)
 
 
-# ---- what the user is told
+# ---- other splits, the figure
 
 
-def test_few_images_and_broken_logits_are_told():
-    logits, targets = drawn(30)
-    logits[0, 0, 0], logits[2, 1, 1] = torch.nan, torch.inf
-    found = solve(logits, targets, COSTS, settings("cost", 2.0))
-    assert found.nonfinite == 2
-    assert any(note.startswith("a half of 15 images") for note in found.notes)
-    assert any("2 of all 30 images" in note for note in found.notes)
-
-
-def test_test_and_training_images_only_in_words(checkpoint, tmp_path, capsys):
+def test_other_splits_need_consent(checkpoint, tmp_path, capsys):
     for split, samples in (("test", 400), ("train", 1000)):
         out = tmp_path / split
         args = ["--goal.cost=0.9", f"--data_split={split}", f"--out={out}"]
@@ -280,15 +235,7 @@ def test_test_and_training_images_only_in_words(checkpoint, tmp_path, capsys):
         assert written["notes"][-1].startswith(f"calibrated on {'test' if split == 'test' else 'training'} images")
 
 
-def test_without_matplotlib_there_is_no_picture(checkpoint, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    run(checkpoint, "--goal.cost=0.9", f"--out={tmp_path / 'out'}")
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"calibration.json", "curve.csv"}
-    assert "matplotlib is not installed" in capsys.readouterr().out
-
-
-def test_with_matplotlib_there_is_one(checkpoint, tmp_path):
-    pytest.importorskip("matplotlib")
+def test_curve_is_drawn(checkpoint, tmp_path):
     run(checkpoint, "--goal.cost=0.9", f"--out={tmp_path / 'out'}")
     with Image.open(tmp_path / "out" / "curve.png") as picture:
         assert picture.size == (900, 600)
@@ -300,7 +247,7 @@ def test_with_matplotlib_there_is_one(checkpoint, tmp_path):
 @pytest.mark.parametrize(
     ("args", "names"),
     [
-        ("", ("there is no goal", "--goal.cost 0.5", "--goal.accuracy_drop", "--goal.risk")),
+        ("", ("there is no goal", "goal.cost=0.5", "goal.accuracy_drop", "goal.risk")),
         ("--goal.cost=0.5 --goal.risk=0.1", ("goal.cost and goal.risk are 2 goals",)),
         ("--goal.cots=0.5", ("'goal.cots'", "'goal.cost'")),
         ("--goal.cost=half", ("goal.cost", "a number", "'half'")),
@@ -312,12 +259,12 @@ def test_with_matplotlib_there_is_one(checkpoint, tmp_path):
         ("--goal.cost=0.5 --merge=true", ("merge belongs to the bundle", "--bundle FOLDER")),
         ("--goal.cost=0.5 --out={W}", ("calibration.json already",)),
         ("--goal.cost=0.5 --ckpt_path=null --data=Shapes", ("calibrate needs a checkpoint",)),
-        ("--goal.cost=0.01", ("goal.cost=0.01 cannot be reached", "of the full backbone; give that or more")),
+        ("--goal.cost=0.01", ("goal.cost=0.01 cannot be reached", "of static; give that or more")),
         ("--goal.accuracy_drop=-99", ("goal.accuracy_drop=-99 cannot be reached", "give at least")),
         ("--goal.cost=0.9 --trainer.limit_val_batches=1 --data.batch_size=1", ("one image cannot calibrate",)),
     ],
 )
-def test_a_mistake_is_one_line(args, names, checkpoint, tmp_path, capsys):
+def test_mistake_is_one_line(args, names, checkpoint, tmp_path, capsys):
     world = tmp_path / "world"
     world.mkdir()
     (world / "calibration.json").write_text("{}")
@@ -336,85 +283,79 @@ def test_a_mistake_is_one_line(args, names, checkpoint, tmp_path, capsys):
     ("goal", "changes", "words"),
     [
         ({"cost": 0.0}, {}, "goal.cost=0.0 must be above 0"),
-        ({"cost": math.nan}, {}, "goal.cost=nan must be above 0"),
-        ({"accuracy_drop": 101.0}, {}, "goal.accuracy_drop=101.0 must be percentage points between -100 and 100"),
-        ({"risk": 1.0}, {}, "goal.risk=1.0 must be between 0 and 1"),
-        ({"risk": 0.1, "confidence": math.nan}, {}, "goal.confidence=nan must be between 0 and 1"),
         ({"cost": 0.5, "confidence": 0.9}, {}, "goal.confidence belongs to goal.risk"),
-        ({"risk": 0.1}, {"search": "refined"}, "guarantee tests settings that are fixed beforehand"),
+        ({"risk": 0.1}, {"search": "refined"}, "guarantee tests policies that are fixed beforehand"),
         ({"cost": 0.5}, {"search": "refined", "policy": "patience"}, "patience has none"),
         ({"cost": 0.5}, {"seed": -1}, "seed=-1 must be at least 0"),
         ({"cost": 0.5}, {"out": __file__}, "exists and is no folder"),
     ],
 )
-def test_settings_that_cannot_be(goal, changes, words):
-    """Without the command line, which takes its time to start."""
-    other = {**vars(settings()), "accept_optimistic_numbers": False, **changes}
+def test_invalid_settings_raise(goal, changes, words):
+    """Checked without the command line, which takes long to start."""
+    settings = {name: default for name, (_, default, _) in ARGUMENTS.items()} | {"ckpt_path": "last.ckpt"} | changes
     none = dict.fromkeys(("cost", "accuracy_drop", "risk", "confidence"))
     with pytest.raises(Mistake, match=re.escape(words)):
-        Settings.read(Namespace(**{**other, "goal": Namespace(**{**none, **goal})}))
+        Settings.read(Namespace(**settings, goal=Namespace(**{**none, **goal})))
 
 
-def test_adapters_that_cannot_be_merged():
+def test_unmergeable_adapter_raises():
     _check_mergeable(make_classifier(adapter=LoRA(rank=2)))
     _check_mergeable(make_classifier(adapter=None))
-    with pytest.raises(Mistake, match="AdaptFormer cannot be folded into the backbone; leave --merge out"):
+    with pytest.raises(Mistake, match="AdaptFormer cannot be merged into the backbone; leave --merge out"):
         _check_mergeable(make_classifier(adapter=AdaptFormer(bottleneck=2)))
 
 
-def test_no_validation_images(tmp_path):
+def test_no_validation_images_raises(tmp_path):
     data = VTAB1k(make_vtab(tmp_path), "toys", split="train800val200")
     with pytest.raises(Mistake, match=r"VTAB1k has no validation images; calibrate .* trained with split: train800"):
-        _check_images(data, settings())
+        check_images(data, "val", "last.ckpt")
 
 
 def saved(path: Path, data: Any) -> str:
-    """A checkpoint, as far as it tells of the data of its training."""
+    """Save the part of a checkpoint that names the data of its training."""
     config = {"class_path": f"{type(data).__module__}.{type(data).__qualname__}", "init_args": dict(data.hparams)}
     torch.save({"dynadapter": {"data": config}}, path)
     return str(path)
 
 
-def test_images_that_the_network_was_trained_on_are_found(tmp_path):
+def test_images_of_the_training_raise(tmp_path):
     make_vtab(tmp_path)
     file = saved(tmp_path / "all.ckpt", VTAB1k(str(tmp_path), "toys", split="train800val200"))
     now = VTAB1k(str(tmp_path), "toys", split="train800")
     with pytest.raises(Mistake, match="trained on 2 of these 2 validation images"):
-        _check_images(now, settings(ckpt_path=file))
+        check_images(now, "val", file)
     file = saved(tmp_path / "part.ckpt", now)
-    assert _check_images(now, settings(ckpt_path=file)) == ()
+    assert check_images(now, "val", file) == ()
 
 
-def test_another_split_seed_is_found(tmp_path):
+def test_another_split_seed_raises(tmp_path):
     for k in range(20):
         folder = tmp_path / "train" / "ab"[k % 2]
         folder.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (4, 4)).save(folder / f"{k}.png")
     file = saved(tmp_path / "a.ckpt", ImageFolder(str(tmp_path), split_seed=0))
-    assert _check_images(ImageFolder(str(tmp_path), split_seed=0), settings(ckpt_path=file)) == ()
+    assert check_images(ImageFolder(str(tmp_path), split_seed=0), "val", file) == ()
     with pytest.raises(Mistake, match="was trained on"):
-        _check_images(ImageFolder(str(tmp_path), split_seed=1), settings(ckpt_path=file))
+        check_images(ImageFolder(str(tmp_path), split_seed=1), "val", file)
 
 
-def test_data_that_cannot_be_looked_up_is_a_note(tmp_path):
+def test_unknown_training_data_is_a_note(tmp_path):
     file = saved(tmp_path / "a.ckpt", Shapes())
     torch.save({"dynadapter": {"data": {"class_path": "nowhere.Data", "init_args": {}}}}, file)
-    [note] = _check_images(Shapes(), settings(ckpt_path=file))
-    assert "could not be found out" in note
+    [note] = check_images(Shapes(), "val", file)
+    assert "the images of the training are unknown" in note
 
 
-def test_several_devices_are_refused():
+def test_several_devices_raise():
     class Several:
         world_size = 2
 
-    from dynadapter.cli.calibrate import calibrate
-
     with pytest.raises(Mistake, match=r"--trainer\.devices 1"):
-        calibrate(Several(), None, Shapes(), settings())  # type: ignore[arg-type]
+        calibrate(Several(), None, Shapes(), Settings(Goal(cost=0.5), "last.ckpt"))  # type: ignore[arg-type]
 
 
-def test_half_precision_is_collected_in_full():
-    collector = Collector()
+def test_stacked_logits_of_half_precision():
+    stacked = StackedLogits()
     outputs = {"logits": torch.ones(2, 3, 4, dtype=torch.bfloat16), "targets": torch.zeros(3)}
-    collector.on_test_batch_end(None, None, outputs, None, 0)
-    assert collector.logits[0].dtype == torch.float32
+    stacked.on_test_batch_end(None, None, outputs, None, 0)
+    assert stacked.logits.dtype == torch.float32

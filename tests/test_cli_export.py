@@ -68,7 +68,7 @@ def test_onnx(bundle, images, tmp_path, capsys):
     assert told["temperatures"] == [1.2, 0.9]
     costs = exit_costs(whole.net.merge(), 32, class_first=True)
     assert told["costs"]["macs"] == list(costs.macs)
-    assert told["costs"]["backbone_class_row"] == costs.backbone_class_row
+    assert told["costs"]["class_first_macs"] == list(costs.class_first_macs)
     assert sorted(path.name for path in out.iterdir()) == ["manifest.json", "stage0.onnx", "stage1.onnx"]
     for words in ("stage0.onnx", "stage1.onnx", "MB", f"26 images of {images}", "1e-04 allowed", "all the same"):
         assert words in shown.out

@@ -1,3 +1,5 @@
+"""Costs against formulas by hand, torch's counter, and a plain forward."""
+
 import copy
 import io
 import subprocess
@@ -18,11 +20,11 @@ from dynadapter.cost import ExitCosts, cost_table, exit_costs, exit_parameters
 from dynadapter.exits.heads import Balanced, LinearHeads
 from dynadapter.exits.net import ExitNet
 
-COSTS = ExitCosts(macs=(40, 70, 110), light=(4, 7, 10), backbone=100, exit_depths=(3, 6, 9))
+COSTS = ExitCosts(macs=(40, 70, 110), light=(4, 7, 10), static=100, exit_depths=(3, 6, 9))
 
 
 def exact(costs: ExitCosts) -> list[int]:
-    """Leaves the estimates for normalisation and pooling out."""
+    """Leave the estimates for normalisation and pooling out."""
     return [macs - light for macs, light in zip(costs.macs, costs.light, strict=True)]
 
 
@@ -30,24 +32,24 @@ def small_net(make=make_vit, **changes) -> ExitNet:
     return ExitNet(make(**changes), every=2)
 
 
-# ---- three counts of the same ----
+# ---- three counts of the same network ----
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_three_counts_agree_as_integers(name):
+def test_three_counts_agree(name):
     architecture = MODELS[name]
     depth = len(architecture.parts(SIDE)[1])
     net = ExitNet(build(name), every=depth // 4)  # 4 does not divide the 18 blocks of ConvNeXt-T: five exits
     costs = exit_costs(net, SIDE)
     assert exact(costs) == by_torch(net) == by_hand(architecture, net.exit_depths)
-    assert all(isinstance(count, int) for count in (*costs.macs, *costs.light, costs.backbone))
+    assert all(isinstance(count, int) for count in (*costs.macs, *costs.light, costs.static))
     assert list(costs.macs) == sorted(set(costs.macs))
 
 
 def test_known_costs_of_vit_base():
     costs = exit_costs(ExitNet(build("vit_base_patch16_224"), every=3))
     assert [round(gmacs, 2) for gmacs in costs.gmacs] == pytest.approx([4.48, 8.85, 13.21, 17.58], abs=0.011)
-    assert 17.56e9 <= costs.backbone <= 17.59e9
+    assert 17.56e9 <= costs.static <= 17.59e9
     # LayerNorm counts 5 for each element: two a block and the last one over all tokens, and one row a head.
     tokens, row = 5 * 197 * 768, 5 * 768
     assert costs.light == (6 * tokens + row, 12 * tokens + 2 * row, 18 * tokens + 3 * row, 25 * tokens + 3 * row)
@@ -75,14 +77,14 @@ def test_variants_agree_with_torch(make):
 
 
 @pytest.mark.parametrize("make", VARIANTS.values(), ids=VARIANTS)
-def test_backbone_is_the_plain_model(make):
+def test_static_is_the_plain_model(make):
     backbone = make()
     with torch.no_grad(), counting() as counter:
         backbone(torch.zeros(1, 3, 32, 32))  # timm's own forward
     static = exit_costs(ExitNet(backbone, exit_depths=[]), 32)
     assert exact(static) == [halved(counter)]
-    assert static.macs == (static.backbone,)
-    assert exit_costs(ExitNet(backbone, every=1), 32).backbone == static.backbone
+    assert static.macs == (static.static,)
+    assert exit_costs(ExitNet(backbone, every=1), 32).static == static.static
 
 
 def test_unfused_attention_costs_the_same():
@@ -93,11 +95,11 @@ def test_unfused_attention_costs_the_same():
 
 
 def test_exits_add_only_their_heads():
-    """A head costs the same wherever the exits stand: the backbone's share does not depend on them."""
+    """A head costs the same at every depth, and static does not depend on the exits."""
     backbone = make_vit()
     few, many = exit_costs(ExitNet(backbone, every=3)), exit_costs(ExitNet(backbone, LinearHeads(), every=1))
-    assert few.backbone == many.backbone
-    assert many.macs[-1] - many.backbone == 5 * (48 * 5 + 5 * 48)  # five heads: a product, and LayerNorm over one row
+    assert few.static == many.static
+    assert many.macs[-1] - many.static == 5 * (48 * 5 + 5 * 48)  # five heads: a product, and LayerNorm over one row
 
 
 # ---- adapters ----
@@ -112,7 +114,7 @@ def specs() -> list[adapters.AdapterSpec]:
 
 @pytest.mark.parametrize("make", [make_vit, make_swin, make_convnext])
 @pytest.mark.parametrize("spec", specs(), ids=lambda spec: type(spec).__name__)
-def test_adapters_count_while_they_stand_apart(spec, make):
+def test_adapters_count_until_merged(spec, make):
     backbone = make()
     plain = exit_costs(ExitNet(backbone, every=2), 32)
     if make is make_convnext:  # has no attention
@@ -139,7 +141,7 @@ def test_lora_by_hand():
 
 
 class Wrapped(nn.Module):
-    """A block with something behind it."""
+    """A block with a function behind it."""
 
     def __init__(self, block: nn.Module, behind) -> None:
         super().__init__()
@@ -157,7 +159,7 @@ class Square(torch.autograd.Function):
 
 
 def extra(behind, handles=None) -> int:
-    """Gives what something behind the second of six blocks adds to the exact count; x is (1, 17, 48)."""
+    """Return what a module behind the second of six blocks adds to the exact count; x is (1, 17, 48)."""
     net = small_net()
     plain = exact(exit_costs(net))
     net.backbone.blocks[1] = Wrapped(net.backbone.blocks[1], behind)
@@ -216,9 +218,51 @@ def test_unknown_operators_are_named(behind, named):
     assert "\n" not in str(refusal.value)
 
 
-def test_handles_are_the_way_out():
+def test_handles_count_unknown_operators():
     assert extra(Square.apply, {"prim::PythonOp.Square": lambda inputs, outputs: 17 * 48 * 17}) == 17 * 48 * 17
     assert extra(lambda x: x @ MATRIX, {"aten::matmul": lambda inputs, outputs: 0}) == 0
+
+
+# ---- a network that torch.jit cannot trace ----
+
+
+@torch.compile(backend="eager")
+def compiled(x):
+    return x @ MATRIX
+
+
+def untraceable(make=make_vit) -> ExitNet:
+    """A network with a compiled function behind its second block, which torch.jit refuses to trace."""
+    net = small_net(make)
+    net.backbone.blocks[1] = Wrapped(net.backbone.blocks[1], compiled)
+    return net
+
+
+def test_torch_counts_what_jit_cannot_trace():
+    with pytest.warns(UserWarning, match=r"cannot trace this network \(.*torch's FlopCounterMode counted") as notes:
+        costs = exit_costs(untraceable(), class_first=True)
+    assert len(notes) == 1
+    traced = small_net()
+    traced.backbone.blocks[1] = Wrapped(traced.backbone.blocks[1], lambda x: x @ MATRIX)
+    expected = exit_costs(traced)
+    assert (costs.meter, expected.meter) == ("torch", "fvcore")
+    assert list(costs.macs) == exact(expected)
+    assert costs.static < expected.static  # no estimate for normalisation
+    assert costs.class_first_macs[-1] < costs.macs[-1]
+    assert "counted by torch" in cost_table(costs).caption
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"image_size": 33}, r"33 x 33 pixels .*: Input height"),
+        ({"handles": {"aten::cdist": lambda inputs, outputs: 0}}, r"32 x 32 pixels .*: Detected"),
+    ],
+)
+def test_untraceable_error_is_one_line(options, words):
+    with pytest.raises(ValueError, match=words) as refusal:
+        exit_costs(untraceable(), **options)
+    assert "\n" not in str(refusal.value)
 
 
 # ---- one trace that disturbs nothing ----
@@ -269,7 +313,7 @@ def test_nothing_is_disturbed(size):
     assert all(p.grad is None for p in net.parameters())
 
 
-def test_nothing_is_said_and_fvcore_waits_until_it_is_needed():
+def test_fvcore_is_imported_when_needed():
     code = """
 import sys, warnings
 warnings.simplefilter("error")
@@ -284,16 +328,16 @@ exit_costs(net)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-def test_type_and_context_of_the_run_do_not_matter():
+def test_dtype_and_context_do_not_matter():
     costs = exit_costs(small_net())
     assert exit_costs(small_net().bfloat16()) == costs
     with torch.inference_mode():
         assert exit_costs(small_net()) == costs
-    compiled = small_net()
-    for block in compiled.backbone.blocks:
+    faster = small_net()
+    for block in faster.backbone.blocks:
         block.compile(backend="eager")
-    assert exit_costs(compiled) == costs
-    assert all(block._compiled_call_impl is not None for block in compiled.backbone.blocks)
+    assert exit_costs(faster) == costs
+    assert all(block._compiled_call_impl is not None for block in faster.backbone.blocks)
 
 
 @pytest.mark.cuda
@@ -306,18 +350,18 @@ def test_a_network_on_a_gpu_costs_the_same():
 def test_image_size():
     assert exit_costs(small_net()) == exit_costs(small_net(), 32) == exit_costs(small_net(), (32, 32))
     wide = small_net(dynamic_img_size=True)
-    assert exit_costs(wide, (32, 64)).backbone > exit_costs(wide).backbone
+    assert exit_costs(wide, (32, 64)).static > exit_costs(wide).static
     grey = small_net(in_chans=1)
     patches = exact(exit_costs(small_net()))[0] - exact(exit_costs(grey))[0]
     assert patches == 16 * 2 * 64 * 48  # 16 patches, two channels less, 64 pixels, width 48
-    convnext = small_net(make_convnext)  # does not know its images: the weights' size
+    convnext = small_net(make_convnext)  # has no image size of its own, so that of its weights counts
     assert exit_costs(convnext) == exit_costs(convnext, convnext.backbone.pretrained_cfg["input_size"][1:])
     convnext.backbone.pretrained_cfg = {}
     with pytest.raises(ValueError, match="pass image_size"):
         exit_costs(convnext)
 
 
-def test_misuse():
+def test_exit_costs_misuse_raises():
     with pytest.raises(TypeError, match="takes an ExitNet, not VisionTransformer"):
         exit_costs(make_vit())
     with pytest.raises(ValueError, match="at least 1 pixel"):
@@ -359,6 +403,9 @@ def test_average_cost():
     assert COSTS.average(torch.tensor([0.5, 0.3, 0.2])) == pytest.approx(63)
     assert COSTS.average([0.333, 0.333, 0.334]) == pytest.approx(73.4, abs=0.1)
     assert COSTS.relative == (0.4, 0.7, 1.1)
+    assert COSTS.average_run([0.5, 0, 0.5]) == COSTS.average([0.5, 0, 0.5]) == 75
+    run = replace(COSTS, class_first_macs=(30, 60, 100))
+    assert (run.average_run([0.5, 0, 0.5]), run.average([0.5, 0, 0.5]), run.relative) == (65, 75, COSTS.relative)
 
 
 @pytest.mark.parametrize(
@@ -371,19 +418,23 @@ def test_average_cost():
         ([float("nan"), 0.5, 0.5], "at least 0"),
     ],
 )
-def test_wrong_shares(shares, message):
+def test_average_wrong_shares_raises(shares, message):
     with pytest.raises(ValueError, match=message):
         COSTS.average(shares)
 
 
-def test_table():
+def test_cost_table():
     table = cost_table(COSTS, accuracy=[0.5, torch.tensor(0.6), 0.75], train_parameters=[1200, 2, "-"])
     out = io.StringIO()
     Console(file=out, width=100).print(table)
     lines = out.getvalue().splitlines()
     heading = " ".join(lines[1].replace("┃", "│").split())
-    assert "exit │ after block │ GMACs │ of the backbone │ accuracy │ train parameters" in heading
+    assert "exit │ after block │ GMACs │ % of static │ accuracy │ train parameters" in heading
     assert [cell.strip() for cell in lines[3].strip("│").split("│")] == ["1", "3", "4e-08", "40.0%", "0.500", "1,200"]
     assert "110.0%" in lines[5]
+    assert "GMACs run" not in lines[1]
+    assert [str(column.header) for column in cost_table(replace(COSTS, class_first_macs=(1, 2, 3))).columns][
+        -1
+    ] == "GMACs run"
     with pytest.raises(ValueError, match="column 'accuracy' has 1 values for 3 exits"):
         cost_table(COSTS, accuracy=[0.5])

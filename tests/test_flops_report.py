@@ -107,7 +107,7 @@ def test_without_policies_costs_are_shown() -> None:
     assert logged == {}
     assert report.average_gmacs == {}
     (table,) = report.tables(run, module, "test")
-    assert list(rows(table)[0]) == ["exit", "after block", "GMACs", "of the backbone", "parameters"]
+    assert list(rows(table)[0]) == ["exit", "after block", "GMACs", "% of static", "parameters"]
 
 
 def test_tables_show_the_measurements() -> None:
@@ -117,7 +117,7 @@ def test_tables_show_the_measurements() -> None:
     (logged,) = run.test(module, data(), verbose=False)
     exits, policies = report.tables(run, module, "test")
     assert exits.title == "Exits (test, shares under alternating)"
-    macs, backbone = report.costs.macs, report.costs.backbone
+    macs, static = report.costs.macs, report.costs.static
     # Parameters that are trained and in use up to an exit: adapters of the blocks so far, and heads.
     lora = sum(p.numel() for name, p in module.net.backbone.blocks[0].named_parameters() if "lora" in name)
     heads = [sum(p.numel() for p in head.parameters()) for head in (*module.net.heads, module.net.backbone.head)]
@@ -125,7 +125,7 @@ def test_tables_show_the_measurements() -> None:
         assert row["exit"] == str(k + 1)
         assert row["after block"] == str(2 * (k + 1))
         assert row["GMACs"] == f"{macs[k] / 1e9:.4g}"
-        assert row["of the backbone"] == f"{macs[k] / backbone:.1%}"
+        assert row["% of static"] == f"{macs[k] / static:.1%}"
         assert row["accuracy"] == f"{logged[f'test/acc_exit{k + 1}']:.1%}"
         assert row["share"] == f"{SHARES[k]:.1%}"
         assert row["parameters"] == f"{2 * (k + 1) * lora + sum(heads[: k + 1]):,}"
@@ -136,7 +136,7 @@ def test_tables_show_the_measurements() -> None:
         assert row["policy"] == result.name
         assert row["accuracy"] == f"{logged[f'test/{result.name}/acc']:.1%}"
         assert float(row["GMACs"]) == pytest.approx(logged[f"test/{result.name}/gmacs"], rel=0.01)
-        assert row["of the backbone"] == f"{1e9 * report.average_gmacs[result.name] / backbone:.1%}"
+        assert row["% of static"] == f"{1e9 * report.average_gmacs[result.name] / static:.1%}"
         shares = [logged[f"test/{result.name}/share_exit{k}"] for k in (1, 2, 3)]
         assert row["share of samples by exit"] == " / ".join(f"{share:.1%}" for share in shares)
     out = io.StringIO()
@@ -197,6 +197,10 @@ def test_the_image_size() -> None:
 
 def test_class_token_first() -> None:
     module, report = make_classifier(), FlopsReport(class_first=True, show=False)
-    trainer(report).test(module, data(), verbose=False)
+    run = trainer(report)
+    run.test(module, data(), verbose=False)
     assert report.costs == exit_costs(module.net, class_first=True)
-    assert report.costs.macs[0] < exit_costs(module.net).macs[0]
+    assert report.costs.macs == exit_costs(module.net).macs
+    assert report.costs.class_first_macs[0] < report.costs.macs[0]
+    exits, *_ = report.tables(run, module, "test")
+    assert rows(exits)[0]["GMACs run"] == f"{report.costs.class_first_macs[0] / 1e9:.4g}"

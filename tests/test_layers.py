@@ -20,7 +20,7 @@ BELOW = {
     "images": set(),
     "calibrate": {"spec", "exits"},
     "serve": {"files", "spec", "backbones", "adapters", "exits", "cost", "images"},
-    "bench": {"spec", "backbones", "adapters", "exits", "cost", "images", "serve", "cli"},
+    "bench": {"spec", "backbones", "adapters", "exits", "cost", "images", "serve"},
     # ---- above this line nothing imports lightning
     "training": {"files", "spec", "backbones", "adapters", "exits", "cost", "serve"},
     "data": {"images", "training"},

@@ -13,7 +13,7 @@ import torch
 from conftest import CLASSES, make_convnext, make_swin, make_vit
 from cost_references import by_torch, counting, halved
 from test_bundle import NAMES, edited, made, same, save
-from test_class_first import middle_threshold, network, pictures
+from test_class_first import exact_run, middle_threshold, network, pictures
 from tiny import QUIET, loader, make_classifier, trainer
 from torch import Tensor, nn
 
@@ -324,7 +324,7 @@ def test_the_meter_agrees_with_torch(options: dict[str, Any]) -> None:
     net = network(make_vit(**options).requires_grad_(False), LoRA(rank=4), token_merging=TWICE)
     costs, plain = exit_costs(net), exit_costs(network(make_vit(**options), LoRA(rank=4)))
     assert [a - b for a, b in zip(costs.macs, costs.light, strict=True)] == by_torch(net, 32)
-    assert costs.backbone == plain.backbone
+    assert costs.static == plain.static
     assert all(ours < theirs for ours, theirs in zip(costs.macs, plain.macs, strict=True))
     assert net.token_merging == TWICE
 
@@ -349,13 +349,12 @@ def test_the_meter_agrees_with_a_formula() -> None:
 
 def test_the_meter_counts_what_routing_runs() -> None:
     net = network(make_vit().requires_grad_(False), token_merging=TWICE)
-    costs = exit_costs(net, class_first=True)
+    run = exact_run(net)
     for k in range(net.num_exits):
         policy = Confidence(tuple(float(i != k) for i in range(net.num_exits - 1)))
         with torch.no_grad(), counting() as counter:
             assert net.early(pictures(1), policy, class_first=True).exit_index.tolist() == [k]
-        assert halved(counter) == costs.macs[k] - costs.light[k]
-    assert costs.backbone_class_row == exit_costs(network(make_vit()), class_first=True).backbone_class_row
+        assert halved(counter) == run[k]
 
 
 # ---- saved, exported, served -----------------------------------------------------------------------------------------
@@ -416,7 +415,7 @@ def test_bench_static_keeps_every_token(tmp_path: Path) -> None:
     assert batch["arms"]["static"]["gmacs"] == batch["static_gmacs"] > batch["exit_gmacs"][-1]
     assert any("the static arms keep every token" in note for note in result["notes"])
     net, x = merging_net(), pictures(4)
-    static = arms._up_to(net, net.depth).at(-1)
+    static = arms.cut_after(net, net.depth).at(-1)
     with torch.no_grad():
         assert torch.equal(static(x), net.backbone(x))
 
@@ -482,7 +481,7 @@ def test_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     found = load(tmp_path / "b")
     assert found.net.token_merging == TokenMerging((0, 1), 0.5)
     assert found.costs is not None
-    assert found.costs.macs[-1] < found.costs.backbone
+    assert found.costs.macs[-1] < found.costs.static
     for wrong, words in (
         ("--model.token_merging.share=0.7", "at most 0.5"),
         ("--model.token_merging.after=[3]", "no block follows"),

@@ -1,4 +1,4 @@
-"""P-values against scipy, against formulas by hand, and against what they promise, by simulation."""
+"""P-values against scipy, against formulas by hand, and their error rates by simulation."""
 
 import math
 
@@ -17,7 +17,7 @@ def binary(losses, samples):
 
 @pytest.mark.parametrize("samples", [1, 10, 137, 20000])
 @pytest.mark.parametrize("p", [0.001, 0.02, 0.5, 0.97])
-def test_binomial_distribution_is_scipys(samples, p):
+def test_binomial_cdf_is_scipys(samples, p):
     k = torch.arange(samples + 1)
     expected = torch.from_numpy(stats.binom.cdf(k.numpy(), samples, p))
     torch.testing.assert_close(binomial_cdf(samples, p), expected, rtol=1e-8, atol=1e-14)
@@ -50,7 +50,7 @@ def test_p_values_by_hand(losses, samples, limit):
     assert p_value(values, limit, 0.1, "betting").item() == pytest.approx(expected, rel=1e-9)
 
 
-def test_hoeffding_bentkus_of_losses_between_0_and_1_rounds_their_sum_up():
+def test_bentkus_rounds_the_sum_up():
     values = torch.full((40,), 0.26, dtype=torch.float64)  # sum 10.4
     bentkus = math.e * stats.binom.cdf(11, 40, 0.5)
     hoeffding = math.exp(-40 * (0.26 * math.log(0.26 / 0.5) + 0.74 * math.log(0.74 / 0.5)))
@@ -62,7 +62,7 @@ def test_hoeffding_bentkus_of_losses_between_0_and_1_rounds_their_sum_up():
     assert p_value(tenths, 0.3, 0.1, "hoeffding_bentkus").item() == pytest.approx(expected, rel=1e-9)
 
 
-DISTRIBUTIONS = {  # losses and their chances; the expected loss is the limit, where a test errs most
+DISTRIBUTIONS = {  # losses and their probabilities; the expected loss is the limit, where a test errs most
     "rare": ([0.0, 1.0], [0.95, 0.05]),
     "even": ([0.0, 1.0], [0.5, 0.5]),
     "gap": ([0.0, 0.5, 1.0], [0.02, 0.94, 0.04]),
@@ -81,19 +81,19 @@ CASES = [
 
 @pytest.mark.parametrize(("bound", "case"), CASES)
 @pytest.mark.parametrize("samples", [30, 400])
-def test_a_true_hypothesis_is_rejected_no_more_often_than_promised(bound, case, samples):
-    values, chances = (torch.tensor(x, dtype=torch.float64) for x in DISTRIBUTIONS[case])
+def test_false_rejections_are_within_level(bound, case, samples):
+    values, probabilities = (torch.tensor(x, dtype=torch.float64) for x in DISTRIBUTIONS[case])
     draws, level = 4000, 0.1
     g = torch.Generator().manual_seed(1)
-    picked = chances.expand(draws, -1).multinomial(samples, replacement=True, generator=g)
-    p = p_value(values[picked], (values * chances).sum().item(), level, bound)
+    picked = probabilities.expand(draws, -1).multinomial(samples, replacement=True, generator=g)
+    p = p_value(values[picked], (values * probabilities).sum().item(), level, bound)
     assert p.shape == (draws,)
-    for tried in (level, 0.02):  # also at a level the bets were not placed for
+    for tried in (level, 0.02):  # also at another level than that of the bets
         rejected = (p <= tried).double().mean().item()
         assert rejected <= tried + 3 * math.sqrt(tried * (1 - tried) / draws)
 
 
-def test_betting_is_sharper_than_hoeffding_where_losses_vary_little():
+def test_betting_is_sharper_for_low_variance():
     gap = torch.full((1000,), 0.5, dtype=torch.float64)  # routing changes nothing
     gap[:5] = 1.0
     assert p_value(gap, 0.51, 0.1, "betting") < 0.01
@@ -101,19 +101,19 @@ def test_betting_is_sharper_than_hoeffding_where_losses_vary_little():
 
 
 @pytest.mark.parametrize("bound", BOUNDS)
-def test_p_values_fall_with_the_limit_and_rise_with_the_losses(bound):
+def test_p_values_are_monotonic(bound):
     limits = torch.linspace(0.01, 0.99, 50).tolist()
     p = torch.stack([p_value(binary(8, 100), limit, 0.1, bound) for limit in limits])
     assert (p.diff() <= 1e-12).all()
     assert ((p >= 0) & (p <= 1)).all()
-    if bound != "betting":  # a gambler may be worse off for a loss less: his bets are others then
+    if bound != "betting":  # one loss less changes the bets too, so betting is not monotonic
         p = torch.stack([p_value(binary(losses, 100), 0.2, 0.1, bound) for losses in range(101)])
         assert (p.diff() >= -1e-12).all()
         assert ((p >= 0) & (p <= 1)).all()
 
 
 @pytest.mark.parametrize("losses", [0, 1, 7, 99, 100])
-def test_the_exact_upper_bound_is_clopper_and_pearsons(losses):
+def test_upper_bound_is_clopper_pearson(losses):
     interval = stats.binomtest(losses, 100, alternative="less").proportion_ci(0.9, method="exact")
     assert upper_bound(binary(losses, 100), 0.9, "binomial") == pytest.approx(interval.high, abs=1e-9)
     for bound in BOUNDS[1:]:
@@ -121,7 +121,7 @@ def test_the_exact_upper_bound_is_clopper_and_pearsons(losses):
 
 
 @pytest.mark.parametrize("bound", BOUNDS)
-def test_samples_needed_is_the_edge(bound):
+def test_samples_needed_is_the_smallest(bound):
     for limit, level in ((0.02, 0.1), (0.05, 0.05), (0.3, 0.2)):
         needed = samples_needed(limit, level, bound)
         assert p_value(torch.zeros(needed), limit, level, bound) <= level
@@ -144,6 +144,6 @@ def test_samples_needed_is_the_edge(bound):
         ({"bound": "chebyshev"}, "choose one of"),
     ],
 )
-def test_bad_input_is_one_clear_line(arguments, words):
+def test_bad_input_raises(arguments, words):
     with pytest.raises(ValueError, match=words):
         p_value(**({"losses": torch.zeros(3), "limit": 0.1, "level": 0.1} | arguments))

@@ -1,1 +1,1 @@
-"""Timing of networks: arms interleaved in one run, medians of ratios."""
+"""Time the ways to serve a bundle side by side."""

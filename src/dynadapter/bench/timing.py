@@ -1,4 +1,4 @@
-"""Timing that holds on a busy machine: arms side by side, three clocks, medians of ratios, one arm there twice."""
+"""Timing on a busy machine: arms side by side, three clocks, medians of ratios, and one arm timed twice."""
 
 import os
 import platform
@@ -21,10 +21,10 @@ Call = Callable[[], Any]
 Clock = Literal["cpu", "wall", "device"]
 
 VOID = 0.03
-"""A run is void where the same arm, timed twice, differs from itself by more than this share."""
+"""A run is void if the same arm, timed twice, differs from itself by more than this fraction."""
 
 CHUNKS = (8, 16, 32, 64)
-"""Images at a time that are tried for an arm which may cut its batch."""
+"""Images at a time that are tried for an arm that may cut its batch."""
 
 PACKAGES = ("torch", "timm", "lightning", "fvcore", "onnxruntime", "dynadapter")
 
@@ -33,7 +33,7 @@ PACKAGES = ("torch", "timm", "lightning", "fvcore", "onnxruntime", "dynadapter")
 
 
 def cpu_name() -> str:
-    """Names the processor."""
+    """Return the name of the processor."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -41,7 +41,7 @@ def cpu_name() -> str:
 
 
 def machine(packages: Iterable[str] = PACKAGES) -> dict[str, Any]:
-    """Names the machine and the versions that a number belongs to; packages that are not installed are left out."""
+    """Return the machine and the versions of packages; those that are not installed are left out."""
     found: dict[str, Any] = {
         "cpu": cpu_name(),
         "capability": torch.backends.cpu.get_cpu_capability(),
@@ -63,11 +63,11 @@ def machine(packages: Iterable[str] = PACKAGES) -> dict[str, Any]:
 
 @dataclass
 class Times:
-    """What an arm took: for each round the seconds of each of its calls, by three clocks.
+    """The times of an arm: for each round the seconds of each of its calls, by three clocks.
 
     Args:
-        cpu: CPU seconds of the process, of all its threads. What other programs do counts least here.
-        wall: Seconds on the wall's clock.
+        cpu: CPU seconds of the process, of all its threads; other programs disturb this clock least.
+        wall: Wall-clock seconds.
         device: Seconds between two events on the device; empty on a CPU.
     """
 
@@ -76,19 +76,19 @@ class Times:
     device: list[list[float]]
 
     def rounds(self, clock: Clock) -> list[float]:
-        """Gives the seconds of each round, its calls added up."""
+        """Return the seconds of each round, its calls added up."""
         return [sum(calls) for calls in getattr(self, clock)]
 
     def calls(self, clock: Clock) -> list[float]:
-        """Gives the seconds of each call of all rounds."""
+        """Return the seconds of each call of all rounds."""
         return list(chain.from_iterable(getattr(self, clock)))
 
 
 def clock_of(device: torch.device, threads: int) -> Clock:
-    """Says by which clock arms are to be compared.
+    """Return the clock to compare arms by.
 
-    That is the device's own where there is one, CPU seconds for one thread, and the wall's for several, whose seconds
-    the process would add up.
+    That is the device's own on a device, CPU seconds for one thread on a CPU, and the wall clock for several threads,
+    because CPU seconds add up over threads.
     """
     if device.type != "cpu":
         return "device"
@@ -96,10 +96,10 @@ def clock_of(device: torch.device, threads: int) -> Clock:
 
 
 def timed(call: Call, device: torch.device) -> tuple[float, float, float | None]:
-    """Runs a call and waits for the device before and after it.
+    """Run a call and wait for the device before and after it.
 
     Returns:
-        CPU seconds of the process, seconds on the wall's clock, and seconds between two CUDA events (None on a CPU).
+        CPU seconds of the process, wall-clock seconds, and seconds between two CUDA events (None on a CPU).
     """
     if device.type != "cuda":
         wall, cpu = time.perf_counter(), time.process_time()
@@ -123,17 +123,16 @@ def interleave(
     device: torch.device | str = "cpu",
     after: Call = lambda: None,
 ) -> dict[str, Times]:
-    """Runs all arms once a round, in an order that is drawn anew for each.
+    """Run all arms once a round, in a new random order each time.
 
-    The arms stand side by side in time, so a machine that slows down slows them all; and no arm always runs on the
-    caches that the same other one has left.
+    A machine that slows down so slows all arms down, and no arm always runs after the same other one.
 
     Args:
-        arms: By name, a call, or several that follow each other and are timed one by one.
-        rounds: How many rounds count.
-        warmup: How many more come first and do not.
+        arms: By name, one call, or several that run in turn and are timed one by one.
+        rounds: Number of counted rounds.
+        warmup: Number of rounds before them that do not count.
         device: Where the arms run.
-        after: Called after each round, to show how far it is.
+        after: Called after each round, to show progress.
     """
     device, names, order = torch.device(device), list(arms), random.Random(0)
     calls = {name: [arm] if callable(arm) else list(arm) for name, arm in arms.items()}
@@ -152,7 +151,7 @@ def interleave(
 
 
 def ratio(numerator: Iterable[float], denominator: Iterable[float]) -> float:
-    """Gives the median of the ratios round by round.
+    """Return the median of the ratios round by round.
 
     >>> ratio([2.0, 4.0, 9.0], [1.0, 2.0, 3.0])
     2.0
@@ -161,7 +160,7 @@ def ratio(numerator: Iterable[float], denominator: Iterable[float]) -> float:
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """Gives the value below which a share of all lies, between two neighbours in proportion.
+    """Return the value below which a fraction of all values lies, interpolated between neighbours.
 
     >>> percentile([1.0, 2.0, 3.0], 0.5)
     2.0
@@ -170,21 +169,21 @@ def percentile(values: Sequence[float], share: float) -> float:
 
 
 def is_void(control: float) -> bool:
-    """Says whether the ratio of an arm to itself is too far from 1 for a run to mean anything; NaN is."""
+    """Check whether the ratio of an arm to itself is too far from 1 for a meaningful run; NaN is."""
     return not abs(control - 1) <= VOID
 
 
 def best_chunk(
     make: Callable[[int], Call], batch: int, clock: Clock = "cpu", device: torch.device | str = "cpu", rounds: int = 3
 ) -> int:
-    """Finds with how many images at a time an arm is fastest; a large batch at once may leave a CPU's caches.
+    """Return the number of images at a time with which an arm is fastest; a large batch may exceed a CPU's caches.
 
     Args:
-        make: Gives the arm for such a chunk.
-        batch: The whole batch; chunks below it are tried, too.
-        clock: Which seconds count.
+        make: Maps such a number to the arm.
+        batch: The whole batch; it and smaller chunks are tried.
+        clock: The clock to compare by.
         device: Where the arm runs.
-        rounds: How many rounds are timed.
+        rounds: Number of timed rounds.
     """
     chunks = [*(chunk for chunk in CHUNKS if chunk < batch), batch]
     if len(chunks) == 1:
@@ -193,52 +192,52 @@ def best_chunk(
     return min(chunks, key=lambda chunk: statistics.median(times[str(chunk)].rounds(clock)))
 
 
-# ---- who leaves where ------------------------------------------------------------------------------------------------
+# ---- exit shares ------------------------------------------------------------------------------------------------
 
 
 def share_thresholds(logits: Tensor, shares: Sequence[float]) -> Confidence:
-    """Finds thresholds on the confidence, one for each early exit, with which the wanted shares of samples leave.
+    """Find one confidence threshold per early exit that gives the wanted exit shares on these samples.
 
-    Each lies between two samples' confidences. Samples with the same confidence leave together, so that the shares
-    reached can differ. Source: MSDNet's walk over the exits (Huang et al. 2018).
+    Each threshold lies between the confidences of two samples. Samples with equal confidence exit together, so the
+    reached shares can differ. Source: MSDNet's walk over the exits (Huang et al. 2018).
 
     Args:
         logits: (exits, samples, classes).
-        shares: (exits,), the fraction that is to leave at each exit; the last one takes whoever is left.
+        shares: (exits,), the wanted exit shares; all remaining samples take the last exit.
 
     Raises:
-        ValueError: If there is not one share for each exit, or they are no shares of a whole.
+        ValueError: If there is not one share for each exit, or they do not sum to 1.
     """
     exits, samples, _ = logits.shape
     if len(shares) != exits or min(shares) < 0 or not abs(sum(shares) - 1) <= 1e-3:
         raise ValueError(f"shares={list(shares)} must be {exits} numbers, one for each exit, at least 0, with sum 1")
     scores = confidence(logits).double()
-    inside = torch.ones(samples, dtype=torch.bool, device=logits.device)
+    remaining = torch.ones(samples, dtype=torch.bool, device=logits.device)
     found: list[float] = []
     for k, share in enumerate(shares[:-1]):
-        ranked = scores[k][inside].sort(descending=True).values.tolist()
+        ranked = scores[k][remaining].sort(descending=True).values.tolist()
         count = min(round(share * samples), len(ranked))
         above = ranked[count - 1] if count else 1.0
         below = ranked[count] if count < len(ranked) else 0.0
         found.append((above + below) / 2)
-        inside &= scores[k] < found[-1]
+        remaining &= scores[k] < found[-1]
     return Confidence(tuple(found))
 
 
-def representative(exits: Tensor, count: int) -> Tensor:
-    """Picks samples whose exits stand for those of all, in an order that mixes them.
+def representative(exit_index: Tensor, count: int) -> Tensor:
+    """Choose samples with the same exit shares as all samples, in random order.
 
     Args:
-        exits: (samples,), where each leaves.
-        count: How many to pick; more than there are picks some again.
+        exit_index: (samples,), the exit of each sample, from 0.
+        count: Number of samples to choose; a number above that of all samples repeats some.
 
     Returns:
         Indices (count,).
 
-    >>> exits = torch.tensor([0, 0, 0, 0, 0, 0, 1, 1, 1, 2])
-    >>> exits[representative(exits, 5)].sort().values
+    >>> exit_index = torch.tensor([0, 0, 0, 0, 0, 0, 1, 1, 1, 2])
+    >>> exit_index[representative(exit_index, 5)].sort().values
     tensor([0, 0, 0, 1, 1])
     """
-    ranked = exits.cpu().argsort(stable=True)
+    ranked = exit_index.cpu().argsort(stable=True)
     places = ((torch.arange(count) + 0.5) * len(ranked) / count).long()
     return ranked[places][torch.randperm(count, generator=torch.Generator().manual_seed(0))]

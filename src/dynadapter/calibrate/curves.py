@@ -1,4 +1,4 @@
-"""The whole accuracy-cost curve of a kind of policy from one pass."""
+"""The accuracy-cost curve of one kind of policy, and its rows as a table."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,9 +17,9 @@ class Point(Outcome):
     """One point of an accuracy-cost curve.
 
     Args:
-        label: The kind of policy, or "exit 1", "exit 2" ... where every sample leaves at one exit.
-        threshold: The threshold or the patience; None where there is none.
-        policy: Ready to route raw logits; None for a single exit before the last.
+        label: The kind of policy, or "exit 1", "exit 2" ... where all samples take one exit.
+        threshold: The threshold or the patience; None if the policy has neither.
+        policy: Routes raw logits; None for a single exit before the last.
     """
 
     label: str
@@ -30,8 +30,8 @@ class Point(Outcome):
 class Curve(NamedTuple):
     """The accuracy-cost curve of one kind of policy, costs rising, and its reference points.
 
-    ``routed`` ends with the full depth, where nobody leaves early. ``anytime`` has one point per exit, at which
-    everybody leaves (MSDNet's anytime prediction), and so ends with the full depth too.
+    ``routed`` ends with the full depth, where no sample exits early. ``anytime`` has one point per exit, which all
+    samples take (MSDNet's anytime prediction), so it ends with the full depth too.
     """
 
     routed: tuple[Point, ...]
@@ -45,10 +45,10 @@ def curve(
     kind: type[Policy] = Confidence,
     *,
     temperatures: Sequence[float] | None = None,
-    full: float | None = None,
+    static: float | None = None,
     points: int = 200,
 ) -> Curve:
-    """Gives accuracy against cost for every shared threshold that makes a difference, thinned evenly in cost.
+    """Compute accuracy and cost for every shared threshold that makes a difference, thinned evenly in cost.
 
     Args:
         logits: (exits, samples, classes).
@@ -56,15 +56,15 @@ def curve(
         costs: (exits,), cumulative.
         kind: Confidence, Entropy, Margin or Patience.
         temperatures: (exits,), or none.
-        full: Cost of the full backbone.
-        points: How many routed points there are at most; both ends are always among them.
+        static: Cost of the static network; None for that of the last exit.
+        points: Greatest number of routed points; both ends are always among them.
 
     Raises:
         ValueError: If arguments do not fit.
     """
     if points < 2:
         raise ValueError(f"points={points} must be at least 2, for both ends of the curve")
-    data = Stacked(logits, targets, costs, full, temperatures)
+    data = Stacked(logits, targets, costs, static, temperatures)
     steps = ladder(kind, data)
     kept = torch.arange(len(steps.cost)).flip(0)  # cheapest first
     if len(kept) > points:
@@ -91,3 +91,20 @@ def curve(
         return Point(**vars(outcome), label=f"exit {k + 1}", threshold=None, policy=policy)
 
     return Curve(tuple(routed(step) for step in kept.tolist()), tuple(anytime(k) for k in range(data.exits)))
+
+
+def curve_rows(found: Curve) -> list[list[str | float]]:
+    """Return the rows of a CSV file: a header, the routed points, and those with all samples at one exit."""
+    exits = len(found.anytime)
+    header: list[str | float] = [
+        "policy",
+        "threshold",
+        "cost",
+        "accuracy",
+        *(f"share_exit{k + 1}" for k in range(exits)),
+    ]
+    points = (*found.routed, *found.anytime)
+    return [
+        header,
+        *([p.label, "" if p.threshold is None else p.threshold, p.cost, p.accuracy, *p.shares] for p in points),
+    ]

@@ -1,4 +1,4 @@
-"""Is a mean loss below a limit? Tests that hold for every finite number of independent losses."""
+"""Test whether an expected loss is below a limit, validly for every finite number of independent losses."""
 
 import math
 from collections.abc import Callable
@@ -11,17 +11,17 @@ Bound = Literal["binomial", "betting", "hoeffding_bentkus"]
 
 
 def p_value(losses: Tensor, limit: float, level: float, bound: Bound = "betting") -> Tensor:
-    """Gives p-values of the hypothesis that the expected loss is at least ``limit``.
+    """Compute p-values of the hypothesis that the expected loss is at least ``limit``.
 
-    The losses must be drawn independently from one distribution. If its mean is ``limit`` or more, then a p-value is
-    ``a`` or less with probability at most ``a``, for every ``a`` and every number of samples.
+    The losses must be drawn independently from one distribution. If its mean is ``limit`` or more, a p-value is at most
+    ``a`` with probability at most ``a``, for every ``a`` and every number of samples.
 
     - ``binomial``: exact, for losses that are 0 or 1 (Clopper and Pearson 1934).
     - ``hoeffding_bentkus``: for losses in [0, 1] (Bates et al. 2021, section 3.1; Angelopoulos et al. 2021).
-    - ``betting``: for losses in [0, 1], far sharper where their variance is small: one over the greatest capital of a
-      gambler who bets on losses below the limit, one sample after another, as much as the past suggests
-      (Waudby-Smith and Ramdas 2024, predictable plug-in bets, one-sided). The samples are shuffled first, always in the
-      same way, for they often come sorted by class.
+    - ``betting``: for losses in [0, 1], far sharper if their variance is small: one over the greatest capital of a
+      gambler who bets, sample by sample, on losses below the limit, with stakes set from the samples before
+      (Waudby-Smith and Ramdas 2024, predictable plug-in bets, one-sided). The samples are first shuffled by a fixed
+      permutation, because they often come sorted by class.
 
     >>> p_value(torch.zeros(114), limit=0.02, level=0.1, bound="binomial") <= 0.1  # 0.98 ** 114 = 0.09993
     tensor(True)
@@ -29,14 +29,14 @@ def p_value(losses: Tensor, limit: float, level: float, bound: Bound = "betting"
     Args:
         losses: (..., samples) in [0, 1].
         limit: Between 0 and 1.
-        level: The level the test is meant for; only ``betting`` uses it, for the size of its bets.
-        bound: Which test.
+        level: The intended level of the test; only ``betting`` uses it, for the size of its bets.
+        bound: The test.
 
     Returns:
         (...), float64, in [0, 1].
 
     Raises:
-        ValueError: If an argument is out of range, or the losses do not suit the bound.
+        ValueError: If an argument is out of range, or the bound does not allow these losses.
     """
     if not 0 < limit < 1:
         raise ValueError(f"limit={limit} must be between 0 and 1, both excluded")
@@ -62,7 +62,7 @@ def _hoeffding_bentkus(losses: Tensor, limit: float, level: float) -> Tensor:
     a = mean.clamp(max=limit)
     divergence = torch.xlogy(a, a / limit) + torch.xlogy(1 - a, (1 - a) / (1 - limit))
     hoeffding = (-n * divergence).exp()
-    # A sum that is a hair above a whole number is that number: rounding must not cost a whole loss.
+    # Rounding must not turn a sum of 7 into 8.
     bentkus = math.e * binomial_cdf(n, limit).to(losses.device)[(losses.sum(-1) - 1e-9).ceil().clamp(min=0).long()]
     return torch.minimum(hoeffding, bentkus).clamp(max=1)
 
@@ -73,14 +73,16 @@ def _betting(losses: Tensor, limit: float, level: float) -> Tensor:
     seen = torch.arange(1, samples + 1, dtype=torch.float64, device=losses.device)
     mean = (0.5 + shuffled.cumsum(-1)) / (seen + 1)
     variance = (0.25 + (shuffled - mean).square().cumsum(-1)) / (seen + 1)
-    before = torch.cat([torch.full_like(variance[..., :1], 0.25), variance[..., :-1]], -1)  # a bet knows the past only
+    before = torch.cat(
+        [torch.full_like(variance[..., :1], 0.25), variance[..., :-1]], -1
+    )  # a bet depends on the past only
     bet = (2 * math.log(1 / level) / (samples * before)).sqrt()
-    # A lost bet leaves 1 % of the capital at worst. The cap aside, bets do not depend on the limit: so the capital
-    # rises with the limit, and the p-value falls.
+    # A lost bet leaves at least 1 % of the capital. Apart from this cap, bets do not depend on the limit, so the
+    # capital rises with the limit and the p-value falls.
     bet = bet.clamp(max=0.99 / (1 - limit))
     capital = torch.log1p(bet * (limit - shuffled)).cumsum(-1)
-    # A lucky streak at the start would prove that the losses are below a limit that their mean is above: true as often
-    # as promised, and yet nobody would believe it.
+    # A run of small losses at the start could reject a limit that is below the mean of these very losses. That keeps
+    # the error rate, but nobody would believe it.
     return torch.where(losses.mean(-1) < limit, (-capital.amax(-1)).exp().clamp(max=1), 1.0)
 
 
@@ -92,7 +94,7 @@ _TESTS: dict[str, Callable[[Tensor, float, float], Tensor]] = {
 
 
 def binomial_cdf(samples: int, p: float) -> Tensor:
-    """Gives P(X <= k) for k = 0 .. samples, X binomial with chance ``p`` in (0, 1): (samples + 1,) float64."""
+    """Return P(X <= k) for k = 0 .. samples, X binomial with probability ``p`` in (0, 1): (samples + 1,) float64."""
     k = torch.arange(samples + 1, dtype=torch.float64)
     n = torch.tensor(float(samples), dtype=torch.float64)
     choose = torch.lgamma(n + 1) - torch.lgamma(k + 1) - torch.lgamma(n - k + 1)
@@ -100,18 +102,18 @@ def binomial_cdf(samples: int, p: float) -> Tensor:
 
 
 def upper_bound(losses: Tensor, confidence: float, bound: Bound = "betting") -> float:
-    """Gives a number that the expected loss exceeds with probability at most 1 - ``confidence``.
+    """Return an upper bound that the expected loss exceeds with probability at most 1 - ``confidence``.
 
-    It is the greatest limit that :func:`p_value` does not reject at level 1 - ``confidence`` (with ``binomial`` the
-    one-sided Clopper-Pearson bound). It holds for one policy fixed before these losses were drawn.
+    It is the greatest limit that :func:`p_value` does not reject at level 1 - ``confidence``; with ``binomial``, the
+    one-sided Clopper-Pearson bound. It holds for one policy fixed before these losses were drawn.
 
     Args:
         losses: (samples,) in [0, 1].
         confidence: Between 0 and 1.
-        bound: Which test.
+        bound: The test.
 
     Raises:
-        ValueError: As :func:`p_value`.
+        ValueError: See :func:`p_value`.
     """
     level = 1 - confidence
     low, high = 0.0, 1.0
@@ -125,7 +127,7 @@ def upper_bound(losses: Tensor, confidence: float, bound: Bound = "betting") -> 
 
 
 def samples_needed(limit: float, level: float, bound: Bound = "betting", loss: float = 0.0) -> int:
-    """Says how many samples it takes to reject when every single loss is as small as ``loss``.
+    """Return how many samples are needed to reject when every loss equals ``loss``.
 
     >>> samples_needed(0.02, level=0.1, bound="binomial")  # 0.98 ** 114 < 0.1 < 0.98 ** 113
     114
@@ -133,14 +135,16 @@ def samples_needed(limit: float, level: float, bound: Bound = "betting", loss: f
     Args:
         limit: The expected loss to stay below, between ``loss`` and 1.
         level: The level of the test.
-        bound: Which test.
-        loss: The best that can be hoped for, in [0, limit).
+        bound: The test.
+        loss: The smallest possible loss, in [0, limit).
 
     Raises:
-        ValueError: If ``loss`` is not below the limit, where no number of samples is enough.
+        ValueError: If ``loss`` is not below the limit, so that no number of samples is enough.
     """
     if not 0 <= loss < limit:
-        raise ValueError(f"loss={loss} must be at least 0 and below limit={limit}; else no number of samples is enough")
+        raise ValueError(
+            f"loss={loss} must be at least 0 and below limit={limit}; otherwise no number of samples is enough"
+        )
 
     def enough(samples: int) -> bool:
         return bool(p_value(torch.full((samples,), loss, dtype=torch.float64), limit, level, bound) <= level)

@@ -1,4 +1,4 @@
-"""What a policy does to a set of samples, from their stacked logits."""
+"""The cost and accuracy of a policy on a set of samples, from their stacked logits."""
 
 import math
 from collections.abc import Sequence
@@ -13,13 +13,13 @@ from dynadapter.exits.temperature import Scaled, check_logits, check_targets
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a policy does to a set of samples.
+    """The result of a policy on a set of samples.
 
     Args:
-        cost: Average cost relative to the full backbone.
-        accuracy: Share of right predictions, in [0, 1]; NaN without targets.
-        shares: Share of the samples that leave at each exit (exits,).
-        samples: How many samples.
+        cost: Average cost as a fraction of static.
+        accuracy: Fraction of right predictions, in [0, 1]; NaN without targets.
+        shares: Exit shares (exits,), adding up to 1.
+        samples: Number of samples.
     """
 
     cost: float
@@ -30,14 +30,14 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Calibrated(Outcome):
-    """A policy that was chosen, and what it does on the very samples it was chosen on: :func:`evaluate` it on others.
+    """A calibrated policy with its result on the samples that it was chosen on; :func:`evaluate` it on others.
 
     Args:
-        policy: Ready to route raw logits: the temperatures are inside where they matter.
-        temperatures: One per exit; 1 where none were given.
+        policy: Routes raw logits: it includes the temperatures where they matter.
+        temperatures: One per exit; 1 if none were given.
         method: How the policy was found, in words.
-        notes: What the user should know, e.g. a guarantee in full or why there is none.
-        risk: Mean loss on these samples, where one was bounded; see :func:`with_guarantee`.
+        notes: Remarks for the user, such as the guarantee in full, or why there is none.
+        risk: Mean loss on these samples, if one was bounded; see :func:`with_guarantee`.
     """
 
     policy: Policy
@@ -48,18 +48,18 @@ class Calibrated(Outcome):
 
 
 class Stacked:
-    """Logits, targets and costs of some samples, checked, with what is computed from them once.
+    """Logits, targets and costs of samples, checked, with what is computed from them once.
 
     Args:
         logits: (exits, samples, classes).
         targets: (samples,), or None.
         costs: (exits,), cumulative.
-        full: Cost of the full backbone, or None for that of the last exit.
+        static: Cost of the static network; None for that of the last exit.
         temperatures: (exits,), or None.
 
     Attributes:
-        predictions: Classes (exits, samples), -1 for a row that holds NaN.
-        right: Whether each exit is right (exits, samples) bool; nowhere without targets.
+        predictions: Classes (exits, samples), -1 for logits with NaN.
+        right: (exits, samples) bool, True for a right prediction; all False without targets.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Stacked:
         logits: Tensor,
         targets: Tensor | None,
         costs: Sequence[float] | Tensor,
-        full: float | None = None,
+        static: float | None = None,
         temperatures: Sequence[float] | None = None,
     ) -> None:
         check_logits(logits)
@@ -78,43 +78,43 @@ class Stacked:
         self.right = torch.zeros_like(self.predictions, dtype=torch.bool)
         if targets is not None:
             self.right = self.predictions == check_targets(logits, targets)
-        self.costs, self.full = _check_costs(costs, full, self.exits)
+        self.costs, self.static = _check_costs(costs, static, self.exits)
         self.temperatures = (1.0,) * self.exits if temperatures is None else tuple(float(t) for t in temperatures)
         Scaled(Never(), self.temperatures).check(self.exits)
 
     def complete(self, policy: Policy) -> Policy:
-        """Puts the temperatures into a policy on whose decisions they bear."""
+        """Add the temperatures to a policy whose decisions depend on them."""
         if isinstance(policy, (Patience, Never)) or all(t == 1 for t in self.temperatures):
             return policy
         return Scaled(policy, self.temperatures)
 
-    def counts(self, taken: Tensor) -> Tensor:
-        """Counts the samples that leave at each exit: (samples,) to (exits,) int64 on the CPU."""
-        return torch.bincount(taken, minlength=self.exits).cpu()
+    def counts(self, exit_index: Tensor) -> Tensor:
+        """Count the samples at each exit: exit indices (samples,) to (exits,) int64 on the CPU."""
+        return torch.bincount(exit_index, minlength=self.exits).cpu()
 
     def cost(self, counts: Tensor) -> Tensor:
-        """Gives the average relative cost, exact for whole costs: (..., exits) counts to (...) float64."""
+        """Return the average relative cost, exact for whole costs: (..., exits) counts to (...) float64."""
         total = torch.zeros(counts.shape[:-1], dtype=torch.float64)
         for k, cost in enumerate(self.costs):  # one order of summation for every shape: equal counts cost the same
             total += counts[..., k].double() * cost
-        return total / (self.samples * self.full)
+        return total / (self.samples * self.static)
 
-    def outcome(self, taken: Tensor) -> Outcome:
-        """Says what it means that the samples leave at the exits ``taken`` (samples,)."""
-        counts = self.counts(taken)
+    def outcome(self, exit_index: Tensor) -> Outcome:
+        """Return the result when the samples exit at ``exit_index`` (samples,)."""
+        counts = self.counts(exit_index)
         return Outcome(
             cost=self.cost(counts).item(),
-            accuracy=self.right.gather(0, taken[None]).sum().item() / self.samples if self.labelled else math.nan,
+            accuracy=self.right.gather(0, exit_index[None]).sum().item() / self.samples if self.labelled else math.nan,
             shares=tuple(count / self.samples for count in counts.tolist()),
             samples=self.samples,
         )
 
     def calibrated(self, policy: Policy, method: str, *notes: str, risk: float | None = None) -> Calibrated:
-        """Routes by a policy, into which the temperatures are put, and says what comes of it."""
+        """Return the result of a policy, completed with the temperatures, on these samples."""
         policy = self.complete(policy)
-        stuck = (~self.logits[:-1].isfinite().all(-1)).any(0).sum().item()
-        if stuck:
-            notes += (f"{stuck} of {self.samples} samples have logits that are not finite at an early exit",)
+        nonfinite = (~self.logits[:-1].isfinite().all(-1)).any(0).sum().item()
+        if nonfinite:
+            notes += (f"{nonfinite} of {self.samples} samples have logits that are not finite at an early exit",)
         return Calibrated(
             **vars(self.outcome(route(policy, self.logits))),
             policy=policy,
@@ -125,7 +125,7 @@ class Stacked:
         )
 
 
-def _check_costs(costs: Sequence[float] | Tensor, full: float | None, exits: int) -> tuple[list[float], float]:
+def _check_costs(costs: Sequence[float] | Tensor, static: float | None, exits: int) -> tuple[list[float], float]:
     values = [float(cost) for cost in costs]
     if len(values) != exits:
         raise ValueError(
@@ -133,10 +133,10 @@ def _check_costs(costs: Sequence[float] | Tensor, full: float | None, exits: int
         )
     if not all(a < b < math.inf for a, b in zip([0.0, *values], values, strict=False)):  # NaN fails as well
         raise ValueError(f"costs={values} must be above 0 and rise from exit to exit: each is the cost up to its exit")
-    whole = values[-1] if full is None else float(full)
-    if not 0 < whole < math.inf:
-        raise ValueError(f"full={full} must be the cost of the whole backbone, above 0, in the unit of costs")
-    return values, whole
+    full_cost = values[-1] if static is None else float(static)
+    if not 0 < full_cost < math.inf:
+        raise ValueError(f"static={static} must be the cost of the static network, above 0, in the unit of costs")
+    return values, full_cost
 
 
 def evaluate(
@@ -145,9 +145,9 @@ def evaluate(
     targets: Tensor | None,
     costs: Sequence[float] | Tensor,
     *,
-    full: float | None = None,
+    static: float | None = None,
 ) -> Outcome:
-    """Says what a policy does to these samples; on held-out ones an honest estimate of cost and accuracy.
+    """Compute the cost and accuracy of a policy on these samples; held-out samples give an unbiased estimate.
 
     >>> from dynadapter.exits.policies import Confidence
     >>> logits = torch.tensor([[[3.0, 0.0], [0.1, 0.0]], [[3.0, 0.0], [0.0, 3.0]]])  # two exits, two samples
@@ -155,32 +155,32 @@ def evaluate(
     Outcome(cost=0.625, accuracy=1.0, shares=(0.5, 0.5), samples=2)
 
     Args:
-        policy: Ready to route these logits, e.g. ``Calibrated.policy``.
+        policy: Routes these logits, such as ``Calibrated.policy``.
         logits: (exits, samples, classes).
-        targets: (samples,), or None if there are none.
+        targets: (samples,), or None.
         costs: (exits,), cumulative.
-        full: Cost of the full backbone.
+        static: Cost of the static network; None for that of the last exit.
 
     Raises:
         ValueError: If the policy does not fit the number of exits, or arguments do not fit.
     """
-    data = Stacked(logits, targets, costs, full)
+    data = Stacked(logits, targets, costs, static)
     return data.outcome(route(policy, data.logits))
 
 
 def split_halves(samples: int, seed: int = 0, targets: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Splits samples at random into two halves, one to calibrate on and one to report on.
+    """Split samples at random into two halves, one to calibrate on and one to report on.
 
-    With targets the halves are stratified: each class has as many samples in both, or one more in one of them. Leave
-    the targets out where one half goes to :func:`with_guarantee`, which wants independent samples.
+    With targets the halves are stratified: the numbers of samples of a class differ by at most one. Leave the targets
+    out if one half goes to :func:`with_guarantee`, which needs independent samples.
 
     >>> first, second = split_halves(5)
     >>> len(first), len(second), sorted(torch.cat([first, second]).tolist())
     (3, 2, [0, 1, 2, 3, 4])
 
     Args:
-        samples: How many there are; at least 2.
-        seed: Decides the split, together with the targets.
+        samples: Number of samples, at least 2.
+        seed: Random seed of the split.
         targets: Classes (samples,).
 
     Returns:

@@ -1,145 +1,53 @@
-"""``dynadapter bench``: the milliseconds of a bundle beside its multiply-adds, and beside other ways to serve it."""
+"""``dynadapter bench``: time a bundle against its static network and other ways to serve it."""
 
 import json
 import os
 import secrets
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
+from dynadapter.bench.settings import ARMS, Settings
 from dynadapter.cli.errors import Mistake, nearest
 from dynadapter.cli.parser import CommandParser
 
-ARMS = ("static", "smaller static", "unmerged", "merged", "onnx static", "onnx staged")
-"""What can be timed; static, which all others are measured by, always is."""
-
 DESCRIPTION = """\
-Times a bundle against its static backbone and other ways to serve it, side by side, and writes a table and JSON.
+Time a bundle against its static network and other ways to serve it, side by side; write a table and JSON.
 
-static: the whole backbone, adapters merged. smaller static: as many of its blocks as routing costs on average.
-unmerged,
-merged: routing with the adapters beside the backbone or in it.  onnx static, onnx
-staged: ONNX Runtime with one graph, or with one a stage and routing between them.
+static: the whole backbone, adapters merged.  smaller static: the number of its blocks that costs what routing costs on
+average.  unmerged, merged: routing with the adapters beside the backbone, or merged into it.  onnx static, onnx staged:
+ONNX Runtime with one graph, or with one graph per stage and routing between them.
 """
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What the command line says, checked.
-
-    Args:
-        bundle: The folder.
-        batch_sizes: Images a call.
-        rounds: Counted rounds of every arm.
-        threads: Of torch and of ONNX Runtime.
-        device: Where the arms run.
-        precision: Type of the network's tensors.
-        images: Folder of real images, or None for noise.
-        shares: Of images that are to leave at each exit, or None for the bundle's own policy.
-        arms: What to time.
-        weights: The backbone's file, for a bundle that needs one.
-        pretrained: Whether timm may fetch the backbone's weights; None for what the training did.
-        out: Where to write the numbers.
-        overwrite: Whether a file there may be replaced.
-    """
-
-    bundle: str
-    batch_sizes: list[int]
-    rounds: int
-    threads: int
-    device: Literal["cpu", "cuda"]
-    precision: Literal["32", "bf16"]
-    images: str | None
-    shares: list[float] | None
-    arms: list[str]
-    weights: str | None
-    pretrained: bool | None
-    out: str
-    overwrite: bool
-
-    @classmethod
-    def read(cls, args: list[str]) -> "Settings":
-        """Takes the settings from a command line.
-
-        Raises:
-            Mistake: If one of them cannot be used.
-        """
-        given = _parser().parse_args(args)
-        settings = cls(**{name: given[name] for name in cls.__dataclass_fields__ if name != "arms"}, arms=_arms(given))
-        for name in ("rounds", "threads"):
-            if (value := getattr(settings, name)) < 1:
-                raise Mistake(f"{name}={value} must be at least 1")
-        if not settings.batch_sizes or min(settings.batch_sizes) < 1:
-            raise Mistake(
-                f"batch_sizes={settings.batch_sizes} must be some whole numbers of at least 1, such as [1, 8]"
-            )
-        if settings.shares is not None and not (
-            all(share >= 0 for share in settings.shares) and abs(sum(settings.shares) - 1) <= 1e-3
-        ):
-            raise Mistake(f"shares={settings.shares} must be at least 0 and sum to 1, as in [0.5, 0.3, 0.15, 0.05]")
-        if settings.images is not None and not Path(settings.images).expanduser().is_dir():
-            raise Mistake(f"images={settings.images} is no folder; give one with images of the task")
-        _check_out(settings.place, settings.overwrite)
-        return settings
-
-    @property
-    def place(self) -> Path:
-        """The file to write."""
-        return Path(self.out).expanduser()
-
-
-def _parser() -> CommandParser:
-    parser = CommandParser("bench", DESCRIPTION)
-    add = parser.add_argument
-    add("--bundle", type=str, required=True, help="The folder that calibrate or save_bundle wrote, or hf-hub:NAME.")
-    add("--batch_sizes", type=list[int], default=[1, 8], help="Images a call, such as [1,8,64].")
-    add("--rounds", type=int, default=20, help="Counted rounds; every arm runs once in each.")
-    add("--threads", type=int, default=1, help="Threads of torch and of ONNX Runtime.")
-    add("--device", type=Literal["cpu", "cuda"], default="cpu", help="Where to run.")
-    add("--precision", type=Literal["32", "bf16"], default="32", help="Type of the network's tensors.")
-    add("--images", type=str | None, help="Folder of images of the task, for real exit shares; noise if not given.")
-    words = "Shares that leave at the exits, as in [0.5,0.3,0.15,0.05]: thresholds on the confidence are set for them."
-    add("--shares", type=list[float] | None, help=words)
-    add("--arms", type=list[str], default=list(ARMS), help=f"What to time, of: {', '.join(ARMS)}.")
-    add("--weights", type=str | None, help="The backbone's file of weights, for a bundle that needs one.")
-    add(
-        "--pretrained",
-        type=bool | None,
-        help="Whether timm may fetch the backbone's weights; as in training if not given.",
-    )
-    add("--out", type=str, default="bench.json", help="Where to write all numbers.")
-    add("--overwrite", type=bool, default=False, help="Replace a file that is there.")
-    return parser
-
-
-def _arms(given: Any) -> list[str]:
-    """Gives the arms asked for in the order of :data:`ARMS`, static included."""
-    asked = {name.replace("_", " ").replace("-", " ") for name in given.arms}
-    for name in sorted(asked - {*ARMS}):
-        hint = nearest(name, ARMS, 0.5)
-        raise Mistake(f"there is no arm {name!r}{hint + ' There' if hint else '; there'} are {', '.join(ARMS)}")
-    return [name for name in ARMS if name in asked or name == "static"]
-
-
-def _check_out(place: Path, overwrite: bool) -> None:
-    """Refuses a place that cannot be written, before anything is measured."""
-    if place.is_dir():
-        raise Mistake(f"out={place} is a folder; give a file")
-    if place.exists() and not overwrite:
-        raise Mistake(f"out={place} exists; give another file, or --overwrite true")
-    if not os.access(place.absolute().parent, os.W_OK):
-        raise Mistake(f"out={place}: the folder {place.absolute().parent} is not there or cannot be written")
+ARGUMENTS: dict[str, tuple[Any, Any, str]] = {
+    "batch_sizes": (list[int], [1, 8], "Images per call, such as [1,8,64]."),
+    "rounds": (int, 20, "Counted rounds; every arm runs once in each."),
+    "threads": (int, 1, "Threads of torch and of ONNX Runtime."),
+    "device": (Literal["cpu", "cuda"], "cpu", "Where to run."),
+    "precision": (Literal["32", "bf16"], "32", "Type of the network's tensors."),
+    "images": (str | None, None, "Folder of images of the task, for real exit shares; noise if not given."),
+    "shares": (
+        list[float] | None,
+        None,
+        "Exit shares, as in [0.5,0.3,0.15,0.05]; thresholds on the confidence are set for them.",
+    ),
+    "arms": (list[str], list(ARMS), f"What to time, of: {', '.join(ARMS)}."),
+    "weights": (str | None, None, "File of the backbone's weights, for a bundle that needs one."),
+    "pretrained": (bool | None, None, "Whether timm may fetch the backbone's weights; by default as in training."),
+    "out": (str, "bench.json", "File to write all numbers to."),
+    "overwrite": (bool, False, "Replace a file that exists."),
+}
+"""The settings beside the bundle: type, default, help."""
 
 
 def run(args: list[str]) -> None:
-    """Runs the command.
+    """Run the command.
 
     Raises:
-        Mistake: If a setting cannot be used.
+        Mistake: If a setting is invalid.
     """
-    settings = Settings.read(args)
-    # Here, because torch takes seconds to load and a slip is to be answered at once.
-    from dynadapter.bench.arms import measure
+    settings = read(args)
+    # Imported here, because torch takes seconds to load and invalid settings are reported at once.
+    from dynadapter.bench.measure import measure
 
     result = {"settings": asdict(settings)} | measure(settings)
     try:
@@ -149,56 +57,72 @@ def run(args: list[str]) -> None:
     print(f"all numbers are in {settings.place}")
 
 
+def read(args: list[str]) -> Settings:
+    """Return the settings of a command line.
+
+    Raises:
+        Mistake: If one of them is invalid.
+    """
+    parser = CommandParser("bench", DESCRIPTION)
+    words = "Folder that calibrate or save_bundle wrote, or hf-hub:NAME."
+    parser.add_argument("--bundle", type=str, required=True, help=words)
+    for name, (kind, default, words) in ARGUMENTS.items():
+        parser.add_argument(f"--{name}", type=kind, default=default, help=words)
+    given = {name: value for name, value in vars(parser.parse_args(args)).items() if name in ("bundle", *ARGUMENTS)}
+    try:
+        settings = Settings(**given | {"arms": _arms(given["arms"])})
+    except ValueError as error:
+        raise Mistake(str(error)) from error
+    _check_out(settings.place, settings.overwrite)
+    return settings
+
+
+def _arms(given: list[str]) -> list[str]:
+    """Return the named arms in the order of :data:`ARMS`, static included."""
+    named = {name.replace("_", " ").replace("-", " ") for name in given}
+    for name in sorted(named - {*ARMS}):
+        hint = nearest(name, ARMS, 0.5)
+        raise Mistake(f"there is no arm {name!r}{hint + ' There' if hint else '; there'} are {', '.join(ARMS)}")
+    return [name for name in ARMS if name in named or name == "static"]
+
+
+def _check_out(place: Path, overwrite: bool) -> None:
+    """Raise a :class:`Mistake` if the file cannot be written, before anything is measured."""
+    if place.is_dir():
+        raise Mistake(f"out={place} is a folder; give a file")
+    if place.exists() and not overwrite:
+        raise Mistake(f"out={place} exists; give another file, or --overwrite true")
+    if not os.access(place.absolute().parent, os.W_OK):
+        raise Mistake(f"out={place}: the folder {place.absolute().parent} is not there or cannot be written")
+
+
 def _write(place: Path, result: dict[str, Any], overwrite: bool) -> None:
-    """Writes the whole file or none."""
+    """Write the whole file or nothing."""
     draft = place.with_name(f".{place.name}.{secrets.token_hex(4)}.partial")
     with draft.open("x", encoding="utf-8") as file:
         file.write(json.dumps(result, indent=1, allow_nan=False) + "\n")
         file.flush()
         os.fsync(file.fileno())
     if place.exists() and not overwrite:
-        raise Mistake(f"out={place} has been written by somebody else in the meantime; the numbers are in {draft}")
+        raise Mistake(f"out={place} was written by another process in the meantime; the numbers are in {draft}")
     draft.replace(place)
-
-
-# ---- the table -------------------------------------------------------------------------------------------------------
 
 
 def _print(result: dict[str, Any]) -> None:
     from rich.console import Console
 
+    from dynadapter.bench.table import bench_table
+
     console = Console()
-    console.width = max(console.width, 110)  # a narrow pipe would fold the names
+    console.width = max(console.width, 120)  # a narrow pipe would wrap the names
     for batch in result["batches"]:
-        console.print(_table(batch, result))
+        console.print(bench_table(batch, result))
     for note in result["notes"]:
         print(f"note: {note}")
     for batch in result["batches"]:
         if batch["void"]:
             print(
                 f"warning: at batch {batch['batch']} the static arm timed twice differs from itself by the factor "
-                f"{batch['control']:.3f}, outside 1 ± {result['void_beyond']:g}: this run is void; time again when the "
-                "machine is quiet, or with more --rounds"
+                f"{batch['control']:.3f}, outside 1 ± {result['void_beyond']:g}: this run is void; time again on a "
+                "quiet machine, or with more --rounds"
             )
-
-
-def _table(batch: dict[str, Any], result: dict[str, Any]) -> Any:
-    from rich.table import Table
-
-    shares = "/".join(f"{100 * share:.0f}" for share in batch["shares"])
-    table = Table(
-        title=f"batch {batch['batch']}: {batch['images']} images a round, leaving {shares} %, control "
-        f"{batch['control']:.3f}{' VOID' if batch['void'] else ''}",
-        caption=f"milliseconds on the wall's clock; speed-ups by {result['clock_in_words']}, medians of "
-        f"{result['settings']['rounds']} ratios; efficiency: speed-up / MAC speed-up, of onnx staged against "
-        "onnx static where that is timed",
-    )
-    table.add_column("arm")
-    for title in ("ms p50", "ms p95", "images/s", "GMACs", "MAC speed-up", "speed-up", "efficiency"):
-        table.add_column(title, justify="right")
-    for name, row in batch["arms"].items():
-        label = f"{name}, {row['detail']}" if row["detail"] else name
-        numbers = (f"{row['ms_p50']:.2f}", f"{row['ms_p95']:.2f}", f"{row['images_per_second']:.1f}")
-        factors = (f"{row['mac_speedup']:.2f}x", f"{row['speedup']:.2f}x", f"{row['efficiency']:.3f}")
-        table.add_row(label, *numbers, f"{row['gmacs']:.4g}", *factors)
-    return table

@@ -22,7 +22,7 @@ class FlopsReport(Callback):
 
     It logs ``<split>/<policy>/gmacs`` for every policy of an :class:`EarlyExit` callback, and ``<split>/gmacs`` where
     a step's output itself holds ``exits`` (a :class:`~dynadapter.exits.net.Routed`, or a mapping). At the end of a run
-    it prints a table exit | after block | GMACs | of the backbone | accuracy | share | parameters, and one with a row a
+    it prints a table exit | after block | GMACs | % of static | accuracy | share | parameters, and one with a row a
     policy. Accuracies are those that the module logs as ``<split>/acc_exit<k>``.
 
     Works in any LightningModule that holds one :class:`~dynadapter.exits.net.ExitNet`; the order of the callbacks does
@@ -31,8 +31,8 @@ class FlopsReport(Callback):
     Args:
         image_size: Pixels of the square input; None takes that of the data module, else of the images that
             come, and until then the backbone's own.
-        class_first: Whether to count what routing runs, where a block before an exit may do with the class token's row;
-            the default counts whole blocks, as papers do.
+        class_first: Also show the GMACs that routing runs where the last block before an exit computes the class
+            token's row first; all other numbers count whole blocks.
         show: Whether to print the tables.
 
     Attributes:
@@ -165,11 +165,11 @@ class FlopsReport(Callback):
         if not shares:
             return [exits]
         routing = Table(title=f"Leaving early ({split})")
-        for heading in ("policy", "accuracy", "GMACs", "of the backbone", "share of samples by exit"):
+        for heading in ("policy", "accuracy", "GMACs", "% of static", "share of samples by exit"):
             routing.add_column(heading, justify="left" if heading == "policy" else "right")
         accuracy = {result.name: f"{result.accuracy:.1%}" for result in self._results()}
         for name, gmacs in self.average_gmacs.items():
-            relative = f"{1e9 * gmacs / self.costs.backbone:.1%}"
+            relative = f"{1e9 * gmacs / self.costs.static:.1%}"
             by_exit = " / ".join(_percent(shares[name]))
             routing.add_row(name or "as routed", accuracy.get(name, ""), f"{gmacs:.3g}", relative, by_exit)
         return [exits, routing]

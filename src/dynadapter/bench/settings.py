@@ -1,0 +1,62 @@
+"""What to time. Imports nothing heavy, so that invalid settings are reported at once."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+ARMS = ("static", "smaller static", "unmerged", "merged", "onnx static", "onnx staged")
+"""The ways to serve that can be timed; ``static``, the baseline of all others, always is."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to time, and how.
+
+    Args:
+        bundle: Folder of the bundle, or ``hf-hub:NAME``.
+        batch_sizes: Images per call.
+        rounds: Counted rounds; every arm runs once in each.
+        threads: Threads of torch and of ONNX Runtime.
+        device: Where the arms run.
+        precision: Type of the network's tensors.
+        images: Folder of real images, which give real exit shares; None for noise.
+        shares: Exit shares to set, (exits,); None for those of the bundle's own policy.
+        arms: What to time, of :data:`ARMS`.
+        weights: File of the backbone's weights, for a bundle that needs one.
+        pretrained: Whether timm may fetch the backbone's weights; None for the choice of the training.
+        out: File to write all numbers to.
+        overwrite: Replace a file that exists.
+
+    Raises:
+        ValueError: If a number is out of range, or the folder of images does not exist.
+    """
+
+    bundle: str
+    batch_sizes: list[int]
+    rounds: int
+    threads: int
+    device: Literal["cpu", "cuda"]
+    precision: Literal["32", "bf16"]
+    images: str | None
+    shares: list[float] | None
+    arms: list[str]
+    weights: str | None
+    pretrained: bool | None
+    out: str
+    overwrite: bool
+
+    def __post_init__(self) -> None:
+        for name in ("rounds", "threads"):
+            if (value := getattr(self, name)) < 1:
+                raise ValueError(f"{name}={value} must be at least 1")
+        if not self.batch_sizes or min(self.batch_sizes) < 1:
+            raise ValueError(f"batch_sizes={self.batch_sizes} must be some whole numbers of at least 1, such as [1, 8]")
+        if self.shares is not None and not (min(self.shares, default=-1) >= 0 and abs(sum(self.shares) - 1) <= 1e-3):
+            raise ValueError(f"shares={self.shares} must be at least 0 and sum to 1, as in [0.5, 0.3, 0.15, 0.05]")
+        if self.images is not None and not Path(self.images).expanduser().is_dir():
+            raise ValueError(f"images={self.images} is no folder; give one with images of the task")
+
+    @property
+    def place(self) -> Path:
+        """The file to write."""
+        return Path(self.out).expanduser()

@@ -1,0 +1,118 @@
+"""A solved goal as a table, as plain data, and as a figure."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from dynadapter.calibrate.solve import Solution
+from dynadapter.exits.policies import Patience, Policy, Thresholded
+from dynadapter.exits.temperature import Scaled
+from dynadapter.spec import plain
+
+
+def thresholds(policy: Policy, exits: int) -> list[float | None]:
+    """Return the threshold of a policy at each exit, or how many exits must agree; None at the last exit.
+
+    Args:
+        policy: The policy, with temperatures or without.
+        exits: Number of exits.
+    """
+    if isinstance(policy, Scaled):
+        policy = policy.policy
+    if isinstance(policy, Thresholded):
+        return [*(policy.at(k) for k in range(exits - 1)), None]
+    if isinstance(policy, Patience):
+        return [*[float(policy.patience)] * (exits - 1), None]
+    return [None] * exits
+
+
+def solution_table(solution: Solution, exit_depths: Sequence[int], title: str) -> Table:
+    """Create a table of both halves: cost, accuracy, and for each exit its share, threshold and temperature.
+
+    Args:
+        solution: The solution.
+        exit_depths: After how many blocks each exit stands.
+        title: Title of the table.
+
+    Returns:
+        The table, to be printed by rich.
+    """
+    halves = solution.calibration, solution.held_out
+    table = Table(title=title)
+    table.add_column("")
+    for name in ("calibration half", "held-out half", "threshold", "temperature"):
+        table.add_column(name, justify="right")
+    table.add_row("images", *(str(half.samples) for half in halves))
+    table.add_row("cost, % of static", *(f"{half.cost:.2%}" for half in halves))
+    table.add_row("accuracy", *(f"{half.accuracy:.2%}" for half in halves))
+    table.add_row("accuracy of the last exit", *(f"{half.accuracy_last_exit:.2%}" for half in halves))
+    table.add_row("lost against the last exit", *(f"{half.lost:.2%}" for half in halves), end_section=True)
+    by_exit = thresholds(solution.found.policy, len(exit_depths))
+    for k, (depth, threshold) in enumerate(zip(exit_depths, by_exit, strict=True)):
+        shares = [f"{half.shares[k]:.1%}" for half in halves]
+        shown = "" if threshold is None else f"{threshold:.4g}"
+        table.add_row(f"exit {k + 1}, after block {depth}", *shares, shown, f"{solution.found.temperatures[k]:.3f}")
+    return table
+
+
+def solution_data(solution: Solution) -> dict[str, Any]:
+    """Return the solution as plain data for JSON, without the curve."""
+    found = solution.found
+    data: dict[str, Any] = plain(
+        {
+            "goal": solution.goal.given,
+            "policy": found.policy,
+            "thresholds": thresholds(found.policy, len(found.temperatures)),
+            "temperatures": found.temperatures,
+            "method": found.method,
+            "notes": solution.notes,
+            "calibration_half": solution.calibration,
+            "held_out_half": solution.held_out,
+            "samples": solution.calibration.samples + solution.held_out.samples,
+            "nonfinite": solution.nonfinite,
+            "protocol": solution.protocol,
+        }
+    )
+    return data
+
+
+def measured_data(solution: Solution, data: str) -> dict[str, Any]:
+    """Return what a bundle says of its measured accuracy and cost, as plain data.
+
+    Args:
+        solution: The solution.
+        data: The held-out half, in words.
+    """
+    return {
+        "data": data,
+        **plain(solution.held_out),
+        "goal": str(solution.goal),
+        "protocol": solution.protocol,
+        **({"notes": "; ".join(solution.notes)} if solution.notes else {}),
+    }
+
+
+def draw_curve(path: Path, solution: Solution, title: str) -> None:
+    """Draw accuracy against cost on the held-out half.
+
+    Args:
+        path: The file to write; its ending is the format, such as ``.png``.
+        solution: The solution.
+        title: Title of the figure.
+    """
+    from matplotlib.figure import Figure  # takes half a second to import
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for points, style, label in (
+        (solution.curve.routed, "-", "routed"),
+        (solution.curve.anytime, "o--", "all at one exit"),
+        ([solution.held_out], "*", "calibrated"),
+    ):
+        x, y = [100 * point.cost for point in points], [100 * point.accuracy for point in points]
+        axes.plot(x, y, style, label=label, markersize=14 if style == "*" else None)
+    axes.set(xlabel="cost in % of static", ylabel="accuracy in %, held-out half", title=title)
+    axes.legend()
+    figure.savefig(path, dpi=150)
