@@ -17,7 +17,7 @@ HIDDEN = 64  # of the MLP heads
 
 @dataclass(frozen=True)
 class ViT:
-    """Patches, then equal blocks over all tokens; ``latent``: the end attends from one learned token to all others."""
+    """Patches, then equal blocks over all tokens; ``latent``: at the end one learned token attends to all others."""
 
     width: int
     patch: int = 16
@@ -38,7 +38,7 @@ class ViT:
 
 @dataclass(frozen=True)
 class Swin:
-    """Attention inside windows; between stages four tokens become one of twice the width, by a linear layer."""
+    """Attention inside windows; between stages a linear layer merges four tokens into one of twice the width."""
 
     width: int
     depths: tuple[int, ...]
@@ -100,7 +100,7 @@ SIDE = 224
 
 
 def build(name: str, classes: int = 100) -> nn.Module:
-    """Makes a timm model whose weights are all zero: what a trace and a counter read are shapes."""
+    """Create a timm model with all weights zero; a trace and a counter read only shapes."""
     size = {"img_size": SIDE} if "dinov2" in name else {}  # made for 518 pixels
     with torch.device("meta"):
         model = timm.create_model(name, num_classes=classes, **size)
@@ -112,7 +112,7 @@ def build(name: str, classes: int = 100) -> nn.Module:
 
 
 def by_hand(architecture: ViT | Swin | ConvNeXt, exits: tuple[int, ...], classes: int = 100) -> list[int]:
-    """Counts products, convolutions and attention up to each exit, Balanced heads on the way included."""
+    """Count products, convolutions and attention up to each exit, with the Balanced heads on the way."""
     embed, blocks, finish, widths = architecture.parts(SIDE)
     stages = [sum(blocks[start:end]) for start, end in pairwise((0, *exits))]
     stages[0] += embed
@@ -125,7 +125,7 @@ def by_hand(architecture: ViT | Swin | ConvNeXt, exits: tuple[int, ...], classes
 
 
 def by_torch(net: ExitNet, side: int = SIDE) -> list[int]:
-    """Counts the same by running the network in eager mode and reading torch's own counter at each exit."""
+    """Count the same in an eager run by torch's own counter, which is read at each exit."""
     weight = next(net.backbone.parameters())
     images = torch.zeros(1, 3, side, side, device=weight.device, dtype=weight.dtype)
     counts = []
@@ -140,7 +140,7 @@ def by_torch(net: ExitNet, side: int = SIDE) -> list[int]:
 
 @contextmanager
 def counting() -> Iterator[FlopCounterMode]:
-    """Torch's counter, with formulas for what it lacks: products in place, and before 2.15 attention on a CPU."""
+    """Start torch's counter, with formulas that it lacks: products in place, and before 2.15 attention on a CPU."""
 
     def addmm(_, left, right, out_shape=None, **__) -> int:
         return 2 * left[0] * left[1] * right[1]
@@ -159,6 +159,6 @@ def counting() -> Iterator[FlopCounterMode]:
 
 
 def halved(counter: FlopCounterMode) -> int:
-    """Torch counts a multiply-add as two."""
+    """Return multiply-adds; torch counts each as 2 FLOPs."""
     assert counter.get_total_flops() % 2 == 0
     return counter.get_total_flops() // 2

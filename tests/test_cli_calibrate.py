@@ -134,7 +134,7 @@ def test_goal_cost_with_bundle(checkpoint, stacked, tmp_path, capsys):
 
 
 def test_flops_calibrate_and_bundle_agree(checkpoint, stacked, tmp_path, capsys):
-    """One cost convention: an image costs the same in every command, and nobody exiting early costs over 100 %."""
+    """An image costs the same in every command, and the last exit costs over 100 % of static."""
     out, bundle = tmp_path / "out", tmp_path / "bundle"
     main(["flops", "--ckpt_path", str(checkpoint)])
     counted = re.findall(r"│\s+([\d.]+%)\s+│", capsys.readouterr().out)

@@ -53,12 +53,7 @@ ARGUMENTS: dict[str, tuple[Any, Any, str]] = {
 
 @dataclass(frozen=True)
 class Settings:
-    """The checked settings of the command; see ``ARGUMENTS`` for those without a line here.
-
-    Args:
-        goal: What to calibrate for.
-        ckpt_path: The checkpoint.
-    """
+    """The checked settings of the command: the goal, the checkpoint, and those of ``ARGUMENTS``."""
 
     goal: Goal
     ckpt_path: str

@@ -56,8 +56,9 @@ def cost_table(costs: ExitCosts, **columns: Sequence[object]) -> Table:
             raise ValueError(
                 f"column {name!r} has {len(values)} values for {len(costs.exit_depths)} exits; give one for each"
             )
+    caption = "GMACs: 10^9 multiply-adds of one image (1 MAC = 2 FLOPs), heads and adapters included"
     counted = "" if costs.meter == "fvcore" else "; counted by torch, without normalisation and pooling"
-    table = Table(caption=f"GMACs: 10^9 multiply-adds of one image, heads on the way and adapters included{counted}")
+    table = Table(caption=caption + counted)
     cells: dict[str, Sequence[object]] = {
         "exit": range(1, len(costs.macs) + 1),
         "after block": costs.exit_depths,
