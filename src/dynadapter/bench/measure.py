@@ -3,11 +3,10 @@
 from contextlib import ExitStack
 from datetime import UTC, datetime
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
-from rich.progress import Progress, TaskID
 from torch import Tensor
 
 from dynadapter.bench.arms import Arm, Work, build
@@ -17,6 +16,9 @@ from dynadapter.bench.timing import VOID, Times, interleave, is_void, machine, p
 from dynadapter.cost import ExitCosts
 from dynadapter.serve.bundle import load
 from dynadapter.spec import plain
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
 
 CLOCKS = {"cpu": "CPU seconds of the process", "wall": "wall-clock seconds", "device": "seconds between device events"}
 WARMUP = 2
@@ -46,6 +48,10 @@ def measure(settings: Settings) -> dict[str, Any]:
 
 
 def _all_batch_sizes(subject: Subject) -> dict[str, Any]:
+    # Imported here: its annotations Union[float, int], if typing caches them before Lightning's Union[int, float], make
+    # the command line read --trainer.limit_val_batches 1 as 1.0, which is all batches.
+    from rich.progress import Progress
+
     settings, console = subject.settings, Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("", total=len(settings.batch_sizes) * (settings.rounds + WARMUP))
@@ -64,7 +70,7 @@ def _all_batch_sizes(subject: Subject) -> dict[str, Any]:
     }
 
 
-def _one_batch_size(subject: Subject, batch: int, progress: Progress, task: TaskID) -> dict[str, Any]:
+def _one_batch_size(subject: Subject, batch: int, progress: "Progress", task: "TaskID") -> dict[str, Any]:
     exits = subject.net.num_exits
     picked = representative(subject.exit_index, images_in_a_round(batch)).to(subject.pool.device)
     images, shares = subject.pool[picked], _shares(subject.exit_index[picked], exits)
