@@ -1,4 +1,4 @@
-"""A table of a user's mistakes: each is one line with the wrong name and the way out, exit code 2, and no traceback."""
+"""Invalid input: one line with the wrong name and the way out, exit code 2, and no traceback."""
 
 import shlex
 import shutil
@@ -20,7 +20,7 @@ TINY = str(Path(__file__).parent / "conf" / "tiny.yaml")
 
 
 class Row(NamedTuple):
-    """A mistake, and what the line must name."""
+    """Invalid input, and what the line must name."""
 
     args: str  # {W} is the folder of the fixture `world`
     names: tuple[str, ...]
@@ -42,10 +42,11 @@ TABLE = [
     # the command
     Row("fti", ("'fti'", "did you mean 'fit'")),
     Row(f"-c {TINY} fit", ("command comes first", "fit, validate, test, predict, flops")),
+    Row("fit -c vtabb", ("'vtabb'", "did you mean 'vtab'", "vtab, ")),
     Row("fit", ("data is missing", "--data Shapes")),
     Row("test", ("data is missing", "--ckpt_path")),
     Row("test --ckpt x.ckpt", ("'ckpt'", "did you mean 'ckpt_path'")),
-    Row("fit -c", ("-c needs a file",)),
+    Row("fit -c", ("-c needs a file", "quickstart")),
     fit("extra", "'extra'", "--KEY VALUE"),
     fit("--model", "--model needs a value"),
     fit(f"--model={TINY}x", "tiny.yamlx"),
@@ -187,7 +188,7 @@ TABLE = [
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with tasks, checkpoints and other files, most of them wrong in one thing."""
+    """A folder with tasks, checkpoints and other files, most of them with one fault."""
     folder = tmp_path_factory.mktemp("world")
     shutil.copy(TINY, folder)
     images = folder / "images"
@@ -228,7 +229,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def command(row: Row, world: Path) -> list[str]:
-    """Makes the command line of a row, and its config file if it has one."""
+    """Return the command line of a row; write its config file if it has one."""
     text = row.args.replace("{W}", str(world)).replace("{F}", TINY)
     if "-c FILE " not in text:
         return shlex.split(text)
@@ -238,7 +239,7 @@ def command(row: Row, world: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("row", TABLE, ids=lambda row: row.args.replace(TINY, "TINY")[:90])
-def test_a_mistake_is_one_line(row, world, tmp_path, monkeypatch, capsys):
+def test_mistake_is_one_line(row, world, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as ending:
         main(command(row, world))
@@ -255,11 +256,11 @@ def test_a_mistake_is_one_line(row, world, tmp_path, monkeypatch, capsys):
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]  # nothing is left behind
 
 
-def test_the_table_is_long_enough():
+def test_table_covers_forty_mistakes():
     assert len(TABLE) >= 40
 
 
-def test_no_traceback_from_the_program_itself(world, tmp_path):
+def test_no_traceback_from_the_program(world, tmp_path):
     args = [sys.executable, "-m", "dynadapter.cli", "fit", "-c", TINY, "--model.every=9", "--trainer.fast_dev_run=true"]
     done = subprocess.run(args, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 2
@@ -267,7 +268,7 @@ def test_no_traceback_from_the_program_itself(world, tmp_path):
     assert "Traceback" not in done.stderr
 
 
-def test_debug_shows_where():
+def test_debug_shows_traceback():
     with pytest.raises(ValueError, match="every=9"):
         main(["fit", "-c", TINY, "--model.every=9", "--trainer.fast_dev_run=true", "--debug"])
     with pytest.raises(Mistake, match="evry"):
@@ -275,7 +276,7 @@ def test_debug_shows_where():
 
 
 @pytest.mark.parametrize("kind", [KeyError, RuntimeError, AttributeError])
-def test_a_bug_is_called_one(kind, monkeypatch, capsys):
+def test_bug_has_exit_code_1(kind, monkeypatch, capsys):
     def fails(self, *args, **kwargs):
         raise kind("oh dear")
 
@@ -289,7 +290,7 @@ def test_a_bug_is_called_one(kind, monkeypatch, capsys):
     assert "--debug" in line
 
 
-def test_an_operation_that_went_wrong_is_a_bug_too(monkeypatch, capsys):
+def test_bug_in_an_operation(monkeypatch, capsys):
     monkeypatch.setattr(FlopsReport, "setup", lambda self, *args, **kwargs: len(None))
     with pytest.raises(SystemExit) as ending:
         main(["fit", "-c", TINY, "--trainer.fast_dev_run=true"])
@@ -297,13 +298,13 @@ def test_an_operation_that_went_wrong_is_a_bug_too(monkeypatch, capsys):
     assert "bug: TypeError" in capsys.readouterr().err
 
 
-def test_out_of_memory_is_no_bug():
+def test_out_of_memory_is_input_error():
     line, code = describe(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"))
     assert code == 2
     assert "out of memory" in line
 
 
-def test_ctrl_c_before_anything_has_begun(monkeypatch, capsys):
+def test_ctrl_c_before_the_start(monkeypatch, capsys):
     def pressed(args):
         raise KeyboardInterrupt
 
@@ -314,5 +315,5 @@ def test_ctrl_c_before_anything_has_begun(monkeypatch, capsys):
     assert capsys.readouterr().err == "dynadapter: interrupted\n"
 
 
-def test_a_message_of_another_form_is_passed_on_in_one_line():
+def test_unknown_message_in_one_line():
     assert explain("something\n  new", {}, []) == "something new"

@@ -64,7 +64,7 @@ def built(monkeypatch: pytest.MonkeyPatch) -> Callable[..., DynCLI]:
 
     def build(*args: str) -> DynCLI:
         made: list[DynCLI] = []
-        monkeypatch.setattr(DynCLI, "_run_subcommand", lambda self, subcommand: made.append(self))
+        monkeypatch.setattr(DynCLI, "run", lambda self: made.append(self))
         main(list(args))
         return made[0]
 

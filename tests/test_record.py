@@ -1,4 +1,4 @@
-"""``run.json``: what a run was made of and how it ended."""
+"""``run.json``: settings, versions, data and results of a run, and how it ended."""
 
 import json
 import math
@@ -35,7 +35,7 @@ def content(run: Path) -> dict[str, Any]:
     return json.loads((run / "run.json").read_text())
 
 
-def test_how_it_was_started_and_how_it_ended(run: Path, content: dict[str, Any]) -> None:
+def test_record_of_start_and_end(run: Path, content: dict[str, Any]) -> None:
     assert content["command"] == "fit"
     assert content["command_line"].startswith(f"dynadapter fit -c {TINY} --trainer.default_root_dir={run.parent} ")
     assert (content["how"], content["message"], content["resumed_from"], content["seed"]) == ("finished", None, None, 7)
@@ -45,7 +45,7 @@ def test_how_it_was_started_and_how_it_ended(run: Path, content: dict[str, Any])
     assert yaml.safe_load((run / "config.yaml").read_text())["seed_everything"] == 7
 
 
-def test_what_it_was_made_of(run: Path, content: dict[str, Any]) -> None:
+def test_record_of_versions_and_trainer(run: Path, content: dict[str, Any]) -> None:
     for package in ("torch", "lightning", "timm", "dynadapter"):
         assert content["packages"][package] == version(package)
     held = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["dynadapter"]
@@ -65,7 +65,7 @@ def test_what_it_was_made_of(run: Path, content: dict[str, Any]) -> None:
     assert content["machine"]["cores"] >= 1
 
 
-def test_the_data_by_split_with_their_hashes(content: dict[str, Any]) -> None:
+def test_record_of_data_by_split(content: dict[str, Any]) -> None:
     data, splits = Shapes(image_size=32, normalization="half"), content["data"]["splits"]
     assert set(splits) == {"train", "val", "test"}
     assert len({split["hash"] for split in splits.values()}) == 3
@@ -75,13 +75,13 @@ def test_the_data_by_split_with_their_hashes(content: dict[str, Any]) -> None:
     assert content["data"]["class_names"] == data.class_names
 
 
-def test_results_are_the_last_measures_and_no_settings(content: dict[str, Any]) -> None:
+def test_record_results_hold_metrics_only(content: dict[str, Any]) -> None:
     names = set(content["results"])
     assert names >= {"train/loss", "val/acc", "val/ece_exit1", "test/acc", "test/confidence_0.9/share_exit3"}
     assert not any(name.startswith(("exit_weights/", "sparsity/", "epoch", "step")) for name in names)
 
 
-def test_why_a_run_has_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+def test_record_of_a_failed_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     step = ExitClassifier.training_step
 
     def fails(self: ExitClassifier, *args: Any) -> Any:
@@ -98,7 +98,7 @@ def test_why_a_run_has_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, c
     assert held["message"] in capsys.readouterr().err
 
 
-def test_the_hash_does_not_depend_on_the_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_data_hash_independent_of_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for split in ("train", "val"):
         for k, name in enumerate(("cat", "dog")):
             (tmp_path / "one" / split / name).mkdir(parents=True)
@@ -113,7 +113,7 @@ def test_the_hash_does_not_depend_on_the_place(tmp_path: Path, monkeypatch: pyte
 
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
-def test_the_state_of_the_repository_around(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_git_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def git(*args: str) -> str:
         own = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
         return subprocess.run(["git", *own, *args], capture_output=True, text=True, check=True).stdout.strip()
@@ -139,7 +139,7 @@ def test_the_state_of_the_repository_around(tmp_path: Path, monkeypatch: pytest.
     assert record.git_state() is None
 
 
-def test_json_that_every_reader_takes() -> None:
+def test_plain_is_strict_json() -> None:
     value = {1: (math.inf, math.nan, 1.5), "path": Path("a"), "flags": [True, None]}
     text = json.dumps(record.plain(value), allow_nan=False)
     assert json.loads(text) == {"1": ["inf", "nan", 1.5], "path": "a", "flags": [True, None]}

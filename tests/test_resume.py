@@ -1,4 +1,4 @@
-"""Interrupted trainings: stopped or killed at any moment and taken up again, they end as if nothing had been."""
+"""Trainings that are interrupted at any moment and resumed end exactly like uninterrupted ones."""
 
 import csv
 import json
@@ -46,7 +46,7 @@ CASES = {
 
 
 class Killed(BaseException):
-    """Ends a training in this process as SIGKILL would: nobody is asked to save anything."""
+    """End a training in this process as SIGKILL would: no handler saves anything."""
 
 
 def fit(root: Path, *args: str) -> None:
@@ -55,7 +55,7 @@ def fit(root: Path, *args: str) -> None:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Gives the folder of an uninterrupted run of a case."""
+    """Return the folder of an uninterrupted run of a case."""
     done: dict[str, Path] = {}
 
     def run(case: str) -> Path:
@@ -70,7 +70,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 @pytest.fixture
 def at(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int, Callable[[], Any]], None]]:
-    """Lets something happen in the training step of a batch, counted over all epochs."""
+    """Call a function in the training step of a batch, counted over all epochs."""
     step = ExitClassifier.training_step
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
@@ -100,7 +100,7 @@ def pressed() -> None:
 
 
 def interrupted(root: Path, case: str, monkeypatch: pytest.MonkeyPatch) -> int | None:
-    """Trains until something happens; gives the exit code, or None for a kill."""
+    """Train until the interruption; return the exit code, or None for a kill."""
     try:
         fit(root, *CASES[case])
     except SystemExit as ending:
@@ -109,10 +109,10 @@ def interrupted(root: Path, case: str, monkeypatch: pytest.MonkeyPatch) -> int |
         return None
     finally:
         monkeypatch.undo()
-    raise AssertionError("the training came to its end")
+    raise AssertionError("the training was not interrupted")
 
 
-# ---- the same ends ---------------------------------------------------------------------------------------------------
+# ---- the same result -------------------------------------------------------------------------------------------------
 
 
 def lines(path: Path) -> list[dict[str, str]]:
@@ -131,11 +131,11 @@ def equal(a: Any, b: Any) -> bool:
 
 
 PARTS = ("state_dict", "optimizer_states", "lr_schedulers", "epoch", "global_step", "loops")
-PARTS += ("current_model_state", "averaging_state")  # of an average, whose weights are the state_dict
+PARTS += ("current_model_state", "averaging_state")  # of weight averaging, whose average is the state_dict
 
 
 def require_same(one: Path, other: Path) -> None:
-    """Compares two runs: every file of weights, optimiser, schedules and counters, bit for bit, and the log."""
+    """Require equal runs: weights, optimiser, schedules and counters in every file, bit for bit, and the log."""
     names = [sorted(path.name for path in (run / "checkpoints").iterdir()) for run in (one, other)]
     assert names[0] == names[1]
     for name in names[0]:
@@ -190,9 +190,7 @@ MORE = [
     [*FAST, *(pytest.param(*row, marks=pytest.mark.slow) for row in MORE)],
     ids=lambda part: getattr(part, "__name__", None) or str(part),
 )
-def test_a_training_taken_up_again_ends_like_one_that_was_not_interrupted(
-    case, batch, happening, code, whole, at, tmp_path, monkeypatch, capfd
-):
+def test_resumed_run_equals_uninterrupted(case, batch, happening, code, whole, at, tmp_path, monkeypatch, capfd):
     expected = whole(case)
     at(batch, happening)
     assert interrupted(tmp_path, case, monkeypatch) == code
@@ -200,14 +198,14 @@ def test_a_training_taken_up_again_ends_like_one_that_was_not_interrupted(
     if code:
         last = capfd.readouterr().err.splitlines()[-1]
         said = "stopped by SIGTERM" if code == 143 else "interrupted"
-        assert last == f"dynadapter: {said}; go on with: dynadapter fit --resume {first}"
+        assert last == f"dynadapter: {said}; continue with: dynadapter fit --resume {first}"
     before = state_of(first)
     main(["fit", "--resume", str(first)])
     require_same(expected, tmp_path / "version_1")
-    assert state_of(first) == before  # nothing of the interrupted run has changed
+    assert state_of(first) == before  # the interrupted run is unchanged
 
 
-def test_interrupted_again_and_again(whole, at, tmp_path, monkeypatch):
+def test_resume_after_several_interruptions(whole, at, tmp_path, monkeypatch):
     expected = whole("plain")
     at(2, terminated)
     assert interrupted(tmp_path, "plain", monkeypatch) == 143
@@ -220,8 +218,8 @@ def test_interrupted_again_and_again(whole, at, tmp_path, monkeypatch):
     require_same(expected, tmp_path / "version_4")
 
 
-def test_killed_after_the_last_checkpoint(whole, tmp_path, monkeypatch):
-    """All is trained and nothing is left but the end: the new folder has everything nevertheless."""
+def test_resume_after_the_last_checkpoint(whole, tmp_path, monkeypatch):
+    """All steps are done: the new folder is complete nevertheless."""
     expected = whole("plain")
     monkeypatch.setattr("dynadapter.cli.app.DynCLI.after_fit", lambda self: killed())
     assert interrupted(tmp_path, "plain", monkeypatch) is None
@@ -229,7 +227,7 @@ def test_killed_after_the_last_checkpoint(whole, tmp_path, monkeypatch):
     require_same(expected, tmp_path / "version_1")
 
 
-# ---- what is said ----------------------------------------------------------------------------------------------------
+# ---- messages --------------------------------------------------------------------------------------------------------
 
 
 def refused(*args: Any) -> None:
@@ -238,7 +236,7 @@ def refused(*args: Any) -> None:
     assert ending.value.code == 2
 
 
-def test_before_the_first_checkpoint_a_training_starts_again(at, tmp_path, monkeypatch, capsys):
+def test_resume_without_checkpoint_is_refused(at, tmp_path, monkeypatch, capsys):
     at(1, killed)
     assert interrupted(tmp_path, "plain", monkeypatch) is None
     run = tmp_path / "version_0"
@@ -250,12 +248,12 @@ def test_before_the_first_checkpoint_a_training_starts_again(at, tmp_path, monke
     assert [path.name for path in tmp_path.iterdir()] == ["version_0"]
 
 
-def test_a_run_that_went_on_and_saved_nothing_hands_on_where_it_came_from(whole, at, tmp_path, monkeypatch):
+def test_resume_of_a_resume_without_checkpoint(whole, at, tmp_path, monkeypatch):
     expected = whole("plain")
     at(5, killed)
     assert interrupted(tmp_path, "plain", monkeypatch) is None
-    monkeypatch.setattr("dynadapter.cli.resume.GoOn.on_load_checkpoint", lambda *args: killed())
-    monkeypatch.setattr("dynadapter.cli.app.forget", lambda folder: None)  # a kill tidies nothing up
+    monkeypatch.setattr("dynadapter.cli.resume.Continue.on_load_checkpoint", lambda *args: killed())
+    monkeypatch.setattr("dynadapter.cli.app.remove_if_empty", lambda folder: None)  # a kill cleans nothing up
     with pytest.raises(Killed):
         main(["fit", "--resume", str(tmp_path / "version_0")])
     monkeypatch.undo()
@@ -264,7 +262,7 @@ def test_a_run_that_went_on_and_saved_nothing_hands_on_where_it_came_from(whole,
     require_same(expected, tmp_path / "version_2")
 
 
-def test_the_second_ctrl_c_stops_at_once(at, tmp_path, monkeypatch, capfd):
+def test_second_ctrl_c_stops_at_once(at, tmp_path, monkeypatch, capfd):
     def twice() -> None:
         pressed()
         pressed()
@@ -274,11 +272,11 @@ def test_the_second_ctrl_c_stops_at_once(at, tmp_path, monkeypatch, capfd):
     run = tmp_path / "version_0"
     shown = capfd.readouterr().err.splitlines()
     assert any("stopping after this step; Ctrl-C again stops at once" in line for line in shown)
-    assert shown[-1] == f"dynadapter: interrupted; go on with: dynadapter fit --resume {run}"
+    assert shown[-1] == f"dynadapter: interrupted; continue with: dynadapter fit --resume {run}"
     assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 4  # the epoch before
 
 
-def test_without_checkpoints_nothing_is_saved_by_a_signal(at, tmp_path, monkeypatch, capfd):
+def test_sigterm_without_checkpoints(at, tmp_path, monkeypatch, capfd):
     at(1, terminated)
     with pytest.raises(SystemExit) as ending:
         fit(tmp_path, "--checkpoint=null", *EPOCHS)
@@ -287,7 +285,7 @@ def test_without_checkpoints_nothing_is_saved_by_a_signal(at, tmp_path, monkeypa
     assert not list(tmp_path.rglob("*.ckpt"))
 
 
-def test_sigterm_stops_a_test_at_once(tmp_path, monkeypatch, capfd):
+def test_sigterm_stops_test_at_once(tmp_path, monkeypatch, capfd):
     fit(tmp_path)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     monkeypatch.setattr(ExitClassifier, "test_step", lambda self, *args: terminated())
@@ -323,7 +321,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
     ids=lambda part: " ".join(part).replace(TINY, "TINY"),
 )
-def test_mistakes(args, names, finished, capsys):
+def test_resume_with_invalid_arguments(args, names, finished, capsys):
     root = finished.parent
     (root / "resume.yaml").write_text("resume: runs/version_0")
     refused("fit", *(arg.replace("{R}", str(root)) for arg in args))
@@ -333,7 +331,7 @@ def test_mistakes(args, names, finished, capsys):
     assert {path.name for path in root.iterdir()} == {"version_0", "resume.yaml"}
 
 
-def test_settings_can_be_laid_over_those_of_the_run(finished, tmp_path):
+def test_resume_with_changed_settings(finished, tmp_path):
     main(["fit", "--resume", str(finished), "--trainer.max_epochs=2", f"--trainer.default_root_dir={tmp_path}"])
     run = tmp_path / "version_0"
     assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 4
@@ -342,7 +340,7 @@ def test_settings_can_be_laid_over_those_of_the_run(finished, tmp_path):
     assert record["resumed_from"] == str((finished / "checkpoints" / "last.ckpt").resolve())
 
 
-def test_damaged_checkpoints_are_left_out(at, tmp_path, monkeypatch, capsys):
+def test_resume_skips_damaged_checkpoints(at, tmp_path, monkeypatch, capsys):
     at(9, killed)
     assert interrupted(tmp_path, "best", monkeypatch) is None
     saved = tmp_path / "version_0" / "checkpoints"
@@ -361,7 +359,7 @@ def test_damaged_checkpoints_are_left_out(at, tmp_path, monkeypatch, capsys):
 # ---- the log ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_cut_off_line_of_the_log_is_left_out(tmp_path):
+def test_metrics_line_cut_off_by_a_kill(tmp_path):
     (tmp_path / "metrics.csv").write_text("epoch,step,train/loss\n0,0,2.5\n0,1,\n0,2")
     assert read_lines(tmp_path / "metrics.csv") == [
         {"epoch": "0", "step": "0", "train/loss": "2.5"},
@@ -369,7 +367,7 @@ def test_a_cut_off_line_of_the_log_is_left_out(tmp_path):
     ]
 
 
-def test_a_new_header_is_written_with_all_lines_or_not_at_all(tmp_path, monkeypatch):
+def test_metrics_header_written_atomically(tmp_path, monkeypatch):
     log = Metrics(save_dir=tmp_path, name="", version="a")
     log.log_metrics({"b": 1.5}, step=0)
     log.save()
@@ -391,7 +389,7 @@ def test_a_new_header_is_written_with_all_lines_or_not_at_all(tmp_path, monkeypa
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A config of a few seconds of training, and the folder of its uninterrupted run."""
+    """A config that trains for a few seconds, and the folder of its uninterrupted run."""
     folder = tmp_path_factory.mktemp("digits")
     config = yaml.safe_load(Path(TINY).read_text())
     config["trainer"] |= {"max_epochs": 12, "limit_train_batches": 10, "default_root_dir": str(folder / "whole")}
@@ -403,7 +401,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 def way_on(output: str) -> list[str]:
-    """Finds the command that a run prints at its beginning."""
+    """Return the resume command that a run prints at its start."""
     line = next(line for line in output.splitlines() if "if it is interrupted: dynadapter " in line)
     return line.partition("if it is interrupted: dynadapter ")[2].split()
 
@@ -417,7 +415,7 @@ def test_sigkill_at_random_moments(seed, digits, tmp_path):
     for count in range(3):
         process = subprocess.Popen([*COMMAND, *args], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         log = tmp_path / f"version_{count}" / "metrics.csv"
-        new = rng.randrange(1, 25)  # of some 130 lines: by progress, since a busy machine has no time to go by
+        new = rng.randrange(1, 25)  # of some 130 lines: by progress, because time means little on a busy machine
         while process.poll() is None and not (log.exists() and len(read_lines(log)) >= new + count * 25):
             time.sleep(0.01)
         time.sleep(rng.uniform(0, 0.1))
@@ -460,7 +458,7 @@ main(sys.argv[1:])
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "before", "nth"), [("last.ckpt", True, 3), ("last.ckpt", False, 3)])
-def test_sigkill_while_a_checkpoint_gets_its_name(name, before, nth, digits, tmp_path):
+def test_sigkill_while_checkpoint_is_renamed(name, before, nth, digits, tmp_path):
     config, whole = digits
     code = KILLED_WHEN.format(name=name, before=before, nth=nth)
     args = ["fit", "-c", str(config), f"--trainer.default_root_dir={tmp_path}"]
@@ -475,7 +473,7 @@ def test_sigkill_while_a_checkpoint_gets_its_name(name, before, nth, digits, tmp
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_all_processes_of_a_training_stop_at_one_step(number, tmp_path):
+def test_all_processes_stop_at_one_step(number, tmp_path):
     args = ["-c", TINY, *EPOCHS, "--trainer.devices=2", "--trainer.strategy=ddp", "--data.batch_size=24"]
 
     def run(*args: str) -> subprocess.CompletedProcess[str]:
@@ -498,7 +496,7 @@ def test_all_processes_of_a_training_stop_at_one_step(number, tmp_path):
         os.killpg(process.pid, number)  # all of them, as a terminal does
     _, errors = process.communicate(timeout=200)
     assert process.returncode == 128 + number, errors
-    assert errors.count("go on with:") == 1
+    assert errors.count("continue with:") == 1
     done = run("--resume", str(root / "version_0"))
     assert done.returncode == 0, done.stderr
     require_same(tmp_path / "whole" / "version_0", root / "version_1")
@@ -507,7 +505,7 @@ def test_all_processes_of_a_training_stop_at_one_step(number, tmp_path):
 # ---- deterministic mode ----------------------------------------------------------------------------------------------
 
 
-def test_deterministic_mode_gives_the_same_bits_twice(tmp_path):
+def test_deterministic_mode_repeats_bits(tmp_path):
     try:
         for _ in range(2):
             fit(tmp_path, *EPOCHS, "--trainer.deterministic=true", "--model.mixing=Mixing", "--test_after=true")

@@ -1,4 +1,4 @@
-"""What comes from elsewhere runs nothing, reads nothing outside, and fills no memory: files of every kind, made to."""
+"""Hostile files of every kind run no code, read nothing outside their folder, and fill no memory."""
 
 import ast
 import os
@@ -34,7 +34,7 @@ TINY = str(Path(__file__).parent / "conf" / "tiny.yaml")
 
 
 class Code:
-    """Makes a folder when it is unpickled."""
+    """Create a folder when it is unpickled."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark
@@ -45,13 +45,13 @@ class Code:
 
 @pytest.fixture
 def mark(tmp_path: Path) -> Iterator[Path]:
-    """A folder that only hostile code makes."""
+    """A folder that only hostile code creates."""
     yield tmp_path / "mark"
     assert not (tmp_path / "mark").exists()
 
 
 def refused(args: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """Runs a command that has to end with exit code 2 and one line, and gives that line."""
+    """Run a command that must end with exit code 2 and one line, and return that line."""
     with pytest.raises(SystemExit) as ending:
         main(args)
     shown = capsys.readouterr()
@@ -74,7 +74,7 @@ def calls() -> Iterator[tuple[str, str, dict[str, ast.expr]]]:
                 yield path.name, ast.unparse(node.func), named
 
 
-def test_no_pickle_is_loaded_but_by_weights_only():
+def test_source_loads_no_pickle():
     seen = 0
     for file, name, named in calls():
         last = name.rpartition(".")[2]
@@ -90,13 +90,13 @@ def test_no_pickle_is_loaded_but_by_weights_only():
     assert seen > 5
 
 
-def test_no_text_is_run():
+def test_source_runs_no_text():
     for file, name, named in calls():
         assert name not in ("eval", "exec", "compile", "os.system", "os.popen"), file
         assert "shell" not in named, file
         if name.startswith("yaml.") and "load" in name:
             assert name in ("yaml.load", "yaml.safe_load"), file
-            assert name != "yaml.load" or file == "layers.py"  # by a SafeLoader
+            assert name != "yaml.load" or file == "configs.py"  # by a SafeLoader
         if name.endswith("extractall"):
             assert ast.unparse(named["filter"]) == "'data'", file
 
@@ -112,7 +112,7 @@ def test_no_text_is_run():
         ("timm", ("1.0.20",), "1.0.22"),
     ],
 )
-def test_bounds_keep_bad_releases_out(name, bad, good):
+def test_bounds_exclude_bad_releases(name, bad, good):
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     (found,) = [r for r in map(Requirement, project["dependencies"]) if r.name == name]
     assert not [version for version in bad if version in found.specifier]
@@ -124,7 +124,7 @@ def test_bounds_keep_bad_releases_out(name, bad, good):
 
 @pytest.fixture(scope="module")
 def content(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What a good checkpoint holds."""
+    """The content of a valid checkpoint."""
     folder = tmp_path_factory.mktemp("run")
     main(["fit", "-c", TINY, f"--trainer.default_root_dir={folder}", "--trainer.logger=false"])
     saved = folder / "version_0" / "checkpoints" / "last.ckpt"
@@ -151,7 +151,7 @@ def test_code_in_a_checkpoint(command, content, mark, capsys, monkeypatch):
     assert "evil.ckpt is no checkpoint that can be read: it holds more than numbers, text and tensors" in line
 
 
-def test_code_in_a_checkpoint_of_a_run_that_goes_on(content, mark, capsys):
+def test_code_in_a_resumed_checkpoint(content, mark, capsys):
     run = mark.parent / "version_0"
     (run / "checkpoints").mkdir(parents=True)
     (run / "config.yaml").write_text(Path(TINY).read_text())
@@ -159,7 +159,7 @@ def test_code_in_a_checkpoint_of_a_run_that_goes_on(content, mark, capsys):
     assert "last.ckpt" in refused(["fit", "--resume", str(run)], capsys)
 
 
-def test_code_in_a_checkpoint_in_python(content, mark):
+def test_code_in_a_checkpoint_from_python(content, mark):
     path = mark.parent / "evil.ckpt"
     torch.save({**content, "hyper_parameters": Code(mark)}, path)
     with pytest.raises(Exception, match=r"(?i)weights_only"):
@@ -181,8 +181,8 @@ def named(class_path: str, **arguments: Any) -> dict[str, Any]:
     "where", ["adapter", "heads", "backbone_args", "lr_schedule", "weights", "data", "preprocessing"]
 )
 @pytest.mark.parametrize("what", ["os.mkdir", "evil_module.Data"])
-def test_a_checkpoint_that_names_code(what, where, content, mark, capsys, monkeypatch):
-    """Not even a module is imported for it."""
+def test_class_named_by_a_checkpoint(what, where, content, mark, capsys, monkeypatch):
+    """No module is imported for it."""
     (mark.parent / "evil_module.py").write_text(f"import os\nos.mkdir({str(mark)!r})\nclass Data: pass\n")
     monkeypatch.syspath_prepend(mark.parent)
     evil = named(what, path=str(mark))
@@ -226,7 +226,7 @@ CONFIGS = {
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_a_config(kind, mark, capsys):
+def test_hostile_config(kind, mark, capsys):
     path = mark.parent / "evil.yaml"
     path.write_text(CONFIGS[kind].replace("MARK", str(mark)))
     start = time.perf_counter()
@@ -234,7 +234,7 @@ def test_a_config(kind, mark, capsys):
     assert time.perf_counter() - start < 60
 
 
-def test_what_people_name_in_configs_goes_through(mark, capsys):
+def test_config_with_usual_classes_passes(mark, capsys):
     path = mark.parent / "good.yaml"
     path.write_text(
         "model: {optimizer: {class_path: torch.optim.SGD, init_args: {lr: 0.1}}, lr_schedule: Cosine}\n"
@@ -269,7 +269,7 @@ def task(folder: Path, line: str) -> Path:
         "a\0b",
     ],
 )
-def test_a_list_that_leads_out(path, tmp_path, capsys):
+def test_list_leaves_folder(path, tmp_path, capsys):
     root = task(tmp_path, f"{path.replace('{F}', str(tmp_path))} 1")
     with pytest.raises(ValueError, match=r"leaves the task's folder|is not 'PATH LABEL'"):
         VTAB1k(root, "task")
@@ -281,7 +281,7 @@ def test_a_list_that_leads_out(path, tmp_path, capsys):
 
 @pytest.mark.parametrize("skip", [False, True])
 @pytest.mark.parametrize("what", ["the image", "its folder"])
-def test_a_list_that_leads_out_by_a_link(what, skip, tmp_path):
+def test_list_leaves_folder_by_a_link(what, skip, tmp_path):
     root = task(tmp_path, "more/secret.png 1")
     if what == "its folder":
         (root / "task" / "more").symlink_to(tmp_path)
@@ -298,7 +298,7 @@ def test_a_list_that_leads_out_by_a_link(what, skip, tmp_path):
     assert len(VTAB1k(tmp_path / "link", "task").samples("train")) == 1
 
 
-def test_a_list_without_end(tmp_path, monkeypatch):
+def test_list_too_long(tmp_path, monkeypatch):
     root = task(tmp_path, "images/0.png 0\n" * 100)
     monkeypatch.setattr(lists, "MAX_LIST", 1000)
     with pytest.raises(ValueError, match="has more than 1,000 bytes, too many for a list"):
@@ -313,7 +313,7 @@ def test_a_list_without_end(tmp_path, monkeypatch):
 
 
 def png(width: int, height: int, *chunks: tuple[bytes, bytes]) -> bytes:
-    """A PNG whose head promises so many pixels, and that holds nearly none."""
+    """A PNG whose header claims so many pixels, and that holds nearly none."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">L", len(data)) + kind + data + struct.pack(">L", zlib.crc32(kind + data))
@@ -347,7 +347,7 @@ IMAGES: dict[str, tuple[str, Callable[[Path], bytes], str]] = {
 
 
 @pytest.mark.parametrize("kind", IMAGES)
-def test_an_image(kind, mark, capsys):
+def test_hostile_image(kind, mark, capsys):
     name, make, words = IMAGES[kind]
     folder = mark.parent / "set" / "train" / "a"
     folder.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C in the middle of a training: it ends after a step, and what was trained is saved."""
+"""SIGTERM and Ctrl-C during a training: it stops after a step and is saved."""
 
 import os
 import signal
@@ -24,7 +24,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 @pytest.fixture(autouse=True)
 def handlers() -> Iterator[None]:
-    """Puts back what Lightning leaves behind on its way out."""
+    """Restore the handlers that Lightning changes when it stops."""
     before = {number: signal.getsignal(number) for number in SIGNALS}
     yield
     for number, handler in before.items():
@@ -32,7 +32,7 @@ def handlers() -> Iterator[None]:
 
 
 class At(Callback):
-    """Sends this process a signal in a step of training, or in a batch of validation."""
+    """Send this process a signal in a training step, or in a validation batch."""
 
     def __init__(self, number: int, train: int | None = None, val: int | None = None) -> None:
         self.number, self.train, self.val = number, train, val
@@ -56,7 +56,7 @@ def images(batches: int) -> DataLoader:
 
 
 def stopped(folder: Path, at: At, **options: Any) -> tuple[StopOnSignal, dict[str, Any] | None]:
-    """Trains two epochs of four batches, with two batches of validation, until it is stopped; gives what is saved."""
+    """Train two epochs of four batches, with two batches of validation, until a signal; return what is saved."""
     stop = StopOnSignal()
     saver = RunCheckpoint(dirpath=folder, filename="last", enable_version_counter=False)
     run = trainer(at, saver, stop, enable_checkpointing=True, num_sanity_val_steps=0, **options)
@@ -68,7 +68,7 @@ def stopped(folder: Path, at: At, **options: Any) -> tuple[StopOnSignal, dict[st
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_it_stops_after_the_step_and_saves_it(number: int, tmp_path: Path, capfd: Any) -> None:
+def test_signal_stops_after_step_and_saves(number: int, tmp_path: Path, capfd: Any) -> None:
     at = At(number, train=1)
     stop, saved = stopped(tmp_path, at)
     assert stop.signal == number
@@ -80,7 +80,7 @@ def test_it_stops_after_the_step_and_saves_it(number: int, tmp_path: Path, capfd
     assert ("Ctrl-C again stops at once" in told) == (number == signal.SIGINT)
 
 
-def test_accumulated_batches_are_completed_first(tmp_path: Path) -> None:
+def test_signal_while_accumulating(tmp_path: Path) -> None:
     at = At(signal.SIGTERM, train=0)
     _, saved = stopped(tmp_path, at, accumulate_grad_batches=2)
     assert at.trained == [0, 1]
@@ -96,7 +96,7 @@ def test_accumulated_batches_are_completed_first(tmp_path: Path) -> None:
         (At(signal.SIGTERM, train=1), {"val_check_interval": 2}, 2, 2),  # the validation that follows on the step
     ],
 )
-def test_a_validation_is_completed_first(at: At, options: dict, trained: int, validated: int, tmp_path: Path) -> None:
+def test_signal_during_validation(at: At, options: dict, trained: int, validated: int, tmp_path: Path) -> None:
     at = At(at.number, at.train, at.val)
     _, saved = stopped(tmp_path, at, **options)
     assert (len(at.trained), len(at.validated)) == (trained, validated)
@@ -104,7 +104,7 @@ def test_a_validation_is_completed_first(at: At, options: dict, trained: int, va
     assert saved["global_step"] == trained
 
 
-def test_the_second_ctrl_c_is_not_waited_for(tmp_path: Path) -> None:
+def test_second_ctrl_c_takes_no_step(tmp_path: Path) -> None:
     class Twice(Callback):
         steps = 0
 
@@ -124,7 +124,7 @@ def test_the_second_ctrl_c_is_not_waited_for(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_nobody_asks_and_nothing_stops(tmp_path: Path) -> None:
+def test_callback_without_signal_changes_nothing(tmp_path: Path) -> None:
     module, at = make_classifier(), At(signal.SIGTERM)
     with_it = trainer(at, StopOnSignal())
     with_it.fit(module, images(4), images(1))
@@ -135,15 +135,15 @@ def test_nobody_asks_and_nothing_stops(tmp_path: Path) -> None:
     assert len(at.trained) == 8
 
 
-def test_sigterm_as_an_exception() -> None:
+def test_sigterm_raises_terminated() -> None:
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(Terminated), sigterm():
         os.kill(os.getpid(), signal.SIGTERM)
     assert signal.getsignal(signal.SIGTERM) is before
-    assert not issubclass(Terminated, Exception)  # nobody catches it by chance
+    assert not issubclass(Terminated, Exception)  # no handler for errors catches it
 
 
-def test_another_thread_gets_no_signals() -> None:
+def test_sigterm_in_another_thread() -> None:
     seen = []
 
     def work() -> None:

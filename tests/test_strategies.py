@@ -1,4 +1,4 @@
-"""What ``--trainer.strategy`` may be, and that a sharded training leaves the files of any other."""
+"""Values of ``--trainer.strategy``, and the files of a sharded training."""
 
 import json
 import os
@@ -36,13 +36,13 @@ def refused(*args: str, capsys: pytest.CaptureFixture[str]) -> str:
         (["--trainer.strategy={class_path: ModelParallelStrategy}"], "would save folders, .* give .* fsdp2"),
     ],
 )
-def test_what_would_go_wrong_in_silence_is_refused(args, words, tmp_path, capsys):
+def test_unsupported_strategy_is_refused(args, words, tmp_path, capsys):
     line = refused(*args, f"--trainer.default_root_dir={tmp_path}", capsys=capsys)
     assert re.search(words, line), line
     assert not list(tmp_path.iterdir())
 
 
-def test_one_file_is_all_right_in_lightnings_own_class():
+def test_supported_strategies_pass():
     require_known(ModelParallelStrategy(save_distributed_checkpoint=False), "bf16-mixed")
     require_known("fsdp2", "32-true")
     require_known("ddp", 16)
@@ -50,7 +50,7 @@ def test_one_file_is_all_right_in_lightnings_own_class():
         require_known(ModelParallelStrategy(save_distributed_checkpoint=False), 16)
 
 
-def test_all_processes_take_part_in_the_sharding():
+def test_fsdp2_shards_over_all_processes():
     strategy = FSDP2()
     strategy.parallel_devices = [torch.device("cpu")] * 3
     strategy.num_nodes = 2
@@ -58,7 +58,7 @@ def test_all_processes_take_part_in_the_sharding():
     assert (strategy._data_parallel_size, strategy._tensor_parallel_size) == (6, 1)
 
 
-def test_a_slip_of_the_pen_starts_no_hundred_processes():
+def test_too_many_cpu_processes_are_refused():
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     quiet = {"accelerator": "cpu", "strategy": "ddp", "logger": False, "enable_checkpointing": False}
     require_own_processes(Trainer(devices=3, **quiet))
@@ -67,8 +67,8 @@ def test_a_slip_of_the_pen_starts_no_hundred_processes():
 
 
 @pytest.mark.slow
-def test_a_sharded_training_leaves_the_files_of_any_other(tmp_path):
-    """It goes on sharded, and one process tests what it has left."""
+def test_sharded_run_writes_plain_files(tmp_path):
+    """It resumes sharded, and one process tests its checkpoint."""
 
     def run(*args: str) -> None:
         done = subprocess.run(

@@ -1,5 +1,6 @@
-"""The command line: ``dynadapter fit | validate | test | predict | flops | calibrate | export | bench | ...``."""
+"""The command line: ``dynadapter COMMAND``."""
 
+import logging
 import sys
 import warnings
 from collections.abc import Iterator
@@ -17,24 +18,25 @@ Early exits and small adapters on a frozen timm backbone.
 commands:
   fit         train adapters and exits on a task
   validate    measure a checkpoint on the validation images
-  test        measure a checkpoint on the test images, with samples really leaving early
+  test        measure a checkpoint on the test images
   predict     classify a folder of images, by a checkpoint or a bundle
-  flops       count the multiply-adds up to each exit
+  flops       count the GMACs up to each exit
   calibrate   find thresholds for a cost, an accuracy or a guarantee, and write the bundle: the folder to deploy
-  export      make ONNX graphs or torch.export programs of a bundle, one a stage
+  export      write ONNX graphs of a bundle, one a stage
   bench       time a bundle against its static backbone and other ways to serve it
-  verify      check a data set: lists, classes, broken and doubled images
+  verify      check a data set before a training
+  configs     list the configs that come with the package, or print one
 
 options:
-  COMMAND --help            every key of a command
+  COMMAND --help            the most important keys of a command; --help_all shows every key
   COMMAND --print_config    the configuration that a command line stands for
   --debug                   show where an error comes from
   --version                 print the version
 
 examples:
-  dynadapter fit --config configs/quickstart.yaml
+  dynadapter fit --config quickstart
   dynadapter fit --resume runs/quickstart/version_0
-  dynadapter fit --config configs/quickstart.yaml --seeds [0,1,2] --test_after true
+  dynadapter fit --config vtab --config repadapter --data.root DATA --data.task cifar
   dynadapter test --ckpt_path runs/quickstart/version_0/checkpoints/last.ckpt
   dynadapter predict --ckpt_path .../last.ckpt --images FOLDER --output out.csv
   dynadapter calibrate --ckpt_path .../last.ckpt --goal.cost 0.5 --bundle FOLDER
@@ -42,21 +44,21 @@ examples:
   dynadapter export --bundle FOLDER --out FOLDER
   dynadapter fit --model.adapter.help LoRA
 
-Settings come in layers, each wins over those before it: defaults, the checkpoint's, config files in their order,
+Settings come in layers, and each wins over those before it: defaults, the checkpoint's, config files in their order,
 the command line.
 """
 TRAINER = ("fit", "validate", "test", "predict", "flops", "calibrate")
-"""Commands that Lightning's trainer runs, with a whole configuration."""
-OWN = ("export", "bench", "verify")
+"""Commands with a whole configuration: model, data, trainer."""
+OWN = ("export", "bench", "verify", "configs")
 """Commands with a handful of settings; each is a module here with a ``run(args)``."""
 COMMANDS = (*TRAINER, *OWN)
 
 
 def main(args: list[str] | None = None) -> None:
-    """Runs the command line.
+    """Run the command line.
 
-    A mistake of the user's ends with one line and exit code 2, what looks like a bug with one line and 1, Ctrl-C with
-    130; ``--debug`` shows the traceback of all.
+    Invalid input ends with one line and exit code 2, what looks like a bug with one line and 1, Ctrl-C with 130,
+    SIGTERM with 143. ``--debug`` shows the traceback.
     """
     args = list(sys.argv[1:] if args is None else args)
     debug = "--debug" in args
@@ -67,12 +69,15 @@ def main(args: list[str] | None = None) -> None:
     if args[0] == "--version":
         print(f"dynadapter {dynadapter.__version__}")
         return
-    from dynadapter.cli.errors import Stopped, describe
+    from dynadapter.cli.errors import Stopped, Terminated, describe, sigterm
 
     try:
-        _run(args)
+        with sigterm():
+            _run(args)
     except KeyboardInterrupt:
         end("interrupted", 130)
+    except Terminated:
+        end("stopped by SIGTERM", 143)
     except Stopped as stopped:
         end(str(stopped), stopped.code)
     except Exception as error:
@@ -82,6 +87,7 @@ def main(args: list[str] | None = None) -> None:
 
 
 def _run(args: list[str]) -> None:
+    from dynadapter.cli.configs import config_files, find_config
     from dynadapter.cli.errors import Mistake, nearest
 
     command = args[0]
@@ -89,43 +95,44 @@ def _run(args: list[str]) -> None:
         what = "the command comes first" if command.startswith("-") else f"there is no command {command!r}"
         hint = nearest(command, COMMANDS, cutoff=0.5)
         raise Mistake(f"{what}{hint + ' There' if hint else '; there'} are {', '.join(COMMANDS)}")
-    if command in OWN:  # imported here, because torch and Lightning take seconds to load
+    for file in config_files(args[1:])[0]:  # torch and Lightning take seconds to load: look for the files first
+        find_config(file)
+    if command in OWN:
         import_module(f"dynadapter.cli.{command}").run(args[1:])
     elif command == "predict" and any(arg.partition("=")[0] == "--bundle" for arg in args):
         import_module("dynadapter.cli.predict").run(args[1:])
     elif command == "fit" and (seeds := import_module("dynadapter.cli.seeds")).asked(args[1:]):
         seeds.run(args[1:])
     else:
-        _run_trainer(args)
-
-
-def _run_trainer(args: list[str]) -> None:
-    from dynadapter.cli.app import DynCLI
-
-    with without_noise():
-        DynCLI(args)
+        with quiet():
+            import_module("dynadapter.cli.app").DynCLI(args)
 
 
 @contextmanager
-def without_noise() -> Iterator[None]:
-    """Silences warnings that no user can do anything about."""
+def quiet() -> Iterator[None]:
+    """Silence Lightning's advertisements, and warnings that a user can do nothing about."""
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
     with warnings.catch_warnings():
         # The backbone is in evaluation mode because it is frozen, and small sets load fastest in the main process.
         warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")
         warnings.filterwarnings("ignore", message=".*does not have many workers")
         # Lightning's own use of torch's trees; nothing that a user could change.
         warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
-        # A checkpoint remembers callbacks of the training that no other command needs.
+        # A checkpoint holds the state of callbacks of the training that no other command needs.
         warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`, callbacks")
         # Calls of Lightning 2.6 that jsonargparse 5 will drop; the bound on its version keeps them.
         warnings.filterwarnings("ignore", message=r"\s*.*was deprecated in v4\.")
         warnings.filterwarnings("ignore", message=r"\s*By default only one JsonargparseDeprecationWarning")
-        # It warns of such names in a config; dynadapter.cli.safety refuses them.
+        # It warns of names in a config that dynadapter.cli.safety refuses.
         warnings.filterwarnings("ignore", message=r"(?s).*import path denylist")
         yield
 
 
+def _is_no_advertisement(record: logging.LogRecord) -> bool:
+    return "Tip:" not in record.getMessage()
+
+
 def end(line: str, code: int) -> NoReturn:
-    """Prints one line and ends with an exit code."""
+    """Print one line and end with an exit code."""
     sys.stderr.write(f"dynadapter: {line}\n")
     raise SystemExit(code)

@@ -1,4 +1,4 @@
-"""``python -m dynadapter.cli`` does what ``dynadapter`` does."""
+"""Run ``dynadapter`` by ``python -m dynadapter.cli``."""
 
 from dynadapter.cli import main
 

@@ -19,7 +19,7 @@ from dynadapter.calibrate import KINDS, Goal, Search, Solution, curve_rows, solv
 from dynadapter.calibrate.report import draw_curve, measured_data, solution_data, solution_table
 from dynadapter.cli.calibration_images import WORDS, Split, check_images, some_images, stack_logits
 from dynadapter.cli.errors import Mistake, one_line
-from dynadapter.cli.runs import claim_folder
+from dynadapter.cli.runs import create_run_folder
 from dynadapter.cost import ExitCosts, exit_costs
 from dynadapter.data import ImageData
 from dynadapter.serve.bundle import bundle_from_classifier
@@ -151,7 +151,7 @@ def calibrate(trainer: Trainer, model: ExitClassifier, data: ImageData, settings
     costs = exit_costs(copy.deepcopy(model.net).merge(1e-4) if settings.merge else model.net, data.image_size)
     solution = solved(logits, targets, costs, settings, notes)
     _print(solution, model, settings)
-    folder = Path(settings.out) if settings.out else claim_folder(Path(trainer.default_root_dir), "calibrate")
+    folder = Path(settings.out) if settings.out else create_run_folder(Path(trainer.default_root_dir), "calibrate")
     folder.mkdir(parents=True, exist_ok=True)
     _write(folder, solution, costs, model, settings)
     print(f"calibration.json and the curve are in {folder}")

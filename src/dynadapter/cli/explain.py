@@ -72,6 +72,10 @@ def explain(message: str, sections: Sections, keys: Iterable[str]) -> str:
         keys: All keys of the parser, sections included, such as ``model.every``.
     """
     error, keys = innermost(message), list(keys)
+    text = re.sub(r"^Group '(.+?)' does not accept option '(.+?)'.*", r"unrecognized arguments: --\1.\2", error.text)
+    if not error.key:
+        text = re.sub(r"^Option '(.+?)' is not accepted.*", r"unrecognized arguments: --\1", text)
+    error = error._replace(text=text)
     for pattern, rule in RULES:
         if found := re.search(pattern, error.text):
             return rule(error, next(filter(None, found.groups()), ""), sections, keys)
@@ -86,7 +90,7 @@ def _about(error: ParserError) -> str:
 
 
 def _unknown_key(error: ParserError, given: str, sections: Sections, keys: list[str]) -> str:
-    if error.text.startswith("unrecognized") and not given.startswith("--"):
+    if not given.startswith("--"):
         return f"{given!r} belongs to no setting; settings are given as --KEY VALUE"
     key = given.removeprefix("--").partition("=")[0]
     section, _, rest = key.partition(".")
@@ -188,7 +192,6 @@ TYPES = {
 }
 RULES: tuple[tuple[str, Callable[[ParserError, str, Sections, list[str]], str]], ...] = (
     (r"^unrecognized arguments: (\S+)", _unknown_key),
-    (r"^(?:Subcommand|Group) '.*' does not accept option '(.+?)'", _unknown_key),
     (r"Option '(.+?)' is not accepted", _unknown_setting),
     (r"(?:string|format): (.*)$|^Import path (\S+) does not|subclass of \w+. Got value: (.*)$", _unknown_class),
     (r"^the following arguments are required: (.+)", _missing),

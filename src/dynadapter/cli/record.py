@@ -1,8 +1,6 @@
-"""``run.json``: what a run was made of and how it ended, enough to say where a number comes from."""
+"""``run.json``: settings, versions, machine, data and results of a run: where its numbers come from."""
 
-import importlib.metadata
 import json
-import os
 import platform
 import shlex
 import subprocess
@@ -16,7 +14,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
 
+from dynadapter.bench.timing import machine
 from dynadapter.cli.errors import one_line
+from dynadapter.cli.resume import Earlier
 from dynadapter.data import ImageData
 from dynadapter.serve.predictions import Unread, write_unread
 from dynadapter.training.checkpoints import write
@@ -40,34 +40,28 @@ PACKAGES = (
 )
 SPLITS = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
 SCHEDULED = ("exit_weights/", "sparsity/")
-"""What is logged beside the metrics: settings that a schedule changes."""
+"""Logged settings that a schedule changes; they are no results."""
 HASHED_BYTES = 4 * 2**30
-"""Data sets up to this size are hashed; larger ones would keep a run waiting."""
+"""Larger data sets are not hashed: a run would wait too long."""
 
 
 class Record(Callback):
-    """Writes ``run.json`` when a run begins, and completes it when it ends.
+    """Write ``run.json`` when a run begins, and complete it when it ends.
 
-    Of a run that was killed, ``ended`` and ``how`` are null; ``how`` is else ``finished``, ``stopped`` or ``failed``.
+    ``how`` is ``finished``, ``stopped`` or ``failed``; null, like ``ended``, for a run that was killed.
 
     Args:
         folder: Of the run.
         args: The command line, the command first.
-        seed: That was set; None where none was.
-        resumed_from: The checkpoint that a training goes on from.
-        earlier: What a training that is gone on with has logged last.
+        seed: The random seed; False where none was set.
+        before: The run that a training continues.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        args: list[str],
-        seed: int | None,
-        resumed_from: Path | None = None,
-        earlier: dict[str, float] | None = None,
-    ) -> None:
+    def __init__(self, folder: Path, args: list[str], seed: int | bool, before: Earlier | None = None) -> None:
         self.path = folder / NAME
-        self.earlier = earlier or {}
+        lines = [] if before is None else before.lines
+        here = machine(PACKAGES)
+        self.earlier = {name: float(value) for line in lines for name, value in line.items()}
         self.content: dict[str, Any] = {
             "command": args[0],
             "command_line": shlex.join(["dynadapter", *args]),
@@ -75,17 +69,16 @@ class Record(Callback):
             "ended": None,
             "how": None,
             "message": None,
-            "resumed_from": None if resumed_from is None else str(resumed_from.resolve()),
-            "seed": seed,
-            "packages": versions(),
-            "python": platform.python_version(),
+            "resumed_from": None if before is None else str(before.checkpoint.resolve()),
+            "seed": None if seed is False else seed,
+            "packages": {name: here.pop(name, None) for name in PACKAGES},
             "git": git_state(),
-            "machine": machine(),
+            "machine": here | {"system": platform.platform()},
             "results": {},
         }
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Adds what is known now, and writes the file."""
+        """Add the model, the trainer and the data, and write the file."""
         data = getattr(trainer, "datamodule", None)
         if not trainer.is_global_zero or not isinstance(pl_module, ExitClassifier) or not isinstance(data, ImageData):
             return
@@ -111,23 +104,25 @@ class Record(Callback):
         list_skipped(self.path.with_name(SKIPPED), data)
 
     def end(self, trainer: Trainer, how: str, message: str | None = None) -> None:
-        """Completes the file, if it was begun."""
+        """Complete the file, if it was begun."""
         if not self.path.exists() or not trainer.is_global_zero:
             return
         logged = {name: float(value) for name, value in trainer.logged_metrics.items()}
         results = {**self.earlier, **self.content["results"], **logged}
         self.content["results"] = {
-            name: value for name, value in results.items() if name not in ("epoch", "step") and _is_metric(name)
+            name: value
+            for name, value in results.items()
+            if name not in ("epoch", "step") and not name.startswith(SCHEDULED)
         }
         self.content |= {"ended": now(), "how": how, "message": message and one_line(message)}
         try:
             self._write()
         except OSError:
-            if how == "finished":  # else there is something to say already, and maybe for this very reason
+            if how == "finished":  # else the run ends with an error already, maybe for this very reason
                 raise
 
     def keep(self, trainer: Trainer) -> None:
-        """Remembers what was logged so far, before another stage forgets it."""
+        """Keep what was logged so far, before another stage clears it."""
         self.content["results"] |= {name: float(value) for name, value in trainer.logged_metrics.items()}
 
     def _write(self) -> None:
@@ -135,17 +130,17 @@ class Record(Callback):
 
 
 def list_skipped(path: Path, data: ImageData) -> None:
-    """Writes a list of the images that were left out because they cannot be read; none where all can."""
+    """Write a list of the images that were left out because they cannot be read; no file where all can."""
     write_unread(path, [Unread(file, reason) for file, reason in data.skipped.items()])
 
 
 def now() -> str:
-    """Gives the time, in UTC."""
+    """Return the time, in UTC."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def plain(value: Any) -> Any:
-    """Makes a structure one of JSON; numbers that are none become text, and all other things their text."""
+    """Return a structure that JSON can hold; infinite numbers, NaN and other objects become text."""
     if isinstance(value, dict):
         return {str(key): plain(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
@@ -155,45 +150,13 @@ def plain(value: Any) -> Any:
     return value if value is None or isinstance(value, bool | int | str) else str(value)
 
 
-def _is_metric(name: str) -> bool:
-    return not name.startswith(SCHEDULED)
-
-
-def versions() -> dict[str, str | None]:
-    """Gives the versions of the packages that decide results."""
-    found: dict[str, str | None] = {}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = None
-    return found
-
-
-def machine() -> dict[str, Any]:
-    """Names the machine's system, processor and accelerators."""
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    gpus = [torch.cuda.get_device_name(k) for k in range(torch.cuda.device_count())]
-    return {"system": platform.platform(), "cpu": _cpu(), "cores": usable, "gpus": gpus}
-
-
-def _cpu() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
 def git_state() -> dict[str, Any] | None:
-    """Says at which commit the repository around the current folder is, and whether tracked files differ from it.
+    """Return the commit of the repository around the current folder, and whether tracked files differ from it.
 
     Returns:
         ``{commit, dirty}``, or None where there is no repository, no commit or no git.
     """
-    # Whatever a strange repository has in its settings, no program of its own is run.
+    # A repository's own settings can name a program that git runs: switch it off.
     git = ["git", "--no-optional-locks", "-c", "core.fsmonitor=false"]
     try:
         done = [
@@ -206,7 +169,7 @@ def git_state() -> dict[str, Any] | None:
 
 
 def described(data: ImageData, split: str) -> dict[str, Any]:
-    """Counts the images of a split, in all and by class, and gives their hash."""
+    """Return the number of images of a split, in all and by class, and their hash."""
     samples = data.dataset(split).samples
     count = Counter(label for _, label in samples)
     names = data.class_names
@@ -227,7 +190,7 @@ def _hash(samples: Any) -> str | None:
 
 
 def protocol(trainer: Trainer, module: ExitClassifier, data: ImageData) -> dict[str, Any]:
-    """Names the switches that move a result beside the method: how images are read, what was chosen on what."""
+    """Return the settings that move a result beside the method: how images are read, and what was selected on what."""
     saver = trainer.checkpoint_callback
     monitor = saver.monitor if isinstance(saver, ModelCheckpoint) else None
     chosen = ("task", "split", "val_fraction", "split_seed")
@@ -244,6 +207,6 @@ def protocol(trainer: Trainer, module: ExitClassifier, data: ImageData) -> dict[
 
 
 def _global_batch_size(trainer: Trainer, data: ImageData) -> int:
-    """Images of a step of training, over all processes and accumulated batches."""
+    """Return the images of a training step, over all processes and accumulated batches."""
     given = getattr(data, "global_batch_size", None)
     return given or data.batch_size * trainer.world_size * trainer.accumulate_grad_batches

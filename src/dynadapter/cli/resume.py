@@ -1,4 +1,4 @@
-"""Going on with an interrupted training, so that in the end nothing tells it from one that was never interrupted."""
+"""Continue an interrupted training so that the result equals that of one that was never interrupted."""
 
 import json
 import shlex
@@ -17,7 +17,7 @@ from dynadapter.cli.runs import Metrics, read_lines
 from dynadapter.training.checkpoints import newest, read, write
 
 LINE = "dynadapter_line"
-"""The key of a checkpoint that holds the line of ``metrics.csv`` that was about to be written when it was saved."""
+"""Key in a checkpoint: the line of ``metrics.csv`` that was about to be written when it was saved."""
 
 
 # ---- from where ------------------------------------------------------------------------------------------------------
@@ -25,7 +25,7 @@ LINE = "dynadapter_line"
 
 @dataclass(frozen=True)
 class Earlier:
-    """The run that a training goes on from.
+    """The run that a training continues.
 
     Args:
         checkpoint: The file.
@@ -43,8 +43,8 @@ class ToResume(NamedTuple):
 
     Args:
         config: The run's config file.
-        checkpoint: Its newest one that is whole; the one that it went on from itself where it has none yet.
-        log: The folder with the ``metrics.csv`` that belongs to that checkpoint.
+        checkpoint: Its newest whole checkpoint; where it has none yet, the one that it continued itself.
+        log: The folder of the ``metrics.csv`` that belongs to that checkpoint.
     """
 
     config: Path
@@ -52,23 +52,57 @@ class ToResume(NamedTuple):
     log: Path
 
 
+def resume_command(run: Path) -> str:
+    """Return the command line that continues a run."""
+    return shlex.join(["dynadapter", "fit", "--resume", str(run)])
+
+
+def expand_resume(files: list[str], rest: list[str]) -> tuple[list[str], list[str], Path | None]:
+    """Replace ``--resume FOLDER`` by the config and the checkpoint of that run, below all other settings.
+
+    Args:
+        files: The config files.
+        rest: The other arguments.
+
+    Returns:
+        The same two, and the folder with the ``metrics.csv`` to continue; None where nothing is resumed.
+    """
+    given = [place for place, arg in enumerate(rest) if arg.partition("=")[0] == "--resume"]
+    if not given:
+        return files, rest, None
+    place = given[0]
+    _, equals, folder = rest[place].partition("=")
+    left = rest[:place] + rest[place + 1 :]
+    if not equals and left[place:]:
+        folder = left.pop(place)
+    if not folder:
+        raise Mistake("--resume needs a folder, such as runs/version_0")
+    if len(given) > 1 or any(arg.partition("=")[0] == "--ckpt_path" for arg in left):
+        raise Mistake("--resume names the run and its checkpoint; give it once, and no --ckpt_path")
+    found = to_resume(folder, nothing_new=not files and not left)
+    run = Path(folder)
+    root = (run if run.name not in ("", "..") else run.resolve()).parent
+    own = [f"--ckpt_path={found.checkpoint}", f"--trainer.default_root_dir={root}"]
+    return [str(found.config), *files], [*own, *left], found.log
+
+
 def to_resume(folder: str, nothing_new: bool) -> ToResume:
-    """Finds what ``--resume FOLDER`` stands for.
+    """Find the config and the checkpoint that ``--resume FOLDER`` stands for.
 
     Args:
         folder: Of a run.
-        nothing_new: Whether no other setting is given, so that a finished run has nothing left to do.
+        nothing_new: No other setting is given, so that a finished run has nothing left to do.
 
     Raises:
-        Mistake: If there is no such run, or nothing to go on from.
+        Mistake: If there is no such run, or nothing to continue.
     """
     run = Path(folder)
     config = run / "config.yaml"
     if not run.is_dir():
         what = "is no folder" if run.exists() else "does not exist"
-        raise Mistake(f"--resume {folder} {what}; give the folder of a run{_runs(run.parent)}")
+        raise Mistake(f"--resume {folder} {what}; give the folder of a run{_newest_run(run.parent)}")
     if not config.is_file():
-        runs = _runs(run)
+        runs = _newest_run(run)
         why = "is not the folder of a run" if runs else "holds no config.yaml: the run was killed before it began"
         raise Mistake(f"--resume {folder} {why}{runs or '; start again'}")
     record = read_record(run)
@@ -77,9 +111,9 @@ def to_resume(folder: str, nothing_new: bool) -> ToResume:
     again = shlex.join(["dynadapter", "fit", "--config", str(config)])
     before = record.get("resumed_from")
     try:
-        if found := newest(_saved_in(run, config)):
+        if found := newest(_checkpoint_folder(run, config)):
             for path in found.damaged:
-                _say(f"{path} is damaged and left out")
+                _print_once(f"{path} is damaged and left out")
             return ToResume(config, found.path, run)
     except ValueError as error:
         if before is None:
@@ -87,12 +121,11 @@ def to_resume(folder: str, nothing_new: bool) -> ToResume:
     if before is None:
         raise Mistake(f"{run} was interrupted before it saved a checkpoint; start again with: {again}")
     if not Path(before).is_file():
-        raise Mistake(f"{run} saved nothing of its own, and what it went on from is gone: {before}")
+        raise Mistake(f"{run} saved nothing of its own, and the checkpoint that it continued is gone: {before}")
     return ToResume(config, Path(before), Path(before).parent.parent)
 
 
-def _saved_in(run: Path, config: Path) -> Path:
-    """Says where a run saves its checkpoints."""
+def _checkpoint_folder(run: Path, config: Path) -> Path:
     try:
         given = yaml.safe_load(config.read_text(encoding="utf-8"))["checkpoint"]["dirpath"]
     except (OSError, RecursionError, yaml.YAMLError, KeyError, TypeError):
@@ -100,19 +133,19 @@ def _saved_in(run: Path, config: Path) -> Path:
     return Path(given) if given else run / "checkpoints"
 
 
-def _runs(folder: Path) -> str:
+def _newest_run(folder: Path) -> str:
     there = [path for path in folder.glob("version_*") if (path / "config.yaml").is_file()]
     there.sort(key=lambda path: int(path.name.removeprefix("version_")) if path.name[8:].isdigit() else -1)
     return f", such as {there[-1]}" if there else ""
 
 
 @rank_zero_only
-def _say(line: str) -> None:
+def _print_once(line: str) -> None:
     print(line, flush=True)
 
 
-def earlier(path: Path, log: Path | None = None) -> Earlier:
-    """Reads what a training that goes on from a checkpoint has to know of the run before.
+def earlier_run(path: Path, log: Path | None = None) -> Earlier:
+    """Read what a training that continues from a checkpoint needs of the earlier run.
 
     Args:
         path: The checkpoint.
@@ -123,22 +156,22 @@ def earlier(path: Path, log: Path | None = None) -> Earlier:
     """
     checkpoint = read(path)
     if "optimizer_states" not in checkpoint:
-        raise Mistake(f"{path} holds the trained part alone, to go on takes the optimiser's state, too; give last.ckpt")
+        raise Mistake(f"{path} holds the trained part alone, without the optimiser's state; give last.ckpt to continue")
     step = int(checkpoint["global_step"])
     file = (log or path.parent.parent) / "metrics.csv"
-    lines = [line for line in read_lines(file) if _before(line, step)] if file.is_file() else []
+    lines = [line for line in read_lines(file) if _is_before(line, step)] if file.is_file() else []
     pending = {key: str(value) for key, value in checkpoint.get(LINE, {}).items()}
     if pending and pending not in lines:
         lines.append(pending)
     return Earlier(path, step, lines)
 
 
-def _before(line: dict[str, str], step: int) -> bool:
+def _is_before(line: dict[str, str], step: int) -> bool:
     return line.get("step", "").isdigit() and int(line["step"]) < step
 
 
 def read_record(run: Path) -> dict[str, Any]:
-    """Reads the ``run.json`` of a run; nothing where there is none."""
+    """Read the ``run.json`` of a run; an empty mapping where there is none."""
     try:
         record = json.loads((run / "run.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -146,18 +179,18 @@ def read_record(run: Path) -> dict[str, Any]:
     return record if isinstance(record, dict) else {}
 
 
-# ---- as if nothing had been ------------------------------------------------------------------------------------------
+# ---- restore the training exactly ------------------------------------------------------------------------------------
 
 
-class GoOn(Callback):
-    """Lets a training that is taken up in a new folder be the one that it was.
+class Continue(Callback):
+    """Restore the state of a training exactly, in a new folder.
 
-    Lightning restores the model, the optimiser and how far the loops are. This adds what a new folder would lose: the
-    lines of ``metrics.csv``, and the best checkpoint so far, against which the next ones are measured; and puts right
-    what Lightning 2.6 restores by one too many.
+    Lightning restores the model, the optimiser and the progress of the loops. This adds the lines of ``metrics.csv``
+    and the best checkpoint so far, which later ones are compared with; and it corrects the progress where Lightning 2.6
+    restores it one too high.
 
     Args:
-        before: The run that it goes on from; None for a new training.
+        before: The run to continue; None for a new training.
     """
 
     def __init__(self, before: Earlier | None) -> None:
@@ -165,27 +198,27 @@ class GoOn(Callback):
         self._counted = before is None
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Keeps the line that is about to be logged: a training that goes on from here will not log it."""
-        if line := _pending(trainer):
+        """Keep the line that is about to be logged: a training that continues from here will not log it."""
+        if line := _pending_line(trainer):
             checkpoint[LINE] = line
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Brings lines and files over, and tells ModelCheckpoint where the files are now."""
+        """Copy lines and files into the new folder, and point ModelCheckpoint to them."""
         if self.before is None or trainer.state.fn != "fit":
             return
         for logger in trainer.loggers:
             if isinstance(logger, Metrics):
-                logger.go_on()
+                logger.write_earlier()
         for saver in trainer.checkpoint_callbacks:
             state = checkpoint["callbacks"].get(saver.state_key)
             if isinstance(saver, ModelCheckpoint) and state is not None:
                 moved = trainer.strategy.broadcast(self._move(saver, state) if trainer.is_global_zero else state)
                 checkpoint["callbacks"][saver.state_key] = moved
                 saver._last_checkpoint_saved = moved["best_model_path"] or moved["last_model_path"]
-        _settle(checkpoint["loops"]["fit_loop"])
+        _complete_epoch(checkpoint["loops"]["fit_loop"])
 
     def _move(self, saver: ModelCheckpoint, state: dict[str, Any]) -> dict[str, Any]:
-        """Copies the checkpoints that a state names into the new folder, if they are no later than what is resumed."""
+        """Copy the checkpoints that a state names into the new folder, unless they are later than the resumed one."""
         assert self.before is not None
         old, new = self.before.checkpoint.parent, Path(str(saver.dirpath))
         if old.resolve() == new.resolve():
@@ -194,7 +227,7 @@ class GoOn(Callback):
         if saver.save_last or saver.filename == saver.CHECKPOINT_NAME_LAST:
             maintained.add(f"last{saver.FILE_EXTENSION}")
         new.mkdir(parents=True, exist_ok=True)
-        here = {name: str(new / name) for name in sorted(maintained) if self._bring(old / name, new / name)}
+        here = {name: str(new / name) for name in sorted(maintained) if self._copy(old / name, new / name)}
         best = {here[Path(p).name]: score for p, score in state["best_k_models"].items() if Path(p).name in here}
 
         def there(path: str) -> str:
@@ -212,11 +245,11 @@ class GoOn(Callback):
             "last_model_path": last if saver.save_last else "",
         }
 
-    def _bring(self, source: Path, target: Path) -> bool:
+    def _copy(self, source: Path, target: Path) -> bool:
         assert self.before is not None
         try:
             if read(source)["global_step"] > self.before.step:
-                return False  # the training will come there again
+                return False  # the training will write it again
             write(target, source.read_bytes())
         except (OSError, ValueError, KeyError):
             return False
@@ -227,23 +260,23 @@ class GoOn(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.before is not None and _epoch_is_over(trainer.fit_loop.state_dict()):
-            trainer.fit_loop.epoch_loop.restarting = False  # Lightning thinks otherwise of a training by max_steps
+            trainer.fit_loop.epoch_loop.restarting = False  # Lightning sets it for a training by max_steps
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._count(trainer)
+        self._count_steps(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self._count(trainer)
+        self._count_steps(trainer)
 
-    def _count(self, trainer: Trainer) -> None:
-        """Lets the loggers count the optimiser's steps, as they do in a training that was not interrupted."""
+    def _count_steps(self, trainer: Trainer) -> None:
+        """Set the loggers' count to the optimiser's steps, as in a training that was not interrupted."""
         if not self._counted:
             trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
             self._counted = True
 
 
-def _settle(loops: dict[str, Any]) -> None:
-    """Completes an epoch that was saved at its very end, where nothing of it was left to do."""
+def _complete_epoch(loops: dict[str, Any]) -> None:
+    """Mark an epoch complete that was saved at its very end, where nothing of it was left to do."""
     batches = loops["epoch_loop.batch_progress"]
     for part in ("total", "current"):
         epochs, batch = loops["epoch_progress"][part], batches[part]
@@ -259,8 +292,8 @@ def _epoch_is_over(loops: dict[str, Any]) -> bool:
     return current["ready"] == current["completed"]
 
 
-def _pending(trainer: Trainer) -> dict[str, Any] | None:
-    """Gives the line that Lightning logs after this save, for which the step or the epoch is already done."""
+def _pending_line(trainer: Trainer) -> dict[str, Any] | None:
+    """Return the line that Lightning logs after this save, for a step or an epoch that is already done."""
     connector, loop = trainer._logger_connector, trainer.fit_loop.epoch_loop
     batch, epoch = loop.batch_progress.current, trainer.fit_loop.epoch_progress.current
     in_step = batch.processed > batch.completed  # type: ignore[attr-defined]

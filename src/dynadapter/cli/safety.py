@@ -1,9 +1,9 @@
-"""What a config or a checkpoint may name: classes that are made to be named, and nothing else that would run.
+"""Allow-lists of the classes that a config or a checkpoint may name: nothing else may run.
 
-jsonargparse imports whatever a ``class_path`` names, and calls it wherever the setting takes a callable or anything at
-all: ``backbone_args``, the hooks of a LambdaCallback, the optimizer. A config from somebody else could so run any
-function that is installed. Hence a configuration is looked through after it was parsed and before anything in it is
-called; and of a checkpoint only classes are taken that are known already, so that not even a module is imported for it.
+jsonargparse imports whatever a ``class_path`` names. It calls it wherever a setting takes a callable or any value:
+``backbone_args``, the hooks of a LambdaCallback, the optimizer. A config from somebody else could run any installed
+function. Hence a configuration is checked after parsing and before anything in it is called. A checkpoint may name
+only classes that are known already: no module is imported for it.
 """
 
 import dataclasses
@@ -40,19 +40,19 @@ BASES = (
     LayerSync,
     Profiler,
 )
-"""A config may name these and classes derived from them, wherever they come from."""
+"""A config may name these classes and those derived from them, of any package."""
 
 LIBRARIES = ("torch", "lightning")
-"""Their functions may stand as they are where a function is asked for, such as a communication hook of DDP; and their
-dataclasses hold settings of strategies."""
+"""Packages whose functions a config may name, such as a communication hook of DDP, and whose dataclasses hold settings
+of strategies."""
 
 
 def check_config(config: Any, key: str = "") -> None:
-    """Refuses a parsed configuration that would run something else than the classes that are made for it.
+    """Refuse a parsed configuration that names anything outside the allow-list.
 
     Args:
-        config: What jsonargparse has parsed, before anything of it is built.
-        key: Of the part.
+        config: The parsed configuration, before anything of it is built.
+        key: The key of this part of it.
 
     Raises:
         Mistake: In one line, with the key and the name.
@@ -71,15 +71,15 @@ def check_config(config: Any, key: str = "") -> None:
     elif isinstance(config, list | tuple | set):
         for part in config:
             check_config(part, key)
-    elif callable(config) and not _is_librarys(config):
+    elif callable(config) and not _from_library(config):
         _refuse(key, f"{getattr(config, '__module__', '')}.{getattr(config, '__qualname__', config)}")
 
 
 def check_saved(settings: Any) -> None:
-    """Refuses settings out of a checkpoint that name a class which is not known already.
+    """Refuse settings from a checkpoint that name a class which is not loaded already.
 
     Raises:
-        ValueError: If there is one.
+        ValueError: If they do.
     """
     if isinstance(settings, Mapping):
         if "class_path" in settings and settings["class_path"] not in _known():
@@ -92,7 +92,7 @@ def check_saved(settings: Any) -> None:
 
 
 def data_class(class_path: str) -> type[ImageData] | None:
-    """Finds a class of image data that is known already; anybody's own has to be named again, by who trusts it."""
+    """Return the loaded class of image data with this name, or None. A class of your own must be named again."""
     return next((cls for cls in _below(ImageData) if class_path in _paths(cls)), None)
 
 
@@ -108,14 +108,14 @@ def _below(cls: type) -> Iterator[type]:
 
 
 def _paths(cls: type) -> set[str]:
-    """Gives the names of a class: where it is written, and in the package that hands it on, as configs name it."""
+    """Return the names of a class: in its module, and in its package if that exports it, as configs name it."""
     package = cls.__module__.partition(".")[0]
-    handed_on = getattr(sys.modules.get(package), cls.__qualname__, None) is cls
-    return {f"{cls.__module__}.{cls.__qualname__}", *([f"{package}.{cls.__qualname__}"] if handed_on else [])}
+    exported = getattr(sys.modules.get(package), cls.__qualname__, None) is cls
+    return {f"{cls.__module__}.{cls.__qualname__}", *([f"{package}.{cls.__qualname__}"] if exported else [])}
 
 
 def _imported(path: str) -> Any:
-    """Finds what a dotted path names in the modules that are loaded; parsing has loaded those of a good one."""
+    """Return what a dotted path names in the loaded modules; parsing has loaded those of a valid one."""
     parts = path.split(".")
     for split in range(len(parts) - 1, 0, -1):
         if (found := sys.modules.get(".".join(parts[:split]))) is not None:
@@ -125,16 +125,16 @@ def _imported(path: str) -> Any:
     return None
 
 
-def _is_librarys(thing: Any) -> bool:
+def _from_library(thing: Any) -> bool:
     return str(getattr(thing, "__module__", "")).partition(".")[0] in LIBRARIES
 
 
 def _holds_settings(cls: type) -> bool:
-    return dataclasses.is_dataclass(cls) and _is_librarys(cls)
+    return dataclasses.is_dataclass(cls) and _from_library(cls)
 
 
 def _refuse(key: str, name: str) -> None:
     raise Mistake(
-        f"{key} cannot be {name!r}: a config names only classes that are made for it, such as adapters, policies, "
-        "callbacks and optimizers, and no functions; derive a class from one of these, or write a program"
+        f"{key} cannot be {name!r}: a config may name adapters, policies, callbacks, optimizers and the like, and no "
+        "functions; derive a class from one of these, or write a program"
     )

@@ -146,10 +146,22 @@ def _settings(args: list[str]) -> tuple[dict[str, Any], Path]:
     Returns:
         The settings but the seed, and where the runs go.
     """
-    from dynadapter.cli import without_noise
-    from dynadapter.cli.app import Settings
+    from dynadapter.cli import quiet
+    from dynadapter.cli.app import DynCLI
 
-    with without_noise():
+    class Settings(DynCLI):
+        whole: dict[str, Any]
+
+        def _set_seed(self) -> None:
+            pass
+
+        def instantiate_classes(self) -> None:
+            self.whole = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
+
+        def run(self) -> None:
+            pass
+
+    with quiet():
         settings = Settings(["fit", *args, "--seeds=null"]).whole
     trainer = settings["trainer"]
     if trainer["fast_dev_run"] or trainer["barebones"]:

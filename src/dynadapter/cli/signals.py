@@ -13,22 +13,22 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from dynadapter.cli.runs import is_first
+from dynadapter.cli.runs import is_first_process
 
 Handler = Callable[[int, FrameType | None], Any]
 
 
 class StopOnSignal(Callback):
-    """Stops where a training can go on exactly: after an optimiser step, and after the validation that follows on it.
+    """Stop where a training can continue exactly: after an optimiser step, and after the validation that follows it.
 
-    At each step the processes agree whether one of them was asked to stop. What was trained is saved as ``last.ckpt``
-    beside the other checkpoints, unless one of this very step is there. A second Ctrl-C stops at once, and saves
-    nothing. Other commands than fit have nothing to save and stop at once.
+    At each step the processes agree whether one of them received a signal. The state is saved as ``last.ckpt`` beside
+    the other checkpoints, unless one of this very step exists. A second Ctrl-C stops at once and saves nothing.
+    Commands other than fit have nothing to save and stop at once.
 
     (Lightning's own answer to SIGTERM can stop each process at another step, or in the middle of a validation.)
 
     Attributes:
-        signal: The signal that asked to stop; None where nobody did, or only another process was asked.
+        signal: The signal that this process received, or None.
     """
 
     def __init__(self) -> None:
@@ -38,31 +38,31 @@ class StopOnSignal(Callback):
 
     # ---- listening
 
-    def _listen(self, handler: Handler) -> None:
-        # Lightning has put a handler of its own there only now, and in the end puts back what was there before that.
+    def _install(self, handler: Handler) -> None:
+        # Lightning has installed a handler of its own only now, and in the end restores the one before that.
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, handler)
 
-    def _ask(self, number: int, frame: FrameType | None) -> None:
+    def _remember(self, number: int, frame: FrameType | None) -> None:
         if self.signal is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         if self.signal is None:
             self.signal = number
             more = "; Ctrl-C again stops at once, and saves nothing" if number == signal.SIGINT else ""
-            if is_first():
+            if is_first_process():
                 with contextlib.suppress(OSError):  # not by print, which may be in the middle of printing
                     os.write(2, f"\ndynadapter: stopping after this step{more}\n".encode())
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._listen(self._ask)
+        self._install(self._remember)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._listen(self._ask)
+        self._install(self._remember)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "fit":
-            self._set(trainer, False)  # Lightning would stop in the middle of it
+            self._stop_lightning(trainer, False)  # it would stop in the middle of the validation
         else:
             self._stop_at_once(trainer)
 
@@ -82,33 +82,33 @@ class StopOnSignal(Callback):
                     process.send_signal(signal.SIGTERM)
             raise SIGTERMException
 
-        self._listen(stop)
+        self._install(stop)
 
     # ---- stopping
 
-    def _agree(self, trainer: Trainer) -> bool:
-        asked = self.signal is not None
-        return trainer.strategy.reduce_boolean_decision(asked, all=False) if trainer.world_size > 1 else asked
+    def _any_process_received(self, trainer: Trainer) -> bool:
+        here = self.signal is not None
+        return trainer.strategy.reduce_boolean_decision(here, all=False) if trainer.world_size > 1 else here
 
-    def _set(self, trainer: Trainer, stop: bool) -> None:
-        trainer._signal_connector.received_sigterm = stop  # Lightning looks at it after the step, and after the epoch
+    def _stop_lightning(self, trainer: Trainer, stop: bool) -> None:
+        trainer._signal_connector.received_sigterm = stop  # Lightning looks at it after the step and after the epoch
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if trainer.fit_loop._should_accumulate():
             return  # no checkpoint holds the gradients so far
-        self._agreed = self._agree(trainer)
+        self._agreed = self._any_process_received(trainer)
         if self._agreed and not trainer.is_last_batch:
-            self._set(trainer, True)
+            self._stop_lightning(trainer, True)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._agreed and trainer.state.fn == "fit" and not trainer.is_last_batch:
-            self._set(trainer, True)
+            self._stop_lightning(trainer, True)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._agreed = self._agreed or self._agree(trainer)
-        self._set(trainer, self._agreed)
+        self._agreed = self._agreed or self._any_process_received(trainer)
+        self._stop_lightning(trainer, self._agreed)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self._saved = trainer.global_step

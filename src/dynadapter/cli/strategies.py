@@ -1,4 +1,4 @@
-"""What ``--trainer.strategy`` may be: how a run is spread over processes, and what would go wrong in silence."""
+"""Values of ``--trainer.strategy``: FSDP2, and checks of strategies that would go wrong silently."""
 
 import os
 from datetime import timedelta
@@ -13,14 +13,14 @@ from dynadapter.cli.errors import Mistake
 
 
 class FSDP2(ModelParallelStrategy):
-    """Shards the network over all processes, block by block (FSDP2); the name on the command line is ``fsdp2``.
+    """Shard the network over all processes, block by block (FSDP2); the name on the command line is ``fsdp2``.
 
-    A checkpoint is one file, written in one step, as everywhere here. (Lightning's own class spreads single layers over
-    the processes of a machine unless it is told otherwise, and writes folders, over those that are there.)
+    A checkpoint is one file, written atomically. (By default Lightning's own class also splits single layers over the
+    processes of a machine, and writes folders, over existing ones.)
 
     Args:
-        process_group_backend: Of torch.distributed; null takes the one that belongs to the device.
-        timeout: For how long a process waits for the others; null takes torch's.
+        process_group_backend: Of torch.distributed; null chooses by the device.
+        timeout: How long a process waits for the others; null is torch's default.
     """
 
     def __init__(self, process_group_backend: str | None = None, timeout: timedelta | None = None) -> None:
@@ -33,7 +33,7 @@ class FSDP2(ModelParallelStrategy):
         )
 
     def set_world_ranks(self) -> None:
-        """Takes all processes for the sharding, as soon as their number is known."""
+        """Shard over all processes, as soon as their number is known."""
         super().set_world_ranks()
         self._data_parallel_size = self.num_nodes * self.num_processes
 
@@ -42,20 +42,20 @@ StrategyRegistry.register("fsdp2", FSDP2, description=str(FSDP2.__doc__).splitli
 
 
 def require_known(strategy: Any, precision: Any) -> None:
-    """Refuses what was never run with this package, or would lose something without a word.
+    """Refuse a strategy that was never run with this package, or would lose something silently.
 
     Args:
-        strategy: As configured: a name, or Lightning's object.
+        strategy: As configured: a name, or an object of Lightning's.
         precision: As configured.
 
     Raises:
-        Mistake: With the way out.
+        Mistake: With a strategy that works.
     """
     name = strategy if isinstance(strategy, str) else ""
     if name.startswith("deepspeed") or isinstance(strategy, DeepSpeedStrategy):
         raise Mistake(
-            "DeepSpeed is not supported: it splits the optimiser's state and gradients, which here belong to adapters "
-            "alone and are small; give --trainer.strategy ddp, or fsdp2 to split the backbone, too"
+            "DeepSpeed is not supported: it splits the optimiser's state and the gradients, which here are small; "
+            "give --trainer.strategy ddp, or fsdp2 to split the backbone, too"
         )
     if (name.startswith("fsdp") and name != "fsdp2") or isinstance(strategy, FSDPStrategy):
         raise Mistake(
@@ -65,28 +65,28 @@ def require_known(strategy: Any, precision: Any) -> None:
     sharded = name == "fsdp2" or isinstance(strategy, ModelParallelStrategy)
     if sharded and str(precision) in ("16", "16-mixed"):
         raise Mistake(
-            "fsdp2 goes without precision 16-mixed, whose loss scaling knows no sharded tensors; "
+            "fsdp2 does not work with precision 16-mixed, whose loss scaling cannot handle sharded tensors; "
             "give --trainer.precision bf16-mixed"
         )
     if isinstance(strategy, ModelParallelStrategy) and strategy._save_distributed_checkpoint:
         raise Mistake(
-            "ModelParallelStrategy would save folders, which no other command reads, over those that are there; "
+            "ModelParallelStrategy would save folders, which no other command reads, over existing ones; "
             "give --trainer.strategy fsdp2, or save_distributed_checkpoint: false"
         )
 
 
 def require_own_processes(trainer: Trainer) -> None:
-    """Refuses what is about to start the wrong processes, before it starts any.
+    """Refuse a trainer that is about to start the wrong processes, before it starts any.
 
-    Strategies for notebooks would lose a run's record and its measures; and a slip of the pen in the number of
-    processes on a CPU, where any number can be started, would take all of the memory.
+    Strategies for notebooks would lose a run's record and metrics. On a CPU any number of processes can be started, and
+    a typing error in it would use up the memory.
 
     Raises:
-        Mistake: With the way out.
+        Mistake: With a strategy that works.
     """
     if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
         raise Mistake(
-            "ddp_spawn, ddp_fork and ddp_notebook are for notebooks: what a run measures stays in their processes; "
+            "ddp_spawn, ddp_fork and ddp_notebook are for notebooks: the metrics stay in their processes; "
             "give --trainer.strategy ddp"
         )
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

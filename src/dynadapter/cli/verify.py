@@ -8,9 +8,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
+from dynadapter.cli.configs import config_files, read_config
 from dynadapter.cli.errors import Mistake
 from dynadapter.cli.explain import Sections
-from dynadapter.cli.layers import config_files, read_config
 from dynadapter.cli.parser import CommandParser
 from dynadapter.images.reading import shown
 

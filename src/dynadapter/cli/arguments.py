@@ -1,0 +1,120 @@
+"""The arguments of the commands that take a whole configuration: model, data, callbacks by name, trainer."""
+
+import argparse
+from typing import Any, NoReturn
+
+import lightning.pytorch as pl
+from jsonargparse import ActionConfigFile
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.cli import LightningArgumentParser
+
+import dynadapter
+from dynadapter.cli import calibrate
+from dynadapter.cli.errors import Mistake
+from dynadapter.cli.explain import explain
+from dynadapter.cli.help import TITLES
+from dynadapter.cli.layers import LINKED
+from dynadapter.data import ImageData
+from dynadapter.training.callbacks import BidirectionalSparsity, EarlyExit, ExitWeights, FlopsReport, PredictionWriter
+from dynadapter.training.checkpoints import RunCheckpoint
+from dynadapter.training.module import ExitClassifier
+
+CALLBACKS: dict[str, type[Callback]] = {
+    "early_exit": EarlyExit,
+    "exit_weights": ExitWeights,
+    "sparsity": BidirectionalSparsity,
+    "flops_report": FlopsReport,
+    "predictions": PredictionWriter,
+    "checkpoint": RunCheckpoint,
+}
+"""Keys of a config that hold a callback's arguments; null switches one off."""
+SECTIONS: dict[str, type] = {"model": ExitClassifier, "data": ImageData, **CALLBACKS, "trainer": Trainer}
+DESCRIPTIONS = {
+    "fit": "Train adapters and exits on a task.",
+    "validate": "Measure a checkpoint on the validation images.",
+    "test": "Measure a checkpoint on the test images, with every exit policy.",
+    "predict": "Classify a folder of images and write a CSV file: file, class, confidence, exit.",
+    "flops": "Count the GMACs up to each exit.",
+    "calibrate": "Find thresholds on validation images, measure them on others, and write a bundle.",
+}
+
+
+class ConfigParser(LightningArgumentParser):
+    """A parser of a whole configuration that explains a mistake in one line.
+
+    Args:
+        command: The name on the command line.
+        **kwargs: Passed to jsonargparse.
+    """
+
+    def __init__(self, command: str = "", **kwargs: Any) -> None:
+        if command:
+            kwargs |= {
+                "usage": f"dynadapter {command} [--config FILE ...] [--KEY VALUE ...]",
+                "description": DESCRIPTIONS[command],
+                "dump_header": [f"dynadapter {dynadapter.__version__}, lightning {pl.__version__}"],
+            }
+        # An abbreviated key would be read as the long one, and a typing error would pass unnoticed.
+        super().__init__(**kwargs, allow_abbrev=False)
+        self.command = command
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raise a :class:`Mistake`."""
+        if not self.command:  # the parser of a class inside: the parser outside knows the key
+            super().error(message, ex)
+        keys = [action.dest for action in self._actions if action.dest not in ("help", argparse.SUPPRESS)]
+        raise Mistake(explain(message, SECTIONS, keys)) from ex
+
+
+def add_command_arguments(parser: LightningArgumentParser, command: str) -> None:
+    """Add the config files and what one command takes beside the sections."""
+    what = "A config file, or the name of a packaged one; later files win, and the command line wins over all."
+    parser.add_argument("-c", "--config", action=ActionConfigFile, help=what)
+    what = {
+        "fit": "Checkpoint from which a training continues, with --config of that run; --resume is short for both.",
+        "flops": "Checkpoint that gives the model's settings; its weights are not needed.",
+    }.get(command, "Checkpoint that fit wrote; the settings of its model and data come with it.")
+    parser.add_argument("--ckpt_path", type=str | None, help=what)
+    if command == "fit":
+        what = "Folder of an interrupted run: continue from its newest whole checkpoint, with its settings."
+        parser.add_argument("--resume", type=str | None, help=what)
+        what = "One training for each of these seeds, and a table of mean and deviation: [0, 1, 2]."
+        parser.add_argument("--seeds", type=list[int] | None, help=what)
+        what = "Measure the final weights on the test images, too."
+        parser.add_argument("--test_after", type=bool, default=False, help=what)
+    elif command == "flops":
+        parser.add_argument("--merged", type=bool, default=False, help="Merge the adapters into the backbone first.")
+    elif command == "predict":
+        parser.add_argument("--images", type=str | None, help="Folder of images; short for data.predict_images.")
+        what = "The CSV file; short for predictions.output."
+        parser.add_argument("--out", "--output", type=str | None, help=what)
+    elif command == "calibrate":
+        calibrate.add_arguments(parser)
+    else:
+        parser.add_argument("--verbose", type=bool, default=False, help="Print all logged values as well.")
+    what = "Random seed; true draws one, false sets none."
+    parser.add_argument("--seed_everything", type=bool | int, default=0, help=what)
+
+
+def add_sections(parser: LightningArgumentParser) -> None:
+    """Add the sections in the order of their importance to a user."""
+    parser.add_lightning_class_args(ExitClassifier, "model")
+    parser.add_lightning_class_args(ImageData, "data", subclass_mode=True)
+    for name in LINKED:
+        parser.link_arguments(f"data.{name}", f"model.{name}", apply_on="instantiate")
+    for key, callback in CALLBACKS.items():
+        parser.add_lightning_class_args(callback, key)
+    parser.add_lightning_class_args(Trainer, "trainer")
+    parser.set_defaults(
+        {
+            "checkpoint.filename": "last",
+            "trainer.default_root_dir": "runs",
+            "trainer.max_epochs": 100,
+            "trainer.log_every_n_steps": 10,
+            "trainer.enable_model_summary": False,
+        }
+    )
+    what = "The class of the images; its settings are --data.NAME VALUE, and --data.help CLASS lists them."
+    next(action for action in parser._actions if action.dest == "data").help = what
+    for key, group in (parser.groups or {}).items():
+        group.title = f"{key}: {TITLES[key]}"

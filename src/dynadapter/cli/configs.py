@@ -1,0 +1,143 @@
+"""Config files: found by name, read with guards. ``dynadapter configs`` lists those that come with the package."""
+
+import argparse
+import difflib
+from collections.abc import Container, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+import dynadapter
+from dynadapter.cli.errors import Mistake, nearest, one_line
+
+MAX_VALUES = 100_000
+"""No config has more values; a few lines of aliases can stand for billions."""
+
+
+def run(args: list[str]) -> None:
+    """Run ``dynadapter configs [NAME]``: print the names of the packaged configs, or one of them."""
+    if any(arg.startswith("-") for arg in args) or len(args) > 1:
+        print("usage: dynadapter configs [NAME]\n\nList the configs that come with the package, or print one of them.")
+        if not {"-h", "--help"} & {*args}:
+            raise Mistake(f"configs takes at most one name, not {' '.join(args)!r}")
+        return
+    if args:
+        print(find_config(args[0]).read_text(encoding="utf-8"), end="")
+        return
+    files = _packaged()
+    width = max(map(len, files), default=0)
+    for name, file in files.items():
+        print(f"{name:{width}}  {_first_comment(file)}")
+
+
+def _first_comment(file: Path) -> str:
+    lines = file.read_text(encoding="utf-8").splitlines()
+    return next((line.lstrip("# ").rstrip(":") for line in lines if line.startswith("#")), "")
+
+
+def config_files(args: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Separate the config files from the other arguments of a command.
+
+    >>> config_files(["--model.every=2", "-c", "a.yaml", "--config=b.yaml", "--sparsity", "null"])
+    (['a.yaml', 'b.yaml'], ['--model.every=2', '--sparsity', 'null'])
+
+    Args:
+        args: The command line without the command.
+
+    Returns:
+        The config files as given, and the other arguments, both in their order.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("-c", "--config", action="append", default=[])
+    try:
+        given, rest = parser.parse_known_args(args)
+    except argparse.ArgumentError as error:
+        raise Mistake("-c needs a file; give a config in YAML, such as -c quickstart") from error
+    return given.config, rest
+
+
+def find_config(name: str) -> Path:
+    """Return the file that ``-c NAME`` means: a local file, or else a packaged config, with or without ``.yaml``.
+
+    Raises:
+        Mistake: If there is none; with the names that exist, the most similar first.
+    """
+    packaged = _packaged()
+    for path in (Path(name), Path(f"{name}.yaml"), packaged.get(name.removesuffix(".yaml"))):
+        if path is not None and path.is_file():
+            return path
+    if Path(name).exists():
+        raise Mistake(f"config file {name} cannot be read: it is not a file")
+    folder = Path(name).parent
+    beside = [str(path) for path in sorted(folder.glob("*.y*ml"))] if folder.is_dir() else []
+    hint = nearest(name, beside) or nearest(name.removesuffix(".yaml"), packaged)
+    similarity = {key: difflib.SequenceMatcher(None, name, key).ratio() for key in packaged}
+    names = ", ".join(sorted(packaged, key=lambda key: -similarity[key]))
+    raise Mistake(f"there is no config file {name!r}{hint or ';'} configs that come with the package: {names}")
+
+
+def _packaged() -> dict[str, Path]:
+    """Return the configs of the installed package, or of the source checkout, by name."""
+    package = Path(dynadapter.__file__).parent
+    for folder in (package / "configs", package.parents[1] / "configs"):
+        if folder.is_dir():
+            return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
+    return {}
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuse a key that stands twice: YAML would drop the first one and everything below it."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"the key {key.value!r} stands twice", problem_mark=key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def read_config(name: str, sections: Container[str]) -> dict[str, Any]:
+    """Read a config file.
+
+    Args:
+        name: A file, or the name of a packaged config.
+        sections: Keys that must hold a mapping, a class name or nothing.
+
+    Raises:
+        Mistake: If it does not exist, is not valid YAML, or is not a mapping of such sections.
+    """
+    file = find_config(name)
+    try:
+        content = yaml.load(file.read_text(encoding="utf-8"), _Loader)
+    except (OSError, UnicodeDecodeError) as error:
+        raise Mistake(f"config file {file} cannot be read: {one_line(error)}") from error
+    except yaml.MarkedYAMLError as error:
+        where = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise Mistake(f"config file {file} is not valid YAML{where}: {one_line(error.problem or error)}") from error
+    except yaml.YAMLError as error:
+        raise Mistake(f"config file {file} is not valid YAML: {one_line(error)}") from error
+    except RecursionError as error:
+        raise Mistake(f"config file {file} is nested too deeply") from error
+    if _is_huge(content):
+        raise Mistake(f"config file {file} holds more than {MAX_VALUES:,} values; repeat less of it by aliases")
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise Mistake(f"config file {file} holds no keys; expected a mapping such as 'model: {{every: 3}}'")
+    for key, value in content.items():
+        if key in sections and not (isinstance(value, dict | str) or value is None or value is False):
+            raise Mistake(f"config file {file}: {key} must be a mapping, as in '{key}: {{NAME: VALUE}}', not {value!r}")
+    return content
+
+
+def _is_huge(content: Any) -> bool:
+    """Count all values, repeated ones as often as aliases repeat them, up to the limit. Circles are huge, too."""
+    left, count = [content], 0
+    while left and count <= MAX_VALUES:
+        part = left.pop()
+        count += 1
+        if isinstance(part, dict | list):
+            left += part.values() if isinstance(part, dict) else part
+    return bool(left)

@@ -1,0 +1,25 @@
+"""``dynadapter flops``: the GMACs up to each exit, without weights or images."""
+
+from rich.console import Console
+
+from dynadapter.cost import cost_table, exit_costs, exit_parameters
+from dynadapter.data import ImageData
+from dynadapter.training.module import ExitClassifier
+
+
+def print_costs(model: ExitClassifier, data: ImageData, merged: bool) -> None:
+    """Print the cost table of a network.
+
+    Args:
+        model: The network.
+        data: Where the image size comes from.
+        merged: Merge the adapters first. The parameters are those that were trained, merged or not.
+    """
+    parameters = [f"{count:,}" for count in exit_parameters(model.net)]
+    if merged:
+        model.merge()
+    table = cost_table(exit_costs(model.net, data.image_size), parameters=parameters)
+    table.title = f"{model.backbone_name}, one image{', adapters merged' if merged else ''}"
+    console = Console()
+    console.width = max(console.width, 100)  # a narrow pipe would wrap the names
+    console.print(table)

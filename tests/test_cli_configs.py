@@ -1,0 +1,136 @@
+"""Config files by name, the short help, and answers that load neither torch nor Lightning."""
+
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dynadapter.cli import COMMANDS, TRAINER, main
+from dynadapter.cli.configs import find_config, read_config
+from dynadapter.cli.errors import Mistake
+from dynadapter.cli.help import ESSENTIAL
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = ROOT / "configs"
+
+
+# ---- found by name
+
+
+@pytest.mark.parametrize("name", ["lora", "lora.yaml"])
+def test_packaged_config_by_name(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert find_config(name).read_text() == (CONFIGS / "lora.yaml").read_text()
+
+
+@pytest.mark.parametrize("name", ["lora", "lora.yaml"])
+def test_local_config_wins(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lora.yaml").write_text("model: {every: 2}")
+    assert find_config(name) == Path("lora.yaml")
+    assert read_config(name, ()) == {"model": {"every": 2}}
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("lroa", r"'lroa'; did you mean 'lora'\? .*: lora, "),
+        ("vtabb.yaml", r"'vtabb.yaml'; did you mean 'vtab'\?"),
+        ("nothing/lora.yaml", r"there is no config file 'nothing/lora.yaml'; configs that come .*: lora, "),
+        (".", "not a file"),
+    ],
+)
+def test_unknown_config_lists_names(name, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(Mistake, match=message):
+        find_config(name)
+
+
+def test_wheel_holds_the_configs():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    included = project["tool"]["hatch"]["build"]["targets"]["wheel"]["force-include"]
+    assert included["configs"] == "dynadapter/configs"
+
+
+def test_configs_lists_names_with_comments(capsys):
+    main(["configs"])
+    lines = capsys.readouterr().out.splitlines()
+    assert {line.split()[0] for line in lines} == {file.stem for file in CONFIGS.glob("*.yaml")}
+    assert all(len(line.split()) > 3 for line in lines)
+
+
+def test_configs_prints_one(capsys):
+    main(["configs", "vtab"])
+    assert yaml.safe_load(capsys.readouterr().out) == yaml.safe_load((CONFIGS / "vtab.yaml").read_text())
+
+
+@pytest.mark.parametrize("args", [["nope"], ["vtab", "lora"], ["--all"]])
+def test_configs_with_invalid_arguments(args, capsys):
+    with pytest.raises(SystemExit) as ending:
+        main(["configs", *args])
+    assert ending.value.code == 2
+    assert capsys.readouterr().err.startswith("dynadapter: error: ")
+
+
+# ---- answers without torch
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "words"),
+    [
+        ([], 0, "usage: dynadapter COMMAND"),
+        (["--help"], 0, "usage: dynadapter COMMAND"),
+        (["--version"], 0, "dynadapter "),
+        (["fti"], 2, "did you mean 'fit'"),
+        (["configs"], 0, "vtab"),
+        *(
+            ([command, "-c", "nowhere.yaml"], 2, "no config file 'nowhere.yaml'")
+            for command in COMMANDS
+            if command != "configs"
+        ),
+    ],
+    ids=lambda part: " ".join(part) if isinstance(part, list) else "",
+)
+def test_answer_loads_no_torch(args, code, words):
+    program = (
+        "import sys; from dynadapter.cli import main\n"
+        f"try: main({args!r})\nexcept SystemExit as ending: print(ending.code)\n"
+        "print([name for name in ('torch', 'lightning', 'timm', 'numpy') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert words in done.stdout + done.stderr
+    assert done.stdout.endswith(f"{code}\n[]\n" if code else "[]\n")
+
+
+def test_usage_names_every_command(capsys):
+    main(["--help"])
+    text = capsys.readouterr().out
+    assert all(f"\n  {command} " in text for command in COMMANDS)
+
+
+# ---- the short help of a command
+
+
+@pytest.mark.parametrize("command", TRAINER)
+def test_help_fits_on_two_screens(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as ending:
+        main([command, "--help"])
+    assert not ending.value.code
+    text = capsys.readouterr().out
+    assert len(text.splitlines()) <= 120
+    assert max(map(len, text.splitlines())) <= 80
+    assert all(f"--{key}" in text for key in ("ckpt_path", "model.adapter", "data", "trainer.devices"))
+    assert ("--sparsity.keep" in text) == (command == "fit")
+
+
+def test_help_names_no_unknown_key(capsys):
+    with pytest.raises(SystemExit):
+        main(["fit", "--help_all"])
+    text = capsys.readouterr().out
+    assert {key for key in ESSENTIAL if f"--{key}" not in text} == set()
+    assert "--trainer.num_sanity_val_steps" in text
+    assert "dynadapter.LoRA" in text  # by the name that a config may use
