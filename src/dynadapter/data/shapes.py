@@ -176,7 +176,7 @@ class Drawn(NamedTuple):
     difficulty: float
 
 
-@lru_cache(maxsize=8)  # a process that sets up the same data again does not draw it again
+@lru_cache(maxsize=4)  # a process that sets up the same data again does not draw it again
 def draw_split(split: str, images: int, seed: int = 0, size: int = 48) -> tuple[Drawn, ...]:
     """Draw the images of a split: classes in turn, difficulties uniform in [0, 1].
 
