@@ -16,9 +16,9 @@ from dynadapter.adapters import LoRA, RepAdapter
 from dynadapter.cli import main
 from dynadapter.cli.app import DynCLI
 from dynadapter.cli.runs import RUN_VARIABLE, create_run_folder
-from dynadapter.data import ImagesToPredict, Shapes
+from dynadapter.data import Shapes
 from dynadapter.data.shapes import CLASSES
-from dynadapter.training.callbacks import EarlyExit, PredictionWriter
+from dynadapter.training.callbacks import EarlyExit
 from dynadapter.training.module import ExitClassifier
 
 TINY = str(Path(__file__).parent / "conf" / "tiny.yaml")
@@ -334,28 +334,14 @@ def test_predict_with_checkpoint_and_images(checkpoint, pictures, tmp_path, monk
     assert list(table[0])[:4] == ["file", "class", "confidence", "exit"]
     assert [Path(row["file"]).name for row in table] == ["a.png", "b.png", "c.png"]
     assert {row["class"] for row in table} <= {*CLASSES}
-    assert {path.name for path in tmp_path.iterdir()} == {"runs", "pictures", "out.csv"}  # and no run
-
-
-def test_predict_preprocessing_beats_config(checkpoint, pictures, tmp_path, built):
-    data = {
-        "class_path": "VTAB1k",
-        "init_args": {"root": "nowhere", "task": "cifar", "batch_size": 2, "image_size": 64},
-    }
-    file = write(tmp_path / "a.yaml", {"data": data, "predictions": {"output": str(tmp_path / "p.csv")}})
-    cli = built("predict", "-c", file, "--ckpt_path", checkpoint, "--images", pictures)
-    assert isinstance(cli.datamodule, ImagesToPredict)
-    assert (cli.datamodule.image_size, cli.datamodule.preprocess.normalization) == (32, "half")
-    assert cli.datamodule.batch_size == 2
-    writer = next(callback for callback in cli.trainer.callbacks if isinstance(callback, PredictionWriter))
-    assert writer.output == tmp_path / "p.csv"
+    assert {path.name for path in tmp_path.iterdir()} == {"runs", "pictures", "out.csv"}  # no new run
 
 
 def test_predict_uses_first_policy(checkpoint, pictures, tmp_path):
     out = tmp_path / "out.csv"
-    common = ["predict", "--ckpt_path", str(checkpoint), "--images", str(pictures), "--predictions.overwrite=true"]
-    for policy, exit in (("{class_path: Confidence, init_args: {threshold: 0.0}}", "1"), ("Never", "3")):
-        main([*common, "--output", str(out), f"--early_exit.policies=[{policy}]"])
+    common = ["predict", "--ckpt_path", str(checkpoint), "--images", str(pictures), "--overwrite=true"]
+    for options, exit in ((["--threshold=0"], "1"), (["--policy=Never"], "3")):
+        main([*common, "--output", str(out), *options])
         assert {row["exit"] for row in rows(out)} == {exit}
 
 

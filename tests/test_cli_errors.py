@@ -174,14 +174,15 @@ TABLE = [
     Row("test --ckpt_path {W}/good.ckpt --model.backbone_seed=3", ("backbone", "backbone_args")),
     Row("test --ckpt_path {W}/good.ckpt --data=VTAB1k --data.root={W} --data.task=task", ("classes",)),
     # predict
-    Row("predict --ckpt_path {W}/good.ckpt", ("predict needs images", "--images")),
-    Row("predict --ckpt_path {W}/good.ckpt --images {W}/nowhere", ("{W}/nowhere", "does not exist")),
-    Row("predict --ckpt_path {W}/good.ckpt --images {W}/nolists", ("no image", ".png")),
+    Row("predict --ckpt_path {W}/good.ckpt --out {W}/p.csv", ("images must be given",)),
+    Row("predict --ckpt_path {W}/good.ckpt --out {W}/p.csv --images {W}/nowhere", ("{W}/nowhere", "does not exist")),
+    Row("predict --ckpt_path {W}/good.ckpt --out {W}/p.csv --images {W}/nolists", ("no image", ".png")),
     Row(
         "predict --ckpt_path {W}/good.ckpt --images {W}/images/broken.png --output {W}/p.csv",
-        ("broken.png", "on_error"),
+        ("none of the images can be read", "p.csv.skipped.csv"),
     ),
-    Row("predict --ckpt_path {W}/good.ckpt --images {W}/images --output {W}/tiny.yaml", ("tiny.yaml", "exists")),
+    Row("predict --ckpt_path {W}/future.ckpt --out {W}/p.csv --images {W}/images", ("format 99", "update dynadapter")),
+    Row("predict --ckpt_path {W}/good.ckpt --images {W}/images --output {W}/tiny.yaml", ("tiny.yaml", "no format")),
     Row("flops -c {F} --model.adapter=Adapter --merged=true", ("Adapter", "LoRA, RepAdapter")),
 ]
 

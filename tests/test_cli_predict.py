@@ -1,13 +1,11 @@
-"""``dynadapter predict --bundle``: every image once, in its order, whatever stops it on the way."""
+"""``dynadapter predict``: every image once, in its order, whatever stops the command on the way."""
 
 import ast
 import csv
 import errno
 import io
 import json
-import math
 import os
-import random
 import shutil
 import signal
 import subprocess
@@ -20,25 +18,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from PIL import Image
 from torch import nn
 
 from dynadapter.adapters import AdapterSpec, LoRA, inject
 from dynadapter.backbones import create_backbone, fingerprint
 from dynadapter.cli import main
-from dynadapter.cli import predict as command
+from dynadapter.cli.networks import chosen_policy
 from dynadapter.exits.heads import LinearHeads
 from dynadapter.exits.net import ExitNet
-from dynadapter.exits.policies import Confidence
+from dynadapter.exits.policies import Confidence, Margin, Never, Patience
 from dynadapter.exits.temperature import Scaled
 from dynadapter.images.preprocess import Preprocess
 from dynadapter.images.reading import find_images, load_image
-from dynadapter.serve import predictions
-from dynadapter.serve.bundle import BackboneSource, load, save_bundle
-from dynadapter.serve.predictions import Answer, Busy, Entry, Foreign, PredictionTable, Unread
-from dynadapter.training.callbacks.predictions import FIELDS
+from dynadapter.serve import predict as engine
+from dynadapter.serve.bundle import BackboneSource, bundle_from_classifier, load, save_bundle
+from dynadapter.serve.formats import COLUMNS
+from dynadapter.serve.table import PredictionTable
 
 NAMES = ("ant", "bee, wild", "cat")
 NAME = "vit_tiny_patch16_224"
@@ -118,29 +114,29 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-# ---- what it says
+# ---- what it writes
 
 
-def test_it_says_what_the_bundle_says(bundle, images, tmp_path, capsys):
+def test_rows_are_the_bundles_answers(bundle, images, tmp_path, capsys):
     run(bundle, images, tmp_path / "new" / "out.csv")
     files = find_images(images)
     expected = load(bundle).predict(files, batch_size=4)
     rows = read(tmp_path / "new" / "out.csv")
-    assert list(rows[0]) == list(FIELDS) == list(predictions.FIELDS)
+    assert list(rows[0]) == list(COLUMNS)
     assert [row["file"] for row in rows] == [str(path) for path in files]
     assert [row["class"] for row in rows] == [p.label for p in expected]
     assert [row["confidence"] for row in rows] == [f"{p.confidence:.4f}" for p in expected]
-    assert [row["exit"] for row in rows] == [str(p.exit + 1) for p in expected]
+    assert [row["exit"] for row in rows] == [str(p.exit_index + 1) for p in expected]
     assert {row["exit"] for row in rows} == {"1", "2"}
     assert {row["class"] for row in rows} == set(NAMES)
     assert names(tmp_path / "new") == ["out.csv"]
     printed = capsys.readouterr()
-    average = np.mean([p.exit + 1 for p in expected])
+    average = np.mean([p.exit_index + 1 for p in expected])
     assert f"26 predictions in {tmp_path / 'new' / 'out.csv'}, average exit {average:.2f}" in printed.out
     assert printed.err == ""  # the bar is for terminals
 
 
-def test_lines_of_json_say_the_same(bundle, images, tmp_path):
+def test_json_lines_have_the_same_rows(bundle, images, tmp_path):
     rows = read(run(bundle, images, tmp_path / "out.csv"))
     lines = run(bundle, images, tmp_path / "out.JSONL").read_text(encoding="utf-8").splitlines()
     for line, row in zip(map(json.loads, lines), rows, strict=True):
@@ -148,28 +144,46 @@ def test_lines_of_json_say_the_same(bundle, images, tmp_path):
         assert line == row | {"confidence": float(row["confidence"]), "exit": int(row["exit"])}
 
 
+def test_top_classes_and_probabilities(bundle, images, tmp_path):
+    plain = read(run(bundle, images, tmp_path / "plain.csv"))
+    rows = read(run(bundle, images, tmp_path / "out.csv", "--top_k=3", "--probabilities=true"))
+    columns = [f"probability_{name}" for name in NAMES]
+    assert list(rows[0]) == [*COLUMNS, "class_2", "confidence_2", "class_3", "confidence_3", *columns]
+    for row, expected in zip(rows, plain, strict=True):
+        assert {name: row[name] for name in COLUMNS} == expected
+        every = {name: float(row[column]) for name, column in zip(NAMES, columns, strict=True)}
+        assert sum(every.values()) == pytest.approx(1, abs=1e-5)
+        ranked = [row["class"], row["class_2"], row["class_3"]]
+        assert ranked == sorted(every, key=every.__getitem__, reverse=True)
+        assert [float(row[f"confidence{end}"]) for end in ("", "_2", "_3")] == pytest.approx(
+            [every[name] for name in ranked], abs=1e-4
+        )
+
+
 @pytest.mark.parametrize("workers", [0, 1, 5])
-def test_the_threads_change_nothing(workers, bundle, images, tmp_path):
+def test_threads_change_nothing(workers, bundle, images, tmp_path):
     out = run(bundle, images, tmp_path / "out.csv", f"--num_workers={workers}")
     assert out.read_bytes() == run(bundle, images, tmp_path / "again.csv").read_bytes()
 
 
-def test_images_are_read_ahead_but_not_all(bundle, images, tmp_path, monkeypatch):
+def test_images_are_read_ahead(bundle, images, tmp_path, monkeypatch):
+    """But not all of them."""
     read_so_far, ahead = [], []
 
-    def counted(path: Path) -> Image.Image:
+    def counted(path: str) -> Image.Image:
         read_so_far.append(path)
         return load_image(path)
 
-    monkeypatch.setattr("dynadapter.images.reading.load_image", counted)
-    for done, _ in enumerate(command.read_batches(load(bundle), [str(p) for p in find_images(images)], 2, 2), 1):
-        time.sleep(0.02)
-        ahead.append(len(read_so_far) - 2 * done)
+    monkeypatch.setattr(engine, "load_image", counted)
+    with PredictionTable(tmp_path / "t.csv", [str(p) for p in find_images(images)], 2, {}) as table:
+        for done, _ in enumerate(engine.read_batches(PREPROCESS, table, table.claim(), 2), 1):
+            time.sleep(0.02)
+            ahead.append(len(read_so_far) - 2 * done)
     assert len(read_so_far) == 26
     assert 0 < max(ahead) <= 6
 
 
-def test_names_that_are_hard_to_write(bundle, images, tmp_path):
+def test_file_names_that_are_hard(bundle, tmp_path):
     hard = ["a, b.png", 'say "hi".png', "two\nlines.png", "日本.png", os.fsdecode(b"caf\xe9.png"), " space .png"]
     (tmp_path / "in").mkdir()
     for name in hard:
@@ -180,10 +194,20 @@ def test_names_that_are_hard_to_write(bundle, images, tmp_path):
     assert b"caf\xe9.png" in out.read_bytes()
     lines = run(bundle, tmp_path / "in", tmp_path / "out.jsonl").read_bytes().decode("utf-8").split("\n")[:-1]
     assert [json.loads(line)["file"] for line in lines] == expected
-    assert "日本" in "".join(lines)
 
 
-def test_an_output_is_replaced_where_that_is_asked_for(bundle, images, tmp_path, capsys):
+def test_lists_and_single_images(bundle, images, tmp_path):
+    whole = read(run(bundle, images, tmp_path / "whole.csv", "--batch_size=1"))
+    files = [row["file"] for row in whole]
+    (tmp_path / "list.txt").write_text("\n".join(files[:3]))
+    (tmp_path / "in.csv").write_text("id,path\n" + "".join(f'{k},"{file}"\n' for k, file in enumerate(files[3:9])))
+    out = tmp_path / "out.csv"
+    places = ["--images", str(tmp_path / "list.txt"), str(tmp_path / "in.csv"), files[9]]
+    main(["predict", f"--bundle={bundle}", *places, f"--out={out}", "--path_column=path", "--batch_size=1"])
+    assert read(out) == whole[:10]
+
+
+def test_output_is_replaced_on_request(bundle, images, tmp_path, capsys):
     out = tmp_path / "out.csv"
     out.write_text("mine")
     assert "--overwrite true" in refused(capsys, arguments(bundle, images, out))
@@ -192,7 +216,7 @@ def test_an_output_is_replaced_where_that_is_asked_for(bundle, images, tmp_path,
     assert len(read(out)) == 26
 
 
-def test_a_terminal_sees_a_bar(bundle, images, tmp_path, monkeypatch):
+def test_terminal_shows_a_bar(bundle, images, tmp_path, monkeypatch):
     class Terminal(io.StringIO):
         def isatty(self) -> bool:
             return True
@@ -202,9 +226,83 @@ def test_a_terminal_sees_a_bar(bundle, images, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "150")
     monkeypatch.setenv("TERM", "xterm")
     run(bundle, images, tmp_path / "out.csv")
-    assert "26/26" in terminal.getvalue()
-    assert "images/s" in terminal.getvalue()
-    assert "average exit 1." in terminal.getvalue()
+    for words in ("26/26", "images/s", "average exit 1."):
+        assert words in terminal.getvalue()
+
+
+# ---- the exit policy
+
+
+@pytest.mark.parametrize(
+    ("options", "exits"),
+    [
+        (["--threshold=0.0"], {"1"}),
+        (["--threshold=1.0"], {"2"}),
+        (["--threshold=[0.0]"], {"1"}),
+        (["--policy=Never"], {"2"}),
+        (["--policy=Margin", "--threshold=0"], {"1"}),
+        (["--policy={class_path: Patience, init_args: {patience: 1}}"], {"1"}),
+    ],
+)
+def test_another_policy_or_threshold(options, exits, bundle, images, tmp_path):
+    assert {row["exit"] for row in read(run(bundle, images, tmp_path / "out.csv", *options))} == exits
+
+
+def test_chosen_policy():
+    stored = Scaled(Confidence(0.7), (1.2, 0.9))
+    assert chosen_policy(stored, None, None) == stored
+    assert chosen_policy(stored, None, 0.8) == Scaled(Confidence(0.8), (1.2, 0.9))
+    assert chosen_policy(stored, "Margin", 0.8) == Scaled(Margin(0.8), (1.2, 0.9))
+    assert chosen_policy(Never(), "Confidence", [0.1, 0.2]) == Confidence((0.1, 0.2))
+    for policy in (Never(), Patience(2)):
+        with pytest.raises(ValueError, match="give --policy Confidence, too"):
+            chosen_policy(policy, None, 0.5)
+    with pytest.raises(ValueError, match=r"there is no Policy 'os\.system'"):
+        chosen_policy(stored, "os.system", None)
+
+
+# ---- checkpoints
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint in a run folder whose config names a policy."""
+    from tiny import make_classifier, trainer
+
+    run = tmp_path_factory.mktemp("runs") / "version_0"
+    classifier = make_classifier(class_names=["ant", "bee", "cat", "dog", "eel"])
+    classifier.preprocessing = {"image_size": 32, "normalization": "half"}
+    with torch.no_grad():
+        for p in classifier.parameters():
+            if p.requires_grad:
+                p += 0.5 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
+    fitting = trainer()
+    fitting.strategy.connect(classifier)
+    (run / "checkpoints").mkdir(parents=True)
+    fitting.save_checkpoint(run / "checkpoints" / "last.ckpt")
+    policies = "[{class_path: dynadapter.Never}, {class_path: Confidence, init_args: {threshold: 0.5}}]"
+    (run / "config.yaml").write_text(f"early_exit: {{policies: {policies}}}\n")
+    bundle_from_classifier(classifier, run / "bundle", policy=Never())
+    return run / "checkpoints" / "last.ckpt"
+
+
+def test_checkpoint_gives_its_bundles_rows(checkpoint, images, tmp_path):
+    place = ["predict", f"--images={images}", "--batch_size=4"]
+    main([*place, f"--ckpt_path={checkpoint}", f"--out={tmp_path / 'c.csv'}"])
+    main([*place, f"--bundle={checkpoint.parent.parent / 'bundle'}", f"--out={tmp_path / 'b.csv'}"])
+    assert (tmp_path / "c.csv").read_bytes() == (tmp_path / "b.csv").read_bytes()
+    assert {row["exit"] for row in read(tmp_path / "c.csv")} == {"3"}  # the first policy of its run
+
+
+def test_checkpoint_resumes(checkpoint, images, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "out.csv"
+    args = ["predict", f"--images={images}", f"--ckpt_path={checkpoint}", f"--out={out}", "--batch_size=4"]
+    with monkeypatch.context() as patch:
+        interrupted_after(patch, 2, signal.SIGINT)
+        assert "8 of 26 images" in refused(capsys, args, 130)
+    main(args)
+    assert "continuing after 8 of 26 images" in capsys.readouterr().out
+    assert len(read(out)) == 26
 
 
 # ---- images that cannot be read
@@ -212,7 +310,7 @@ def test_a_terminal_sees_a_bar(bundle, images, tmp_path, monkeypatch):
 
 @pytest.fixture
 def damaged(images: Path, tmp_path: Path) -> Path:
-    """The images, and three that are none, two of them in the first batches."""
+    """The images and three that cannot be read, two of them in the first batches."""
     folder = Path(shutil.copytree(images, tmp_path / "damaged"))
     (folder / "ant" / "00a.png").write_text("no image")
     (folder / "ant" / "00b.png").write_bytes(b"")
@@ -220,45 +318,42 @@ def damaged(images: Path, tmp_path: Path) -> Path:
     return folder
 
 
-def test_what_cannot_be_read_is_listed_and_left_out(bundle, damaged, tmp_path, capsys):
+def test_unreadable_images_are_listed(bundle, damaged, tmp_path, capsys):
     out = run(bundle, damaged, tmp_path / "out.csv", "--max_skipped=3")
     files = find_images(damaged)
     bad = [path for path in files if path.name in ("00a.png", "00b.png", "zz.jpg")]
-    with Path(f"{out}.skipped.csv").open(newline="") as file:
-        listed = list(csv.DictReader(file))
+    listed = read(Path(f"{out}.skipped.csv"))
     assert [row["file"] for row in listed] == [str(path) for path in bad]
     assert "not an image of a known format" in listed[0]["reason"]
     assert all(row["reason"] for row in listed)
     rows = read(out)
     assert [row["file"] for row in rows] == [str(path) for path in files if path not in bad]
-    # batches are cut by position, so those who can be read stand together with the same others
+    # batches are cut by position, so the readable images of a batch are computed together
     groups = [[path for path in files[k : k + 4] if path not in bad] for k in range(0, len(files), 4)]
     expected = [p for group in groups for p in load(bundle).predict(group, batch_size=4)]
     assert [row["confidence"] for row in rows] == [f"{p.confidence:.4f}" for p in expected]
     assert f"3 images could not be read, listed in {out}.skipped.csv" in capsys.readouterr().out
 
 
-def test_past_the_cap_it_stops_and_can_go_on(bundle, damaged, tmp_path, capsys):
+def test_past_the_cap_it_stops_and_resumes(bundle, damaged, tmp_path, capsys):
     whole = run(bundle, damaged, tmp_path / "whole.csv", "--max_skipped=3")
     out = tmp_path / "out.csv"
     line = refused(capsys, arguments(bundle, damaged, out, "--max_skipped=2"))
-    assert "3 images cannot be read, more than max_skipped=2" in line
-    assert f"{out}.skipped.csv" in line
+    for words in ("3 images cannot be read, more than max_skipped=2", f"{out}.skipped.csv", "higher --max_skipped"):
+        assert words in line
     assert "28 of 29 images, kept in" in line
-    assert "higher --max_skipped" in line
     assert [row["reason"] for row in read(Path(f"{out}.skipped.csv"))][1:2] == ["the file is empty"]
     assert len(read(Path(f"{out}.skipped.csv"))) == 3
     assert not out.exists()
     run(bundle, damaged, out, "--max_skipped=3")
     assert out.read_bytes() == whole.read_bytes()
     assert Path(f"{out}.skipped.csv").read_bytes() == Path(f"{whole}.skipped.csv").read_bytes()
-    assert "going on after 28 of 29 images" in capsys.readouterr().out
-
+    assert "continuing after 28 of 29 images" in capsys.readouterr().out
     refused(capsys, arguments(bundle, damaged, tmp_path / "no.csv", "--max_skipped=0"))
     assert len(read(tmp_path / "no.csv.skipped.csv")) == 2  # both are in the first batch
 
 
-def test_no_image_can_be_read(bundle, tmp_path, capsys):
+def test_no_readable_image(bundle, tmp_path, capsys):
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.png").write_text("no image")
     line = refused(capsys, arguments(bundle, tmp_path / "in", tmp_path / "out.csv"))
@@ -266,7 +361,7 @@ def test_no_image_can_be_read(bundle, tmp_path, capsys):
     assert not (tmp_path / "out.csv").exists()
 
 
-def test_an_old_list_does_not_stay(bundle, images, tmp_path):
+def test_old_list_is_removed(bundle, images, tmp_path):
     out = tmp_path / "out.csv"
     Path(f"{out}.skipped.csv").write_text("file,reason\nold.png,old\n")
     run(bundle, images, out)
@@ -276,14 +371,14 @@ def test_an_old_list_does_not_stay(bundle, images, tmp_path):
 # ---- kills
 
 DRIVER = """
-import io, os, signal, sys
+import os, pathlib, shutil, signal, sys
 import torch
 torch.set_num_threads(1)
 from dynadapter.cli import main
 
 args = sys.argv[2:]
 ALWAYS = 10**9
-rest = 0  # what may still happen before the kill
+rest = 0  # calls before the kill
 
 def tick():
     global rest
@@ -297,27 +392,25 @@ def ticking(call):
         return call(*args, **kwargs)
     return ticked
 
-class Torn(io.FileIO):
-    def write(self, data):
-        if rest == 0:
-            super().write(data[: len(data) * 2 // 3])
-        tick()
-        return super().write(data)
+write = pathlib.Path.write_bytes
+
+def torn(path, data):
+    if rest == 0:
+        write(path, data[: len(data) * 2 // 3])
+    tick()
+    return write(path, data)
 
 def child(moment):
     global rest
     rest = moment
-    io.FileIO = Torn  # only the unfinished table is opened by this name
-    os.fsync, os.replace, os.unlink = ticking(os.fsync), ticking(os.replace), ticking(os.unlink)
+    pathlib.Path.write_bytes = torn  # of a batch
+    for name in ("fsync", "replace", "unlink", "rename", "mkdir", "rmdir"):
+        setattr(os, name, ticking(getattr(os, name)))
     main(args)
 
-def forked(moment, size=None):  # size: of the unfinished table, at which the kill comes from outside
+def forked(moment):
     pid = os.fork()
     if pid:
-        while size is not None and os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
-            if os.path.exists(out + ".partial") and os.path.getsize(out + ".partial") > size:
-                os.kill(pid, signal.SIGKILL)
-                break
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     sys.stdout = sys.stderr = open(os.devnull, "w")
     code = 1
@@ -329,29 +422,30 @@ def forked(moment, size=None):  # size: of the unfinished table, at which the ki
     finally:
         os._exit(code)
 
-out = sys.argv[1]
+out = pathlib.Path(sys.argv[1])
 shown, sys.stdout = sys.stdout, open(os.devnull, "w")
 main([*args, f"--out={out}.warm.csv"])  # what is loaded and compiled now, the children share
 sys.stdout = shown
-for name in os.listdir(os.path.dirname(out)):
-    os.unlink(os.path.join(os.path.dirname(out), name))
-moment, sizes = 0, [0, 300, 700]
+for path in out.parent.iterdir():
+    path.unlink()
+moment = 0
 while True:
-    first = forked(moment) if moment < ALWAYS else forked(ALWAYS, sizes.pop())
+    first = forked(moment)
+    finished = out.exists()
     second = forked(ALWAYS) if first == -signal.SIGKILL else None
-    left = sorted(os.listdir(os.path.dirname(out)))
-    files = [open(path, "rb").read() for path in (out, out + ".skipped.csv")]
-    print([first, second, left, *files], flush=True)
-    for name in left:
-        os.unlink(os.path.join(os.path.dirname(out), name))
-    moment = moment + 1 if first == -signal.SIGKILL and moment < ALWAYS else ALWAYS
-    if not sizes:
+    left = sorted(os.listdir(out.parent))
+    files = [path.read_bytes() for path in (out, pathlib.Path(f"{out}.skipped.csv"))]
+    print([first, second, finished, left, *files], flush=True)
+    for path in out.parent.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    if first == 0:
         break
+    moment += 1
 """
 
 
 def test_killed_at_every_moment(bundle, damaged, tmp_path):
-    """Before each write, in the middle of it, and before whatever else touches the disk; and without Lightning."""
+    """Before and in the middle of each write and whatever else touches the disk; and without Lightning."""
     for name in NAMES[1:]:  # three batches will do
         shutil.rmtree(damaged / name)
     whole = run(bundle, damaged, tmp_path / "whole.csv")
@@ -362,83 +456,99 @@ def test_killed_at_every_moment(bundle, damaged, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200)
     assert done.returncode == 0, done.stderr
     kills = [ast.literal_eval(line) for line in done.stdout.splitlines()]
-    batches = math.ceil(len(find_images(damaged)) / 4)
-    assert len(kills) > 2 * batches + 8  # each batch is written and synchronised
-    for first, second, left, *files in kills:
-        assert (first, second) in ((-signal.SIGKILL, 0), (0, None))
-        assert left == ["out.csv", "out.csv.skipped.csv"]
+    assert len(kills) > 12
+    for first, second, finished, left, *files in kills[:-1]:
+        assert first == -signal.SIGKILL
+        assert second == 0 or (finished and second == 2)  # then the table exists
+        assert [name for name in left if name != ".out.csv.done"] == ["out.csv", "out.csv.skipped.csv"]
         assert files == expected
-    assert [first for first, *_ in kills[:-3]] == [*[-signal.SIGKILL] * (len(kills) - 4), 0]
+    assert kills[-1] == [0, None, True, ["out.csv", "out.csv.skipped.csv"], *expected]
+
+
+@pytest.fixture
+def many(tmp_path: Path) -> Path:
+    (tmp_path / "in").mkdir()
+    for k in range(240):
+        Image.new("RGB", (20, 20), (k % 256, 3 * k % 256, 7 * k % 256)).save(tmp_path / "in" / f"{k:03d}.png")
+    return tmp_path / "in"
 
 
 @pytest.mark.slow
-def test_killed_from_outside(bundle, tmp_path):
-    images = tmp_path / "in"
-    images.mkdir()
-    for k in range(400):
-        Image.new("RGB", (20, 20), (k % 256, 3 * k % 256, 7 * k % 256)).save(images / f"{k:03d}.png")
-    whole, out = run(bundle, images, tmp_path / "whole.jsonl"), tmp_path / "out.jsonl"
-    partial = Path(f"{out}.partial")
-    command = [sys.executable, "-m", "dynadapter.cli", *arguments(bundle, images, out)]
-    process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    while not (partial.exists() and partial.stat().st_size > 2000):
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("processes", [1, 2])
+def test_killed_from_outside(processes, number, bundle, many, tmp_path):
+    whole, out = run(bundle, many, tmp_path / "whole.jsonl"), tmp_path / "out.jsonl"
+    args = arguments(bundle, many, out, f"--processes={processes}")
+    process = subprocess.Popen([sys.executable, "-m", "dynadapter.cli", *args])
+    while not list(Path(f"{out}.partial").glob("[1-9].json")):
         assert process.poll() is None
         time.sleep(0.002)
-    process.kill()
-    assert process.wait() == -signal.SIGKILL
+    process.send_signal(number)
+    assert process.wait(60) == (143 if number == signal.SIGTERM else -number)
     assert not out.exists()
-    run(bundle, images, out)
+    main(args)
     assert out.read_bytes() == whole.read_bytes()
+
+
+@pytest.mark.slow
+def test_processes_write_the_same_bytes(bundle, many, tmp_path):
+    whole = run(bundle, many, tmp_path / "whole.csv")
+    assert run(bundle, many, tmp_path / "out.csv", "--processes=3").read_bytes() == whole.read_bytes()
+    assert names(tmp_path) == ["in", "out.csv", "whole.csv"]
+
+
+def interrupted_after(patch: pytest.MonkeyPatch, batches: int, number: signal.Signals) -> None:
+    calls, rows = [], engine.rows
+
+    def stopped(*args: Any) -> Any:
+        calls.append(1)
+        if len(calls) > batches:
+            signal.raise_signal(number)
+        return rows(*args)
+
+    patch.setattr(engine, "rows", stopped)
 
 
 @pytest.mark.parametrize(
     ("number", "code", "words"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "SIG")]
 )
-def test_stopped_and_gone_on(number, code, words, bundle, images, tmp_path, capsys, monkeypatch):
+def test_stopped_and_resumed(number, code, words, bundle, images, tmp_path, capsys, monkeypatch):
     if signal.getsignal(number) is signal.SIG_IGN:
         pytest.skip("the tests were started with this signal ignored, as nohup and a shell's & do")
     whole, out = run(bundle, images, tmp_path / "whole.csv"), tmp_path / "out.csv"
-    calls, answers = [], command._answers
-
-    def stopped(*args: Any) -> list[Entry]:
-        calls.append(1)
-        if len(calls) == 3:
-            signal.raise_signal(number)
-        return answers(*args)
-
     before = signal.getsignal(number)
-    monkeypatch.setattr(command, "_answers", stopped)
-    line = refused(capsys, arguments(bundle, images, out), code)
-    assert words in line
-    assert "8 of 26 images" in line
-    assert "the same command goes on from there" in line
+    with monkeypatch.context() as patch:
+        interrupted_after(patch, 2, number)
+        line = refused(capsys, arguments(bundle, images, out), code)
+    for part in (words, "8 of 26 images", "the same command continues from there"):
+        assert part in line
     assert signal.getsignal(number) is before
     run(bundle, images, out)
     assert out.read_bytes() == whole.read_bytes()
     assert names(tmp_path) == ["out.csv", "whole.csv"]
 
 
-def test_a_full_disk(bundle, images, tmp_path, capsys, monkeypatch):
+def test_full_disk(bundle, images, tmp_path, capsys, monkeypatch):
     whole, out = run(bundle, images, tmp_path / "whole.csv"), tmp_path / "out.csv"
+    write = Path.write_bytes
 
-    class Full(io.FileIO):
-        def write(self, data: Any) -> int:
-            if self.tell() > 1500:
-                super().write(data[: len(data) // 2])
-                raise OSError(errno.ENOSPC, "No space left on device")
-            return super().write(data)
+    def full(path: Path, data: bytes) -> int:
+        if path.name.startswith(".3."):
+            write(path, data[: len(data) // 2])
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(path, data)
 
     with monkeypatch.context() as patch:
-        patch.setattr(io, "FileIO", Full)  # only the unfinished table is opened by this name
+        patch.setattr(Path, "write_bytes", full)
         line = refused(capsys, arguments(bundle, images, out))
-    assert f"the disk of {out} is full after" in line
-    assert "the same command goes on from there once there is room" in line
+    assert f"the disk of {out} is full after 12 of 26 images" in line
+    assert "the same command continues from there once there is room" in line
     run(bundle, images, out)
-    assert "going on after" in capsys.readouterr().out
+    assert "continuing after 12" in capsys.readouterr().out
     assert out.read_bytes() == whole.read_bytes()
 
 
-def test_two_at_once(bundle, images, tmp_path, capsys):
+def test_two_commands_at_once(bundle, images, tmp_path, capsys):
     pytest.importorskip("fcntl")
     out = tmp_path / "out.csv"
     with PredictionTable(out, ["a.png"], 4, {}):
@@ -447,204 +557,43 @@ def test_two_at_once(bundle, images, tmp_path, capsys):
     run(bundle, images, out, "--overwrite=true")
 
 
-def test_something_else_was_begun(bundle, images, tmp_path, capsys, monkeypatch):
+def test_table_of_something_else(bundle, images, tmp_path, capsys, monkeypatch):
     other = write_bundle(tmp_path / "other", images, policy=Confidence(0.9))
-    out = tmp_path / "out.csv"
-    partial = Path(f"{out}.partial")
-
-    def interrupted(*_: Any) -> list[Entry]:
-        raise KeyboardInterrupt
-
-    def begun(*more: str) -> None:
-        with monkeypatch.context() as patch:
-            patch.setattr(command, "_answers", interrupted)
-            refused(capsys, arguments(bundle, images, out, *more), 130)
-
+    images = Path(shutil.copytree(images, tmp_path / "in"))
     copied = Path(shutil.copytree(images, tmp_path / "copied"))
     fewer = Path(shutil.copytree(images, tmp_path / "fewer"))
     next(fewer.rglob("*.png")).unlink()
-    begun()
+    out = tmp_path / "out.csv"
+    with monkeypatch.context() as patch:
+        interrupted_after(patch, 0, signal.SIGINT)
+        refused(capsys, arguments(bundle, images, out), 130)
     for args, words in (
-        (arguments(other, images, out), "begun with another bundle"),
+        (arguments(other, images, out), "begun with another network"),
         (arguments(bundle, copied, out), "begun with other images"),
         (arguments(bundle, fewer, out), "begun with 26 images, now there are 25"),
         ([*arguments(bundle, images, out), "--batch_size=8"], "begun with batch_size=4, now it is 8"),
+        (arguments(bundle, images, out, "--top_k=2"), "begun with other columns"),
+        (arguments(bundle, images, out, "--threshold=0.8"), "begun with policy=Scaled("),
     ):
         line = refused(capsys, args)
         assert words in line
         assert "delete it, or start over with --overwrite true" in line
-        assert partial.exists()
-    partial.write_text("file,class,confidence,exit\n")
-    assert "is no unfinished table of predictions" in refused(capsys, arguments(bundle, images, out))
-    assert partial.read_text() == "file,class,confidence,exit\n"
-    begun("--overwrite=true")
+        assert Path(f"{out}.partial").exists()
     os.utime(next(images.rglob("*.png")), (1, 1))
     assert "sizes or times of the files have changed" in refused(capsys, arguments(bundle, images, out))
     run(other, images, out, "--overwrite=true")
     assert out.read_bytes() == run(other, images, tmp_path / "fresh.csv").read_bytes()
 
 
-# ---- the table by itself
-
-FILES = ["a.png", "b, c.png", "日本.png", "x\ny.png", "e.png", "f.png", "g.png"]
-ENTRIES: list[Entry] = [
-    Answer(FILES[0], "ant", 0.98765, 0),
-    Unread(FILES[1], "broken, quite"),
-    Answer(FILES[2], 'say "bee"', 1.0, 2),
-    Answer(FILES[3], "ant", math.nan, 1),
-    Answer(FILES[4], "cat", 0.5, 0),
-    Unread(FILES[5], "empty"),
-    Answer(FILES[6], "cat", 0.25, 1),
-]
-
-
-def fill(out: Path, batch_size: int = 2, entries: list[Entry] = ENTRIES) -> Path:
-    with PredictionTable(out, FILES, batch_size, {"bundle": "b"}) as table:
-        while table.done < len(FILES):
-            table.add(entries[table.done : table.done + batch_size])
-        table.finish()
-    return out
-
-
-def test_a_table(tmp_path):
-    fill(tmp_path / "t.csv")
-    assert (tmp_path / "t.csv").read_bytes().decode() == (
-        'file,class,confidence,exit\na.png,ant,0.9877,1\n日本.png,"say ""bee""",1.0000,3\n"x\ny.png",ant,nan,2\n'
-        "e.png,cat,0.5000,1\ng.png,cat,0.2500,2\n"
-    )
-    assert (tmp_path / "t.csv.skipped.csv").read_text() == ('file,reason\n"b, c.png","broken, quite"\nf.png,empty\n')
-    lines = fill(tmp_path / "t.jsonl").read_text(encoding="utf-8").splitlines()
-    assert len(lines) == 5
-    assert json.loads(lines[2]) == {"file": "x\ny.png", "class": "ant", "confidence": None, "exit": 2}
-    with PredictionTable(tmp_path / "u.csv", FILES, 7, {}) as table:
-        table.add(ENTRIES)
-        assert (table.done, table.unread, table.exits, table.nonfinite) == (7, 2, 4, 1)
-
-
-def test_an_output_that_stands_there_is_not_begun_again(tmp_path):
-    out = fill(tmp_path / "t.csv")
-    before = names(tmp_path)
-    with pytest.raises(ValueError, match="exists"):
-        PredictionTable(out, FILES, 2, {"bundle": "b"})
-    Path(f"{out}.partial").touch()  # as where another process finishes between a look and a lock
-    with pytest.raises(ValueError, match="exists"):
-        PredictionTable(out, FILES, 2, {"bundle": "b"})
-    assert names(tmp_path) == before
-
-
-@given(st.integers(0, 10_000), st.integers(1, 9), st.binary(max_size=40))
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_cut_anywhere_and_gone_on(tmp_path, monkeypatch, cut, batch_size, rubbish):
-    """Also where a disk has left something else behind what was there."""
-    monkeypatch.setattr(os, "fsync", lambda file: None)
-    out = tmp_path / "t.csv"
-    for path in tmp_path.iterdir():
-        path.unlink()
-    fill(out, batch_size)
-    expected = [out.read_bytes(), Path(f"{out}.skipped.csv").read_bytes()]
-    out.unlink()
-    with PredictionTable(out, FILES, batch_size, {"bundle": "b"}) as table:
-        while table.done < len(FILES):
-            table.add(ENTRIES[table.done : table.done + batch_size])
-        whole = table.partial.read_bytes()
-        header = whole.index(b"\n") + 1
-        kept = whole[: cut % (len(whole) + 1)]
-        table.partial.write_bytes(kept + (rubbish if len(kept) >= header else b""))
-    with PredictionTable(out, FILES, batch_size, {"bundle": "b"}) as table:
-        lines = kept[header:].count(b"\n")
-        assert table.done == (7 if lines == 7 else lines - lines % batch_size)
-        assert (table.partial.read_bytes() + b"!").count(b"\n") == 1 + table.done
-    fill(out, batch_size)
-    assert [out.read_bytes(), Path(f"{out}.skipped.csv").read_bytes()] == expected
-
-
-def test_a_flipped_bit_costs_a_batch_and_no_answer(tmp_path):
-    whole = fill(tmp_path / "whole.csv").read_bytes()
-    for bit in random.Random(0).sample(range(3000), 60):
-        out = tmp_path / f"{bit}.csv"
-        with PredictionTable(out, FILES, 2, {"bundle": "b"}) as table:
-            table.add(ENTRIES[:2])
-            table.add(ENTRIES[2:4])
-        content = bytearray(table.partial.read_bytes())
-        header = content.index(b"\n") + 1
-        content[header + bit // 8 % (len(content) - header)] ^= 1 << bit % 8
-        table.partial.write_bytes(content)
-        with PredictionTable(out, FILES, 2, {"bundle": "b"}) as table:
-            assert table.done in (0, 2)
-        assert fill(out).read_bytes() == whole
-
-
-def test_a_table_is_finished_whole_and_once(tmp_path):
-    out = tmp_path / "t.csv"
-    with PredictionTable(out, FILES, 2, {}) as table:
-        with pytest.raises(ValueError, match="0 of 7 images are done"):
-            table.finish()
-        with pytest.raises(ValueError, match="a batch of 3 images does not fit the 2 that are next"):
-            table.add(ENTRIES[:3])
-        with pytest.raises(ValueError, match="does not fit"):
-            table.add(ENTRIES[2:4])
-        while table.done < 7:
-            table.add(ENTRIES[table.done : table.done + 2])
-        out.write_text("somebody else's")
-        with pytest.raises(ValueError, match="exists"):
-            table.finish()
-    assert out.read_text() == "somebody else's"
-    with pytest.raises(ValueError, match="exists"):
-        PredictionTable(out, FILES, 2, {})
-    assert Path(f"{out}.partial").exists()
-    with PredictionTable(out, FILES, 2, {}, overwrite=True) as table:
-        assert table.done == 7
-        table.finish()
-    assert names(tmp_path) == ["t.csv", "t.csv.skipped.csv"]
-
-
-def test_a_table_belongs_to_one_process(tmp_path):
-    pytest.importorskip("fcntl")
-    with PredictionTable(tmp_path / "t.csv", FILES, 2, {}) as table:
-        with pytest.raises(Busy, match="is being written by another process"):
-            PredictionTable(tmp_path / "t.csv", FILES, 2, {})
-        table.add(ENTRIES[:2])
-    with PredictionTable(tmp_path / "t.csv", FILES, 2, {}) as table:
-        assert table.done == 2
-
-
-def test_without_locks_it_works_all_the_same(tmp_path, monkeypatch):
-    expected = fill(tmp_path / "t.csv").read_bytes()
-    monkeypatch.setattr(predictions, "fcntl", None)
-    assert fill(tmp_path / "u.csv").read_bytes() == expected
-    assert names(tmp_path) == ["t.csv", "t.csv.skipped.csv", "u.csv", "u.csv.skipped.csv"]
-
-
-def test_a_table_of_something_else(tmp_path):
-    partial = tmp_path / "t.csv.partial"
-    with PredictionTable(tmp_path / "t.csv", FILES, 2, {"bundle": "b", "device": "cpu"}) as table:
-        table.add(ENTRIES[:2])
-    before = partial.read_bytes()
-    for identity, words in (
-        ({"bundle": "b", "device": "cuda"}, "begun with device=cpu, now it is cuda"),
-        ({"bundle": "b"}, "begun with device=cpu, now it is None"),
-        ({"bundle": "b" * 64, "device": "cpu"}, "begun with bundle=b"),
-    ):
-        with pytest.raises(Foreign, match=words):
-            PredictionTable(tmp_path / "t.csv", FILES, 2, identity)
-    partial.write_bytes(before.replace(b'"format": 1', b'"format": 2'))
-    with pytest.raises(Foreign, match="begun by another version"):
-        PredictionTable(tmp_path / "t.csv", FILES, 2, {})
-    for other in (b"[]\n", b"mine", b"\0" * 50 + b"\n", b"{}\n"):
-        partial.write_bytes(other)
-        with pytest.raises(Foreign, match="is no unfinished table"):
-            PredictionTable(tmp_path / "t.csv", FILES, 2, {})
-        assert partial.read_bytes() == other
-
-
 # ---- mistakes
 
 
-def test_help_is_there(capsys):
-    for args in (["predict", "--bundle", "--help"], ["predict", "--bundle=x", "-h"]):
+def test_help_has_at_most_50_lines(capsys):
+    for args in (["predict", "--bundle", "--help"], ["predict", "-h"]):
         main(args)
         shown = capsys.readouterr().out
-        for key in ("--images", "--out", "--weights", "--max_skipped", "--overwrite", "OUT.partial"):
+        assert len(shown.splitlines()) <= 50
+        for key in ("--images", "--out", "--ckpt_path", "--weights", "--max_skipped", "--overwrite", "OUT.partial"):
             assert key in shown
 
 
@@ -653,18 +602,21 @@ def test_help_is_there(capsys):
     [
         ("--images={I}", "out must be given"),
         ("--out=o.csv", "images must be given"),
-        ("--images={I} --out=o.txt", "o.txt stands for no format; give a name that ends in .csv or .jsonl"),
+        ("--images={I} --out=o.txt", "o.txt names no format; give a name that ends in .csv, .jsonl or .parquet"),
         ("--images={I} --out={I}", "is a folder; give a name"),
-        ("--images={W}/nowhere --out=o.csv", "nowhere does not exist; give a folder of images"),
+        ("--images={W}/nowhere --out=o.csv", "nowhere does not exist; give a folder"),
         ("--images={W}/empty --out=o.csv", "no image in"),
         ("--images={I} --out=o.csv --batch_size=0", "batch_size=0 must be at least 1"),
+        ("--images={I} --out=o.csv --processes=0", "processes=0 must be at least 1"),
         ("--images={I} --out=o.csv --batch_size=four", "batch_size: expected a whole number, not 'four'"),
         ("--images={I} --out=o.csv --num_workers=-1", "num_workers=-1 must be at least 0"),
         ("--images={I} --out=o.csv --max_skiped=3", "there is no key 'max_skiped'; did you mean 'max_skipped'?"),
         ("--images={I} --out=o.csv --device=tpu", "device: expected one of auto, cpu, cuda, not 'tpu'"),
+        ("--images={I} --out=o.csv --top_k=4", "top_k=4 is more than the 3 classes"),
+        ("--images={I} --out=o.csv --policy=Confidense", "did you mean 'Confidence'"),
+        ("--images={I} --out=o.csv --threshold=2", "2.0 is not in"),
         ("--images={I} --out=o.csv --weights={W}/no.pth", "no.pth does not exist; give a file of weights"),
-        ("--images={I} --out=o.csv --ckpt_path=last.ckpt", "--bundle and --ckpt_path are two networks"),
-        ("--images={I} --out=o.csv more", "'more' belongs to no setting"),
+        ("--images={I} --out=o.csv --ckpt_path=last.ckpt", "one of the two"),
         ("--images={I} --out=o.csv --bundle={W}/nowhere", "nowhere is no folder; give a bundle's folder"),
         ("--images={I} --out=o.csv --bundle={W}/empty", "empty has no config.json"),
         ("--images={I} --out=o.csv --bundle={W}/onnx", "is an exported folder, not a bundle; run it with python -m"),
@@ -674,7 +626,7 @@ def test_help_is_there(capsys):
         ("--images={I} --out={W}/last.ckpt/o.csv", "cannot be written"),
     ],
 )
-def test_a_mistake_is_one_line(more, words, bundle, images, tmp_path, capsys, monkeypatch):
+def test_mistake_is_one_line(more, words, bundle, images, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     (tmp_path / "onnx").mkdir()
@@ -695,6 +647,30 @@ def test_a_mistake_is_one_line(more, words, bundle, images, tmp_path, capsys, mo
     assert not list(tmp_path.glob("o.csv*"))
 
 
-def test_a_gpu_that_is_not_there(bundle, images, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("content", ["missing", b"", b"no checkpoint"])
+def test_wrong_checkpoint_is_one_line(content, images, tmp_path, capsys):
+    path = tmp_path / "last.ckpt"
+    if content != "missing":
+        path.write_bytes(content)
+    line = refused(capsys, ["predict", f"--ckpt_path={path}", f"--images={images}", f"--out={tmp_path / 'o.csv'}"])
+    assert "last.ckpt" in line
+
+
+@pytest.mark.parametrize("where", ["adapter", "heads", "backbone_args", "lr_schedule", "preprocessing"])
+def test_checkpoint_that_names_code(where, checkpoint, images, tmp_path, capsys, monkeypatch):
+    """Not even a module is imported for it."""
+    (tmp_path / "evil_module.py").write_text(f"import os\nos.mkdir({str(tmp_path / 'mark')!r})\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    held = torch.load(checkpoint, weights_only=True)
+    place = held["dynadapter"] if where == "preprocessing" else held["hyper_parameters"]
+    place[where] = {"class_path": "evil_module.Data", "init_args": {"path": "x"}}
+    held["hyper_parameters"] |= {"_instantiator": "os.mkdir", "_class_path": "os.mkdir"}
+    torch.save(held, tmp_path / "evil.ckpt")
+    args = [f"--ckpt_path={tmp_path / 'evil.ckpt'}", f"--images={images}", f"--out={tmp_path / 'o.csv'}"]
+    refused(capsys, ["predict", *args])
+    assert not (tmp_path / "mark").exists()
+
+
+def test_gpu_that_is_not_there(bundle, images, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "torch finds no GPU here" in refused(capsys, arguments(bundle, images, tmp_path / "o.csv", "--device=cuda"))

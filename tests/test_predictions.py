@@ -1,12 +1,8 @@
-"""PredictionWriter: every image once, in its order, in a file that is whole or not there."""
+"""PredictionWriter: every image once, in order, in a file that is whole or missing."""
 
 import csv
 import math
 import os
-import signal
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from dynadapter.data import ImagesToPredict
 from dynadapter.exits.policies import Confidence
 from dynadapter.training.callbacks import EarlyExit, PredictionWriter
-from dynadapter.training.callbacks.predictions import _dealt_out
+from dynadapter.training.callbacks.predictions import interleaved
 
 NAMES = ["apple, green", 'a "pear"', "plum", "été", "5"]
 
@@ -70,14 +66,14 @@ def test_every_image_once_and_in_order(tmp_path: Path) -> None:
     assert os.listdir(tmp_path / "new") == ["out.csv"]
 
 
-def test_names_of_files_that_are_hard_to_write(tmp_path: Path) -> None:
+def test_file_names_that_are_hard(tmp_path: Path) -> None:
     hard = ["a, b.png", 'say "hi".png', "two\nlines.png", "日本.png", os.fsdecode(b"caf\xe9.png"), " space.png "]
     trainer(PredictionWriter(tmp_path / "out.csv")).predict(make_classifier(class_names=NAMES), batches(*hard))
     assert [row["file"] for row in read(tmp_path / "out.csv")] == hard
     assert b"caf\xe9.png" in (tmp_path / "out.csv").read_bytes()
 
 
-def test_a_folder_of_images(tmp_path: Path) -> None:
+def test_folder_of_images(tmp_path: Path) -> None:
     for name in ("b/2.png", "a.png", "b/1.jpg"):
         (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.full((20, 30, 3), 7, np.uint8)).save(tmp_path / "in" / name)
@@ -88,7 +84,7 @@ def test_a_folder_of_images(tmp_path: Path) -> None:
     ]
 
 
-def test_without_an_output_it_only_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_output_it_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     writer = PredictionWriter(None)
     run = trainer(writer)
@@ -98,7 +94,7 @@ def test_without_an_output_it_only_counts(tmp_path: Path, monkeypatch: pytest.Mo
     assert os.listdir(tmp_path) == []
 
 
-def test_what_is_not_finite_is_written_as_it_is(tmp_path: Path) -> None:
+def test_nonfinite_confidence_is_nan(tmp_path: Path) -> None:
     module = make_classifier()
     with torch.no_grad():
         module.net.backbone.head.bias.fill_(math.nan)
@@ -109,10 +105,10 @@ def test_what_is_not_finite_is_written_as_it_is(tmp_path: Path) -> None:
 # ---- nothing is lost, nothing is half
 
 
-def test_a_file_that_is_there_is_not_replaced(tmp_path: Path) -> None:
+def test_existing_file_is_kept(tmp_path: Path) -> None:
     out = tmp_path / "out.csv"
     out.write_text("mine")
-    with pytest.raises(ValueError, match=r"out.csv exists; name another output, or .*overwrite=true") as error:
+    with pytest.raises(ValueError, match=r"out.csv exists; give another name, or overwrite it") as error:
         PredictionWriter(out)
     assert "\n" not in str(error.value)
     out.unlink()
@@ -137,49 +133,24 @@ class Fails(Images):
         return super().__getitem__(i)
 
 
-def test_a_failure_leaves_the_old_file_and_an_unfinished_one(tmp_path: Path) -> None:
+def test_failure_leaves_the_old_file(tmp_path: Path) -> None:
     out = tmp_path / "out.csv"
     out.write_text("old")
     writer = PredictionWriter(out, overwrite=True)
     with pytest.raises(OSError, match="the disk is gone"):
         trainer(writer).predict(make_classifier(), DataLoader(Fails(["x.png"] * 11), batch_size=4))
     assert out.read_text() == "old"
-    assert len(read(tmp_path / "out.csv.partial")) == 8
+    assert os.listdir(tmp_path) == ["out.csv"]
     trainer(writer).predict(make_classifier(), batches())  # again, and well
     assert len(read(out)) == 11
-    assert os.listdir(tmp_path) == ["out.csv"]
 
 
-def test_killed_in_the_middle_there_is_only_the_unfinished_file(tmp_path: Path) -> None:
-    code = """
-        import sys, time
-        from test_predictions import *
-
-        class Slow(Images):
-            def __getitem__(self, i):
-                if i == 8:
-                    print("now", flush=True)
-                    time.sleep(60)
-                return super().__getitem__(i)
-
-        data = DataLoader(Slow([f"{i}.png" for i in range(11)]), batch_size=4)
-        trainer(PredictionWriter("out.csv")).predict(make_classifier(), data)
-    """
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
-    run = subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-c", textwrap.dedent(code)],
-        cwd=tmp_path,
-        env=environment,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        assert run.stdout.readline() == "now\n"
-        run.send_signal(signal.SIGKILL)
-    finally:
-        run.kill()
-        run.communicate()
-    assert os.listdir(tmp_path) == ["out.csv.partial"]
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_other_formats(suffix: str, tmp_path: Path) -> None:
+    if suffix == ".parquet":
+        pytest.importorskip("pyarrow")
+    trainer(PredictionWriter(tmp_path / f"out{suffix}")).predict(make_classifier(), batches())
+    assert (tmp_path / f"out{suffix}").stat().st_size > 0
 
 
 # ---- mistakes
@@ -190,72 +161,29 @@ class Silent(TinyModule):
         return {"files": [], "exit_index": torch.zeros(0)}
 
 
-def test_a_step_that_returns_something_else(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"return a mapping with files, classes, .* got files, exits") as error:
+def test_step_that_returns_something_else(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"return a mapping with files, classes, .* got files, exit_index") as error:
         trainer(PredictionWriter(tmp_path / "out.csv")).predict(Silent(), batches())
     assert "\n" not in str(error.value)
 
 
-# ---- several processes (that they write what one would is in test_distributed.py)
+# ---- several processes (test_distributed.py holds that they write the same bytes)
 
 
-def test_rows_are_put_in_the_order_of_the_images() -> None:
+def test_rows_follow_the_images() -> None:
     for processes in (1, 2, 3, 5):
         for count in range(11):
             parts = [[[str(i)] for i in range(rank, count, processes)] for rank in range(processes)]
-            assert list(_dealt_out(parts)) == [[str(i)] for i in range(count)]
+            assert list(interleaved(parts)) == [[str(i)] for i in range(count)]
 
 
 @pytest.mark.parametrize("parts", [[1, 2], [3, 1], [2, 2, 3], [2, 1, 2]])
-def test_rows_that_are_not_dealt_out_in_turn(parts: list[int]) -> None:
-    with pytest.raises(ValueError, match="have not predicted every image once, in turn; give images by") as error:
-        list(_dealt_out([[["x"]] * rows for rows in parts]))
+def test_rows_that_are_not_in_turn(parts: list[int]) -> None:
+    with pytest.raises(ValueError, match="have not predicted every image once, in turn; give images by a") as error:
+        list(interleaved([[["x"]] * rows for rows in parts]))
     assert "\n" not in str(error.value)
 
 
-class Group:
-    """As much of a trainer as the end of predictions looks at."""
-
-    world_size, global_rank, is_global_zero = 2, 0, True
-
-    def __init__(self) -> None:
-        self.strategy = self
-        self.root_device = torch.device("cpu")
-
-    def reduce(self, tensor: Tensor, reduce_op: str) -> Tensor:
-        return tensor
-
-    def broadcast(self, value: Any) -> Any:
-        return value
-
-
-def test_parts_that_do_not_make_up_a_table(tmp_path: Path) -> None:
-    out, module = tmp_path / "out.csv", make_classifier()
-    writer = PredictionWriter(out)
-    writer.on_predict_start(Group(), module)
-    assert os.listdir(tmp_path) == ["out.csv.partial.0"]
-    with pytest.raises(ValueError, match=r"not put together: .*out.csv.partial.1 is missing; all processes must write"):
-        writer.on_predict_end(Group(), module)
-    assert not out.exists()
-    writer.on_predict_start(Group(), module)
-    (tmp_path / "out.csv.partial.1").write_text("file,class,confidence,exit\na,b,1.0,1\n")
-    with pytest.raises(ValueError, match="have not predicted every image once"):
-        writer.on_predict_end(Group(), module)
-    assert not out.exists()
-    assert (tmp_path / "out.csv.partial.1").exists()
-
-
-def test_parts_are_removed_when_they_are_put_together(tmp_path: Path) -> None:
-    writer, module = PredictionWriter(tmp_path / "[out].csv"), make_classifier()
-    for name in ("[out].csv.partial.7", "[out].csv.partial.mine", "o.csv.partial.1"):  # one of an earlier run
-        (tmp_path / name).write_text("")
-    writer.on_predict_start(Group(), module)
-    (tmp_path / "[out].csv.partial.1").write_text("file,class,confidence,exit\n")
-    writer.on_predict_end(Group(), module)
-    assert sorted(os.listdir(tmp_path)) == ["[out].csv", "[out].csv.partial.mine", "o.csv.partial.1"]
-    assert read(tmp_path / "[out].csv") == []
-
-
-def test_what_fills_up_a_batch_is_not_written(tmp_path: Path) -> None:
+def test_padding_is_not_written(tmp_path: Path) -> None:
     trainer(PredictionWriter(tmp_path / "out.csv")).predict(make_classifier(), batches("a", "b", "", "c", ""))
     assert [row["file"] for row in read(tmp_path / "out.csv")] == ["a", "b", "c"]

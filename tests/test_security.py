@@ -136,7 +136,7 @@ COMMANDS = {
     "test": ["test", "--ckpt_path", "{C}"],
     "validate": ["validate", "--ckpt_path", "{C}"],
     "flops": ["flops", "--ckpt_path", "{C}"],
-    "predict": ["predict", "--ckpt_path", "{C}", "--images", "."],
+    "predict": ["predict", "--ckpt_path", "{C}", "--images", "{C}", "--out", "p.csv"],
     "calibrate": ["calibrate", "--ckpt_path", "{C}", "--goal.cost", "0.5"],
     "fit": ["fit", "-c", TINY, "--ckpt_path", "{C}"],
 }

@@ -47,9 +47,9 @@ examples:
 Settings come in layers, and each wins over those before it: defaults, the checkpoint's, config files in their order,
 the command line.
 """
-TRAINER = ("fit", "validate", "test", "predict", "flops", "calibrate")
+TRAINER = ("fit", "validate", "test", "flops", "calibrate")
 """Commands with a whole configuration: model, data, trainer."""
-OWN = ("export", "bench", "verify", "configs")
+OWN = ("predict", "export", "bench", "verify", "configs")
 """Commands with a handful of settings; each is a module here with a ``run(args)``."""
 COMMANDS = (*TRAINER, *OWN)
 
@@ -99,8 +99,6 @@ def _run(args: list[str]) -> None:
         find_config(file)
     if command in OWN:
         import_module(f"dynadapter.cli.{command}").run(args[1:])
-    elif command == "predict" and any(arg.partition("=")[0] == "--bundle" for arg in args):
-        import_module("dynadapter.cli.predict").run(args[1:])
     elif command == "fit" and (seeds := import_module("dynadapter.cli.seeds")).asked(args[1:]):
         seeds.run(args[1:])
     else:

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from dynadapter.cli.errors import Mistake, Stopped, Terminated, one_line, sigterm
+from dynadapter.cli.networks import check_bundle, load_bundle
 from dynadapter.cli.parser import CommandParser
-from dynadapter.cli.predict import check_bundle, load_bundle
 
 if TYPE_CHECKING:  # torch takes seconds to load, and a slip of the pen is answered without it
     from torch import Tensor

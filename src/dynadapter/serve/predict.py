@@ -1,13 +1,10 @@
-"""Predict for many images: from folders, lists and single files to a table, resumable and by several processes."""
+"""Classify many images into a resumable table, alone or as one of several processes."""
 
-import csv
-import io
 import math
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -16,7 +13,7 @@ from numpy.typing import NDArray
 
 from dynadapter.exits.policies import Policy
 from dynadapter.images.preprocess import Preprocess
-from dynadapter.images.reading import UnreadableImage, find_images, load_image
+from dynadapter.images.reading import UnreadableImage, load_image
 from dynadapter.serve.bundle import Bundle
 from dynadapter.serve.formats import COLUMNS, PROBABILITY, Row, Unread
 from dynadapter.serve.table import PredictionTable
@@ -24,59 +21,9 @@ from dynadapter.serve.table import PredictionTable
 Pixels = NDArray[np.uint8]
 """(3, size, size)."""
 
-LISTS = (".txt", ".lst", ".list")
-"""Suffixes of files that hold one path a line."""
-
 
 class TooManyUnread(ValueError):
     """More images than allowed cannot be read."""
-
-
-def list_images(places: Iterable[str], path_column: str | None = None) -> list[str]:
-    """List the images that are meant by folders, lists, CSV files and single images.
-
-    Args:
-        places: Folders (searched with their subfolders), text files with one path a line, CSV files, image files. Paths
-            in a list are relative to its folder. They are only ever read as images.
-        path_column: The column of a CSV file that holds the paths; None for the first.
-
-    Raises:
-        ValueError: A place does not exist, or holds no image.
-    """
-    found: list[str] = []
-    for place in (Path(place).expanduser() for place in places):
-        if not place.exists():
-            raise ValueError(f"{place} does not exist; give a folder, a list, a CSV file or an image")
-        if place.suffix.lower() == ".csv":
-            names = _column(place, path_column)
-        elif place.suffix.lower() in LISTS:
-            names = [line.removesuffix("\r") for line in _text(place).split("\n") if line.strip()]
-        else:
-            found += map(str, find_images(place))
-            continue
-        if not names:
-            raise ValueError(f"{place} lists no image; give a file with one path a line, or a CSV file with a header")
-        found += [str(place.parent / Path(name).expanduser()) for name in names]
-    return found
-
-
-def _column(place: Path, name: str | None) -> list[str]:
-    try:
-        reader = csv.DictReader(io.StringIO(_text(place)))
-        columns = list(reader.fieldnames or [])
-        wanted = name or next(iter(columns), "")
-        if wanted not in columns:
-            raise ValueError(f"{place} has no column {wanted!r}; its columns are: {', '.join(columns) or 'none'}")
-        return [row[wanted] for row in reader if row[wanted]]
-    except csv.Error as error:
-        raise ValueError(f"{place} is no CSV file: {error}") from error
-
-
-def _text(place: Path) -> str:
-    try:
-        return place.read_text(encoding="utf-8-sig", errors="surrogateescape")
-    except OSError as error:
-        raise ValueError(f"{place} cannot be read: {error.strerror}") from error
 
 
 # ---- rows

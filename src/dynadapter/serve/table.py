@@ -13,6 +13,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -362,7 +363,7 @@ def _difference(there: Any, wanted: Mapping[str, Any]) -> str:
     if there.get("list") != wanted["list"]:
         return "was begun with other images: names, sizes or times of the files have changed"
     name = next(name for name in [*wanted, *there] if there.get(name) != wanted.get(name))
-    before = str(there.get(name))
-    if len(before) > 40:  # a hash or a list of columns says nothing to a reader
-        return f"was begun with another {name}"
+    before = there.get(name)
+    if isinstance(before, list) or re.fullmatch("[0-9a-f]{64}", str(before)):  # a hash says nothing to a reader
+        return f"was begun with another {name}" if name != "columns" else "was begun with other columns"
     return f"was begun with {name}={before}, now it is {wanted.get(name)}"

@@ -1,0 +1,141 @@
+"""The network of a command: a bundle, or a checkpoint as a bundle in memory."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dynadapter.cli.errors import Mistake, one_line
+
+if TYPE_CHECKING:  # torch takes seconds to load, and invalid input is answered without it
+    from dynadapter.exits.policies import Policy
+    from dynadapter.serve.bundle import Bundle
+
+
+def check_network(bundle: str | None, checkpoint: str | None = None) -> None:
+    """Refuse a place that holds no network, before anything heavy is loaded.
+
+    Raises:
+        Mistake: The checkpoint does not exist, or the bundle is something else.
+    """
+    if checkpoint is not None and not Path(checkpoint).expanduser().is_file():
+        raise Mistake(f"--ckpt_path {checkpoint} does not exist; give the file that fit wrote, such as last.ckpt")
+    if bundle is not None:
+        check_bundle(bundle)
+
+
+def check_bundle(place: str) -> None:
+    """Refuse an exported folder or a checkpoint that is given as a bundle."""
+    folder = Path(place).expanduser()
+    if (folder / "config.json").exists() or not folder.exists():
+        return  # load reports what is wrong with it
+    if (folder / "manifest.json").is_file():
+        raise Mistake(
+            f"{place} is an exported folder, not a bundle; run it with python -m dynadapter.serve.runtime {place} "
+            "IMAGES"
+        )
+    if folder.is_file() and folder.suffix == ".ckpt":
+        raise Mistake(
+            f"{place} is a checkpoint, not a bundle; make one with dynadapter calibrate --ckpt_path {place} "
+            "--goal.cost 0.5 --bundle FOLDER, or give predict --ckpt_path"
+        )
+
+
+def load_bundle(place: str, weights: str | None, pretrained: bool | None) -> "Bundle":
+    """Load a bundle.
+
+    Raises:
+        Mistake: It cannot be loaded; with settings named as on the command line.
+    """
+    from dynadapter.serve.bundle import load
+
+    file = _weights(weights)
+    try:
+        return load(place, file, pretrained)
+    except ValueError as error:
+        raise Mistake(_as_typed(error)) from error
+
+
+def load_network(given: Any, number: int = 0) -> "Bundle":
+    """Load the network of a command onto its device.
+
+    Args:
+        given: Settings ``bundle``, ``ckpt_path``, ``weights``, ``pretrained``, ``policy``, ``threshold``, ``device``.
+        number: Of this process among several; each takes the next GPU.
+
+    Raises:
+        Mistake: It cannot be loaded, takes no images, or the policy does not fit.
+    """
+    import torch
+
+    from dynadapter.backbones.layout import lay_out_for_cpu
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if given.device == "cuda" and not count:
+        raise Mistake("--device cuda, but torch finds no GPU here; give --device cpu, or leave it out")
+    device = f"cuda:{number % count}" if count and given.device != "cpu" else "cpu"
+    if given.bundle is not None:
+        bundle = load_bundle(given.bundle, given.weights, given.pretrained)
+    else:
+        bundle = load_checkpoint(given.ckpt_path, given.weights, given.pretrained)
+    if bundle.preprocess is None:
+        raise Mistake(f"{given.bundle} has no preprocessing and takes tensors alone, no image files")
+    try:
+        bundle.policy = chosen_policy(bundle.policy, given.policy, given.threshold)
+        bundle.policy.check(bundle.net.num_exits)
+    except (ValueError, TypeError) as error:
+        raise Mistake(one_line(error)) from error
+    bundle.to(device)
+    lay_out_for_cpu(bundle.net)
+    return bundle
+
+
+def load_checkpoint(path: str, weights: str | None, pretrained: bool | None) -> "Bundle":
+    """Load a checkpoint as a bundle in memory, with the first policy of its run.
+
+    Raises:
+        Mistake: It cannot be loaded.
+    """
+    from dynadapter.serve.bundle import in_memory
+    from dynadapter.training.restoring import load_classifier, stored_policy
+
+    place, file = Path(path).expanduser(), _weights(weights)
+    try:
+        return in_memory(load_classifier(place, file, pretrained), stored_policy(place))
+    except (ValueError, TypeError, OSError) as error:
+        raise Mistake(_as_typed(error)) from error
+
+
+def chosen_policy(stored: "Policy", policy: dict[str, Any] | str | None, threshold: Any) -> "Policy":
+    """Return the stored policy, or another one or the same with another threshold; temperatures stay.
+
+    Raises:
+        ValueError: There is no such policy, or it has no threshold.
+    """
+    from dynadapter.exits.policies import Policy, Thresholded
+    from dynadapter.exits.temperature import Scaled
+    from dynadapter.spec import restore
+
+    if isinstance(stored, Scaled):
+        return replace(stored, policy=chosen_policy(stored.policy, policy, threshold))
+    value = tuple(threshold) if isinstance(threshold, list) else threshold
+    if policy is not None:
+        settings = {} if value is None else {"threshold": value}
+        spec: dict[str, Any] = policy if isinstance(policy, dict) else {"class_path": policy}
+        return restore({**spec, "init_args": {**spec.get("init_args", {}), **settings}}, Policy, "--policy")
+    if value is None:
+        return stored
+    if not isinstance(stored, Thresholded):
+        raise ValueError(f"--threshold {threshold}: the policy {stored.name} has none; give --policy Confidence, too")
+    return replace(stored, threshold=value)
+
+
+def _weights(given: str | None) -> Path | None:
+    if given is None:
+        return None
+    if not Path(given).expanduser().is_file():
+        raise Mistake(f"--weights {given} does not exist; give a file of weights")
+    return Path(given).expanduser()
+
+
+def _as_typed(error: Exception) -> str:
+    return one_line(error).replace("weights='...'", "--weights FILE").replace("pretrained=True", "--pretrained true")

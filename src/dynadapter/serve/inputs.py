@@ -1,0 +1,58 @@
+"""List the images to predict for: from folders, lists, CSV files and single files."""
+
+import csv
+import io
+from collections.abc import Iterable
+from pathlib import Path
+
+from dynadapter.images.reading import find_images
+
+LISTS = (".txt", ".lst", ".list")
+"""Suffixes of files that hold one path a line."""
+
+
+def list_images(places: Iterable[str], path_column: str | None = None) -> list[str]:
+    """List the images that are meant by folders, lists, CSV files and single images.
+
+    Args:
+        places: Folders (searched with their subfolders), text files with one path a line, CSV files, image files. Paths
+            in a list are relative to its folder. They are only ever read as images.
+        path_column: The column of a CSV file that holds the paths; None for the first.
+
+    Raises:
+        ValueError: A place does not exist, or holds no image.
+    """
+    found: list[str] = []
+    for place in (Path(place).expanduser() for place in places):
+        if not place.exists():
+            raise ValueError(f"{place} does not exist; give a folder, a list, a CSV file or an image")
+        if place.suffix.lower() == ".csv":
+            names = _column(place, path_column)
+        elif place.suffix.lower() in LISTS:
+            names = [line.removesuffix("\r") for line in _text(place).split("\n") if line.strip()]
+        else:
+            found += map(str, find_images(place))
+            continue
+        if not names:
+            raise ValueError(f"{place} lists no image; give a file with one path a line, or a CSV file with a header")
+        found += [str(place.parent / Path(name).expanduser()) for name in names]
+    return found
+
+
+def _column(place: Path, name: str | None) -> list[str]:
+    try:
+        reader = csv.DictReader(io.StringIO(_text(place)))
+        columns = list(reader.fieldnames or [])
+        wanted = name or next(iter(columns), "")
+        if wanted not in columns:
+            raise ValueError(f"{place} has no column {wanted!r}; its columns are: {', '.join(columns) or 'none'}")
+        return [row[wanted] for row in reader if row[wanted]]
+    except csv.Error as error:
+        raise ValueError(f"{place} is no CSV file: {error}") from error
+
+
+def _text(place: Path) -> str:
+    try:
+        return place.read_text(encoding="utf-8-sig", errors="surrogateescape")
+    except OSError as error:
+        raise ValueError(f"{place} cannot be read: {error.strerror}") from error

@@ -1,0 +1,94 @@
+"""Build a classifier from its checkpoint alone, without a Trainer."""
+
+import inspect
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import yaml
+from lightning.pytorch.utilities import rank_zero_info
+
+from dynadapter.exits.policies import Confidence, Policy
+from dynadapter.spec import restore
+from dynadapter.training.checkpoints import read
+from dynadapter.training.contents import saved_contents
+from dynadapter.training.module import ExitClassifier
+
+MAX_VALUES = 1000
+"""No policy has more; a few lines of aliases can stand for billions."""
+
+
+def load_classifier(
+    path: str | Path, weights: str | Path | None = None, pretrained: bool | None = None
+) -> ExitClassifier:
+    """Build the classifier that a checkpoint describes and load its trained tensors, in evaluation mode.
+
+    Nothing that the checkpoint names is imported: its classes are known already or refused.
+
+    Args:
+        path: A checkpoint of ``dynadapter fit`` or of a Trainer.
+        weights: A local file with the backbone's weights, instead of the one that the checkpoint names.
+        pretrained: Whether timm may fetch the backbone's weights; None for what the training did.
+
+    Raises:
+        ValueError: The file is damaged, is not of an :class:`~dynadapter.training.module.ExitClassifier`, or does not
+            fit the backbone.
+    """
+    checkpoint = read(path)
+    try:
+        names = restore(saved_contents(checkpoint)["class_names"], list[str], "class_names")
+        settings = _settings(checkpoint["hyper_parameters"]) | {"num_classes": len(names), "class_names": names}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} was not written by dynadapter fit; give a checkpoint that was") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    if weights is not None:
+        settings |= {"weights": str(weights)}
+    elif pretrained is not None:
+        settings |= {"weights": None, "pretrained": pretrained}
+    elif settings.get("weights"):
+        rank_zero_info(f"the backbone's weights come from {settings['weights']}, as the checkpoint says")
+    classifier = ExitClassifier(**settings)
+    classifier.on_load_checkpoint(checkpoint)
+    classifier.load_state_dict(checkpoint["state_dict"])
+    return classifier.eval()
+
+
+def _settings(given: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of the classifier that a checkpoint holds, as objects."""
+    hints = get_type_hints(ExitClassifier.__init__)
+    known = set(inspect.signature(ExitClassifier).parameters) - {"optimizer"}  # which no checkpoint holds
+    return {name: restore(value, hints[name], name) for name, value in given.items() if name in known}
+
+
+def stored_policy(path: str | Path) -> Policy:
+    """Return the first exit policy in the ``config.yaml`` of a checkpoint's run; ``Confidence(0.9)`` if there is none.
+
+    Args:
+        path: The checkpoint, in ``RUN/checkpoints``.
+
+    Raises:
+        ValueError: The config names no policy that is known.
+    """
+    config = Path(path).parent.parent / "config.yaml"
+    try:
+        content = yaml.safe_load(config.read_text(encoding="utf-8"))
+        policies = content["early_exit"]["policies"]
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError, KeyError, TypeError):
+        return Confidence(0.9)
+    if not isinstance(policies, list) or not policies:
+        return Confidence(0.9)
+    where = f"{config}: early_exit.policies[0]"
+    if _is_huge(policies[0]):
+        raise ValueError(f"{where} holds more than {MAX_VALUES:,} values; aliases may repeat too much of it")
+    return restore(policies[0], Policy, where)
+
+
+def _is_huge(content: Any) -> bool:
+    """Check whether a value holds too many others, each repetition by an alias counted."""
+    left, count = [content], 0
+    while left and count <= MAX_VALUES:
+        part = left.pop()
+        count += 1
+        if isinstance(part, dict | list):
+            left += part.values() if isinstance(part, dict) else part
+    return bool(left)
