@@ -45,9 +45,10 @@ from torch import Tensor, nn
 
 from dynadapter import Confidence, ExitNet, LoRA, Never, Stream, exit_costs, inject
 from dynadapter.bench.timing import best_chunk, ratio, share_thresholds
+from dynadapter.images.preprocess import Preprocess
 from dynadapter.serve.export import export_onnx
-from dynadapter.serve.runtime import Policy as RunnerPolicy
 from dynadapter.serve.runtime import Runner
+from dynadapter.serve.runtime.policies import Policy as RunnerPolicy
 
 STREAM_IMAGES = {"ViT-Ti, 64 tokens": 128, "ViT-S/16, 224": 64}
 STAGE_SIZES = (8, 16)
@@ -66,9 +67,9 @@ def answers(net: ExitNet, images: tuple[Tensor, ...], policy: Confidence, size: 
     stream, found = Stream(net, policy, batch=size), []
     for arrived, image in enumerate(images):
         stream.push(image)
-        found += [(answer.ticket, answer.exit, arrived - answer.ticket) for answer in stream.pop()]
+        found += [(answer.ticket, answer.exit_index, arrived - answer.ticket) for answer in stream.pop()]
     last = len(images) - 1
-    return found + [(answer.ticket, answer.exit, last - answer.ticket) for answer in stream.flush()]
+    return found + [(answer.ticket, answer.exit_index, last - answer.ticket) for answer in stream.flush()]
 
 
 @torch.inference_mode()
@@ -115,7 +116,7 @@ class Exported:
 
     def __init__(self, net: ExitNet, size: int, folder: Path) -> None:
         names = [str(k) for k in range(net.num_classes)]
-        shared: dict[str, Any] = {"class_names": names, "preprocessing": {"image_size": size}, "policy": Never()}
+        shared: dict[str, Any] = {"class_names": names, "preprocess": Preprocess(size), "policy": Never()}
         whole = ExitNet(copy.deepcopy(net.backbone), exit_depths=[]).eval()
         export_onnx(whole, folder / "static", class_first=False, **shared)
         self.static = Runner(folder / "static", threads=1).load()

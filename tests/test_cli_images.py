@@ -1,4 +1,4 @@
-"""Images and classes by the command line: what cannot be read is listed, and classes go by their names."""
+"""Images and classes on the command line: unreadable images are listed, and classes are matched by name."""
 
 import csv
 import json
@@ -18,7 +18,7 @@ OPTIONS = ["--data=VTAB1k", "--data.task=task", "--data.image_size=32", "--data.
 
 
 def make(root: Path, names: tuple[str, ...] = NAMES) -> Path:
-    """A task of dark, grey and white images, numbered in the order of the names."""
+    """Write a task of dark, grey and white images, with class indices in the order of the names."""
     (root / "task" / "images").mkdir(parents=True)
     rng = np.random.default_rng(0)
     lines = []
@@ -39,7 +39,7 @@ def listed(path: Path) -> list[list[str]]:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run on a set of which one image cannot be read."""
+    """Train on a set that holds one unreadable image."""
     folder = tmp_path_factory.mktemp("trained")
     make(folder / "data")
     (folder / "data" / "task" / "images" / "7.png").write_bytes(b"no image")
@@ -49,7 +49,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "version_0"
 
 
-def test_what_was_left_out_of_a_training_is_listed(trained):
+def test_images_skipped_in_fit_are_listed(trained):
     image = trained.parent / "data" / "task" / "images" / "7.png"
     reason = "not an image of a known format (PNG, JPEG, WEBP, BMP, GIF, TIFF, PPM)"
     assert listed(trained / "skipped.csv") == [["file", "reason"], [str(image), reason]]
@@ -58,7 +58,7 @@ def test_what_was_left_out_of_a_training_is_listed(trained):
     assert record["data"]["class_names"] == list(NAMES)
 
 
-def test_what_was_left_out_of_a_prediction_is_listed(trained, tmp_path):
+def test_images_skipped_in_predict_are_listed(trained, tmp_path):
     shutil.copytree(trained.parent / "data" / "task" / "images", tmp_path / "images")
     ckpt = trained / "checkpoints" / "last.ckpt"
     args = ["predict", "--ckpt_path", str(ckpt), "--images", str(tmp_path / "images"), "--out", str(tmp_path / "p.csv")]
@@ -67,10 +67,10 @@ def test_what_was_left_out_of_a_prediction_is_listed(trained, tmp_path):
     assert [row[0] for row in listed(tmp_path / "p.csv.skipped.csv")] == ["file", str(tmp_path / "images" / "7.png")]
     (tmp_path / "images" / "7.png").unlink()
     main([*args, "--overwrite=true"])
-    assert not (tmp_path / "p.csv.skipped.csv").exists()  # an old list says nothing of a new table
+    assert not (tmp_path / "p.csv.skipped.csv").exists()  # the old list does not belong to the new table
 
 
-def test_more_than_the_cap_is_an_error(trained, capsys):
+def test_too_many_unreadable_images(trained, capsys):
     data = trained.parent / "data"
     with pytest.raises(SystemExit) as ending:
         main(["fit", "-c", TINY, *OPTIONS, f"--data.root={data}", "--data.on_error=skip", "--data.max_skipped=0"])
@@ -81,7 +81,7 @@ def test_more_than_the_cap_is_an_error(trained, capsys):
 
 
 @pytest.mark.parametrize("command", ["test", "validate"])
-def test_the_order_of_the_classes_does_not_matter(command, trained, tmp_path):
+def test_classes_are_matched_by_name(command, trained, tmp_path):
     def results(root: Path) -> dict[str, float]:
         args = [f"--data.root={root}", f"--trainer.default_root_dir={root}", "--trainer.limit_test_batches=null"]
         main([command, "--ckpt_path", str(trained / "checkpoints" / "last.ckpt"), *OPTIONS, *args])
@@ -95,7 +95,7 @@ def test_the_order_of_the_classes_does_not_matter(command, trained, tmp_path):
     assert results(wrong) != expected
 
 
-def test_other_classes_are_refused_with_both_lists(trained, tmp_path, capsys):
+def test_other_classes_are_refused(trained, tmp_path, capsys):
     root = make(tmp_path)
     (root / "task" / "classes.txt").write_text("dark\ngray\nwhite")
     with pytest.raises(SystemExit) as ending:
@@ -106,8 +106,8 @@ def test_other_classes_are_refused_with_both_lists(trained, tmp_path, capsys):
     assert "'dark', 'gray', 'white'" in line
 
 
-def test_a_training_goes_on_by_the_names_of_its_classes(trained, tmp_path):
-    """The order in a file has changed between a training and its end; the labels of the images have not."""
+def test_resumed_fit_matches_classes_by_name(trained, tmp_path):
+    """The class list was reordered before the run was resumed; the labels of the images are the same."""
     ends = []
     for order in (NAMES, ("white", "dark", "grey")):
         root = make(tmp_path / order[0], order)

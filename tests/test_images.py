@@ -226,11 +226,12 @@ def test_crop_of_a_strip_needs_no_memory(shape: tuple[int, ...]) -> None:
     assert (pixels == 200).all()
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 @pytest.mark.parametrize(("normalization", "mean", "deviation"), NORMALIZATIONS)
-def test_normalize_in_torch_is_bit_equal(normalization: Any, mean: Any, deviation: Any) -> None:
+def test_normalize_in_torch_is_bit_equal(normalization: Any, mean: Any, deviation: Any, device: str) -> None:
     every = np.arange(256, dtype=np.uint8).repeat(3 * 35).reshape(256, 3, 5, 7)
     preprocess = Preprocess(1, normalization=normalization)
-    ours, theirs = preprocess.normalize(every), normalize(torch.from_numpy(every), preprocess)
+    ours, theirs = preprocess.normalize(every), normalize(torch.from_numpy(every).to(device), preprocess).cpu()
     assert (theirs.dtype, theirs.shape) == (torch.float32, ours.shape)
     assert np.array_equal(ours, theirs)
     reference = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(mean), list(deviation))])

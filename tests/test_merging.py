@@ -26,8 +26,9 @@ from dynadapter.exits.heads import LinearHeads
 from dynadapter.exits.net import ExitNet
 from dynadapter.exits.policies import Confidence, Never
 from dynadapter.exits.token_merging import TokenMerging, merge_counted, merge_tokens
+from dynadapter.images.preprocess import Preprocess
 from dynadapter.serve.bundle import load
-from dynadapter.serve.export import export_onnx, export_programs
+from dynadapter.serve.export import export_onnx
 from dynadapter.serve.stream import Stream
 from dynadapter.training.module import ExitClassifier
 
@@ -226,7 +227,7 @@ def test_all_paths_give_same_logits(options: dict[str, Any], token_merging: Toke
             torch.testing.assert_close(torch.cat([one.logits for one in alone]), logits, rtol=1e-4, atol=1e-5)
         answers = Stream(net, policy, batch=5)
         answers.push(images)
-        assert [answer.exit for answer in answers.flush()] == exits.tolist()
+        assert [answer.exit_index for answer in answers.flush()] == exits.tolist()
 
 
 @pytest.mark.parametrize("options", VITS.values(), ids=VITS)
@@ -428,11 +429,10 @@ def test_exported_stages_do_the_same(tmp_path: Path) -> None:
     options: dict[str, Any] = {
         "policy": Confidence(0.5),
         "class_names": NAMES,
-        "preprocessing": {"image_size": 32},
+        "preprocess": Preprocess(32),
         "check_images": pictures(6),
     }
     export_onnx(net, tmp_path / "onnx", **options)  # compares logits and exits
-    export_programs(net, tmp_path / "programs", **options)
     found, exits = map(torch.from_numpy, runtime.Runner(tmp_path / "onnx", threads=1).route(pictures(5).numpy()))
     with torch.no_grad():
         expected = net.early(pictures(5), options["policy"])

@@ -5,7 +5,6 @@ import os
 import struct
 import time
 import tomllib
-import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,19 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_vit
 from packaging.requirements import Requirement
 from PIL import Image
 
-from dynadapter.adapters import LoRA, inject
 from dynadapter.cli import main
 from dynadapter.data import ImageFolder, UnreadableImage, VTAB1k, lists
-from dynadapter.exits.heads import LinearHeads
-from dynadapter.exits.net import ExitNet
-from dynadapter.exits.policies import Confidence
 from dynadapter.images.reading import load_image
-from dynadapter.serve import runtime
-from dynadapter.serve.export import export_programs, load_programs
 from dynadapter.training.module import ExitClassifier
 
 PREPROCESSING = {"image_size": 32, "interpolation": "bicubic", "resize": "stretch", "normalization": "half"}
@@ -81,8 +73,7 @@ def test_source_loads_no_pickle():
         if name in ("torch.load", "read_checkpoint"):
             seen += 1
             assert ast.unparse(named["weights_only"]) == "True", file
-        if name == "torch.export.load":  # which looks for pickles first
-            assert file == "export.py"
+        assert name != "torch.export.load", file  # it loads pickles
         assert not name.startswith(("pickle.", "marshal.", "shelve.", "dill.", "joblib.", "cloudpickle.")), file
         assert last != "Unpickler", file
         assert name not in ("torch.jit.load", "torch.hub.load", "pd.read_pickle"), file
@@ -355,8 +346,6 @@ def test_hostile_image(kind, mark, capsys):
     Image.new("RGB", (4, 4)).save(folder / "good.png")
     with pytest.raises(UnreadableImage, match=words):
         load_image(folder / name)
-    with pytest.raises(runtime.UnreadableImage, match=words):
-        runtime.load_image(folder / name)
     data = ImageFolder(mark.parent / "set", val_fraction=0, on_error="skip")
     with pytest.warns(UserWarning, match=rf"skipped 1 unreadable image\(s\): .*{name}"):
         assert len(data.dataset("train")) == 1
@@ -364,71 +353,3 @@ def test_hostile_image(kind, mark, capsys):
         main(["verify", "--data", "ImageFolder", "--data.root", str(mark.parent / "set")])
     assert ending.value.code == 1
     assert ": 1 image cannot be read" in capsys.readouterr().out
-
-
-# ---- a hostile program
-
-
-@pytest.fixture(scope="module")
-def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("programs")
-    backbone = make_vit(depth=2)
-    inject(backbone, LoRA(rank=2))
-    net = ExitNet(backbone, LinearHeads(), every=1).eval()
-    export_programs(
-        net, folder / "good", policy=Confidence(0.5), class_names=list("abcde"), preprocessing=PREPROCESSING
-    )
-    return folder / "good"
-
-
-def rebuilt(file: Path, edit: Callable[[str, bytes], bytes | None], *more: tuple[str, bytes]) -> None:
-    """Changes the parts of a program, with checksums to match."""
-    with zipfile.ZipFile(file) as archive:
-        parts = {name: archive.read(name) for name in archive.namelist()}
-    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-        for name, content in parts.items():
-            if (changed := edit(name, content)) is not None:
-                archive.writestr(name, changed)
-        for name, content in more:
-            archive.writestr(f"{file.stem}/{name}", content)
-
-
-def replaced(old: bytes, new: bytes) -> Callable[[str, bytes], bytes]:
-    return lambda name, content: content.replace(old, new)
-
-
-PROGRAMS: dict[str, tuple[Callable[[str, bytes], bytes | None], tuple[tuple[str, bytes], ...], str]] = {
-    "pickled weights": (replaced(b'"use_pickle": false', b'"use_pickle": true'), (), "it holds a pickle"),
-    "a pickled object": (
-        replaced(b'"path_name": "tensor_0"', b'"path_name": "opaque_obj_0"'),
-        (),
-        "it holds an object",
-    ),
-    "pickled inputs": (lambda n, c: b"x" if "sample_inputs" in n else c, (), "it holds a pickle"),
-    "another function": (
-        replaced(b"torch.ops.aten.view.default", b"torch.os.system"),
-        (),
-        "a call of 'torch.os.system'",
-    ),
-    "an expression": (
-        replaced(b"positive=True", b"positive=exec('import os')"),
-        (),
-        "it holds an expression",
-    ),
-    "compiled code": (lambda n, c: c, (("data/aotinductor/model/a.so", b"ELF"),), "it holds compiled code"),
-    "an older layout": (lambda n, c: None if n.endswith("archive_format") else c, (), "it holds other parts"),
-}
-
-
-@pytest.mark.parametrize("kind", PROGRAMS)
-def test_a_program(kind, programs, tmp_path, monkeypatch):
-    edit, more, words = PROGRAMS[kind]
-    for file in programs.iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    load_programs(tmp_path)
-    rebuilt(tmp_path / "stage0.pt2", edit, *more)
-    with pytest.raises(ValueError, match="copy the exported folder again"):
-        load_programs(tmp_path)
-    monkeypatch.setattr(runtime, "_check_file", lambda *args: None)  # as with a manifest that was made to match
-    with pytest.raises(ValueError, match=words):
-        load_programs(tmp_path)

@@ -1,4 +1,4 @@
-"""A flow of small batches gets the answers of routing, in order, and nobody waits too long."""
+"""A stream of small batches gives the results of routing, in order, and no sample waits too long."""
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ IMAGES = torch.randn(40, 3, 32, 32, generator=torch.Generator().manual_seed(3))
     wait=st.integers(0, 12),
     policy=st.sampled_from([Confidence(0.5), Confidence(0.0), Never(), Patience(2)]),
 )
-def test_answers_are_those_of_routing_in_order(sizes, batch, wait, policy):
+def test_stream_equals_routing_in_order(sizes, batch, wait, policy):
     images = IMAGES[: sum(sizes)]
     stream, answers = Stream(NET, policy, batch, wait), []
     with torch.no_grad():
@@ -42,7 +42,7 @@ def test_answers_are_those_of_routing_in_order(sizes, batch, wait, policy):
         assert [a.ticket for a in answers] == list(range(len(images)))
         if answers:
             expected = NET.early(images, policy)
-            assert [a.exit for a in answers] == expected.exit_index.tolist()
+            assert [a.exit_index for a in answers] == expected.exit_index.tolist()
             got = torch.stack([a.logits for a in answers])
             torch.testing.assert_close(got, expected.logits, rtol=1e-4, atol=1e-4)
     assert not stream._answers
@@ -50,14 +50,14 @@ def test_answers_are_those_of_routing_in_order(sizes, batch, wait, policy):
 
 
 @pytest.mark.parametrize("make", [make_swin, make_convnext])
-def test_other_families(make):
+def test_stream_with_other_families(make):
     net = network(make)
     stream = Stream(net, Confidence(0.5), batch=4)
     with torch.no_grad():
         for image in IMAGES[:10].split(1):
             stream.push(image)
         answers = stream.flush()
-        assert [a.exit for a in answers] == net.early(IMAGES[:10], Confidence(0.5)).exit_index.tolist()
+        assert [a.exit_index for a in answers] == net.early(IMAGES[:10], Confidence(0.5)).exit_index.tolist()
 
 
 def test_deep_stages_run_full():
@@ -72,17 +72,17 @@ def test_deep_stages_run_full():
 
 
 @pytest.mark.parametrize("wait", [0, 3, 10])
-def test_nobody_is_overtaken_by_more_than_the_bound(wait):
-    """Not even where a stage never fills: a sample is answered once `wait` others have come after it."""
+def test_wait_limits_later_arrivals(wait):
+    """A sample is answered once `wait` others have arrived after it, even if no stage ever has a full batch."""
     stream = Stream(NET, Never(), batch=1000, wait=wait)
     with torch.no_grad():
         for n, image in enumerate(IMAGES.split(1)):
             stream.push(image)
-            answered = stream.given + len(stream._answers)
+            answered = stream.returned + len(stream._answers)
             assert answered >= n + 1 - wait
 
 
-def test_nobody_waits_longer_than_the_clock_allows():
+def test_seconds_limit_the_wait():
     now = [0.0]
     stream = Stream(NET, Never(), batch=1000, wait=1000, seconds=2.0, clock=lambda: now[0])
     with torch.no_grad():
@@ -90,18 +90,18 @@ def test_nobody_waits_longer_than_the_clock_allows():
         now[0] = 1.9
         stream.poll()
         assert not stream.pop()
-        for _ in range(NET.num_exits):  # the bound holds at each stage
+        for _ in range(NET.num_exits):  # the limit holds at each stage
             now[0] += 2.0
             stream.poll()
         assert len(stream.pop()) == 3
 
 
 @pytest.mark.parametrize("wrong", [{"batch": 0}, {"wait": -1}, {"seconds": -1.0}, {"seconds": float("nan")}])
-def test_wrong_numbers(wrong):
+def test_numbers_out_of_range(wrong):
     with pytest.raises(ValueError, match="must be at least 1"):
         Stream(NET, Never(), **wrong)
 
 
-def test_thresholds_must_fit():
+def test_thresholds_must_fit_the_exits():
     with pytest.raises(ValueError, match="threshold has 3 values"):
         Stream(NET, Confidence((0.1, 0.2, 0.3)))

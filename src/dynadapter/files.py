@@ -1,14 +1,19 @@
-"""Write files and folders whole or not at all, whenever the process or the machine stops."""
+"""Write files and folders whole or not at all, whenever the process or the machine stops; hash their contents.
+
+This file imports the standard library alone: an exported folder holds a copy of it.
+"""
 
 import contextlib
 import ctypes
+import hashlib
+import json
 import os
 import secrets
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 
 @contextlib.contextmanager
@@ -27,15 +32,18 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         new.unlink(missing_ok=True)
 
 
-def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Write files into a new folder, which takes its name once all of them are on the disk, and replace an old one.
+@contextlib.contextmanager
+def replacing_folder(folder: Path) -> Iterator[Path]:
+    """Create a folder that takes the name `folder` after the body and replaces an old one; an error changes nothing.
 
     Whenever the process stops, the name stands for nothing, the old folder or the new one. Where the system cannot
     exchange two folders in one step, the old one can be left under a hidden name, see :func:`left_over`.
 
     Args:
-        folder: Where to write; missing parent folders are created.
-        files: Content by name, in the order of writing.
+        folder: The name; missing parent folders are created.
+
+    Yields:
+        The new folder, under a hidden name.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     # Beside the target, because a rename is one step only inside one file system. Not by tempfile, because its folders
@@ -43,8 +51,7 @@ def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
     unfinished = folder.parent / f".{folder.name}.{secrets.token_hex(4)}.partial"
     unfinished.mkdir()
     try:
-        for name, data in files.items():
-            _write(unfinished / name, data)
+        yield unfinished
         sync_folder(unfinished)
         if not os.path.lexists(folder):
             os.rename(unfinished, folder)
@@ -55,9 +62,37 @@ def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
+def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Write files into a new folder, which takes its name once all of them are on the disk; see `replacing_folder`.
+
+    Args:
+        folder: Where to write; an old folder is replaced.
+        files: Content by name, in the order of writing.
+    """
+    with replacing_folder(folder) as unfinished:
+        for name, data in files.items():
+            _write(unfinished / name, data)
+
+
 def left_over(folder: Path) -> Path | None:
-    """Return the old folder that an interrupted :func:`write_folder` left under a hidden name, if there is one."""
+    """Return the old folder that an interrupted :func:`replacing_folder` left under a hidden name, if there is one."""
     return next(folder.parent.glob(f".{folder.name}.*.previous"), None)
+
+
+def checksum(content: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of a JSON object, independent of its layout and of the order of its keys.
+
+    >>> checksum({"a": 1, "b": 2}) == checksum({"b": 2, "a": 1})
+    True
+    """
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file as 64 hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sync_folder(folder: Path) -> None:

@@ -4,9 +4,7 @@ No name in a file is ever imported: a class is known already, or refused.
 """
 
 import difflib
-import hashlib
 import inspect
-import json
 from abc import ABC
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, fields, is_dataclass
@@ -71,16 +69,6 @@ def _class_path(cls: type) -> str:
     """Return the name of a class in files; for a public one, it stays when its module moves."""
     public = _ours(cls.__module__) and cls.__qualname__ in dynadapter.__all__
     return f"{'dynadapter' if public else cls.__module__}.{cls.__qualname__}"
-
-
-def checksum(content: Mapping[str, Any]) -> str:
-    """Return the SHA-256 of a JSON object; layout and order of keys play no part.
-
-    >>> checksum({"a": 1, "b": 2}) == checksum({"b": 2, "a": 1})
-    True
-    """
-    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def restore(value: Any, hint: Any, where: str = "") -> Any:

@@ -17,9 +17,9 @@ from dynadapter.cost import ExitCosts, exit_costs
 from dynadapter.exits.heads import LinearHeads
 from dynadapter.exits.net import ExitNet
 from dynadapter.exits.policies import Never, Policy
+from dynadapter.images.preprocess import Preprocess
 from dynadapter.serve.export import export_onnx
 from dynadapter.serve.runtime import Runner
-from dynadapter.spec import plain
 
 
 class Absent(Exception):
@@ -186,7 +186,7 @@ def _exported(work: Work, kind: str, net: ExitNet, policy: Policy, class_first: 
         folder,
         policy=policy,
         class_names=subject.bundle.class_names,
-        preprocessing={"image_size": subject.size} if preprocess is None else plain(preprocess),
+        preprocess=Preprocess(subject.size) if preprocess is None else preprocess,
         class_first=class_first,
         check_images=work.images[:12].float().cpu(),
     )

@@ -29,10 +29,7 @@ def check_bundle(place: str) -> None:
     if (folder / "config.json").exists() or not folder.exists():
         return  # load reports what is wrong with it
     if (folder / "manifest.json").is_file():
-        raise Mistake(
-            f"{place} is an exported folder, not a bundle; run it with python -m dynadapter.serve.runtime {place} "
-            "IMAGES"
-        )
+        raise Mistake(f"{place} is an exported folder, not a bundle; run it with python {place}/predict.py IMAGES")
     if folder.is_file() and folder.suffix == ".ckpt":
         raise Mistake(
             f"{place} is a checkpoint, not a bundle; make one with dynadapter calibrate --ckpt_path {place} "

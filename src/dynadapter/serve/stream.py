@@ -1,4 +1,4 @@
-"""A router for a flow of small batches: survivors wait until a stage has a full batch, but never too long."""
+"""Route a stream of small batches: samples wait before each stage until it has a full batch, but never too long."""
 
 import time
 from collections import deque
@@ -14,31 +14,40 @@ from dynadapter.exits.policies import Policy
 
 
 class Answer(NamedTuple):
-    """What one sample got: ``ticket``, its number in order of arrival; ``logits`` (classes,); ``exit`` from zero."""
+    """The result for one sample.
+
+    ``ticket`` is the sample's number in the order of arrival, ``logits`` (classes,) are those of the exit at which it
+    stopped, and ``exit_index`` is that exit, zero-based.
+    """
 
     ticket: int
     logits: Tensor
-    exit: int
+    exit_index: int
 
 
 @dataclass
 class _Waiting:
-    """Samples that wait for one stage: each tensor has one row a sample."""
+    """Samples that wait for one stage; each tensor has one row a sample, the history one column."""
 
     tickets: list[int]
     since: float
-    held: tuple[Tensor, ...]
+    inputs: tuple[Tensor, ...]
     history: Tensor | None
+
+    def rows(self, rows: slice) -> "_Waiting":
+        """Return some of the samples."""
+        history = None if self.history is None else self.history[:, rows]
+        return _Waiting(self.tickets[rows], self.since, tuple(part[rows] for part in self.inputs), history)
 
 
 class Stream:
-    """Collects samples before each stage, so that deep stages run full although few samples reach them.
+    """Collect samples before each stage, so that deep stages run full batches although few samples reach them.
 
-    A stage runs when ``batch`` samples wait for it, or when the one that has waited longest may wait no longer: after
-    ``wait`` further arrivals, or after ``seconds``. Time passes only in :meth:`push` and :meth:`poll`; a server calls
-    :meth:`poll` from time to time. Answers come in order of arrival, and are those of :meth:`ExitNet.early` up to
-    rounding. Not safe to share between threads. On a CPU, where the first stages run with few images, give a network
-    that :func:`~dynadapter.backbones.layout.lay_out_for_cpu` has laid out.
+    A stage runs when `batch` samples wait for it, or when the first of them has waited long enough: for `wait` later
+    arrivals, or for `seconds`. Time is checked only in :meth:`push` and :meth:`poll`; a server calls :meth:`poll` from
+    time to time. Answers come in the order of arrival and equal those of :meth:`ExitNet.early` up to rounding. One
+    stream must not be used by several threads. On a CPU, where the first stages run with few images, pass a network
+    that :func:`~dynadapter.backbones.layout.lay_out_for_cpu` has prepared.
 
     >>> import torch
     >>> from dynadapter import ExitNet, Never, create_backbone
@@ -53,15 +62,15 @@ class Stream:
 
     Args:
         net: The network, in evaluation mode.
-        policy: Decides who leaves.
-        batch: Samples with which a stage is full.
-        wait: Arrivals after which a waiting sample is waited for no longer, at every stage; 0 lets nothing wait.
-        seconds: Time after which the same holds, at every stage; None for no such bound.
+        policy: Decides at which exit a sample stops.
+        batch: Samples in a full batch.
+        wait: Later arrivals after which a sample waits no longer, at every stage; 0 to run every sample at once.
+        seconds: Time after which a sample waits no longer, at every stage; None for no limit.
         class_first: See :meth:`ExitNet.early`.
-        clock: Tells the time in seconds.
+        clock: Returns the time in seconds.
 
     Raises:
-        ValueError: If the policy does not fit the network, or a number is out of range.
+        ValueError: The policy does not fit the network, or a number is out of range.
     """
 
     def __init__(
@@ -85,12 +94,12 @@ class Stream:
         self.class_first = class_first
         self.clock = clock
         self.arrived = 0
-        self.given = 0
+        self.returned = 0
         self._queues: list[deque[_Waiting]] = [deque() for _ in range(net.num_exits)]
         self._answers: dict[int, Answer] = {}
 
     def push(self, images: Tensor) -> None:
-        """Takes images (batch, channels, height, width) and runs the stages that are due."""
+        """Add images (batch, channels, height, width), and run the stages that are due."""
         if not len(images):
             return
         tickets = list(range(self.arrived, self.arrived + len(images)))
@@ -99,21 +108,21 @@ class Stream:
         self.poll()
 
     def poll(self) -> None:
-        """Runs the stages that are due."""
+        """Run the stages that are due."""
         for k, queue in enumerate(self._queues):
-            while queue and (sum(len(w.tickets) for w in queue) >= self.batch or self._overdue(queue[0])):
+            while queue and (sum(len(part.tickets) for part in queue) >= self.batch or self._overdue(queue[0])):
                 self._run(k)
 
     def pop(self) -> list[Answer]:
-        """Gives the answers that are ready, in order of arrival: up to the first sample that still waits."""
+        """Return the answers that are ready, in the order of arrival, up to the first sample that still waits."""
         ready = []
-        while self.given in self._answers:
-            ready.append(self._answers.pop(self.given))
-            self.given += 1
+        while self.returned in self._answers:
+            ready.append(self._answers.pop(self.returned))
+            self.returned += 1
         return ready
 
     def flush(self) -> list[Answer]:
-        """Waits for nobody any more and gives all answers that are left."""
+        """Run all waiting samples now, and return the remaining answers."""
         for k, queue in enumerate(self._queues):
             while queue:
                 self._run(k)
@@ -125,47 +134,40 @@ class Stream:
         return self.seconds is not None and self.clock() - waiting.since >= self.seconds
 
     def _take(self, k: int) -> _Waiting:
-        """Takes up to a full batch off a queue, the first to come first."""
-        queue, taken, count = self._queues[k], [], 0
+        """Remove at most one full batch from a queue, the first arrivals first."""
+        queue, taken, count = self._queues[k], list[_Waiting](), 0
         while queue and count < self.batch:
-            first = queue.popleft()
-            room = self.batch - count
+            first, room = queue.popleft(), self.batch - count
             if len(first.tickets) > room:
-                cut = lambda t, first=first, room=room: _Waiting(  # noqa: E731
-                    first.tickets[t], first.since, tuple(h[t] for h in first.held), _rows(first.history, t)
-                )
-                queue.appendleft(cut(slice(room, None)))
-                first = cut(slice(room))
+                queue.appendleft(first.rows(slice(room, None)))
+                first = first.rows(slice(room))
             taken.append(first)
             count += len(first.tickets)
         if len(taken) == 1:
             return taken[0]
-        history = None if taken[0].history is None else torch.cat([w.history for w in taken], dim=1)  # type: ignore[misc]
-        held = tuple(torch.cat(parts) for parts in zip(*(w.held for w in taken), strict=True))
-        return _Waiting([t for w in taken for t in w.tickets], taken[0].since, held, history)
+        histories = [part.history for part in taken if part.history is not None]
+        history = torch.cat(histories, dim=1) if histories else None
+        inputs = tuple(torch.cat(parts) for parts in zip(*(part.inputs for part in taken), strict=True))
+        return _Waiting([ticket for part in taken for ticket in part.tickets], taken[0].since, inputs, history)
 
     def _run(self, k: int) -> None:
-        """Runs one stage on one batch, answers who leaves and sends the others on."""
+        """Run one stage on one batch, answer the samples that stop, and queue the others for the next stage."""
         now = self._take(k)
-        x = self.net.complete(k - 1, now.held) if k else self.net.embed(now.held[0])
+        x = self.net.complete(k - 1, now.inputs) if k else self.net.embed(now.inputs[0])
         last = k == self.net.num_exits - 1
         if not last and not self.policy.asks:
             self._queues[k + 1].append(_Waiting(now.tickets, self.clock(), (self.net.stage(k, x),), None))
             return
-        seen, held = self.net.begin(k, x, self.class_first)
+        seen, outputs = self.net.begin(k, x, self.class_first)
         logits = self.net.head(k, seen)
         history = logits[None] if now.history is None else torch.cat([now.history, logits[None]])
-        leave = [True] * len(logits) if last else self.policy.leave(history).tolist()
-        for row, (ticket, leaves) in enumerate(zip(now.tickets, leave, strict=True)):
-            if leaves:
+        stops = [True] * len(logits) if last else self.policy.leave(history).tolist()
+        for row, (ticket, stop) in enumerate(zip(now.tickets, stops, strict=True)):
+            if stop:
                 self._answers[ticket] = Answer(ticket, logits[row], k)
-        stay = [row for row, leaves in enumerate(leave) if not leaves]
+        stay = [row for row, stop in enumerate(stops) if not stop]
         if stay:
             rows = torch.tensor(stay, device=logits.device)
             tickets = [now.tickets[row] for row in stay]
-            waiting = _Waiting(tickets, self.clock(), tuple(part[rows] for part in held), history[:, rows])
-            self._queues[k + 1].append(waiting)
-
-
-def _rows(history: Tensor | None, rows: slice) -> Tensor | None:
-    return None if history is None else history[:, rows]
+            remaining = tuple(part[rows] for part in outputs)
+            self._queues[k + 1].append(_Waiting(tickets, self.clock(), remaining, history[:, rows]))

@@ -19,10 +19,11 @@ from dynadapter.exits.net import ExitNet
 from dynadapter.exits.policies import Policy
 from dynadapter.exits.temperature import Scaled
 from dynadapter.exits.token_merging import TokenMerging
+from dynadapter.files import checksum
 from dynadapter.images.preprocess import Preprocess
 from dynadapter.serve.bundle.proof import MergeProof
 from dynadapter.serve.bundle.tensors import fill
-from dynadapter.spec import checksum, plain, restore
+from dynadapter.spec import plain, restore
 
 FORMAT = 3
 """Version of the layout; a reader takes this one alone."""

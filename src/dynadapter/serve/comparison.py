@@ -1,0 +1,106 @@
+"""Compare an exported folder with the network that it comes from."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dynadapter.exits.net import ExitNet
+from dynadapter.exits.policies import Policy, route
+from dynadapter.serve.runtime import Runner
+
+
+def compare(
+    runner: Runner, reference: ExitNet, policy: Policy, images: Tensor, tolerance: float
+) -> tuple[Tensor, dict[str, Any]]:
+    """Compare the logits of every exit and the exit of every image.
+
+    Args:
+        runner: The exported graphs.
+        reference: The network, on the CPU in float32.
+        policy: The policy that was exported.
+        images: (images, 3, size, size) float32 on the CPU.
+        tolerance: Largest difference of a logit; relative to the image's largest logit if that is above 1.
+
+    Returns:
+        The network's logits (exits, images, classes), and the manifest's entry ``check``.
+
+    Raises:
+        ValueError: A logit differs by more than the tolerance, or an image stops at another exit.
+    """
+    expected = _in_batches(reference, images)
+    found = _in_batches(lambda part: torch.from_numpy(runner.every_exit(part.numpy())), images)
+    difference = (found - expected).abs().amax(-1) / expected.abs().amax(-1).clamp_min(1)
+    largest = difference.max().item()
+    if not largest <= tolerance:  # NaN is above any tolerance
+        exit = int(difference.amax(1).argmax()) + 1
+        raise ValueError(
+            f"the exported graphs' logits differ from the network's by {largest:.1e} at exit {exit}, more than "
+            f"tolerance={tolerance:.0e}; nothing was written: set a larger tolerance or another opset, or switch merge "
+            "off"
+        )
+    taken = torch.cat([_routed(runner, part)[1] for part in _batches(images)])
+    others = int((taken != route(policy, expected)).sum())
+    if others:
+        raise ValueError(
+            f"{others} of {len(images)} images stop at another exit in the exported graphs than in the network, though "
+            f"logits differ by {largest:.1e} at most: a score equals its threshold; nothing was written: move the "
+            "threshold a little, or compare on other images"
+        )
+    return expected, {"images": len(images), "largest_difference": largest, "tolerance": tolerance}
+
+
+def quantization_change(
+    runner: Runner, expected: Tensor, policy: Policy, images: Tensor, labels: Tensor | None
+) -> dict[str, Any]:
+    """Measure what quantisation changed.
+
+    Args:
+        runner: The quantised graphs.
+        expected: The network's logits (exits, images, classes).
+        policy: The policy that was exported.
+        images: (images, 3, size, size) float32 on the CPU.
+        labels: Class indices (images,); None if unknown.
+
+    Returns:
+        The manifest's entry ``quantization``: fractions of images, and exit shares from exit 1 on.
+    """
+    every = torch.arange(len(images))
+    before = route(policy, expected)
+    parts = [_routed(runner, part) for part in _batches(images)]
+    logits, after = (torch.cat(column) for column in zip(*parts, strict=True))
+    classes = {"float32": expected[before, every].argmax(-1), "int8": logits.argmax(-1)}
+    measured = {
+        "weights": "7 of 8 bits, per channel",
+        "activations": "8 bits, per batch",
+        "images": len(images),
+        "same_exit": (before == after).double().mean().item(),
+        "same_class": (classes["float32"] == classes["int8"]).double().mean().item(),
+        "mean_logit_difference": (logits - expected[after, every]).abs().mean().item(),
+        "exit_shares_float32": _shares(before, len(expected)),
+        "exit_shares_int8": _shares(after, len(expected)),
+    }
+    if labels is not None:
+        measured |= {f"accuracy_{name}": (c == labels).double().mean().item() for name, c in classes.items()}
+    return measured
+
+
+def _batches(images: Tensor) -> list[Tensor]:
+    """Split images into batches of 1, 3 and then 32, so that the graphs run at several sizes."""
+    return [part for part in (images[:1], images[1:4], *torch.split(images[4:], 32)) if len(part)]
+
+
+def _in_batches(logits: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    with torch.no_grad():
+        return torch.cat([logits(part) for part in _batches(images)], dim=1)
+
+
+def _routed(runner: Runner, images: Tensor) -> tuple[Tensor, Tensor]:
+    logits, exit_index = runner.route(images.numpy())
+    return torch.from_numpy(logits), torch.from_numpy(exit_index)
+
+
+def _shares(exit_index: Tensor, num_exits: int) -> list[float]:
+    shares: list[float] = (torch.bincount(exit_index, minlength=num_exits).double() / len(exit_index)).tolist()
+    return shares

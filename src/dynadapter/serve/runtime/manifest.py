@@ -1,0 +1,156 @@
+"""Read the manifest of an exported folder and check the files beside it."""
+
+import hashlib
+import json
+import mmap
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from dynadapter.files import checksum
+from dynadapter.images.preprocess import Preprocess
+from dynadapter.images.reading import open_regular
+from dynadapter.serve.runtime.policies import Policy
+
+FORMAT = 2
+"""Version of the folder's layout; a reader accepts this one alone."""
+MANIFEST = "manifest.json"
+CODE = (
+    "files.py",
+    "images/__init__.py",
+    "images/preprocess.py",
+    "images/reading.py",
+    "serve/__init__.py",
+    "serve/formats.py",
+    "serve/runtime/__init__.py",
+    "serve/runtime/manifest.py",
+    "serve/runtime/policies.py",
+    "serve/runtime/runner.py",
+)
+"""Files of this package that an export copies, below the folder ``dynadapter``."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One graph: its file, and the names of its inputs and outputs, the logits last."""
+
+    file: Path
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The content of ``manifest.json``, checked.
+
+    Args:
+        content: The JSON object.
+        stages: The graphs in order.
+        class_names: Names of the classes in the order of their indices.
+        preprocess: From a decoded image to an array.
+        policy: Decides at which exit an image stops.
+        image_shape: Channels, height and width of the input.
+    """
+
+    content: dict[str, Any]
+    stages: tuple[Stage, ...]
+    class_names: tuple[str, ...]
+    preprocess: Preprocess
+    policy: Policy
+    image_shape: tuple[int, ...]
+
+
+def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
+    """Read the manifest of an exported folder and check every file that it names.
+
+    Raises:
+        ValueError: A file is missing, damaged or not the exported one, or the manifest cannot be used.
+    """
+    path = Path(folder).expanduser() / MANIFEST
+    content = _read_json(path)
+    if content.get("format") != FORMAT:
+        raise ValueError(
+            f"{path} has format={content.get('format')!r}, this version of dynadapter reads format {FORMAT}; export "
+            "the model again with this version"
+        )
+    if content.pop("checksum", None) not in (None, checksum(content)):
+        raise ValueError(
+            f"{path} has changed since it was written: copy the exported folder again; if you changed it on purpose, "
+            "remove the entry 'checksum'"
+        )
+    try:
+        manifest = _parse(content, path.parent)
+    except KeyError as error:
+        why = f"has no {error}"
+    except (AttributeError, IndexError, TypeError) as error:
+        why = f"has a value of a wrong type ({error})"
+    except ValueError as error:
+        why = f"cannot be used: {error}"
+    else:
+        for stage, entry in zip(manifest.stages, content["stages"], strict=True):
+            _check_graph(stage.file, entry)
+        return manifest
+    raise ValueError(f"{path} {why}; export the model again, or correct the file")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        with open_regular(path) as file:
+            content = json.loads(file.read().decode())
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist; give a folder that dynadapter export wrote") from None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:  # neither UTF-8 nor JSON
+        raise ValueError(f"{path} is not JSON ({error}); copy the exported folder again") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not a manifest; copy the exported folder again")
+    return content
+
+
+def _parse(content: dict[str, Any], folder: Path) -> Manifest:
+    entries = content["stages"]
+    if not entries:
+        raise ValueError("it names no stage")
+    stages = []
+    for entry in entries:
+        if Path(entry["file"]).name != entry["file"]:
+            raise ValueError(f"the stage file {entry['file']!r} is not a plain name")
+        inputs, outputs = (tuple(tensor["name"] for tensor in entry[side]) for side in ("inputs", "outputs"))
+        stages.append(Stage(folder / entry["file"], inputs, outputs))
+    for before, after in pairwise(stages):
+        if len(before.outputs) != len(after.inputs) + 1:
+            raise ValueError(f"the outputs of {before.file.name} do not fit the inputs of {after.file.name}")
+    names, classes = tuple(map(str, content["class_names"])), entries[-1]["outputs"][-1]["shape"][-1]
+    if len(names) != classes:
+        raise ValueError(f"it names {len(names)} classes, the graphs have {classes}")
+    preprocess, shape = Preprocess(**content["preprocessing"]), tuple(entries[0]["inputs"][0]["shape"][1:])
+    if shape != (3, preprocess.image_size, preprocess.image_size):
+        raise ValueError(f"images of {preprocess.image_size} pixels do not fit the input {shape}")
+    policy = Policy(content["policy"], len(stages), content["temperatures"])
+    return Manifest(content, tuple(stages), names, preprocess, policy, shape)
+
+
+def _check_graph(path: Path, entry: Mapping[str, Any]) -> None:
+    """Raise ValueError unless a file is the graph that was exported, with its weights inside."""
+    try:
+        with open_regular(path) as file:
+            size, digest = os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest()
+            # ONNX names a file of external weights in an entry "location", which could be any file of this machine.
+            external = size > 0 and mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ).find(b"location") >= 0
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing; copy the whole exported folder again") from None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+    if size != entry["bytes"]:
+        raise ValueError(f"{path} has {size} bytes instead of {entry['bytes']}; copy the exported folder again")
+    if digest != entry["sha256"]:
+        raise ValueError(
+            f"{path} is not the file that was exported: its SHA-256 starts with {digest[:12]}, the manifest's with "
+            f"{str(entry['sha256'])[:12]}; copy the exported folder again"
+        )
+    if external:
+        raise ValueError(f"{path} takes weights from another file, as no exported graph does; export the model again")

@@ -1,0 +1,304 @@
+"""Run the graphs of an exported folder, and stop each image at the first exit where the policy allows it."""
+
+import contextlib
+import os
+import threading
+import warnings
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from dynadapter.images.reading import UnreadableImage, find_images, load_image
+from dynadapter.serve.runtime.manifest import read_manifest
+from dynadapter.serve.runtime.policies import Floats, confidence
+
+CHUNK = 16
+"""Images that one CPU thread routes at a time; more do not fit its caches (measured by ``benchmarks/serving.py``)."""
+
+Provider = str | tuple[str, dict[str, Any]]
+Source = str | os.PathLike[str] | Image.Image
+
+
+class Prediction(NamedTuple):
+    """The answer for one image.
+
+    ``file`` is None for an image in memory, ``label`` the name of the class and ``class_index`` its index,
+    ``confidence`` its softmax probability in [0, 1] after the exit's temperature, and ``exit_index`` the zero-based
+    exit at which the image stopped.
+    """
+
+    file: str | None
+    label: str
+    class_index: int
+    confidence: float
+    exit_index: int
+
+
+class Runner:
+    """An exported folder, ready to run with ONNX Runtime.
+
+    The files are checked at once. The session of a stage is created when the first image needs it. Several threads may
+    use one runner. On a CPU, large batches are split, and all stages allocate from one arena, so that a stage finds
+    the memory that the stage before used in the caches.
+
+        runner = Runner("exported")
+        for prediction in runner.predict("photos", batch_size=8):
+            print(prediction.file, prediction.label, prediction.confidence)
+
+    Args:
+        folder: The exported folder.
+        providers: Execution providers of ONNX Runtime, as for ``InferenceSession``; None for the CPU.
+        threads: Threads of an operator; None for one on each core.
+
+    Attributes:
+        manifest: The checked content of ``manifest.json``.
+        policy: Decides at which exit an image stops; the manifest's at first.
+        chunk: Images that run at a time on a CPU; None for whole batches elsewhere.
+
+    Raises:
+        ValueError: The folder or an argument cannot be used.
+        ImportError: onnxruntime is not installed.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        providers: Sequence[Provider] | None = None,
+        threads: int | None = None,
+    ) -> None:
+        try:
+            import onnxruntime
+        except ImportError as error:
+            raise ImportError("an exported folder needs ONNX Runtime: pip install onnxruntime") from error
+        if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
+            raise ValueError(f"threads={threads!r} must be a whole number of at least 1, or None for all cores")
+        self.providers = list(providers or ["CPUExecutionProvider"])
+        available = onnxruntime.get_available_providers()
+        for provider in self.providers:
+            name = provider if isinstance(provider, str) else provider[0]
+            if name not in available:
+                raise ValueError(f"this ONNX Runtime has no provider {name!r}; choose from: {', '.join(available)}")
+        self.manifest = read_manifest(folder)
+        self.policy = self.manifest.policy
+        self._options = onnxruntime.SessionOptions()
+        self._options.log_severity_level = 3  # errors become exceptions; warnings concern the exporter
+        self._options.intra_op_num_threads = threads or 0
+        # Each stage has its own threads; idle ones would spin and slow down the stage that runs.
+        self._options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        self.chunk: int | None = None
+        if self.providers == ["CPUExecutionProvider"]:
+            self.chunk = CHUNK * (threads or os.cpu_count() or 1)
+            _share_memory(onnxruntime, self._options)
+        self._open = onnxruntime.InferenceSession
+        self._sessions: dict[int, Any] = {}
+        self._lock = threading.Lock()
+
+    @property
+    def num_exits(self) -> int:
+        """Number of exits, the last one included."""
+        return len(self.manifest.stages)
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes in the order of their indices."""
+        return self.manifest.class_names
+
+    def load(self) -> "Runner":
+        """Create the sessions of all stages now, so that no image waits for one, and return this runner."""
+        for k in range(self.num_exits):
+            self._session(k)
+        return self
+
+    def _session(self, k: int) -> Any:
+        with self._lock:
+            if k not in self._sessions:
+                file = self.manifest.stages[k].file
+                try:
+                    self._sessions[k] = self._open(file, self._options, providers=self.providers)
+                except Exception as error:  # onnxruntime's own types have no common base
+                    raise ValueError(f"ONNX Runtime cannot open {file}: {' '.join(str(error).split())}") from error
+            return self._sessions[k]
+
+    def stage(self, k: int, inputs: Sequence[Floats]) -> tuple[list[Floats], Floats]:
+        """Run one stage.
+
+        Args:
+            k: Zero-based stage.
+            inputs: Outputs of the stage before, each (batch, ...); the images for stage 0.
+
+        Returns:
+            The inputs of the next stage (none after the last one), and the logits (batch, classes).
+        """
+        stage = self.manifest.stages[k]
+        *rest, logits = self._session(k).run(stage.outputs, dict(zip(stage.inputs, inputs, strict=True)))
+        return rest, logits
+
+    def route(self, images: Floats) -> tuple[Floats, NDArray[np.int64]]:
+        """Route images: each stops at the first exit where the policy allows it, the others go on as a smaller batch.
+
+        Args:
+            images: (batch, 3, size, size) float32, preprocessed; an empty batch gives an empty result.
+
+        Returns:
+            The logits (batch, classes) of the exit at which each image stopped, and that zero-based exit (batch,), in
+            the order of `images`.
+
+        Raises:
+            ValueError: The array has another shape or type.
+        """
+        images = self._check(images)
+        if self.chunk and len(images) > self.chunk:
+            parts = [self.route(images[start : start + self.chunk]) for start in range(0, len(images), self.chunk)]
+            return np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
+        inputs = [images]
+        rows = np.arange(len(images))  # positions in the batch of the images that still run
+        exit_index = np.zeros(len(images), np.int64)
+        out = np.zeros((len(images), len(self.class_names)), np.float32)
+        history = np.empty((0, *out.shape), np.float32)  # (exits so far, running images, classes)
+        for k in range(self.num_exits):
+            if not len(rows):
+                break
+            inputs, logits = self.stage(k, inputs)
+            out[rows], exit_index[rows] = logits, k
+            if k == self.num_exits - 1:
+                break
+            history = np.concatenate([history, logits[None]])
+            stay = ~self.policy.stops(history)
+            if not stay.all():
+                inputs, rows, history = [x[stay] for x in inputs], rows[stay], history[:, stay]
+        return out, exit_index
+
+    def every_exit(self, images: Floats) -> Floats:
+        """Run all stages: images (batch, 3, size, size) float32 to logits (exits, batch, classes).
+
+        These logits serve to calibrate thresholds on the exported graphs, for example in int8.
+        """
+        images = self._check(images)
+        if self.chunk and len(images) > self.chunk:
+            chunks = [images[start : start + self.chunk] for start in range(0, len(images), self.chunk)]
+            return np.concatenate([self.every_exit(chunk) for chunk in chunks], axis=1)
+        inputs = [images]
+        logits = np.zeros((self.num_exits, len(images), len(self.class_names)), np.float32)
+        for k in range(self.num_exits if len(images) else 0):
+            inputs, logits[k] = self.stage(k, inputs)
+        return logits
+
+    def predict(
+        self,
+        images: Source | Iterable[Source] | Floats,
+        batch_size: int = 32,
+        on_error: Literal["raise", "skip"] = "raise",
+    ) -> list[Prediction]:
+        """Read, preprocess and classify images.
+
+        Args:
+            images: A file, a folder (searched with its subfolders), a Pillow image, or several of these; or an array
+                (batch, 3, size, size) float32 that is preprocessed already.
+            batch_size: Images that are read and routed at once.
+            on_error: ``raise`` at the first image that cannot be read, or ``skip`` it with a warning.
+
+        Returns:
+            One prediction for each image, in order.
+
+        Raises:
+            UnreadableImage: An image cannot be read, and `on_error` is ``raise``.
+            ValueError: There is no image, or an argument cannot be used.
+        """
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"batch_size={batch_size!r} must be a whole number of at least 1")
+        if on_error not in ("raise", "skip"):
+            raise ValueError(f"unknown on_error {on_error!r}; choose from: raise, skip")
+        sources = self._check(images) if isinstance(images, np.ndarray) else list_sources(images)
+        if not len(sources):
+            raise ValueError("there is no image; give files, folders, Pillow images or one array")
+        predictions: list[Prediction] = []
+        skipped: list[str] = []
+        for start in range(0, len(sources), batch_size):
+            batch = sources[start : start + batch_size]
+            if isinstance(batch, np.ndarray):
+                predictions += self._classify([None] * len(batch), batch)
+            else:
+                predictions += self._classify(*self._read(batch, on_error, skipped))
+        if skipped:
+            message = f"skipped {len(skipped)} of {len(sources)} images: {'; '.join(skipped)}"
+            warnings.warn(message, stacklevel=2)
+        return predictions
+
+    def _read(self, sources: Sequence[Source], on_error: str, skipped: list[str]) -> tuple[list[str | None], Floats]:
+        """Read images and return their names and arrays (images, 3, size, size); add unreadable ones to `skipped`."""
+        names: list[str | None] = []
+        arrays = []
+        preprocess = self.manifest.preprocess
+        for source in sources:
+            # A Pillow image remembers its file, if it has one.
+            name = getattr(source, "filename", None) or None if isinstance(source, Image.Image) else str(source)
+            try:
+                arrays.append(preprocess.pixels(load_image(source)))
+            except UnreadableImage as error:
+                if on_error == "raise":
+                    raise
+                skipped.append(f"{name} ({error.reason})")
+                continue
+            names.append(name)
+        empty = np.empty((0, 3, preprocess.image_size, preprocess.image_size), np.uint8)
+        return names, preprocess.normalize(np.stack(arrays) if arrays else empty)
+
+    def _classify(self, files: Sequence[str | None], images: Floats) -> list[Prediction]:
+        logits, exit_index = self.route(images)
+        nonfinite = int((~np.isfinite(logits).all(-1)).sum())
+        if nonfinite:
+            message = f"{nonfinite} of {len(images)} images have logits that are not finite; ignore their predictions"
+            warnings.warn(message, RuntimeWarning, stacklevel=3)
+        with np.errstate(over="ignore", invalid="ignore"):
+            sure = confidence(logits / self.policy.temperatures[exit_index, None]).tolist()
+        best = logits.argmax(-1).tolist()
+        names = [self.class_names[index] for index in best]
+        return [Prediction(*row) for row in zip(files, names, best, sure, exit_index.tolist(), strict=True)]
+
+    def _check(self, images: Floats) -> Floats:
+        wanted = self.manifest.image_shape
+        if not isinstance(images, np.ndarray) or images.shape[1:] != wanted or images.dtype != np.float32:
+            given = f"{images.dtype} {images.shape}" if isinstance(images, np.ndarray) else type(images).__name__
+            shape = ", ".join(map(str, wanted))
+            raise ValueError(f"images are {given}; give a float32 array (batch, {shape}), or files")
+        return images
+
+
+def list_sources(images: Source | Iterable[Source]) -> list[Source]:
+    """List images: the files of a folder and its subfolders, a file, an image in memory, or several of these.
+
+    Raises:
+        ValueError: A folder holds no image, or something is neither a path nor an image.
+    """
+    if isinstance(images, str | os.PathLike | Image.Image):
+        images = [images]
+    found: list[Source] = []
+    for source in images:
+        if isinstance(source, Image.Image):
+            found.append(source)
+        elif isinstance(source, str | os.PathLike):
+            path = Path(source).expanduser()
+            found += find_images(path) if path.is_dir() else [path]  # reading reports a missing file
+        else:
+            raise ValueError(f"an image is a {type(source).__name__}; give files, folders, Pillow images or one array")
+    return found
+
+
+def _share_memory(onnxruntime: Any, options: Any) -> None:
+    """Let a session allocate from the one arena that all such sessions of the process share.
+
+    Otherwise each session keeps as much memory as it ever needed, and no stage finds anything in the caches. ONNX
+    Runtime's memory patterns would spread the tensors again, so they are switched off.
+    """
+    info = onnxruntime.OrtMemoryInfo(
+        "Cpu", onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, onnxruntime.OrtMemType.DEFAULT
+    )
+    with contextlib.suppress(Exception):  # registered before, by another runner or by the application
+        onnxruntime.create_and_register_allocator(info, None)
+    options.add_session_config_entry("session.use_env_allocators", "1")
+    options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")  # so that weights are freed
+    options.enable_mem_pattern = False
