@@ -92,7 +92,7 @@ def test_any_module_without_early_exit_works(loop: str) -> None:
     exits, routing = report.tables(run, module, loop)
     assert [row["share"] for row in rows(exits)] == ["54.5%", "0.0%", "45.5%"]
     assert "accuracy" not in rows(exits)[0]
-    assert rows(routing)[0]["share of samples by exit"] == "54.5% / 0.0% / 45.5%"
+    assert rows(routing)[0]["exit shares"] == "54.5% / 0.0% / 45.5%"
 
 
 class Plain(TinyModule):
@@ -138,7 +138,7 @@ def test_tables_show_the_measurements() -> None:
         assert float(row["GMACs"]) == pytest.approx(logged[f"test/{result.name}/gmacs"], rel=0.01)
         assert row["% of static"] == f"{1e9 * report.average_gmacs[result.name] / static:.1%}"
         shares = [logged[f"test/{result.name}/share_exit{k}"] for k in (1, 2, 3)]
-        assert row["share of samples by exit"] == " / ".join(f"{share:.1%}" for share in shares)
+        assert row["exit shares"] == " / ".join(f"{share:.1%}" for share in shares)
     out = io.StringIO()
     Console(file=out, width=100).print(exits, policies)
     assert "…" not in out.getvalue()  # nothing is cut off
@@ -173,7 +173,7 @@ def test_fit_without_validation_prints_costs(capsys: pytest.CaptureFixture) -> N
     out = capsys.readouterr().out
     assert "GMACs" in out
     assert "accuracy" not in out
-    assert "Leaving early" not in out
+    assert "Early exit" not in out
 
 
 class Sized(LightningDataModule):

@@ -1,4 +1,4 @@
-"""The table at the end: what each exit costs, how well it does, and what the routing that really occurred has cost."""
+"""FlopsReport: tables of cost and accuracy at the end of a run, per exit and per exit policy."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,25 +18,25 @@ from dynadapter.training.sharding import is_sharded
 
 
 class FlopsReport(Callback):
-    """Counts multiply-adds up to each exit, and averages them over the exits at which samples really left.
+    """Count the GMACs up to each exit (1 MAC = 2 FLOPs), and average them over the exit shares.
 
-    It logs ``<split>/<policy>/gmacs`` for every policy of an :class:`EarlyExit` callback, and ``<split>/gmacs`` where
-    a step's output itself holds ``exits`` (a :class:`~dynadapter.exits.net.Routed`, or a mapping). At the end of a run
-    it prints a table exit | after block | GMACs | % of static | accuracy | share | parameters, and one with a row a
+    It logs ``<split>/<policy>/gmacs`` for every policy of an :class:`EarlyExit` callback, and ``<split>/gmacs`` if a
+    step's output itself holds ``exit_index`` (a :class:`~dynadapter.exits.net.Routed`, or a mapping). At the end of a
+    run it prints a table exit | after block | GMACs | % of static | accuracy | share | parameters, and one with a row per
     policy. Accuracies are those that the module logs as ``<split>/acc_exit<k>``.
 
     Works in any LightningModule that holds one :class:`~dynadapter.exits.net.ExitNet`; the order of the callbacks does
     not matter.
 
     Args:
-        image_size: Pixels of the square input; None takes that of the data module, else of the images that
-            come, and until then the backbone's own.
+        image_size: Pixels of the square input; None uses that of the data module, else that of the first batch, and
+            until then the backbone's own.
         class_first: Also show the GMACs that routing runs where the last block before an exit computes the class
             token's row first; all other numbers count whole blocks.
         show: Whether to print the tables.
 
     Attributes:
-        costs: Multiply-adds of one image up to each exit; available from ``setup`` on.
+        costs: MACs of one image up to each exit; available from ``setup`` on.
     """
 
     def __init__(self, image_size: int | None = None, class_first: bool = False, show: bool = True) -> None:
@@ -50,7 +50,7 @@ class FlopsReport(Callback):
 
     @property
     def average_gmacs(self) -> dict[str, float]:
-        """The last split's average cost of an image by policy, in GMACs; key ``""`` is the steps' own routing."""
+        """Average cost of an image of the last split by policy, in GMACs; key ``""`` is the steps' own routing."""
         if self.costs is None:
             return {}
         return {name: self.costs.average(shares) / 1e9 for name, shares in self._shares().items()}
@@ -63,15 +63,15 @@ class FlopsReport(Callback):
         return {result.name: result.shares for result in self._results()} | own
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Traces the network once; one that is sharded by now keeps the costs of before."""
+        """Trace the network once; a sharded network keeps its earlier costs."""
         self._size = self.image_size or getattr(getattr(trainer, "datamodule", None), "image_size", None)
         net = exit_net(pl_module, self)
         if not is_sharded(net):
             self.costs = exit_costs(net, self._size, class_first=self.class_first)
         elif self.costs is None:
             raise ValueError(
-                "FlopsReport cannot count the multiply-adds of a network that is sharded already; take the callback "
-                "that has seen it before, or count with `dynadapter flops`"
+                "FlopsReport cannot count the MACs of a sharded network; use the callback of an earlier stage, or "
+                "`dynadapter flops`"
             )
         self._own = None
         callbacks: list[Callback] = getattr(trainer, "callbacks", [])
@@ -83,22 +83,21 @@ class FlopsReport(Callback):
         self._own = ExitUse(exit_net(pl_module, self).num_exits).to(pl_module.device)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Starts to count."""
         self._start(pl_module)
 
     def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Starts to count."""
         self._start(pl_module)
 
     def on_predict_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Starts to count."""
         self._start(pl_module)
 
     def _count(self, pl_module: LightningModule, outputs: Any, batch: Any) -> None:
         images = batch[0] if isinstance(batch, Sequence) and len(batch) else batch
         if self._size is None and isinstance(images, Tensor) and images.ndim == 4:
             self._size = (images.shape[2], images.shape[3])
-            if not is_sharded(net := exit_net(pl_module, self)):  # then the backbone's own size must do
+            if not is_sharded(
+                net := exit_net(pl_module, self)
+            ):  # a sharded network keeps the costs at the backbone's own size
                 self.costs = exit_costs(net, self._size, class_first=self.class_first)
         exits = outputs.get("exit_index") if isinstance(outputs, Mapping) else getattr(outputs, "exit_index", None)
         if exits is not None and self._own is not None:
@@ -107,19 +106,16 @@ class FlopsReport(Callback):
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any
     ) -> None:
-        """Counts a batch."""
         self._count(pl_module, outputs, batch)
 
     def on_test_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any
     ) -> None:
-        """Counts a batch."""
         self._count(pl_module, outputs, batch)
 
     def on_predict_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any
     ) -> None:
-        """Counts a batch."""
         self._count(pl_module, outputs, batch)
 
     # ---- logging
@@ -129,21 +125,21 @@ class FlopsReport(Callback):
         pl_module.log_dict(values, sync_dist=True)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Logs the average cost of an image."""
+        """Log the average cost of an image."""
         self._log(pl_module, "val")
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Logs the average cost of an image."""
+        """Log the average cost of an image."""
         self._log(pl_module, "test")
 
     def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Gathers the counts of all processes; nothing can be logged here."""
+        """Gather the counts of all processes; Lightning logs nothing in predict."""
         self._shares()
 
     # ---- printing
 
     def tables(self, trainer: Trainer, pl_module: LightningModule, split: str) -> list[Table]:
-        """Makes the table of the exits, and that of the policies where there are any.
+        """Return the table of the exits, and that of the policies if there are any.
 
         Args:
             trainer: The trainer, after a run.
@@ -156,7 +152,7 @@ class FlopsReport(Callback):
         columns: dict[str, list[str]] = {}
         if None not in logged:
             columns["accuracy"] = [f"{float(accuracy):.1%}" for accuracy in logged]  # type: ignore[arg-type]
-        first = next(iter(shares), None)  # the other table has all of them
+        first = next(iter(shares), None)  # the table of the policies has all of them
         if first is not None:
             columns["share"] = _percent(shares[first])
         columns["parameters"] = [f"{count:,}" for count in exit_parameters(net)]
@@ -164,8 +160,8 @@ class FlopsReport(Callback):
         exits.title = f"Exits ({split}{', shares under ' + first if first else ''})"
         if not shares:
             return [exits]
-        routing = Table(title=f"Leaving early ({split})")
-        for heading in ("policy", "accuracy", "GMACs", "% of static", "share of samples by exit"):
+        routing = Table(title=f"Early exit ({split})")
+        for heading in ("policy", "accuracy", "GMACs", "% of static", "exit shares"):
             routing.add_column(heading, justify="left" if heading == "policy" else "right")
         accuracy = {result.name: f"{result.accuracy:.1%}" for result in self._results()}
         for name, gmacs in self.average_gmacs.items():
@@ -178,25 +174,25 @@ class FlopsReport(Callback):
     def _print(self, trainer: Trainer, pl_module: LightningModule, split: str) -> None:
         if self.show:
             console = Console()
-            console.width = max(console.width, 100)  # a narrow pipe would fold the names
+            console.width = max(console.width, 100)  # names would wrap in a narrow pipe
             for table in self.tables(trainer, pl_module, split):
                 console.print(table)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Prints what the last validation gave."""
+        """Print the tables of the last validation."""
         self._print(trainer, pl_module, "val")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Prints the tables, unless the validation was one of many inside training."""
+        """Print the tables, unless the validation belongs to a training."""
         if trainer.state.fn == "validate":
             self._print(trainer, pl_module, "val")
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Prints the tables."""
+        """Print the tables."""
         self._print(trainer, pl_module, "test")
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Prints the tables."""
+        """Print the tables."""
         self._print(trainer, pl_module, "predict")
 
 
