@@ -22,8 +22,8 @@ class FlopsReport(Callback):
 
     It logs ``<split>/<policy>/gmacs`` for every policy of an :class:`EarlyExit` callback, and ``<split>/gmacs`` if a
     step's output itself holds ``exit_index`` (a :class:`~dynadapter.exits.net.Routed`, or a mapping). At the end of a
-    run it prints a table exit | after block | GMACs | % of static | accuracy | share | parameters, and one with a row per
-    policy. Accuracies are those that the module logs as ``<split>/acc_exit<k>``.
+    run it prints a table exit | after block | GMACs | % of static | accuracy | share | parameters, and one with a row
+    per policy. Accuracies are those that the module logs as ``<split>/acc_exit<k>``.
 
     Works in any LightningModule that holds one :class:`~dynadapter.exits.net.ExitNet`; the order of the callbacks does
     not matter.
@@ -95,9 +95,7 @@ class FlopsReport(Callback):
         images = batch[0] if isinstance(batch, Sequence) and len(batch) else batch
         if self._size is None and isinstance(images, Tensor) and images.ndim == 4:
             self._size = (images.shape[2], images.shape[3])
-            if not is_sharded(
-                net := exit_net(pl_module, self)
-            ):  # a sharded network keeps the costs at the backbone's own size
+            if not is_sharded(net := exit_net(pl_module, self)):  # a sharded one keeps its costs
                 self.costs = exit_costs(net, self._size, class_first=self.class_first)
         exits = outputs.get("exit_index") if isinstance(outputs, Mapping) else getattr(outputs, "exit_index", None)
         if exits is not None and self._own is not None:
