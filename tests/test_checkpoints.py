@@ -1,24 +1,16 @@
-"""Checkpoints of ExitClassifier: small, strict, resumable, and refused by other models."""
+"""Checkpoints of ExitClassifier: small, complete and resumable."""
 
 import copy
-import errno
-import io
-import os
-import random
-import subprocess
-import sys
-import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
-from conftest import CLASSES, SWIN, VIT
+from conftest import CLASSES, VIT
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from saved import fitted, logits, read, same
 from tiny import FAMILIES, SaveFirstEpoch, loader, make_classifier, trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
@@ -29,8 +21,6 @@ from dynadapter.exits.heads import LinearHeads
 from dynadapter.exits.net import ExitNet
 from dynadapter.images.preprocess import Preprocess
 from dynadapter.training.callbacks import BidirectionalSparsity, ExitWeights, WeightAverage
-from dynadapter.training.checkpoints import AtomicCheckpointIO, RunCheckpoint, check, newest
-from dynadapter.training.checkpoints import read as read_whole
 from dynadapter.training.contents import trainable_only
 from dynadapter.training.mixing import Mixing
 from dynadapter.training.module import ExitClassifier
@@ -38,26 +28,6 @@ from dynadapter.training.schedules import Constant, Linear, Warmup
 from dynadapter.training.weighting import EarlyToLate
 
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
-
-
-def fitted(module: ExitClassifier, path: Path) -> Path:
-    fitting = trainer(max_steps=2)
-    fitting.fit(module, loader(2))
-    fitting.save_checkpoint(path)
-    return path
-
-
-def read(path: Path) -> dict[str, Any]:
-    return torch.load(path, weights_only=True)
-
-
-def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-def logits(module: ExitClassifier) -> Tensor:
-    with torch.no_grad():
-        return module.eval().net(next(iter(loader(3)))[0])
 
 
 # ---- what is in it
@@ -262,75 +232,6 @@ def test_trainable_only_in_any_module() -> None:
     assert 0 < len(bare.state_dict()) < whole
 
 
-# ---- what does not fit
-
-
-def change(path: Path, edit: Callable[[dict[str, Any]], Any]) -> Path:
-    checkpoint = read(path)
-    edit(checkpoint)
-    torch.save(checkpoint, path)
-    return path
-
-
-LORA_B = "net.backbone.blocks.3.attn.qkv.lora_b"
-
-
-@pytest.mark.parametrize(
-    ("edit", "message"),
-    [
-        (lambda c: c["state_dict"].pop(LORA_B), rf"Missing key\(s\) in state_dict: \"{LORA_B}\""),
-        (lambda c: c["state_dict"].pop("net.backbone.head.bias"), "net.backbone.head.bias"),
-        (lambda c: c["state_dict"].update(extra=torch.zeros(1)), r"Unexpected key\(s\) in state_dict: \"extra\""),
-        (lambda c: c["state_dict"].update({LORA_B: torch.zeros(1)}), f"size mismatch for {LORA_B}"),
-        (lambda c: c.pop("dynadapter"), "not written by dynadapter: it names no backbone"),
-        (lambda c: c["dynadapter"].update(format=99), "format 99, this dynadapter reads 2; update dynadapter"),
-    ],
-)
-@pytest.mark.parametrize("way", ["python", "trainer"])
-def test_changed_checkpoint_is_refused(edit: Any, message: str, way: str, tmp_path: Path) -> None:
-    path = change(fitted(make_classifier(), tmp_path / "a.ckpt"), edit)
-    ways = {
-        "python": lambda: ExitClassifier.load_from_checkpoint(path),
-        "trainer": lambda: trainer().validate(make_classifier(), loader(1), ckpt_path=path, weights_only=True),
-    }
-    with pytest.raises(ValueError, match=message) as error:
-        ways[way]()
-    assert "\n" not in str(error.value)
-
-
-ABC = [f"class {k}" for k in range(CLASSES)]
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        (
-            {"backbone_seed": 1},
-            r"trained on backbone 'vit_tiny_patch16_224' with weights \w{12}, this model has 'vit_tiny",
-        ),
-        ({"backbone": FAMILIES["swin"]["backbone"], "backbone_args": SWIN}, "this model has 'swin_tiny"),
-        ({"backbone_args": VIT | {"depth": 3}}, "give the backbone, weights, backbone_args and depth of"),
-        ({"num_classes": 9, "class_names": None}, "the checkpoint knows 5 classes, this model 9"),
-        ({"class_names": [*ABC[:4], "other"]}, "class 4 is 'class 4' in the checkpoint and 'other' in this model"),
-        ({"class_names": ABC[::-1]}, "class 0 is 'class 0' in the checkpoint and 'class 4' in this model"),
-        ({"adapter": LoRA(rank=3)}, "does not fit this model: size mismatch for net.backbone.blocks.0.attn.qkv.lora_a"),
-        (
-            {"adapter": Adapter()},
-            r"Missing key\(s\).*Unexpected key\(s\).*Give the adapter, heads, exit_depths",
-        ),
-        ({"adapter": None}, r"Unexpected key\(s\) .*lora_a"),
-        ({"every": 3}, r"Unexpected key\(s\) .*net.heads.1"),
-        ({"heads": LinearHeads()}, r"net.heads.0"),
-    ],
-)
-def test_checkpoint_of_another_model(changes: dict, message: str, tmp_path: Path) -> None:
-    path = fitted(make_classifier(class_names=ABC), tmp_path / "a.ckpt")
-    with pytest.raises(ValueError, match=message) as error:
-        ExitClassifier.load_from_checkpoint(path, **changes)
-    assert "\n" not in str(error.value)
-    assert len(str(error.value)) < 700
-
-
 # ---- the whole model
 
 
@@ -391,221 +292,3 @@ def test_failed_merge_changes_nothing(tmp_path: Path) -> None:
     again = ExitClassifier.load_from_checkpoint(fitted(module, tmp_path / "a.ckpt"))
     assert same(again.state_dict(), module.state_dict())
     assert len(adapter_layers(again)) == 6
-
-
-# ---- older formats ---------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("format", [1, 0, None])
-def test_older_formats_are_refused(format: int | None, tmp_path: Path) -> None:
-    def age(checkpoint: dict[str, Any]) -> None:
-        del checkpoint["dynadapter"]["format"]
-        if format is not None:
-            checkpoint["dynadapter"]["format"] = format
-
-    path = change(fitted(make_classifier(), tmp_path / "a.ckpt"), age)
-    line = f"old format {format or 0}, this dynadapter reads 2; train again, or use the version of dynadapter that"
-    with pytest.raises(ValueError, match=line) as error:
-        ExitClassifier.load_from_checkpoint(path)
-    assert "\n" not in str(error.value)
-
-
-def test_missing_keys_are_counted(tmp_path: Path) -> None:
-    path = fitted(make_classifier(), tmp_path / "a.ckpt")
-    with pytest.raises(ValueError, match=r"Missing key\(s\).* \.\.\. \((\d+) keys\)") as error:
-        ExitClassifier.load_from_checkpoint(path, adapter=Adapter())
-    whole = str(error.value.__cause__)
-    missing = next(line for line in whole.splitlines() if "Missing" in line)
-    assert f"({missing.count('net.')} keys)" in str(error.value)
-    with pytest.raises(ValueError, match=r"And \d+ more like this\."):  # one line each
-        ExitClassifier.load_from_checkpoint(path, adapter=LoRA(rank=3))
-
-
-def test_other_classes_are_listed(tmp_path: Path) -> None:
-    path = fitted(make_classifier(class_names=ABC), tmp_path / "a.ckpt")
-    with pytest.raises(
-        ValueError, match=r"the checkpoint has 'class 0', 'class 1', .*; this model has 'a', 'b', 'c', "
-    ):
-        ExitClassifier.load_from_checkpoint(path, class_names=list("abcde"))
-    with pytest.raises(ValueError, match=r"this model has '0', '1', .*, '7' and 92 more"):
-        ExitClassifier.load_from_checkpoint(path, num_classes=100, class_names=None)
-
-
-# ---- whole or not there ----------------------------------------------------------------------------------------------
-
-CONTENT = {"state_dict": {"a": torch.arange(100.0)}, "optimizer_states": [], "global_step": 3, "name": "text"}
-
-
-@pytest.fixture
-def saved(tmp_path: Path) -> Path:
-    path = tmp_path / "checkpoints" / "last.ckpt"
-    AtomicCheckpointIO().save_checkpoint(CONTENT, path)
-    return path
-
-
-def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
-
-
-def test_what_is_saved_is_loaded(saved: Path) -> None:
-    for loaded in (AtomicCheckpointIO().load_checkpoint(saved), read_whole(saved)):
-        assert loaded["name"] == "text"
-        assert torch.equal(loaded["state_dict"]["a"], torch.arange(100.0))
-    with pytest.raises(FileNotFoundError):
-        AtomicCheckpointIO().load_checkpoint(saved.with_name("other.ckpt"))
-
-
-def test_other_file_systems_use_lightning() -> None:
-    where = "memory://folder/a.ckpt"
-    AtomicCheckpointIO().save_checkpoint(CONTENT, where)
-    assert AtomicCheckpointIO().load_checkpoint(where)["name"] == "text"
-    AtomicCheckpointIO().remove_checkpoint(where)
-
-
-class Killed(BaseException):
-    pass
-
-
-@pytest.mark.parametrize("call", ["fsync", "replace"])
-def test_interrupted_save_keeps_the_old_file(call: str, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def killed(*_: Any) -> None:
-        raise Killed
-
-    monkeypatch.setattr(os, call, killed)
-    monkeypatch.setattr(Path, "unlink", lambda *_, **__: None)  # a killed process removes nothing
-    with pytest.raises(Killed):
-        AtomicCheckpointIO().save_checkpoint(CONTENT | {"name": "new"}, saved)
-    monkeypatch.undo()
-    assert names(saved.parent) == ["last.ckpt", "last.ckpt.partial"]
-    assert read_whole(saved)["name"] == "text"
-    found = newest(saved.parent)
-    assert found is not None
-    assert (found.path, found.step, found.damaged) == (saved, 3, [])
-    AtomicCheckpointIO().save_checkpoint(CONTENT, saved.with_name("best.ckpt"))  # of any name
-    assert names(saved.parent) == ["best.ckpt", "last.ckpt"]
-
-
-@pytest.mark.parametrize("call", ["fsync", "replace"])
-def test_full_disk_is_one_line(call: str, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: Any) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, call, full)
-    told = f"checkpoint {saved} cannot be written: No space left on device; .* whole"
-    with pytest.raises(OSError, match=told) as error:
-        AtomicCheckpointIO().save_checkpoint(CONTENT | {"name": "new"}, saved)
-    assert "\n" not in str(error.value)
-    assert names(saved.parent) == ["last.ckpt"]
-    assert read_whole(saved)["name"] == "text"
-
-
-FULL = """
-import resource, sys
-from dynadapter.cli import main
-from dynadapter.training.checkpoints import AtomicCheckpointIO
-save = AtomicCheckpointIO.save_checkpoint
-def limited(self, checkpoint, *args, **kwargs):
-    if checkpoint["global_step"] == 4:  # from the second epoch on no file may have more than a few bytes
-        resource.setrlimit(resource.RLIMIT_FSIZE, (5000, resource.RLIM_INFINITY))
-    return save(self, checkpoint, *args, **kwargs)
-AtomicCheckpointIO.save_checkpoint = limited
-main(sys.argv[1:])
-"""
-
-
-@pytest.mark.slow
-def test_a_training_on_a_full_disk(tmp_path: Path) -> None:
-    tiny = Path(__file__).parent / "conf" / "tiny.yaml"
-    args = ["fit", "-c", str(tiny), "--trainer.max_epochs=4", f"--trainer.default_root_dir={tmp_path}"]
-    done = subprocess.run([sys.executable, "-c", FULL, *args], capture_output=True, text=True, check=False)
-    saved = tmp_path / "version_0" / "checkpoints"
-    assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].startswith(
-        f"dynadapter: error: checkpoint {saved / 'last.ckpt'} cannot be written: File too large; "
-    )
-    assert "Traceback" not in done.stderr
-    assert names(saved) == ["last.ckpt"]
-    assert read_whole(saved / "last.ckpt")["global_step"] == 2
-
-
-def test_unloadable_contents_are_not_saved(saved: Path) -> None:
-    with pytest.raises(ValueError, match=r"would not load under weights_only=True: it holds pathlib\.\w+Path; "):
-        AtomicCheckpointIO().save_checkpoint(CONTENT | {"where": Path("a")}, saved)
-    assert read_whole(saved)["name"] == "text"
-
-
-@pytest.mark.parametrize("left", [0, 1, 100, -1, -30, -1000])
-def test_a_file_that_was_cut_off(left: int, saved: Path) -> None:
-    saved.write_bytes(saved.read_bytes()[:left])
-    for reader in (check, read_whole, AtomicCheckpointIO().load_checkpoint):
-        with pytest.raises(ValueError, match=rf"{saved} is no checkpoint that can be read: ") as error:
-            reader(saved)
-        assert "\n" not in str(error.value)
-    with pytest.raises(ValueError, match=r"can be read: last\.ckpt"):
-        newest(saved.parent)
-
-
-def test_flipped_bits_are_found_or_harmless(tmp_path: Path) -> None:
-    path = fitted(make_classifier(), tmp_path / "a.ckpt")
-    whole, content = path.read_bytes(), read(path)
-    rng = random.Random(0)
-    found = 0
-    for _ in range(200):
-        place = rng.randrange(8 * len(whole))
-        flipped = bytearray(whole)
-        flipped[place // 8] ^= 1 << place % 8
-        path.write_bytes(flipped)
-        try:
-            again = read_whole(path)
-        except ValueError:
-            found += 1
-        else:
-            assert same(again["state_dict"], content["state_dict"]), place
-            assert again["optimizer_states"][0]["state"].keys() == content["optimizer_states"][0]["state"].keys()
-    assert found > 100  # the others hit padding, dates and the like
-
-
-def test_torch_does_not_check_checksums(tmp_path: Path) -> None:
-    path = tmp_path / "a.ckpt"
-    torch.save({"a": torch.zeros(1000)}, path)
-    data = bytearray(path.read_bytes())
-    data[data.index(bytes(1000)) + 500] = 1
-    path.write_bytes(data)
-    assert torch.load(path, weights_only=True)["a"].any()
-    with pytest.raises(ValueError, match="cut off or damaged"):
-        check(path)
-
-
-def test_hostile_archives_are_not_unpacked(tmp_path: Path) -> None:
-    bomb = io.BytesIO()
-    with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("archive/data.pkl", bytes(50_000_000))
-    (tmp_path / "bomb.ckpt").write_bytes(bomb.getvalue())
-    with pytest.raises(ValueError, match="it was not written by torch"):
-        check(tmp_path / "bomb.ckpt")
-
-
-def test_most_steps_is_newest(tmp_path: Path) -> None:
-    assert newest(tmp_path) is None
-    for name, step in (("a", 5), ("b", 9), ("c", 7)):
-        AtomicCheckpointIO().save_checkpoint(CONTENT | {"global_step": step}, tmp_path / f"{name}.ckpt")
-    weights = {key: value for key, value in CONTENT.items() if key != "optimizer_states"}
-    AtomicCheckpointIO().save_checkpoint(weights | {"global_step": 20}, tmp_path / "weights.ckpt")
-    assert newest(tmp_path) == (tmp_path / "b.ckpt", 9, [])
-    (tmp_path / "b.ckpt").write_bytes((tmp_path / "b.ckpt").read_bytes()[:-9])
-    assert newest(tmp_path) == (tmp_path / "c.ckpt", 7, [tmp_path / "b.ckpt"])
-
-
-def test_lightning_checkpoints_interchange() -> None:
-    for options in ({}, {"monitor": "val/acc", "mode": "max"}, {"every_n_train_steps": 5}):
-        assert RunCheckpoint(**options).state_key == ModelCheckpoint(**options).state_key
-
-
-def test_last_does_not_depend_on_best(tmp_path: Path) -> None:
-    class Worse(Callback):
-        def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-            pl_module.log("score", -float(trainer.current_epoch))
-
-    saver = RunCheckpoint(dirpath=tmp_path, filename="best", monitor="score", mode="max", save_last=True)
-    trainer(Worse(), saver, max_epochs=3, enable_checkpointing=True).fit(make_classifier(), loader(2), loader(1))
-    assert {name: read(tmp_path / name)["global_step"] for name in names(tmp_path)} == {"best.ckpt": 2, "last.ckpt": 6}

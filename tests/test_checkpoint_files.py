@@ -1,0 +1,201 @@
+"""Checkpoint files: written whole or not at all, checked before use, and the newest one found."""
+
+import errno
+import io
+import os
+import random
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
+from saved import fitted, read, same
+from tiny import loader, make_classifier, trainer
+
+from dynadapter.training.checkpoints import AtomicCheckpointIO, RunCheckpoint, check, newest
+from dynadapter.training.checkpoints import read as read_whole
+
+pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
+
+
+CONTENT = {"state_dict": {"a": torch.arange(100.0)}, "optimizer_states": [], "global_step": 3, "name": "text"}
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    path = tmp_path / "checkpoints" / "last.ckpt"
+    AtomicCheckpointIO().save_checkpoint(CONTENT, path)
+    return path
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_what_is_saved_is_loaded(saved: Path) -> None:
+    for loaded in (AtomicCheckpointIO().load_checkpoint(saved), read_whole(saved)):
+        assert loaded["name"] == "text"
+        assert torch.equal(loaded["state_dict"]["a"], torch.arange(100.0))
+    with pytest.raises(FileNotFoundError):
+        AtomicCheckpointIO().load_checkpoint(saved.with_name("other.ckpt"))
+
+
+def test_other_file_systems_use_lightning() -> None:
+    where = "memory://folder/a.ckpt"
+    AtomicCheckpointIO().save_checkpoint(CONTENT, where)
+    assert AtomicCheckpointIO().load_checkpoint(where)["name"] == "text"
+    AtomicCheckpointIO().remove_checkpoint(where)
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_interrupted_save_keeps_the_old_file(call: str, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(*_: Any) -> None:
+        raise Killed
+
+    monkeypatch.setattr(os, call, killed)
+    monkeypatch.setattr(Path, "unlink", lambda *_, **__: None)  # a killed process removes nothing
+    with pytest.raises(Killed):
+        AtomicCheckpointIO().save_checkpoint(CONTENT | {"name": "new"}, saved)
+    monkeypatch.undo()
+    assert names(saved.parent) == ["last.ckpt", "last.ckpt.partial"]
+    assert read_whole(saved)["name"] == "text"
+    found = newest(saved.parent)
+    assert found is not None
+    assert (found.path, found.step, found.damaged) == (saved, 3, [])
+    AtomicCheckpointIO().save_checkpoint(CONTENT, saved.with_name("best.ckpt"))  # of any name
+    assert names(saved.parent) == ["best.ckpt", "last.ckpt"]
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_full_disk_is_one_line(call: str, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, call, full)
+    told = f"checkpoint {saved} cannot be written: No space left on device; .* whole"
+    with pytest.raises(OSError, match=told) as error:
+        AtomicCheckpointIO().save_checkpoint(CONTENT | {"name": "new"}, saved)
+    assert "\n" not in str(error.value)
+    assert names(saved.parent) == ["last.ckpt"]
+    assert read_whole(saved)["name"] == "text"
+
+
+FULL = """
+import resource, sys
+from dynadapter.cli import main
+from dynadapter.training.checkpoints import AtomicCheckpointIO
+save = AtomicCheckpointIO.save_checkpoint
+def limited(self, checkpoint, *args, **kwargs):
+    if checkpoint["global_step"] == 4:  # from the second epoch on no file may have more than a few bytes
+        resource.setrlimit(resource.RLIMIT_FSIZE, (5000, resource.RLIM_INFINITY))
+    return save(self, checkpoint, *args, **kwargs)
+AtomicCheckpointIO.save_checkpoint = limited
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.slow
+def test_a_training_on_a_full_disk(tmp_path: Path) -> None:
+    tiny = Path(__file__).parent / "conf" / "tiny.yaml"
+    args = ["fit", "-c", str(tiny), "--trainer.max_epochs=4", f"--trainer.default_root_dir={tmp_path}"]
+    done = subprocess.run([sys.executable, "-c", FULL, *args], capture_output=True, text=True, check=False)
+    saved = tmp_path / "version_0" / "checkpoints"
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith(
+        f"dynadapter: error: checkpoint {saved / 'last.ckpt'} cannot be written: File too large; "
+    )
+    assert "Traceback" not in done.stderr
+    assert names(saved) == ["last.ckpt"]
+    assert read_whole(saved / "last.ckpt")["global_step"] == 2
+
+
+def test_unloadable_contents_are_not_saved(saved: Path) -> None:
+    with pytest.raises(ValueError, match=r"would not load under weights_only=True: it holds pathlib\.\w+Path; "):
+        AtomicCheckpointIO().save_checkpoint(CONTENT | {"where": Path("a")}, saved)
+    assert read_whole(saved)["name"] == "text"
+
+
+@pytest.mark.parametrize("left", [0, 1, 100, -1, -30, -1000])
+def test_a_file_that_was_cut_off(left: int, saved: Path) -> None:
+    saved.write_bytes(saved.read_bytes()[:left])
+    for reader in (check, read_whole, AtomicCheckpointIO().load_checkpoint):
+        with pytest.raises(ValueError, match=rf"{saved} is no checkpoint that can be read: ") as error:
+            reader(saved)
+        assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match=r"can be read: last\.ckpt"):
+        newest(saved.parent)
+
+
+def test_flipped_bits_are_found_or_harmless(tmp_path: Path) -> None:
+    path = fitted(make_classifier(), tmp_path / "a.ckpt")
+    whole, content = path.read_bytes(), read(path)
+    rng = random.Random(0)
+    found = 0
+    for _ in range(200):
+        place = rng.randrange(8 * len(whole))
+        flipped = bytearray(whole)
+        flipped[place // 8] ^= 1 << place % 8
+        path.write_bytes(flipped)
+        try:
+            again = read_whole(path)
+        except ValueError:
+            found += 1
+        else:
+            assert same(again["state_dict"], content["state_dict"]), place
+            assert again["optimizer_states"][0]["state"].keys() == content["optimizer_states"][0]["state"].keys()
+    assert found > 100  # the others hit padding, dates and the like
+
+
+def test_torch_does_not_check_checksums(tmp_path: Path) -> None:
+    path = tmp_path / "a.ckpt"
+    torch.save({"a": torch.zeros(1000)}, path)
+    data = bytearray(path.read_bytes())
+    data[data.index(bytes(1000)) + 500] = 1
+    path.write_bytes(data)
+    assert torch.load(path, weights_only=True)["a"].any()
+    with pytest.raises(ValueError, match="cut off or damaged"):
+        check(path)
+
+
+def test_hostile_archives_are_not_unpacked(tmp_path: Path) -> None:
+    bomb = io.BytesIO()
+    with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", bytes(50_000_000))
+    (tmp_path / "bomb.ckpt").write_bytes(bomb.getvalue())
+    with pytest.raises(ValueError, match="it was not written by torch"):
+        check(tmp_path / "bomb.ckpt")
+
+
+def test_most_steps_is_newest(tmp_path: Path) -> None:
+    assert newest(tmp_path) is None
+    for name, step in (("a", 5), ("b", 9), ("c", 7)):
+        AtomicCheckpointIO().save_checkpoint(CONTENT | {"global_step": step}, tmp_path / f"{name}.ckpt")
+    weights = {key: value for key, value in CONTENT.items() if key != "optimizer_states"}
+    AtomicCheckpointIO().save_checkpoint(weights | {"global_step": 20}, tmp_path / "weights.ckpt")
+    assert newest(tmp_path) == (tmp_path / "b.ckpt", 9, [])
+    (tmp_path / "b.ckpt").write_bytes((tmp_path / "b.ckpt").read_bytes()[:-9])
+    assert newest(tmp_path) == (tmp_path / "c.ckpt", 7, [tmp_path / "b.ckpt"])
+
+
+def test_lightning_checkpoints_interchange() -> None:
+    for options in ({}, {"monitor": "val/acc", "mode": "max"}, {"every_n_train_steps": 5}):
+        assert RunCheckpoint(**options).state_key == ModelCheckpoint(**options).state_key
+
+
+def test_last_does_not_depend_on_best(tmp_path: Path) -> None:
+    class Worse(Callback):
+        def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+            pl_module.log("score", -float(trainer.current_epoch))
+
+    saver = RunCheckpoint(dirpath=tmp_path, filename="best", monitor="score", mode="max", save_last=True)
+    trainer(Worse(), saver, max_epochs=3, enable_checkpointing=True).fit(make_classifier(), loader(2), loader(1))
+    assert {name: read(tmp_path / name)["global_step"] for name in names(tmp_path)} == {"best.ckpt": 2, "last.ckpt": 6}
