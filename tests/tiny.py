@@ -1,5 +1,6 @@
 """A LightningModule of a user's own, and a short training, for the tests of the callbacks."""
 
+import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ import torch
 from conftest import CLASSES, CONVNEXT, SWIN, VIT, make_vit
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from dynadapter.adapters import AdapterLayer, LoRA, inject
 from dynadapter.exits.heads import LinearHeads
@@ -86,6 +87,23 @@ def loader(batches: int = 3) -> DataLoader:
     return DataLoader(TensorDataset(images, targets), batch_size=2)
 
 
+def noise_batches(samples: int, batch_size: int) -> DataLoader:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(samples, 3, 32, 32, generator=generator)
+    targets = torch.randint(CLASSES, (samples,), generator=generator)
+    return DataLoader(TensorDataset(images, targets), batch_size=batch_size)
+
+
+def shaken(module: ExitClassifier) -> ExitClassifier:
+    """Change all trained tensors, so that exits differ and logits are not uniform."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in module.parameters():
+            if p.requires_grad:
+                p.add_(torch.randn(p.shape, generator=generator) * 0.3)
+    return module
+
+
 def trainer(*callbacks: Any, **options: Any) -> Trainer:
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     quiet |= {
@@ -107,3 +125,29 @@ class SaveFirstEpoch(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.current_epoch == 0:
             trainer.save_checkpoint(self.path)
+
+
+class Losses(Callback):
+    def __init__(self) -> None:
+        self.seen: list[float] = []
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *_: Any) -> None:
+        assert float(trainer.callback_metrics["train/loss"]) == float(outputs["loss"])
+        self.seen.append(float(outputs["loss"]))
+
+
+class Named(IterableDataset):
+    """A batch of images with the names of their files."""
+
+    def __iter__(self) -> Any:
+        yield torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)), ["a", "b", "c", "d"]
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, smoothing: float) -> float:
+    """Return the mean over a batch, computed sample by sample."""
+    total = 0.0
+    for row, target in zip(logits.tolist(), targets.tolist(), strict=True):
+        log_p = [z - math.log(sum(math.exp(other) for other in row)) for z in row]
+        wanted = [smoothing / len(row) + (1 - smoothing) * (k == target) for k in range(len(row))]
+        total -= sum(w * p for w, p in zip(wanted, log_p, strict=True))
+    return total / len(targets)
