@@ -20,14 +20,14 @@ from dynadapter.cli.configs import config_files, find_config, read_config
 from dynadapter.cli.errors import Mistake, Stopped, Terminated, describe
 from dynadapter.cli.help import short_help
 from dynadapter.cli.layers import checkpoint_path, checkpoint_settings, inline, switched_off, with_fresh_adapters
-from dynadapter.cli.record import SKIPPED, Record, list_skipped
+from dynadapter.cli.record import Record
 from dynadapter.cli.resume import Continue, Earlier, earlier_run, expand_resume, resume_command
 from dynadapter.cli.runs import RUN_FOLDERS, SaveConfig, create_run_folder, loggers, place_checkpoints, remove_if_empty
 from dynadapter.cli.safety import check_config
 from dynadapter.cli.signals import StopOnSignal
 from dynadapter.cli.strategies import require_known, require_own_processes
 from dynadapter.data import ImageData
-from dynadapter.training.callbacks import BidirectionalSparsity, EarlyExit, FlopsReport, PredictionWriter
+from dynadapter.training.callbacks import BidirectionalSparsity, EarlyExit, FlopsReport
 from dynadapter.training.checkpoints import AtomicCheckpointIO, RunCheckpoint, newest
 from dynadapter.training.module import ExitClassifier
 
@@ -100,11 +100,11 @@ class DynCLI(LightningCLI):
         if path is not None:
             if self.command == "fit" and not files:
                 raise Mistake(_needs_config(path))
-            below, above = checkpoint_settings(path, self.command)
+            below = checkpoint_settings(path)
             if self.command == "fit":
                 self.before = earlier_run(Path(path), log)
-            contents |= {inline(below): below, inline(above): above}
-            layers = [f"--config={inline(below)}", *layers, f"--config={inline(above)}"]
+            contents |= {inline(below): below}
+            layers = [f"--config={inline(below)}", *layers]
         self.config = parser.parse_args(with_fresh_adapters([*layers, *rest], contents))
         self.config.pop("config")
         check_config(self.config)
@@ -119,18 +119,11 @@ class DynCLI(LightningCLI):
             raise Mistake("resume is no key of a config file; give --resume FOLDER on the command line")
         if self.command == "fit" and config.seeds:
             raise Mistake(f"give all seeds at once, as in --seeds {[0, *config.seeds]}")
-        if self.command in ("validate", "test", "predict", "calibrate") and config.ckpt_path is None:
+        if self.command in ("validate", "test", "calibrate") and config.ckpt_path is None:
             raise Mistake(
                 f"{self.command} needs a checkpoint, because a network without one is untrained; "
                 "give --ckpt_path the file that fit wrote, such as runs/version_0/checkpoints/last.ckpt"
             )
-        if self.command == "predict":
-            if config.images is not None:
-                config.data.init_args.predict_images = config.images
-            if config.data.init_args.get("predict_images") is None:
-                raise Mistake("predict needs images; give --images a folder")
-            if config.out is not None:
-                config.predictions.output = config.out
         if self.command == "calibrate":
             self.calibration = calibrate.Settings.read(config)
             if config.trainer.devices == "auto":  # several would each see a part of the images
@@ -185,8 +178,6 @@ class DynCLI(LightningCLI):
 
     def _unused_callbacks(self, config: dict[str, Any]) -> set[type[Callback]]:
         unused = {CALLBACKS[key] for key in self.off}
-        if self.command != "predict":
-            unused.add(PredictionWriter)
         if self.model.hparams.get("adapter") is None:
             unused.add(BidirectionalSparsity)  # nothing to sparsify
         if self.command == "calibrate":
@@ -229,10 +220,6 @@ class DynCLI(LightningCLI):
             flops.print_costs(self.model, self.datamodule, config.merged)
         elif self.command == "calibrate":
             calibrate.calibrate(trainer, self.model, self.datamodule, self.calibration)
-        elif self.command == "predict":
-            trainer.predict(**parts, ckpt_path=config.ckpt_path, return_predictions=False)
-            if "predictions" not in self.off and trainer.is_global_zero:
-                list_skipped(Path(f"{config.predictions.output}.{SKIPPED}"), self.datamodule)
         else:
             measure = trainer.test if self.command == "test" else trainer.validate
             measure(**parts, ckpt_path=config.ckpt_path, verbose=config.verbose)

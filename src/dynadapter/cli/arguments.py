@@ -15,7 +15,7 @@ from dynadapter.cli.explain import explain
 from dynadapter.cli.help import TITLES
 from dynadapter.cli.layers import LINKED
 from dynadapter.data import ImageData
-from dynadapter.training.callbacks import BidirectionalSparsity, EarlyExit, ExitWeights, FlopsReport, PredictionWriter
+from dynadapter.training.callbacks import BidirectionalSparsity, EarlyExit, ExitWeights, FlopsReport
 from dynadapter.training.checkpoints import RunCheckpoint
 from dynadapter.training.module import ExitClassifier
 
@@ -24,7 +24,6 @@ CALLBACKS: dict[str, type[Callback]] = {
     "exit_weights": ExitWeights,
     "sparsity": BidirectionalSparsity,
     "flops_report": FlopsReport,
-    "predictions": PredictionWriter,
     "checkpoint": RunCheckpoint,
 }
 """Keys of a config that hold a callback's arguments; null switches one off."""
@@ -33,7 +32,6 @@ DESCRIPTIONS = {
     "fit": "Train adapters and exits on a task.",
     "validate": "Measure a checkpoint on the validation images.",
     "test": "Measure a checkpoint on the test images, with every exit policy.",
-    "predict": "Classify a folder of images and write a CSV file: file, class, confidence, exit.",
     "flops": "Count the GMACs up to each exit.",
     "calibrate": "Find thresholds on validation images, measure them on others, and write a bundle.",
 }
@@ -84,10 +82,6 @@ def add_command_arguments(parser: LightningArgumentParser, command: str) -> None
         parser.add_argument("--test_after", type=bool, default=False, help=what)
     elif command == "flops":
         parser.add_argument("--merged", type=bool, default=False, help="Merge the adapters into the backbone first.")
-    elif command == "predict":
-        parser.add_argument("--images", type=str | None, help="Folder of images; short for data.predict_images.")
-        what = "The CSV file; short for predictions.output."
-        parser.add_argument("--out", "--output", type=str | None, help=what)
     elif command == "calibrate":
         calibrate.add_arguments(parser)
     else:

@@ -14,7 +14,6 @@ TITLES = {
     "exit_weights": "weights of the exits in the loss, in fit",
     "sparsity": "dropout that falls with depth and masked adapter gradients, in fit",
     "flops_report": "the tables at the end",
-    "predictions": "the file that predict writes",
     "checkpoint": "what fit saves (Lightning's ModelCheckpoint)",
     "trainer": "hardware, length and precision (Lightning's Trainer)",
 }
@@ -41,7 +40,6 @@ ESSENTIAL = {
     "sparsity.deep": "Dropout in the last block, a schedule.",
     "sparsity.keep": "Probability that an adapter element moves in a step, a schedule.",
     "flops_report.show": "Print the tables.",
-    "predictions.output": "The CSV file.",
     "checkpoint.monitor": "Keep the best by this metric beside the last, such as val/acc.",
     "checkpoint.mode": "Whether the best is the largest (max) or the smallest (min).",
     "trainer.max_epochs": "Length of the training.",
@@ -60,7 +58,7 @@ ESSENTIAL = {
 }
 """The keys of the sections that ``--help`` explains; ``--help_all`` shows every key."""
 
-ONLY = {"exit_weights": "fit", "sparsity": "fit", "checkpoint": "fit", "predictions": "predict"}
+ONLY = {"exit_weights": "fit", "sparsity": "fit", "checkpoint": "fit"}
 """Sections that only one command uses; its help alone shows them."""
 
 KEY_WIDTH = 26

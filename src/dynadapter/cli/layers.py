@@ -102,16 +102,8 @@ def with_fresh_adapters(args: Sequence[str], contents: Contents) -> list[str]:
     return fresh
 
 
-def checkpoint_settings(path: str, command: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Read the settings of model and data from a checkpoint.
-
-    Args:
-        path: The file.
-        command: All commands take the data of the training; ``predict`` takes only how it read images.
-
-    Returns:
-        The layer below the config files, and one above them. The latter holds how ``predict`` reads images: a config
-        about another task's data must not change that.
+def checkpoint_settings(path: str) -> dict[str, Any]:
+    """Return the settings of model and data in a checkpoint: the layer below the config files.
 
     Raises:
         Mistake: If there is no such file, or it is not one that fit wrote.
@@ -124,12 +116,12 @@ def checkpoint_settings(path: str, command: str) -> tuple[dict[str, Any], dict[s
     except ValueError as error:
         raise Mistake(f"{error}; give --ckpt_path a file that fit wrote") from error
     try:
-        return _checkpoint_layers(checkpoint, command, Path(path))
+        return _settings(checkpoint, Path(path))
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise Mistake(f"{path} was not written by dynadapter fit; give --ckpt_path a file that was") from error
 
 
-def _checkpoint_layers(checkpoint: dict[str, Any], command: str, path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def _settings(checkpoint: dict[str, Any], path: Path) -> dict[str, Any]:
     try:
         ours = saved_contents({"dynadapter": dict(checkpoint["dynadapter"])})
     except ValueError as error:
@@ -140,16 +132,11 @@ def _checkpoint_layers(checkpoint: dict[str, Any], command: str, path: Path) -> 
     settings: dict[str, Any] = {"model": model}
     if root := run_root(path):
         settings["trainer"] = {"default_root_dir": str(root)}
-    if command != "predict":
-        data = ours.get("data")
-        if data is not None and data_class(data["class_path"]):
-            check_saved(data)
-            settings["data"] = plain(data)
-        return settings, {}
-    if not ours["preprocessing"]:
-        return settings, {}
-    reading = {**plain(ours["preprocessing"]), "class_names": ours["class_names"]}
-    return settings, {"data": {"class_path": "dynadapter.ImagesToPredict", "init_args": reading}}
+    data = ours.get("data")
+    if data is not None and data_class(data["class_path"]):
+        check_saved(data)
+        settings["data"] = plain(data)
+    return settings
 
 
 def run_root(checkpoint: Path) -> Path | None:
