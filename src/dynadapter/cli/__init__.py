@@ -41,6 +41,7 @@ examples:
   dynadapter predict --ckpt_path .../last.ckpt --images FOLDER --output out.csv
   dynadapter calibrate --ckpt_path .../last.ckpt --goal.cost 0.5 --bundle FOLDER
   dynadapter predict --bundle FOLDER --images FOLDER --out out.csv
+  dynadapter test --bundle FOLDER --data VTAB1k --data.root FOLDER --data.task cifar
   dynadapter export --bundle FOLDER --out FOLDER
   dynadapter fit --model.adapter.help LoRA
 
@@ -97,7 +98,9 @@ def _run(args: list[str]) -> None:
         raise Mistake(f"{what}{hint + ' There' if hint else '; there'} are {', '.join(COMMANDS)}")
     for file in config_files(args[1:])[0]:  # torch and Lightning take seconds to load: look for the files first
         find_config(file)
-    if command in OWN:
+    if command == "test" and any(arg.partition("=")[0] == "--bundle" for arg in args):
+        import_module("dynadapter.cli.shipped").run(args[1:])
+    elif command in OWN:
         import_module(f"dynadapter.cli.{command}").run(args[1:])
     elif command == "fit" and (seeds := import_module("dynadapter.cli.seeds")).asked(args[1:]):
         seeds.run(args[1:])

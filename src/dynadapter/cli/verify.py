@@ -59,7 +59,7 @@ def run(args: list[str]) -> None:
     from dynadapter.data.verify import verify
 
     files, rest = config_files(args)
-    sections = [_data_section(file) for file in files]
+    sections = [data_section(file) for file in files]
     parser = make_parser()
     given = parser.parse_args([*(f"--data={section}" for section in sections), *rest])
     check_config(given)
@@ -79,7 +79,7 @@ def run(args: list[str]) -> None:
         raise SystemExit(1)
 
 
-def _data_section(file: str) -> str:
+def data_section(file: str) -> str:
     """Return the data section of a config file as the parser reads it: JSON, or the name of a class."""
     section = read_config(file, ("data",)).get("data")
     if not section:

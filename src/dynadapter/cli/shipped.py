@@ -1,0 +1,109 @@
+"""``dynadapter test --bundle``: measure what is shipped, a bundle on the test images of a data module."""
+
+from typing import TYPE_CHECKING, Any, Literal
+
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from dynadapter.cli.configs import config_files
+from dynadapter.cli.errors import Mistake, one_line
+from dynadapter.cli.networks import check_network, load_network
+from dynadapter.cli.parser import CommandParser
+from dynadapter.cli.verify import data_section
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dynadapter.data import ImageData
+    from dynadapter.serve.bundle import Bundle
+
+OPTIONS: dict[str, tuple[Any, Any, str]] = {
+    "policy": (dict | str | None, None, "Exit policy instead of the stored one, such as Never or Patience."),
+    "threshold": (float | list[float] | None, None, "Threshold instead of the policy's own: one, or a list."),
+    "weights": (str | None, None, "File of the backbone's weights, where the bundle needs one."),
+    "pretrained": (bool | None, None, "Whether timm may fetch the backbone's weights; default: as in training."),
+    "device": (Literal["auto", "cpu", "cuda"], "auto", "Where the network runs; auto takes a GPU if there is one."),
+}
+
+
+def parser() -> CommandParser:
+    """Return the parser of the command."""
+    from dynadapter.data import ImageData
+
+    made = CommandParser("test", "Measure a bundle on the test images of a data module.")
+    made.add_argument("--bundle", type=str, required=True, help="The bundle: what calibrate wrote.")
+    words = "Where the images come from; its settings are --data.NAME VALUE. Or -c FILE with a data section."
+    made.add_subclass_arguments(ImageData, "data", required=True, help=words)
+    for name, (kind, default, words) in OPTIONS.items():
+        made.add_argument(f"--{name}", type=kind, default=default, help=words)
+    return made
+
+
+def run(args: list[str]) -> None:
+    """Run the command."""
+    made = parser()
+    if {"-h", "--help"} & set(args):
+        made.print_help()
+        return
+    files, rest = config_files(args)
+    given = made.parse_args([*(f"--data={data_section(file)}" for file in files), *rest])
+    given.ckpt_path = None
+    check_network(given.bundle)
+    data: ImageData = made.instantiate(given).data
+    bundle = load_network(given)
+    try:
+        tables = measure(bundle, data)
+    except ValueError as error:
+        raise Mistake(one_line(error)) from error
+    console = Console()
+    console.width = max(console.width, 100)  # a narrow pipe would fold the names
+    for table in tables:
+        console.print(table)
+
+
+def measure(bundle: "Bundle", data: "ImageData") -> list[Table]:
+    """Measure every exit and the policy on the test images, read as the bundle reads them.
+
+    Returns:
+        The tables that ``test`` prints for a checkpoint.
+
+    Raises:
+        ValueError: The data have no test images, or a class that the bundle does not know.
+    """
+    import torch
+
+    from dynadapter.cost import cost_table, exit_costs
+    from dynadapter.exits.policies import route
+
+    assert bundle.preprocess is not None
+    data.preprocess = bundle.preprocess
+    data.take_classes(bundle.class_names)
+    data.setup("test")
+    exits = bundle.net.num_exits
+    right, routed_right, counts = torch.zeros(exits), 0.0, torch.zeros(exits)
+    like = next(bundle.net.backbone.parameters())
+    with torch.inference_mode():
+        for images, targets in track(data.test_dataloader(), "images", console=Console(stderr=True), transient=True):
+            logits = bundle.net(images.to(like.device, like.dtype)).float().cpu()  # (exits, batch, classes)
+            correct = (logits.argmax(-1) == targets) & logits.isfinite().all(-1)
+            right += correct.sum(-1)
+            exit_index = route(bundle.policy, logits)
+            counts += exit_index.bincount(minlength=exits)
+            routed_right += float(correct[exit_index, torch.arange(len(targets))].sum())
+    samples = float(counts.sum())
+    shares = counts / samples
+    costs = bundle.costs or exit_costs(bundle.net, bundle.preprocess.image_size)
+    table = cost_table(costs, accuracy=_percent(right / samples), share=_percent(shares))
+    table.title = f"Exits (test, shares under {bundle.policy.name})"
+    routing = Table(title="Early exits (test)")
+    for heading in ("policy", "accuracy", "GMACs", "% of static", "exit shares"):
+        routing.add_column(heading, justify="left" if heading == "policy" else "right")
+    average = costs.average(shares)
+    accuracy, relative = f"{routed_right / samples:.1%}", f"{average / costs.static:.1%}"
+    routing.add_row(bundle.policy.name, accuracy, f"{average / 1e9:.3g}", relative, " / ".join(_percent(shares)))
+    return [table, routing]
+
+
+def _percent(values: "Tensor") -> list[str]:
+    return [f"{value:.1%}" for value in values.tolist()]

@@ -1,0 +1,70 @@
+"""``dynadapter test --bundle``: the numbers are those of the bundle on the test images."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_cli_predict import NAMES, PREPROCESS, refused, write_bundle, write_images
+
+from dynadapter.cli import main
+from dynadapter.images.reading import find_images, load_image
+from dynadapter.serve.bundle import load
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Images in a folder for each class and split, and a bundle of these classes."""
+    place = tmp_path_factory.mktemp("shipped")
+    for split in ("train", "test"):
+        write_images(place / "images" / split)
+    write_bundle(place / "bundle", place / "images" / "test")
+    return place
+
+
+def arguments(folder: Path, *more: str) -> list[str]:
+    return ["test", f"--bundle={folder / 'bundle'}", "--data=ImageFolder", f"--data.root={folder / 'images'}", *more]
+
+
+@pytest.mark.parametrize("options", [[], ["--data.image_size=64", "--data.normalization=imagenet"]])
+def test_numbers_are_the_bundles(options, folder, capsys):
+    """Also where the data module would read images in another way."""
+    main(arguments(folder, *options))
+    printed = capsys.readouterr().out
+    files = find_images(folder / "images" / "test")
+    bundle = load(folder / "bundle")
+    found = bundle.predict(files)
+    accuracy = np.mean([answer.label == file.parent.name for answer, file in zip(found, files, strict=True)])
+    share = np.mean([answer.exit_index == 0 for answer in found])
+    images = torch.from_numpy(np.stack([PREPROCESS(load_image(file)) for file in files]))
+    with torch.no_grad():
+        classes = bundle.net(images).argmax(-1)
+    targets = torch.tensor([NAMES.index(file.parent.name) for file in files])
+    for value in (accuracy, share, 1 - share, *(classes == targets).float().mean(-1).tolist()):
+        assert f"{value:.1%}" in printed
+    assert "% of static" in printed
+    assert bundle.policy.name in printed
+
+
+def test_policy_of_the_command_line(folder, capsys):
+    main(arguments(folder, "--policy=Never"))
+    assert "0.0% / 100.0%" in capsys.readouterr().out
+
+
+def test_data_section_of_a_config(folder, tmp_path, capsys):
+    config = tmp_path / "a.yaml"
+    config.write_text(f"data: {{class_path: ImageFolder, init_args: {{root: {folder / 'images'}}}}}\n")
+    main(["test", f"--bundle={folder / 'bundle'}", "-c", str(config)])
+    assert "% of static" in capsys.readouterr().out
+
+
+def test_mistakes_are_one_line(folder, tmp_path, capsys):
+    for split in ("train", "test"):
+        for name in ("ant", "dog"):
+            (tmp_path / split / name).mkdir(parents=True)
+            Image.new("RGB", (9, 9)).save(tmp_path / split / name / "a.png")
+    line = refused(capsys, arguments(folder, f"--data.root={tmp_path}"))
+    assert "dog" in line
+    assert "is no folder" in refused(capsys, ["test", f"--bundle={tmp_path}/no", *arguments(folder)[2:]])
+    assert "data" in refused(capsys, ["test", f"--bundle={folder / 'bundle'}"])
