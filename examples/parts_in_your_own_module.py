@@ -40,7 +40,7 @@ class Digits(LightningModule):
         inject(backbone, LoRA(rank=8, targets=("*.qkv", "*.fc1")))
         # ... and an exit after every third of its 12 blocks: MLP heads first, linear ones later.
         self.net = ExitNet(backbone, heads=Balanced(), every=3)
-        # Who leaves where; Entropy, Margin, Patience or a subclass of your own fit as well.
+        # The exit policy; Entropy, Margin, Patience or your own subclass work too.
         self.policy = Confidence(threshold)
         # Checkpoints without the frozen backbone. Leave this out to save everything.
         trainable_only(self)

@@ -45,8 +45,7 @@ def create_backbone(
             ``hf-hub:owner/name``, ``local-dir:folder``, or a packaged backbone (``micro``).
         num_classes: Classes of the model's own classifier.
         pretrained: Load the weights of this name: from timm's cache or the network, or from the package.
-        weights: A local weight file; it wins over ``pretrained``. See
-        :func:`~dynadapter.backbones.weight_files.load_weights`.
+        weights: A local weight file (:mod:`~dynadapter.backbones.weight_files`); it wins over ``pretrained``.
         image_size: Height and width of the images in pixels, for families built for one size. ``img_size`` among
             ``timm_args`` wins over it.
         seed: Random seed of the new classifier, and of every tensor if there are no weights. The global random state is
@@ -66,9 +65,7 @@ def create_backbone(
         weights = packaged.weights() if pretrained and weights is None else weights
     _check_name(name)
     if num_classes < 0:
-        raise ValueError(
-            f"num_classes={num_classes} must be the number of classes, or 0 for a model without classifier"
-        )
+        raise ValueError(f"num_classes={num_classes} must be at least 0; 0 gives a model without classifier")
     if timm_args.get("global_pool") == "":
         raise ValueError("global_pool='' leaves features unpooled; choose 'avg', 'token' ..., or leave it out")
     # This first build shows wrong names, arguments and families before any download

@@ -143,9 +143,7 @@ def with_guarantee(
     policies: Sequence[Policy] | None = None,
     static: float | None = None,
 ) -> Calibrated:
-    """Find the laxest policy whose risk against the last exit is certified to be at most ``risk``.
-
-    The text of this module states the guarantee and the method.
+    """Find the laxest policy whose risk against the last exit is certified to be at most ``risk``; see this module's text.
 
     Args:
         logits: (exits, samples, classes).
