@@ -143,7 +143,7 @@ def with_guarantee(
     policies: Sequence[Policy] | None = None,
     static: float | None = None,
 ) -> Calibrated:
-    """Find the laxest policy whose risk against the last exit is certified to be at most ``risk``; see this module's text.
+    """Find the laxest policy whose risk against the last exit is certified to be at most ``risk`` (see the module).
 
     Args:
         logits: (exits, samples, classes).
