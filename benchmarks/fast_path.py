@@ -11,6 +11,7 @@ machine disturb less. The result is one JSON line a recipe.
 
 import argparse
 import json
+import os
 import tempfile
 import time
 import warnings
@@ -155,6 +156,7 @@ def main() -> None:
                 "second_trainer_seconds": seconds[:, 1].round(4).tolist(),
                 "cpu": cpu_name(),
                 "threads": 1,
+                "load_average": [round(load, 2) for load in os.getloadavg()],
                 "versions": versions,
                 "time": datetime.now(UTC).isoformat(timespec="seconds"),
             }
