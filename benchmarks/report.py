@@ -234,7 +234,9 @@ def fast_path_section(results: Path) -> str:
     if not lines:
         return ""
     columns = {"recipe": "recipe", "wall_ratio": "wall time", "cpu_ratio": "CPU time", "cpu": "processor"}
-    rows = [{title: line[name] for name, title in columns.items()} for line in lines]
+    rows = [
+        {title: line[name] for name, title in columns.items()} | {"rounds": len(line["wall_ratios"])} for line in lines
+    ]
     words = (
         "An epoch of the product's training divided by an epoch of the second trainer that it replaced, on one thread: "
         "`micro`, LoRA of rank 8, 800 images of 48 px in memory. Both were timed in one run, epoch by epoch: medians "
