@@ -19,6 +19,7 @@ BELOW = {
     "cost": {"backbones", "adapters", "exits"},
     "images": set(),
     "calibrate": {"spec", "exits"},
+    "sweep": {"files", "spec", "exits", "calibrate"},
     "serve": {"files", "spec", "backbones", "adapters", "exits", "cost", "images"},
     "bench": {"spec", "backbones", "adapters", "exits", "cost", "images", "serve"},
     # ---- above this line nothing imports lightning

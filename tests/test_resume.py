@@ -317,7 +317,6 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["--resume", "{R}/version_0", "--resume", "{R}/version_0"], ("give it once",)),
         (["-c", "{R}/resume.yaml", "-c", TINY], ("no key of a config file",)),
         (["-c", TINY, "--ckpt_path", "{R}/version_0/checkpoints/weights.ckpt"], ("trained part alone", "last.ckpt")),
-        (["-c", TINY, "--seeds+", "3"], ("all seeds at once",)),
     ],
     ids=lambda part: " ".join(part).replace(TINY, "TINY"),
 )

@@ -22,6 +22,7 @@ commands:
   predict     classify a folder of images, by a checkpoint or a bundle
   flops       count the GMACs up to each exit
   calibrate   find thresholds for a cost, an accuracy or a guarantee, and write the bundle: the folder to deploy
+  sweep       train tasks, adapters, recipes, scales and seeds from one YAML file to one table
   export      write ONNX graphs of a bundle, one a stage
   bench       time a bundle against its static backbone and other ways to serve it
   verify      check a data set before a training
@@ -36,6 +37,7 @@ options:
 examples:
   dynadapter fit --config quickstart
   dynadapter fit --resume runs/quickstart/version_0
+  dynadapter sweep SWEEP.yaml --dry_run
   dynadapter fit --config vtab --config repadapter --data.root DATA --data.task cifar
   dynadapter test --ckpt_path runs/quickstart/version_0/checkpoints/last.ckpt
   dynadapter predict --ckpt_path .../last.ckpt --images FOLDER --output out.csv
@@ -50,7 +52,7 @@ the command line.
 """
 TRAINER = ("fit", "validate", "test", "flops", "calibrate")
 """Commands with a whole configuration: model, data, trainer."""
-OWN = ("predict", "export", "bench", "verify", "configs")
+OWN = ("predict", "sweep", "export", "bench", "verify", "configs")
 """Commands with a handful of settings; each is a module here with a ``run(args)``."""
 COMMANDS = (*TRAINER, *OWN)
 
@@ -102,8 +104,6 @@ def _run(args: list[str]) -> None:
         import_module("dynadapter.cli.shipped").run(args[1:])
     elif command in OWN:
         import_module(f"dynadapter.cli.{command}").run(args[1:])
-    elif command == "fit" and (seeds := import_module("dynadapter.cli.seeds")).asked(args[1:]):
-        seeds.run(args[1:])
     else:
         with quiet():
             import_module("dynadapter.cli.app").DynCLI(args)

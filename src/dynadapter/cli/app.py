@@ -117,8 +117,6 @@ class DynCLI(LightningCLI):
         config = self.config
         if self.command == "fit" and config.resume is not None:
             raise Mistake("resume is no key of a config file; give --resume FOLDER on the command line")
-        if self.command == "fit" and config.seeds:
-            raise Mistake(f"give all seeds at once, as in --seeds {[0, *config.seeds]}")
         if self.command in ("validate", "test", "calibrate") and config.ckpt_path is None:
             raise Mistake(
                 f"{self.command} needs a checkpoint, because a network without one is untrained; "

@@ -76,8 +76,6 @@ def add_command_arguments(parser: LightningArgumentParser, command: str) -> None
     if command == "fit":
         what = "Folder of an interrupted run: continue from its newest whole checkpoint, with its settings."
         parser.add_argument("--resume", type=str | None, help=what)
-        what = "One training for each of these seeds, and a table of mean and deviation: [0, 1, 2]."
-        parser.add_argument("--seeds", type=list[int] | None, help=what)
         what = "Measure the final weights on the test images, too."
         parser.add_argument("--test_after", type=bool, default=False, help=what)
     elif command == "flops":

@@ -1,0 +1,105 @@
+"""``dynadapter sweep``: tasks, adapters, scales, seeds and recipes from one YAML file to one table."""
+
+from typing import Any
+
+from dynadapter.cli.errors import Failed, Mistake
+from dynadapter.cli.parser import CommandParser
+from dynadapter.cli.sweep_estimate import estimate
+from dynadapter.cli.sweep_file import SweepFile, read
+from dynadapter.files import replacing
+from dynadapter.sweep import lines
+from dynadapter.sweep.plan import Unit
+from dynadapter.sweep.table import as_csv, as_markdown, draw, rows
+
+TABLE = ("table.md", "table.csv", "table.png")
+
+
+def run(args: list[str]) -> None:
+    """Run the command.
+
+    Args:
+        args: The command line without the command.
+
+    Raises:
+        Mistake: An argument or the file is wrong.
+        Failed: Runs failed.
+    """
+    parser = CommandParser(
+        "sweep",
+        "Train every combination that a YAML file names, choose scales and thresholds on val200, and measure the "
+        "final networks on the test images once. The same command goes on where an earlier one stopped, and may be "
+        "started several times at once.",
+    )
+    parser.add_argument("file", type=str, help="YAML file of the sweep.")
+    parser.add_argument("--dry_run", action="store_true", help="Print the runs, their estimated time and disk space.")
+    parser.add_argument("--processes", type=int, default=1, help="Processes that share the work on this machine.")
+    parser.add_argument("--engine", type=str, default="local", help="local, or ray (RAY_ADDRESS names a cluster).")
+    parser.add_argument("--cpus", type=float, default=1.0, help="Processors of a run under Ray.")
+    parser.add_argument("--gpus", type=float, default=0.0, help="GPUs of a run under Ray, such as 0.25.")
+    parser.add_argument("--no_table", action="store_true", help="Do the runs and write no table.")
+    config = parser.parse_args(args)
+    if config.engine not in ("local", "ray"):
+        raise Mistake(f"engine={config.engine} is unknown; choose from: local, ray")
+    if config.processes < 1 or config.cpus < 0 or config.gpus < 0:
+        raise Mistake("processes must be at least 1, cpus and gpus at least 0")
+    file = read(config.file)
+    file.out.mkdir(parents=True, exist_ok=True)
+    if config.dry_run:
+        print(estimate(file))
+        return
+    failed = _work(file, config)
+    from dynadapter.cli.sweep_unit import remove_lost
+
+    remove_lost(file)
+    if not config.no_table:
+        print(write_table(file))
+    if failed:
+        unit, reason = next(iter(failed.items()))
+        raise Failed(f"{len(failed)} runs failed, {unit.name} among them: {reason}; the same command runs them again")
+
+
+def _work(file: SweepFile, config: Any) -> dict[Unit, str]:
+    """Do the runs; return those that failed."""
+    from dynadapter.cli import quiet, sweep_workers
+
+    with quiet():
+        if config.engine == "ray":
+            return sweep_workers.run_on_ray(file, config.cpus, config.gpus, _say)
+        if config.processes > 1:
+            sweep_workers.spread(str(file.path), config.processes)
+            return {}
+        return sweep_workers.work(file, _say)
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+# ---- the table
+
+
+def write_table(file: SweepFile) -> str:
+    """Write the table as Markdown, CSV and a figure beside the results.
+
+    Args:
+        file: The sweep.
+
+    Returns:
+        The Markdown, with notes on what is missing.
+    """
+    done = lines.read(file.out)
+    table = rows(file.sweep, done)
+    if not table:
+        return "no final run is finished: there is no table yet"
+    text = as_markdown(table, file.sweep)
+    diverged = [f"{arm.task}, {arm.adapter}, {arm.recipe}" for arm in file.sweep.diverged(done)]
+    if diverged:
+        text += f"\nThe loss was finite at no scale: {'; '.join(diverged)}.\n"
+    figure = draw(table, file.sweep, file.path.stem)
+    with lines.claim(file.out, wait=True):  # several processes may end together
+        for name, data in zip(TABLE, (text.encode(), as_csv(table).encode()), strict=False):
+            with replacing(file.out / name) as opened:
+                opened.write(data)
+        with replacing(file.out / TABLE[2]) as opened:
+            figure.savefig(opened, dpi=150, format="png")
+    return f"{text}\n{', '.join(TABLE)} and {lines.RESULTS} are in {file.out}"

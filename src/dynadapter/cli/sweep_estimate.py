@@ -1,0 +1,107 @@
+"""What a sweep will take: how many runs, about how much time, and about how much disk space."""
+
+import dataclasses
+import statistics
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from dynadapter.cli.sweep_file import SweepFile
+from dynadapter.sweep import lines
+from dynadapter.sweep.plan import FINAL, SEARCH, Line, Split
+
+
+def estimate(file: SweepFile) -> str:
+    """Return how many runs there are, and about how long they take and how much they store.
+
+    Time and size come from finished runs of the sweep, or from one short training.
+
+    Args:
+        file: The sweep.
+    """
+    done = lines.read(file.out)
+    left = file.sweep.remaining(done)
+    finished: list[Line] = [
+        line for unit, line in done.items() if "seconds" in line and unit in file.sweep.planned(done)
+    ]
+    text = [
+        f"{len(file.sweep.tasks)} tasks x {len(file.sweep.adapters)} adapters x {len(file.sweep.recipes)} recipes: "
+        f"{left[SEARCH]} runs on train800 choose scales and thresholds, {left[FINAL]} final runs on train800val200",
+        f"{len(finished)} runs are finished, {sum(left.values())} are left",
+    ]
+    if not sum(left.values()):
+        return "\n".join(text)
+    source = f"{len(finished)} finished runs"
+    if not finished:
+        finished, source = [probe(file)], "a short training"
+    test_images = statistics.fmean(count_images(file, task, "test") for task in file.sweep.tasks)
+    seconds = sum(left[split] * seconds_of(split, finished, test_images) for split in left)
+    size = sum(left.values()) * statistics.fmean(line["bytes"] for line in finished)
+    text.append(f"about {as_duration(seconds)} in one process, measured by {source}")
+    text.append(f"about {size / 1e6:,.0f} MB in {file.out}; the checkpoints of scales that lost are deleted at the end")
+    return "\n".join(text)
+
+
+def seconds_of(split: Split, finished: Sequence[Line], test_images: float) -> float:
+    """Return the mean time of a run, of final ones from train800 runs where none is finished.
+
+    Args:
+        split: What the run trains on.
+        finished: Lines with times.
+        test_images: Mean number of test images of a task.
+    """
+    same = [line["seconds"]["all"] for line in finished if line["run"]["split"] == split]
+    if same:
+        return statistics.fmean(same)
+    training = statistics.fmean(line["seconds"]["training"] for line in finished)
+    image = statistics.fmean(
+        (line["seconds"]["all"] - line["seconds"]["training"]) / line["images"] for line in finished
+    )
+    return 1.25 * training + test_images * image  # 1000 training images instead of 800
+
+
+def count_images(file: SweepFile, task: str, split: str) -> int:
+    """Count the images of a task's list."""
+    from dynadapter.data.lists import read_list
+    from dynadapter.data.vtab import find_task
+
+    return len(read_list(find_task(file.root, task) / f"{split}.txt"))
+
+
+def probe(file: SweepFile) -> Line:
+    """Train the first run for some steps; return a line with the time that all of its epochs would take.
+
+    Args:
+        file: The sweep.
+    """
+    from dynadapter.cli import quiet
+    from dynadapter.cli.sweep_unit import measured
+
+    unit = file.sweep.ready({})[0]
+    few, more = 1, 9
+    taken: dict[int, Line] = {}
+    with tempfile.TemporaryDirectory() as folder, quiet():
+        for number, steps in enumerate((few, few, more)):  # the first one also warms up
+            short = {"trainer": {"max_epochs": -1, "max_steps": steps}}
+            layers = {key: [*value, short] for key, value in file.layers.items()}
+            place = Path(folder) / str(number)
+            place.mkdir()
+            taken[steps] = measured(dataclasses.replace(file, layers=layers), unit, place, {})
+    line, seconds = taken[more], {steps: line["seconds"] for steps, line in taken.items()}
+    step = max(0.0, seconds[more]["training"] - seconds[few]["training"]) / (more - few)
+    batches = max(1, count_images(file, unit.task, unit.split) // line["batch_size"])
+    training = seconds[few]["training"] + step * batches * file.epochs(unit)
+    measuring = line["seconds"]["all"] - line["seconds"]["training"]
+    return {**line, "seconds": {"training": training, "all": training + measuring}}
+
+
+def as_duration(seconds: float) -> str:
+    """Return a duration in a unit that suits it.
+
+    >>> as_duration(5400)
+    '1.5 hours'
+    """
+    for size, name in ((86400, "days"), (3600, "hours"), (60, "minutes")):
+        if seconds >= size:
+            return f"{seconds / size:.1f} {name}"
+    return f"{seconds:.0f} seconds"

@@ -1,0 +1,161 @@
+"""Who does the runs of a sweep: this process, several processes, or Ray; all call the same function of one run."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from dynadapter.cli.errors import Failed, Mistake, Stopped, one_line
+from dynadapter.cli.sweep_file import SweepFile
+from dynadapter.sweep import lines
+from dynadapter.sweep.plan import Unit
+
+WAIT = 1.0
+"""Seconds between looks at the results while other processes do the runs that are left."""
+
+
+def work(file: SweepFile, say: Callable[[str], None]) -> dict[Unit, str]:
+    """Do every run that no other process does, until all are finished.
+
+    Args:
+        file: The sweep.
+        say: Receives one line a finished run.
+
+    Returns:
+        The runs that failed, with the reason.
+
+    Raises:
+        Stopped: By a signal; what is finished stays.
+    """
+    from dynadapter.cli.sweep_unit import remove_lost, run_unit
+
+    failed: dict[Unit, str] = {}
+    while todo := [unit for unit in file.sweep.ready(lines.read(file.out)) if unit not in failed]:
+        for unit in todo:
+            try:
+                mine = run_unit(file, unit)
+            except Stopped as stopped:
+                raise Stopped("stopped; give the same command again to go on", stopped.code) from stopped
+            except Mistake:
+                raise
+            except Exception as error:
+                failed[unit] = one_line(error)
+                say(f"{unit.name} failed: {failed[unit]}")
+                break
+            if mine:
+                say(summary(lines.read(file.out), unit))
+                remove_lost(file)
+                break  # it may have made other runs possible
+        else:
+            time.sleep(WAIT)
+    return failed
+
+
+def summary(done: Mapping[Unit, Any], unit: Unit) -> str:
+    """Return one line about a finished run."""
+    line = done[unit]
+    if "failed" in line:
+        return f"{unit.name}: {line['failed']}"
+    exits = " / ".join(f"{100 * entry['accuracy']:.1f}" for entry in line["exits"])
+    policy = line["policy"]
+    routed = f"{100 * policy['accuracy']:.1f} % at {policy['percent_of_static']:.0f} % of static"
+    return f"{unit.name}: {line['measured_on']} {exits}; by the policy {routed} ({line['seconds']['all']:.0f} s)"
+
+
+def spread(path: str, processes: int) -> None:
+    """Work at a sweep with several processes of this command; wait for all of them.
+
+    Args:
+        path: The file of the sweep.
+        processes: How many.
+
+    Raises:
+        Failed: One of them failed.
+    """
+    environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes)), **os.environ}
+    command = [sys.executable, "-m", "dynadapter.cli", "sweep", path, "--no_table"]
+    started = [subprocess.Popen(command, env=environment) for _ in range(processes)]
+    try:
+        codes = [process.wait() for process in started]
+    finally:
+        for process in started:
+            if process.poll() is None:
+                process.terminate()
+                process.wait()
+    if any(codes):
+        raise Failed(f"{sum(map(bool, codes))} of {processes} processes failed; the same command runs the rest again")
+
+
+def run_on_ray(file: SweepFile, cpus: float, gpus: float, say: Callable[[str], None]) -> dict[Unit, str]:
+    """Hand the runs to Ray, as many at a time as its resources allow.
+
+    Ray connects to the cluster that ``RAY_ADDRESS`` names, or starts on this machine and listens on loopback alone.
+    All machines of a cluster must see the folders of the sweep and of the data under the same paths.
+
+    Args:
+        file: The sweep.
+        cpus: Processors of a run.
+        gpus: GPUs of a run; 0.25 lets four runs share one.
+        say: Receives one line a finished run.
+
+    Returns:
+        The runs that failed, with the reason.
+
+    Raises:
+        Mistake: Ray is not installed.
+    """
+    try:
+        import ray
+    except ImportError as error:
+        raise Mistake("--engine ray needs Ray; install it with: pip install 'dynadapter[ray]'") from error
+    own = not ray.is_initialized()
+    if own:
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        local: dict[str, Any] = {"_node_ip_address": "127.0.0.1", "include_dashboard": False}
+        local = {} if "RAY_ADDRESS" in os.environ else local
+        ray.init(log_to_driver=False, **local)
+    remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=0)(do_unit)
+    failed: dict[Unit, str] = {}
+    running: dict[Any, Unit] = {}
+    try:
+        while True:
+            ready = file.sweep.ready(lines.read(file.out))
+            for unit in ready:
+                if unit not in failed and unit not in running.values():
+                    running[remote.remote(file, unit)] = unit
+            if not running:
+                return failed
+            for handle in ray.wait(list(running), num_returns=1)[0]:
+                unit = running.pop(handle)
+                try:
+                    mine = ray.get(handle)
+                except Exception as error:
+                    failed[unit] = one_line(getattr(error, "cause", None) or error)
+                    say(f"{unit.name} failed: {failed[unit]}")
+                else:
+                    if mine:
+                        say(summary(lines.read(file.out), unit))
+                    elif unit not in lines.read(file.out):
+                        time.sleep(WAIT)  # a process outside of Ray is at it
+    finally:
+        if own:
+            ray.shutdown()
+
+
+def do_unit(file: SweepFile, unit: Unit) -> bool:
+    """Do one run; what Ray calls on its workers.
+
+    Args:
+        file: The sweep.
+        unit: The run.
+
+    Returns:
+        Whether it was done here.
+    """
+    from dynadapter.cli import quiet
+    from dynadapter.cli.sweep_unit import run_unit
+
+    with quiet():
+        return run_unit(file, unit)

@@ -1,0 +1,233 @@
+"""The table at the end of a sweep: accuracy and cost of every arm by task, group and over all tasks."""
+
+import csv
+import io
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dynadapter.sweep.plan import Line, Sweep, Unit
+
+GROUPS = ("Natural", "Specialized", "Structured")
+POLICY = "policy"
+
+
+@dataclass(frozen=True)
+class Value:
+    """Mean and deviation over the seeds.
+
+    Args:
+        mean: Mean over the seeds.
+        std: Sample standard deviation over the seeds, None for a single one.
+        seeds: How many seeds.
+    """
+
+    mean: float
+    std: float | None
+    seeds: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the CSV file.
+
+    Args:
+        adapter: Name of the adapter.
+        recipe: Name of the recipe.
+        reading: ``exit 1`` to ``exit K``, or ``policy``.
+        what: A task, ``mean of Natural`` and so on, ``mean of groups``, or ``mean of N tasks``.
+        scale: The chosen adapter scale, for a task.
+        accuracy: Top-1 accuracy in %.
+        percent_of_static: Cost in % of static.
+    """
+
+    adapter: str
+    recipe: str
+    reading: str
+    what: str
+    scale: float | None
+    accuracy: Value
+    percent_of_static: Value
+
+
+Numbers = Mapping[int, tuple[float, float]]
+"""Accuracy and cost, both in %, by seed."""
+
+
+def rows(sweep: Sweep, done: Mapping[Unit, Line]) -> list[Row]:
+    """Return every row that the finished runs allow; a mean stands only where all of its parts are finished.
+
+    Args:
+        sweep: The sweep.
+        done: The finished runs.
+    """
+    found = []
+    for adapter in sweep.adapters:
+        for recipe in sweep.recipes:
+            lines = _final_lines(sweep, done, adapter, recipe)
+            scales = {task: unit.scale for task, by_seed in lines.items() for unit in by_seed.values()}
+            results = {
+                task: {seed: _readings(done[unit]) for seed, unit in by_seed.items()} for task, by_seed in lines.items()
+            }
+            for reading in _names(results):
+                numbers = {
+                    task: {seed: by_name[reading] for seed, by_name in by_seed.items() if reading in by_name}
+                    for task, by_seed in results.items()
+                }
+                for what, values in _with_means(sweep, numbers):
+                    accuracy, cost = (_value([pair[k] for pair in values.values()]) for k in (0, 1))
+                    found.append(Row(adapter, recipe, reading, what, scales.get(what), accuracy, cost))
+    return found
+
+
+def _final_lines(sweep: Sweep, done: Mapping[Unit, Line], adapter: str, recipe: str) -> dict[str, dict[int, Unit]]:
+    """Return the finished final runs of an adapter and a recipe, by task and seed."""
+    lines: dict[str, dict[int, Unit]] = {}
+    for arm in sweep.arms():
+        scale = sweep.chosen_scale(arm, done) if (arm.adapter, arm.recipe) == (adapter, recipe) else None
+        if scale is not None:
+            units = [unit for unit in sweep.final(arm, scale) if unit in done and "failed" not in done[unit]]
+            lines[arm.task] = {unit.seed: unit for unit in units}
+    return lines
+
+
+def _readings(line: Line) -> dict[str, tuple[float, float]]:
+    """Return accuracy and cost of a final run, both in %, by reading."""
+    named = [(f"exit {entry['exit']}", entry) for entry in line["exits"]] + [(POLICY, line["policy"])]
+    return {name: (100 * entry["accuracy"], entry["percent_of_static"]) for name, entry in named}
+
+
+def _names(results: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> list[str]:
+    """Return all readings, the policy last."""
+    found = dict.fromkeys(name for by_seed in results.values() for named in by_seed.values() for name in named)
+    return sorted(found, key=lambda name: (name == POLICY, len(name), name))
+
+
+def _with_means(sweep: Sweep, numbers: Mapping[str, Numbers]) -> Iterator[tuple[str, Numbers]]:
+    """Yield each task's numbers, and those of the means over tasks and groups, computed seed by seed."""
+    for task in sweep.tasks:
+        if numbers.get(task):
+            yield task, numbers[task]
+    groups = []
+    for group in GROUPS:
+        members = [numbers.get(task, {}) for task, of in sweep.tasks.items() if of == group]
+        if mean := _mean(members):
+            yield f"mean of {group}", mean
+        groups.append(mean)
+    if mean := _mean(groups):
+        yield "mean of groups", mean
+    if mean := _mean([numbers.get(task, {}) for task in sweep.tasks]):
+        yield f"mean of {_count(len(sweep.tasks), 'task')}", mean
+
+
+def _mean(parts: Sequence[Numbers]) -> Numbers:
+    """Return the mean of the parts for each seed that all of them have."""
+    seeds = set.intersection(*(set(part) for part in parts)) if parts else set()
+    return {
+        seed: tuple(statistics.fmean(part[seed][k] for part in parts) for k in (0, 1))  # type: ignore[misc]
+        for seed in sorted(seeds)
+    }
+
+
+def _value(values: Sequence[float]) -> Value:
+    return Value(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values))
+
+
+# ---- as text
+
+
+def as_csv(table: Sequence[Row]) -> str:
+    """Return all rows as CSV, numbers with three decimals."""
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    head = ["adapter", "recipe", "reading", "what", "scale", "seeds"]
+    writer.writerow([*head, "accuracy", "accuracy_std", "percent_of_static", "percent_of_static_std"])
+    for row in table:
+        values = [number for value in (row.accuracy, row.percent_of_static) for number in (value.mean, value.std)]
+        shown = ["" if number is None else f"{number:.3f}" for number in values]
+        scale = "" if row.scale is None else f"{row.scale:g}"
+        writer.writerow([row.adapter, row.recipe, row.reading, row.what, scale, row.accuracy.seeds, *shown])
+    return text.getvalue()
+
+
+def as_markdown(table: Sequence[Row], sweep: Sweep) -> str:
+    """Return the table with a row for each task and mean, and a column for each adapter and recipe, by its policy.
+
+    Args:
+        table: From :func:`rows`.
+        sweep: The sweep, which names the seeds and the goal.
+    """
+    policy = [row for row in table if row.reading == POLICY]
+    arms = list(dict.fromkeys((row.adapter, row.recipe) for row in policy))
+    cells = {(row.what, row.adapter, row.recipe): _cell(row) for row in policy}
+    lines = [
+        "Top-1 accuracy in % on the test images (cost in % of static), "
+        f"mean ± sample deviation over {_count(len(sweep.seeds), 'seed')}.",
+        f"Scale and thresholds were chosen on val200 ({sweep.goal}); the last epoch counts.",
+        "",
+        "| | " + " | ".join(f"{adapter}, {recipe}" for adapter, recipe in arms) + " |",
+        "|---|" + "---:|" * len(arms),
+    ]
+    for what in dict.fromkeys(sorted((row.what for row in policy), key=_order(sweep))):
+        name = f"**{what}**" if what.startswith("mean of ") else what
+        lines.append(f"| {name} | " + " | ".join(cells.get((what, *arm), "") for arm in arms) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(row: Row) -> str:
+    accuracy, cost = row.accuracy, row.percent_of_static
+    deviation = "" if accuracy.std is None else f" ± {accuracy.std:.1f}"
+    return f"{accuracy.mean:.1f}{deviation} ({cost.mean:.0f} %)"
+
+
+def _order(sweep: Sweep) -> Callable[[str], tuple[int, str]]:
+    """Return the key that sorts tasks as the sweep names them, and means behind them."""
+    means = [*(f"mean of {group}" for group in GROUPS), "mean of groups", f"mean of {_count(len(sweep.tasks), 'task')}"]
+    places = {what: place for place, what in enumerate([*sweep.tasks, *means])}
+    return lambda what: (places[what], what)
+
+
+def _count(number: int, one: str) -> str:
+    return f"{number} {one}{'' if number == 1 else 's'}"
+
+
+# ---- as a picture
+
+
+def draw(table: Sequence[Row], sweep: Sweep, title: str) -> Any:
+    """Draw mean accuracy over % of static: a line through the exits of each arm, and a star for its policy.
+
+    Args:
+        table: From :func:`rows`.
+        sweep: The sweep.
+        title: Above the picture.
+
+    Returns:
+        A matplotlib figure.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    what = f"mean of {_count(len(sweep.tasks), 'task')}"
+    for a, adapter in enumerate(sweep.adapters):
+        for r, recipe in enumerate(sweep.recipes):
+            here = [row for row in table if (row.adapter, row.recipe, row.what) == (adapter, recipe, what)]
+            exits = [row for row in here if row.reading != POLICY]
+            style: dict[str, Any] = {"color": f"C{a}", "linestyle": ("-", "--", ":", "-.")[r % 4], "linewidth": 1.2}
+            if exits:
+                points = [(row.percent_of_static.mean, row.accuracy.mean) for row in exits]
+                axes.plot(*zip(*points, strict=True), marker="os^vDP"[r % 6], label=f"{adapter}, {recipe}", **style)
+            for row in here:
+                if row.reading == POLICY and len(exits) > 1:
+                    place = (row.percent_of_static.mean, row.accuracy.mean)
+                    axes.plot(*place, "*", color=f"C{a}", markersize=14, markeredgecolor="black", zorder=3)
+    handles, labels = axes.get_legend_handles_labels()
+    star = Line2D([], [], marker="*", linestyle="", color="white", markersize=12, markeredgecolor="black")
+    axes.legend([*handles, star], [*labels, "by the policy"], fontsize="small")
+    axes.set(xlabel="cost in % of static", ylabel=f"test accuracy in %, {what}", title=title)
+    axes.set_xlim(left=0)
+    axes.grid(alpha=0.3)
+    return figure

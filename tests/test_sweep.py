@@ -1,0 +1,518 @@
+"""Sweeps: which runs there are and in which order, what they leave behind, and the table at the end."""
+
+import csv
+import io
+import json
+import math
+import os
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from dynadapter.calibrate import Goal
+from dynadapter.cli import main, sweep_estimate, sweep_file, sweep_unit
+from dynadapter.exits.policies import Confidence, Never
+from dynadapter.sweep import lines
+from dynadapter.sweep.measure import measure, policy_for
+from dynadapter.sweep.plan import FINAL, SEARCH, Arm, Sweep, Unit, as_dict, score
+from dynadapter.sweep.table import as_csv, as_markdown, draw, rows
+
+# ---- the plan
+
+
+def make_sweep(**changes: Any) -> Sweep:
+    options: dict[str, Any] = {
+        "tasks": {"cifar": "Natural", "dtd": "Natural", "eurosat": "Specialized", "kitti": "Structured"},
+        "adapters": ["lora"],
+        "recipes": ["dynamic"],
+        "seeds": [0, 1],
+        "search_seeds": [0],
+    } | changes
+    pairs = [(a, r) for a in options["adapters"] for r in options["recipes"]]
+    options["settings"] = {pair: "-".join(pair) for pair in pairs}
+    options["scales"] = {(t, a): [1.0, 10.0] for t in options["tasks"] for a in options["adapters"]}
+    return Sweep(**options)
+
+
+def make_line(unit: Unit, accuracy: float, exits: int = 2, loss: float = 1.0, percent: float = 60.0) -> dict[str, Any]:
+    """Return a line whose exits, and policy, all have one accuracy."""
+    costs = [100 * (k + 1) / exits for k in range(exits)]
+    entries = [{"exit": k + 1, "percent_of_static": costs[k], "accuracy": accuracy, "loss": loss} for k in range(exits)]
+    return {"run": as_dict(unit), "exits": entries, "policy": {"accuracy": accuracy, "percent_of_static": percent}}
+
+
+def finish(sweep: Sweep, accuracy: Any = lambda unit: 0.5) -> dict[Unit, dict[str, Any]]:
+    """Return the lines of a sweep that ran to its end."""
+    done: dict[Unit, dict[str, Any]] = {}
+    while ready := sweep.ready(done):
+        done |= {unit: make_line(unit, accuracy(unit)) for unit in ready}
+    return done
+
+
+def test_run_starts_after_what_it_needs():
+    sweep, done, seen = make_sweep(), {}, []
+    while ready := sweep.ready(done):
+        unit = ready[0]
+        if unit.split == FINAL:
+            assert sweep.twin(unit) in done
+            assert all(one in done for one in sweep.search(Arm(unit.task, unit.adapter, unit.recipe)))
+        seen.append(unit)
+        done[unit] = make_line(unit, 0.5)
+    assert len(seen) == len(set(seen)) == 4 * (2 + 1 + 2)  # scales, the second seed's thresholds, final runs
+    assert sum(sweep.remaining(done).values()) == 0
+    assert set(seen) == sweep.planned(done)
+
+
+def test_remaining_counts_runs_that_wait():
+    sweep, done = make_sweep(), {}
+    assert sweep.remaining(done) == {SEARCH: 4 * 3, FINAL: 4 * 2}
+    for unit in sweep.ready(done):
+        done[unit] = make_line(unit, 0.5)
+    assert sweep.remaining(done) == {SEARCH: 4, FINAL: 8}
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "loss", "best"),
+    [
+        ({1.0: 0.6, 10.0: 0.5}, {1.0: 2.0, 10.0: 1.0}, 1.0),
+        ({1.0: 0.5, 10.0: 0.6}, {1.0: 1.0, 10.0: 2.0}, 10.0),
+        ({1.0: 0.5, 10.0: 0.5}, {1.0: 2.0, 10.0: 1.0}, 10.0),  # the loss decides
+        ({1.0: 0.1, 10.0: None}, {1.0: 2.0}, 1.0),  # a loss that is not finite
+        ({1.0: None, 10.0: None}, {}, None),
+    ],
+)
+def test_chosen_scale(accuracy, loss, best):
+    sweep = make_sweep(search_seeds=[0, 1])
+    arm = Arm("cifar", "lora", "dynamic")
+    done: dict[Unit, Any] = {}
+    for unit in sweep.search(arm):
+        assert sweep.chosen_scale(arm, done) is None
+        value = accuracy[unit.scale]
+        failed = {"run": as_dict(unit), "failed": "the training loss is not finite"}
+        done[unit] = failed if value is None else make_line(unit, value, loss=loss[unit.scale])
+    assert sweep.chosen_scale(arm, done) == best
+    assert (arm in sweep.diverged(done)) == (best is None)
+    losing = {unit.scale for unit in sweep.lost(done)}
+    assert losing == (set() if best is None else {1.0, 10.0} - {best})
+
+
+def test_score_counts_the_policy_with_exits():
+    unit = make_sweep().search(Arm("cifar", "lora", "dynamic"))[0]
+    line = make_line(unit, 0.5)
+    line["policy"]["accuracy"] = 0.7
+    assert score(line)[0] == pytest.approx(0.6)
+    assert score({**line, "exits": line["exits"][-1:]})[0] == 0.5  # static
+
+
+def test_changed_settings_are_other_runs():
+    first, second = make_sweep(), make_sweep(recipes=["static"])
+    assert not set(first.ready({})) & set(second.ready({}))
+
+
+# ---- what runs leave behind
+
+
+def test_claim_holds_until_released(tmp_path):
+    with lines.claim(tmp_path / "run") as first, lines.claim(tmp_path / "run") as second:
+        assert (first, second) == (True, False)
+    with lines.claim(tmp_path / "run") as again:
+        assert again
+
+
+def test_claim_of_a_killed_process_is_free(tmp_path):
+    code = (
+        "import sys, time; from pathlib import Path; from dynadapter.sweep import lines\n"
+        "with lines.claim(Path(sys.argv[1])) as mine: print(mine, flush=True); time.sleep(100)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline().strip() == "True"
+    with lines.claim(tmp_path) as mine:
+        assert not mine
+    process.kill()
+    process.communicate()
+    with lines.claim(tmp_path) as mine:
+        assert mine
+
+
+def test_half_a_line_is_dropped(tmp_path):
+    units = make_sweep().ready({})[:2]
+    lines.append(tmp_path, make_line(units[0], 0.5))
+    with (tmp_path / lines.RESULTS).open("ab") as file:
+        file.write(b'{"run": {"task": "cif')
+    assert list(lines.read(tmp_path)) == units[:1]
+    lines.append(tmp_path, make_line(units[1], 0.25))
+    assert list(lines.read(tmp_path)) == units
+    assert len((tmp_path / lines.RESULTS).read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "no json", '{"run": {"task": "cifar"}}', "7"])
+def test_foreign_line_is_named(text, tmp_path):
+    (tmp_path / lines.RESULTS).write_text(text + "\n")
+    with pytest.raises(ValueError, match=r"results.jsonl:1 is not the line of a run"):
+        lines.read(tmp_path)
+
+
+@pytest.mark.parametrize(("classes", "bytes_an_image"), [(10, 16), (397, 24)])
+def test_packed_predictions(classes, bytes_an_image, tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(4, 2000, classes, generator=generator)
+    targets = torch.randint(classes, (2000,), generator=generator)
+    exit_index = torch.randint(4, (2000,), generator=generator)
+    lines.pack(tmp_path / "p.npz", logits, targets, torch.arange(2000), exit_index)
+    with np.load(tmp_path / "p.npz") as packed:
+        assert (packed["predictions"] == logits.argmax(-1).numpy()).all()
+        assert np.abs(packed["confidences"] - logits.softmax(-1).amax(-1).numpy()).max() < 1e-3
+        assert (packed["targets"] == targets.numpy()).all()
+        assert (packed["files"] == np.arange(2000)).all()
+        assert (packed["exit_index"] == exit_index.numpy()).all()
+    assert (tmp_path / "p.npz").stat().st_size < bytes_an_image * 2000
+    assert [path.name for path in tmp_path.iterdir()] == ["p.npz"]
+
+
+# ---- results of one run
+
+
+def test_measures_against_a_loop():
+    generator = torch.Generator().manual_seed(1)
+    logits, targets = torch.randn(3, 50, 5, generator=generator), torch.randint(5, (50,), generator=generator)
+    policy, costs = Confidence((0.5, 0.4)), [2.0, 5.0, 8.5]
+    results, exit_index = measure(policy, logits, targets, costs, 8.0, (1, 2, 3))
+    taken, right, spent = [0, 0, 0], 0, 0.0
+    for i in range(50):
+        probabilities = [np.exp(x) / np.exp(x).sum() for x in logits[:, i].double().numpy()]
+        k = 0 if probabilities[0].max() >= 0.5 else 1 if probabilities[1].max() >= 0.4 else 2
+        assert exit_index[i] == k
+        taken[k], right, spent = taken[k] + 1, right + (probabilities[k].argmax() == targets[i]), spent + costs[k]
+    assert results["policy"]["accuracy"] == pytest.approx(right / 50)
+    assert results["policy"]["percent_of_static"] == pytest.approx(100 * spent / 50 / 8, abs=1e-3)
+    assert list(results["policy"]["exit_shares"].values()) == pytest.approx([count / 50 for count in taken])
+    for k, entry in enumerate(results["exits"]):
+        assert entry["exit"] == k + 1
+        rows = [np.exp(x) / np.exp(x).sum() for x in logits[k].double().numpy()]
+        assert entry["accuracy"] == pytest.approx(
+            np.mean([r.argmax() == t for r, t in zip(rows, targets, strict=True)])
+        )
+        assert entry["loss"] == pytest.approx(-np.mean([math.log(r[t]) for r, t in zip(rows, targets, strict=True)]))
+
+
+def test_logits_that_are_not_finite():
+    logits = torch.zeros(1, 2, 3)
+    logits[0, 0, 0] = math.nan
+    results, _ = measure(Never(), logits, torch.tensor([0, 0]), [1.0], 1.0, (4,))
+    assert results["exits"][0]["accuracy"] == 0.5
+    assert results["exits"][0]["loss"] is None
+    json.dumps(results, allow_nan=False)
+
+
+@pytest.mark.parametrize(("goal", "bound"), [(Goal(cost=0.5), 0.5), (Goal(accuracy_drop=2.0), None)])
+def test_goal_holds_where_it_was_calibrated(goal, bound):
+    generator = torch.Generator().manual_seed(2)
+    targets = torch.randint(4, (200,), generator=generator)
+    right = torch.nn.functional.one_hot(targets, 4)
+    logits = torch.stack([strength * right + torch.randn(200, 4, generator=generator) for strength in (1, 2, 3)])
+    costs = [0.25, 0.6, 1.0]
+    results, _ = measure(policy_for(goal, logits, targets, costs, 1.0), logits, targets, costs, 1.0, (1, 2, 3))
+    if bound is not None:
+        assert results["policy"]["percent_of_static"] <= 100 * bound
+    else:
+        assert results["policy"]["accuracy"] >= results["exits"][-1]["accuracy"] - 0.02
+        assert results["policy"]["percent_of_static"] < 100
+
+
+# ---- the table
+
+
+def test_means_are_taken_seed_by_seed():
+    sweep = make_sweep()
+    accuracy = {"cifar": 0.5, "dtd": 0.7, "eurosat": 0.9, "kitti": 0.3}
+    done = finish(sweep, lambda unit: accuracy[unit.task] + 0.02 * unit.seed * (unit.task == "dtd"))
+    found = {row.what: row for row in rows(sweep, done) if row.reading == "policy"}
+    natural = [60.0, 61.0]
+    groups = [statistics.fmean([value, 90.0, 30.0]) for value in natural]
+    tasks = [statistics.fmean([50.0, dtd, 90.0, 30.0]) for dtd in (70.0, 72.0)]
+    for what, values in (("mean of Natural", natural), ("mean of groups", groups), ("mean of 4 tasks", tasks)):
+        assert found[what].accuracy.mean == pytest.approx(statistics.fmean(values))
+        assert found[what].accuracy.std == pytest.approx(statistics.stdev(values))
+        assert found[what].percent_of_static.mean == pytest.approx(60.0)
+    assert found["cifar"].accuracy.std == pytest.approx(0.0, abs=1e-9)
+    assert found["cifar"].scale == 1.0
+
+
+def test_mean_needs_all_of_its_parts():
+    sweep = make_sweep(seeds=[0])
+    done = {unit: line for unit, line in finish(sweep).items() if (unit.task, unit.split) != ("dtd", FINAL)}
+    found = {row.what for row in rows(sweep, done)}
+    assert found == {"cifar", "eurosat", "kitti", "mean of Specialized", "mean of Structured"}
+
+
+def test_table_as_text():
+    sweep = make_sweep(recipes=["dynamic", "static"])
+    table = rows(sweep, finish(sweep, lambda unit: 0.5 + 0.01 * unit.seed))
+    text = as_markdown(table, sweep)
+    assert "| | lora, dynamic | lora, static |" in text
+    assert "| **mean of groups** | 50.5 ± 0.7 (60 %) | 50.5 ± 0.7 (60 %) |" in text
+    assert text.index("| cifar |") < text.index("| kitti |") < text.index("mean of Natural") < text.index("4 tasks")
+    read = list(csv.DictReader(io.StringIO(as_csv(table))))
+    assert {row["reading"] for row in read} == {"exit 1", "exit 2", "policy"}
+    row = next(row for row in read if (row["what"], row["recipe"], row["reading"]) == ("dtd", "static", "exit 2"))
+    assert (row["accuracy"], row["accuracy_std"], row["percent_of_static"]) == ("50.500", "0.707", "100.000")
+    assert draw(table, sweep, "title").axes[0].get_ylabel() == "test accuracy in %, mean of 4 tasks"
+
+
+# ---- the file of a sweep
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with a task of three colours in the layout of VTAB-1k."""
+    root = tmp_path_factory.mktemp("tasks")
+    generator = np.random.default_rng(0)
+    (root / "colours" / "images").mkdir(parents=True)
+    written: dict[str, list[str]] = {}
+    for name, count in (("train800", 24), ("val200", 20), ("test", 30)):
+        for k in range(count):
+            pixels = generator.integers(0, 160, (16, 16, 3), dtype=np.uint8)
+            pixels[..., k % 3] += 80
+            Image.fromarray(pixels).save(root / "colours" / "images" / f"{name}_{k}.png")
+        written[name] = [f"images/{name}_{k}.png {k % 3}" for k in range(count)]
+    written["train800val200"] = written["train800"] + written["val200"]
+    for name, entries in written.items():
+        (root / "colours" / f"{name}.txt").write_text("\n".join(entries) + "\n")
+    return root
+
+
+def write_sweep(folder: Path, data: Path, **changes: Any) -> Path:
+    model = {
+        "backbone": "vit_tiny_patch16_224",
+        "pretrained": False,
+        "backbone_args": {"patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3},
+        "every": 1,
+    }
+    content = {
+        "root": str(data),
+        "tasks": {"colours": "Natural"},
+        "recipes": {"dynamic": ["vtab"], "static": ["vtab", "static"]},
+        "scales": [1, 10],
+        "settings": {
+            "model": model,
+            "data": {"init_args": {"image_size": 16, "batch_size": 8}},
+            "trainer": {"max_epochs": 2, "accelerator": "cpu"},
+        },
+        "out": str(folder / "out"),
+    } | changes
+    path = folder / "sweep.yaml"
+    path.write_text(yaml.safe_dump({key: value for key, value in content.items() if value is not None}))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"tasks": []}, "tasks is empty"),
+        ({"tasks": ["colours", "colours"]}, "names one of them twice"),
+        ({"tasks": {"colours": "Nature"}}, "'Nature'; give one of Natural, Specialized, Structured"),
+        ({"recipes": {"dynamic": ["vtba"]}}, "'vtba'; did you mean 'vtab'?"),
+        ({"scales": None}, "give either scales"),
+        ({"scale_factors": [1]}, "give either scales"),
+        ({"scales": [1, -1]}, "give different ones above 0"),
+        ({"scales": {"adapter": [1]}}, "not the adapter lora; add its scales"),
+        ({"scales": None, "scale_factors": [1]}, "no scale for the adapter lora on the task colours"),
+        ({"goal": {"cost": 0.5, "accuracy_drop": 1.0}}, "give {accuracy_drop: POINTS} or"),
+        ({"goal": {"cots": 0.5}}, "give {accuracy_drop: POINTS} or"),
+        ({"root": "/nowhere"}, "root=/nowhere is no folder"),
+        ({"sedes": [1]}, "sedes"),
+        ({"seeds": ["a"]}, "seeds"),
+    ],
+    ids=lambda part: " ".join(part) if isinstance(part, dict) else "",
+)
+def test_mistakes(changes, words, data, tmp_path, capsys):
+    path = write_sweep(tmp_path, data, **changes)
+    with pytest.raises(SystemExit) as ending:
+        main(["sweep", str(path)])
+    assert ending.value.code == 2
+    error = capsys.readouterr().err.splitlines()
+    assert len(error) == 1
+    assert words in error[0]
+    assert not (tmp_path / "out").exists()
+
+
+def test_published_scales_are_the_start(tmp_path):
+    (tmp_path / "kitti").mkdir()
+    changes = {"tasks": ["kitti", "svhn"], "adapters": ["lora", "repadapter"], "scales": None}
+    file = sweep_file.read(str(write_sweep(tmp_path, tmp_path, scale_factors=[0.1, 1], **changes)))
+    assert file.sweep.scales["kitti", "lora"] == pytest.approx([1.0, 10.0])
+    assert file.sweep.scales["kitti", "repadapter"] == pytest.approx([0.5, 5.0])
+    assert file.sweep.tasks == {"kitti": "Structured", "svhn": "Natural"}
+
+
+def test_settings_decide_which_runs_they_are(data, tmp_path):
+    first = sweep_file.read(str(write_sweep(tmp_path, data)))
+    same = sweep_file.read(str(write_sweep(tmp_path, data, out="elsewhere")))
+    other = sweep_file.read(str(write_sweep(tmp_path, data, settings={"trainer": {"max_epochs": 3}})))
+    assert first.sweep.settings == same.sweep.settings
+    assert not set(first.sweep.settings.values()) & set(other.sweep.settings.values())
+    assert (first.epochs(first.sweep.ready({})[0]), other.epochs(other.sweep.ready({})[0])) == (2, 3)
+
+
+# ---- whole sweeps
+
+
+@pytest.fixture(scope="module")
+def finished(data, tmp_path_factory) -> Path:
+    """Return the folder of a sweep that ran without interruption."""
+    folder = tmp_path_factory.mktemp("sweep")
+    main(["sweep", str(write_sweep(folder, data))])
+    return folder / "out"
+
+
+def table_of(out: Path) -> str:
+    return (out / "table.csv").read_text()
+
+
+def test_line_holds_what_a_number_needs(finished):
+    done = lines.read(finished)
+    assert len(done) == 2 * (2 + 1)
+    for unit, line in done.items():
+        assert line["measured_on"] == ("test" if unit.split == FINAL else "val200")
+        assert line["images"] == (30 if unit.split == FINAL else 20)
+        assert line["group"] == "Natural"
+        assert line["configs"][0] == "vtab"
+        assert {"cpu", "dynadapter", "torch"} <= line["machine"].keys()
+        static = unit.recipe == "static"
+        assert [entry["after_block"] for entry in line["exits"]] == ([2] if static else [1, 2])
+        assert line["exits"][-1]["percent_of_static"] == pytest.approx(100, abs=0 if static else 5)
+        assert sum(line["policy"]["exit_shares"].values()) == pytest.approx(1, abs=1e-5)
+        with np.load(finished / "runs" / unit.name / lines.PREDICTIONS) as packed:
+            right = packed["predictions"] == packed["targets"]
+            shares = np.bincount(packed["exit_index"], minlength=len(right)) / len(packed["targets"])
+        assert right.mean(1).tolist() == pytest.approx([entry["accuracy"] for entry in line["exits"]])
+        assert shares == pytest.approx(list(line["policy"]["exit_shares"].values()), abs=1e-5)
+
+
+def test_thresholds_are_carried_over(finished):
+    done = lines.read(finished)
+    finals = [unit for unit in done if unit.split == FINAL]
+    assert len(finals) == 2
+    for unit in finals:
+        name = done[unit]["policy"]["calibrated_on"]
+        twin = next(one for one in done if one.name == name)
+        assert (twin.split, twin.scale, twin.seed, twin.recipe) == (SEARCH, unit.scale, unit.seed, unit.recipe)
+        assert done[unit]["policy"]["policy"] == done[twin]["policy"]["policy"]
+
+
+def test_checkpoints_of_lost_scales_are_gone(finished):
+    done = lines.read(finished)
+    chosen = {(unit.recipe, unit.scale) for unit in done if unit.split == FINAL}
+    for unit in done:
+        kept = bool(list((finished / "runs" / unit.name).glob("version_*/checkpoints/*.ckpt")))
+        assert kept == ((unit.recipe, unit.scale) in chosen)
+
+
+def test_finished_sweep_does_nothing_again(finished, capsys):
+    before = (finished / lines.RESULTS).read_bytes(), table_of(finished)
+    main(["sweep", str(finished.parent / "sweep.yaml")])
+    assert ((finished / lines.RESULTS).read_bytes(), table_of(finished)) == before
+    out = capsys.readouterr().out
+    assert "| colours |" in out
+    assert (finished / "table.md").read_text() in out
+    assert (finished / "table.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_dry_run_of_a_finished_sweep(finished, capsys):
+    main(["sweep", str(finished.parent / "sweep.yaml"), "--dry_run"])
+    assert "6 runs are finished, 0 are left" in capsys.readouterr().out
+
+
+def test_dry_run_measures_one_training(data, tmp_path, capsys):
+    main(["sweep", str(write_sweep(tmp_path, data)), "--dry_run"])
+    out = capsys.readouterr().out
+    assert "4 runs on train800 choose scales and thresholds, 2 final runs" in out
+    assert "measured by a short training" in out
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_training_without_a_line_is_not_repeated(data, finished, tmp_path):
+    """A process may be killed after training and before its line is written."""
+    shutil.copytree(finished, tmp_path / "out")
+    results = tmp_path / "out" / lines.RESULTS
+    *kept, last = results.read_text().splitlines(keepends=True)
+    results.write_text("".join(kept))
+    main(["sweep", str(write_sweep(tmp_path, data))])
+    again = json.loads(results.read_text().splitlines()[-1])
+    assert {key: again[key] for key in ("run", "exits", "policy")} == {
+        key: json.loads(last)[key] for key in ("run", "exits", "policy")
+    }
+    assert table_of(tmp_path / "out") == table_of(finished)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(59, "59 seconds"), (90, "1.5 minutes"), (7200, "2.0 hours"), (2e5, "2.3 days")]
+)
+def test_durations(seconds, text):
+    assert sweep_estimate.as_duration(seconds) == text
+
+
+def test_run_that_diverges_loses(data, tmp_path, monkeypatch):
+    train = sweep_unit._fit
+
+    def diverge(file, unit, folder):
+        if unit.scale == 10:
+            raise ValueError("the training loss is not finite at step 3")
+        return train(file, unit, folder)
+
+    monkeypatch.setattr(sweep_unit, "_fit", diverge)
+    main(["sweep", str(write_sweep(tmp_path, data, recipes={"static": ["vtab", "static"]}))])
+    done = lines.read(tmp_path / "out")
+    assert [unit.scale for unit, line in done.items() if "failed" in line] == [10]
+    assert {unit.scale for unit in done if unit.split == FINAL} == {1}
+
+
+def test_failed_run_does_not_stop_the_others(data, finished, tmp_path, capsys):
+    """A goal out of reach fails every dynamic run; the static ones are finished."""
+    path = write_sweep(tmp_path, data, goal={"cost": 0.01})
+    with pytest.raises(SystemExit) as ending:
+        main(["sweep", str(path)])
+    assert ending.value.code == 1
+    assert {unit.recipe for unit in lines.read(tmp_path / "out")} == {"static"}
+    assert "2 runs failed" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_killed_sweep_ends_with_the_same_table(data, finished, tmp_path):
+    """Killed in the middle of a training, then finished by two processes."""
+    path = write_sweep(tmp_path, data)
+    command = [sys.executable, "-m", "dynadapter.cli", "sweep", str(path)]
+    alone = {**os.environ, "OMP_NUM_THREADS": "1"}  # more threads add up in another order
+    process = subprocess.Popen(command, env=alone, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    out = tmp_path / "out"
+    while len(list(out.glob("runs/*/version_0/checkpoints/last.ckpt"))) < 2 and process.poll() is None:
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert len(lines.read(out)) < 6
+    done = subprocess.run([*command, "--processes", "2"], env=alone, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert len((out / lines.RESULTS).read_text().splitlines()) == 6
+    assert table_of(out) == table_of(finished)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")
+def test_ray_does_the_same_runs(data, finished, tmp_path, monkeypatch):
+    pytest.importorskip("ray", reason="Ray is not installed: pip install 'dynadapter[ray]'")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    main(["sweep", str(write_sweep(tmp_path, data)), "--engine", "ray"])
+    assert table_of(tmp_path / "out") == table_of(finished)
