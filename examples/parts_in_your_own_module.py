@@ -80,7 +80,8 @@ def main(max_epochs: int = 5) -> dict[str, float]:
             FlopsReport(),  # prints the tables at the end
         ],
     )
-    trainer.fit(module, datamodule=data)
+    data.setup("fit")
+    trainer.fit(module, data.train_dataloader())  # the module has no validation step
     (measured,) = trainer.test(module, datamodule=data, verbose=False)
     return measured
 

@@ -18,13 +18,13 @@ def test_parts_in_your_own_module(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    measured = runpy.run_path(str(EXAMPLES / "parts_in_your_own_module.py"))["main"](max_epochs=2)
+    measured = runpy.run_path(str(EXAMPLES / "parts_in_your_own_module.py"))["main"](max_epochs=1)
     out = capsys.readouterr().out
     assert out.count("Exits (test)") == 1
     macs = [float(count) for count in out.splitlines()[0].split(":")[1].split(",")]
     assert len(macs) == 4
     assert macs[0] <= 1e3 * measured["test/gmacs"] <= macs[3]
-    assert measured["test/acc"] > 0.4  # eight classes
+    assert measured["test/acc"] > 0.25  # eight classes
     assert list(tmp_path.iterdir()) == []  # leaves nothing behind
 
 
