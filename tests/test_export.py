@@ -6,7 +6,6 @@ import math
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,13 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import CLASSES, make_convnext, make_swin, make_vit
-from torch import Tensor, nn
+from conftest import CLASSES, make_vit
+from exported_networks import NAMES, NETWORKS, POLICY, SIZE, adapted, network, noise, options
 
 import dynadapter
-from dynadapter.adapters import AdapterSpec, AdaptFormer, LoRA, RepAdapter, adapter_layers, inject
+from dynadapter.adapters import AdapterSpec, AdaptFormer, LoRA, RepAdapter, adapter_layers
 from dynadapter.cost import exit_costs
-from dynadapter.exits.heads import LinearHeads
 from dynadapter.exits.net import ExitNet
 from dynadapter.exits.policies import Confidence, Entropy, Margin, Never, Patience, Policy, route
 from dynadapter.exits.temperature import Scaled
@@ -36,53 +34,7 @@ onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
 pytest.importorskip("onnxruntime")
 
-SIZE = 32
-POLICY = Confidence(0.7)
-NAMES = [f"class {i}" for i in range(CLASSES)]
-
-
-def noise(count: int, seed: int = 0) -> Tensor:
-    return torch.randn(count, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(seed))
-
-
-@torch.no_grad()
-def spread(net: ExitNet) -> ExitNet:
-    """Give the heads logits that differ from image to image, as after training."""
-    last = net.backbone.get_classifier()
-    for head, logits in zip([*net.heads, last], net(noise(32, 9)), strict=True):
-        layer = [layer for layer in head.modules() if isinstance(layer, nn.Linear)][-1]
-        layer.weight *= 2 / logits.std(0)[:, None]
-        layer.bias -= 2 * logits.mean(0) / logits.std(0)
-    return net.eval()
-
-
-def network(backbone: nn.Module, every: int = 1, exit_depths: list[int] | None = None) -> ExitNet:
-    torch.manual_seed(0)
-    return spread(ExitNet(backbone, LinearHeads(), every, exit_depths).eval())
-
-
-def adapted(*specs: AdapterSpec, exit_depths: list[int] | None = None) -> ExitNet:
-    """Return a ViT of two blocks whose adapters change its logits."""
-    backbone = make_vit(depth=2)
-    for spec in specs:
-        inject(backbone, spec)
-    generator = torch.Generator().manual_seed(1)
-    for layer in adapter_layers(backbone).values():
-        for name, tensor in layer.named_parameters():
-            if not name.startswith("base_layer."):
-                nn.init.normal_(tensor, std=0.05, generator=generator)
-    return network(backbone, exit_depths=exit_depths)
-
-
-NETWORKS: dict[str, Callable[[], ExitNet]] = {
-    "vit": lambda: network(make_vit(depth=2)),
-    "swin": lambda: network(make_swin(depths=(1, 2), num_heads=(2, 2)), exit_depths=[1]),
-    "convnext": lambda: network(make_convnext(depths=(1, 1, 1, 1)), every=2),
-}
-
-
-def options(**changes: Any) -> dict[str, Any]:
-    return {"policy": POLICY, "class_names": NAMES, "preprocess": Preprocess(SIZE)} | changes
+SMALL = options(policy=Never())
 
 
 def files(folder: Path) -> list[str]:
@@ -110,9 +62,6 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 def small() -> ExitNet:
     """A block without early exit: the fastest export."""
     return network(make_vit(depth=1))
-
-
-SMALL = options(policy=Never())
 
 
 def reuse_graphs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
