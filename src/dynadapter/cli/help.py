@@ -58,8 +58,8 @@ ESSENTIAL = {
 }
 """The keys of the sections that ``--help`` explains; ``--help_all`` shows every key."""
 
-ONLY = {"exit_weights": "fit", "sparsity": "fit", "checkpoint": "fit"}
-"""Sections that only one command uses; its help alone shows them."""
+FIT_ONLY = ("exit_weights", "sparsity", "checkpoint")
+"""Sections that the help of other commands leaves out."""
 
 KEY_WIDTH = 26
 
@@ -77,7 +77,7 @@ def short_help(command: str, description: str, parser: ArgumentParser) -> str:
         lines += _entry(name, str(action.help or ""), defaults.get(action.dest), width)
     dests = {action.dest for action in parser._actions}
     for section, title in TITLES.items():
-        if ONLY.get(section, command) != command:
+        if section in FIT_ONLY and command != "fit":
             continue
         lines += ["", f"{section}: {title}"]
         for key in (key for key in ESSENTIAL if _section(key) == section and key in dests):

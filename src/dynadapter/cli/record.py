@@ -36,7 +36,6 @@ PACKAGES = (
     "safetensors",
     "numpy",
     "pillow",
-    "scikit-learn",
 )
 SPLITS = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
 SCHEDULED = ("exit_weights/", "sparsity/")

@@ -69,9 +69,6 @@ class StopOnSignal(Callback):
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._stop_at_once(trainer)
 
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._stop_at_once(trainer)
-
     def _stop_at_once(self, trainer: Trainer) -> None:
         def stop(number: int, frame: FrameType | None) -> None:
             if self.signal is not None:
