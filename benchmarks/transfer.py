@@ -26,13 +26,16 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--data", required=True, help="folder that holds the tasks, in the layout of VTAB-1k")
     parser.add_argument("--tasks", nargs="+", help="by default those of transfer.yaml")
     parser.add_argument("--out", default="runs/transfer", help="folder of the sweep")
-    parser.add_argument("--tiny", action="store_true", help="two tasks, LoRA, one seed, one epoch")
+    parser.add_argument(
+        "--tiny", action="store_true", help="two tasks and recipes, LoRA, one scale, one seed, one epoch"
+    )
     args, others = parser.parse_known_args(argv)
     sweep = yaml.safe_load((HERE / "transfer.yaml").read_text(encoding="utf-8"))
     names = args.tasks or list(sweep["tasks"])[: 2 if args.tiny else None]
     sweep |= {"root": args.data, "out": args.out, "tasks": {name: sweep["tasks"].get(name) for name in names}}
     if args.tiny:
-        sweep |= {"adapters": ["lora"], "scales": [1, 10], "seeds": [0]}
+        sweep |= {"adapters": ["lora"], "scales": [10], "seeds": [0]}
+        sweep["recipes"] = {name: sweep["recipes"][name] for name in ("dynamic", "static")}
         sweep["settings"]["trainer"]["max_epochs"] = 1
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
