@@ -61,7 +61,7 @@ def one_by_one(module: ExitClassifier, policy: Policy, batches: DataLoader) -> t
     left, right = [], 0
     for image, target in zip(*batches.dataset.tensors, strict=True):
         logits = module.net(image[None])
-        early = (k for k in range(len(logits) - 1) if bool(policy.leave(logits[: k + 1])))
+        early = (k for k in range(len(logits) - 1) if bool(policy.should_exit(logits[: k + 1])))
         left.append(next(early, len(logits) - 1))
         right += int(logits[left[-1], 0].argmax()) == int(target)
     return left, right / len(left)

@@ -36,7 +36,7 @@ class Alternating(Policy):
 
     name = "alternating"
 
-    def sure(self, history: Tensor) -> Tensor:
+    def meets_condition(self, history: Tensor) -> Tensor:
         return torch.arange(history.shape[1]) % 2 == 0 if len(history) == 1 else torch.zeros(history.shape[1]).bool()
 
 

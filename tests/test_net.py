@@ -77,7 +77,7 @@ def alone(net: ExitNet, image: Tensor, policy: Policy) -> tuple[int, Tensor]:
     for k in range(net.num_exits):
         x = net.stage(k, x)
         history.append(net.head(k, x))
-        if k == net.num_exits - 1 or policy.leave(torch.stack(history)).item():
+        if k == net.num_exits - 1 or policy.should_exit(torch.stack(history)).item():
             return k, history[-1][0]
     raise AssertionError("every sample stops at the last exit")
 
@@ -89,7 +89,9 @@ def clear_cut(policy: Policy, logits: Tensor) -> bool:
         return bool((first - second > 1e-3).all())
     for kind, score in ((Confidence, confidence), (Entropy, entropy), (Margin, margin)):
         if isinstance(policy, kind):
-            return all(bool(((score(one) - policy.at(k)).abs() > 1e-4).all()) for k, one in enumerate(logits[:-1]))
+            return all(
+                bool(((score(one) - policy.threshold_at(k)).abs() > 1e-4).all()) for k, one in enumerate(logits[:-1])
+            )
     return True
 
 

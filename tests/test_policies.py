@@ -32,11 +32,11 @@ BAD = [math.nan, math.inf, -math.inf]
 
 @pytest.mark.parametrize("policy", [*KINDS, Scaled(Never(), 2.0), Scaled(Patience(), 2.0)])
 def test_never_exits_nobody(policy):
-    assert policy.asks == ("never" not in policy.name)
+    assert policy.uses_early_exits == ("never" not in policy.name)
     for scale in (0.0, 1.0, 1e3):  # no class is sure, some are, one is
         logits = scale * torch.randn(3, 50, 4, generator=torch.Generator().manual_seed(0))
-        left = torch.stack([policy.leave(logits[: k + 1]) for k in range(3)])
-        assert policy.asks or not left.any()
+        left = torch.stack([policy.should_exit(logits[: k + 1]) for k in range(3)])
+        assert policy.uses_early_exits or not left.any()
 
 
 def should_exit(policy: Policy, history: list[list[float]]) -> bool:
@@ -108,9 +108,9 @@ def test_route_equals_a_loop_over_samples(seed, exits, samples, classes, bad, th
 @pytest.mark.parametrize("policy", KINDS)
 @pytest.mark.parametrize("bad", BAD)
 def test_nonfinite_logits_never_exit(policy: Policy, bad: float) -> None:
-    sure = torch.tensor([40.0, 0.0, 0.0]).expand(3, 2, 3).clone()
-    sure[:, 1, 2] = bad
-    taken = route(policy, torch.cat([sure, sure[:1]]))
+    certain = torch.tensor([40.0, 0.0, 0.0]).expand(3, 2, 3).clone()
+    certain[:, 1, 2] = bad
+    taken = route(policy, torch.cat([certain, certain[:1]]))
     assert taken[1] == 3
     assert taken[0] < 3 or isinstance(policy, Never)
 

@@ -140,7 +140,7 @@ def clear_cut(policy: Policy, logits: torch.Tensor) -> bool:
     """Return whether every score is far enough from its threshold for torch's and numpy's rounding to agree."""
     for kind, score in ((Confidence, confidence), (Entropy, entropy), (Margin, margin)):
         if isinstance(policy, kind):
-            near = [(score(one) - policy.at(k)).abs() < 1e-6 for k, one in enumerate(logits[:-1])]
+            near = [(score(one) - policy.threshold_at(k)).abs() < 1e-6 for k, one in enumerate(logits[:-1])]
             finite = logits[:-1].isfinite().all(-1)
             return not any((close & known).any() for close, known in zip(near, finite, strict=True))
     return True

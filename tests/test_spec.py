@@ -27,7 +27,7 @@ class Own(Policy):
     def name(self) -> str:
         return "own"
 
-    def sure(self, history: Tensor) -> Tensor:
+    def meets_condition(self, history: Tensor) -> Tensor:
         return torch.full(history.shape[1:2], not self.strict)
 
 

@@ -1,4 +1,4 @@
-"""The questions that this package asks of a timm model, answered per family by ``functools.singledispatch``.
+"""The functions that cut a timm model into blocks, dispatched on its family by ``functools.singledispatch``.
 
 A backbone is a plain timm model. These functions cut its forward pass into ``embed``, a list of ``blocks``, ``finish``
 and ``classify``, so that a network can stop, read or route between any two blocks. Nothing is copied or stored: the

@@ -22,7 +22,7 @@ def thresholds(policy: Policy, exits: int) -> list[float | None]:
     if isinstance(policy, Scaled):
         policy = policy.policy
     if isinstance(policy, Thresholded):
-        return [*(policy.at(k) for k in range(exits - 1)), None]
+        return [*(policy.threshold_at(k) for k in range(exits - 1)), None]
     if isinstance(policy, Patience):
         return [*[float(policy.patience)] * (exits - 1), None]
     return [None] * exits

@@ -69,7 +69,7 @@ class Scores:
 
     def cuts(self, policy: Thresholded) -> list[float]:
         """Return the cuts of a policy of this kind, one per early exit."""
-        return [self.sign * policy.at(k) for k in range(len(self.sure))]
+        return [self.sign * policy.threshold_at(k) for k in range(len(self.sure))]
 
     def threshold(self, cut: float) -> float:
         """Return the threshold that belongs to a cut."""

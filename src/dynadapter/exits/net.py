@@ -269,7 +269,7 @@ class ExitNet(nn.Module):
         out, exits = torch.empty(0), torch.empty(0)
         history: Tensor | None = None  # (exits so far, remaining, classes)
         for k in range(self.num_exits):
-            if k < self.num_exits - 1 and not policy.asks:
+            if k < self.num_exits - 1 and not policy.uses_early_exits:
                 x = self.stage(k, x)
                 continue
             seen, held = self.begin(k, x, class_first)
@@ -277,7 +277,7 @@ class ExitNet(nn.Module):
             stay = None
             if k < self.num_exits - 1:
                 history = logits[None] if history is None else torch.cat([history, logits[None]])
-                stay = (~policy.leave(history)).nonzero()[:, 0]
+                stay = (~policy.should_exit(history)).nonzero()[:, 0]
                 if len(stay) == len(logits):
                     x = self.complete(k, held)
                     continue

@@ -61,7 +61,7 @@ def margin(logits: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Policy(Spec):
-    """Base of the exit policies. A subclass defines its condition in :meth:`sure`."""
+    """Base of the exit policies. A subclass defines its condition in :meth:`meets_condition`."""
 
     @property
     @abstractmethod
@@ -69,12 +69,12 @@ class Policy(Spec):
         """Short label for log keys, CSV headers and file names, e.g. ``confidence_0.9``."""
 
     @property
-    def asks(self) -> bool:
+    def uses_early_exits(self) -> bool:
         """Whether samples can exit early; if not, routing runs no early head."""
         return True
 
     @abstractmethod
-    def sure(self, history: Tensor) -> Tensor:
+    def meets_condition(self, history: Tensor) -> Tensor:
         """Check which samples meet the condition at the newest exit. Its logits can be non-finite.
 
         Args:
@@ -84,7 +84,7 @@ class Policy(Spec):
             (batch,) bool.
         """
 
-    def leave(self, history: Tensor) -> Tensor:
+    def should_exit(self, history: Tensor) -> Tensor:
         """Check which samples exit at the newest exit; a sample with non-finite logits there continues.
 
         Args:
@@ -95,7 +95,7 @@ class Policy(Spec):
         """
         # NaN and infinity give NaN here. isfinite takes twice as many steps, which shows for one image on a CPU.
         finite = (history[-1] * 0).sum(-1) == 0
-        return self.sure(history) & finite
+        return self.meets_condition(history) & finite
 
     def check(self, exits: int) -> None:
         """Check that the policy fits a network with this number of exits, the last one included.
@@ -143,7 +143,7 @@ class Thresholded(Policy):
                 f"{'exit' if need == 1 else 'exits'} ({exits} exits); give one value or {need}"
             )
 
-    def at(self, exit: int) -> float:
+    def threshold_at(self, exit: int) -> float:
         """Return the threshold of an early exit (index from 0)."""
         return self.threshold[exit] if isinstance(self.threshold, tuple) else self.threshold
 
@@ -164,8 +164,8 @@ class Confidence(Thresholded):
     label = "confidence"
     beyond = "a probability; use Never() for no early exits"
 
-    def sure(self, history: Tensor) -> Tensor:
-        return confidence(history[-1]) >= self.at(len(history) - 1)
+    def meets_condition(self, history: Tensor) -> Tensor:
+        return confidence(history[-1]) >= self.threshold_at(len(history) - 1)
 
 
 @dataclass(frozen=True)
@@ -181,8 +181,8 @@ class Entropy(Thresholded):
     label = "entropy"
     beyond = "an entropy normalised by log(classes); use Never() for no early exits"
 
-    def sure(self, history: Tensor) -> Tensor:
-        return entropy(history[-1]) <= self.at(len(history) - 1)
+    def meets_condition(self, history: Tensor) -> Tensor:
+        return entropy(history[-1]) <= self.threshold_at(len(history) - 1)
 
 
 @dataclass(frozen=True)
@@ -198,8 +198,8 @@ class Margin(Thresholded):
     label = "margin"
     beyond = "a difference of two probabilities; use Never() for no early exits"
 
-    def sure(self, history: Tensor) -> Tensor:
-        return margin(history[-1]) >= self.at(len(history) - 1)
+    def meets_condition(self, history: Tensor) -> Tensor:
+        return margin(history[-1]) >= self.threshold_at(len(history) - 1)
 
 
 @dataclass(frozen=True)
@@ -223,7 +223,7 @@ class Patience(Policy):
     def name(self) -> str:
         return f"patience_{self.patience}"
 
-    def sure(self, history: Tensor) -> Tensor:
+    def meets_condition(self, history: Tensor) -> Tensor:
         if len(history) < self.patience:
             return torch.zeros(history.shape[1], dtype=torch.bool, device=history.device)
         recent = history[-self.patience :]
@@ -240,10 +240,10 @@ class Never(Policy):
         return "never"
 
     @property
-    def asks(self) -> bool:
+    def uses_early_exits(self) -> bool:
         return False
 
-    def sure(self, history: Tensor) -> Tensor:
+    def meets_condition(self, history: Tensor) -> Tensor:
         return torch.zeros(history.shape[1], dtype=torch.bool, device=history.device)
 
 
@@ -264,5 +264,5 @@ def route(policy: Policy, logits: Tensor) -> Tensor:
     policy.check(exits)
     taken = torch.full((samples,), exits - 1, device=logits.device)
     for k in reversed(range(exits - 1)):  # the earliest exit writes last
-        taken[policy.leave(logits[: k + 1])] = k
+        taken[policy.should_exit(logits[: k + 1])] = k
     return taken

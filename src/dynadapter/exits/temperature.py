@@ -162,7 +162,7 @@ class Scaled(Policy):
     >>> policy = Scaled(Confidence(0.8), temperatures=(2.0, 1.0))
     >>> policy.name
     'confidence_0.8_scaled'
-    >>> policy.leave(torch.tensor([[[2.0, 0.0]]]))  # confidence 0.88, or 0.73 at temperature 2
+    >>> policy.should_exit(torch.tensor([[[2.0, 0.0]]]))  # confidence 0.88, or 0.73 at temperature 2
     tensor([False])
 
     Args:
@@ -191,8 +191,8 @@ class Scaled(Policy):
         return f"{self.policy.name}_scaled"
 
     @property
-    def asks(self) -> bool:
-        return self.policy.asks
+    def uses_early_exits(self) -> bool:
+        return self.policy.uses_early_exits
 
     def check(self, exits: int) -> None:
         if isinstance(self.temperatures, tuple) and len(self.temperatures) != exits:
@@ -202,6 +202,6 @@ class Scaled(Policy):
             )
         self.policy.check(exits)
 
-    def sure(self, history: Tensor) -> Tensor:
+    def meets_condition(self, history: Tensor) -> Tensor:
         each = self.temperatures if isinstance(self.temperatures, tuple) else (self.temperatures,) * len(history)
-        return self.policy.leave(tempered(history, each))
+        return self.policy.should_exit(tempered(history, each))

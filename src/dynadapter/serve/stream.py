@@ -155,13 +155,13 @@ class Stream:
         now = self._take(k)
         x = self.net.complete(k - 1, now.inputs) if k else self.net.embed(now.inputs[0])
         last = k == self.net.num_exits - 1
-        if not last and not self.policy.asks:
+        if not last and not self.policy.uses_early_exits:
             self._queues[k + 1].append(_Waiting(now.tickets, self.clock(), (self.net.stage(k, x),), None))
             return
         seen, outputs = self.net.begin(k, x, self.class_first)
         logits = self.net.head(k, seen)
         history = logits[None] if now.history is None else torch.cat([now.history, logits[None]])
-        stops = [True] * len(logits) if last else self.policy.leave(history).tolist()
+        stops = [True] * len(logits) if last else self.policy.should_exit(history).tolist()
         for row, (ticket, stop) in enumerate(zip(now.tickets, stops, strict=True)):
             if stop:
                 self._answers[ticket] = Answer(ticket, logits[row], k)
