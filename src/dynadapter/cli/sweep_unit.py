@@ -7,7 +7,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import yaml
@@ -166,7 +166,8 @@ def _results(
     stacked = StackedLogits()
     trainer.callbacks.append(stacked)  # type: ignore[attr-defined]
     trainer.limit_val_batches = 1.0
-    evaluate, split = (trainer.test, "test") if unit.split == FINAL else (trainer.validate, "val")
+    split: Literal["val", "test"] = "test" if unit.split == FINAL else "val"
+    evaluate = trainer.test if split == "test" else trainer.validate
     evaluate(model, datamodule=data, verbose=False)
     logits, targets = stacked.logits, stacked.targets
     costs = exit_costs(model.net, data.image_size)
