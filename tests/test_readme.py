@@ -5,6 +5,8 @@ from pathlib import Path
 
 import yaml
 
+from dynadapter.cli.configs import find_config
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -17,7 +19,7 @@ def commands() -> list[str]:
 def test_the_first_block_starts_the_quick_start():
     found = re.search(r"dynadapter fit --config (\S+)", commands()[0])
     assert found
-    config = yaml.safe_load((ROOT / found[1]).read_text())
+    config = yaml.safe_load(find_config(found[1]).read_text())
     assert config["data"]["class_path"] == "Shapes"
 
 
