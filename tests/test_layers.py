@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -29,14 +30,17 @@ BELOW = {
 LIGHTNING = {"training", "data", "cli"}
 
 
+def imports_of(node: ast.AST) -> set[str]:
+    if isinstance(node, ast.Import):
+        return {alias.name for alias in node.names}
+    if isinstance(node, ast.ImportFrom):
+        return {f"{node.module}.{alias.name}" for alias in node.names} if not node.level else {"relative import"}
+    return set()
+
+
 def imports(path: Path) -> set[str]:
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert not node.level, f"{path.name}: relative import"
-            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    found = {name for node in ast.walk(ast.parse(path.read_text())) for name in imports_of(node)}
+    assert "relative import" not in found, path
     return found
 
 
@@ -54,6 +58,22 @@ def test_imports_run_downwards(path):
         assert me in {"cli", "__init__"}, f"{me} is a new room: add it to this table"
     if me not in LIGHTNING:
         assert not any(name.startswith(("lightning", "pytorch_lightning")) for name in imports(path))
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(SOURCE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def test_no_import_goes_in_a_circle():
+    modules = {module_of(path): path for path in SOURCE.rglob("*.py")}
+    graph: dict[str, set[str]] = {}
+    for module, path in modules.items():
+        body = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
+        names = {name for node in body for name in imports_of(node)}
+        parents = {name.rpartition(".")[0] for name in names}
+        graph[module] = (names | parents) & set(modules) - {module, "dynadapter"}
+    TopologicalSorter(graph).prepare()  # raises CycleError with the circle
 
 
 def test_the_torch_part_does_not_load_lightning():
