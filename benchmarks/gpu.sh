@@ -6,7 +6,7 @@
 #   benchmarks/gpu.sh --tiny step       try a part on a CPU in some seconds
 #
 # A part writes one JSON line a case to $OUT (default: benchmarks/results) and does not repeat a line that is there or
-# in benchmarks/results; a part that was stopped goes on. Results are at most 8 files of at most 16 MiB.
+# in benchmarks/results; a stopped part continues. Results are at most 8 files of at most 16 MiB.
 #
 # The machine needs Python 3.11 or newer, torch, torchvision, timm, lightning, numpy, Pillow, PyYAML, safetensors,
 # tabulate, portalocker and, for `tests`, pytest, pytest-timeout and hypothesis. What it lacks besides travels as wheels,
@@ -18,7 +18,7 @@
 # On the machine: `pip install --no-index --no-deps --target wheels/site wheels/*.whl`.
 #
 # Part `pretrain` reads images of 180 classes from $DATA (train/ and val/, see tools/pretrain; the other classes stay unseen
-# for transfer) and keeps its checkpoint in runs/gpu_pretrain, so it goes on while the machine keeps that folder. The
+# for transfer) and keeps its checkpoint in runs/gpu_pretrain, so it continues as long as the machine keeps that folder. The
 # weights come in files of 15 MiB: cat small.safetensors.* > small.safetensors
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -50,7 +50,7 @@ prepare() {
   fi
 }
 
-# Go on from the lines that an earlier run brought back.
+# Continue from the lines that an earlier run brought back.
 resume() {
   if [ ! -e "$OUT/$1" ] && [ -e "benchmarks/results/$1" ]; then cp "benchmarks/results/$1" "$OUT/$1"; fi
 }

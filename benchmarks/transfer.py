@@ -4,7 +4,7 @@
 
 ``transfer.yaml`` names tasks, recipes, adapters, scales and seeds. Scale and thresholds are chosen on val200 with a
 network trained on train800; the final network is trained on train800val200 and measured on the test images once. The
-same command goes on where an earlier one stopped. ``--tiny`` tries two tasks for one epoch and adds no lines. Further
+same command continues an interrupted sweep. ``--tiny`` tries two tasks for one epoch and adds no lines. Further
 arguments, such as ``--dry_run`` or ``--engine ray``, go to ``dynadapter sweep``.
 """
 

@@ -1,4 +1,4 @@
-"""Imports run downwards: each room imports only rooms below it, and no two files import each other."""
+"""Each package imports only the packages that BELOW allows."""
 
 import ast
 import subprocess

@@ -1,6 +1,4 @@
-"""Dyn-Adapter on PyTorch Lightning: a frozen timm backbone, small adapters, and early exits that really save "
-"compute.
-"""
+"""Dyn-Adapter on PyTorch Lightning: a frozen timm backbone, small adapters, and early exits that save compute."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -72,7 +70,7 @@ __all__ = sorted(_HOME)
 
 
 def __getattr__(name: str) -> Any:
-    """Imports a public name when it is first asked for, so that parts of the package do not load all of it."""
+    """Import a public name when it is first used, so that a part of the package does not load all of it."""
     if name not in _HOME:
         raise AttributeError(f"module 'dynadapter' has no attribute {name!r}")
     value = getattr(import_module(_HOME[name]), name)

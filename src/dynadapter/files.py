@@ -36,7 +36,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 def replacing_folder(folder: Path) -> Iterator[Path]:
     """Create a folder that takes the name `folder` after the body and replaces an old one; an error changes nothing.
 
-    Whenever the process stops, the name stands for nothing, the old folder or the new one. Where the system cannot
+    If the process stops at any time, the name is unused or refers to the old or the new folder. Where the system cannot
     exchange two folders in one step, the old one can be left under a hidden name, see :func:`left_over`.
 
     Args:

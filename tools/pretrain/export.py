@@ -1,4 +1,4 @@
-"""What a finished run leaves: the weights in float16, a JSON file about them, and the model card."""
+"""Write the files of a finished run: the weights in float16, a JSON file about them, and the model card."""
 
 import argparse
 import copy

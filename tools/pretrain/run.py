@@ -1,4 +1,4 @@
-"""A run's folder: the plan, the checkpoint, the log, and the training that goes on from there."""
+"""A run's folder: the plan, the checkpoint, the log, and the training that continues from there."""
 
 import copy
 import json
@@ -107,14 +107,14 @@ class Place:
 
 
 class Run:
-    """A folder with a checkpoint and a log, and the training that goes on from there.
+    """A folder with a checkpoint and a log, and the training that continues from there.
 
     Args:
         out: The folder.
         learner: What trains.
         train: Images to train on.
         val: Images to validate on.
-        identity: What has to be the same when the run goes on: recipe, data, what was asked for.
+        identity: What has to be the same when the run continues: recipe, data, and the given options.
     """
 
     def __init__(self, out: Path, learner: Learner, train: Images, val: Images, identity: dict[str, Any]) -> None:
@@ -125,7 +125,7 @@ class Run:
         out.mkdir(parents=True, exist_ok=True)
 
     def begin(self) -> None:
-        """Go on from the checkpoint, or make the plan.
+        """Continue from the checkpoint, or make the plan.
 
         Raises:
             ValueError: If the checkpoint belongs to another run, or cannot be read.
@@ -153,14 +153,14 @@ class Run:
                 if held != value:
                     raise ValueError(
                         f"{str(self.checkpoint)!r} was begun with {name}={held!r:.60}, not {value!r:.60}; "
-                        "give the options it was begun with to go on, or another --out"
+                        "give the options it was begun with to continue, or another --out"
                     )
 
     def train_until(self, stop: Callable[[], bool], save_every: float) -> bool:
         """Train until the plan is done (true) or ``stop()`` is true (false), and save.
 
         Args:
-            stop: Asked after every step.
+            stop: Called after every step.
             save_every: Seconds between checkpoints.
         """
         while self.place.epoch < self.plan["epochs"]:

@@ -1,4 +1,4 @@
-"""Frozen timm models, cut into blocks: the only rooms that know timm's families.
+"""Frozen timm models, cut into blocks. No other package of dynadapter uses timm's model classes.
 
 Importing this package registers the families. A family from outside the package registers itself the same way.
 """

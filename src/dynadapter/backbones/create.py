@@ -107,7 +107,7 @@ def freeze(model: nn.Module) -> None:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Return a hash of the frozen tensors, which tells whether a file belongs to this backbone.
+    """Return a hash of the frozen tensors, to check whether a file belongs to this backbone.
 
     It covers name, shape, type and bytes of every tensor of the state dict except the classifier's. Device, memory
     layout and order play no part. Adapters change names, so call it before injection.

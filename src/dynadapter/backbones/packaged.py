@@ -1,4 +1,4 @@
-"""Small research backbones that ship inside the package, for machines without a network."""
+"""Small research backbones that ship inside the package, for machines without internet access."""
 
 import hashlib
 import json

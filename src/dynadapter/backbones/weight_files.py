@@ -111,7 +111,7 @@ def _load_npz(model: nn.Module, name: str, path: Path) -> None:
         )
     try:
         held, depth = _npz_depth(path), len(blocks(model))
-        if held != depth:  # timm's function would drop the last blocks of a deeper file without a word
+        if held != depth:  # timm's function would silently drop the last blocks of a deeper file
             raise ValueError(f"{held} blocks instead of {depth}")
         load(str(path))
     except Exception as error:  # a missing array is a KeyError, another shape a RuntimeError ...

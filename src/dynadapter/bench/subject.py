@@ -29,7 +29,7 @@ REAL = 256
 """Greatest number of image files to read for the exit shares; a representative part of them is timed."""
 
 IMAGES = 20
-"""Least number of images in a round, whatever the batch size: the average of one call would mean nothing."""
+"""Least number of images in a round, whatever the batch size: the average of one call is too noisy."""
 
 
 class Subject:

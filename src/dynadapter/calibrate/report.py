@@ -79,7 +79,7 @@ def solution_data(solution: Solution) -> dict[str, Any]:
 
 
 def measured_data(solution: Solution, data: str) -> dict[str, Any]:
-    """Return what a bundle says of its measured accuracy and cost, as plain data.
+    """Return the measured accuracy and cost for a bundle, as plain data.
 
     Args:
         solution: The solution.

@@ -82,7 +82,7 @@ def _betting(losses: Tensor, limit: float, level: float) -> Tensor:
     bet = bet.clamp(max=0.99 / (1 - limit))
     capital = torch.log1p(bet * (limit - shuffled)).cumsum(-1)
     # A run of small losses at the start could reject a limit that is below the mean of these very losses. That keeps
-    # the error rate, but nobody would believe it.
+    # the error rate, but contradicts the data.
     return torch.where(losses.mean(-1) < limit, (-capital.amax(-1)).exp().clamp(max=1), 1.0)
 
 

@@ -39,7 +39,7 @@ def thresholded(kind: type[Policy]) -> type[Thresholded]:
 
 
 class Scores:
-    """The scores of one kind of policy, with a sign that makes a greater score the surer one.
+    """The scores of one kind of policy, with a sign so that a greater score means a more certain sample.
 
     A sample exits at the first early exit k with ``sure[k] >= cut[k]``. Cuts range from ``laxest``, where all samples
     with finite logits exit, to ``strictest``, where only samples with the greatest possible score exit.

@@ -30,7 +30,7 @@ commands:
 
 options:
   COMMAND --help            the most important keys of a command; --help_all shows every key
-  COMMAND --print_config    the configuration that a command line stands for
+  COMMAND --print_config    the configuration that a command line gives
   --debug                   show where an error comes from
   --version                 print the version
 
@@ -40,15 +40,15 @@ examples:
   dynadapter sweep SWEEP.yaml --dry_run
   dynadapter fit --config vtab --config repadapter --data.root DATA --data.task cifar
   dynadapter test --ckpt_path runs/quickstart/version_0/checkpoints/last.ckpt
-  dynadapter predict --ckpt_path .../last.ckpt --images FOLDER --output out.csv
+  dynadapter predict --ckpt_path .../last.ckpt --images FOLDER --out out.csv
   dynadapter calibrate --ckpt_path .../last.ckpt --goal.cost 0.5 --bundle FOLDER
   dynadapter predict --bundle FOLDER --images FOLDER --out out.csv
   dynadapter test --bundle FOLDER --data VTAB1k --data.root FOLDER --data.task cifar
   dynadapter export --bundle FOLDER --out FOLDER
   dynadapter fit --model.adapter.help LoRA
 
-Settings come in layers, and each wins over those before it: defaults, the checkpoint's, config files in their order,
-the command line.
+Settings come in layers. A later layer overrides an earlier one: defaults, checkpoint, config files in their order,
+command line.
 """
 TRAINER = ("fit", "validate", "test", "flops", "calibrate")
 """Commands with a whole configuration: model, data, trainer."""

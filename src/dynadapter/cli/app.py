@@ -84,7 +84,7 @@ class DynCLI(LightningCLI):
     # ---- layers of the configuration
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse ``defaults < checkpoint < config files < command line``, wherever the files stand."""
+        """Parse ``defaults < checkpoint < config files < command line``, whatever the position of the files."""
         if {"-h", "--help"} & {*args}:
             print(short_help(self.command, arguments.DESCRIPTIONS[self.command], parser))
             raise SystemExit(0)
@@ -135,7 +135,7 @@ class DynCLI(LightningCLI):
         for key in self.off:
             self.config.pop(key)
         self.config_init = self.parser.instantiate_classes(self.config)
-        self.config = whole  # the one to be saved, where off stays off
+        self.config = whole  # saved with the run: what is switched off stays null
         self.datamodule, self.model = self.config_init["data"], self.config_init["model"]
         self.trainer = self.instantiate_trainer()
 
@@ -163,7 +163,7 @@ class DynCLI(LightningCLI):
             if isinstance(callback, ModelCheckpoint):
                 place_checkpoints(callback, self.run_folder)
         callbacks.append(self.stopper)
-        if self.command == "fit":  # before all others, which may ask how far the training is
+        if self.command == "fit":  # before all others, which may read the progress
             own = config["callbacks"] or []
             config["callbacks"] = [Continue(self.before), *(own if isinstance(own, list) else [own])]
         if self.run_folder is not None:
@@ -179,7 +179,7 @@ class DynCLI(LightningCLI):
         if self.model.hparams.get("adapter") is None:
             unused.add(BidirectionalSparsity)  # nothing to sparsify
         if self.command == "calibrate":
-            unused |= {EarlyExit, FlopsReport}  # their policies are not the one that is sought
+            unused |= {EarlyExit, FlopsReport}  # their policies are not the one to be found
         if self.command != "fit" or config["enable_checkpointing"] is False or config["barebones"]:
             unused.add(RunCheckpoint)
         return unused

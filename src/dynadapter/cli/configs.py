@@ -12,7 +12,7 @@ import dynadapter
 from dynadapter.cli.errors import Mistake, nearest, one_line
 
 MAX_VALUES = 100_000
-"""No config has more values; a few lines of aliases can stand for billions."""
+"""Largest number of values in a config; a few lines of aliases can expand to billions."""
 
 
 def run(args: list[str]) -> None:
@@ -87,13 +87,13 @@ def _packaged() -> dict[str, Path]:
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuse a key that stands twice: YAML would drop the first one and everything below it."""
+    """Refuse a repeated key: YAML would drop the first one and everything below it."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key, _ in node.value:
             if key.value in seen:
-                raise yaml.MarkedYAMLError(problem=f"the key {key.value!r} stands twice", problem_mark=key.start_mark)
+                raise yaml.MarkedYAMLError(problem=f"the key {key.value!r} is given twice", problem_mark=key.start_mark)
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 

@@ -200,7 +200,7 @@ def _print(manifest: Mapping[str, Any], bundle: "Bundle", given: Any) -> None:
         for row in _int8_rows(manifest["quantization"]):
             table.add_row(*row)
     console = Console()
-    console.width = max(console.width, 100)  # a narrow pipe would break the names
+    console.width = max(console.width, 100)  # a narrow pipe would wrap the names
     console.print(table)
     print(f"run it with: python {shlex.quote(os.path.join(given.out, 'predict.py'))} IMAGES")
 

@@ -255,7 +255,7 @@ def _report(table: PredictionTable, speed: float) -> None:
     words = [f"{table.answered:,} predictions in {table.output}", f"average exit {table.exits / table.answered:.2f}"]
     print(", ".join([*words, *([f"{speed:.1f} images/s"] if speed else [])]))
     if table.nonfinite:
-        print(f"{table.nonfinite:,} of them have logits that are not finite; their classes mean nothing")
+        print(f"{table.nonfinite:,} of them have logits that are not finite; their classes are meaningless")
     if table.unread:
         print(f"{table.unread:,} images could not be read, listed in {table.unread_list}")
 

@@ -39,7 +39,7 @@ class Earlier:
 
 
 class ToResume(NamedTuple):
-    """What ``--resume FOLDER`` stands for.
+    """The files that ``--resume FOLDER`` refers to.
 
     Args:
         config: The run's config file.
@@ -87,7 +87,7 @@ def expand_resume(files: list[str], rest: list[str]) -> tuple[list[str], list[st
 
 
 def to_resume(folder: str, nothing_new: bool) -> ToResume:
-    """Find the config and the checkpoint that ``--resume FOLDER`` stands for.
+    """Find the config and the checkpoint that ``--resume FOLDER`` refers to.
 
     Args:
         folder: Of a run.
@@ -121,7 +121,7 @@ def to_resume(folder: str, nothing_new: bool) -> ToResume:
     if before is None:
         raise Mistake(f"{run} was interrupted before it saved a checkpoint; start again with: {again}")
     if not Path(before).is_file():
-        raise Mistake(f"{run} saved nothing of its own, and the checkpoint that it continued is gone: {before}")
+        raise Mistake(f"{run} saved nothing of its own, and the checkpoint that it continued is missing: {before}")
     return ToResume(config, Path(before), Path(before).parent.parent)
 
 

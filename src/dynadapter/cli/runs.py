@@ -1,4 +1,4 @@
-"""One folder a run: where it is, its loggers and its config file. No other run ever writes into it."""
+"""The folder of a run: its place, its loggers and its config file. No other run ever writes into it."""
 
 import csv
 import io

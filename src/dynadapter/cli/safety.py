@@ -1,9 +1,9 @@
 """Allow-lists of the classes that a config or a checkpoint may name: nothing else may run.
 
 jsonargparse imports whatever a ``class_path`` names. It calls it wherever a setting takes a callable or any value:
-``backbone_args``, the hooks of a LambdaCallback, the optimizer. A config from somebody else could run any installed
-function. Hence a configuration is checked after parsing and before anything in it is called. A checkpoint may name
-only classes that are known already: no module is imported for it.
+``backbone_args``, the hooks of a LambdaCallback, the optimizer. An untrusted config could run any installed function.
+Hence a configuration is checked after parsing and before anything in it is called. A checkpoint may name only classes
+that are known already: no module is imported for it.
 """
 
 import dataclasses

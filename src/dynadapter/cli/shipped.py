@@ -57,7 +57,7 @@ def run(args: list[str]) -> None:
     except ValueError as error:
         raise Mistake(one_line(error)) from error
     console = Console()
-    console.width = max(console.width, 100)  # a narrow pipe would fold the names
+    console.width = max(console.width, 100)  # a narrow pipe would wrap the names
     for table in tables:
         console.print(table)
 

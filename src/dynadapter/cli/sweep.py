@@ -27,8 +27,8 @@ def run(args: list[str]) -> None:
     parser = CommandParser(
         "sweep",
         "Train every combination that a YAML file names, choose scales and thresholds on val200, and measure the "
-        "final networks on the test images once. The same command goes on where an earlier one stopped, and may be "
-        "started several times at once.",
+        "final networks on the test images once. The same command continues an interrupted sweep. Several processes "
+        "may run it at the same time.",
     )
     parser.add_argument("file", type=str, help="YAML file of the sweep.")
     parser.add_argument("--dry_run", action="store_true", help="Print the runs, their estimated time and disk space.")

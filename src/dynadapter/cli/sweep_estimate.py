@@ -1,4 +1,4 @@
-"""What a sweep will take: how many runs, about how much time, and about how much disk space."""
+"""Estimate a sweep: the number of its runs, its time and its disk space."""
 
 import dataclasses
 import statistics
@@ -38,7 +38,7 @@ def estimate(file: SweepFile) -> str:
     seconds = sum(left[split] * seconds_of(split, finished, test_images) for split in left)
     size = sum(left.values()) * statistics.fmean(line["bytes"] for line in finished)
     text.append(f"about {as_duration(seconds)} in one process, measured by {source}")
-    text.append(f"about {size / 1e6:,.0f} MB in {file.out}; the checkpoints of scales that lost are deleted at the end")
+    text.append(f"about {size / 1e6:,.0f} MB in {file.out}; the checkpoints of scales that were not chosen are deleted")
     return "\n".join(text)
 
 

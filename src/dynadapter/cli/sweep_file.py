@@ -20,7 +20,7 @@ Layer = str | dict[str, Any]
 
 @dataclass
 class Settings:
-    """What the file of a sweep may say.
+    """The keys of the file of a sweep.
 
     Args:
         root: Folder that holds the tasks, in the layout of VTAB-1k.

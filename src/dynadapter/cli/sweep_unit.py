@@ -35,7 +35,7 @@ def run_folder(file: SweepFile, unit: Unit) -> Path:
 
 
 def run_unit(file: SweepFile, unit: Unit) -> bool:
-    """Do one run, unless it is finished or another process is at it.
+    """Do one run, unless it is finished or another process does it.
 
     Args:
         file: The sweep.
@@ -61,7 +61,7 @@ def measured(file: SweepFile, unit: Unit, folder: Path, done: dict[Unit, dict[st
     Args:
         file: The sweep.
         unit: The run.
-        folder: Its folder; what an interrupted training left there is gone on with.
+        folder: Its folder; an interrupted training in it is continued.
         done: The finished runs.
     """
     line: dict[str, Any] = {
@@ -98,7 +98,7 @@ def _fit(file: SweepFile, unit: Unit, folder: Path) -> DynCLI:
     """Train as ``dynadapter fit`` does, from the newest checkpoint that an interrupted training left."""
     left = sorted(folder.glob("version_*"), key=lambda path: int(path.name.removeprefix("version_")))
     for run in reversed(left):
-        with contextlib.suppress(Mistake, ValueError):  # nothing to go on with: train from the start
+        with contextlib.suppress(Mistake, ValueError):  # nothing to continue: train from the start
             to_resume(str(run), nothing_new=False)
             return DynCLI(["fit", f"--resume={run}", *_changes(file, unit, folder)])
     for run in left:

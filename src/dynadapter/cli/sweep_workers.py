@@ -1,4 +1,4 @@
-"""Who does the runs of a sweep: this process, several processes, or Ray; all call the same function of one run."""
+"""Do the runs of a sweep in this process, in several processes, or by Ray; all call the same function for one run."""
 
 import os
 import subprocess
@@ -37,7 +37,7 @@ def work(file: SweepFile, say: Callable[[str], None]) -> dict[Unit, str]:
             try:
                 mine = run_unit(file, unit)
             except Stopped as stopped:
-                raise Stopped("stopped; give the same command again to go on", stopped.code) from stopped
+                raise Stopped("stopped; give the same command again to continue", stopped.code) from stopped
             except Mistake:
                 raise
             except Exception as error:
@@ -138,7 +138,7 @@ def run_on_ray(file: SweepFile, cpus: float, gpus: float, say: Callable[[str], N
                     if mine:
                         say(summary(lines.read(file.out), unit))
                     elif unit not in lines.read(file.out):
-                        time.sleep(WAIT)  # a process outside of Ray is at it
+                        time.sleep(WAIT)  # a process outside of Ray does this run
     finally:
         if own:
             ray.shutdown()

@@ -154,7 +154,7 @@ def _print_table(columns: list[str], rows: list[list[str]]) -> None:
     for row in rows:
         table.add_row(*(escape(shown(cell)) for cell in row))
     console = Console()
-    console.width = max(console.width, 120)  # a narrow pipe would break the lines
+    console.width = max(console.width, 120)  # a narrow pipe would wrap the lines
     console.print(table)
 
 

@@ -115,7 +115,7 @@ def count_by_fvcore(parts: Parts, image: Tensor, handles: Mapping[str, Handle]) 
 def count_by_torch(parts: Parts, image: Tensor) -> Counts:
     """Count with one run under torch's ``FlopCounterMode``.
 
-    It counts products, convolutions and attention alone; an operator that it does not know costs 0 without a word.
+    It counts products, convolutions and attention alone; an unknown operator silently costs 0.
 
     Args:
         parts: The network.

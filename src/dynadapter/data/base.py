@@ -35,9 +35,9 @@ class ImageData(LightningDataModule, ABC):
     Batches are (images ``(batch, 3, size, size)`` float32, class indices ``(batch,)`` int64); in predict the second
     part is the list of paths. Training shuffles and drops the last incomplete batch, unless it is the only one.
 
-    Several processes share each batch of training. Together they see what one process with the same global batch sees.
-    Evaluation counts every image once: where their number does not divide, batches are padded with samples of class
-    -100 or path "", which are ignored.
+    Several processes share each batch of training. Together they use the images that one process with the
+    same global batch uses. Evaluation counts every image once: where their number does not divide, batches are padded
+    with samples of class -100 or path "", which are ignored.
 
     Args:
         batch_size: Images in a batch, on each device.

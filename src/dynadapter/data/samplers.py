@@ -13,9 +13,9 @@ from dynadapter.data.dataset import ImageDataset, Padded
 class EpochOrder(DistributedSampler):
     """The order of the training images in an epoch; each process takes its share of every batch.
 
-    The order depends on the seed and the epoch alone. All processes together see in each step what one process with the
-    same global batch sees. The images left over at the end of an epoch, fewer than a batch, are not used in it. Each
-    index comes with a random number of this epoch, which decides about augmentation.
+    The order depends on the seed and the epoch alone. In each step all processes together use the images that one
+    process with the same global batch uses. The images left over at the end of an epoch, fewer than a batch, are not
+    used in it. Each index comes with a random number of this epoch, which decides about augmentation.
 
     Lightning keeps a `DistributedSampler` as it is and calls `set_epoch`; in a plain loop each pass is the next epoch.
 

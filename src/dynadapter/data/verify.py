@@ -28,12 +28,12 @@ Level = Literal["error", "warning"]
 
 @dataclass(frozen=True)
 class Finding:
-    """Something to know about a data set.
+    """One finding about a data set.
 
     Args:
-        level: ``error`` for what spoils a training or its numbers, else ``warning``.
-        kind: One word for programs.
-        text: One line for people.
+        level: ``error`` if a training or its results would be wrong, else ``warning``.
+        kind: One word, for programs.
+        text: One line, for readers.
         items: The images, classes or files that it concerns.
     """
 
@@ -113,7 +113,7 @@ def verify(
 ) -> Report:
     """Decode every image of a data set and report what is missing, broken, doubled, or in two splits.
 
-    Images are equal if their bytes are. The public lists of VTAB-1k contain a few duplicates that nobody can change;
+    Images are equal if their bytes are. The public lists of VTAB-1k contain a few duplicates that cannot be changed;
     for these tasks duplicates are warnings, unless one split repeats half of another.
 
     Args:

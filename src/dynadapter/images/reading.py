@@ -128,7 +128,7 @@ def reason(error: Exception) -> str:
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """Rotate a photograph as its EXIF orientation says; with damaged EXIF data, return it as stored."""
+    """Rotate a photograph by its EXIF orientation; with damaged EXIF data, return it as stored."""
     image.load()  # outside the try, so that only errors of the EXIF data are ignored
     try:
         return ImageOps.exif_transpose(image)

@@ -148,7 +148,7 @@ def read_batches(
         preprocess: Decides the size of the pixels.
         table: Knows the files of a batch.
         numbers: Of the batches.
-        workers: Threads; 0 reads a batch when it is asked for.
+        workers: Threads; 0 reads a batch when it is requested.
 
     Yields:
         The number of a batch, and its images in order.

@@ -1,9 +1,9 @@
-"""The table of predictions in the making: batch by batch, by one or several processes, and safe against a kill.
+"""Write a table of predictions batch by batch, by one or several processes; a killed run loses no finished batch.
 
 While a table is being computed, the folder ``<output>.partial`` holds it: ``table.json`` says which network and which
 images it belongs to, and ``<number>.json`` is one finished batch behind its checksum. A process claims a batch by a
 lock that the system releases when the process ends, and a batch file appears in one step. So a killed run continues
-where it stopped, several processes share the images without knowing each other, and a damaged batch is computed again.
+where it stopped, several processes share the images without messages, and a damaged batch is computed again.
 At the end the output is written from the batches and takes its name in one step.
 """
 
@@ -43,7 +43,7 @@ class Busy(ValueError):
 class PredictionTable:
     """A resumable table of predictions: one row an image, with exits counted from 1.
 
-    Use it as a context manager. On leaving, an unfinished table is closed and kept.
+    Use it as a context manager. At the end of its block, an unfinished table is closed and kept.
 
     Args:
         output: The table; its suffix decides the format (``.csv``, ``.jsonl``, ``.parquet``).
@@ -131,7 +131,7 @@ class PredictionTable:
 
         Args:
             wait: Wait for batches that another process computes, and take over those that it does not finish. Save
-                each one before the next is asked for, or two processes may wait for each other.
+                each one before the next is requested, or two processes may wait for each other.
         """
         for number in range(self.batches):
             if not self._look(number) and self._lock(number, wait):
@@ -234,7 +234,7 @@ class PredictionTable:
             file.write(json.dumps(self._header).encode())
 
     def _check_new(self) -> None:
-        """Refuse a folder without ``table.json`` that holds files of somebody else."""
+        """Refuse a folder without ``table.json`` that holds other files."""
         if strange := {path.name for path in self.folder.iterdir()} - {"owner", "claims", ".table.json.new"}:
             raise Foreign(f"{self.folder} is no unfinished table of predictions: it holds {min(strange)}")
         if os.path.lexists(self.output) and not self.overwrite:  # finished by another process just now
@@ -340,7 +340,7 @@ def _is_table(there: Any) -> bool:
 
 
 def _digest(files: Iterable[str]) -> str:
-    """Hash names, sizes and times of files: where one of them is another image, the rows are others."""
+    """Hash names, sizes and times of files, so that a replaced image is noticed."""
     digest = hashlib.sha256()
     for name in files:
         try:
@@ -364,6 +364,6 @@ def _difference(there: Any, wanted: Mapping[str, Any]) -> str:
         return "was begun with other images: names, sizes or times of the files have changed"
     name = next(name for name in [*wanted, *there] if there.get(name) != wanted.get(name))
     before = there.get(name)
-    if isinstance(before, list) or re.fullmatch("[0-9a-f]{64}", str(before)):  # a hash says nothing to a reader
+    if isinstance(before, list) or re.fullmatch("[0-9a-f]{64}", str(before)):  # a hash does not help a reader
         return f"was begun with another {name}" if name != "columns" else "was begun with other columns"
     return f"was begun with {name}={before}, now it is {wanted.get(name)}"

@@ -1,1 +1,1 @@
-"""Sweeps: which runs there are, what each left behind, and the table at the end; training is no part of this room."""
+"""Sweeps: which runs there are, the results of each run, and the table at the end. Training is not in this package."""

@@ -1,4 +1,4 @@
-"""What runs leave behind: one JSON line each, the values a bootstrap needs beside it, and a lock while they run."""
+"""The results of runs: one JSON line and the values that a bootstrap needs for each, and a lock while a run works."""
 
 import fcntl
 import json
@@ -64,7 +64,7 @@ def read(out: Path) -> dict[Unit, dict[str, Any]]:
 
 
 def append(out: Path, line: Mapping[str, Any]) -> None:
-    """Append the line of a finished run, which finishes it.
+    """Append the line of a run; from then on the run counts as finished.
 
     Args:
         out: Folder of the sweep.

@@ -183,7 +183,7 @@ class Sweep:
         return units
 
     def lost(self, done: Mapping[Unit, Line]) -> list[Unit]:
-        """Return the finished runs whose scale was not chosen: nobody needs their checkpoints."""
+        """Return the finished runs whose scale was not chosen; their checkpoints are not needed."""
         lost = []
         for arm in self.arms():
             scale = self.chosen_scale(arm, done)
@@ -228,5 +228,5 @@ def as_unit(line: Line) -> Unit:
 
 
 def as_dict(unit: Unit) -> dict[str, Any]:
-    """Return a run as it stands in its line."""
+    """Return a run as its line stores it."""
     return asdict(unit)

@@ -56,7 +56,7 @@ Numbers = Mapping[int, tuple[float, float]]
 
 
 def rows(sweep: Sweep, done: Mapping[Unit, Line]) -> list[Row]:
-    """Return every row that the finished runs allow; a mean stands only where all of its parts are finished.
+    """Return every row that the finished runs allow; a mean needs all of its parts.
 
     Args:
         sweep: The sweep.

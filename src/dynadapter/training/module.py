@@ -56,7 +56,7 @@ class ExitClassifier(LightningModule):
         num_classes: Classes of the task, at least 2.
         backbone: Name of a timm model with its weights' tag, e.g. ``vit_base_patch16_224.orig_in21k``, or of a backbone
             that ships with the package.
-        pretrained: Fetch the weights that belong to the name (needs a network the first time).
+        pretrained: Fetch the weights that belong to the name (needs internet access the first time).
         weights: A local file with the backbone's weights instead: ``.safetensors``, ``.pth``, ``.pt``, ``.bin`` or
             ``.npz``.
         image_size: Pixels of the square input, for backbones with position embeddings; None keeps the backbone's own.

@@ -14,7 +14,7 @@ from dynadapter.training.contents import saved_contents
 from dynadapter.training.module import ExitClassifier
 
 MAX_VALUES = 1000
-"""No policy has more; a few lines of aliases can stand for billions."""
+"""Largest number of values in a policy; a few lines of aliases can expand to billions."""
 
 
 def load_classifier(

@@ -6,7 +6,7 @@ A bundle is a folder of three files:
   such as one of a merged network, all tensors, so that no backbone file is needed.
 - ``config.json``: the backbone's name, arguments and hash, adapter, heads, exits, policy with its temperatures, class
   names, preprocessing, cost of each exit, versions, and the hash of ``model.safetensors``.
-- ``README.md``: a card for people.
+- ``README.md``: the model card.
 
     bundle_from_classifier(classifier, "flowers", policy=Confidence(0.8))    # where it was trained
     bundle = load("flowers", weights="vit_base.safetensors")                 # where it serves

@@ -45,7 +45,7 @@ class BackboneSource:
         timm_args: Further arguments of :func:`~dynadapter.backbones.create_backbone` for timm's model.
         image_size: Pixels of the square input; None for the backbone's own.
         seed: Random seed of the tensors that no weights set.
-        file: Name of the weight file, as a hint for people.
+        file: Name of the weight file, as a hint for readers.
         depth: Blocks of the backbone that were kept; None for all.
     """
 

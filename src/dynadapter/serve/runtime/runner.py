@@ -138,7 +138,7 @@ class Runner:
         return rest, logits
 
     def route(self, images: Floats) -> tuple[Floats, NDArray[np.int64]]:
-        """Route images: each stops at the first exit where the policy allows it, the others go on as a smaller batch.
+        """Stop each image at the first exit where the policy allows it; the others continue as a smaller batch.
 
         Args:
             images: (batch, 3, size, size) float32, preprocessed; an empty batch gives an empty result.
