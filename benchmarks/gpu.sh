@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What is to be run on a machine with a GPU, in named parts of at most 10 minutes each.
+# Run programs on a machine with a GPU, in named parts of at most 10 minutes each.
 #
 #   benchmarks/gpu.sh                   list the parts
 #   benchmarks/gpu.sh step routing      run two of them
@@ -9,9 +9,9 @@
 # in benchmarks/results; a stopped part continues. Results are at most 8 files of at most 16 MiB.
 #
 # The machine needs Python 3.11 or newer, torch, torchvision, timm, lightning, numpy, Pillow, PyYAML, safetensors,
-# tabulate, portalocker and, for `tests`, pytest, pytest-timeout and hypothesis. What it lacks besides travels as wheels,
-# because it has no network. Fetch them on a machine that has one, carry the ignored folder wheels/ along, and the parts
-# put it on Python's path by themselves:
+# tabulate, portalocker and, for `tests`, pytest, pytest-timeout and hypothesis. Other packages come as wheels, because
+# the machine has no network. Fetch the wheels on a machine with a network and copy the ignored folder wheels/; the parts
+# put it on Python's path:
 #
 #   benchmarks/gpu.sh wheels            `pip wheel --no-deps` into wheels/ (about 1 MB of pure Python)
 #

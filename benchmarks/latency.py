@@ -1,4 +1,4 @@
-"""Time per-sample routing against the static backbone, next to what the GMACs promise.
+"""Time per-sample routing against the static backbone, and compare the speed-up with the ratio of GMACs.
 
     python benchmarks/latency.py
     python benchmarks/latency.py --device cuda

@@ -1,4 +1,4 @@
-"""Time what serving gains over plain calls: a stream of images, ONNX Runtime, and what a user could take instead.
+"""Time ways of serving against plain calls: a stream of images, ONNX Runtime, and other packages.
 
     python benchmarks/serving.py
     python benchmarks/serving.py --only "ViT-S" --parts onnx
@@ -11,7 +11,7 @@ stream: images come one at a time; `Stream` against routing each alone with whol
 later images that arrive before an answer.
 onnx: ONNX Runtime with a graph a stage against ONNX Runtime with one graph, each in the chunks that are fastest for it.
 baselines: peft's LoRA on the same backbone, the package earlyon around the same backbone, and torch.compile. earlyon
-routes image by image at batch 1; above it a whole batch exits together, where every image in it is sure.
+routes image by image at batch 1; above it a whole batch exits together if every image in it reaches the threshold.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Kill trainings and predictions at random moments, and compare what they give after all with an uninterrupted run.
+"""Kill trainings and predictions at random moments, and compare their results with an uninterrupted run.
 
     python benchmarks/soak.py
 

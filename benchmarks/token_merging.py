@@ -1,4 +1,4 @@
-"""Time token merging against the static backbone with every token, next to what the GMACs promise.
+"""Time token merging against the static backbone with every token, and compare the speed-up with the ratio of GMACs.
 
     python benchmarks/token_merging.py
 

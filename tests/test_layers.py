@@ -1,4 +1,4 @@
-"""Each package imports only the packages that BELOW allows."""
+"""Each package imports only the packages that BELOW allows, and no import goes in a circle."""
 
 import ast
 import subprocess

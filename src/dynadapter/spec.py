@@ -66,7 +66,7 @@ def plain(value: Any) -> Any:
 
 
 def _class_path(cls: type) -> str:
-    """Return the name of a class in files; for a public one, it stays when its module moves."""
+    """Return the name of a class in files; a public class keeps its name when its module moves."""
     public = _ours(cls.__module__) and cls.__qualname__ in dynadapter.__all__
     return f"{'dynadapter' if public else cls.__module__}.{cls.__qualname__}"
 

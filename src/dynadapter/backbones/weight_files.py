@@ -37,7 +37,7 @@ def load_weights(model: nn.Module, name: str, path: Path) -> None:
     state = _read(path)
     try:
         state = _fit_classifier(model, _fit_input(model, convert(model, state)))
-    except Exception as error:  # timm's filters trip in many ways over tensors of another architecture
+    except Exception as error:  # timm's filters raise many kinds of errors for another architecture
         raise ValueError(f"weights={str(path)!r} do not fit {name!r} ({one_line(error)}); {_WHAT_FITS}") from error
     _check_fit(model, name, path, state)
     model.load_state_dict(state)

@@ -199,7 +199,7 @@ class DynCLI(LightningCLI):
             what = "interrupted" if by_hand else "stopped by SIGTERM"
             self._end_record("stopped", what)
             if not self.trainer.is_global_zero:
-                raise SystemExit(0) from ending  # any other code, and Lightning kills the first process at once
+                raise SystemExit(0) from ending  # with any other code Lightning kills the first process at once
             raise Stopped(f"{what}{self._how_to_continue()}", 130 if by_hand else 143) from ending
         except Exception as error:
             self._end_record("failed", describe(error)[0])

@@ -204,7 +204,7 @@ def fill(bundle: "Bundle", table: PredictionTable, given: Any) -> float:
 
 @contextmanager
 def helpers(given: Any, args: list[str]) -> Iterator[None]:
-    """Run further processes that share the images, and wait for them; one that dies loses a batch of work."""
+    """Run further processes that share the images, and wait for them; one that is killed loses at most one batch."""
     command = [sys.executable, "-m", "dynadapter.cli.predict"]
     started = [subprocess.Popen([*command, str(number), *args]) for number in range(1, given.processes)]
     try:

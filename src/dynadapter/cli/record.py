@@ -189,7 +189,7 @@ def _hash(samples: Any) -> str | None:
 
 
 def protocol(trainer: Trainer, module: ExitClassifier, data: ImageData) -> dict[str, Any]:
-    """Return the settings that move a result beside the method: how images are read, and what was selected on what."""
+    """Return the settings beside the method that change results: how images are read, what was selected on what."""
     saver = trainer.checkpoint_callback
     monitor = saver.monitor if isinstance(saver, ModelCheckpoint) else None
     chosen = ("task", "split", "val_fraction", "split_seed")

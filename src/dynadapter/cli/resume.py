@@ -276,7 +276,7 @@ class Continue(Callback):
 
 
 def _complete_epoch(loops: dict[str, Any]) -> None:
-    """Mark an epoch complete that was saved at its very end, where nothing of it was left to do."""
+    """Mark an epoch complete that was saved after its last step, with no validation to follow."""
     batches = loops["epoch_loop.batch_progress"]
     for part in ("total", "current"):
         epochs, batch = loops["epoch_progress"][part], batches[part]

@@ -192,9 +192,7 @@ def _image(backbone: nn.Module, image_size: int | tuple[int, int] | None) -> Ten
         built = getattr(getattr(backbone, "patch_embed", None), "img_size", None)
         image_size = built or (getattr(backbone, "pretrained_cfg", None) or {}).get("input_size", (None,))[1:]
         if not image_size:
-            raise ValueError(
-                "the backbone does not say for which image size it was made; pass image_size=224, for example"
-            )
+            raise ValueError("the image size of the backbone is unknown; pass image_size=224, for example")
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     if height < 1 or width < 1:
         raise ValueError(f"image_size={image_size} must be at least 1 pixel; give one number or (height, width)")

@@ -111,7 +111,7 @@ class _Entry(NamedTuple):
 def verify(
     data: ImageData, *, threads: int | None = None, progress: Callable[[int, int], None] = lambda done, total: None
 ) -> Report:
-    """Decode every image of a data set and report what is missing, broken, doubled, or in two splits.
+    """Decode every image of a data set and report what is missing, broken, duplicated, or in two splits.
 
     Images are equal if their bytes are. The public lists of VTAB-1k contain a few duplicates that cannot be changed;
     for these tasks duplicates are warnings, unless one split repeats half of another.

@@ -182,7 +182,7 @@ class Scaled(Policy):
             if not isinstance(value, Real) or isinstance(value, bool):
                 raise TypeError(f"temperatures={given!r} must be a number above 0, or one such number per exit")
             if not 0 < value < math.inf:  # NaN fails as well
-                raise ValueError(f"temperatures={given!r}: {value!r} is not above 0 and finite; 1 leaves logits alone")
+                raise ValueError(f"temperatures={given!r}: {value!r} is not above 0 and finite; 1 changes no logits")
         floats = tuple(float(value) for value in values)
         object.__setattr__(self, "temperatures", floats if isinstance(given, (tuple, list)) else floats[0])
 

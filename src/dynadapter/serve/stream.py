@@ -1,4 +1,4 @@
-"""Route a stream of small batches: samples wait before each stage until it has a full batch, but never too long."""
+"""Route a stream of small batches: samples wait before each stage for a full batch, up to a limit."""
 
 import time
 from collections import deque

@@ -35,7 +35,7 @@ def card(config: Config, size: int) -> str:
     parts = [
         f"# {escape(config.backbone.name)} with {len(config.exit_depths)} exits, {len(classes)} classes",
         f"Classifies images into {len(classes)} classes: {', '.join(map(escape, classes[:SHOWN_CLASSES]))}{more}. Each "
-        "image stops at the first exit that is sure of it, so that easy images cost less than hard ones.",
+        "image stops at the first exit that meets the exit policy, so that easy images cost less than hard ones.",
         _table(["part", ""], _parts(config, size)),
         "## Exits",
         _exits(config),
