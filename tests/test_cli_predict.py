@@ -619,7 +619,7 @@ def test_help_has_at_most_50_lines(capsys):
         ("--images={I} --out=o.csv --ckpt_path=last.ckpt", "one of the two"),
         ("--images={I} --out=o.csv --bundle={W}/nowhere", "nowhere is no folder; give a bundle's folder"),
         ("--images={I} --out=o.csv --bundle={W}/empty", "empty has no config.json"),
-        ("--images={I} --out=o.csv --bundle={W}/onnx", "is an exported folder, not a bundle; run it with python -m"),
+        ("--images={I} --out=o.csv --bundle={W}/onnx", "is an exported folder, not a bundle; run it with python"),
         ("--images={I} --out=o.csv --bundle={W}/last.ckpt", "is a checkpoint, not a bundle; make one with dynadapter"),
         ("--images={I} --out=o.csv --bundle={W}/tensors", "has no preprocessing"),
         ("--images={I} --out=o.csv --bundle={W}/needy", "--weights FILE, or --pretrained true if"),
