@@ -199,3 +199,21 @@ def test_last_does_not_depend_on_best(tmp_path: Path) -> None:
     saver = RunCheckpoint(dirpath=tmp_path, filename="best", monitor="score", mode="max", save_last=True)
     trainer(Worse(), saver, max_epochs=3, enable_checkpointing=True).fit(make_classifier(), loader(2), loader(1))
     assert {name: read(tmp_path / name)["global_step"] for name in names(tmp_path)} == {"best.ckpt": 2, "last.ckpt": 6}
+
+
+@pytest.mark.parametrize("validation", [None, "val"])
+@pytest.mark.parametrize("every", [1, 2, 10])
+def test_every_epoch_is_saved(validation: str | None, every: int, tmp_path: Path) -> None:
+    """Epochs without validation count too: an interruption then loses one epoch at most."""
+    saved: list[int] = []
+
+    class Saver(RunCheckpoint):
+        def _save_checkpoint(self, trainer: Any, filepath: str) -> None:
+            saved.append(trainer.current_epoch)
+            super()._save_checkpoint(trainer, filepath)
+
+    saver = Saver(dirpath=tmp_path, filename="last", enable_version_counter=False)
+    fitting = trainer(saver, max_epochs=3, enable_checkpointing=True, check_val_every_n_epoch=every)
+    fitting.fit(make_classifier(), loader(), loader(1) if validation else None)
+    assert saved == [0, 1, 2]
+    assert read_whole(tmp_path / "last.ckpt")["epoch"] == 2

@@ -74,8 +74,9 @@ class RunCheckpoint(ModelCheckpoint):
     """Lightning's ModelCheckpoint, saving only where a training can be resumed exactly.
 
     It does not save between the batches of one optimiser step, because no checkpoint holds their gradients. If
-    validation follows a batch, it saves after the validation, because a training resumed before it would skip it. With
-    ``save_last`` the last checkpoint is written whenever one is due; Lightning does so only when the best one changes.
+    validation follows a batch, it saves after the validation, because a training resumed before it would skip it. An
+    epoch without validation is saved at its end, unless a metric is monitored. With ``save_last`` the last checkpoint
+    is written whenever one is due; Lightning does so only when the best one changes.
     """
 
     _due = False  # a save by steps that waits for the validation
@@ -114,10 +115,23 @@ class RunCheckpoint(ModelCheckpoint):
         if self._should_save_on_train_epoch_end(trainer):
             self._save_last(trainer)
 
+    def _should_save_on_train_epoch_end(self, trainer: Trainer) -> bool:
+        if self._save_on_train_epoch_end is None and self.monitor is None and not _validates(trainer):
+            return True
+        return super()._should_save_on_train_epoch_end(trainer)
+
     def _save_last(self, trainer: Trainer) -> None:
         due = self._every_n_epochs > 0 and (trainer.current_epoch + 1) % self._every_n_epochs == 0
         if due and not self._should_skip_saving_checkpoint(trainer):
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+
+
+def _validates(trainer: Trainer) -> bool:
+    """Check whether the current epoch has a validation."""
+    every = trainer.check_val_every_n_epoch
+    due = every is None or (trainer.current_epoch + 1) % every == 0
+    batches = trainer.num_val_batches
+    return due and trainer.enable_validation and (sum(batches) if isinstance(batches, list) else batches) > 0
 
 
 class Resumable(NamedTuple):
