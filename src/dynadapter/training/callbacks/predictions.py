@@ -86,6 +86,7 @@ class PredictionWriter(Callback):
             with replacing(self.output) as file:
                 write_table(file, self.output.suffix, COLUMNS, rows)
             print(f"{self.rows} predictions in {self.output}")
+        trainer.strategy.barrier()  # the table is complete when the prediction returns, in every process
 
 
 def interleaved(parts: Sequence[Sequence[Row]]) -> Iterator[Row]:
