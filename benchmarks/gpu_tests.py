@@ -64,6 +64,8 @@ def main(argv: list[str] | None = None) -> int:
             "-q",
             "-p",
             "no:cacheprovider",
+            "-o",
+            "addopts=",  # one process: the recorder is a plugin of it
             "-W",
             "ignore::pytest.PytestAssertRewriteWarning",
             f"--rootdir={ROOT}",

@@ -18,7 +18,7 @@ from tiny import make_classifier
 
 import dynadapter.training.module  # noqa: F401  (what a checkpoint may hold)
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = pytest.mark.timeout(600)
 
 
 @pytest.fixture(scope="module")

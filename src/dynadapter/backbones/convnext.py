@@ -45,7 +45,7 @@ def _(model: ConvNeXt) -> list[int]:
 
 
 @convert.register
-def _(model: ConvNeXt, state: dict) -> dict[str, Tensor]:
+def _(model: ConvNeXt, state: dict[str, Tensor]) -> dict[str, Tensor]:
     state = convnext.checkpoint_filter_fn(state, model)
     if not any(name.startswith(("head.fc.", "head.norm.")) for name in state):
         # A file of masked pre-training ends before the head, whose norm then starts as the identity, as in timm.

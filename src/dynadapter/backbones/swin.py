@@ -45,5 +45,5 @@ def _(model: SwinTransformer) -> list[int]:
 
 
 @convert.register
-def _(model: SwinTransformer, state: dict) -> dict[str, Tensor]:
+def _(model: SwinTransformer, state: dict[str, Tensor]) -> dict[str, Tensor]:
     return swin_transformer.checkpoint_filter_fn(state, model)

@@ -71,5 +71,5 @@ def _(model: VisionTransformer) -> bool:
 
 
 @convert.register
-def _(model: VisionTransformer, state: dict) -> dict[str, Tensor]:
+def _(model: VisionTransformer, state: dict[str, Tensor]) -> dict[str, Tensor]:
     return vision_transformer.checkpoint_filter_fn(state, model, adapt_layer_scale=True)  # DeiT III names it otherwise
