@@ -147,7 +147,8 @@ class DynCLI(LightningCLI):
         kind = RUN_FOLDERS.get(self.command)
         if kind is None or config["fast_dev_run"] or config["barebones"]:
             self.save_config_callback = None
-            return super().instantiate_trainer(**kwargs, logger=kind is not None and config["logger"])
+            named = config["logger"] if kind is not None and config["logger"] is not True else None
+            return super().instantiate_trainer(**kwargs, logger=named or False)  # Lightning's default is TensorBoard
         self.run_folder = create_run_folder(Path(config["default_root_dir"]), kind)
         if config["logger"] in (None, True):
             kwargs["logger"] = loggers(self.run_folder, self.before.lines if self.before is not None else [])
