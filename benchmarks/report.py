@@ -2,7 +2,7 @@
 
     python benchmarks/report.py
 
-Reads the lines of the timing programs and those of ``dynadapter sweep`` (``results/transfer.jsonl``). The same lines
+Reads the lines of the timing programs, and the tables that ``dynadapter sweep`` wrote for transfer.py. The same files
 give the same bytes. Needs pandas and matplotlib: ``pip install 'dynadapter[bench]'``.
 """
 
@@ -10,6 +10,7 @@ import argparse
 import importlib
 import inspect
 import json
+import shutil
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -18,15 +19,13 @@ from typing import Any
 
 import matplotlib
 import pandas as pd
-from common import RESULTS, Line, Row, cell
+from common import RESULTS, Line, cell
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from dynadapter.bench.timing import is_void
 
 HERE = Path(__file__).parent
-TRANSFER = "transfer.jsonl"
-FINAL = "train800val200"
 NO_ACCURACY = (
     "There are no accuracy tables. The former ones were removed because a second trainer in this folder had made them, "
     "and not the product; `dynadapter sweep` makes the next ones."
@@ -103,81 +102,22 @@ def save(figure: Figure, path: Path) -> None:
 # ---- accuracy
 
 
-def transfer_frame(lines: Iterable[Line]) -> pd.DataFrame:
-    """Return a row for each exit, and for the policy, of each final run of a sweep; accuracy in %."""
-    rows: list[Row] = []
-    for line in lines:
-        run = line["run"]
-        if run["split"] != FINAL or "failed" in line:
-            continue
-        readings = {f"exit {one['exit']}": one for one in line["exits"]} | {"policy": line["policy"]}
-        for reading, one in readings.items():
-            row: Row = {name: run[name] for name in ("task", "adapter", "recipe", "seed")}
-            row |= {"reading": reading, "accuracy": 100 * one["accuracy"], "cost": one["percent_of_static"]}
-            rows.append(row)
-    return pd.DataFrame(rows)
-
-
-def over_seeds(frame: pd.DataFrame) -> pd.DataFrame:
-    """Return the mean over tasks and then over seeds, with its deviation over seeds, by adapter, recipe and reading.
-
-    Only seeds that have every task of the sweep count.
-    """
-    names, tasks = ["adapter", "recipe", "reading"], frame["task"].nunique()
-    by_seed = frame.groupby([*names, "seed"], sort=False).agg(
-        tasks=("task", "nunique"), accuracy=("accuracy", "mean"), cost=("cost", "mean")
-    )
-    whole = by_seed[by_seed["tasks"] == tasks].groupby(names, sort=False)
-    return whole.agg(
-        accuracy=("accuracy", "mean"), deviation=("accuracy", "std"), cost=("cost", "mean"), seeds=("cost", "size")
-    ).reset_index()
-
-
-def transfer_table(frame: pd.DataFrame) -> pd.DataFrame:
-    """Return accuracy by task and over all tasks, for the policy of each adapter and recipe."""
-    policy = frame[frame["reading"] == "policy"]
-    table = policy.pivot_table(values="accuracy", index=["adapter", "recipe"], columns="task", sort=False).round(1)
-    means = over_seeds(policy).set_index(["adapter", "recipe"]).reindex(table.index)
-    table["mean"] = means["accuracy"].round(1)
-    table["± over seeds"] = means["deviation"].round(1)
-    table["seeds"] = means["seeds"]
-    table["% of static"] = means["cost"].round(1)
-    return table.reset_index()
-
-
-def draw_transfer(means: pd.DataFrame) -> Figure:
-    """Draw mean accuracy over cost: a line through the exits of each arm, and a star at its policy."""
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes: Axes = figure.subplots()
-    for number, ((adapter, recipe), arm) in enumerate(means.groupby(["adapter", "recipe"], sort=False)):
-        exits, policy = arm[arm["reading"] != "policy"], arm[arm["reading"] == "policy"]
-        axes.plot(exits["cost"], exits["accuracy"], "o-", color=f"C{number}", label=f"{adapter}, {recipe}")
-        axes.plot(policy["cost"], policy["accuracy"], "*", color=f"C{number}", markersize=14, markeredgecolor="black")
-    axes.set(xlabel="cost in % of static", ylabel="test accuracy in %, mean of tasks", xlim=(0, None))
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize="small", title="★ by the policy")
-    return figure
-
-
 def accuracy_section(results: Path, figures: Path) -> str:
-    """Return the section on accuracy."""
-    frame = transfer_frame(read(results / TRANSFER))
-    if frame.empty:
+    """Return the section on accuracy: the tables and the figure that ``dynadapter sweep`` wrote."""
+    if not (results / "transfer.md").exists():
         return f"## Accuracy\n\n{NO_ACCURACY}\n"
-    means = over_seeds(frame)
-    save(draw_transfer(means), figures / "accuracy.svg")
-    words = (
-        "Top-1 accuracy in % on the test images, by the exit policy that val200 chose; means over seeds, with their "
-        "sample deviation. % of static: GMACs over those of the static network."
-    )
-    exits = means[means["reading"] != "policy"].drop(columns="seeds").round(1)
+    frame = pd.read_csv(results / "transfer.csv")
+    means = frame[frame["what"].str.fullmatch(r"mean of \d+ tasks?") & (frame["reading"] != "policy")]
+    figures.mkdir(parents=True, exist_ok=True)
+    shutil.copy(results / "transfer.png", figures / "accuracy.png")
     parts = [
         "## Accuracy\n",
-        words + "\n",
-        markdown(transfer_table(frame)),
-        "![accuracy over cost](figures/accuracy.svg)\n",
+        (results / "transfer.md").read_text(encoding="utf-8"),
+        "![accuracy over cost](figures/accuracy.png)\n",
+        "Every exit, mean of the tasks:\n",
+        markdown(means.drop(columns=["what", "scale"]).round(1)),
     ]
-    return "\n".join([*parts, "Every exit, mean of the tasks:\n", markdown(exits)])
+    return "\n".join(parts)
 
 
 # ---- time and cost

@@ -1,15 +1,15 @@
-"""Measure accuracy on six tasks with ``dynadapter sweep``, and add the lines to ``results/transfer.jsonl``.
+"""Measure accuracy on six tasks with ``dynadapter sweep``, and keep its lines and tables in ``results/transfer.*``.
 
     python benchmarks/transfer.py --data TASKS --processes 2
 
 ``transfer.yaml`` names tasks, recipes, adapters, scales and seeds. Scale and thresholds are chosen on val200 with a
 network trained on train800; the final network is trained on train800val200 and measured on the test images once. The
-same command continues an interrupted sweep. ``--tiny`` tries two tasks for one epoch and adds no lines. Further
+same command continues an interrupted sweep. ``--tiny`` tries two tasks for one epoch and keeps nothing. Further
 arguments, such as ``--dry_run`` or ``--engine ray``, go to ``dynadapter sweep``.
 """
 
 import argparse
-import json
+import shutil
 from pathlib import Path
 
 import yaml
@@ -17,11 +17,16 @@ import yaml
 from dynadapter.cli import main as dynadapter
 
 HERE = Path(__file__).parent
-LINES = HERE / "results" / "transfer.jsonl"
+KEPT = {
+    "results.jsonl": "transfer.jsonl",
+    "table.md": "transfer.md",
+    "table.csv": "transfer.csv",
+    "table.png": "transfer.png",
+}
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the sweep and keep its lines."""
+    """Run the sweep and keep its lines and tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="folder that holds the tasks, in the layout of VTAB-1k")
     parser.add_argument("--tasks", nargs="+", help="by default those of transfer.yaml")
@@ -43,15 +48,8 @@ def main(argv: list[str] | None = None) -> None:
     file.write_text(yaml.safe_dump(sweep, sort_keys=False), encoding="utf-8")
     dynadapter(["sweep", str(file), *others])
     if not args.tiny and "--dry_run" not in others:
-        keep((out / "results.jsonl").read_text(encoding="utf-8").splitlines())
-
-
-def keep(lines: list[str]) -> None:
-    """Append the lines of runs that ``results/transfer.jsonl`` lacks."""
-    old = LINES.read_text(encoding="utf-8").splitlines() if LINES.exists() else []
-    known = [json.loads(line)["run"] for line in old]
-    new = [line for line in lines if json.loads(line)["run"] not in known]
-    LINES.write_text("".join(f"{line}\n" for line in [*old, *new]), encoding="utf-8")
+        for name in KEPT:
+            shutil.copy(out / name, HERE / "results" / f"transfer{Path(name).suffix}")
 
 
 if __name__ == "__main__":

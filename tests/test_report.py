@@ -1,10 +1,9 @@
 """benchmarks/report.py: what it prints of the lines of a sweep and of the timing programs."""
 
 import importlib
-import json
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,64 +22,31 @@ def report() -> Iterator[Any]:
         yield importlib.import_module("report")
 
 
-def sweep_line(task: str, seed: int, accuracy: float, recipe: str = "exits", **changes: Any) -> dict[str, Any]:
-    """A line as ``dynadapter sweep`` writes it."""
-    run = {"task": task, "adapter": "lora", "recipe": recipe, "scale": 1.0, "seed": seed, "settings": "0"}
-    exits = [{"exit": k + 1, "accuracy": accuracy - 0.1 * (1 - k), "percent_of_static": 50.0 * (k + 1)} for k in (0, 1)]
-    policy = {"accuracy": accuracy, "percent_of_static": 60.0, "exit_shares": {"exit 1": 0.8, "exit 2": 0.2}}
-    return {"run": run | {"split": "train800val200"} | changes, "exits": exits, "policy": policy}
+def write_sweep(folder: Path) -> None:
+    """Write the tables of a sweep as transfer.py keeps them."""
+    folder.mkdir()
+    (folder / "transfer.md").write_text("| | lora, exits |\n|---|---:|\n| cars | 75.0 (60 %) |\n")
+    head = "adapter,recipe,reading,what,scale,seeds,accuracy,accuracy_std,percent_of_static,percent_of_static_std"
+    rows = [
+        "exit 1,mean of 2 tasks,,2,56.04,1.0,50,0",
+        "exit 1,cars,1,2,70,1.0,50,0",
+        "policy,mean of 2 tasks,,2,66,1,60,0",
+    ]
+    (folder / "transfer.csv").write_text("\n".join([head, *(f"lora,exits,{row}" for row in rows)]) + "\n")
+    (folder / "transfer.png").write_bytes(b"a picture")
 
 
-@pytest.fixture
-def results(tmp_path) -> Callable[..., Path]:
-    """Write lines of a sweep into a folder of results and return it."""
-
-    def write(*lines: dict[str, Any]) -> Path:
-        folder = tmp_path / "results"
-        folder.mkdir()
-        (folder / "transfer.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        return folder
-
-    return write
-
-
-LINES = [
-    sweep_line("cars", 0, 0.70),
-    sweep_line("cars", 1, 0.80),
-    sweep_line("birds", 0, 0.50),
-    sweep_line("birds", 1, 0.64),
-    sweep_line("birds", 2, 0.99),  # no other task has this seed
-    sweep_line("cars", 0, 0.10, split="train800"),  # a search run
-    sweep_line("cars", 5, 0.10) | {"failed": "out of memory"},
-]
-
-
-def test_sweep_means_over_tasks_then_seeds(report):
-    means = report.over_seeds(report.transfer_frame(LINES)).set_index("reading")
-    policy = means.loc["policy"]
-    assert policy["accuracy"] == pytest.approx((60 + 72) / 2)
-    assert policy["deviation"] == pytest.approx(12 / 2**0.5)
-    assert (policy["seeds"], policy["cost"]) == (2, 60)
-    assert means.loc["exit 1", "accuracy"] == pytest.approx(56)
-
-
-def test_sweep_table_has_a_column_a_task(report):
-    (row,) = report.transfer_table(report.transfer_frame(LINES)).to_dict("records")
-    assert (row["cars"], row["mean"], row["seeds"], row["% of static"]) == (75, 66, 2, 60)
-
-
-def test_document_of_a_sweep(report, results, tmp_path):
-    folder = results(*LINES, sweep_line("cars", 0, 0.5, "static"))
-    texts = []
-    for name in ("one", "two"):
-        out = tmp_path / name / "RESULTS.md"
-        out.parent.mkdir()
-        report.main(["--results", str(folder), "--out", str(out)])
-        texts.append((out.read_bytes(), (out.parent / "figures" / "accuracy.svg").read_bytes()))
-    assert texts[0] == texts[1]  # the same lines give the same bytes
-    text = texts[0][0].decode()
-    assert "| lora | exits | 75.0" in text
-    assert "second trainer" not in text
+def test_document_of_a_sweep(report, tmp_path):
+    write_sweep(tmp_path / "results")
+    out = tmp_path / "RESULTS.md"
+    report.main(["--results", str(tmp_path / "results"), "--out", str(out)])
+    text = out.read_text()
+    assert "| cars | 75.0 (60 %) |" in text
+    exits = text.partition("Every exit")[2].splitlines()
+    assert [line for line in exits if "exit 1" in line] == ["| lora | exits | exit 1 | 2 | 56.000 | 1.000 | 50 | 0 |"]
+    assert "policy" not in text.partition("Every exit")[2]
+    assert (tmp_path / "figures" / "accuracy.png").read_bytes() == b"a picture"
+    assert "second trainer" not in text.partition("## An epoch")[0]
 
 
 def test_committed_document_is_current(report, tmp_path):
