@@ -1,7 +1,6 @@
 """Token merging against a loop in Python, and that everything around a network with merging does the same."""
 
 import copy
-import io
 import json
 from dataclasses import replace
 from itertools import pairwise
@@ -18,14 +17,14 @@ from tiny import QUIET, loader, make_classifier, trainer
 from torch import Tensor, nn
 
 from dynadapter.adapters import LoRA, RepAdapter
-from dynadapter.backbones import create_backbone
+from dynadapter.backbones import create_backbone, mean_tokens
 from dynadapter.bench import arms
 from dynadapter.cli import main
 from dynadapter.cost import exit_costs, exit_parameters
 from dynadapter.exits.heads import LinearHeads
 from dynadapter.exits.net import ExitNet
 from dynadapter.exits.policies import Confidence, Never
-from dynadapter.exits.token_merging import TokenMerging, merge_counted, merge_tokens
+from dynadapter.exits.token_merging import TokenMerging, merge_tokens
 from dynadapter.images.preprocess import Preprocess
 from dynadapter.serve.bundle import load
 from dynadapter.serve.export import export_onnx
@@ -33,7 +32,7 @@ from dynadapter.serve.stream import Stream
 from dynadapter.training.module import ExitClassifier
 
 TWICE = TokenMerging(after=(1, 2), share=0.4)  # inside the first stage of two blocks, and in front of the second
-UNCOUNTED = replace(TWICE, proportional=False)
+UNCOUNTED, COUNTED = replace(TWICE, proportional=False), replace(TWICE, proportional=True)
 TINY = str(Path(__file__).parent / "conf" / "tiny.yaml")
 VITS: dict[str, dict[str, Any]] = {
     "a class token": {},
@@ -41,14 +40,17 @@ VITS: dict[str, dict[str, Any]] = {
     "mean pooling, no class token": {"global_pool": "avg", "class_token": False},
     "mean pooling beside a class token": {"global_pool": "avg"},
     "attention pooling": {"global_pool": "map", "class_token": False},
+    "mean and maximum": {"global_pool": "avgmax"},
     "layer scale, norms of q and k": {"init_values": 0.3, "qk_norm": True},
     "any image size": {"dynamic_img_size": True},
 }
 
 
-def small_net() -> ExitNet:
+def small_net(pooling: str = "token") -> ExitNet:
     """Two blocks with an exit after each, and a merging in front of each."""
-    net = ExitNet(make_vit(depth=2), LinearHeads(), every=1, token_merging=TokenMerging((0, 1), 0.4)).eval()
+    net = ExitNet(
+        make_vit(depth=2, global_pool=pooling), LinearHeads(), every=1, token_merging=TokenMerging((0, 1), 0.4)
+    ).eval()
     torch.manual_seed(0)
     for parameter in net.parameters():
         if parameter.ndim > 1:
@@ -58,6 +60,11 @@ def small_net() -> ExitNet:
 
 def tokens(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def merged(x: Tensor, count: int, prefix: int = 0) -> Tensor:
+    """Merge tokens that stand for one token each."""
+    return merge_tokens(x, x.new_zeros(x.shape[:2]), count, prefix)[0]
 
 
 # ---- one merging -----------------------------------------------------------------------------------------------------
@@ -94,7 +101,7 @@ def by_loop(x: Tensor, count: int, prefix: int, sizes: Tensor | None = None) -> 
 )
 def test_merge_equals_loop(own: int, count: int, prefix: int) -> None:
     x = tokens(3, prefix + own, 6, seed=own).requires_grad_()
-    expected, result = by_loop(x, count, prefix), merge_tokens(x, count, prefix)
+    expected, result = by_loop(x, count, prefix), merged(x, count, prefix)
     torch.testing.assert_close(result, expected)
     assert torch.equal(result[:, :prefix], x[:, :prefix])
     weights = tokens(*expected.shape, seed=1)
@@ -106,39 +113,38 @@ def test_merge_equals_loop(own: int, count: int, prefix: int) -> None:
 def test_merge_weights_by_token_count(own: int, count: int, prefix: int) -> None:
     x = tokens(3, prefix + own, 6, seed=own)
     sizes = torch.randint(1, 9, x.shape[:2], generator=torch.Generator().manual_seed(1)).double()
-    found, logs = merge_counted(x, sizes.log(), count, prefix)
+    found, logs = merge_tokens(x, sizes.log(), count, prefix)
     torch.testing.assert_close(torch.cat([found, logs.exp()[..., None]], -1), by_loop(x, count, prefix, sizes))
     torch.testing.assert_close(logs.exp().sum(1), sizes.sum(1))
 
 
 def test_gradients_by_finite_differences() -> None:
     x = tokens(2, 8, 3).requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: merge_tokens(x, 3, 1), x)
-    assert torch.autograd.gradcheck(lambda x: merge_counted(x, tokens(2, 8, seed=1), 3, 1)[0], x)
+    assert torch.autograd.gradcheck(lambda x: merged(x, 3, 1), x)
+    assert torch.autograd.gradcheck(lambda x: merge_tokens(x, tokens(2, 8, seed=1), 3, 1)[0], x)
 
 
 def test_nothing_to_merge() -> None:
     x = tokens(2, 5, 4)
-    assert merge_tokens(x, 0, 1) is x
+    assert merged(x, 0, 1) is x
     assert TokenMerging(share=0.2)(x, 1)[0] is x  # a fifth of four tokens is none
     assert TokenMerging()(x[:, :1], 1)[0].shape == (2, 1, 4)
-    assert TokenMerging(proportional=False)(x, 1)[1] is None
-    assert merge_tokens(x[:0], 2, 1).shape == (0, 3, 4)
+    assert merged(x[:0], 2, 1).shape == (0, 3, 4)
 
 
 def test_like_tokens_are_all_the_same() -> None:
     x = torch.ones(2, 9, 4)
-    assert torch.equal(merge_tokens(x, 4, 1), x[:, :5])
-    assert torch.equal(merge_tokens(0 * x, 4, 1), 0 * x[:, :5])  # without a direction
+    assert torch.equal(merged(x, 4, 1), x[:, :5])
+    assert torch.equal(merged(0 * x, 4, 1), 0 * x[:, :5])  # without a direction
 
 
 def test_merge_nonfinite_image_alone() -> None:
     x = tokens(3, 10, 4)
-    fine = merge_tokens(x, 4, 1)
+    fine = merged(x, 4, 1)
     for value in (torch.nan, torch.inf, -torch.inf):
         broken = x.clone()
         broken[1, 3] = value
-        result = merge_tokens(broken, 4, 1)
+        result = merged(broken, 4, 1)
         assert torch.equal(result[::2], fine[::2])
         assert not result[1].isfinite().all()
 
@@ -146,18 +152,18 @@ def test_merge_nonfinite_image_alone() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_merge_half_precision_same_tokens(dtype: torch.dtype) -> None:
     x = tokens(4, 17, 8).to(dtype)
-    result = merge_tokens(x, 8, 1)
+    result = merged(x, 8, 1)
     assert result.dtype == dtype
     torch.testing.assert_close(result.double(), by_loop(x.double(), 8, 1), rtol=2e-2, atol=2e-2)
     large = torch.full((1, 40, 2), 60000.0, dtype=torch.float16)
-    assert merge_tokens(large, 20).isfinite().all()  # whose sum is not
+    assert merged(large, 20).isfinite().all()  # whose sum is not
 
 
 def test_autocast_changes_nothing() -> None:
     x = tokens(4, 17, 8, dtype=torch.float32)
-    expected = merge_tokens(x, 8, 1)
+    expected = merged(x, 8, 1)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(merge_tokens(x, 8, 1), expected)
+        assert torch.equal(merged(x, 8, 1), expected)
 
 
 @pytest.mark.parametrize(
@@ -192,6 +198,7 @@ class Turning(torch.nn.Module):
         (make_swin, "token_merging does not fit SwinTransformer"),
         (make_convnext, "token_merging does not fit ConvNeXt"),
         (lambda: make_vit(block_fn=Turning), "token_merging does not fit Turning"),
+        (lambda: make_vit(global_pool="prr"), "token_merging does not fit prr pooling"),
         (lambda: make_vit(depth=2), r"after=\(1, 2\) merges tokens where no block follows: the backbone has 2"),
     ],
 )
@@ -206,8 +213,8 @@ def test_backbones_that_cannot(make: Any, message: str) -> None:
 
 @pytest.mark.parametrize(
     ("options", "token_merging"),
-    [*((options, TWICE) for options in VITS.values()), ({}, UNCOUNTED)],
-    ids=[*VITS, "each counts once"],
+    [*((options, TWICE) for options in VITS.values()), ({}, UNCOUNTED), ({"global_pool": "avg"}, COUNTED)],
+    ids=[*VITS, "attention counts once", "attention counts"],
 )
 def test_all_paths_give_same_logits(options: dict[str, Any], token_merging: TokenMerging) -> None:
     net = network(make_vit(**options), LoRA(rank=4), token_merging=token_merging)
@@ -245,18 +252,30 @@ def test_tokens_in_front_stay(options: dict[str, Any]) -> None:
         assert torch.equal(given[:, :prefix], output[:, :prefix])
 
 
-@pytest.mark.parametrize("options", [{}, {"reg_tokens": 3}, {"init_values": 0.3, "qk_norm": True}])
-def test_merge_equal_tokens_no_change(options: dict[str, Any]) -> None:
-    """Attention with one key of weight n equals attention with n equal keys."""
+@pytest.mark.parametrize("options", VITS.values(), ids=VITS)
+@pytest.mark.parametrize("pooling", ["auto", "mean"])
+def test_merge_equal_tokens_no_change(options: dict[str, Any], pooling: str) -> None:
+    """One token of weight n gives what n equal tokens give, in attention, mean and attention pooling."""
     backbone = make_vit(**options)
     nn.init.zeros_(backbone.pos_embed)
-    net = network(backbone, LoRA(rank=4))
+    net = network(backbone, LoRA(rank=4), heads=LinearHeads(pooling=pooling))
     images = pictures()[..., :8].repeat(1, 1, 1, 4)  # each patch four times in a row
     with torch.no_grad():
         expected = net(images)
-        for counted in (True, False):
-            net.token_merging = TokenMerging((0, 1), 0.5, proportional=counted)
-            assert torch.allclose(net(images), expected, rtol=1e-4, atol=1e-5) == counted
+        for counted in (True, False, None):
+            net.token_merging = TokenMerging((0,), 0.4, proportional=counted)
+            same = torch.allclose(net(images), expected, rtol=1e-4, atol=1e-5)
+            assert same == (not options.get("global_pool", "token").startswith("avg") if counted is None else counted)
+
+
+def test_mean_pooling_counts_tokens() -> None:
+    """Four tokens of which three become one: the mean is that of the four."""
+    x = torch.tensor([[[0.1, 1.0], [0.2, 2.0], [0.3, 3.0], [4.0, -0.4]]], dtype=torch.float64)
+    first, logs = merge_tokens(x, x.new_zeros(1, 4), 1)
+    last, logs = merge_tokens(first, logs, 1)
+    assert sorted(logs.exp()[0].tolist()) == pytest.approx([1, 3])
+    torch.testing.assert_close(mean_tokens(last, logs), x.mean(1))
+    assert not torch.allclose(last.mean(1), x.mean(1))
 
 
 def test_distilled_and_other_image_size() -> None:
@@ -374,26 +393,8 @@ def test_a_bundle_brings_it_along(tmp_path: Path) -> None:
     bundle = load(place)
     assert bundle.net.token_merging == bundle.config.token_merging == TWICE
     same(bundle, net, pictures(4))
-    said = "| token merging | `TokenMerging(after=(1, 2), share=0.4, proportional=True)` |"
+    said = "| token merging | `TokenMerging(after=(1, 2), share=0.4, proportional=None)` |"
     assert said in (place / "README.md").read_text()
-
-
-def test_files_before_proportional(tmp_path: Path) -> None:
-    net, place = merging_net(), tmp_path / "b"
-    net.token_merging = UNCOUNTED
-    save(place, net=net)
-    written = json.loads((place / "config.json").read_text())["token_merging"]
-    del written["init_args"]["proportional"]
-    edited(place, "token_merging", value=written)
-    bundle = load(place)
-    assert bundle.net.token_merging == UNCOUNTED
-    same(bundle, net, pictures(4))
-    pickled = io.BytesIO()
-    old = copy.copy(TWICE)
-    del old.__dict__["proportional"]
-    torch.save({"token_merging": old}, pickled)
-    pickled.seek(0)
-    assert torch.load(pickled, weights_only=True)["token_merging"] == UNCOUNTED
 
 
 def test_bundle_with_wrong_merging(tmp_path: Path) -> None:
@@ -422,10 +423,11 @@ def test_bench_static_keeps_every_token(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_exported_stages_do_the_same(tmp_path: Path) -> None:
+@pytest.mark.parametrize("pooling", ["token", "avg"])
+def test_exported_stages_do_the_same(pooling: str, tmp_path: Path) -> None:
     pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("dynadapter.serve.runtime")
-    net = small_net()
+    net = small_net(pooling)
     options: dict[str, Any] = {
         "policy": Confidence(0.5),
         "class_names": NAMES,

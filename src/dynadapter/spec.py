@@ -9,7 +9,7 @@ from abc import ABC
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from types import NoneType, UnionType
-from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import torch
 
@@ -26,15 +26,9 @@ class Spec(ABC):
     jsonargparse offers no subclasses for a pure dataclass.
     """
 
-    BEFORE: ClassVar[Mapping[str, Any]] = {}
-    """What was done before a field existed, for files that do not name it; where the field's default is another."""
-
     def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
         torch.serialization.add_safe_globals([cls])
-
-    def __setstate__(self, state: Mapping[str, Any]) -> None:
-        self.__dict__.update({**self.BEFORE, **state})
 
 
 def plain(value: Any) -> Any:
@@ -134,7 +128,7 @@ def _restore_spec(value: Any, base: type[Spec], where: str) -> Spec:
             _said(where, f"there is no {base.__name__} {path!r}{hint}; known: {', '.join(sorted(known))}; ")
             + "a class of your own is known once its module is imported"
         )
-    return _built(known[name], {**known[name].BEFORE, **settings}, where)
+    return _built(known[name], settings, where)
 
 
 def _ours(path: str) -> bool:

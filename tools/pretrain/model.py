@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dynadapter import TokenMerging
+from dynadapter.backbones import classify
 from tools.pretrain.recipe import Recipe
 from tools.pretrain.widening import widened
 
@@ -45,10 +46,11 @@ class Supervised(nn.Module):
             if self.token_merging is not None and number - 1 in self.token_merging.after:
                 x, logs = self.token_merging(x, model.num_prefix_tokens, logs)
             # A merged token of n tokens weighs log n more as a key
-            x = block(x) if logs is None else block(x, attn_mask=logs[:, None, None].expand(-1, 1, x.shape[1], -1))
+            counted = logs is not None and self.token_merging.proportional
+            x = block(x, attn_mask=logs[:, None, None].expand(-1, 1, x.shape[1], -1)) if counted else block(x)
             if str(number) in self.early:
                 found.append(self.early[str(number)](x[:, 0]))
-        return torch.stack([*found, model.forward_head(model.norm(x))])
+        return torch.stack([*found, classify(model, model.norm(x), logs)])
 
 
 def token_mergings(recipe: Recipe) -> list[TokenMerging]:

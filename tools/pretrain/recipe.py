@@ -58,7 +58,7 @@ class Recipe:
         "fraction of the steps with all patches in which similar tokens are merged, as by dynadapter.TokenMerging",
         default=0.0,
     )
-    proportional: bool = option("a merged token counts as many times as the tokens in it", default=False)
+    proportional: bool = option("attention counts a merged token as many times as the tokens in it", default=False)
     seed: int = option("random seed: first weights, order and augmentation", default=0)
 
     def __post_init__(self) -> None:

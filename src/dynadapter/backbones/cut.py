@@ -6,8 +6,8 @@ modules of the model run, adapters included. ``finish`` of all blocks of ``embed
 ``forward_features``, and ``classify`` of that to the model's own output.
 
 The functions dispatch on the model's class. A new family registers ``embed``, ``blocks``, ``finish``, ``tokens`` and
-``widths``, and ``prefix_tokens``, ``has_class_token``, ``reads_class_row``, ``needs_all_tokens`` and ``convert`` where
-the defaults do not fit.
+``widths``, and ``prefix_tokens``, ``has_class_token``, ``reads_class_row``, ``pools_mean``, ``needs_all_tokens``,
+``classify`` and ``convert`` where the defaults do not fit.
 
 timm's gradient checkpointing is part of the forward passes that are cut here, so ``set_grad_checkpointing`` has no
 effect on a backbone that runs through these functions.
@@ -16,6 +16,7 @@ effect on a backbone that runs through these functions.
 from functools import singledispatch
 from typing import Any, NoReturn
 
+import torch
 from torch import Tensor, nn
 
 
@@ -95,6 +96,12 @@ def prefix_tokens(model: nn.Module) -> int:
 
 
 @singledispatch
+def pools_mean(model: nn.Module) -> bool:
+    """Check whether the model's own head reads a mean of the patch tokens, as in MAE."""
+    return not has_class_token(model)
+
+
+@singledispatch
 def needs_all_tokens(model: nn.Module) -> str | None:
     """Return the name of the part that needs every patch token in its place; None if tokens can be merged."""
     return type(model).__name__
@@ -123,9 +130,22 @@ def pool(model: nn.Module, features: Tensor) -> Tensor:
     return model.forward_head(features, pre_logits=True)  # type: ignore[operator]
 
 
-def classify(model: nn.Module, features: Tensor) -> Tensor:
-    """Convert features into logits (batch, classes) with the model's own pooling and classifier."""
+@singledispatch
+def classify(model: nn.Module, features: Tensor, logs: Tensor | None = None) -> Tensor:
+    """Convert features into logits (batch, classes) with the model's own pooling and classifier.
+
+    Args:
+        model: A timm model of a known family.
+        features: The result of :func:`finish`.
+        logs: (batch, tokens), the logarithms of the numbers of tokens that each token stands for, after token merging;
+            pooling counts a token so many times. None counts each token once.
+    """
     return model.forward_head(features)  # type: ignore[operator]
+
+
+def mean_tokens(x: Tensor, logs: Tensor | None) -> Tensor:
+    """Average tokens (batch, tokens, width) to (batch, width); see :func:`classify` for ``logs``."""
+    return x.mean(1) if logs is None else torch.bmm(logs.softmax(1)[:, None], x)[:, 0]
 
 
 def classifier(model: nn.Module) -> list[nn.Module]:

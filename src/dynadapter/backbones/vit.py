@@ -7,11 +7,14 @@ from torch import Tensor, nn
 from dynadapter.backbones.cut import (
     _same_forward,
     blocks,
+    classify,
     convert,
     embed,
     finish,
     has_class_token,
+    mean_tokens,
     needs_all_tokens,
+    pools_mean,
     prefix_tokens,
     reads_class_row,
     tokens,
@@ -54,6 +57,8 @@ def _(model: VisionTransformer) -> int:
 
 @needs_all_tokens.register
 def _(model: VisionTransformer) -> str | None:
+    if model.global_pool == "prr":  # its pooling attends among all tokens and cannot count them
+        return "prr pooling"
     # timm's own blocks treat tokens as a set; other blocks can use positions, such as rotary embeddings
     kinds = [type(block) for block in model.blocks]
     return next((kind.__name__ for kind in kinds if kind.__module__ != vision_transformer.__name__), None)
@@ -68,6 +73,26 @@ def _(model: VisionTransformer) -> bool:
 @reads_class_row.register
 def _(model: VisionTransformer) -> bool:
     return model.global_pool == "token" and model.has_class_token and type(model) is VisionTransformer
+
+
+@pools_mean.register
+def _(model: VisionTransformer) -> bool:
+    return model.global_pool in ("avg", "avgmax")
+
+
+@classify.register
+def _(model: VisionTransformer, features: Tensor, logs: Tensor | None = None) -> Tensor:
+    if logs is None or model.global_pool not in ("avg", "avgmax", "map"):  # the others read one token, or the greatest
+        return model.forward_head(features)
+    start = 0 if model.pool_include_prefix else model.num_prefix_tokens
+    own, logs = features[:, start:], logs[:, start:]
+    if model.global_pool == "map":
+        pooled = model.attn_pool(own, attn_mask=logs[:, None, None])
+    else:
+        pooled = mean_tokens(own, logs)
+        if model.global_pool == "avgmax":
+            pooled = 0.5 * (pooled + own.amax(1))
+    return model.head(model.head_drop(model.fc_norm(pooled)))
 
 
 @convert.register

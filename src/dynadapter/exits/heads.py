@@ -6,6 +6,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from dynadapter.backbones import mean_tokens
 from dynadapter.spec import Spec
 
 
@@ -36,11 +37,17 @@ class ExitHead(nn.Module):
         else:
             self.classify = nn.Sequential(_linear(width, hidden), nn.GELU(), _linear(hidden, num_classes))
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Map tokens (batch, tokens, width) to logits (batch, classes)."""
+    def forward(self, tokens: Tensor, logs: Tensor | None = None) -> Tensor:
+        """Map tokens to logits (batch, classes).
+
+        Args:
+            tokens: (batch, tokens, width).
+            logs: (batch, tokens), the logarithms of the numbers of tokens that each stands for; None for one each.
+        """
         if self.reads_class_token:
             return self.classify(self.norm(tokens[:, 0]))
-        return self.classify(self.norm(tokens[:, self.prefix_tokens :]).mean(1))
+        own = self.norm(tokens[:, self.prefix_tokens :])
+        return self.classify(mean_tokens(own, None if logs is None else logs[:, self.prefix_tokens :]))
 
 
 def _linear(inputs: int, outputs: int) -> nn.Linear:

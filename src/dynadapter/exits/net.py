@@ -181,9 +181,16 @@ class ExitNet(nn.Module):
 
     def _split_logs(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Split the output of a stage into tokens and the logarithms of the tokens that each stands for."""
-        if self.token_merging is None or not self.token_merging.proportional or x.shape[-1] == self._width:
+        if self.token_merging is None or x.shape[-1] == self._width:
             return x, None
         return x[..., :-1], x[..., -1].contiguous()
+
+    def _bias(self, logs: Tensor | None) -> Tensor | None:
+        """Return what the attention scores of keys get: the logarithms, or None if attention counts each token once."""
+        if logs is None or self.token_merging is None:
+            return None
+        given = self.token_merging.proportional
+        return logs if (not cut.pools_mean(self.backbone) if given is None else given) else None
 
     @staticmethod
     def _join_logs(x: Tensor, logs: Tensor | None) -> Tensor:
@@ -193,22 +200,22 @@ class ExitNet(nn.Module):
     def stage(self, k: int, x: Tensor) -> Tensor:
         """Run the blocks between exit ``k - 1`` and exit ``k``.
 
-        After a proportional token merge a token of the result has one more channel, the logarithm of the number of
-        tokens that it stands for; :meth:`head` and the next stage expect it.
+        After token merging a token of the result has one more channel, the logarithm of the number of tokens that it
+        stands for; :meth:`head` and the next stage expect it.
         """
         x, logs = self._split_logs(x)
         for place, unit in self._units(k):
             x, logs = self._merge_tokens(place, x, logs)
             for module in unit:
-                x = cut.run(module, x, logs)
+                x = cut.run(module, x, self._bias(logs))
         return self._join_logs(x, logs)
 
     def head(self, k: int, x: Tensor) -> Tensor:
         """Compute logits (batch, classes) from the output of stage ``k``."""
-        x, _ = self._split_logs(x)
+        x, logs = self._split_logs(x)
         if k == self.num_exits - 1:
-            return cut.classify(self.backbone, cut.finish(self.backbone, x))
-        return self.heads[k](cut.tokens(self.backbone, x))
+            return cut.classify(self.backbone, cut.finish(self.backbone, x), logs)
+        return self.heads[k](cut.tokens(self.backbone, x), logs)
 
     def forward(self, images: Tensor) -> Tensor:
         """Run every exit.
@@ -331,9 +338,9 @@ class ExitNet(nn.Module):
         for place, unit in units:
             x, logs = self._merge_tokens(place, x, logs)
             for module in unit:
-                x = cut.run(module, x, logs)
+                x = cut.run(module, x, self._bias(logs))
         x, logs = self._merge_tokens(last, x, logs)
-        row, keys_values = cut.class_row(block, x, logs)
+        row, keys_values = cut.class_row(block, x, self._bias(logs))
         return row, (self._join_logs(x, logs), keys_values)
 
     def complete(self, k: int, held: tuple[Tensor, ...]) -> Tensor:
@@ -342,7 +349,7 @@ class ExitNet(nn.Module):
             return held[0]
         *_, block = self.stage_modules(k)
         (x, logs), keys_values = self._split_logs(held[0]), held[1]
-        return self._join_logs(cut.other_rows(block, x, keys_values, logs), logs)
+        return self._join_logs(cut.other_rows(block, x, keys_values, self._bias(logs)), logs)
 
     def splits(self, k: int) -> bool:
         """Check whether stage ``k`` can compute the class token's row first and its head reads only that row."""

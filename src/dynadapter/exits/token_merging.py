@@ -1,9 +1,8 @@
 """Token merging: similar tokens of an image become one, so that every later block costs less."""
 
-from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,9 +18,9 @@ class TokenMerging(Spec):
     their mean. Nothing is learned. The number of tokens left does not depend on the image, so the saving is the same
     for every image and multiplies with that of early exits.
 
-    A token that stands for n tokens counts n times in later means, and its attention score as a key gets the logarithm
-    of n (ToMe's proportional attention). Unlike in ToMe, tokens are compared by their own direction and not by their
-    keys. Class token and registers are never merged.
+    A token that stands for n tokens counts n times in later means and in the pooling of every exit. With proportional
+    attention its attention score as a key gets the logarithm of n. Unlike in ToMe, tokens are compared by their own
+    direction and not by their keys. Class token and registers are never merged.
 
     >>> TokenMerging(after=(1, 2, 3, 4), share=0.23).left(64)
     24
@@ -31,17 +30,16 @@ class TokenMerging(Spec):
             depth reads the tokens before the merge.
         share: Fraction of the patch tokens that each place removes, above 0 and at most 0.5, rounded down. Only sources
             can go, so several small shares merge more similar tokens than one large share.
-        proportional: Whether a token counts as often as it stands for tokens; False counts each token once.
+        proportional: Whether attention counts a token as often as it stands for tokens; None for yes, except where the
+            backbone's own head reads the mean of the patch tokens, as in MAE (ToMe, section 4.2).
 
     Raises:
         ValueError: If the share or the places are out of range.
     """
 
-    BEFORE: ClassVar[Mapping[str, Any]] = {"proportional": False}
-
     after: tuple[int, ...] = (1, 2, 3, 4)
     share: float = 0.23
-    proportional: bool = True
+    proportional: bool | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "after", tuple(self.after))
@@ -69,7 +67,7 @@ class TokenMerging(Spec):
             tokens -= int(self.share * tokens)
         return tokens
 
-    def __call__(self, x: Tensor, prefix: int, logs: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    def __call__(self, x: Tensor, prefix: int, logs: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Merge tokens once.
 
         Args:
@@ -79,37 +77,14 @@ class TokenMerging(Spec):
 
         Returns:
             Tokens (batch, fewer tokens, width): the prefix, the remaining sources and the targets. And the logarithms
-            of the numbers of tokens that each stands for (batch, fewer tokens), to add to its attention scores as a
-            key; None if each counts once.
+            of the numbers of tokens that each stands for (batch, fewer tokens).
         """
         count = int(self.share * (x.shape[1] - prefix))
-        if not self.proportional:
-            return merge_tokens(x, count, prefix), None
-        return merge_counted(x, x.new_zeros(x.shape[:2]) if logs is None else logs, count, prefix)
+        return merge_tokens(x, x.new_zeros(x.shape[:2]) if logs is None else logs, count, prefix)
 
 
-def merge_tokens(x: Tensor, count: int, prefix: int = 0) -> Tensor:
-    """Merge the most similar tokens of each image by ToMe's bipartite matching; each token counts once.
-
-    Args:
-        x: (batch, tokens, width).
-        count: Number of tokens to remove, at most half of those after the prefix.
-        prefix: Number of first tokens that are never merged.
-
-    Returns:
-        (batch, tokens - count, width). Gradients flow to all tokens but not through the matching.
-    """
-    if count < 1:
-        return x
-    with _exactly(x):
-        with torch.no_grad():
-            joins = _joins(x, count, prefix)
-            shares = joins / joins.sum(-1, keepdim=True)
-        return torch.bmm(shares, x)
-
-
-def merge_counted(x: Tensor, logs: Tensor, count: int, prefix: int = 0) -> tuple[Tensor, Tensor]:
-    """Merge like :func:`merge_tokens`, with means weighted by the number of tokens that each stands for.
+def merge_tokens(x: Tensor, logs: Tensor, count: int, prefix: int = 0) -> tuple[Tensor, Tensor]:
+    """Merge the most similar tokens of each image by ToMe's bipartite matching, into means weighted by their counts.
 
     Args:
         x: (batch, tokens, width).
@@ -118,7 +93,8 @@ def merge_counted(x: Tensor, logs: Tensor, count: int, prefix: int = 0) -> tuple
         prefix: Number of first tokens that are never merged.
 
     Returns:
-        Tokens (batch, tokens - count, width) and their logarithms (batch, tokens - count).
+        Tokens (batch, tokens - count, width) and their logarithms (batch, tokens - count). Gradients flow to all tokens
+        but not through the matching.
     """
     if count < 1:
         return x, logs
