@@ -23,9 +23,11 @@ from dynadapter.backbones.cut import (
     widths,
 )
 from dynadapter.backbones.depth import cut_depth
+from dynadapter.backbones.draws import DrawFrom
 from dynadapter.backbones.vit_block import class_row, other_rows, run, splits
 
 __all__ = [
+    "DrawFrom",
     "blocks",
     "built_for",
     "class_row",

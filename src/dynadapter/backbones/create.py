@@ -13,6 +13,7 @@ from timm.models import get_pretrained_cfg
 from torch import nn
 
 from dynadapter.backbones.cut import _classifier_layers, blocks, classifier
+from dynadapter.backbones.draws import DrawFrom
 from dynadapter.backbones.packaged import find
 from dynadapter.backbones.packaged import names as packaged_names
 from dynadapter.backbones.weight_files import load_weights, one_line
@@ -154,9 +155,7 @@ def _check_name(name: str) -> None:
 def _build(name: str, num_classes: int, seed: int, timm_args: dict[str, Any], pretrained: bool = False) -> nn.Module:
     """Build the model with timm from a seed, on the CPU whatever the default device is."""
     try:
-        with torch.device("cpu"), torch.random.fork_rng(devices=[]):
-            # torch.manual_seed would also seed the accelerators, which a fork without devices does not restore
-            torch.random.default_generator.manual_seed(seed)
+        with torch.device("cpu"), DrawFrom(seed):
             return timm.create_model(name, pretrained=pretrained, num_classes=num_classes, **timm_args)
     except Exception as error:  # assertions, TypeErrors, network and file errors of many libraries
         reason = one_line(error)

@@ -107,7 +107,7 @@ def exit_costs(
     if not isinstance(net, ExitNet):
         raise TypeError(f"exit_costs takes an ExitNet, not {type(net).__name__}; pass the ExitNet inside it")
     image = _image(net.backbone, image_size)
-    with _undisturbed(net, image.device):
+    with _undisturbed(net):
         count: Callable[[Parts, Tensor], Counts] = partial(count_by_fvcore, handles=handles or {})
         meter: Literal["fvcore", "torch"] = "fvcore"
         try:
@@ -204,13 +204,13 @@ def _image(backbone: nn.Module, image_size: int | tuple[int, int] | None) -> Ten
 
 
 @contextmanager
-def _undisturbed(net: nn.Module, device: torch.device) -> Iterator[None]:
-    """Evaluate without gradients inside; restore modes, hooks, compiled calls and the random state afterwards."""
+def _undisturbed(net: nn.Module) -> Iterator[None]:
+    """Evaluate without gradients inside; restore modes, hooks and compiled calls afterwards."""
     modules = list(net.modules())
     modes = [module.training for module in modules]
     hooks = [(set(module._forward_pre_hooks), set(module._forward_hooks)) for module in modules]
     compiled = [(module, module._compiled_call_impl) for module in modules if module._compiled_call_impl is not None]
-    with torch.random.fork_rng(devices=[device.index] if device.type == "cuda" else []), torch.no_grad():
+    with torch.no_grad():
         try:
             net.eval()
             for module, _ in compiled:

@@ -1,14 +1,17 @@
 """Route a stream of small batches: samples wait before each stage for a full batch, up to a limit."""
 
+import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from dynadapter.backbones import built_for
 from dynadapter.exits.net import ExitNet
 from dynadapter.exits.policies import Policy
 
@@ -17,12 +20,14 @@ class Answer(NamedTuple):
     """The result for one sample.
 
     ``ticket`` is the sample's number in the order of arrival, ``logits`` (classes,) are those of the exit at which it
-    stopped, and ``exit_index`` is that exit, zero-based.
+    stopped, and ``exit_index`` is that exit, zero-based. Where ``error`` is not None, the sample has no result: a stage
+    failed on its batch, or its logits are not finite.
     """
 
     ticket: int
-    logits: Tensor
-    exit_index: int
+    logits: Tensor | None
+    exit_index: int | None
+    error: Exception | None = None
 
 
 @dataclass
@@ -45,19 +50,18 @@ class Stream:
 
     A stage runs when `batch` samples wait for it, or when the first of them has waited long enough: for `wait` later
     arrivals, or for `seconds`. Time is checked only in :meth:`push` and :meth:`poll`; a server calls :meth:`poll` from
-    time to time. Answers come in the order of arrival and equal those of :meth:`ExitNet.early` up to rounding. One
-    stream must not be used by several threads. On a CPU, where the first stages run with few images, pass a network
-    that :func:`~dynadapter.backbones.layout.lay_out_for_cpu` has prepared.
+    time to time. Answers come in the order of arrival and equal those of :meth:`ExitNet.early` up to rounding. An error
+    of one batch is the answer to its samples; all others continue. Several threads may use one stream; they take turns.
+    On a CPU, where the first stages run with few images, pass a network that
+    :func:`~dynadapter.backbones.layout.lay_out_for_cpu` has prepared.
 
     >>> import torch
     >>> from dynadapter import ExitNet, Never, create_backbone
     >>> net = ExitNet(create_backbone("vit_tiny_patch16_224", 3, img_size=32, patch_size=16, depth=4), every=2).eval()
     >>> stream = Stream(net, Never(), batch=4, wait=8)
-    >>> with torch.inference_mode():
-    ...     for image in torch.zeros(6, 1, 3, 32, 32):
-    ...         stream.push(image)
-    ...     answers = stream.flush()
-    >>> [answer.ticket for answer in answers]
+    >>> [stream.push(image)[0] for image in torch.zeros(6, 1, 3, 32, 32)]
+    [0, 1, 2, 3, 4, 5]
+    >>> [answer.ticket for answer in stream.flush()]
     [0, 1, 2, 3, 4, 5]
 
     Args:
@@ -97,36 +101,73 @@ class Stream:
         self.returned = 0
         self._queues: list[deque[_Waiting]] = [deque() for _ in range(net.num_exits)]
         self._answers: dict[int, Answer] = {}
+        self._shape: torch.Size | None = None  # (channels, height, width) of the images that have no answer yet
+        self._lock = threading.RLock()
 
-    def push(self, images: Tensor) -> None:
-        """Add images (batch, channels, height, width), and run the stages that are due."""
-        if not len(images):
-            return
-        tickets = list(range(self.arrived, self.arrived + len(images)))
-        self.arrived += len(images)
-        self._queues[0].append(_Waiting(tickets, self.clock(), (images,), None))
-        self.poll()
+    def push(self, images: Tensor) -> range:
+        """Add images (batch, channels, height, width), which are copied, and run the stages that are due.
+
+        Returns:
+            Their tickets.
+
+        Raises:
+            ValueError: They do not fit the network, or have another size than images that still wait; none is added.
+        """
+        with self._lock:
+            self._check(images)
+            tickets = range(self.arrived, self.arrived + len(images))
+            if tickets:
+                self.arrived += len(images)
+                self._shape = images.shape[1:]
+                self._queues[0].append(_Waiting(list(tickets), self.clock(), (images.detach().clone(),), None))
+                self.poll()
+            return tickets
 
     def poll(self) -> None:
         """Run the stages that are due."""
-        for k, queue in enumerate(self._queues):
-            while queue and (sum(len(part.tickets) for part in queue) >= self.batch or self._overdue(queue[0])):
-                self._run(k)
+        with self._lock:
+            for k, queue in enumerate(self._queues):
+                while queue and (sum(len(part.tickets) for part in queue) >= self.batch or self._overdue(queue[0])):
+                    self._run(k)
 
     def pop(self) -> list[Answer]:
         """Return the answers that are ready, in the order of arrival, up to the first sample that still waits."""
         ready = []
-        while self.returned in self._answers:
-            ready.append(self._answers.pop(self.returned))
-            self.returned += 1
+        with self._lock:
+            while self.returned in self._answers:
+                ready.append(self._answers.pop(self.returned))
+                self.returned += 1
         return ready
 
     def flush(self) -> list[Answer]:
         """Run all waiting samples now, and return the remaining answers."""
-        for k, queue in enumerate(self._queues):
-            while queue:
-                self._run(k)
-        return self.pop()
+        with self._lock:
+            for k, queue in enumerate(self._queues):
+                while queue:
+                    self._run(k)
+            return self.pop()
+
+    def _check(self, images: Tensor) -> None:
+        """Raise a ValueError for images that the network, or the batch in which they would run, cannot take."""
+        like = next(self.net.backbone.parameters())
+        size = _fixed_size(self.net.backbone)
+        waiting = self._shape if self.returned + len(self._answers) < self.arrived else None
+        channels = next(m.in_channels for m in self.net.backbone.modules() if isinstance(m, nn.Conv2d))
+        if not isinstance(images, Tensor):
+            given: str | None = type(images).__name__
+        elif images.ndim != 4 or images.shape[1] != channels or (size and images.shape[2:] != (size, size)):
+            given = f"shape {tuple(images.shape)}"
+        elif waiting is not None and images.shape[1:] != waiting:
+            raise ValueError(
+                f"images of shape {tuple(images.shape[1:])} cannot be in one batch with those that still wait, "
+                f"of shape {tuple(waiting)}; use one stream for each size, or flush first"
+            )
+        else:
+            differs = images.dtype != like.dtype or images.device != like.device
+            given = f"{images.dtype} on {images.device}" if differs else None
+        if given:
+            allowed = f"(batch, {channels}, {size or 'height'}, {size or 'width'})"
+            raise ValueError(f"images are {given}; give a tensor {allowed} of {like.dtype} on {like.device}")
 
     def _overdue(self, waiting: _Waiting) -> bool:
         if self.arrived - 1 - waiting.tickets[0] >= self.wait:
@@ -153,21 +194,58 @@ class Stream:
     def _run(self, k: int) -> None:
         """Run one stage on one batch, answer the samples that stop, and queue the others for the next stage."""
         now = self._take(k)
+        try:
+            answers, remaining = self._computed(k, now)
+        except Exception as error:
+            _release_tensors(error)
+            answers, remaining = [Answer(ticket, None, None, error) for ticket in now.tickets], None
+        except BaseException:  # Ctrl-C: the samples wait again
+            self._queues[k].appendleft(now)
+            raise
+        self._answers |= {answer.ticket: answer for answer in answers}
+        if remaining is not None:
+            self._queues[k + 1].append(remaining)
+
+    @torch.inference_mode()
+    def _computed(self, k: int, now: _Waiting) -> tuple[list[Answer], _Waiting | None]:
+        """Compute a stage; return the answers, and the samples that go on to the next one."""
         x = self.net.complete(k - 1, now.inputs) if k else self.net.embed(now.inputs[0])
         last = k == self.net.num_exits - 1
         if not last and not self.policy.uses_early_exits:
-            self._queues[k + 1].append(_Waiting(now.tickets, self.clock(), (self.net.stage(k, x),), None))
-            return
+            return [], _Waiting(now.tickets, self.clock(), (self.net.stage(k, x),), None)
         seen, outputs = self.net.begin(k, x, self.class_first)
         logits = self.net.head(k, seen)
         history = logits[None] if now.history is None else torch.cat([now.history, logits[None]])
         stops = [True] * len(logits) if last else self.policy.should_exit(history).tolist()
-        for row, (ticket, stop) in enumerate(zip(now.tickets, stops, strict=True)):
-            if stop:
-                self._answers[ticket] = Answer(ticket, logits[row], k)
+        finite = logits.isfinite().all(-1).tolist()
+        rows = list(zip(now.tickets, stops, finite, strict=True))
+        answers = [
+            Answer(ticket, logits[row], k) if good else Answer(ticket, None, None, _nonfinite(k))
+            for row, (ticket, stop, good) in enumerate(rows)
+            if stop
+        ]
         stay = [row for row, stop in enumerate(stops) if not stop]
-        if stay:
-            rows = torch.tensor(stay, device=logits.device)
-            tickets = [now.tickets[row] for row in stay]
-            remaining = tuple(part[rows] for part in outputs)
-            self._queues[k + 1].append(_Waiting(tickets, self.clock(), remaining, history[:, rows]))
+        if not stay:
+            return answers, None
+        index = torch.tensor(stay, device=logits.device)
+        tickets = [now.tickets[row] for row in stay]
+        parts = tuple(part[index] for part in outputs)
+        return answers, _Waiting(tickets, self.clock(), parts, history[:, index])
+
+
+def _nonfinite(k: int) -> ValueError:
+    return ValueError(f"the logits of exit {k + 1} are not finite; check the image for NaN, and the network's weights")
+
+
+def _release_tensors(error: BaseException | None) -> None:
+    """Clear the frames in the traceback of an error, and of its causes, which would keep the batch alive."""
+    if error is not None:
+        ended = error.__traceback__ and error.__traceback__.tb_next  # the first frame, of _run, still runs
+        error.__traceback__ = ended
+        traceback.clear_frames(ended)
+        _release_tensors(error.__cause__ or error.__context__)
+
+
+def _fixed_size(backbone: nn.Module) -> int | None:
+    """Return the height and width in pixels that the images must have, or None where the network takes several."""
+    return built_for(backbone) if getattr(getattr(backbone, "patch_embed", None), "strict_img_size", True) else None

@@ -7,6 +7,7 @@ from typing import Any, get_type_hints
 import yaml
 from lightning.pytorch.utilities import rank_zero_info
 
+from dynadapter.backbones import DrawFrom
 from dynadapter.exits.policies import Confidence, Policy
 from dynadapter.spec import restore
 from dynadapter.training.checkpoints import read
@@ -47,7 +48,8 @@ def load_classifier(
         settings |= {"weights": None, "pretrained": pretrained}
     elif settings.get("weights"):
         rank_zero_info(f"the backbone's weights come from {settings['weights']}, as the checkpoint says")
-    classifier = ExitClassifier(**settings)
+    with DrawFrom(0):  # the checkpoint's tensors replace what is drawn
+        classifier = ExitClassifier(**settings)
     classifier.on_load_checkpoint(checkpoint)
     classifier.load_state_dict(checkpoint["state_dict"])
     return classifier.eval()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import dynadapter
 from dynadapter.adapters import AdapterSpec, inject
-from dynadapter.backbones import create_backbone, cut_depth
+from dynadapter.backbones import DrawFrom, create_backbone, cut_depth
 from dynadapter.cost import ExitCosts
 from dynadapter.exits.heads import Heads
 from dynadapter.exits.net import ExitNet
@@ -210,7 +210,7 @@ class Config:
             ValueError: Adapter, heads, exits or tensors do not fit.
         """
         backbone.to(getattr(torch, self.dtype))
-        with torch.random.fork_rng(devices=[]):  # the random numbers of the caller stay as they are
+        with DrawFrom(0):  # the tensors of the file replace what is drawn
             if self.adapter is not None and not self.merged:
                 inject(backbone, self.adapter)
             net = ExitNet(backbone, self.heads, exit_depths=self.exit_depths, token_merging=self.token_merging)

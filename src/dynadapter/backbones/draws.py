@@ -1,0 +1,47 @@
+"""Random numbers of new tensors from a generator of their own; the global random state is neither used nor changed."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+OVERLOADS = {"default": "generator", "low": "low_generator"}
+"""torch's functions that take a generator only in another overload: ``randn``, ``rand``, ``randperm``, ``randint``."""
+
+
+class DrawFrom(TorchDispatchMode):
+    """Inside this context, draw random tensors on the CPU from a new generator, in this thread alone.
+
+    The values equal those that follow ``torch.manual_seed(seed)``. Other threads, which may build networks or draw
+    random numbers at the same time, do not notice. (``torch.random.fork_rng`` would set the state of all threads.)
+
+    >>> with DrawFrom(0):
+    ...     first = torch.rand(2)
+    >>> bool(torch.equal(first, torch.rand(2, generator=torch.Generator().manual_seed(0))))
+    True
+
+    Args:
+        seed: Random seed of the generator.
+    """
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Run an operator, with the generator if it draws random numbers."""
+        given = dict(kwargs or {})
+        if torch.Tag.nondeterministic_seeded in func.tags and _on_cpu(args, given):
+            if any(argument.name == "generator" for argument in func._schema.arguments):
+                given.setdefault("generator", self.generator)
+            elif overload := getattr(func.overloadpacket, OVERLOADS.get(func._overloadname, ""), None):
+                func, given["generator"] = overload, self.generator
+        return func(*args, **given)
+
+
+def _on_cpu(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    device = kwargs.get("device") or (args[0].device if args and isinstance(args[0], torch.Tensor) else "cpu")
+    return torch.device(device).type == "cpu"
