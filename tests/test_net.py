@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from dynadapter import backbones as cut
 from dynadapter.adapters import AdapterLayer, LoRA, inject
+from dynadapter.exits.depths import exit_blocks
 from dynadapter.exits.heads import LinearHeads
-from dynadapter.exits.net import ExitNet, exit_blocks
+from dynadapter.exits.net import ExitNet
 from dynadapter.exits.policies import (
     Confidence,
     Entropy,

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from dynadapter.calibrate import Calibrated, evaluate, to_accuracy_drop, to_cost, with_guarantee
     from dynadapter.cost import ExitCosts, exit_costs
     from dynadapter.data import ImageData, ImageFolder, ImagesToPredict, Shapes, VTAB1k
+    from dynadapter.exits.attentive import Attentive
     from dynadapter.exits.heads import Balanced, Heads, LinearHeads, MLPHeads
     from dynadapter.exits.net import ExitNet, Routed
     from dynadapter.exits.policies import Confidence, Entropy, Margin, Never, Patience, Policy, route
@@ -49,6 +50,7 @@ _HOMES = {
     "calibrate": "Calibrated evaluate to_accuracy_drop to_cost with_guarantee",
     "cost": "ExitCosts exit_costs",
     "data": "Shapes ImageData ImageFolder ImagesToPredict VTAB1k",
+    "exits.attentive": "Attentive",
     "exits.heads": "Balanced Heads LinearHeads MLPHeads",
     "exits.net": "ExitNet Routed",
     "exits.policies": "Confidence Entropy Margin Never Patience Policy route",

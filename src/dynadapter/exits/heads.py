@@ -1,4 +1,7 @@
-"""Early heads, which compute logits from the tokens between two stages of a backbone."""
+"""Early heads, which compute logits from the tokens between two stages of a backbone.
+
+Those that learn where to look are in :mod:`dynadapter.exits.attentive`.
+"""
 
 from abc import abstractmethod
 from dataclasses import dataclass, field
@@ -33,9 +36,9 @@ class ExitHead(nn.Module):
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.classify: nn.Module
         if hidden is None:
-            self.classify = _linear(width, num_classes)
+            self.classify = linear(width, num_classes)
         else:
-            self.classify = nn.Sequential(_linear(width, hidden), nn.GELU(), _linear(hidden, num_classes))
+            self.classify = nn.Sequential(linear(width, hidden), nn.GELU(), linear(hidden, num_classes))
 
     def forward(self, tokens: Tensor, logs: Tensor | None = None) -> Tensor:
         """Map tokens to logits (batch, classes).
@@ -50,7 +53,7 @@ class ExitHead(nn.Module):
         return self.classify(mean_tokens(own, None if logs is None else logs[:, self.prefix_tokens :]))
 
 
-def _linear(inputs: int, outputs: int) -> nn.Linear:
+def linear(inputs: int, outputs: int) -> nn.Linear:
     """Return a linear layer initialised like timm's ViT head: truncated normal(0, 0.02), bias zero."""
     layer = nn.Linear(inputs, outputs)
     nn.init.trunc_normal_(layer.weight, std=0.02)
@@ -60,7 +63,30 @@ def _linear(inputs: int, outputs: int) -> nn.Linear:
 
 @dataclass(frozen=True)
 class Heads(Spec):
-    """Configuration of the early heads; the last exit is the backbone's own head.
+    """Configuration of the early heads; the last exit is the backbone's own head."""
+
+    @abstractmethod
+    def build(
+        self, exit: int, exits: int, width: int, num_classes: int, prefix_tokens: int, class_token: bool
+    ) -> nn.Module:
+        """Build the head of one early exit: a module that is called as :class:`ExitHead` is and has its attribute.
+
+        Args:
+            exit: Exit index, from 0 to ``exits - 2``.
+            exits: Number of exits, the last one included.
+            width: Channels of a token at this exit.
+            num_classes: Classes to tell apart.
+            prefix_tokens: Tokens before the patch tokens.
+            class_token: Whether the backbone's own head reads a class token.
+
+        Raises:
+            ValueError: If the head does not fit the backbone.
+        """
+
+
+@dataclass(frozen=True)
+class PooledHeads(Heads):
+    """Base of the heads that pool the tokens without learning how.
 
     Args:
         pooling: Input of a head: ``cls`` the class token, ``mean`` the mean over the patch tokens, ``auto`` the same as
@@ -85,19 +111,6 @@ class Heads(Spec):
     def build(
         self, exit: int, exits: int, width: int, num_classes: int, prefix_tokens: int, class_token: bool
     ) -> ExitHead:
-        """Build the head of one early exit.
-
-        Args:
-            exit: Exit index, from 0 to ``exits - 2``.
-            exits: Number of exits, the last one included.
-            width: Channels of a token at this exit.
-            num_classes: Classes to tell apart.
-            prefix_tokens: Tokens before the patch tokens.
-            class_token: Whether the backbone's own head reads a class token.
-
-        Raises:
-            ValueError: If ``pooling`` is ``cls`` and the backbone has no class token.
-        """
         if self.pooling == "cls" and not class_token:
             raise ValueError(
                 "pooling='cls', but this backbone's head reads no class token; use pooling='mean' or 'auto'"
@@ -117,7 +130,7 @@ def _check_hidden(hidden: int) -> None:
 
 
 @dataclass(frozen=True)
-class Balanced(Heads):
+class Balanced(PooledHeads):
     """MLP heads at the early exits, linear heads at the late ones.
 
     Shallow features hold more of the input and less of the label (Dyn-Adapter, dynamic-balanced heads). The hidden
@@ -145,7 +158,7 @@ class Balanced(Heads):
 
 
 @dataclass(frozen=True)
-class LinearHeads(Heads):
+class LinearHeads(PooledHeads):
     """Linear heads at every early exit.
 
     Args:
@@ -158,7 +171,7 @@ class LinearHeads(Heads):
 
 
 @dataclass(frozen=True)
-class MLPHeads(Heads):
+class MLPHeads(PooledHeads):
     """MLP heads at every early exit.
 
     Args:

@@ -1,0 +1,83 @@
+"""Attentive heads against multi-head attention with all its projections."""
+
+import pytest
+import torch
+from conftest import BACKBONES, make_vit
+from torch.nn import functional as F
+
+from dynadapter.cost import exit_costs
+from dynadapter.exits.attentive import Attentive, AttentiveHead
+from dynadapter.exits.heads import LinearHeads
+from dynadapter.exits.net import ExitNet
+from dynadapter.exits.policies import Confidence, route
+from dynadapter.exits.token_merging import TokenMerging
+
+WIDTH, CLASSES, TOKENS = 24, 5, 10
+
+
+def head(queries: int = 2, parts: int = 3, class_token: bool = True) -> AttentiveHead:
+    torch.manual_seed(0)
+    built = AttentiveHead(WIDTH, CLASSES, queries, parts, class_token)
+    for parameter in built.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    return built.double()
+
+
+@pytest.mark.parametrize("class_token", [True, False])
+@pytest.mark.parametrize(("queries", "parts"), [(1, 1), (2, 3), (3, 4), (1, 7)])
+def test_equals_multi_head_attention(queries, parts, class_token):
+    built, size = head(queries, parts, class_token), WIDTH // parts
+    tokens = torch.randn(3, TOKENS, WIDTH, dtype=torch.float64)
+    x = F.layer_norm(tokens, (WIDTH,), built.norm.weight, built.norm.bias, eps=1e-6)
+    # Split each learned vector into a query and a key projection, as attention is usually written
+    keys = torch.randn(parts, WIDTH, WIDTH, dtype=torch.float64)
+    query = torch.linalg.solve(keys, built.queries.unflatten(0, (parts, queries)).mT).mT * WIDTH**0.5
+    read = F.scaled_dot_product_attention(query.expand(3, -1, -1, -1), x[:, None] @ keys, x[:, None] @ built.values)
+    assert read.shape == (3, parts, queries, size)
+    features = torch.cat([x[:, 0]] * class_token + [read.flatten(1)], -1)
+    torch.testing.assert_close(built(tokens), built.classify(features))
+
+
+def test_merged_tokens_count_as_often():
+    built, tokens = head(), torch.randn(2, TOKENS, WIDTH, dtype=torch.float64)
+    counts = torch.tensor([1, 3, 1, 2, 1, 1, 1, 4, 1, 1])
+    repeated = tokens.repeat_interleave(counts, 1)
+    torch.testing.assert_close(built(tokens, counts.double().log().expand(2, -1)), built(repeated))
+
+
+@pytest.mark.parametrize("kind", BACKBONES)
+def test_routing_equals_stacked_logits(kind):
+    net = ExitNet(BACKBONES[kind](), Attentive(), every=2).eval()
+    images = torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        logits = net(images)
+        policy = Confidence(logits[0].softmax(-1).amax(-1).median().item())
+        routed = net.early(images, policy, class_first=True)
+    index = route(policy, logits)
+    assert routed.exit_index.tolist() == index.tolist()
+    torch.testing.assert_close(routed.logits, logits[index, torch.arange(6)], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("merging", [None, TokenMerging((0,), 0.25)])
+def test_cost_by_formula(merging):
+    nets = [ExitNet(make_vit(), heads, every=2, token_merging=merging) for heads in (Attentive(2, 3), LinearHeads())]
+    attentive, linear = (exit_costs(net).macs for net in nets)
+    width = nets[0].backbone.embed_dim
+    tokens = 1 + (16 if merging is None else 12)
+    maps, features = 6, 2 * 3 * (width // 3)
+    more = 2 * maps * tokens * width + maps * width * (width // 3) + features * nets[0].num_classes
+    norm = 5 * (tokens - 1) * width  # of the tokens that a linear head on the class token does not read
+    assert attentive[0] - linear[0] == more + norm
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: Attentive(queries=0), "queries=0 must be at least 1"),
+        (lambda: Attentive(parts=-1), "parts=-1 must be at least 1"),
+        (lambda: Attentive(parts=25).build(0, 4, 24, 5, 1, True), "parts=25 exceeds the backbone's width of 24"),
+    ],
+)
+def test_mistakes(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
