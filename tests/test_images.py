@@ -20,6 +20,7 @@ from torchvision.transforms import v2
 
 from dynadapter.data.normalize import normalize
 from dynadapter.images import reading
+from dynadapter.images.memory import Budget
 from dynadapter.images.preprocess import Preprocess
 from dynadapter.images.reading import UnreadableImage, find_images, load_image, why_unreadable
 
@@ -93,7 +94,14 @@ def test_exif_orientation_is_applied(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("pixels", "words"),
-    [(np.ones((2, 2), np.float32), "float pixels"), (np.full((2, 2), 70000, np.int32), "32-bit grey .* to 70000")],
+    [
+        (
+            np.ones((2, 2), np.float32),
+            r"float values from 1 to 1 is not known; set value_range, such as \[0, 1\]",
+        ),
+        (np.full((2, 2), 70000, np.int32), "range of integer values from 70000 to 70000 is not known"),
+        (np.full((2, 2), -5, np.int16), "range of integer values from -5 to -5 is not known"),
+    ],
 )
 def test_unknown_ranges_are_refused(pixels: np.ndarray, words: str, tmp_path: Path) -> None:
     Image.fromarray(pixels).save(tmp_path / "odd.tif")
@@ -134,8 +142,8 @@ def test_decompression_bombs_are_refused(tmp_path: Path, monkeypatch: pytest.Mon
         with pytest.raises(UnreadableImage, match="decompression bomb"):
             load_image(file)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)  # another package has lifted Pillow's limit
-    monkeypatch.setattr(reading, "MAX_PIXELS", 400)
-    with pytest.raises(UnreadableImage, match="40 x 40 pixels are more than 400"):
+    monkeypatch.setattr(reading, "BUDGET", Budget(10_000))
+    with pytest.raises(UnreadableImage, match="GB of memory are more than the limit"):
         load_image(file)
 
 

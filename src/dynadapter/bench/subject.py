@@ -18,7 +18,7 @@ from dynadapter.bench.timing import Clock, clock_of, share_thresholds
 from dynadapter.cost import ExitCosts, exit_costs
 from dynadapter.exits.net import CPU_CHUNK, ExitNet
 from dynadapter.exits.policies import route
-from dynadapter.images.reading import UnreadableImage, image_files, load_image
+from dynadapter.images.reading import UnreadableImage, image_files
 from dynadapter.serve.bundle import Bundle
 from dynadapter.serve.runtime import Runner
 
@@ -126,7 +126,7 @@ class Subject:
         tensors, broken = [], []
         for file in files:
             try:
-                tensors.append(torch.from_numpy(preprocess(load_image(file))))
+                tensors.append(torch.from_numpy(preprocess.normalize(preprocess.read(file))))
             except UnreadableImage:
                 broken.append(file)
         if not tensors:

@@ -167,13 +167,12 @@ def _read(files: Sequence[Path], bundle: "Bundle") -> "Tensor":
     import numpy as np
     import torch
 
-    from dynadapter.images.reading import UnreadableImage, load_image
+    from dynadapter.images.reading import UnreadableImage
 
     assert bundle.preprocess is not None
-    pixels = bundle.preprocess.pixels
     try:
         with ThreadPoolExecutor() as pool:  # Pillow decodes outside the interpreter lock
-            read = list(pool.map(lambda path: pixels(load_image(path)), files))
+            read = list(pool.map(bundle.preprocess.read, files))
     except UnreadableImage as error:
         raise Mistake(f"{str(error).rpartition(';')[0]}; repair it or remove it") from error
     return torch.from_numpy(bundle.preprocess.normalize(np.stack(read)))

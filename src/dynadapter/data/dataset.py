@@ -11,7 +11,6 @@ from torch.utils.data import Dataset
 
 from dynadapter.data.normalize import normalize
 from dynadapter.images.preprocess import Preprocess
-from dynadapter.images.reading import load_image
 from dynadapter.training.losses import IGNORED
 
 Sample = tuple[Path | Image.Image, int | str]
@@ -58,7 +57,7 @@ class ImageDataset(Dataset[Item]):
 
     def pixels(self, source: Path | Image.Image) -> Tensor:
         """Return the resized bytes of one image, ``(3, size, size)`` uint8."""
-        return torch.from_numpy(self.preprocess.pixels(load_image(source)))
+        return torch.from_numpy(self.preprocess.read(source))
 
     def move_to(self, device: torch.device, room: int) -> None:
         """Move the cached images to a device if they take at most `room` bytes there."""

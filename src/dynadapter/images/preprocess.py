@@ -3,12 +3,17 @@
 This file imports Pillow and numpy alone: an exported folder holds a copy of it, and every evaluation runs it.
 """
 
+import warnings
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+
+from dynadapter.images.reading import Source, decoded
+from dynadapter.images.values import Range
 
 Interpolation = Literal["bicubic", "bilinear", "nearest"]
 Resize = Literal["stretch", "crop"]
@@ -35,6 +40,8 @@ class Preprocess:
             is resized to `image_size`.
         normalization: ``imagenet`` and ``half`` subtract a mean and divide by a deviation, ``none`` keeps [0, 1];
             or a pair (mean, deviation), each with a value per colour.
+        value_range: The values (low, high) that become 0 and 255 in images of more than 8 bits, such as (0, 4095) for
+            12 bits in a 16-bit file; values outside are clipped. None for all that 16 bits can hold. Floats need one.
 
     Raises:
         ValueError: A setting is none of these.
@@ -47,6 +54,7 @@ class Preprocess:
     interpolation: Interpolation = "bicubic"
     resize: Resize = "stretch"
     normalization: Normalization = "imagenet"
+    value_range: Range | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.image_size, bool) or not isinstance(self.image_size, int) or self.image_size < 1:
@@ -60,11 +68,32 @@ class Preprocess:
                 raise ValueError(f"unknown normalization {self.normalization!r}; choose from: {', '.join(choices)}")
         else:
             object.__setattr__(self, "normalization", _statistics(self.normalization))
+        if self.value_range is not None:
+            object.__setattr__(self, "value_range", _range(self.value_range))
 
     @property
     def statistics(self) -> Statistics:
         """Mean and deviation of the three colours, for pixels in [0, 1]."""
         return STATISTICS[self.normalization] if isinstance(self.normalization, str) else self.normalization
+
+    def read(self, source: Source) -> NDArray[np.uint8]:
+        """Decode an image and return its resized bytes ``(3, size, size)``.
+
+        What a file holds and is not used is a warning, once for each kind (`UnusedRange`, `UnreadPages`).
+
+        Args:
+            source: As in :func:`~dynadapter.images.reading.load_image`, which lists the errors as well.
+        """
+        with decoded(source, self.value_range) as (image, remarks):
+            for remark in remarks:
+                if type(remark) not in self._warned:
+                    self._warned.add(type(remark))
+                    warnings.warn(remark, stacklevel=2)
+            return self.pixels(image)
+
+    @cached_property
+    def _warned(self) -> set[type[UserWarning]]:
+        return set()
 
     def pixels(self, image: Image.Image) -> NDArray[np.uint8]:
         """Resize an image and return its bytes ``(3, size, size)``."""
@@ -76,7 +105,7 @@ class Preprocess:
                 width, height = image.size
             # The longer side is rounded down, as in torchvision
             wanted = (int(size * width / min(width, height)), int(size * height / min(width, height)))
-        image = image.convert("RGB")
+        image = image if image.mode == "RGB" else image.convert("RGB")
         if image.size != wanted:
             image = image.resize(wanted, Image.Resampling[self.interpolation.upper()])
         return np.asarray(_centre(image, size, size)).transpose(2, 0, 1).copy()
@@ -93,6 +122,18 @@ class Preprocess:
     def __call__(self, image: Image.Image) -> NDArray[np.float32]:
         """Return a decoded image as ``(3, size, size)`` float32."""
         return self.normalize(self.pixels(image))
+
+
+def _range(given: object) -> Range:
+    """Return a pair of limits; a file holds a list."""
+    try:
+        low, high = map(float, given)  # type: ignore[call-overload]
+        fits = not isinstance(given, str) and -np.inf < low < high < np.inf
+    except (TypeError, ValueError):
+        fits = False
+    if not fits:
+        raise ValueError(f"value_range={given!r} is not (low, high) with low below high, such as (0, 4095)")
+    return low, high
 
 
 def _statistics(given: object) -> Statistics:

@@ -3,26 +3,41 @@
 This file imports Pillow and numpy alone: an exported folder holds a copy of it.
 """
 
+import contextlib
 import errno
+import io
 import os
 import stat
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Iterator
 from io import BufferedReader
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
+
+from dynadapter.images.memory import Budget
+from dynadapter.images.values import Range, decode_deep_colour, from_array, to_rgb
 
 # Named, because Pillow would otherwise also try formats that run outside programs (EPS calls Ghostscript).
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
-MAX_PIXELS = 178_956_970
-"""Images with more pixels are refused before they are decoded: a file of a few bytes can decode to gigabytes.
-
-This is Pillow's own limit, repeated here because other packages in the process may raise Pillow's.
-"""
-MAX_BYTES = 2**31
+BUDGET = Budget(3 * 2**30)
+"""Memory for decoding, over all threads of the process; an image that needs more is refused before it is decoded."""
+BYTES_PER_PIXEL, BYTES_PER_SIDE = 16, 40
+"""What an image needs while it is decoded, converted, turned and resized: for each pixel, and for each of a row and a
+column, whose resampling weights take more than the pixels where an image is a strip."""
+MAX_BYTES = 2**30
 """Larger files are refused."""
+TILE_WIDTH, TILE_HEIGHT = 322, 323  # tags of a TIFF
+ABSENT = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL, errno.ENXIO}
+ABSENT |= {errno.ENODEV, errno.EACCES, errno.EPERM}
+"""Errors of a file that is missing, forbidden or no file. Others are the machine's: the image may be good."""
+
+Source = str | os.PathLike[str] | bytes | bytearray | memoryview | BinaryIO | Image.Image | NDArray[Any]
+"""A path, the bytes of a file, an open file, or pixels in memory, see :func:`load_image`."""
 
 
 class UnreadableImage(ValueError):
@@ -39,33 +54,189 @@ class UnreadableImage(ValueError):
         self.reason = reason
 
 
-def load_image(source: str | os.PathLike[str] | Image.Image) -> Image.Image:
-    """Return the pixels of a file or of a Pillow image as 8-bit RGB, upright.
+class UnreadPages(UserWarning):
+    """A file holds more images than the one that is read."""
+
+
+def load_image(source: Source, value_range: Range | None = None) -> Image.Image:
+    """Return an image as 8-bit RGB, upright by its EXIF orientation.
+
+    A path, the bytes of a file, an open file, and the image that Pillow opens give the same pixels; so does an array of
+    the stored values, which holds no orientation.
 
     Args:
-        source: A file of one of `FORMATS`, or an image in memory.
+        source: A file of one of `FORMATS`: its path, its bytes, or opened in binary mode (and read from its start); an
+            image of Pillow; or an array (height, width) or (height, width, 1 to 4 channels).
+        value_range: The values (low, high) that become 0 and 255 in images of more than 8 bits; None for all that 16
+            bits can hold. Floats have no range of their own.
 
     Raises:
-        UnreadableImage: The file is missing, broken, or of another format.
+        UnreadableImage: The image is missing, forbidden, broken, or of another format.
+        OSError: The machine fails to read the file (EIO, ESTALE, EMFILE, ...); the image may be good.
+        MemoryError: The machine has too little memory.
+        TypeError: The source is none of these.
+
+    Warns:
+        UnusedRange: The image has more than 8 bits and becomes dark, because it does not use them.
+        UnreadPages: The file has more pages or frames than the first.
     """
-    try:
-        if isinstance(source, Image.Image):
-            return to_rgb(upright(source))
-        with open_regular(source) as file, open_image(file) as image:
-            return to_rgb(upright(image))
-    except Exception as error:  # decoders raise many types on damaged bytes
-        why = reason(error)
-    message = f"cannot read image {shown(source)}: {why}; repair it, remove it, or set on_error: skip"
-    raise UnreadableImage(message, why)
+    with decoded(source, value_range) as (image, remarks):
+        for remark in remarks:
+            warnings.warn(remark, stacklevel=2)
+        return image.copy() if image is source else image
 
 
-def why_unreadable(source: str | os.PathLike[str] | Image.Image) -> str | None:
-    """Return the reason why an image cannot be decoded, or None if it can."""
+@contextlib.contextmanager
+def decoded(source: Source, value_range: Range | None = None) -> Iterator[tuple[Image.Image, list[UserWarning]]]:
+    """Hold a part of `BUDGET` while the body works on an image.
+
+    Args:
+        source: As in :func:`load_image`, which lists the errors as well.
+        value_range: As in :func:`load_image`.
+
+    Yields:
+        The image in 8-bit RGB, not to be changed, and remarks about what of the file was not used.
+    """
+    if not is_source(source):
+        raise TypeError(f"an image is a {type(source).__name__}; give {SOURCES}")
+    failure: Exception | None = None
+    with contextlib.ExitStack() as stack:
+        try:
+            image, remarks = _decode(source, value_range, stack)
+        except Exception as error:  # decoders raise many types on damaged bytes
+            failure = _failure(error, source)
+        if failure is not None:
+            raise failure
+        yield image, remarks
+
+
+def is_source(source: object) -> bool:
+    """Check whether something may be an image, without a look at its content."""
+    kinds = (str, os.PathLike, bytes, bytearray, memoryview, Image.Image, np.ndarray)
+    return isinstance(source, kinds) or hasattr(source, "read")
+
+
+SOURCES = "a file, its bytes, an open file, a Pillow image, or an array (height, width, channels)"
+
+
+def _decode(
+    source: Any, value_range: Range | None, stack: contextlib.ExitStack
+) -> tuple[Image.Image, list[UserWarning]]:
+    """Decode an image; the stack keeps its file open and its memory reserved."""
+    if isinstance(source, np.ndarray):
+        stack.enter_context(BUDGET.reserved(BYTES_PER_PIXEL * source.size))
+        image, remark = from_array(source, value_range)
+        return to_rgb(image, {})[0], [_about(remark, source)] if remark else []
+    if isinstance(source, Image.Image):
+        image, size = source, 0
+    else:
+        file, size = _opened(source, stack)
+        image = stack.enter_context(Image.open(file, formats=FORMATS))
+    need = _memory(image, size)
+    stack.enter_context(BUDGET.reserved(need))
     try:
-        load_image(source)
+        pages = _has_more_pages(image)
+        tags = getattr(image, "tag_v2", {})
+        pixels, first = decode_deep_colour(image, value_range)
+        rgb, second = to_rgb(upright(pixels, in_place=pixels is not source), tags, value_range)
+    except OSError as error:
+        if "out of memory" in str(error):
+            bytearray(need)  # a MemoryError if the machine has no more; else the file is damaged
+        raise
+    return rgb, [_about(remark, source) for remark in (first, second, pages) if remark]
+
+
+def _about(remark: UserWarning, source: object) -> UserWarning:
+    return type(remark)(f"image {_name(source)}: {remark}")
+
+
+def source_name(source: object) -> str | None:
+    """Return the path of an image, which an open file and a Pillow image remember; None if there is none."""
+    if isinstance(source, str | os.PathLike):
+        return str(source)
+    name = getattr(source, "filename" if isinstance(source, Image.Image) else "name", None)
+    return str(name) if isinstance(name, str | os.PathLike) and str(name) else None
+
+
+def _name(source: object) -> str:
+    return shown(source_name(source) or "in memory")
+
+
+def _failure(error: Exception, source: object) -> Exception:
+    """Return what to raise: only an image's own faults are an `UnreadableImage`."""
+    name = _name(source)
+    if isinstance(error, MemoryError):
+        return MemoryError(f"not enough memory to decode image {name}; use fewer threads and processes")
+    if isinstance(error, OSError) and is_of_the_machine(error):
+        return OSError(error.errno, error.strerror, name)
+    why = reason(error)
+    return UnreadableImage(f"cannot read image {name}: {why}; repair it, remove it, or set on_error: skip", why)
+
+
+def is_of_the_machine(error: OSError) -> bool:
+    """Check whether reading failed for another reason than a missing, forbidden or damaged file."""
+    return error.errno is not None and error.errno not in ABSENT  # Pillow's own errors have no number
+
+
+def _raise_if_of_the_machine(error: Exception) -> None:
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and is_of_the_machine(error)):
+        raise error
+
+
+class _Stream(BufferedReader):
+    """A file without a descriptor, so that libtiff reads through Python and an error keeps its number."""
+
+    def fileno(self) -> int:
+        raise io.UnsupportedOperation("fileno")
+
+
+def _opened(source: Any, stack: contextlib.ExitStack) -> tuple[Any, int]:
+    """Open a path, bytes, or the content of an open file; return the file and its size in bytes."""
+    file: Any
+    if isinstance(source, str | os.PathLike):
+        opened = open_regular(source)
+        size = os.fstat(opened.fileno()).st_size
+        file = stack.enter_context(_Stream(opened.detach()))
+    else:
+        if hasattr(source, "read"):
+            if hasattr(source, "seekable") and source.seekable():
+                source.seek(0)
+            source = source.read(MAX_BYTES + 1)
+            if not isinstance(source, bytes):
+                raise ValueError("the file was opened as text; open it in mode 'rb'")
+        file, size = io.BytesIO(source), memoryview(source).nbytes
+    if not size:
+        raise ValueError("the file is empty")
+    if size > MAX_BYTES:  # some decoders read the whole file, and a sparse file costs nothing to make
+        raise ValueError(f"{size:,} bytes are more than the limit of {MAX_BYTES:,}")
+    return file, size
+
+
+def _memory(image: Image.Image, size: int) -> int:
+    """Return how many bytes it takes at most to decode, convert and resize an image whose file has `size` bytes."""
+    tags = getattr(image, "tag_v2", {})
+    width = max(image.width, int(tags.get(TILE_WIDTH, 0)))  # a tile can be larger than the image
+    height = max(image.height, int(tags.get(TILE_HEIGHT, 0)))
+    return BYTES_PER_PIXEL * width * height + BYTES_PER_SIDE * (width + height) + size
+
+
+def _has_more_pages(image: Image.Image) -> UnreadPages | None:
+    """Return a remark where a file has pages or frames behind the first; a photograph's preview (MPO) is none."""
+    try:
+        more = getattr(image, "is_animated", False) and image.format != "MPO" and image.tell() == 0
+    except Exception as error:  # behind the first
+        _raise_if_of_the_machine(error)
+        return None
+    return UnreadPages("it has several pages or frames; only the first is read") if more else None
+
+
+def why_unreadable(source: Source, value_range: Range | None = None) -> str | None:
+    """Return the reason why an image cannot be decoded, or None if it can; the other errors of `load_image` remain."""
+    try:
+        with decoded(source, value_range):
+            return None
     except UnreadableImage as error:
         return error.reason
-    return None
 
 
 def open_regular(path: str | os.PathLike[str]) -> BufferedReader:
@@ -91,26 +262,6 @@ def _check_regular(mode: int, path: str | os.PathLike[str]) -> None:
         raise OSError(errno.EINVAL, "a pipe, a socket or a device, not a file", str(path))
 
 
-def open_image(file: BufferedReader) -> Image.Image:
-    """Read the header of an image of one of `FORMATS`; Pillow decodes the pixels later.
-
-    Raises:
-        ValueError: The file is empty or too large, or has more than `MAX_PIXELS`.
-        PIL.UnidentifiedImageError: The file has another format.
-    """
-    size = os.fstat(file.fileno()).st_size
-    if not size:
-        raise ValueError("the file is empty")
-    if size > MAX_BYTES:  # some decoders read the whole file, and a sparse file costs nothing to make
-        raise ValueError(f"{size:,} bytes are more than the limit of {MAX_BYTES:,}")
-    image = Image.open(file, formats=FORMATS)
-    if image.width * image.height > MAX_PIXELS:
-        raise ValueError(
-            f"{image.width} x {image.height} pixels are more than {MAX_PIXELS:,}, could be a decompression bomb"
-        )
-    return image
-
-
 def shown(source: object) -> str:
     r"""Return a file name as one printable line.
 
@@ -127,36 +278,14 @@ def reason(error: Exception) -> str:
     return " ".join(str(getattr(error, "strerror", None) or error or type(error).__name__).split())
 
 
-def upright(image: Image.Image) -> Image.Image:
+def upright(image: Image.Image, in_place: bool = False) -> Image.Image:
     """Rotate a photograph by its EXIF orientation; with damaged EXIF data, return it as stored."""
     image.load()  # outside the try, so that only errors of the EXIF data are ignored
     try:
-        return ImageOps.exif_transpose(image)
-    except Exception:
+        return ImageOps.exif_transpose(image, in_place=in_place) or image
+    except Exception as error:
+        _raise_if_of_the_machine(error)
         return image
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert any Pillow mode to 8-bit RGB.
-
-    16-bit grey keeps its high byte, as 16-bit colour does in Pillow (Pillow itself would clip grey at 255).
-    Transparent pixels are placed on white, as viewers show them.
-
-    Raises:
-        ValueError: The pixels are floats or 32-bit integers, whose range is unknown.
-    """
-    if image.mode == "I" or image.mode.startswith("I;16"):
-        grey = np.asarray(image)
-        if grey.min() < 0 or grey.max() > 0xFFFF:
-            raise ValueError(f"32-bit grey values from {grey.min()} to {grey.max()}; expected 8 or 16 bits")
-        return Image.fromarray((grey >> 8).astype(np.uint8)).convert("RGB")
-    if image.mode == "F":
-        raise ValueError("float pixels have no known range; expected 8 or 16 bits")
-    if image.has_transparency_data:
-        page = Image.new("RGBA", image.size, "white")
-        page.alpha_composite(image.convert("RGBA"))
-        image = page
-    return image.convert("RGB")
 
 
 def image_files(folder: Path) -> list[Path]:

@@ -1,10 +1,10 @@
 """Write a table of predictions as CSV, JSON lines or Parquet: one writer for the command and the callback."""
 
-import csv
 import importlib.util
 import io
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 from pathlib import Path
@@ -15,6 +15,11 @@ from dynadapter.files import replacing
 COLUMNS = ("file", "class", "confidence", "exit")
 PROBABILITY = "probability_"
 """Begins the name of the column with a class's probability; the class's name follows."""
+
+FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
+"""Beginnings of what a spreadsheet takes for a formula."""
+SPECIAL = re.compile(r'[",;\t\r\n]')
+"""What a cell holds only in quotes."""
 
 ENDINGS = "give a name that ends in .csv, .jsonl or .parquet"
 
@@ -70,17 +75,37 @@ def write_unread(path: Path, found: Sequence[Unread]) -> None:
 def _write_csv(file: BinaryIO, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     # Python reads file names that are not UTF-8 with surrogateescape; written so, they are the same bytes.
     text = io.TextIOWrapper(file, encoding="utf-8", errors="surrogateescape", newline="", write_through=True)
-    writer = csv.writer(text, lineterminator="\n")
     digits = [f".{6 if name.startswith(PROBABILITY) else 4}f" for name in columns]
-    writer.writerow(columns)
-    writer.writerows([_cell(value, form) for value, form in zip(row, digits, strict=True)] for row in rows)
+    text.write(",".join(map(cell, columns)) + "\n")
+    for row in rows:
+        cells = [
+            cell(_number(value, form), path=name == "file")
+            for name, value, form in zip(columns, row, digits, strict=True)
+        ]
+        text.write(",".join(cells) + "\n")
     text.detach()
 
 
-def _cell(value: Any, form: str) -> Any:
+def _number(value: Any, form: str) -> Any:
     if value is None:
         return "nan"
     return format(value, form) if isinstance(value, float) else value
+
+
+def cell(value: Any, path: bool = False) -> str:
+    """Return a value as a cell of a CSV file that a spreadsheet takes for text, never for a formula.
+
+    >>> print(cell("=1+1"), cell("-a.png", path=True), cell("a;b"))
+    '=1+1 ./-a.png "a;b"
+
+    Args:
+        value: Text or a number.
+        path: It names a file, which is the same file behind ``./``.
+    """
+    text = str(value)
+    if isinstance(value, str) and text.startswith(FORMULA):
+        text = f"./{text}" if path else f"'{text}"
+    return '"' + text.replace('"', '""') + '"' if SPECIAL.search(text) else text
 
 
 def _write_json_lines(file: BinaryIO, columns: Sequence[str], rows: Iterable[Row]) -> None:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from dynadapter.exits.policies import Policy
 from dynadapter.images.preprocess import Preprocess
-from dynadapter.images.reading import UnreadableImage, load_image
+from dynadapter.images.reading import UnreadableImage
 from dynadapter.serve.bundle import Bundle
 from dynadapter.serve.formats import COLUMNS, PROBABILITY, Row, Unread
 from dynadapter.serve.table import PredictionTable
@@ -156,7 +156,7 @@ def read_batches(
 
     def read(file: str) -> _Read:
         try:
-            return _Read(file, preprocess.pixels(load_image(file)), "")
+            return _Read(file, preprocess.read(file), "")
         except UnreadableImage as error:
             return _Read(file, None, error.reason)
 

@@ -8,7 +8,6 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from dynadapter.adapters import AdapterSpec
@@ -18,7 +17,7 @@ from dynadapter.exits.heads import Heads
 from dynadapter.exits.net import ExitNet
 from dynadapter.exits.policies import Policy
 from dynadapter.images.preprocess import Preprocess
-from dynadapter.images.reading import load_image
+from dynadapter.images.reading import Source
 from dynadapter.serve.bundle.config import FILES, BackboneSource
 from dynadapter.serve.bundle.loading import Bundle
 from dynadapter.serve.bundle.place import check_place
@@ -48,7 +47,7 @@ def bundle_from_classifier(
     policy: Policy,
     whole: bool | None = None,
     merge: bool = False,
-    check_images: Tensor | Iterable[str | os.PathLike[str] | Image.Image] | None = None,
+    check_images: Tensor | Iterable[Source] | None = None,
     tolerance: float = 1e-4,
     preprocessing: Preprocessing | None = None,
     costs: ExitCosts | Literal["count"] | None = "count",
@@ -148,9 +147,9 @@ def _images(given: Any, preprocess: Preprocess | None, net: ExitNet) -> Tensor:
     if not isinstance(given, Tensor):
         if preprocess is None:
             raise ValueError("without preprocessing, check_images must be a tensor (images, channels, height, width)")
-        files = [image if isinstance(image, Image.Image) else Path(image) for image in given]
-        if not files:
+        read = [preprocess.read(image) for image in given]
+        if not read:
             raise ValueError("check_images is empty; give some real images of the task")
-        given = torch.from_numpy(np.stack([preprocess(load_image(file)) for file in files]))
+        given = torch.from_numpy(preprocess.normalize(np.stack(read)))
     like = next(net.backbone.parameters())
     return given.to(like.device, like.dtype)

@@ -7,22 +7,24 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
-from dynadapter.backbones import fingerprint
+from dynadapter.backbones import built_for, fingerprint
 from dynadapter.cost import ExitCosts
 from dynadapter.exits.net import ExitNet, Routed
 from dynadapter.exits.policies import Policy, confidence
 from dynadapter.exits.temperature import tempered_at_exit
 from dynadapter.images.preprocess import Preprocess
-from dynadapter.images.reading import load_image
+from dynadapter.images.reading import SOURCES, is_source
+from dynadapter.images.reading import Source as ImageSource
 from dynadapter.serve.bundle.config import MODEL, Config
 from dynadapter.serve.bundle.hub import HUB, fetch
 from dynadapter.serve.bundle.reading import read
+from dynadapter.serve.bundle.rebuilding import stem
 
-Source = str | os.PathLike[str] | Image.Image | Tensor
+Source = ImageSource | Tensor
 T = TypeVar("T")
 
 
@@ -85,8 +87,9 @@ class Bundle:
         """Classify images; each stops at the first exit where the policy allows it.
 
         Args:
-            images: Files, decoded images, and preprocessed tensors (3, size, size), one or many; or one preprocessed
-                tensor (batch, 3, size, size). Files and images are read as the training data was.
+            images: Images as :func:`~dynadapter.images.reading.load_image` takes them (paths, bytes, open files, Pillow
+                images, arrays) and preprocessed tensors (3, size, size), one or many; or one preprocessed tensor
+                (batch, 3, size, size). All but tensors are read as the training data was.
             batch_size: Images that are computed at once.
             policy: Instead of the bundle's own.
 
@@ -94,18 +97,24 @@ class Bundle:
             One prediction for each image, in order.
 
         Raises:
-            ValueError: An image cannot be read or has another shape, or the policy does not fit.
+            ValueError: An image cannot be read; a tensor has another shape or type; the policy does not fit.
+            OSError: The machine fails to read a file.
             TypeError: Something is none of these.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size} must be at least 1")
-        single = isinstance(images, str | os.PathLike | Image.Image) or (
-            isinstance(images, Tensor) and images.ndim == 3
-        )
+        if isinstance(images, Tensor | np.ndarray):
+            single = images.ndim != 4
+        else:
+            single = is_source(images)
         sources: Iterable[Source] = [images] if single else images  # type: ignore[assignment, list-item]
         predictions: list[Prediction] = []
         for group in _groups(sources, batch_size):
-            routed = self.route(torch.stack([self._tensor(source) for source in group]), policy)
+            tensors = [self._tensor(source) for source in group]
+            if len({tensor.shape for tensor in tensors}) > 1:
+                raise ValueError("the images have several sizes; give one size, or batch_size=1")
+            like = next(self.net.backbone.parameters())
+            routed = self.route(torch.stack([tensor.to(like.device, like.dtype) for tensor in tensors]), policy)
             names = [self.class_names[index] for index in routed.logits.argmax(-1).tolist()]
             values = (names, confidence(routed.logits).tolist(), routed.exit_index.tolist())
             predictions += map(Prediction._make, zip(*values, strict=True))
@@ -121,7 +130,13 @@ class Bundle:
 
         Returns:
             Logits (batch, classes), in float32 or wider, and the zero-based exits (batch,).
+
+        Raises:
+            ValueError: The images have another shape or type, or the policy does not fit.
         """
+        if images.ndim != 4:
+            raise ValueError(f"images are a tensor {tuple(images.shape)}; give (batch, channels, height, width)")
+        self._check(images[0] if len(images) else images.new_zeros(images.shape[1:]))
         like = next(self.net.backbone.parameters())
         routed = self.net.early(images.to(like.device, like.dtype), policy or self.policy)
         return Routed(tempered_at_exit(self.policy, routed.logits, routed.exit_index), routed.exit_index)
@@ -129,19 +144,27 @@ class Bundle:
     def _tensor(self, source: Source) -> Tensor:
         """Return one image as the network takes it, (channels, height, width)."""
         if isinstance(source, Tensor):
-            if source.ndim != 3 or not source.is_floating_point():
-                raise ValueError(
-                    f"an image is a tensor {tuple(source.shape)} of {source.dtype}; give preprocessed floats "
-                    "(3, size, size), or (batch, 3, size, size) alone"
-                )
+            self._check(source)
             return source
-        if not isinstance(source, str | os.PathLike | Image.Image):
-            raise TypeError(f"an image is a {type(source).__name__}; give a file, a PIL image, or a tensor")
+        if not is_source(source):
+            raise TypeError(f"an image is a {type(source).__name__}; give {SOURCES}, or a tensor")
         if self.preprocess is None:
             raise ValueError(
                 "this bundle has no preprocessing; give preprocessed tensors (batch, channels, height, width)"
             )
-        return torch.from_numpy(self.preprocess(load_image(source)))
+        return torch.from_numpy(self.preprocess.normalize(self.preprocess.read(source)))
+
+    def _check(self, image: Tensor) -> None:
+        """Raise ValueError unless the network takes a preprocessed image."""
+        channels = stem(self.net.backbone).in_channels
+        size = self.preprocess.image_size if self.preprocess else built_for(self.net.backbone)
+        sides = (size, size) if size else image.shape[1:]
+        if image.shape != (channels, *sides) or image.ndim != 3 or not image.is_floating_point():
+            wanted = f"{channels}, {size or 'height'}, {size or 'width'}"
+            raise ValueError(
+                f"an image is a tensor {tuple(image.shape)} of {image.dtype}; give preprocessed floats ({wanted}), or "
+                f"(batch, {wanted}) alone"
+            )
 
     def __repr__(self) -> str:
         kind = type(self.config.adapter).__name__ if self.config.adapter else "no adapter"

@@ -21,8 +21,10 @@ MANIFEST = "manifest.json"
 CODE = (
     "files.py",
     "images/__init__.py",
+    "images/memory.py",
     "images/preprocess.py",
     "images/reading.py",
+    "images/values.py",
     "serve/__init__.py",
     "serve/formats.py",
     "serve/runtime/__init__.py",

@@ -7,10 +7,12 @@ import argparse
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from dynadapter.images.reading import shown
 from dynadapter.serve.formats import COLUMNS, write_table
 from dynadapter.serve.runtime.runner import Runner, list_sources
 
@@ -23,19 +25,24 @@ def main(args: Sequence[str] | None = None, folder: Path = Path(__file__).parent
     parser.add_argument("--threads", type=int, help="threads of ONNX Runtime (default: one on each core)")
     parser.add_argument("--provider", action="append", help="execution provider of ONNX Runtime (default: the CPU)")
     parser.add_argument("--on_error", choices=("raise", "skip"), default="raise", help="what to do at a broken image")
+    words = "values that become 0 and 255 in images of more than 8 bits (default: as in training)"
+    parser.add_argument("--value_range", nargs=2, type=float, metavar=("LOW", "HIGH"), help=words)
     given = parser.parse_args(args)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("always")
-            warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+            warnings.showwarning = lambda message, *_, **__: print(f"warning: {shown(message)}", file=sys.stderr)
             runner = Runner(folder, given.provider, given.threads)
+            if given.value_range:
+                preprocess = replace(runner.manifest.preprocess, value_range=given.value_range)
+                runner.manifest = replace(runner.manifest, preprocess=preprocess)
             rows = predict(runner, given.images, given.batch_size, given.on_error)
             with open(sys.stdout.fileno(), "wb", closefd=False) as file:
                 write_table(file, ".csv", COLUMNS, rows)
     except BrokenPipeError:  # the reader, such as head, has closed
         return 1
-    except (ValueError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ValueError, ImportError, OSError, MemoryError) as error:
+        print(f"error: {shown(error)}", file=sys.stderr)
         return 2
     return 0
 

@@ -10,9 +10,8 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
-from dynadapter.images.reading import UnreadableImage, find_images, load_image
+from dynadapter.images.reading import SOURCES, Source, UnreadableImage, find_images, is_source, source_name
 from dynadapter.serve.runtime.manifest import read_manifest
 from dynadapter.serve.runtime.policies import Floats, confidence
 
@@ -20,7 +19,6 @@ CHUNK = 16
 """Images that one CPU thread routes at a time; more do not fit its caches (measured by ``benchmarks/serving.py``)."""
 
 Provider = str | tuple[str, dict[str, Any]]
-Source = str | os.PathLike[str] | Image.Image
 
 
 class Prediction(NamedTuple):
@@ -117,8 +115,8 @@ class Runner:
         with self._lock:
             if k not in self._sessions:
                 file = self.manifest.stages[k].file
-                try:
-                    self._sessions[k] = self._open(file, self._options, providers=self.providers)
+                try:  # by its bytes, because ONNX Runtime takes no path that is not UTF-8
+                    self._sessions[k] = self._open(file.read_bytes(), self._options, providers=self.providers)
                 except Exception as error:  # onnxruntime's own types have no common base
                     raise ValueError(f"ONNX Runtime cannot open {file}: {' '.join(str(error).split())}") from error
             return self._sessions[k]
@@ -196,8 +194,9 @@ class Runner:
         """Read, preprocess and classify images.
 
         Args:
-            images: A file, a folder (searched with its subfolders), a Pillow image, or several of these; or an array
-                (batch, 3, size, size) float32 that is preprocessed already.
+            images: A folder (searched with its subfolders), an image as :func:`~dynadapter.images.reading.load_image`
+                takes it (path, bytes, open file, Pillow image, array), or several of these; or an array (batch, 3,
+                size, size) float32 that is preprocessed already.
             batch_size: Images that are read and routed at once.
             on_error: ``raise`` at the first image that cannot be read, or ``skip`` it with a warning.
 
@@ -207,14 +206,16 @@ class Runner:
         Raises:
             UnreadableImage: An image cannot be read, and `on_error` is ``raise``.
             ValueError: There is no image, or an argument cannot be used.
+            OSError: The machine fails to read a file or a folder.
         """
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"batch_size={batch_size!r} must be a whole number of at least 1")
         if on_error not in ("raise", "skip"):
             raise ValueError(f"unknown on_error {on_error!r}; choose from: raise, skip")
-        sources = self._check(images) if isinstance(images, np.ndarray) else list_sources(images)
+        preprocessed = isinstance(images, np.ndarray) and images.ndim == 4
+        sources = self._check(images) if preprocessed else list_sources(images)  # type: ignore[arg-type]
         if not len(sources):
-            raise ValueError("there is no image; give files, folders, Pillow images or one array")
+            raise ValueError(f"there is no image; give folders, or {SOURCES}")
         predictions: list[Prediction] = []
         skipped: list[str] = []
         for start in range(0, len(sources), batch_size):
@@ -234,14 +235,13 @@ class Runner:
         arrays = []
         preprocess = self.manifest.preprocess
         for source in sources:
-            # A Pillow image remembers its file, if it has one.
-            name = getattr(source, "filename", None) or None if isinstance(source, Image.Image) else str(source)
+            name = source_name(source)
             try:
-                arrays.append(preprocess.pixels(load_image(source)))
+                arrays.append(preprocess.read(source))
             except UnreadableImage as error:
                 if on_error == "raise":
                     raise
-                skipped.append(f"{name} ({error.reason})")
+                skipped.append(f"{name or 'an image in memory'} ({error.reason})")
                 continue
             names.append(name)
         empty = np.empty((0, 3, preprocess.image_size, preprocess.image_size), np.uint8)
@@ -274,17 +274,15 @@ def list_sources(images: Source | Iterable[Source]) -> list[Source]:
     Raises:
         ValueError: A folder holds no image, or something is neither a path nor an image.
     """
-    if isinstance(images, str | os.PathLike | Image.Image):
-        images = [images]
     found: list[Source] = []
-    for source in images:
-        if isinstance(source, Image.Image):
-            found.append(source)
-        elif isinstance(source, str | os.PathLike):
+    for source in [images] if is_source(images) else images:  # type: ignore[union-attr, list-item]
+        if isinstance(source, str | os.PathLike):
             path = Path(source).expanduser()
             found += find_images(path) if path.is_dir() else [path]  # reading reports a missing file
+        elif is_source(source):
+            found.append(source)
         else:
-            raise ValueError(f"an image is a {type(source).__name__}; give files, folders, Pillow images or one array")
+            raise ValueError(f"an image is a {type(source).__name__}; give folders, or {SOURCES}")
     return found
 
 

@@ -1,0 +1,46 @@
+"""Limit the memory that decoding takes, over all threads of a process.
+
+This file imports the standard library alone: an exported folder holds a copy of it.
+"""
+
+import contextlib
+import os
+import threading
+from collections.abc import Iterator
+
+
+class Budget:
+    """Bytes that threads reserve before they take memory, and wait for while others hold them.
+
+    Args:
+        total: Bytes that may be reserved at a time.
+    """
+
+    def __init__(self, total: int) -> None:
+        self.total = total
+        self._release_all()
+        if hasattr(os, "register_at_fork"):  # the threads that hold memory do not exist in the child
+            os.register_at_fork(after_in_child=self._release_all)
+
+    def _release_all(self) -> None:
+        self._used = 0
+        self._changed = threading.Condition()
+
+    @contextlib.contextmanager
+    def reserved(self, size: int) -> Iterator[None]:
+        """Wait until `size` bytes are free, and reserve them for the body.
+
+        Raises:
+            ValueError: The whole budget is smaller.
+        """
+        if size > self.total:
+            raise ValueError(f"{size / 1e9:.1f} GB of memory are more than the limit of {self.total / 1e9:.1f} GB")
+        with self._changed:
+            self._changed.wait_for(lambda: self._used + size <= self.total)
+            self._used += size
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._used -= size
+                self._changed.notify_all()
