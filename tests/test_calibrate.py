@@ -22,8 +22,9 @@ from dynadapter.calibrate import (
     geometric_shares,
     losses,
     measured_risk,
+    policy_for,
     solve,
-    split_halves,
+    split_folds,
     to_accuracy_drop,
     to_cost,
     with_guarantee,
@@ -122,6 +123,10 @@ def test_to_cost_is_brute_force(problem, budget):
     logits, targets, costs, static, temperatures, kind = problem
     given = {"kind": kind, "temperatures": temperatures, "static": static}
     reached = [by_hand(policy, logits, targets, costs, static)[0] for policy in brute_force(kind, logits, temperatures)]
+    if budget > max(1, costs[-1] / (static or costs[-1])):
+        with pytest.raises(ValueError, match=r"at most .*: a fraction of static"):
+            to_cost(logits, targets, costs, budget, **given)
+        return
     if min(reached) > budget:
         with pytest.raises(ValueError, match=r"cannot be reached.*exit 1"):
             to_cost(logits, targets, costs, budget, **given)
@@ -170,7 +175,7 @@ def test_geometric_shares_are_within_budget(problem, budget):
     try:
         found = geometric_shares(logits, targets, costs, budget, kind=kind, temperatures=temperatures, static=static)
     except ValueError as error:
-        assert "cannot be reached" in str(error)  # noqa: PT017
+        assert "cannot be reached" in str(error) or "a fraction of static" in str(error)  # noqa: PT017
         return
     assert agrees(found, found.policy, logits, targets, costs, static)
     assert found.cost <= budget
@@ -425,36 +430,22 @@ COSTS = (40, 70, 104)
 def test_solve_reaches_every_goal(kind, goal):
     logits, targets = fake(400, exits=3, classes=4)
     found = solve(logits, targets, COSTS, Goal(**{goal: GOALS[goal]}), kind=kind, static=100)
-    half = found.calibration
-    drop = 100 * (half.accuracy_last_exit - half.accuracy)
-    assert {"cost": half.cost, "accuracy_drop": drop, "risk": half.lost}[goal] <= GOALS[goal] + 1e-9
-    assert half.samples == found.held_out.samples == 200
+    one = found.calibration
+    drop = 100 * (one.accuracy_last_exit - one.accuracy)
+    assert {"cost": one.cost, "accuracy_drop": drop, "risk": one.lost}[goal] <= GOALS[goal] + 1e-9
+    assert one.samples == found.cross_fitted.samples == 400
+    assert agrees(one, found.found.policy, logits, targets, COSTS, 100)
     by_exit = thresholds(found.found.policy, 3)
     assert len(by_exit) == 3
     assert by_exit[-1] is None
-    assert any("patience" in note for note in found.notes) == (kind is Patience)
     written = solution_data(found)
     assert restore(written["policy"], Policy) == found.found.policy
-    assert written["held_out_half"]["shares"] == list(found.held_out.shares)
+    assert written["cross_fitted"]["shares"] == list(found.cross_fitted.shares)
     rows = curve_rows(found.curve)
     assert rows[0] == ["policy", "threshold", "cost", "accuracy", "share_exit1", "share_exit2", "share_exit3"]
     assert [row[0] for row in rows[-3:]] == ["exit 1", "exit 2", "exit 3"]
-
-
-def test_solve_too_few_samples_for_a_risk():
-    found = solve(*fake(200, exits=3), COSTS, Goal(risk=0.001))
-    assert found.held_out.shares == (0, 0, 1)
-    assert "100 samples are too few" in found.notes[0]
-    assert "the temperatures were fitted on the other half" in found.protocol
-
-
-def test_solve_notes_few_and_nonfinite_samples():
-    logits, targets = fake(30, exits=3)
-    logits[0, 0, 0], logits[2, 1, 1] = torch.nan, torch.inf
-    found = solve(logits, targets, COSTS, Goal(cost=2.0), samples="images")
-    assert found.nonfinite == 2
-    assert any(note.startswith("a half of 15 images") for note in found.notes)
-    assert any("2 of all 30 images" in note for note in found.notes)
+    if kind is Confidence:
+        assert policy_for(Goal(**{goal: GOALS[goal]}), logits, targets, COSTS, 100) == found.found.policy
 
 
 @pytest.mark.parametrize(
@@ -463,7 +454,14 @@ def test_solve_notes_few_and_nonfinite_samples():
         ({}, "there is no goal; give one of goal.cost"),
         ({"cost": 0.5, "risk": 0.1}, "goal.cost and goal.risk are 2 goals"),
         ({"cost": 0.0}, "goal.cost=0.0 must be above 0"),
+        ({"cost": -1.0}, "goal.cost=-1.0 must be above 0"),
+        ({"cost": 50.0}, "goal.cost=50.0 must be above 0 and at most 1: a fraction of static, e.g. 0.5 for 50 %"),
+        ({"cost": math.inf}, "goal.cost=inf must be above 0"),
         ({"cost": math.nan}, "goal.cost=nan must be above 0"),
+        ({"accuracy_drop": math.nan}, "goal.accuracy_drop=nan must be percentage points"),
+        ({"risk": 2.0}, "goal.risk=2.0 must be between 0 and 1"),
+        ({"risk": 0.0}, "goal.risk=0.0 must be between 0 and 1"),
+        ({"risk": math.nan}, "goal.risk=nan must be between 0 and 1"),
         ({"accuracy_drop": 101.0}, "goal.accuracy_drop=101.0 must be percentage points between -100 and 100"),
         ({"risk": 1.0}, "goal.risk=1.0 must be between 0 and 1"),
         ({"risk": 0.1, "confidence": math.nan}, "goal.confidence=nan must be between 0 and 1"),
@@ -488,24 +486,26 @@ def test_solve_unreachable_goal_raises(goal, words):
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.integers(2, 60), st.integers(1, 5), st.integers(0, 3), st.booleans())
-def test_split_halves_properties(samples, classes, seed, stratified):
+@given(st.integers(2, 60), st.integers(2, 10), st.integers(1, 5), st.integers(0, 3), st.booleans())
+def test_split_folds_properties(samples, folds, classes, seed, stratified):
+    folds = min(folds, samples)
     targets = torch.randint(classes, (samples,), generator=torch.Generator().manual_seed(seed))
     state = torch.get_rng_state()
-    first, second = split_halves(samples, seed, targets if stratified else None)
+    split = split_folds(samples, folds, seed, targets if stratified else None)
     assert torch.equal(state, torch.get_rng_state())
-    assert sorted(torch.cat([first, second]).tolist()) == list(range(samples))
-    assert 0 <= len(first) - len(second) <= 1
+    assert len(split) == folds
+    assert sorted(torch.cat(split).tolist()) == list(range(samples))
+    sizes = [len(fold) for fold in split]
+    assert max(sizes) - min(sizes) <= 1
     if stratified:
-        counts = [targets[half].bincount(minlength=classes) for half in (first, second)]
-        assert (counts[0] - counts[1]).abs().max() <= 1
-    again = split_halves(samples, seed, targets if stratified else None)
-    assert torch.equal(first, again[0])
-    assert torch.equal(second, again[1])
+        counts = torch.stack([targets[fold].bincount(minlength=classes) for fold in split])
+        assert (counts.amax(0) - counts.amin(0)).max() <= 1
+    again = split_folds(samples, folds, seed, targets if stratified else None)
+    assert all(map(torch.equal, split, again))
 
 
-def test_split_halves_depend_on_the_seed():
-    assert not torch.equal(split_halves(50, 0)[0], split_halves(50, 1)[0])
+def test_split_folds_depend_on_the_seed():
+    assert not torch.equal(split_folds(50, seed=0)[0], split_folds(50, seed=1)[0])
 
 
 @settings(max_examples=60, deadline=None)
@@ -567,8 +567,11 @@ LOGITS, TARGETS = fake(12)
         (lambda: with_guarantee(LOGITS, TARGETS, [1, 2, 3, 4], loss="zero"), "loss='zero'"),
         (lambda: with_guarantee(LOGITS, TARGETS, [1, 2, 3, 4], bound="none"), "choose one of"),
         (lambda: with_guarantee(LOGITS, TARGETS, [1, 2, 3, 4], kind=Policy), "kind=Policy"),
-        (lambda: split_halves(1), "samples=1"),
-        (lambda: split_halves(4, targets=TARGETS), r"give \(4,\)"),
+        (lambda: split_folds(1), "samples=1"),
+        (lambda: split_folds(3, 4), "folds=4"),
+        (lambda: split_folds(4, targets=TARGETS), r"give \(4,\)"),
+        (lambda: to_cost(LOGITS, TARGETS, [1, 2, 3, 4], 50), "budget=50 must be above 0 and at most 1: a fraction"),
+        (lambda: geometric_shares(LOGITS, TARGETS, [1, 2, 3, 4], 50, static=3.2), "at most 1.25: a fraction of static"),
     ],
 )
 def test_bad_input_is_one_line(call, words):

@@ -25,9 +25,8 @@ from dynadapter.calibrate import (
     evaluate,
     fit_temperatures,
     losses,
-    split_halves,
+    solve,
     to_accuracy_drop,
-    to_cost,
     with_guarantee,
 )
 from dynadapter.cli import main
@@ -38,7 +37,7 @@ from dynadapter.cost import ExitCosts, exit_costs
 from dynadapter.data import ImageFolder, Shapes, VTAB1k
 from dynadapter.exits.policies import Never, Policy
 from dynadapter.serve.bundle import bundle_from_classifier
-from dynadapter.spec import restore
+from dynadapter.spec import plain, restore
 from dynadapter.training.callbacks.stacked_logits import StackedLogits
 from dynadapter.training.module import ExitClassifier
 
@@ -82,17 +81,20 @@ def result(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "calibration.json").read_text())
 
 
-def agrees(written: dict[str, Any], logits: Tensor, targets: Tensor, costs: ExitCosts, stratified: bool) -> None:
-    """Compare the written results of both halves with those of the written policy."""
+def agrees(written: dict[str, Any], logits: Tensor, targets: Tensor, costs: ExitCosts, **options: Any) -> None:
+    """Compare what is written with the pure functions on the logits of a plain loop."""
     policy = restore(written["policy"], Policy)
-    halves = split_halves(len(targets), written["seed"], targets if stratified else None)
-    for name, half in zip(("calibration_half", "held_out_half"), halves, strict=True):
-        outcome = evaluate(policy, logits[:, half], targets[half], costs.macs, static=costs.static)
-        assert written[name]["cost"] == outcome.cost
-        assert written[name]["accuracy"] == outcome.accuracy
-        assert tuple(written[name]["shares"]) == outcome.shares
-        assert written[name]["lost"] == losses(policy, logits[:, half], targets[half]).mean().item()
-        assert written[name]["accuracy_last_exit"] == (logits[-1, half].argmax(-1) == targets[half]).double().mean()
+    outcome = evaluate(policy, logits, targets, costs.macs, static=costs.static)
+    one = written["calibration"]
+    assert (one["cost"], one["accuracy"], tuple(one["shares"])) == (outcome.cost, outcome.accuracy, outcome.shares)
+    assert one["lost"] == losses(policy, logits, targets).mean().item()
+    assert one["accuracy_last_exit"] == (logits[-1].argmax(-1) == targets).double().mean()
+    found = solve(logits, targets, costs.macs, static=costs.static, samples="validation images", **options)
+    assert found.found.policy == policy
+    assert written["cross_fitted"] == plain(found.cross_fitted)
+    assert tuple(written["temperatures"]) == found.found.temperatures
+    assert tuple(written["notes"]) == found.notes
+    assert (written["samples"], written["goal"]) == (len(targets), found.goal.given)
 
 
 # ---- goals
@@ -103,34 +105,30 @@ def test_goal_cost_with_bundle(checkpoint, stacked, tmp_path, capsys):
     out, bundle = tmp_path / "out", tmp_path / "bundle"
     run(checkpoint, "--goal.cost=0.8", f"--out={out}", f"--bundle={bundle}")
     printed = capsys.readouterr().out
-    for words in ("cost at most 0.8 of static", "held-out half", "exit 1, after block 1", "temperature", str(out)):
+    for words in ("cost at most 0.8 of static", "cross-fitted", "exit 1, after block 1", "temperature", str(out)):
         assert words in printed
     assert "confidence_0.9" not in printed  # the default policy of a test
 
     written = result(out)
-    first, second = split_halves(len(targets), 0, targets)
-    temperatures = fit_temperatures(logits[:, first], targets[first])
+    temperatures = fit_temperatures(logits, targets)
     common = {"temperatures": temperatures, "static": costs.static}
-    found = to_cost(logits[:, first], targets[first], costs.macs, 0.8, **common)
-    assert restore(written["policy"], Policy) == found.policy
-    assert written["calibration_half"]["cost"] == found.cost <= 0.8
+    assert written["calibration"]["cost"] <= 0.8
     assert tuple(written["temperatures"]) == temperatures
-    assert (written["samples"], written["seed"], written["goal"]) == (len(targets), 0, {"cost": 0.8})
-    assert "held out" in written["protocol"]
-    agrees(written, logits, targets, costs, stratified=True)
+    assert "10 folds, each class alike (seed 0)" in written["protocol"]
+    agrees(written, logits, targets, costs, goal=Goal(cost=0.8))
 
     with (out / "curve.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    expected = curve(logits[:, second], targets[second], costs.macs, **common)
+    expected = curve(logits, targets, costs.macs, **common)
     points = [*expected.routed, *expected.anytime]
     assert [float(row["cost"]) for row in rows] == [point.cost for point in points]
     assert [float(row["accuracy"]) for row in rows] == [point.accuracy for point in points]
     assert [float(row["share_exit1"]) for row in rows] == [point.shares[0] for point in points]
 
     shipped = load(bundle)
-    assert shipped.config.policy == found.policy
-    assert shipped.config.measured["accuracy"] == written["held_out_half"]["accuracy"]
-    assert "held-out half of the validation images" in (bundle / "README.md").read_text()
+    assert shipped.config.policy == restore(written["policy"], Policy)
+    assert shipped.config.measured["accuracy"] == written["cross_fitted"]["accuracy"]
+    assert "validation images, cross-fitted" in (bundle / "README.md").read_text()
 
 
 def test_flops_calibrate_and_bundle_agree(checkpoint, stacked, tmp_path, capsys):
@@ -138,15 +136,15 @@ def test_flops_calibrate_and_bundle_agree(checkpoint, stacked, tmp_path, capsys)
     out, bundle = tmp_path / "out", tmp_path / "bundle"
     main(["flops", "--ckpt_path", str(checkpoint)])
     counted = re.findall(r"│\s+([\d.]+%)\s+│", capsys.readouterr().out)
-    run(checkpoint, "--goal.cost=2", f"--out={out}", f"--bundle={bundle}")
+    run(checkpoint, "--goal.risk=0.001", f"--out={out}", f"--bundle={bundle}")  # which nothing reaches
     written, costs = result(out), stacked[2]
     assert restore(written["costs"], ExitCosts) == load(bundle).costs == costs
     assert counted == [f"{share:.1%}" for share in costs.relative]
     with (out / "curve.csv").open(newline="") as file:
         alone = {row["policy"]: float(row["cost"]) for row in csv.DictReader(file)}
     assert [alone[f"exit {k}"] for k in (1, 2, 3)] == pytest.approx(costs.relative)
-    assert written["held_out_half"]["shares"] == [0, 0, 1]
-    assert written["held_out_half"]["cost"] == pytest.approx(costs.relative[-1])
+    assert written["cross_fitted"]["shares"] == [0, 0, 1]
+    assert written["cross_fitted"]["cost"] == pytest.approx(costs.relative[-1])
     assert costs.relative[-1] > 1
 
 
@@ -168,7 +166,7 @@ def test_merged_bundle_replaces_bundle(checkpoint, stacked, tmp_path, capsys):
     # The costs, those of the goal included, are of the merged network.
     assert shipped.costs == exit_costs(copy.deepcopy(net).merge(), 32)
     assert shipped.costs.macs < stacked[2].macs
-    agrees(written, stacked[0], stacked[1], shipped.costs, stratified=True)
+    agrees(written, stacked[0], stacked[1], shipped.costs, goal=Goal(cost=0.8))
     images = torch.stack([image for image, _ in Shapes(image_size=32, normalization="half").dataset("val")])
     with torch.no_grad():
         torch.testing.assert_close(shipped.net(images), net(images), atol=1e-4, rtol=1e-4)
@@ -188,29 +186,24 @@ def test_goal_accuracy_drop_per_exit(checkpoint, stacked):
     run(checkpoint, "--goal.accuracy_drop=2", "--policy=margin", "--search=refined", "--temperatures=false", "--seed=3")
     folder = checkpoint.parents[2] / "calibrate_0"
     written = result(folder)
-    first, _ = split_halves(len(targets), 3, targets)
-    options = {"kind": KINDS["margin"], "search": "refined", "static": costs.static}
-    found = to_accuracy_drop(logits[:, first], targets[first], costs.macs, 2, **options)
+    options = {"kind": KINDS["margin"], "search": "refined"}
+    found = to_accuracy_drop(logits, targets, costs.macs, 2, static=costs.static, **options)
     assert restore(written["policy"], Policy) == found.policy
     assert written["temperatures"] == [1, 1, 1]
-    half = written["calibration_half"]
-    assert half["accuracy"] >= half["accuracy_last_exit"] - 0.02
-    agrees(written, logits, targets, costs, stratified=True)
+    assert written["calibration"]["accuracy"] >= written["calibration"]["accuracy_last_exit"] - 0.02
+    agrees(written, logits, targets, costs, goal=Goal(accuracy_drop=2), seed=3, with_temperatures=False, **options)
 
 
 def test_goal_risk(checkpoint, stacked, tmp_path):
+    """All images certify: no temperature is fitted."""
     logits, targets, costs = stacked
     run(checkpoint, "--goal.risk=0.2", "--confidence=0.8", "--policy=entropy", f"--out={tmp_path / 'out'}")
     written = result(tmp_path / "out")
-    certifies, other = split_halves(len(targets), 0)
-    temperatures = fit_temperatures(logits[:, other], targets[other])  # not on the certifying half
-    options = {"kind": KINDS["entropy"], "temperatures": temperatures, "static": costs.static}
-    found = with_guarantee(logits[:, certifies], targets[certifies], costs.macs, 0.2, 0.8, **options)
+    found = with_guarantee(logits, targets, costs.macs, 0.2, 0.8, kind=KINDS["entropy"], static=costs.static)
     assert restore(written["policy"], Policy) == found.policy
-    assert tuple(written["notes"]) == found.notes
     assert written["goal"] == {"risk": 0.2, "confidence": 0.8}
-    assert written["calibration_half"]["lost"] == found.risk
-    agrees(written, logits, targets, costs, stratified=False)
+    assert written["calibration"]["lost"] == found.risk
+    agrees(written, logits, targets, costs, goal=Goal(risk=0.2, confidence=0.8), kind=KINDS["entropy"])
 
 
 def test_policy_choices_are_all_kinds():
@@ -261,7 +254,10 @@ def test_curve_is_drawn(checkpoint, tmp_path):
         ("--goal.cost=0.5 --ckpt_path=null --data=Shapes", ("calibrate needs a checkpoint",)),
         ("--goal.cost=0.01", ("goal.cost=0.01 cannot be reached", "of static; give that or more")),
         ("--goal.accuracy_drop=-99", ("goal.accuracy_drop=-99 cannot be reached", "give at least")),
-        ("--goal.cost=0.9 --trainer.limit_val_batches=1 --data.batch_size=1", ("one image cannot calibrate",)),
+        (
+            "--goal.cost=0.9 --trainer.limit_val_batches=1 --data.batch_size=1",
+            ("one image cannot calibrate and measure",),
+        ),
     ],
 )
 def test_mistake_is_one_line(args, names, checkpoint, tmp_path, capsys):
@@ -283,6 +279,7 @@ def test_mistake_is_one_line(args, names, checkpoint, tmp_path, capsys):
     ("goal", "changes", "words"),
     [
         ({"cost": 0.0}, {}, "goal.cost=0.0 must be above 0"),
+        ({"cost": 50.0}, {}, "goal.cost=50.0 must be above 0 and at most 1: a fraction of static, e.g. 0.5 for 50 %"),
         ({"cost": 0.5, "confidence": 0.9}, {}, "goal.confidence belongs to goal.risk"),
         ({"risk": 0.1}, {"search": "refined"}, "guarantee tests policies that are fixed beforehand"),
         ({"cost": 0.5}, {"search": "refined", "policy": "patience"}, "patience has none"),

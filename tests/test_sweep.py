@@ -20,11 +20,11 @@ import torch
 import yaml
 from PIL import Image
 
-from dynadapter.calibrate import Goal
+from dynadapter.calibrate import Goal, policy_for
 from dynadapter.cli import main, sweep_estimate, sweep_file, sweep_unit
 from dynadapter.exits.policies import Confidence, Never
 from dynadapter.sweep import lines
-from dynadapter.sweep.measure import measure, policy_for
+from dynadapter.sweep.measure import measure
 from dynadapter.sweep.plan import FINAL, SEARCH, Arm, Sweep, Unit, as_dict, score
 from dynadapter.sweep.table import as_csv, as_markdown, draw, rows
 

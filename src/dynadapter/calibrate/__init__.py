@@ -16,17 +16,17 @@ A sample whose logits are not finite at an exit does not exit there. Logits with
 wrong. A threshold between the scores of two samples is their middle, so that scores that differ in the last bit on
 another machine decide alike.
 
-    temperatures = fit_temperatures(logits[:, fit], targets[fit])
-    found = to_cost(logits[:, fit], targets[fit], costs.macs, 0.5, temperatures=temperatures, static=costs.static)
-    print(evaluate(found.policy, logits[:, held_out], targets[held_out], costs.macs, static=costs.static))
+    found = solve(logits, targets, costs.macs, Goal(cost=0.5), static=costs.static)
+    print(found.found.policy, found.cross_fitted)
 """
 
 from dynadapter.calibrate.curves import Curve, Point, curve, curve_rows
+from dynadapter.calibrate.goal import Goal
 from dynadapter.calibrate.goals import Search, geometric_shares, to_accuracy_drop, to_cost
 from dynadapter.calibrate.guarantee import Loss, Risk, candidates, losses, measured_risk, with_guarantee
 from dynadapter.calibrate.ladder import KINDS
-from dynadapter.calibrate.solve import Goal, Half, Solution, solve
-from dynadapter.calibrate.stacked import Calibrated, Outcome, evaluate, split_halves
+from dynadapter.calibrate.solve import Measured, Solution, policy_for, solve
+from dynadapter.calibrate.stacked import Calibrated, Outcome, evaluate, split_folds
 from dynadapter.exits.temperature import Scaled, fit_temperatures
 
 __all__ = [
@@ -34,8 +34,8 @@ __all__ = [
     "Calibrated",
     "Curve",
     "Goal",
-    "Half",
     "Loss",
+    "Measured",
     "Outcome",
     "Point",
     "Risk",
@@ -50,8 +50,9 @@ __all__ = [
     "geometric_shares",
     "losses",
     "measured_risk",
+    "policy_for",
     "solve",
-    "split_halves",
+    "split_folds",
     "to_accuracy_drop",
     "to_cost",
     "with_guarantee",

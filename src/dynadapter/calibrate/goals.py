@@ -192,8 +192,11 @@ def _reachable(budget: float, cheapest: float, data: Stacked) -> float:
     Raises:
         ValueError: If the budget is below the lowest cost.
     """
-    if not 0 < budget < math.inf:  # NaN fails as well
-        raise ValueError(f"budget={budget} must be above 0: a fraction of static, e.g. 0.5")
+    most = max(1.0, data.costs[-1] / data.static)
+    if not 0 < budget <= most:  # NaN fails as well
+        raise ValueError(
+            f"budget={budget} must be above 0 and at most {most:.4g}: a fraction of static, e.g. 0.5 for 50 %"
+        )
     if budget >= cheapest or math.isclose(budget, cheapest, rel_tol=1e-9):
         return max(budget, cheapest)
     nonfinite = int((~data.logits[0].isfinite().all(-1)).sum())

@@ -24,16 +24,16 @@ consistency risks are ``accuracy_gap`` and ``inconsistency``); Angelopoulos et a
 procedure, seen as an upper confidence bound that must stay below the risk).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dynadapter.calibrate.risk import Bound, p_value, samples_needed, upper_bound
-from dynadapter.calibrate.scores import RULES, Scores, thresholded
+from dynadapter.calibrate.scores import RULES, exit_indices, thresholded
 from dynadapter.calibrate.stacked import Calibrated, Stacked
-from dynadapter.exits.policies import Confidence, Never, Patience, Policy, Thresholded, route
+from dynadapter.exits.policies import Confidence, Never, Patience, Policy, route
 
 Loss = Literal["lost", "accuracy_gap", "inconsistency"]
 
@@ -58,10 +58,10 @@ def losses(policy: Policy, logits: Tensor, targets: Tensor | None, loss: Loss = 
         (samples,), float64.
     """
     data = Stacked(logits, targets, costs=range(1, len(logits) + 1))
-    return _losses_by_exit(data, loss).gather(0, route(policy, data.logits)[None])[0]
+    return losses_by_exit(data, loss).gather(0, route(policy, data.logits)[None])[0]
 
 
-def _losses_by_exit(data: Stacked, loss: str) -> Tensor:
+def losses_by_exit(data: Stacked, loss: str) -> Tensor:
     """Return the loss of each sample at each exit, (exits, samples) float64."""
     if loss == "inconsistency":
         return (data.predictions != data.predictions[-1]).double()
@@ -166,14 +166,14 @@ def with_guarantee(
         if not 0 < given < 1:  # NaN fails as well
             raise ValueError(f"{name}={given} must be between 0 and 1, both excluded, e.g. risk 0.02, confidence 0.9")
     data = Stacked(logits, targets, costs, static, temperatures)
-    loss_by_exit = _losses_by_exit(data, loss)
+    loss_by_exit = losses_by_exit(data, loss)
     least, best = _SCALES[loss]
     limit, level, bound = (risk - least) / (1 - least), 1 - confidence, bound or best
     tried = candidates(kind, data.exits) if policies is None else tuple(policies)
     chosen = "given policies" if policies is not None else kind.__name__.lower()
     method = f"{chosen}, {loss} at most {risk:g} with confidence {confidence:g}"
     found: tuple[Policy, float] | None = None
-    for policy, exit_index in zip(tried, _exit_indices(tried, data), strict=True):
+    for policy, exit_index in zip(tried, exit_indices(tried, data), strict=True):
         sample_losses = loss_by_exit.gather(0, exit_index[None])[0]
         if p_value((sample_losses - least) / (1 - least), limit, level, bound) > level:
             break
@@ -188,16 +188,3 @@ def with_guarantee(
     if data.samples < (needed := samples_needed(limit, level, bound, loss=-least / (1 - least))):
         note += f": {data.samples} samples are too few, {needed} are needed even with no loss at all"
     return data.calibrated(Never(), method, note, risk=0.0)
-
-
-def _exit_indices(policies: Sequence[Policy], data: Stacked) -> Iterator[Tensor]:
-    """Yield the exit indices (samples,) of each policy; the scores of a kind are computed once."""
-    scores: dict[type[Policy], Scores] = {}
-    for policy in policies:
-        kind = type(policy)
-        if kind in RULES and isinstance(policy, Thresholded):
-            policy.check(data.exits)
-            scores[kind] = scores.get(kind) or Scores(kind, data)
-            yield scores[kind].exit_index(scores[kind].cuts(policy))
-        else:
-            yield route(data.complete(policy), data.logits)

@@ -29,7 +29,7 @@ def thresholds(policy: Policy, exits: int) -> list[float | None]:
 
 
 def solution_table(solution: Solution, exit_depths: Sequence[int], title: str) -> Table:
-    """Create a table of both halves: cost, accuracy, and for each exit its share, threshold and temperature.
+    """Create a table of both measurements: cost, accuracy, and each exit's share, threshold and temperature.
 
     Args:
         solution: The solution.
@@ -39,19 +39,19 @@ def solution_table(solution: Solution, exit_depths: Sequence[int], title: str) -
     Returns:
         The table, to be printed by rich.
     """
-    halves = solution.calibration, solution.held_out
+    both = solution.calibration, solution.cross_fitted
     table = Table(title=title)
     table.add_column("")
-    for name in ("calibration half", "held-out half", "threshold", "temperature"):
+    for name in ("calibration images", "cross-fitted", "threshold", "temperature"):
         table.add_column(name, justify="right")
-    table.add_row("images", *(str(half.samples) for half in halves))
-    table.add_row("cost, % of static", *(f"{half.cost:.2%}" for half in halves))
-    table.add_row("accuracy", *(f"{half.accuracy:.2%}" for half in halves))
-    table.add_row("accuracy of the last exit", *(f"{half.accuracy_last_exit:.2%}" for half in halves))
-    table.add_row("lost against the last exit", *(f"{half.lost:.2%}" for half in halves), end_section=True)
+    table.add_row("images", *(str(one.samples) for one in both))
+    table.add_row("cost, % of static", *(f"{one.cost:.2%}" for one in both))
+    table.add_row("accuracy", *(f"{one.accuracy:.2%}" for one in both))
+    table.add_row("accuracy of the last exit", *(f"{one.accuracy_last_exit:.2%}" for one in both))
+    table.add_row("lost against the last exit", *(f"{one.lost:.2%}" for one in both), end_section=True)
     by_exit = thresholds(solution.found.policy, len(exit_depths))
     for k, (depth, threshold) in enumerate(zip(exit_depths, by_exit, strict=True)):
-        shares = [f"{half.shares[k]:.1%}" for half in halves]
+        shares = [f"{one.shares[k]:.1%}" for one in both]
         shown = "" if threshold is None else f"{threshold:.4g}"
         table.add_row(f"exit {k + 1}, after block {depth}", *shares, shown, f"{solution.found.temperatures[k]:.3f}")
     return table
@@ -68,9 +68,9 @@ def solution_data(solution: Solution) -> dict[str, Any]:
             "temperatures": found.temperatures,
             "method": found.method,
             "notes": solution.notes,
-            "calibration_half": solution.calibration,
-            "held_out_half": solution.held_out,
-            "samples": solution.calibration.samples + solution.held_out.samples,
+            "calibration": solution.calibration,
+            "cross_fitted": solution.cross_fitted,
+            "samples": solution.calibration.samples,
             "nonfinite": solution.nonfinite,
             "protocol": solution.protocol,
         }
@@ -83,11 +83,11 @@ def measured_data(solution: Solution, data: str) -> dict[str, Any]:
 
     Args:
         solution: The solution.
-        data: The held-out half, in words.
+        data: The images, in words.
     """
     return {
         "data": data,
-        **plain(solution.held_out),
+        **plain(solution.cross_fitted),
         "goal": str(solution.goal),
         "protocol": solution.protocol,
         **({"notes": "; ".join(solution.notes)} if solution.notes else {}),
@@ -95,7 +95,7 @@ def measured_data(solution: Solution, data: str) -> dict[str, Any]:
 
 
 def draw_curve(path: Path, solution: Solution, title: str) -> None:
-    """Draw accuracy against cost on the held-out half.
+    """Draw accuracy against cost on the calibration images, and the cross-fitted result.
 
     Args:
         path: The file to write; its ending is the format, such as ``.png``.
@@ -109,10 +109,10 @@ def draw_curve(path: Path, solution: Solution, title: str) -> None:
     for points, style, label in (
         (solution.curve.routed, "-", "routed"),
         (solution.curve.anytime, "o--", "all at one exit"),
-        ([solution.held_out], "*", "calibrated"),
+        ([solution.cross_fitted], "*", "calibrated, cross-fitted"),
     ):
         x, y = [100 * point.cost for point in points], [100 * point.accuracy for point in points]
         axes.plot(x, y, style, label=label, markersize=14 if style == "*" else None)
-    axes.set(xlabel="cost in % of static", ylabel="accuracy in %, held-out half", title=title)
+    axes.set(xlabel="cost in % of static", ylabel="accuracy in %", title=title)
     axes.legend()
     figure.savefig(path, dpi=150)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -93,6 +94,7 @@ _TESTS: dict[str, Callable[[Tensor, float, float], Tensor]] = {
 }
 
 
+@lru_cache(maxsize=8)
 def binomial_cdf(samples: int, p: float) -> Tensor:
     """Return P(X <= k) for k = 0 .. samples, X binomial with probability ``p`` in (0, 1): (samples + 1,) float64."""
     k = torch.arange(samples + 1, dtype=torch.float64)

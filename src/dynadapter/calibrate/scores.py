@@ -1,13 +1,23 @@
 """The scores of samples at the early exits, which thresholds are compared with."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from dynadapter.calibrate.stacked import Stacked
-from dynadapter.exits.policies import Confidence, Entropy, Margin, Policy, Thresholded, confidence, entropy, margin
+from dynadapter.exits.policies import (
+    Confidence,
+    Entropy,
+    Margin,
+    Policy,
+    Thresholded,
+    confidence,
+    entropy,
+    margin,
+    route,
+)
 from dynadapter.exits.temperature import tempered
 
 
@@ -99,3 +109,16 @@ def first_exit(exits: Tensor) -> Tensor:
     for k in reversed(range(len(exits))):
         index[exits[k]] = k
     return index
+
+
+def exit_indices(policies: Sequence[Policy], data: Stacked) -> Iterator[Tensor]:
+    """Yield the exit indices (samples,) of each policy; the scores of a kind are computed once."""
+    scores: dict[type[Policy], Scores] = {}
+    for policy in policies:
+        kind = type(policy)
+        if kind in RULES and isinstance(policy, Thresholded):
+            policy.check(data.exits)
+            scores[kind] = scores.get(kind) or Scores(kind, data)
+            yield scores[kind].exit_index(scores[kind].cuts(policy))
+        else:
+            yield route(data.complete(policy), data.logits)

@@ -168,32 +168,33 @@ def evaluate(
     return data.outcome(route(policy, data.logits))
 
 
-def split_halves(samples: int, seed: int = 0, targets: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Split samples at random into two halves, one to calibrate on and one to report on.
+def split_folds(samples: int, folds: int = 2, seed: int = 0, targets: Tensor | None = None) -> tuple[Tensor, ...]:
+    """Split samples at random into folds of equal size, up to one sample.
 
-    With targets the halves are stratified: the numbers of samples of a class differ by at most one. Leave the targets
-    out if one half goes to :func:`with_guarantee`, which needs independent samples.
+    With targets the folds are stratified: their numbers of samples of a class differ by at most one. Leave the targets
+    out if a fold goes to :func:`with_guarantee`, which needs independent samples.
 
-    >>> first, second = split_halves(5)
+    >>> first, second = split_folds(5)
     >>> len(first), len(second), sorted(torch.cat([first, second]).tolist())
     (3, 2, [0, 1, 2, 3, 4])
 
     Args:
-        samples: Number of samples, at least 2.
+        samples: Number of samples.
+        folds: Number of folds, from 2 to ``samples``.
         seed: Random seed of the split.
         targets: Classes (samples,).
 
     Returns:
-        Indices of both halves in rising order, (ceil(samples / 2),) and (floor(samples / 2),) int64.
+        The indices of each fold in rising order, int64.
 
     Raises:
-        ValueError: If there are fewer than 2 samples, or another number of targets.
+        ValueError: If there are fewer samples than folds, fewer than 2 folds, or another number of targets.
     """
-    if samples < 2:
-        raise ValueError(f"samples={samples} cannot be split; give at least 2")
+    if not 2 <= folds <= samples:
+        raise ValueError(f"samples={samples} cannot be split into folds={folds}; give 2 to {samples} folds")
     order = torch.randperm(samples, generator=torch.Generator().manual_seed(seed))
     if targets is not None:
         if targets.shape != (samples,):
             raise ValueError(f"targets have shape {tuple(targets.shape)}; give ({samples},), one per sample")
         order = order[targets.cpu()[order].argsort(stable=True)]  # class by class, each in random order
-    return order[::2].sort().values, order[1::2].sort().values
+    return tuple(order[fold::folds].sort().values for fold in range(folds))

@@ -33,7 +33,7 @@ DESCRIPTIONS = {
     "validate": "Measure a checkpoint on the validation images.",
     "test": "Measure a checkpoint on the test images, with every exit policy.",
     "flops": "Count the GMACs up to each exit.",
-    "calibrate": "Find thresholds on validation images, measure them on others, and write a bundle.",
+    "calibrate": "Find thresholds on validation images, measure them by cross-fitting, and write a bundle.",
 }
 
 

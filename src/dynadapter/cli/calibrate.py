@@ -1,4 +1,4 @@
-"""``dynadapter calibrate``: find thresholds on validation images, measure them on others, and write a bundle."""
+"""``dynadapter calibrate``: find thresholds on validation images, measure them by cross-fitting, and write a bundle."""
 
 import copy
 import csv
@@ -38,9 +38,13 @@ OPTIMISTIC = {
 }
 ARGUMENTS: dict[str, tuple[Any, Any, str]] = {
     "policy": (Kind, "confidence", "Kind of exit policy."),
-    "temperatures": (bool, True, "Fit a temperature to each exit first."),
+    "temperatures": (
+        bool | None,
+        None,
+        "Fit a temperature to each exit first; by default not for goal.risk, which then certifies on all images.",
+    ),
     "search": (Search, "shared", "One threshold for all exits, or one for each, for goal.cost and goal.accuracy_drop."),
-    "seed": (int, 0, "Random seed of the split into a calibration half and a held-out half."),
+    "seed": (int, 0, "Random seed of the folds of the cross-fitting."),
     "bundle": (str | None, None, "Write the deployable folder here."),
     "merge": (bool, False, "Merge the adapters into the backbone of the bundle; it then needs no backbone file."),
     "overwrite": (bool, False, "Replace a bundle that is there."),
@@ -58,7 +62,7 @@ class Settings:
     goal: Goal
     ckpt_path: str
     policy: Kind = "confidence"
-    temperatures: bool = True
+    temperatures: bool | None = None
     search: Search = "shared"
     seed: int = 0
     bundle: str | None = None
@@ -237,7 +241,7 @@ def _write_bundle(
         merge=settings.merge,
         check_images=some_images(data, settings.data_split) if settings.merge else None,
         costs=costs,
-        measured=measured_data(solution, f"held-out half of the {words}"),
+        measured=measured_data(solution, f"{words}, cross-fitted"),
         overwrite=settings.overwrite,
     )
     if (proof := read_bundle(place)[0].proof) is not None:

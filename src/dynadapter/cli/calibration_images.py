@@ -100,7 +100,7 @@ def stack_logits(
         evaluate(DataLoader(images, data.batch_size, num_workers=data.num_workers, collate_fn=collate))
     trainer.callbacks.remove(stacked)  # type: ignore[attr-defined]
     if len(stacked.targets) < 2:
-        raise Mistake("one image cannot calibrate and be held out too; raise trainer.limit_val_batches or add images")
+        raise Mistake("one image cannot calibrate and measure; raise trainer.limit_val_batches or add images")
     return stacked.logits, stacked.targets
 
 

@@ -13,6 +13,7 @@ import torch
 import yaml
 
 from dynadapter.bench.timing import machine
+from dynadapter.calibrate import policy_for
 from dynadapter.cli.app import DynCLI
 from dynadapter.cli.errors import Mistake, one_line
 from dynadapter.cli.record import git_state, now
@@ -22,7 +23,7 @@ from dynadapter.cost import exit_costs
 from dynadapter.exits.policies import Policy
 from dynadapter.spec import restore
 from dynadapter.sweep import lines
-from dynadapter.sweep.measure import measure, policy_for
+from dynadapter.sweep.measure import measure
 from dynadapter.sweep.plan import FINAL, SEARCH, Unit, as_dict
 from dynadapter.training.callbacks.stacked_logits import StackedLogits
 

@@ -8,33 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dynadapter.calibrate import Goal, evaluate, fit_temperatures, to_accuracy_drop, to_cost
-from dynadapter.exits.policies import Never, Policy, route
+from dynadapter.calibrate import evaluate
+from dynadapter.exits.policies import Policy, route
 from dynadapter.spec import plain
-
-
-def policy_for(goal: Goal, logits: Tensor, targets: Tensor, costs: Sequence[float], static: float) -> Policy:
-    """Return the policy that reaches a goal on these images; a network with one exit needs none.
-
-    Args:
-        goal: The goal.
-        logits: (exits, images, classes) of validation images.
-        targets: (images,).
-        costs: Cumulative cost of each exit (exits,).
-        static: Cost of the static network, in the same unit.
-
-    Raises:
-        ValueError: The goal is out of reach.
-    """
-    if len(logits) == 1:
-        return Never()
-    temperatures = fit_temperatures(logits, targets)
-    if goal.cost is not None:
-        found = to_cost(logits, targets, costs, goal.cost, temperatures=temperatures, static=static)
-    else:
-        assert goal.accuracy_drop is not None
-        found = to_accuracy_drop(logits, targets, costs, goal.accuracy_drop, temperatures=temperatures, static=static)
-    return found.policy
 
 
 def measure(
