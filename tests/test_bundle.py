@@ -358,7 +358,7 @@ def test_parts_that_do_not_fit(changes, message, tmp_path):
         ({"timm_args": SOURCES["vit"][1] | {"num_heads": 4}, "origin": "file"}, "logits differ"),
         ({"timm_args": SOURCES["vit"][1] | {"qkv_bias": False}, "origin": "file"}, "qkv.base_layer.bias differs"),
         ({"timm_args": SOURCES["vit"][1] | {"norm_layer": nn.LayerNorm}}, "config.json cannot be written: .*LayerNorm"),
-        ({"name": "local-dir:/some/where"}, "a folder that the bundle's user does not have"),
+        ({"name": "local-dir:/some/where"}, "is none of timm's own, and a bundle may name no other"),
     ],
 )
 def test_another_backbone_is_refused(changes, message, tmp_path):

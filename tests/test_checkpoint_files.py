@@ -47,9 +47,12 @@ def test_what_is_saved_is_loaded(saved: Path) -> None:
 
 def test_other_file_systems_use_lightning() -> None:
     where = "memory://folder/a.ckpt"
-    AtomicCheckpointIO().save_checkpoint(CONTENT, where)
-    assert AtomicCheckpointIO().load_checkpoint(where)["name"] == "text"
-    AtomicCheckpointIO().remove_checkpoint(where)
+    files = AtomicCheckpointIO(remote=True)
+    files.save_checkpoint(CONTENT, where)
+    assert files.load_checkpoint(where)["name"] == "text"
+    files.remove_checkpoint(where)
+    with pytest.raises(FileNotFoundError):
+        files.load_checkpoint(where)
 
 
 class Killed(BaseException):

@@ -130,7 +130,7 @@ def test_manifest_is_complete(exported: Exported) -> None:
     assert Preprocess(**content["preprocessing"]).statistics == Preprocess(SIZE).statistics
     names = ["predict.py", "dynadapter/__init__.py", *(f"dynadapter/{name}" for name in CODE)]
     assert files(folder) == sorted(["manifest.json", *names, *(stage["file"] for stage in content["stages"])])
-    assert content["code"] == {name: sha256(folder / name) for name in names}
+    assert content["files"] == {name: sha256(folder / name) for name in names}
 
 
 def test_copied_code_equals_the_package(exported: Exported) -> None:

@@ -13,19 +13,20 @@ import dynadapter
 SOURCE = Path(dynadapter.__file__).parent
 BELOW = {
     "files": set(),
+    "limits": {"files"},
     "spec": set(),
     "backbones": set(),
     "adapters": {"spec"},
     "exits": {"spec", "backbones", "adapters"},
     "cost": {"backbones", "adapters", "exits"},
-    "images": set(),
+    "images": {"files"},
     "calibrate": {"spec", "exits"},
     "sweep": {"files", "spec", "exits", "calibrate"},
-    "serve": {"files", "spec", "backbones", "adapters", "exits", "cost", "images"},
+    "serve": {"files", "limits", "spec", "backbones", "adapters", "exits", "cost", "images"},
     "bench": {"spec", "backbones", "adapters", "exits", "cost", "images", "serve"},
     # ---- above this line nothing imports lightning
-    "training": {"files", "spec", "backbones", "adapters", "exits", "cost", "serve"},
-    "data": {"images", "training"},
+    "training": {"files", "limits", "spec", "backbones", "adapters", "exits", "cost", "serve"},
+    "data": {"files", "images", "training"},
 }
 LIGHTNING = {"training", "data", "cli"}
 

@@ -283,11 +283,24 @@ def edit_stage(k: int, **changes: Any) -> Callable[[Path], None]:
     return apply
 
 
+def hide(folder: Path) -> None:
+    (folder / "dynadapter" / "sub").mkdir(parents=True)
+    (folder / "dynadapter" / "sub" / "numpy.py").write_text("")
+    (folder / "__pycache__").mkdir()
+    (folder / "__pycache__" / "predict.cpython-311.pyc").write_bytes(b"")  # what Python writes is no fault
+
+
+def change_code(folder: Path) -> None:
+    (folder / "predict.py").write_text("print(1)")
+    edit(files={"predict.py": sha256(folder / "predict.py")})(folder)
+    (folder / "predict.py").write_text("print(2)")
+
+
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "gone": (lambda f: (f / "stage1.onnx").unlink(), r"stage1\.onnx is missing; copy the whole exported folder again"),
-    "cut off": (truncate, r"stage1\.onnx has \d+ bytes instead of \d+; copy"),
-    "swapped": (swap, r"stage0\.onnx (has|is not the file that was exported)"),
-    "a bit": (flip, r"stage2\.onnx is not the file that was exported: its SHA-256 starts with"),
+    "cut off": (truncate, r"stage1\.onnx is not the file that was exported: it has \d+ bytes"),
+    "swapped": (swap, r"stage0\.onnx is not the file that was exported"),
+    "a bit": (flip, r"stage2\.onnx is not the file that was exported: .* its SHA-256 starts with"),
     "no manifest": (
         lambda f: (f / "manifest.json").unlink(),
         r"manifest\.json does not exist; give a folder that",
@@ -296,8 +309,8 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "not JSON": (lambda f: (f / "manifest.json").write_text("{"), r"manifest\.json is not JSON \("),
     "not text": (lambda f: (f / "manifest.json").write_bytes(b"\xff\xfe"), r"manifest\.json is not JSON \("),
     "a list": (lambda f: (f / "manifest.json").write_text("[]"), r"holds a list, not a manifest"),
-    "old": (edit(format=1), r"has format=1, this version of dynadapter reads format 2; export the model again"),
-    "newer": (edit(format=3), r"has format=3, this version of dynadapter reads format 2; export the model again"),
+    "old": (edit(format=2), r"has format=2, this version of dynadapter reads format 3; export the model again"),
+    "newer": (edit(format=4), r"has format=4, this version of dynadapter reads format 3; export the model again"),
     "no format": (edit(format="leave out"), r"has format=None, this version"),
     "a pipe": (make_pipe, r"manifest\.json cannot be read: a pipe"),
     "deep": (lambda f: (f / "manifest.json").write_text("[" * 100_000), r"manifest\.json is not JSON \("),
@@ -313,6 +326,13 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "size": (edit(preprocessing={"image_size": 9}), r"images of 9 pixels do not fit the input \(3, 2, 2\)"),
     "elsewhere": (edit_stage(0, file="../stage0.onnx"), r"'\.\./stage0\.onnx' is not a plain name"),
     "pipe of a stage": (lambda f: make_pipe(f, "stage1.onnx"), r"stage1\.onnx cannot be read: a pipe"),
+    "a file more": (lambda f: (f / "stage0.onnx.data").write_bytes(b"x"), r"holds stage0\.onnx\.data, which was not"),
+    "a file inside": (hide, r"holds dynadapter/sub/numpy\.py, which was not exported \(1 such"),
+    "a link": (lambda f: (f / "more").symlink_to("/"), r"holds more, which was not exported"),
+    "code gone": (edit(files={"predict.py": "0" * 64}), r"predict\.py is missing; copy the whole"),
+    "code changed": (change_code, r"predict\.py is not the file that was exported"),
+    "a path": (edit(files={"../other": "0" * 64}), r"\.\./other is missing; copy"),
+    "no files": (edit(files="leave out"), r"manifest\.json has no 'files'"),
     "unfit": (edit_stage(1, inputs=[]), r"the outputs of stage0\.onnx do not fit the inputs of stage1\.onnx"),
 }
 

@@ -57,6 +57,7 @@ def write_folder(folder: Path, settings: dict[str, Any], **changes: Any) -> Path
     content = {
         "format": FORMAT,
         "stages": stages,
+        "files": {},
         "policy": settings,
         "temperatures": None,
         "class_names": list("abcd"),

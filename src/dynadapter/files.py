@@ -1,17 +1,20 @@
-"""Write files and folders whole or not at all, whenever the process or the machine stops; hash their contents.
+"""Write files and folders whole or not at all, whenever the process or the machine stops; read and hash regular files.
 
 This file imports the standard library alone: an exported folder holds a copy of it.
 """
 
 import contextlib
 import ctypes
+import errno
 import hashlib
 import json
 import os
 import secrets
 import shutil
+import stat
 import sys
 from collections.abc import Iterator, Mapping
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -91,8 +94,44 @@ def checksum(content: Mapping[str, Any]) -> str:
 
 def sha256(path: Path) -> str:
     """Return the SHA-256 of a file as 64 hexadecimal digits."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def open_regular(path: str | os.PathLike[str]) -> BufferedReader:
+    """Open a regular file for reading; opening a pipe could block for ever.
+
+    Raises:
+        OSError: The path cannot be read, or is a folder, a pipe, a socket or a device.
+    """
+    _check_regular(os.stat(path).st_mode, path)  # before opening, because opening some devices has effects
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    try:
+        _check_regular(os.fstat(handle).st_mode, path)  # again, because the file may have been exchanged meanwhile
+        return os.fdopen(handle, "rb")
+    except BaseException:
+        os.close(handle)
+        raise
+
+
+def _check_regular(mode: int, path: str | os.PathLike[str]) -> None:
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not stat.S_ISREG(mode):
+        raise OSError(errno.EINVAL, "a pipe, a socket or a device, not a file", str(path))
+
+
+def read_bytes(path: str | os.PathLike[str], most: int) -> bytes:
+    """Read a regular file of limited size.
+
+    Raises:
+        OSError: It cannot be read, is no regular file, or has more than `most` bytes.
+    """
+    with open_regular(path) as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise OSError(errno.EFBIG, f"more than {most:,} bytes", str(path))
+    return content
 
 
 def sync_folder(folder: Path) -> None:

@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from dynadapter.adapters.droprate import DropRate, check_rate
 from dynadapter.spec import Spec
 
+MAX_SIZE = 4096
+"""Largest rank or width of an adapter."""
+
 
 class AdapterLayer(nn.Module):
     """A wrapper around a layer of the backbone: that layer and the adapter's own tensors.
@@ -139,9 +142,9 @@ def parameter(like: Tensor, *shape: int) -> nn.Parameter:
 
 
 def check_size(name: str, value: int) -> None:
-    """Raise a ValueError if a field is not a whole number of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
+    """Raise a ValueError if a field is not a whole number from 1 to `MAX_SIZE`."""
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_SIZE:
+        raise ValueError(f"{name}={value!r:.40} must be a whole number of at least 1 and at most {MAX_SIZE}")
 
 
 def check_choice(name: str, value: str, *choices: str) -> None:

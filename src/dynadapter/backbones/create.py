@@ -3,6 +3,7 @@
 import difflib
 import hashlib
 import inspect
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -69,17 +70,17 @@ def create_backbone(
         raise ValueError(f"num_classes={num_classes} must be at least 0; 0 gives a model without classifier")
     if timm_args.get("global_pool") == "":
         raise ValueError("global_pool='' leaves features unpooled; choose 'avg', 'token' ..., or leave it out")
-    # This first build shows wrong names, arguments and families before any download
-    model = _build(name, num_classes, seed, timm_args)
+    # Builds without memory show wrong names, arguments, families and sizes before any download
+    model = _build(name, num_classes, seed, timm_args, device="meta")
     blocks(model)
     if image_size is not None and timm_args.get("img_size") is None and built_for(model) not in (None, image_size):
         timm_args["img_size"] = image_size
-        model = _build(name, num_classes, seed, timm_args)
+        model = _build(name, num_classes, seed, timm_args, device="meta")
         _check_image_size(model, name, image_size)
+    _check_memory(model, name)
+    model = _build(name, num_classes, seed, timm_args, pretrained=pretrained and weights is None)
     if weights is not None:
         load_weights(model, given, Path(weights).expanduser())
-    elif pretrained:
-        model = _build(name, num_classes, seed, timm_args, pretrained=True)
     freeze(model)
     return model.eval()
 
@@ -91,6 +92,20 @@ def _check_image_size(model: nn.Module, name: str, image_size: int) -> None:
         below = image_size // patch * patch
         raise ValueError(
             f"image_size={image_size} does not fit patch size {patch} of {name!r}; use {below} or {below + patch}"
+        )
+
+
+def _check_memory(model: nn.Module, name: str) -> None:
+    """Raise a ValueError if the tensors do not fit into the memory of this machine."""
+    needed = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    try:
+        there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError):  # Windows
+        there = 2**36
+    if needed > there:
+        raise ValueError(
+            f"{name!r} with these arguments takes {needed / 1e9:,.1f} GB, this machine has {there / 1e9:,.1f} GB; give "
+            "smaller sizes"
         )
 
 
@@ -152,10 +167,14 @@ def _check_name(name: str) -> None:
         ) from None
 
 
-def _build(name: str, num_classes: int, seed: int, timm_args: dict[str, Any], pretrained: bool = False) -> nn.Module:
-    """Build the model with timm from a seed, on the CPU whatever the default device is."""
+def _build(
+    name: str, num_classes: int, seed: int, timm_args: dict[str, Any], pretrained: bool = False, device: str = "cpu"
+) -> nn.Module:
+    """Build the model with timm from a seed, on a device whatever the default is; ``meta`` takes no memory."""
+    if device == "meta":
+        timm_args = {key: value for key, value in timm_args.items() if key != "checkpoint_path"}
     try:
-        with torch.device("cpu"), DrawFrom(seed):
+        with torch.device(device), DrawFrom(seed):
             return timm.create_model(name, pretrained=pretrained, num_classes=num_classes, **timm_args)
     except Exception as error:  # assertions, TypeErrors, network and file errors of many libraries
         reason = one_line(error)

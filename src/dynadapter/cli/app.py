@@ -6,7 +6,6 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -16,19 +15,27 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from dynadapter.adapters import adapter_layers
 from dynadapter.cli import arguments, calibrate, flops
 from dynadapter.cli.arguments import CALLBACKS, SECTIONS
-from dynadapter.cli.configs import config_files, find_config, read_config
+from dynadapter.cli.configs import config_files, find_config, read_config, require_no_file
 from dynadapter.cli.errors import Mistake, Stopped, Terminated, describe
 from dynadapter.cli.help import short_help
-from dynadapter.cli.layers import checkpoint_path, checkpoint_settings, inline, switched_off, with_fresh_adapters
+from dynadapter.cli.layers import (
+    assignments,
+    checkpoint_path,
+    checkpoint_settings,
+    inline,
+    overridden,
+    switched_off,
+    with_fresh_adapters,
+)
 from dynadapter.cli.record import Record
 from dynadapter.cli.resume import Continue, Earlier, earlier_run, expand_resume, resume_command
 from dynadapter.cli.runs import RUN_FOLDERS, SaveConfig, create_run_folder, loggers, place_checkpoints, remove_if_empty
-from dynadapter.cli.safety import check_config
+from dynadapter.cli.safety import check_config, check_run
 from dynadapter.cli.signals import StopOnSignal
 from dynadapter.cli.strategies import require_known, require_own_processes
 from dynadapter.data import ImageData
 from dynadapter.training.callbacks import BidirectionalSparsity, EarlyExit, FlopsReport
-from dynadapter.training.checkpoints import AtomicCheckpointIO, RunCheckpoint, newest
+from dynadapter.training.checkpoints import RunCheckpoint, newest
 from dynadapter.training.module import ExitClassifier
 
 
@@ -89,18 +96,23 @@ class DynCLI(LightningCLI):
             print(short_help(self.command, arguments.DESCRIPTIONS[self.command], parser))
             raise SystemExit(0)
         files, rest = config_files(["--help" if arg == "--help_all" else arg for arg in args])
+        require_no_file(dict(assignments(rest)), SECTIONS, "")
         log = None
         if self.command == "fit":
             files, rest, log = expand_resume(files, rest)
         files = [str(find_config(file)) for file in files]
         contents = {file: read_config(file, SECTIONS) for file in files}
+        trusted = contents if log is None else {file: contents[file] for file in files[1:]}
+        given = overridden(trusted.values(), rest)
+        if log is not None and not any(Path(file).samefile(files[0]) for file in trusted):
+            check_run(Path(files[0]), contents[files[0]], trusted.values(), given)
         off, rest = switched_off(rest, CALLBACKS)
         path = checkpoint_path(contents.values(), rest)
         layers = [f"--config={file}" for file in files]
         if path is not None:
             if self.command == "fit" and not files:
                 raise Mistake(_needs_config(path))
-            below = checkpoint_settings(path)
+            below = checkpoint_settings(path, given)
             if self.command == "fit":
                 self.before = earlier_run(Path(path), log)
             contents |= {inline(below): below}
@@ -172,7 +184,6 @@ class DynCLI(LightningCLI):
             callbacks.append(self.record)
         trainer = super()._instantiate_trainer(config, callbacks)
         require_own_processes(trainer)
-        _write_atomically(trainer)
         return trainer
 
     def _unused_callbacks(self, config: dict[str, Any]) -> set[type[Callback]]:
@@ -274,13 +285,3 @@ def _needs_config(path: str) -> str:
     there = (run / "config.yaml").is_file()
     way = f"--resume {shlex.quote(str(run))} instead" if there else "--config with the config.yaml of that run, too"
     return f"a checkpoint holds the settings of model and data only, and fit needs those of the whole run; give {way}"
-
-
-def _write_atomically(trainer: Trainer) -> None:
-    """Write checkpoints by :class:`AtomicCheckpointIO`, unless the user chose another way."""
-    try:
-        default = type(trainer.strategy.checkpoint_io) is TorchCheckpointIO
-    except NotImplementedError:  # a strategy that shards its checkpoints
-        return
-    if default:
-        trainer.strategy.checkpoint_io = AtomicCheckpointIO()

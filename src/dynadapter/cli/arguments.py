@@ -56,6 +56,10 @@ class ConfigParser(LightningArgumentParser):
         super().__init__(**kwargs, allow_abbrev=False)
         self.command = command
 
+    def add_class_arguments(self, *args: Any, **kwargs: Any) -> list[str]:
+        """Add the arguments of a class; none of them is read from a file of its own, which nothing would check."""
+        return super().add_class_arguments(*args, **(kwargs | {"sub_configs": False}))
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise a :class:`Mistake`."""
         if not self.command:  # the parser of a class inside: the parser outside knows the key

@@ -2,17 +2,14 @@
 
 import argparse
 import difflib
-from collections.abc import Container, Sequence
+import os
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 import dynadapter
-from dynadapter.cli.errors import Mistake, nearest, one_line
-
-MAX_VALUES = 100_000
-"""Largest number of values in a config; a few lines of aliases can expand to billions."""
+from dynadapter.cli.errors import Mistake, nearest
+from dynadapter.limits import read_yaml
 
 
 def run(args: list[str]) -> None:
@@ -86,16 +83,15 @@ def _packaged() -> dict[str, Path]:
     return {}
 
 
-class _Loader(yaml.SafeLoader):
-    """Refuse a repeated key: YAML would drop the first one and everything below it."""
+def require_no_file(content: Mapping[Any, Any], sections: Container[str], where: str) -> None:
+    """Refuse a file in the place of a section: jsonargparse would read it unchecked, and wait for a pipe for ever.
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key, _ in node.value:
-            if key.value in seen:
-                raise yaml.MarkedYAMLError(problem=f"the key {key.value!r} is given twice", problem_mark=key.start_mark)
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
+    Raises:
+        Mistake: In one line.
+    """
+    for key, value in content.items():
+        if key in sections and isinstance(value, str) and os.path.exists(value) and not os.path.isdir(value):
+            raise Mistake(f"{where}{key} is the file {value}; give the settings themselves, or a config by -c {value}")
 
 
 def read_config(name: str, sections: Container[str]) -> dict[str, Any]:
@@ -110,34 +106,15 @@ def read_config(name: str, sections: Container[str]) -> dict[str, Any]:
     """
     file = find_config(name)
     try:
-        content = yaml.load(file.read_text(encoding="utf-8"), _Loader)
-    except (OSError, UnicodeDecodeError) as error:
-        raise Mistake(f"config file {file} cannot be read: {one_line(error)}") from error
-    except yaml.MarkedYAMLError as error:
-        where = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise Mistake(f"config file {file} is not valid YAML{where}: {one_line(error.problem or error)}") from error
-    except yaml.YAMLError as error:
-        raise Mistake(f"config file {file} is not valid YAML: {one_line(error)}") from error
-    except RecursionError as error:
-        raise Mistake(f"config file {file} is nested too deeply") from error
-    if _is_huge(content):
-        raise Mistake(f"config file {file} holds more than {MAX_VALUES:,} values; repeat less of it by aliases")
+        content = read_yaml(file)
+    except ValueError as error:
+        raise Mistake(str(error)) from error
     if content is None:
         return {}
     if not isinstance(content, dict):
         raise Mistake(f"config file {file} holds no keys; expected a mapping such as 'model: {{every: 3}}'")
+    require_no_file(content, sections, f"config file {file}: ")
     for key, value in content.items():
         if key in sections and not (isinstance(value, dict | str) or value is None or value is False):
             raise Mistake(f"config file {file}: {key} must be a mapping, as in '{key}: {{NAME: VALUE}}', not {value!r}")
     return content
-
-
-def _is_huge(content: Any) -> bool:
-    """Count all values, repeated ones as often as aliases repeat them, up to the limit. Circles are huge, too."""
-    left, count = [content], 0
-    while left and count <= MAX_VALUES:
-        part = left.pop()
-        count += 1
-        if isinstance(part, dict | list):
-            left += part.values() if isinstance(part, dict) else part
-    return bool(left)

@@ -1,7 +1,6 @@
 """The layers of a configuration: defaults < checkpoint < config files < command line, as one list of arguments."""
 
-import inspect
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from dynadapter.cli.safety import check_saved, data_class
 from dynadapter.spec import plain
 from dynadapter.training.checkpoints import read
 from dynadapter.training.contents import saved_contents
+from dynadapter.training.loading import stored_settings
 from dynadapter.training.module import ExitClassifier
 
 LINKED = ("num_classes", "class_names", "image_size")
@@ -30,6 +30,18 @@ def inline(config: Mapping[str, Any]) -> str:
     return yaml.safe_dump(dict(config))
 
 
+def assignments(args: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Yield the keys of a command line with their values.
+
+    >>> list(assignments(["--seed=1", "--model", "a.yaml"]))
+    [('seed', '1'), ('model', 'a.yaml')]
+    """
+    for arg, following in pairwise([*args, ""]):
+        key, equals, value = arg.partition("=")
+        if arg.startswith("--"):
+            yield key.removeprefix("--"), value if equals else following
+
+
 def checkpoint_path(contents: Iterable[Mapping[str, Any]], rest: Sequence[str]) -> str | None:
     """Return the checkpoint that the command line names, or else the last config file that names one.
 
@@ -39,10 +51,7 @@ def checkpoint_path(contents: Iterable[Mapping[str, Any]], rest: Sequence[str]) 
     path = None
     for content in contents:
         path = content.get("ckpt_path", path)
-    for arg, following in pairwise([*rest, ""]):
-        key, equals, value = arg.partition("=")
-        if key == "--ckpt_path":
-            path = value if equals else following
+    path = dict(assignments(rest)).get("ckpt_path", path)
     return None if path in (None, *OFF) else str(path)
 
 
@@ -102,8 +111,24 @@ def with_fresh_adapters(args: Sequence[str], contents: Contents) -> list[str]:
     return fresh
 
 
-def checkpoint_settings(path: str) -> dict[str, Any]:
+def overridden(contents: Iterable[Mapping[str, Any]], rest: Sequence[str]) -> set[str]:
+    """Return which of the backbone's settings the user names, so that those of an untrusted file are not read.
+
+    >>> overridden([{"model": {"backbone_args": {}}}], ["--model.backbone=micro"]) == {"backbone", "backbone_args"}
+    True
+    """
+    sections = [section for content in contents if isinstance(section := content.get("model"), dict)]
+    keys = {key for section in sections for key in section}
+    keys |= {key.removeprefix("model.") for key, _ in assignments(rest) if key.startswith("model.")}
+    return keys & {"backbone", "backbone_args"}
+
+
+def checkpoint_settings(path: str, given: Collection[str] = ()) -> dict[str, Any]:
     """Return the settings of model and data in a checkpoint: the layer below the config files.
+
+    Args:
+        path: The checkpoint.
+        given: From :func:`overridden`.
 
     Raises:
         Mistake: If there is no such file, or it is not one that fit wrote.
@@ -116,19 +141,18 @@ def checkpoint_settings(path: str) -> dict[str, Any]:
     except ValueError as error:
         raise Mistake(f"{error}; give --ckpt_path a file that fit wrote") from error
     try:
-        return _settings(checkpoint, Path(path))
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        return _settings(checkpoint, Path(path), given)
+    except ValueError as error:
+        raise Mistake(f"{path}: {error}") from error
+    except (KeyError, TypeError, AttributeError) as error:
         raise Mistake(f"{path} was not written by dynadapter fit; give --ckpt_path a file that was") from error
 
 
-def _settings(checkpoint: dict[str, Any], path: Path) -> dict[str, Any]:
-    try:
-        ours = saved_contents({"dynadapter": dict(checkpoint["dynadapter"])})
-    except ValueError as error:
-        raise Mistake(f"{path}: {error}") from error
-    known = set(inspect.signature(ExitClassifier).parameters) - {*LINKED, "optimizer"}  # which no checkpoint holds
-    model = {name: plain(value) for name, value in checkpoint["hyper_parameters"].items() if name in known}
-    check_saved([model, ours.get("preprocessing")])
+def _settings(checkpoint: dict[str, Any], path: Path, given: Collection[str]) -> dict[str, Any]:
+    ours = saved_contents({"dynadapter": dict(checkpoint["dynadapter"])})
+    stored = stored_settings(ExitClassifier, checkpoint, given)
+    model = {name: plain(value) for name, value in stored.items() if name not in LINKED}
+    check_saved(ours.get("preprocessing"))
     settings: dict[str, Any] = {"model": model}
     if root := run_root(path):
         settings["trainer"] = {"default_root_dir": str(root)}

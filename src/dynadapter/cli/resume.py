@@ -1,19 +1,18 @@
 """Continue an interrupted training so that the result equals that of one that was never interrupted."""
 
-import json
 import shlex
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only
 
 from dynadapter.cli.errors import Mistake
 from dynadapter.cli.runs import Metrics, read_lines
+from dynadapter.limits import read_json, read_yaml
 from dynadapter.training.checkpoints import newest, read, write
 
 LINE = "dynadapter_line"
@@ -127,10 +126,12 @@ def to_resume(folder: str, nothing_new: bool) -> ToResume:
 
 def _checkpoint_folder(run: Path, config: Path) -> Path:
     try:
-        given = yaml.safe_load(config.read_text(encoding="utf-8"))["checkpoint"]["dirpath"]
-    except (OSError, RecursionError, yaml.YAMLError, KeyError, TypeError):
+        given = read_yaml(config)["checkpoint"]["dirpath"]
+    except ValueError as error:
+        raise Mistake(str(error)) from error
+    except (KeyError, TypeError):
         given = None
-    return Path(given) if given else run / "checkpoints"
+    return Path(given) if isinstance(given, str) and given else run / "checkpoints"
 
 
 def _newest_run(folder: Path) -> str:
@@ -173,7 +174,7 @@ def _is_before(line: dict[str, str], step: int) -> bool:
 def read_record(run: Path) -> dict[str, Any]:
     """Read the ``run.json`` of a run; an empty mapping where there is none."""
     try:
-        record = json.loads((run / "run.json").read_text(encoding="utf-8"))
+        record = read_json(run / "run.json")
     except (OSError, ValueError):
         return {}
     return record if isinstance(record, dict) else {}
@@ -221,8 +222,6 @@ class Continue(Callback):
         """Copy the checkpoints that a state names into the new folder, unless they are later than the resumed one."""
         assert self.before is not None
         old, new = self.before.checkpoint.parent, Path(str(saver.dirpath))
-        if old.resolve() == new.resolve():
-            return state | {"dirpath": saver.dirpath}
         maintained = {Path(path).name for path in (*state["best_k_models"], state["best_model_path"]) if path}
         if saver.save_last or saver.filename == saver.CHECKPOINT_NAME_LAST:
             maintained.add(f"last{saver.FILE_EXTENSION}")
@@ -250,6 +249,8 @@ class Continue(Callback):
         try:
             if read(source)["global_step"] > self.before.step:
                 return False  # the training will write it again
+            if target.exists() and source.samefile(target):
+                return True
             write(target, source.read_bytes())
         except (OSError, ValueError, KeyError):
             return False

@@ -1,50 +1,49 @@
-"""Allow-lists of the classes that a config or a checkpoint may name: nothing else may run.
+"""Allow-lists of the classes that a config, a run folder or a checkpoint may name: nothing else may run.
 
 jsonargparse imports whatever a ``class_path`` names. It calls it wherever a setting takes a callable or any value:
-``backbone_args``, the hooks of a LambdaCallback, the optimizer. An untrusted config could run any installed function.
-Hence a configuration is checked after parsing and before anything in it is called. A checkpoint may name only classes
-that are known already: no module is imported for it.
+``backbone_args``, the hooks of a LambdaCallback, the optimizer. A config could run any installed function. Hence a
+configuration is checked after parsing and before anything in it is called. A checkpoint or a run folder may name only
+classes that are known already: no module is imported for it.
 """
 
 import dataclasses
+import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from importlib.util import find_spec
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from jsonargparse import Namespace
 from lightning.pytorch import Callback, LightningDataModule
 from lightning.pytorch.accelerators import Accelerator
+from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins import CheckpointIO, ClusterEnvironment, LayerSync, Precision
 from lightning.pytorch.profilers import Profiler
 from lightning.pytorch.strategies import Strategy
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from torchvision.transforms.v2 import Transform
 
+from dynadapter.backbones.stored import check_arguments, check_name
 from dynadapter.cli.errors import Mistake
 from dynadapter.data import ImageData
+from dynadapter.limits import texts_read
 from dynadapter.spec import Spec
 
-BASES = (
-    Spec,
-    LightningDataModule,
-    Callback,
-    Logger,
-    Optimizer,
-    LRScheduler,
-    Strategy,
-    Accelerator,
-    Precision,
-    CheckpointIO,
-    ClusterEnvironment,
-    LayerSync,
-    Profiler,
-)
-"""A config may name these classes and those derived from them, of any package."""
-
+HARMLESS = (Spec, LightningDataModule, Callback, Optimizer, LRScheduler, Strategy, Accelerator, Precision, Transform)
+"""A run folder may name these classes and those derived from them, where they are loaded already."""
+BASES = (*HARMLESS, Logger, CheckpointIO, ClusterEnvironment, LayerSync, Profiler)
+"""A config may name these classes and those derived from them, of any package. Those added here write elsewhere or
+send requests."""
+REFUSED = (LambdaCallback,)
+"""Classes that call any function."""
 LIBRARIES = ("torch", "lightning")
-"""Packages whose functions a config may name, such as a communication hook of DDP, and whose dataclasses hold settings
-of strategies."""
+"""Packages whose dataclasses hold settings of strategies."""
+PLACES = ("dirpath", "save_dir", "root_dir", "log_dir", "output_dir")
+"""Keys of folders that classes of Lightning write into."""
+NAME = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+")
 
 
 def check_config(config: Any, key: str = "") -> None:
@@ -64,15 +63,91 @@ def check_config(config: Any, key: str = "") -> None:
         if "class_path" in parts:
             path = parts["class_path"]
             found = _imported(path) if isinstance(path, str) else None
-            if not isinstance(found, type) or not (issubclass(found, BASES) or _holds_settings(found)):
+            if not _is_allowed(found, BASES):
                 _refuse(key, str(path))
         for name, part in parts.items():
             check_config(part, f"{key}.{name}".lstrip(".").removesuffix(".init_args"))
     elif isinstance(config, list | tuple | set):
         for part in config:
             check_config(part, key)
-    elif callable(config) and not _from_library(config):
+    elif callable(config):
         _refuse(key, f"{getattr(config, '__module__', '')}.{getattr(config, '__qualname__', config)}")
+
+
+def check_run(file: Path, content: Mapping[str, Any], trusted: Iterable[Any], given: Collection[str]) -> None:
+    """Refuse the config of a run folder if it holds what only a user may name: anybody can have made that folder.
+
+    Refused are classes that are not loaded, loggers and other classes that write elsewhere, folders to write into, and
+    backbones from outside timm. Nothing is imported.
+
+    Args:
+        file: The config of the run.
+        content: What it holds.
+        trusted: The contents of the config files that the user names; what they name, the run may name too.
+        given: From :func:`~dynadapter.cli.layers.overridden`.
+
+    Raises:
+        Mistake: In one line.
+    """
+    model = content.get("model") or {}
+    named = {value for config in trusted for _, value in _texts(config)}
+    try:
+        sections = {name: section for name, section in content.items() if name != "ckpt_path"}  # which is only read
+        if any(isinstance(section, str) for section in sections.values()) or any("." in key for key in content):
+            raise ValueError("it is not as fit writes it")
+        if "backbone" not in given and "backbone" in model:
+            check_name(model["backbone"])
+        if "backbone_args" not in given:
+            check_arguments(model.get("backbone_args"))
+        for key, value in (pair for part in (content, *texts_read(content)) for pair in _texts(part)):
+            if value not in named and not _run_may_name(key, value):
+                raise ValueError(f"{key} is {value!r:.200}")
+        for key, value in _texts([section for name, section in sections.items() if name not in ("model", "data")]):
+            if value not in named and key != "default_root_dir" and _leaves(value):
+                raise ValueError(f"{key} is {value!r:.200}")
+    except ValueError as error:
+        raise Mistake(
+            f"{file} cannot be used as it is: {error}; a run folder may name no class that is not loaded, no logger, "
+            f"and no folder to write into: if you trust it, add -c {file}"
+        ) from error
+
+
+def _texts(part: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Yield the texts in a config with their keys."""
+    if isinstance(part, Mapping):
+        for name, value in part.items():
+            yield from _texts(value, str(name))
+    elif isinstance(part, list | tuple):
+        for value in part:
+            yield from _texts(value, key)
+    elif isinstance(part, str):
+        yield key, part
+
+
+def _run_may_name(key: str, value: str) -> bool:
+    if key in PLACES or key in ("logger", "plugins"):
+        return False
+    if key == "class_path" and "." not in value:
+        loaded = [cls for base in HARMLESS for cls in _below(base) if cls.__qualname__ == value]
+        return bool(loaded) and all(_is_allowed(cls, HARMLESS) for cls in loaded)
+    if key != "class_path" and (key == "backbone" or not NAME.fullmatch(value)):
+        return True
+    found = _imported(value)
+    if found is None and key != "class_path":
+        return find_spec(value.partition(".")[0]) is None  # a text that looks like a class, such as a file's name
+    return _is_allowed(found, HARMLESS)
+
+
+def _leaves(value: str) -> bool:
+    """Check whether a text can be a path that leads out of the folder in which it is used."""
+    path = PureWindowsPath(value)  # understands both separators, and drives
+    return bool(path.anchor) or ".." in path.parts or value.startswith("~") or "://" in value or "::" in value
+
+
+def _is_allowed(found: Any, bases: tuple[type, ...]) -> bool:
+    if not isinstance(found, type) or issubclass(found, REFUSED):
+        return False
+    return issubclass(found, bases) or _holds_settings(found)
 
 
 def check_saved(settings: Any) -> None:
@@ -125,12 +200,8 @@ def _imported(path: str) -> Any:
     return None
 
 
-def _from_library(thing: Any) -> bool:
-    return str(getattr(thing, "__module__", "")).partition(".")[0] in LIBRARIES
-
-
 def _holds_settings(cls: type) -> bool:
-    return dataclasses.is_dataclass(cls) and _from_library(cls)
+    return dataclasses.is_dataclass(cls) and cls.__module__.partition(".")[0] in LIBRARIES
 
 
 def _refuse(key: str, name: str) -> None:

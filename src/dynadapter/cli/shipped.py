@@ -42,12 +42,15 @@ def parser() -> CommandParser:
 
 def run(args: list[str]) -> None:
     """Run the command."""
+    from dynadapter.cli.safety import check_config
+
     made = parser()
     if {"-h", "--help"} & set(args):
         made.print_help()
         return
     files, rest = config_files(args)
     given = made.parse_args([*(f"--data={data_section(file)}" for file in files), *rest])
+    check_config(given)
     given.ckpt_path = None
     check_network(given.bundle)
     data: ImageData = made.instantiate(given).data

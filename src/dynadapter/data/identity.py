@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from dynadapter.images.reading import open_regular
+from dynadapter.files import open_regular
 
 
 def data_hash(samples: Sequence[tuple[Path | Image.Image, int | str]]) -> str:

@@ -7,7 +7,8 @@ from collections import Counter
 from pathlib import Path, PureWindowsPath
 from typing import Literal, NamedTuple
 
-from dynadapter.images.reading import open_regular, shown
+from dynadapter.files import open_regular
+from dynadapter.images.reading import shown
 
 LISTS = ("train800.txt", "val200.txt", "train800val200.txt", "test.txt")
 LABEL = re.compile("-?[0-9]{1,9}")  # int() alone also accepts '1_0' and digits of other scripts

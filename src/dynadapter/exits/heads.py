@@ -9,6 +9,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from dynadapter.adapters.base import MAX_SIZE
 from dynadapter.backbones import mean_tokens
 from dynadapter.spec import Spec
 
@@ -125,8 +126,11 @@ class PooledHeads(Heads):
 
 
 def _check_hidden(hidden: int) -> None:
-    if hidden < 1:
-        raise ValueError(f"hidden={hidden} must be at least 1; for heads without a hidden layer use LinearHeads")
+    if not 1 <= hidden <= MAX_SIZE:
+        raise ValueError(
+            f"hidden={hidden} must be at least 1 and at most {MAX_SIZE}; for heads without a hidden layer use "
+            "LinearHeads"
+        )
 
 
 @dataclass(frozen=True)

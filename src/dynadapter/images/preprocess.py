@@ -25,6 +25,8 @@ STATISTICS: dict[str, Statistics] = {
     "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
     "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
 }
+MAX_SIZE = 4096
+"""Largest ``image_size``."""
 LONGEST = 32
 """Crop a strip before resizing if its resized form would be longer than this many squares."""
 
@@ -57,8 +59,11 @@ class Preprocess:
     value_range: Range | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.image_size, bool) or not isinstance(self.image_size, int) or self.image_size < 1:
-            raise ValueError(f"image_size must be a whole number of at least 1 pixel, not {self.image_size!r}")
+        size = self.image_size
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise ValueError(f"image_size must be a whole number of at least 1 pixel, not {size!r}")
+        if size > MAX_SIZE:
+            raise ValueError(f"image_size={size} is too large; give at most {MAX_SIZE} pixels")
         for name, choices in (("interpolation", get_args(Interpolation)), ("resize", get_args(Resize))):
             if (value := getattr(self, name)) not in choices:
                 raise ValueError(f"unknown {name} {value!r}; choose from: {', '.join(choices)}")

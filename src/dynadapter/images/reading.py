@@ -1,13 +1,12 @@
 """Find image files and decode them to RGB.
 
-This file imports Pillow and numpy alone: an exported folder holds a copy of it.
+This file imports Pillow, numpy and files.py: an exported folder holds a copy of it.
 """
 
 import contextlib
 import errno
 import io
 import os
-import stat
 import warnings
 from collections.abc import Iterable, Iterator
 from io import BufferedReader
@@ -18,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from dynadapter.files import open_regular
 from dynadapter.images.memory import Budget
 from dynadapter.images.values import Range, decode_deep_colour, from_array, to_rgb
 
@@ -237,29 +237,6 @@ def why_unreadable(source: Source, value_range: Range | None = None) -> str | No
             return None
     except UnreadableImage as error:
         return error.reason
-
-
-def open_regular(path: str | os.PathLike[str]) -> BufferedReader:
-    """Open a regular file for reading; opening a pipe could block for ever.
-
-    Raises:
-        OSError: The path cannot be read, or is a folder, a pipe, a socket or a device.
-    """
-    _check_regular(os.stat(path).st_mode, path)  # before opening, because opening some devices has effects
-    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-    try:
-        _check_regular(os.fstat(handle).st_mode, path)  # again, because the file may have been exchanged meanwhile
-        return os.fdopen(handle, "rb")
-    except BaseException:
-        os.close(handle)
-        raise
-
-
-def _check_regular(mode: int, path: str | os.PathLike[str]) -> None:
-    if stat.S_ISDIR(mode):
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-    if not stat.S_ISREG(mode):
-        raise OSError(errno.EINVAL, "a pipe, a socket or a device, not a file", str(path))
 
 
 def shown(source: object) -> str:

@@ -34,7 +34,7 @@ from dynadapter.images.preprocess import Preprocess
 from dynadapter.serve.comparison import compare, quantization_change
 from dynadapter.serve.graphs import quantise, standalone, write_graphs
 from dynadapter.serve.runtime import Runner
-from dynadapter.serve.runtime.manifest import CODE, FORMAT, MANIFEST
+from dynadapter.serve.runtime.manifest import CODE, FORMAT, MANIFEST, files_of
 from dynadapter.serve.runtime.policies import FIELDS
 from dynadapter.serve.runtime.policies import Policy as RuntimePolicy
 from dynadapter.spec import plain
@@ -211,8 +211,8 @@ def _write_manifest(folder: Path, manifest: dict[str, Any], stages: Sequence[Map
         {**stage, "bytes": (folder / stage["file"]).stat().st_size, "sha256": sha256(folder / stage["file"])}
         for stage in stages
     ]
-    code = sorted(folder.rglob("*.py"))
-    manifest["code"] = {path.relative_to(folder).as_posix(): sha256(path) for path in code}
+    graphs = {stage["file"] for stage in stages}
+    manifest["files"] = {name: sha256(folder / name) for name in files_of(folder) if name not in graphs}
     text = json.dumps({**manifest, "checksum": checksum(manifest)}, indent=2, ensure_ascii=False) + "\n"
     (folder / MANIFEST).write_text(text, encoding="utf-8")
 

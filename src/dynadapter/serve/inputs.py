@@ -5,10 +5,13 @@ import io
 from collections.abc import Iterable
 from pathlib import Path
 
+from dynadapter.files import read_bytes
 from dynadapter.images.reading import find_images
 
 LISTS = (".txt", ".lst", ".list")
 """Suffixes of files that hold one path a line."""
+MAX_LIST = 2**28
+"""Largest size of a list in bytes; a million lines need a tenth of this."""
 
 
 def list_images(places: Iterable[str], path_column: str | None = None) -> list[str]:
@@ -53,6 +56,7 @@ def _column(place: Path, name: str | None) -> list[str]:
 
 def _text(place: Path) -> str:
     try:
-        return place.read_text(encoding="utf-8-sig", errors="surrogateescape")
+        text = read_bytes(place, MAX_LIST).decode("utf-8-sig", errors="surrogateescape")
     except OSError as error:
         raise ValueError(f"{place} cannot be read: {error.strerror}") from error
+    return text.replace("\r\n", "\n").replace("\r", "\n")

@@ -13,19 +13,35 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_warn
+
+from dynadapter.files import open_regular
 
 PARTIAL = ".partial"
 """Ending of a file that is being written; such files are never read."""
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Write a checkpoint under another name beside its place and rename it; refuse to read damaged ones.
+    """Write checkpoints whole or not at all, read them without running code, and remove only what lies beside them.
 
-    Even if the process or the machine stops, the path holds the old file or the new one. Unfinished files of a killed
-    process are removed when the next checkpoint is written into the folder. Use a separate folder for each run.
+    A checkpoint is written under another name beside its place and renamed. Even if the process or the machine stops,
+    the path holds the old file or the new one. Unfinished files of a killed process are removed when the next
+    checkpoint is written into the folder. Use a separate folder for each run.
 
     (Lightning writes to a temporary folder, which may be on another file system; then the final move is a copy.)
+
+    A checkpoint of a resumed training names the files that may be removed, and it can be anybody's. Hence only regular
+    files directly in a folder that this object has written into are removed.
+
+    Args:
+        remote: Whether to read from places that are not local files, such as ``s3://...``. Use it by
+            ``Trainer(plugins=[AtomicCheckpointIO(remote=True)])``.
     """
+
+    def __init__(self, remote: bool = False) -> None:
+        super().__init__()
+        self.remote = remote
+        self._folders: set[str] = set()
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
         """Save a checkpoint.
@@ -34,6 +50,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             ValueError: It holds something that does not load under ``weights_only=True``.
             OSError: In one line, if it cannot be written; an existing file is kept.
         """
+        self._folders.add(_folder(path))
         if storage_options is not None or not _is_local(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
@@ -60,14 +77,38 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(
         self, path: str | Path, map_location: Any = lambda storage, _: storage, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Load a checkpoint, under ``weights_only=True`` by default.
+        """Load a checkpoint under ``weights_only=True``.
 
         Raises:
-            ValueError: It is damaged.
+            ValueError: It is damaged, is not a local file, or should be loaded with the code in it.
         """
-        if _is_local(path) and Path(path).is_file():
+        if weights_only is False:
+            raise ValueError("weights_only=False would run the code in a checkpoint; leave it out")
+        if not self.remote:
+            require_local(path)
+        if _is_local(path):
             check(path)
-        return super().load_checkpoint(path, map_location, True if weights_only is None else weights_only)
+        return super().load_checkpoint(path, map_location, weights_only=True)
+
+    def remove_checkpoint(self, path: str | Path) -> None:
+        """Remove a checkpoint directly in a folder that this object has written into; warn of any other."""
+        local = _is_local(path)
+        if _folder(path) not in self._folders or (local and os.path.isdir(path)):
+            rank_zero_warn(f"{path} is no file of this training's checkpoint folder, so it is not removed")
+        elif local:
+            Path(path).unlink(missing_ok=True)
+        else:
+            super().remove_checkpoint(path)
+
+
+def use_atomic_checkpoints(trainer: Trainer) -> None:
+    """Let a trainer write and read checkpoints by :class:`AtomicCheckpointIO`, unless the user chose another way."""
+    try:
+        default = type(trainer.strategy.checkpoint_io) is TorchCheckpointIO
+    except NotImplementedError:  # a strategy that shards its checkpoints
+        return
+    if default:
+        trainer.strategy.checkpoint_io = AtomicCheckpointIO()
 
 
 class RunCheckpoint(ModelCheckpoint):
@@ -158,6 +199,7 @@ def newest(folder: Path) -> Resumable | None:
     damaged = []
     for path in folder.glob(f"*{ModelCheckpoint.FILE_EXTENSION}"):
         try:
+            open_regular(path).close()
             checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # tensors stay on the disk
             if "optimizer_states" in checkpoint:
                 found.append((checkpoint["global_step"], path.stat().st_mtime, path))
@@ -179,8 +221,9 @@ def read(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint to the CPU, under ``weights_only=True``.
 
     Raises:
-        ValueError: In one line, if it is damaged, or no checkpoint.
+        ValueError: In one line, if it is damaged, no checkpoint, or not a local file.
     """
+    require_local(path)
     check(path)
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -202,7 +245,7 @@ def check(path: str | Path) -> None:
         ValueError: In one line, if it is cut off, damaged or not written by torch.
         OSError: It cannot be opened.
     """
-    with open(path, "rb") as file:  # errors of the path, not of the content, are raised unchanged
+    with open_regular(path) as file:  # errors of the path, not of the content, are raised unchanged
         size = os.fstat(file.fileno()).st_size
         try:
             with zipfile.ZipFile(file) as archive:
@@ -229,8 +272,9 @@ def write(target: Path, data: bytes | memoryview) -> None:
         OSError: It cannot be written; an existing file is kept, and nothing is left beside it.
     """
     partial = target.with_name(target.name + PARTIAL)
+    partial.unlink(missing_ok=True)  # it could be a link to another place
     try:
-        with partial.open("wb") as file:
+        with partial.open("xb") as file:
             file.write(data)
             file.flush()
             _sync(file.fileno())
@@ -255,6 +299,23 @@ def _sync(handle: int) -> None:
             raise
 
 
+def require_local(path: str | Path) -> None:
+    """Refuse a place that only a request or another program can read.
+
+    Raises:
+        ValueError: It is a URL or has another prefix of fsspec, such as ``http://``, ``s3://`` or ``simplecache::``.
+    """
+    if not _is_local(path):
+        raise ValueError(
+            f"{path} is not a local file; fetch it first, or let a Trainer read it by "
+            "plugins=[AtomicCheckpointIO(remote=True)]"
+        )
+
+
 def _is_local(path: str | Path) -> bool:
-    scheme = urlsplit(str(path)).scheme
-    return len(scheme) < 2 or isinstance(path, Path)  # one letter is a drive
+    return isinstance(path, Path) or (len(urlsplit(path).scheme) < 2 and "::" not in path)  # one letter is a drive
+
+
+def _folder(path: str | Path) -> str:
+    """Return the folder of a file, with all links followed where it is local."""
+    return os.path.realpath(os.path.dirname(path)) if _is_local(path) else str(path).rpartition("/")[0]

@@ -13,6 +13,7 @@ from dynadapter.adapters import adapter_layers
 from dynadapter.backbones import classifier
 from dynadapter.exits.net import ExitNet
 from dynadapter.exits.token_merging import TokenMerging
+from dynadapter.limits import require_bounded, require_few_classes
 from dynadapter.spec import restore
 
 FORMAT = 2
@@ -101,6 +102,8 @@ def saved_contents(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
             "this checkpoint was not written by dynadapter: it names no backbone; load its weights with torch.load"
         )
     format = saved.get("format", 0)
+    if not isinstance(format, int):
+        raise ValueError(f"this checkpoint has format {format!r:.40}, this dynadapter reads {FORMAT}; it is damaged")
     if format > FORMAT:
         raise ValueError(f"this checkpoint has format {format}, this dynadapter reads {FORMAT}; update dynadapter")
     if format < FORMAT:
@@ -108,6 +111,8 @@ def saved_contents(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
             f"this checkpoint has the old format {format}, this dynadapter reads {FORMAT}; train again, or use the "
             "version of dynadapter that wrote it"
         )
+    require_bounded(saved, "the checkpoint")
+    require_few_classes(len(saved["class_names"]))
     return dict(saved)
 
 

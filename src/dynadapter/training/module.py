@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch import Callback
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
@@ -29,6 +29,7 @@ from dynadapter.training.contents import (
     saved_contents,
     trainable_only,
 )
+from dynadapter.training.loading import CheckedLoading
 from dynadapter.training.losses import IGNORED, Distillation, exit_losses
 from dynadapter.training.metrics import metrics_of_exits
 from dynadapter.training.mixing import Mixing, mix
@@ -38,7 +39,7 @@ from dynadapter.training.schedules import Cosine, Schedule, Warmup
 from dynadapter.training.sharding import is_sharded, shard
 
 
-class ExitClassifier(LightningModule):
+class ExitClassifier(CheckedLoading):
     """A frozen timm backbone that learns a task through adapters, with an exit after each stage.
 
     The loss is the sum of the exits' cross-entropies, weighted by ``net.exit_weights``. The callback
@@ -163,6 +164,7 @@ class ExitClassifier(LightningModule):
         Raises:
             ValueError: The data have a class that this model does not know.
         """
+        super().setup(stage)
         if stage != "predict":
             self._renumber_data(self.class_names)
 

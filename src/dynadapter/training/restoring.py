@@ -1,21 +1,17 @@
 """Build a classifier from its checkpoint alone, without a Trainer."""
 
-import inspect
 from pathlib import Path
-from typing import Any, get_type_hints
 
-import yaml
 from lightning.pytorch.utilities import rank_zero_info
 
 from dynadapter.backbones import DrawFrom
 from dynadapter.exits.policies import Confidence, Policy
+from dynadapter.limits import read_yaml
 from dynadapter.spec import restore
 from dynadapter.training.checkpoints import read
 from dynadapter.training.contents import saved_contents
+from dynadapter.training.loading import stored_settings
 from dynadapter.training.module import ExitClassifier
-
-MAX_VALUES = 1000
-"""Largest number of values in a policy; a few lines of aliases can expand to billions."""
 
 
 def load_classifier(
@@ -37,7 +33,7 @@ def load_classifier(
     checkpoint = read(path)
     try:
         names = restore(saved_contents(checkpoint)["class_names"], list[str], "class_names")
-        settings = _settings(checkpoint["hyper_parameters"]) | {"num_classes": len(names), "class_names": names}
+        settings = stored_settings(ExitClassifier, checkpoint) | {"num_classes": len(names), "class_names": names}
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} was not written by dynadapter fit; give a checkpoint that was") from error
     except ValueError as error:
@@ -55,13 +51,6 @@ def load_classifier(
     return classifier.eval()
 
 
-def _settings(given: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments of the classifier that a checkpoint holds, as objects."""
-    hints = get_type_hints(ExitClassifier.__init__)
-    known = set(inspect.signature(ExitClassifier).parameters) - {"optimizer"}  # which no checkpoint holds
-    return {name: restore(value, hints[name], name) for name, value in given.items() if name in known}
-
-
 def stored_policy(path: str | Path) -> Policy:
     """Return the first exit policy in the ``config.yaml`` of a checkpoint's run; ``Confidence(0.9)`` if there is none.
 
@@ -69,28 +58,13 @@ def stored_policy(path: str | Path) -> Policy:
         path: The checkpoint, in ``RUN/checkpoints``.
 
     Raises:
-        ValueError: The config names no policy that is known.
+        ValueError: The config cannot be read, or names no policy that is known.
     """
     config = Path(path).parent.parent / "config.yaml"
     try:
-        content = yaml.safe_load(config.read_text(encoding="utf-8"))
-        policies = content["early_exit"]["policies"]
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError, KeyError, TypeError):
-        return Confidence(0.9)
+        policies = read_yaml(config)["early_exit"]["policies"] if config.exists() else None
+    except (KeyError, TypeError):
+        policies = None
     if not isinstance(policies, list) or not policies:
         return Confidence(0.9)
-    where = f"{config}: early_exit.policies[0]"
-    if _is_huge(policies[0]):
-        raise ValueError(f"{where} holds more than {MAX_VALUES:,} values; aliases may repeat too much of it")
-    return restore(policies[0], Policy, where)
-
-
-def _is_huge(content: Any) -> bool:
-    """Check whether a value holds too many others, each repetition by an alias counted."""
-    left, count = [content], 0
-    while left and count <= MAX_VALUES:
-        part = left.pop()
-        count += 1
-        if isinstance(part, dict | list):
-            left += part.values() if isinstance(part, dict) else part
-    return bool(left)
+    return restore(policies[0], Policy, f"{config}: early_exit.policies[0]")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import dynadapter
 from dynadapter.adapters import AdapterSpec, inject
 from dynadapter.backbones import DrawFrom, create_backbone, cut_depth
+from dynadapter.backbones.stored import check_arguments, check_name
 from dynadapter.cost import ExitCosts
 from dynadapter.exits.heads import Heads
 from dynadapter.exits.net import ExitNet
@@ -21,6 +22,7 @@ from dynadapter.exits.temperature import Scaled
 from dynadapter.exits.token_merging import TokenMerging
 from dynadapter.files import checksum
 from dynadapter.images.preprocess import Preprocess
+from dynadapter.limits import require_bounded, require_few_classes
 from dynadapter.serve.bundle.proof import MergeProof
 from dynadapter.serve.bundle.tensors import fill
 from dynadapter.spec import plain, restore
@@ -59,7 +61,13 @@ class BackboneSource:
     depth: int | None = None
 
     def create(self, num_classes: int, *, pretrained: bool = False, weights: str | Path | None = None) -> nn.Module:
-        """Create the bare backbone; see :func:`~dynadapter.backbones.create_backbone`."""
+        """Create the bare backbone; see :func:`~dynadapter.backbones.create_backbone`.
+
+        Raises:
+            ValueError: The name or an argument is none that a file may name, or as there.
+        """
+        check_name(self.name)
+        check_arguments(self.timm_args)
         model = create_backbone(
             self.name,
             num_classes,
@@ -170,7 +178,8 @@ class Config:
         """
         try:
             given = json.loads(text)
-        except (json.JSONDecodeError, RecursionError) as error:
+            require_bounded(given, "the file")
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{where} is no JSON ({error}); the bundle is damaged: fetch or write it again") from error
         if not isinstance(given, dict) or given.get("library") != "dynadapter":
             raise ValueError(
@@ -191,6 +200,7 @@ class Config:
             raise ValueError(f"{where} lacks {lacking[0]!r}; the bundle is damaged: fetch or write it again")
         del given["library"]
         try:
+            require_few_classes(given["num_classes"])
             return restore(given, cls)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error

@@ -1,8 +1,9 @@
 """Where a bundle may be written."""
 
-import json
 import os
 from pathlib import Path
+
+from dynadapter.limits import read_json
 
 
 def check_place(folder: Path, names: tuple[str, ...], overwrite: bool) -> None:
@@ -33,6 +34,6 @@ def check_place(folder: Path, names: tuple[str, ...], overwrite: bool) -> None:
 
 def _is_bundle(config: Path) -> bool:
     try:
-        return json.loads(config.read_text(encoding="utf-8")).get("library") == "dynadapter"
-    except (OSError, ValueError, AttributeError, RecursionError):
+        return read_json(config).get("library") == "dynadapter"
+    except (OSError, ValueError, AttributeError):
         return False

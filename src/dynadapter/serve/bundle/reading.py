@@ -4,7 +4,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from dynadapter.files import left_over
+from dynadapter.files import left_over, read_bytes
+from dynadapter.limits import MAX_JSON
 from dynadapter.serve.bundle.config import CONFIG, MODEL, Config
 from dynadapter.serve.bundle.tensors import check_finite as refuse_nonfinite
 from dynadapter.serve.bundle.tensors import from_bytes
@@ -30,7 +31,7 @@ def read(folder: Path, *, check_finite: bool = True) -> tuple[Config, dict[str, 
         if not (folder / name).is_file():
             raise ValueError(f"{folder} has no {name}: it is no bundle, or only a part of one; fetch or write it again")
     try:
-        text = (folder / CONFIG).read_text(encoding="utf-8")
+        text = read_bytes(folder / CONFIG, MAX_JSON).decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{folder / CONFIG} is no JSON ({error}); the bundle is damaged: fetch it again") from error
     config = Config.loads(text, str(folder / CONFIG))

@@ -10,6 +10,7 @@ from torch import nn
 
 from dynadapter.adapters import AdapterSpec, adapter_layers
 from dynadapter.backbones import built_for
+from dynadapter.backbones.stored import check_name
 from dynadapter.cost import ExitCosts
 from dynadapter.exits.heads import Heads
 from dynadapter.exits.net import ExitNet
@@ -98,11 +99,13 @@ def describe(
     merged, name = parts.get("merged", False), parts["backbone"].name
     if merged and adapter_layers(net.backbone):
         raise ValueError("merged=True, but the network still has adapters; merge a copy by merged_copy first")
-    if name.startswith("local-dir:"):
+    try:
+        check_name(name)
+    except ValueError:
         raise ValueError(
-            f"the backbone {name!r} is a folder that the bundle's user does not have; name it by its timm "
+            f"the backbone {name!r} is none of timm's own, and a bundle may name no other; name it by its timm "
             "architecture, with backbone_args, and give its file as weights"
-        )
+        ) from None
     fields: dict[str, Any] = {
         **parts,
         "class_names": tuple(parts["class_names"]),

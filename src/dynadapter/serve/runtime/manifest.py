@@ -1,6 +1,5 @@
 """Read the manifest of an exported folder and check the files beside it."""
 
-import hashlib
 import json
 import mmap
 import os
@@ -10,14 +9,16 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from dynadapter.files import checksum
+from dynadapter.files import checksum, open_regular, read_bytes, sha256
 from dynadapter.images.preprocess import Preprocess
-from dynadapter.images.reading import open_regular
+from dynadapter.images.reading import shown
 from dynadapter.serve.runtime.policies import Policy
 
-FORMAT = 2
+FORMAT = 3
 """Version of the folder's layout; a reader accepts this one alone."""
 MANIFEST = "manifest.json"
+MAX_BYTES = 2**26
+"""Largest size of a manifest."""
 CODE = (
     "files.py",
     "images/__init__.py",
@@ -78,13 +79,19 @@ def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
             f"{path} has format={content.get('format')!r}, this version of dynadapter reads format {FORMAT}; export "
             "the model again with this version"
         )
-    if content.pop("checksum", None) not in (None, checksum(content)):
+    try:
+        changed = content.pop("checksum", None) not in (None, checksum(content))
+    except RecursionError:
+        changed = True
+    if changed:
         raise ValueError(
             f"{path} has changed since it was written: copy the exported folder again; if you changed it on purpose, "
             "remove the entry 'checksum'"
         )
     try:
         manifest = _parse(content, path.parent)
+        files = {str(name): str(digest) for name, digest in content["files"].items()}
+        files |= {entry["file"]: str(entry["sha256"]) for entry in content["stages"]}
     except KeyError as error:
         why = f"has no {error}"
     except (AttributeError, IndexError, TypeError) as error:
@@ -92,16 +99,16 @@ def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
     except ValueError as error:
         why = f"cannot be used: {error}"
     else:
-        for stage, entry in zip(manifest.stages, content["stages"], strict=True):
-            _check_graph(stage.file, entry)
+        _check_files(path.parent, files)
+        for stage in manifest.stages:
+            _refuse_external(stage.file)
         return manifest
     raise ValueError(f"{path} {why}; export the model again, or correct the file")
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        with open_regular(path) as file:
-            content = json.loads(file.read().decode())
+        content = json.loads(read_bytes(path, MAX_BYTES).decode())
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist; give a folder that dynadapter export wrote") from None
     except OSError as error:
@@ -136,23 +143,42 @@ def _parse(content: dict[str, Any], folder: Path) -> Manifest:
     return Manifest(content, tuple(stages), names, preprocess, policy, shape)
 
 
-def _check_graph(path: Path, entry: Mapping[str, Any]) -> None:
-    """Raise ValueError unless a file is the graph that was exported, with its weights inside."""
-    try:
-        with open_regular(path) as file:
-            size, digest = os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest()
-            # ONNX names a file of external weights in an entry "location", which could be any file of this machine.
-            external = size > 0 and mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ).find(b"location") >= 0
-    except FileNotFoundError:
-        raise ValueError(f"{path} is missing; copy the whole exported folder again") from None
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
-    if size != entry["bytes"]:
-        raise ValueError(f"{path} has {size} bytes instead of {entry['bytes']}; copy the exported folder again")
-    if digest != entry["sha256"]:
+def files_of(folder: Path) -> list[str]:
+    """List the files of an exported folder but its manifest, and links to folders; leave out what Python compiled."""
+    found = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    names = (path.relative_to(folder) for path in found)
+    return sorted(name.as_posix() for name in names if name.as_posix() != MANIFEST and "__pycache__" not in name.parts)
+
+
+def _check_files(folder: Path, expected: Mapping[str, str]) -> None:
+    """Raise ValueError unless a folder holds the files that were exported, and no others."""
+    for name, digest in expected.items():
+        path = folder / name
+        try:
+            found = sha256(path)
+        except (FileNotFoundError, NotADirectoryError):
+            raise ValueError(f"{path} is missing; copy the whole exported folder again") from None
+        except OSError as error:
+            raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+        if found != digest:
+            raise ValueError(
+                f"{path} is not the file that was exported: it has {path.stat().st_size} bytes, and its SHA-256 starts "
+                f"with {found[:12]}, the manifest's with {digest[:12]}; copy the exported folder again"
+            )
+    if extra := [name for name in files_of(folder) if name not in expected]:
         raise ValueError(
-            f"{path} is not the file that was exported: its SHA-256 starts with {digest[:12]}, the manifest's with "
-            f"{str(entry['sha256'])[:12]}; copy the exported folder again"
+            f"{folder} holds {shown(extra[0])}, which was not exported ({len(extra)} such files); move it away, or "
+            "copy the exported folder again"
         )
-    if external:
-        raise ValueError(f"{path} takes weights from another file, as no exported graph does; export the model again")
+
+
+def _refuse_external(graph: Path) -> None:
+    """Raise ValueError if a graph takes weights from another file: it could be any file of this machine.
+
+    ONNX names that file in an entry with the key "location", in whatever part of the graph.
+    """
+    with open_regular(graph) as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        if content.find(b"location") >= 0:
+            raise ValueError(
+                f"{graph} takes weights from another file, as no exported graph does; export the model again"
+            )
