@@ -14,8 +14,8 @@ from torch import Tensor
 from dynadapter.adapters import AdapterSpec, LoRA, inject
 from dynadapter.backbones import create_backbone, cut_depth, fingerprint
 from dynadapter.exits.heads import Balanced, Heads
-from dynadapter.exits.net import ExitNet, Routed
-from dynadapter.exits.policies import Never, Policy, route
+from dynadapter.exits.net import ExitNet
+from dynadapter.exits.policies import Never, Policy, Routed, read_off
 from dynadapter.exits.temperature import tempered_confidence
 from dynadapter.exits.token_merging import TokenMerging
 from dynadapter.training.callbacks.finite_check import FiniteCheck, require_finite_weights
@@ -308,8 +308,7 @@ class ExitClassifier(CheckedLoading):
         if not is_sharded(self.net):
             return self.net.early(images, self.policy)
         logits = self.net(images)  # each process has a part of every tensor, so all must run all blocks
-        exit_index = route(self.policy, logits)
-        return Routed(logits[exit_index, torch.arange(len(images), device=logits.device)], exit_index)
+        return read_off(self.policy, logits)
 
     # ---- checkpoints
 
