@@ -16,7 +16,7 @@ BELOW = {
     "limits": {"files"},
     "spec": set(),
     "backbones": set(),
-    "adapters": {"spec"},
+    "adapters": {"spec", "backbones"},
     "exits": {"spec", "backbones", "adapters"},
     "cost": {"backbones", "adapters", "exits"},
     "images": {"files"},

@@ -29,9 +29,11 @@ class AdapterLayer(nn.Module):
         depth: The layer's rank among the layers of its name, from 0 (first block) to 1 (last block).
         kind: Name of the :class:`AdapterSpec` that it belongs to.
         mergeable: Whether the update can be merged into the base layer.
+        base_parts: Names of the children that belong to the backbone.
     """
 
     kind: ClassVar[str]
+    base_parts: ClassVar[tuple[str, ...]] = ("base_layer",)
     mergeable: ClassVar[bool] = False
     depth: float
 

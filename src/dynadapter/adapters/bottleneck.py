@@ -119,6 +119,7 @@ class ParallelLayer(BottleneckLayer):
     """
 
     kind = "AdaptFormer"
+    base_parts = ("base_layer", "norm")
 
     def __init__(
         self, base_layer: nn.Module, norm: nn.Module, norm_name: str, spec: AdapterSpec, bottleneck: int

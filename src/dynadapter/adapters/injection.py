@@ -7,17 +7,19 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from dynadapter.adapters.base import AdapterLayer, AdapterSpec, unwrapped
+from dynadapter.backbones import freeze as freeze_backbone
 
 
-def inject(model: nn.Module, spec: AdapterSpec) -> list[str]:
+def inject(model: nn.Module, spec: AdapterSpec, freeze: bool = True) -> list[str]:
     """Wrap the layers that match the patterns of an adapter kind; the model's output stays exactly the same.
 
-    Patterns match the names of the backbone without adapters, also after an earlier injection. The backbone's own
-    tensors keep their ``requires_grad``.
+    Patterns match the names of the backbone without adapters, also after an earlier injection. The model is frozen
+    except for its adapters and its classifier.
 
     Args:
         model: A timm model; it is changed in place.
         spec: The kind of adapter.
+        freeze: False leaves ``requires_grad`` of the model's own tensors as it is.
 
     Returns:
         The names of the wrappers in the order of the model, as in :func:`adapter_layers`.
@@ -51,6 +53,8 @@ def inject(model: nn.Module, spec: AdapterSpec) -> list[str]:
     # Inner layers first: wrapping a module changes the paths of the layers inside it
     for path in reversed(wrappers):
         wrappers[path].install(model, path)
+    if freeze:
+        freeze_backbone(model)
     added = set(map(id, wrappers.values()))
     return [name for name, layer in adapter_layers(model).items() if id(layer) in added]
 

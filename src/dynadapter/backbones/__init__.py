@@ -4,7 +4,7 @@ Importing this package registers the families. A family from outside the package
 """
 
 from dynadapter.backbones import convnext, swin, vit  # noqa: F401  # each registers its family
-from dynadapter.backbones.create import built_for, create_backbone, fingerprint, freeze
+from dynadapter.backbones.create import built_for, create_backbone, fingerprint
 from dynadapter.backbones.cut import (
     blocks,
     classifier,
@@ -13,6 +13,7 @@ from dynadapter.backbones.cut import (
     embed,
     finish,
     has_class_token,
+    in_chans,
     mean_tokens,
     needs_all_tokens,
     pool,
@@ -24,6 +25,8 @@ from dynadapter.backbones.cut import (
 )
 from dynadapter.backbones.depth import cut_depth
 from dynadapter.backbones.draws import DrawFrom
+from dynadapter.backbones.frozen import freeze, set_mode
+from dynadapter.backbones.unit import run_unit
 from dynadapter.backbones.vit_block import class_row, other_rows, run, splits
 
 __all__ = [
@@ -41,6 +44,7 @@ __all__ = [
     "finish",
     "freeze",
     "has_class_token",
+    "in_chans",
     "mean_tokens",
     "needs_all_tokens",
     "other_rows",
@@ -49,6 +53,8 @@ __all__ = [
     "prefix_tokens",
     "reads_class_row",
     "run",
+    "run_unit",
+    "set_mode",
     "splits",
     "tokens",
     "widths",

@@ -9,6 +9,7 @@ from dynadapter.backbones.cut import (
     _staged_blocks,
     _staged_widths,
     blocks,
+    checkpointing,
     convert,
     embed,
     finish,
@@ -42,6 +43,11 @@ def _(model: ConvNeXt, x: Tensor) -> Tensor:
 @widths.register
 def _(model: ConvNeXt) -> list[int]:
     return _staged_widths(model, model.stages)
+
+
+@checkpointing.register
+def _(model: ConvNeXt) -> bool:
+    return any(stage.grad_checkpointing for stage in model.stages)
 
 
 @convert.register

@@ -13,14 +13,18 @@ import torch
 from timm.models import get_pretrained_cfg
 from torch import nn
 
-from dynadapter.backbones.cut import _classifier_layers, blocks, classifier
+from dynadapter.backbones.cut import _classifier_layers, blocks
 from dynadapter.backbones.draws import DrawFrom
+from dynadapter.backbones.frozen import freeze, remove_stochastic_depth
 from dynadapter.backbones.packaged import find
 from dynadapter.backbones.packaged import names as packaged_names
 from dynadapter.backbones.weight_files import load_weights, one_line
 
 # timm's modules with models of known families; error messages suggest names from them.
 _TIMM_MODULES = ("vision_transformer", "vision_transformer_hybrid", "deit", "swin_transformer", "convnext")
+
+DEAD = ("drop_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate", "attn_drop_rate")
+"""timm's dropout rates, which need a backbone in training mode."""
 
 
 def create_backbone(
@@ -35,8 +39,8 @@ def create_backbone(
 ) -> nn.Module:
     """Create a timm model as a backbone: frozen except for its classifier, and in evaluation mode.
 
-    An :class:`~dynadapter.exits.net.ExitNet` keeps it in evaluation mode, so ``drop_path_rate``, ``proj_drop_rate`` and
-    similar arguments are accepted but have no effect.
+    An :class:`~dynadapter.exits.net.ExitNet` keeps it in evaluation mode. ``drop_path_rate`` works in training all the
+    same and is 0 unless given, for Swin too; other dropout rates of timm would have no effect and are refused.
 
     >>> backbone = create_backbone("vit_tiny_patch16_224", num_classes=10, img_size=32, patch_size=8, depth=2)
     >>> [name for name, parameter in backbone.named_parameters() if parameter.requires_grad]
@@ -66,10 +70,7 @@ def create_backbone(
         name, timm_args = packaged.architecture, packaged.settings(timm_args, image_size)
         weights = packaged.weights() if pretrained and weights is None else weights
     _check_name(name)
-    if num_classes < 0:
-        raise ValueError(f"num_classes={num_classes} must be at least 0; 0 gives a model without classifier")
-    if timm_args.get("global_pool") == "":
-        raise ValueError("global_pool='' leaves features unpooled; choose 'avg', 'token' ..., or leave it out")
+    _check_arguments(num_classes, timm_args)
     # Builds without memory show wrong names, arguments, families and sizes before any download
     model = _build(name, num_classes, seed, timm_args, device="meta")
     blocks(model)
@@ -82,7 +83,21 @@ def create_backbone(
     if weights is not None:
         load_weights(model, given, Path(weights).expanduser())
     freeze(model)
+    if "drop_path_rate" not in timm_args:
+        remove_stochastic_depth(model)
     return model.eval()
+
+
+def _check_arguments(num_classes: int, timm_args: dict[str, Any]) -> None:
+    if num_classes < 0:
+        raise ValueError(f"num_classes={num_classes} must be at least 0; 0 gives a model without classifier")
+    if timm_args.get("global_pool") == "":
+        raise ValueError("global_pool='' leaves features unpooled; choose 'avg', 'token' ..., or leave it out")
+    if dead := [name for name in DEAD if timm_args.get(name)]:
+        raise ValueError(
+            f"{dead[0]}={timm_args[dead[0]]} would have no effect: a frozen backbone stays in evaluation mode; leave "
+            "it out, or use drop_path_rate, the adapter's dropout or sparsity.shallow"
+        )
 
 
 def _check_image_size(model: nn.Module, name: str, image_size: int) -> None:
@@ -113,13 +128,6 @@ def built_for(model: nn.Module) -> int | None:
     """Return the height in pixels that the model was built for, or None if it takes any size."""
     size = getattr(getattr(model, "patch_embed", None), "img_size", None)
     return size[0] if size else None
-
-
-def freeze(model: nn.Module) -> None:
-    """Freeze all parameters except the classifier's. Call it before adapters are injected."""
-    model.requires_grad_(False)
-    for layer in classifier(model):
-        layer.requires_grad_(True)
 
 
 def fingerprint(model: nn.Module) -> str:

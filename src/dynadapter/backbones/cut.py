@@ -7,10 +7,7 @@ modules of the model run, adapters included. ``finish`` of all blocks of ``embed
 
 The functions dispatch on the model's class. A new family registers ``embed``, ``blocks``, ``finish``, ``tokens`` and
 ``widths``, and ``prefix_tokens``, ``has_class_token``, ``reads_class_row``, ``pools_mean``, ``needs_all_tokens``,
-``classify`` and ``convert`` where the defaults do not fit.
-
-timm's gradient checkpointing is part of the forward passes that are cut here, so ``set_grad_checkpointing`` has no
-effect on a backbone that runs through these functions.
+``classify``, ``checkpointing`` and ``convert`` where the defaults do not fit.
 """
 
 from functools import singledispatch
@@ -96,6 +93,12 @@ def prefix_tokens(model: nn.Module) -> int:
 
 
 @singledispatch
+def checkpointing(model: nn.Module) -> bool:
+    """Check whether timm's ``set_grad_checkpointing`` is on."""
+    return bool(getattr(model, "grad_checkpointing", False))
+
+
+@singledispatch
 def pools_mean(model: nn.Module) -> bool:
     """Check whether the model's own head reads a mean of the patch tokens, as in MAE."""
     return not has_class_token(model)
@@ -123,6 +126,12 @@ def reads_class_row(model: nn.Module) -> bool:
 def convert(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Convert a checkpoint to timm's names and this model's resolution with timm's filter for the family."""
     return state
+
+
+def in_chans(model: nn.Module) -> int | None:
+    """Return the channels of the images that the model takes; None if it has no convolution to tell."""
+    stem = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
+    return None if stem is None else stem.in_channels
 
 
 def pool(model: nn.Module, features: Tensor) -> Tensor:
@@ -191,6 +200,6 @@ def _unknown(model: nn.Module, why: str = "") -> NoReturn:
 
 def _classifier_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Return the classifier's layers by name, identities included."""
-    layers: Any = model.get_classifier()  # type: ignore[operator]
+    layers: Any = model.get_classifier() if hasattr(model, "get_classifier") else ()  # type: ignore[operator]
     wanted = set(layers) if isinstance(layers, tuple | list) else {layers}
     return {name: module for name, module in model.named_modules() if module in wanted}

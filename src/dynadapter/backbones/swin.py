@@ -9,6 +9,7 @@ from dynadapter.backbones.cut import (
     _staged_blocks,
     _staged_widths,
     blocks,
+    checkpointing,
     convert,
     embed,
     finish,
@@ -42,6 +43,11 @@ def _(model: SwinTransformer, x: Tensor) -> Tensor:
 @widths.register
 def _(model: SwinTransformer) -> list[int]:
     return _staged_widths(model, model.layers)
+
+
+@checkpointing.register
+def _(model: SwinTransformer) -> bool:
+    return any(stage.grad_checkpointing for stage in model.layers)
 
 
 @convert.register

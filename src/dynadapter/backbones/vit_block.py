@@ -59,7 +59,7 @@ def run(module: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
     attention = parts["attn"]
     inner: Any = attention._modules
     plain = type(attention) is vision_transformer.Attention and attention.fused_attn and inner.get("gate") is None
-    if not plain or _changed(attention):
+    if not plain or _changed(attention) or parts["drop_path1"].training:
         return module(x) if mask is None else module(x, attn_mask=mask)
     batch, tokens, _ = x.shape
     qkv = _direct(inner["qkv"], _direct(parts["norm1"], x))
@@ -140,7 +140,7 @@ def _attend(attention: Any, query: Tensor, keys_values: Tensor, bias: Tensor | N
 
 def _after_attention(block: Any, x: Tensor, mixed: Tensor) -> Tensor:
     """Compute the rest of a block after attention: projection, both residual sums, the MLP."""
-    if not _reuses():
+    if not _reuses() or block._modules["drop_path1"].training:
         attention = block.attn
         x = x + block.drop_path1(block.ls1(attention.proj_drop(attention.proj(attention.norm(mixed)))))
         return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))

@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from dynadapter.backbones import in_chans
 from dynadapter.cost.meters import CannotTrace, Counts, Parts, count_by_fvcore, count_by_torch
 from dynadapter.cost.operators import Handle
 from dynadapter.exits.net import ExitNet
@@ -196,8 +197,7 @@ def _image(backbone: nn.Module, image_size: int | tuple[int, int] | None) -> Ten
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     if height < 1 or width < 1:
         raise ValueError(f"image_size={image_size} must be at least 1 pixel; give one number or (height, width)")
-    stem = next((module for module in backbone.modules() if isinstance(module, nn.Conv2d)), None)
-    image = next(backbone.parameters()).new_zeros(1, stem.in_channels if stem else 3, height, width)
+    image = next(backbone.parameters()).new_zeros(1, in_chans(backbone) or 3, height, width)
     if image.is_meta:
         raise ValueError("the network is on the meta device, where nothing can be traced; move it to a real device")
     return image

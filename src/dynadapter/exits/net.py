@@ -1,16 +1,19 @@
 """ExitNet: a frozen backbone in stages with an exit after each; all exits for training, routing per sample for use."""
 
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from dynadapter import backbones as cut
-from dynadapter.adapters import AdapterLayer, merge
+from dynadapter.adapters import merge
 from dynadapter.exits.depths import exit_blocks
 from dynadapter.exits.heads import Balanced, Heads
-from dynadapter.exits.policies import Policy, Routed
+from dynadapter.exits.policies import Policy
 from dynadapter.exits.token_merging import TokenMerging
+from dynadapter.exits.truncated import Truncated
 
 CPU_CHUNK = 32
 """Images that a CPU routes at a time; larger batches do not fit its caches (measured)."""
@@ -23,8 +26,28 @@ CLASS_FIRST_WORK = 20_000_000
 gains; a ViT-Ti of 64 tokens has 2.4 million and does not (``benchmarks/latency.py``)."""
 
 
+class Routed(NamedTuple):
+    """Result of routing a batch, in the order of its input.
+
+    Attributes:
+        logits: (batch, classes), each sample's logits at its exit.
+        exit_index: (batch,), each sample's exit, from 0.
+    """
+
+    logits: Tensor
+    exit_index: Tensor
+
+    @property
+    def nonfinite(self) -> Tensor:
+        """Number of samples (scalar) with non-finite logits; such samples never exit early."""
+        return (~self.logits.isfinite().all(-1)).sum()
+
+
 class ExitNet(nn.Module):
     """A timm backbone with an early head after each stage; the last exit is the backbone's own head.
+
+    The backbone is frozen except for its own head and its adapters, and stays in evaluation mode: batch statistics do
+    not move and its dropout is off. Only stochastic depth (``drop_path_rate``) works in training.
 
     Args:
         backbone: A timm model of a known family, with or without adapters.
@@ -32,11 +55,13 @@ class ExitNet(nn.Module):
         every: Blocks between two exits (the paper's interval T); see :func:`~dynadapter.exits.depths.exit_blocks`.
         exit_depths: Block counts instead of the interval.
         token_merging: Where similar tokens are merged; None keeps all tokens. For ViTs only.
+        freeze: False leaves ``requires_grad`` of the backbone as it is, and the whole backbone follows :meth:`train`.
 
     Attributes:
         exit_depths: After how many blocks each exit stands; the last value is the depth.
-        exit_weights: Buffer (exits,), each exit's weight in the joint loss; schedules write it, checkpoints leave it
-        out.
+        exit_weights: Buffer (exits,), each exit's weight in the joint loss, of at least 32 bits; schedules write it,
+            checkpoints leave it out.
+        in_chans: Channels of an image.
 
     Raises:
         TypeError: If no cut is known for the backbone's class.
@@ -52,6 +77,7 @@ class ExitNet(nn.Module):
         every: int = 3,
         exit_depths: Sequence[int] | None = None,
         token_merging: TokenMerging | None = None,
+        freeze: bool = True,
     ) -> None:
         super().__init__()
         blocks = cut.blocks(backbone)
@@ -61,6 +87,16 @@ class ExitNet(nn.Module):
         self.depth = len(blocks)
         self.exit_depths = exit_blocks(self.depth, every, exit_depths)
         self.backbone = backbone
+        self.in_chans = cut.in_chans(backbone)
+        self._frozen = freeze
+        if freeze:
+            cut.freeze(backbone)
+        if not any(p.requires_grad for layer in cut.classifier(backbone) for p in layer.parameters()):
+            warnings.warn(
+                "the backbone's classifier is frozen (peft freezes it), so the last exit is not trained; call "
+                "backbone.get_classifier().requires_grad_(True), or ignore this warning if it is trained already",
+                stacklevel=2,
+            )
         if token_merging is not None:
             token_merging.check(self.depth)
             if needing := cut.needs_all_tokens(backbone):
@@ -82,8 +118,17 @@ class ExitNet(nn.Module):
             )
             for k, blocks_so_far in enumerate(self.exit_depths[:-1])
         )
-        self.register_buffer("exit_weights", torch.full((self.num_exits,), 1 / self.num_exits), persistent=False)
+        self.register_buffer(
+            "exit_weights", torch.full((self.num_exits,), 1 / self.num_exits, dtype=torch.float32), persistent=False
+        )
         self.train(self.training)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ExitNet":
+        weights = self.exit_weights
+        super()._apply(fn, recurse)
+        if self.exit_weights.dtype.itemsize < weights.dtype.itemsize:  # 16 bits would change the loss by up to 0.4 %
+            self.exit_weights = weights.to(self.exit_weights.device)
+        return self
 
     @property
     def num_exits(self) -> int:
@@ -91,20 +136,30 @@ class ExitNet(nn.Module):
         return len(self.exit_depths)
 
     def train(self, mode: bool = True) -> "ExitNet":
-        """Set heads and adapters to training or evaluation mode; the frozen backbone stays in evaluation mode."""
+        """Set the mode of heads, adapters and stochastic depth; a frozen backbone else stays in evaluation mode."""
         super().train(mode)
-        self.backbone.eval()
-        for layer in self.backbone.modules():
-            if isinstance(layer, AdapterLayer):
-                layer.train(mode)
-                layer.base_layer.eval()
-        for head in cut.classifier(self.backbone):
-            head.train(mode)
+        if self._frozen:
+            cut.set_mode(self.backbone, mode)
         return self
 
     def embed(self, images: Tensor) -> Tensor:
-        """Convert images (batch, channels, height, width) into the input of the first block."""
+        """Convert images (batch, channels, height, width) into the input of the first block.
+
+        Raises:
+            ValueError: If the images have other channels than the backbone takes.
+        """
+        if not torch.jit.is_tracing():
+            self.check_channels(images.shape[1])
         return cut.embed(self.backbone, images)
+
+    def check_channels(self, channels: int) -> None:
+        """Raise a ValueError if the backbone does not take images of so many channels."""
+        if self.in_chans not in (None, channels):
+            raise ValueError(
+                f"images of {channels} channel{'s' * (channels > 1)} do not fit a backbone with in_chans="
+                f"{self.in_chans}; leave in_chans out for images from files, which are read as RGB, or give a data "
+                f"loader whose images have {self.in_chans} channel{'s' * (self.in_chans != 1)}"
+            )
 
     def stage_modules(self, k: int) -> Iterator[nn.Module]:
         """Yield the modules between exit ``k - 1`` and exit ``k`` in the order of their calls."""
@@ -149,8 +204,7 @@ class ExitNet(nn.Module):
         x, logs = self._split_logs(x)
         for place, unit in self._units(k):
             x, logs = self._merge_tokens(place, x, logs)
-            for module in unit:
-                x = cut.run(module, x, self._bias(logs))
+            x = cut.run_unit(self.backbone, unit, x, self._bias(logs))
         return self._join_logs(x, logs)
 
     def head(self, k: int, x: Tensor) -> Tensor:
@@ -224,9 +278,9 @@ class ExitNet(nn.Module):
                 continue
             seen, held = self.begin(k, x, class_first)
             logits = self.head(k, seen)
-            history = logits[None] if history is None else torch.cat([history, logits[None]])
-            logits, stay = policy.combine(history)[-1], None
+            stay = None
             if k < self.num_exits - 1:
+                history = logits[None] if history is None else torch.cat([history, logits[None]])
                 stay = (~policy.should_exit(history)).nonzero()[:, 0]
                 if len(stay) == len(logits):
                     x = self.complete(k, held)
@@ -237,7 +291,7 @@ class ExitNet(nn.Module):
             else:
                 out.index_copy_(0, rows, logits)
                 exits.index_fill_(0, rows, k)
-            if stay is None or not len(stay):
+            if stay is None or history is None or not len(stay):
                 break
             rows = stay if rows is None else rows.index_select(0, stay)
             history = history.index_select(1, stay)
@@ -280,8 +334,7 @@ class ExitNet(nn.Module):
         x, logs = self._split_logs(x)
         for place, unit in units:
             x, logs = self._merge_tokens(place, x, logs)
-            for module in unit:
-                x = cut.run(module, x, self._bias(logs))
+            x = cut.run_unit(self.backbone, unit, x, self._bias(logs))
         x, logs = self._merge_tokens(last, x, logs)
         row, keys_values = cut.class_row(block, x, self._bias(logs))
         return row, (self._join_logs(x, logs), keys_values)
@@ -305,7 +358,7 @@ class ExitNet(nn.Module):
             return cut.reads_class_row(self.backbone)
         return self.heads[k].reads_class_token  # type: ignore[return-value]
 
-    def at(self, k: int) -> "Truncated":
+    def at(self, k: int) -> Truncated:
         """Return the static network that ends at exit ``k``; it shares its modules with this network."""
         return Truncated(self, k)
 
@@ -317,29 +370,3 @@ class ExitNet(nn.Module):
         """
         merge(self.backbone, tolerance)
         return self
-
-
-class Truncated(nn.Module):
-    """The part of an :class:`ExitNet` up to one exit, as a plain classifier.
-
-    Args:
-        net: The network whose modules it shares.
-        k: Exit index, from 0; negative values count from the end.
-
-    Raises:
-        ValueError: If there is no such exit.
-    """
-
-    def __init__(self, net: ExitNet, k: int) -> None:
-        super().__init__()
-        if not -net.num_exits <= k < net.num_exits:
-            raise ValueError(f"exit index {k} is out of range; this network has exit indices 0 to {net.num_exits - 1}")
-        self.net = net
-        self.k = k % net.num_exits
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Map images (batch, channels, height, width) to logits (batch, classes)."""
-        x = self.net.embed(images)
-        for k in range(self.k + 1):
-            x = self.net.stage(k, x)
-        return self.net.head(self.k, x)

@@ -1,0 +1,32 @@
+"""Run one block of a backbone, with or without timm's gradient checkpointing."""
+
+import torch
+from timm.models import vision_transformer
+from torch import Tensor, nn
+
+from dynadapter.backbones.cut import checkpointing
+from dynadapter.backbones.vit_block import run
+
+
+def run_unit(model: nn.Module, unit: tuple[nn.Module, ...], x: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Apply one of :func:`blocks`' units.
+
+    After ``model.set_grad_checkpointing()`` a forward pass with gradients keeps only the unit's input, and the backward
+    pass computes the unit again: less memory for more time.
+
+    Args:
+        model: The timm model.
+        unit: The modules of one block.
+        x: Their input, not changed.
+        bias: See :func:`run`.
+    """
+    if torch.is_grad_enabled() and checkpointing(model):
+        # A reentrant pass would give no gradients to adapters whose input needs none
+        return vision_transformer.checkpoint(_run_all, unit, x, bias, use_reentrant=False)
+    return _run_all(unit, x, bias)
+
+
+def _run_all(unit: tuple[nn.Module, ...], x: Tensor, bias: Tensor | None) -> Tensor:
+    for module in unit:
+        x = run(module, x, bias)
+    return x
