@@ -43,13 +43,27 @@ def test_accumulated_batches_share_weights() -> None:
     module = TinyModule()
     # windows of 2 and 1 batches per epoch
     trainer(ExitWeights(EarlyToLate()), accumulate_grad_batches=2).fit(module, loader(3))
-    assert module.seen == profile(EarlyToLate(), 0, 0, 1 / 3, 2 / 3, 2 / 3, 1)
+    assert module.seen == profile(EarlyToLate(), 0, 0, 2 / 5, 3 / 5, 3 / 5, 1)
 
 
 def test_every_n_steps() -> None:
     module = TinyModule()
     trainer(ExitWeights(EarlyToLate(), every_n_steps=2)).fit(module, loader(3))
     assert module.seen == profile(EarlyToLate(), 0, 0, 2 / 5, 2 / 5, 4 / 5, 4 / 5)
+
+
+def test_resume_between_two_updates(tmp_path: Path) -> None:
+    straight, resumed = TinyModule(), TinyModule()
+    trainer(ExitWeights(every_n_steps=2), SaveFirstEpoch(tmp_path / "0.ckpt")).fit(straight, loader(3))
+    trainer(ExitWeights(every_n_steps=2)).fit(resumed, loader(3), ckpt_path=tmp_path / "0.ckpt", weights_only=True)
+    assert resumed.seen == straight.seen[3:]
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true", "64-true"])
+def test_weights_keep_32_bits(precision: str) -> None:
+    module = TinyModule()
+    trainer(ExitWeights(EarlyToLate()), precision=precision, max_epochs=1).fit(module, loader(3))
+    assert module.seen == profile(EarlyToLate(), 0, 0.5, 1)
 
 
 def test_single_step_has_the_first_weights() -> None:
@@ -130,8 +144,8 @@ class ByHand(TinyModule):
 def test_manual_optimisation(options: dict) -> None:
     module = ByHand()
     trainer(ExitWeights(EarlyToLate()), **options).fit(module, loader(3))
-    total = options.get("max_steps", 12)
-    assert module.seen == profile(EarlyToLate(), *(2 * k / (total - 1) for k in range(total // 2)))
+    batches = options.get("max_steps", 12) // 2
+    assert module.seen == profile(EarlyToLate(), *(k / (batches - 1) for k in range(batches)))
 
 
 def test_callback_serves_a_second_fit() -> None:

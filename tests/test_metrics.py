@@ -1,4 +1,4 @@
-"""ExitUse and SampleMean against a count by hand."""
+"""The metrics against a count by hand."""
 
 from collections import Counter
 

@@ -77,7 +77,7 @@ def measure(bundle: "Bundle", data: "ImageData") -> list[Table]:
     import torch
 
     from dynadapter.cost import cost_table, exit_costs
-    from dynadapter.exits.policies import read_off
+    from dynadapter.exits.policies import route
 
     assert bundle.preprocess is not None
     data.preprocess = bundle.preprocess
@@ -91,9 +91,9 @@ def measure(bundle: "Bundle", data: "ImageData") -> list[Table]:
             logits = bundle.net(images.to(like.device, like.dtype)).float().cpu()  # (exits, batch, classes)
             correct = (logits.argmax(-1) == targets) & logits.isfinite().all(-1)
             right += correct.sum(-1)
-            routed = read_off(bundle.policy, logits)
-            counts += routed.exit_index.bincount(minlength=exits)
-            routed_right += float(((routed.logits.argmax(-1) == targets) & routed.logits.isfinite().all(-1)).sum())
+            exit_index = route(bundle.policy, logits)
+            counts += exit_index.bincount(minlength=exits)
+            routed_right += float(correct[exit_index, torch.arange(len(targets))].sum())
     samples = float(counts.sum())
     shares = counts / samples
     costs = bundle.costs or exit_costs(bundle.net, bundle.preprocess.image_size)

@@ -12,6 +12,11 @@ IGNORED = -100
 """Padding label, ignored: cross-entropy leaves such samples out, and so do all measures."""
 
 
+def wide(logits: Tensor) -> Tensor:
+    """Return half-precision values in float32, and others as they are."""
+    return logits if logits.dtype.itemsize > 2 else logits.float()
+
+
 def exit_losses(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """Return each exit's cross-entropy, the mean over the batch; half-precision logits are converted to float32.
 
@@ -32,9 +37,7 @@ def exit_losses(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -
             f"targets {tuple(targets.shape)} do not fit logits {tuple(logits.shape)} (exits, batch, classes); "
             f"give classes {(batch,)} or probabilities {(batch, classes)}"
         )
-    if logits.dtype in (torch.float16, torch.bfloat16):
-        logits = logits.float()
-    return torch.stack([F.cross_entropy(one, targets, label_smoothing=label_smoothing) for one in logits])
+    return torch.stack([F.cross_entropy(one, targets, label_smoothing=label_smoothing) for one in wide(logits)])
 
 
 def joint_loss(logits: Tensor, targets: Tensor, weights: Tensor, label_smoothing: float = 0.0) -> Tensor:
@@ -95,7 +98,7 @@ class Distillation(Spec):
         """
         if len(logits) == 1:
             return losses
-        soft = (logits if logits.dtype.itemsize > 2 else logits.float()) / self.temperature
+        soft = wide(logits) / self.temperature
         students, teacher = soft[:-1].log_softmax(-1), soft[-1].detach().log_softmax(-1)
         divergence = F.kl_div(students, teacher.expand_as(students), reduction="none", log_target=True).sum(-1).mean(1)
         early = losses[:-1].lerp(self.temperature**2 * divergence, self.share)

@@ -1,12 +1,46 @@
-"""Metrics of evaluation that torchmetrics does not have, and the metrics that are kept for each exit."""
+"""Metrics of evaluation, exact in every precision: counts are integers and sums have 64 bits."""
+
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
-from torchmetrics import MeanMetric, Metric
-from torchmetrics.classification import MulticlassCalibrationError
+from torch.nn import functional as F
+from torchmetrics import Metric
+
+BINS = 15
+"""Bins of the calibration error."""
 
 
-class SampleMean(Metric):
+class ExactMetric(Metric):
+    """A metric whose states keep their types when the module around it changes precision or device.
+
+    Lightning's ``bf16-true`` and ``16-true`` convert the states of other metrics to 16 bits, where a count stops
+    growing at 256 or 2048.
+    """
+
+    full_state_update = False
+    higher_is_better = None
+    is_differentiable = False
+
+    @property
+    def real(self) -> torch.dtype:
+        """The type of sums: float64, or float32 on an Apple GPU, which has no other."""
+        return torch.float32 if self.device.type == "mps" else torch.float64
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> nn.Module:
+        def move(state: Tensor) -> Tensor:
+            device = fn(torch.empty(0, device=state.device)).device
+            narrow = device.type == "mps" and state.dtype == torch.float64
+            return state.to(device, torch.float32 if narrow else state.dtype)
+
+        return super()._apply(move, exclude_state)
+
+    def _add_sum(self, name: str, *shape: int, dtype: torch.dtype = torch.int64) -> None:
+        """Add a state of zeros that is summed over processes."""
+        self.add_state(name, torch.zeros(shape, dtype=dtype), dist_reduce_fx="sum")
+
+
+class SampleMean(ExactMetric):
     """The mean of a value over samples; equal for any number of processes and any division into batches.
 
     Values that are not finite are kept.
@@ -14,39 +48,102 @@ class SampleMean(Metric):
     >>> mean = SampleMean()
     >>> mean.update(torch.tensor(1.0), samples=3)
     >>> mean.update(torch.tensor(5.0), samples=1)
-    >>> mean.compute()
-    tensor(2.)
+    >>> mean.compute().item()
+    2.0
     """
 
-    full_state_update = False
-    higher_is_better = None
-    is_differentiable = False
     total: Tensor
     samples: Tensor
 
     def __init__(self) -> None:
         super().__init__()
-        self.add_state("total", torch.tensor(0.0), dist_reduce_fx="sum")
-        self.add_state("samples", torch.tensor(0), dist_reduce_fx="sum")
+        self._add_sum("total", dtype=torch.float64)
+        self._add_sum("samples")
 
     def update(self, mean: Tensor, samples: int) -> None:
         """Add the mean over a number of samples; the mean over none is ignored."""
         if samples:
-            self.total += mean.detach() * samples
+            self.total += mean.detach().to(self.real) * samples
             self.samples += samples
 
     def compute(self) -> Tensor:
-        """Return the mean over all samples, a scalar; 0 if there was none."""
+        """Return the mean over all samples, a float64 scalar; 0 if there was none."""
         return self.total / self.samples.clamp(min=1)
 
 
-class ExitUse(Metric):
+class Accuracy(ExactMetric):
+    """The fraction of samples that are right.
+
+    >>> accuracy = Accuracy()
+    >>> accuracy.update(torch.tensor([True, False, True, True]))
+    >>> accuracy.compute().item()
+    0.75
+    """
+
+    right: Tensor
+    samples: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._add_sum("right")
+        self._add_sum("samples")
+
+    def update(self, right: Tensor) -> None:
+        """Count a batch of booleans ``(batch,)``."""
+        self.right += right.sum()
+        self.samples += len(right)
+
+    def compute(self) -> Tensor:
+        """Return the accuracy, a float64 scalar; 0 if there was no sample."""
+        return self.right.to(self.real) / self.samples.clamp(min=1)
+
+
+class CalibrationError(ExactMetric):
+    """Expected calibration error: |accuracy - confidence|, averaged over bins of confidence by their sizes.
+
+    Source: Guo et al. 2017, with 15 bins of equal width.
+
+    >>> error = CalibrationError()
+    >>> error.update(torch.tensor([0.9, 0.9, 0.9, 0.9]), torch.tensor([True, True, True, False]))
+    >>> round(error.compute().item(), 6)
+    0.15
+    """
+
+    samples: Tensor
+    right: Tensor
+    confidence: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._add_sum("samples", BINS)
+        self._add_sum("right", BINS)
+        self._add_sum("confidence", BINS, dtype=torch.float64)
+
+    def update(self, confidence: Tensor, right: Tensor) -> None:
+        """Add a batch.
+
+        Args:
+            confidence: Largest probability of each sample ``(batch,)``.
+            right: Whether the class of this probability is right ``(batch,)``.
+        """
+        confidence = confidence.to(self.real)
+        members = F.one_hot((confidence * BINS).long().clamp(max=BINS - 1), BINS)  # (batch, bins)
+        self.samples += members.sum(0)
+        self.right += (members * right[:, None]).sum(0)
+        self.confidence += (members * confidence[:, None]).sum(0)
+
+    def compute(self) -> Tensor:
+        """Return the error, a float64 scalar; 0 if there was no sample."""
+        return (self.right - self.confidence).abs().sum() / self.samples.sum().clamp(min=1)
+
+
+class ExitUse(ExactMetric):
     """Count how many samples stop at each exit; equal for any number of processes and any division into batches.
 
     >>> use = ExitUse(exits=3)
     >>> use.update(torch.tensor([0, 0, 2, 0]))
-    >>> use.compute()
-    tensor([0.7500, 0.0000, 0.2500])
+    >>> use.compute().tolist()
+    [0.75, 0.0, 0.25]
 
     Args:
         exits: Number of all exits, the last included.
@@ -55,16 +152,13 @@ class ExitUse(Metric):
         ValueError: There is no exit.
     """
 
-    full_state_update = False
-    higher_is_better = None
-    is_differentiable = False
     counts: Tensor
 
     def __init__(self, exits: int) -> None:
         super().__init__()
         if exits < 1:
             raise ValueError(f"exits={exits} must be at least 1, the last exit")
-        self.add_state("counts", torch.zeros(exits, dtype=torch.int64), dist_reduce_fx="sum")
+        self._add_sum("counts", exits)
 
     def update(self, exit_index: Tensor) -> None:
         """Count a batch.
@@ -82,15 +176,11 @@ class ExitUse(Metric):
         self.counts += torch.bincount(exit_index, minlength=known)
 
     def compute(self) -> Tensor:
-        """Return the exit shares ``(exits,)``, which sum to 1; all 0 if there was no sample."""
-        return self.counts / self.counts.sum().clamp(min=1)
+        """Return the exit shares ``(exits,)`` in float64, which sum to 1; all 0 if there was no sample."""
+        return self.counts.to(self.real) / self.counts.sum().clamp(min=1)
 
 
-def metrics_of_exits(num_classes: int, exits: int) -> dict[str, nn.ModuleList]:
-    """Return new metrics, one for each exit: ``acc`` (accuracy), ``ece`` (calibration error, 15 bins) and ``loss``."""
-
-    def calibration_error() -> Metric:
-        return MulticlassCalibrationError(num_classes, n_bins=15, norm="l1", validate_args=False)
-
-    kinds = {"acc": MeanMetric, "ece": calibration_error, "loss": SampleMean}
+def metrics_of_exits(exits: int) -> dict[str, nn.ModuleList]:
+    """Return new metrics, one for each exit: ``acc`` (accuracy), ``ece`` (calibration error) and ``loss``."""
+    kinds: dict[str, Callable[[], Metric]] = {"acc": Accuracy, "ece": CalibrationError, "loss": SampleMean}
     return {kind: nn.ModuleList(metric() for _ in range(exits)) for kind, metric in kinds.items()}

@@ -1,6 +1,5 @@
 """The LightningModule: a frozen backbone, adapters and exits, trained with one joint loss."""
 
-import math
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -14,8 +13,8 @@ from torch import Tensor
 from dynadapter.adapters import AdapterSpec, LoRA, inject
 from dynadapter.backbones import create_backbone, cut_depth, fingerprint
 from dynadapter.exits.heads import Balanced, Heads
-from dynadapter.exits.net import ExitNet
-from dynadapter.exits.policies import Never, Policy, Routed, read_off
+from dynadapter.exits.net import ExitNet, Routed
+from dynadapter.exits.policies import Never, Policy, route
 from dynadapter.exits.temperature import tempered_confidence
 from dynadapter.exits.token_merging import TokenMerging
 from dynadapter.training.callbacks.finite_check import FiniteCheck, require_finite_weights
@@ -30,10 +29,11 @@ from dynadapter.training.contents import (
     trainable_only,
 )
 from dynadapter.training.loading import CheckedLoading
-from dynadapter.training.losses import IGNORED, Distillation, exit_losses
+from dynadapter.training.losses import IGNORED, Distillation, exit_losses, wide
 from dynadapter.training.metrics import metrics_of_exits
 from dynadapter.training.mixing import Mixing, mix
 from dynadapter.training.processes import is_distributed, mean_over_processes
+from dynadapter.training.progress import progress, start_progress
 from dynadapter.training.random_state import seeded, step_seed
 from dynadapter.training.schedules import Cosine, Schedule, Warmup
 from dynadapter.training.sharding import is_sharded, shard
@@ -148,8 +148,9 @@ class ExitClassifier(CheckedLoading):
         self.full_checkpoint = full_checkpoint
         self.seed = 0  # of the training's random numbers; set when it starts
         self.step_losses: tuple[Tensor, Tensor] | None = None
+        self._batches: int | None = None  # of an epoch, in the training that is resumed
         for split in ("val", "test"):
-            for kind, metrics in metrics_of_exits(num_classes, self.net.num_exits).items():
+            for kind, metrics in metrics_of_exits(self.net.num_exits).items():
                 self.add_module(f"{split}_{kind}", metrics)
         trainable_only(self)
 
@@ -231,23 +232,16 @@ class ExitClassifier(CheckedLoading):
         self.log("train/loss", (self.net.exit_weights * shared).sum(), prog_bar=True)
         return (self.net.exit_weights * losses).sum()
 
-    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """Create the optimiser of the trainable parameters, and schedule its learning rate over the planned steps.
+    def on_train_start(self) -> None:
+        """Check that the training has a known end if the learning rate varies, and place a resume in its epoch."""
+        start_progress(self.trainer, "lr_schedule", self.lr_schedule.varies, self._batches)
 
-        Raises:
-            ValueError: The learning rate follows the progress of a training that has no known end.
-        """
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        """Create the optimiser of the trainable parameters, and schedule its learning rate over the training."""
         optimizer = self.optimizer_callable([p for p in self.parameters() if p.requires_grad])
-        steps = self.trainer.estimated_stepping_batches
-        if not 0 < steps < math.inf:  # Lightning returns -1 for a loader without a length
-            if self.lr_schedule.varies:
-                raise ValueError(
-                    "lr_schedule follows the progress of training, and this training has no known end; set max_steps "
-                    "(or max_epochs, with a data loader that has a length), or choose a Constant schedule"
-                )
-            steps = 1
-        last = max(1, int(steps) - 1)
-        factor = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.lr_schedule(min(1.0, step / last)))
+        factor = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: self.lr_schedule(progress(self.trainer) if step else 0.0)
+        )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": factor, "interval": "step", "name": "lr"}}
 
     # ---- evaluation
@@ -262,11 +256,12 @@ class ExitClassifier(CheckedLoading):
         self._require_classes(classes)
         losses = exit_losses(logits, classes) if len(classes) else logits.new_zeros(len(logits))
         on_epoch: dict[str, Any] = {"on_step": False, "on_epoch": True, "batch_size": len(targets)}
-        for k, (exit_logits, exit_loss) in enumerate(zip(logits.float(), losses, strict=True)):
+        for k, (exit_logits, exit_loss) in enumerate(zip(wide(logits), losses, strict=True)):
             accuracy, calibration, loss = (getattr(self, f"{split}_{kind}")[k] for kind in ("acc", "ece", "loss"))
             finite = exit_logits.isfinite().all(-1)  # other logits count as wrong and have no confidence
-            accuracy.update((exit_logits.argmax(-1) == classes) & finite)
-            calibration.update(exit_logits[finite].softmax(-1), classes[finite])
+            right = (exit_logits.argmax(-1) == classes) & finite
+            accuracy.update(right)
+            calibration.update(exit_logits[finite].softmax(-1).amax(-1), right[finite])
             loss.update(exit_loss, len(classes))
             self.log(f"{split}/acc_exit{k + 1}", accuracy, **on_epoch)
             self.log(f"{split}/ece_exit{k + 1}", calibration, **on_epoch)
@@ -308,7 +303,8 @@ class ExitClassifier(CheckedLoading):
         if not is_sharded(self.net):
             return self.net.early(images, self.policy)
         logits = self.net(images)  # each process has a part of every tensor, so all must run all blocks
-        return read_off(self.policy, logits)
+        exit_index = route(self.policy, logits)
+        return Routed(logits[exit_index, torch.arange(len(images), device=logits.device)], exit_index)
 
     # ---- checkpoints
 
@@ -327,6 +323,7 @@ class ExitClassifier(CheckedLoading):
             "class_names": self.class_names,
             "preprocessing": self.preprocessing,
             "data": self.data_config,
+            "batches": getattr(self._trainer, "num_training_batches", None),
         }
         if self.full_checkpoint:  # then the model can be rebuilt without fetching weights
             checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY] |= {"pretrained": False, "weights": None}
@@ -350,6 +347,7 @@ class ExitClassifier(CheckedLoading):
         self.class_names = list(saved["class_names"])
         self.preprocessing = dict(saved["preprocessing"])
         self.data_config = self.data_config or saved["data"]
+        self._batches = saved.get("batches")
 
     def _compare_classes(self, names: list[str]) -> None:
         difference = different_class(names, self.class_names)

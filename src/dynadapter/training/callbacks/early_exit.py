@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from dynadapter.exits.net import ExitNet
-from dynadapter.exits.policies import Confidence, Policy, read_off
+from dynadapter.exits.policies import Confidence, Policy, route
 from dynadapter.training.callbacks._common import exit_net
 from dynadapter.training.losses import IGNORED
 from dynadapter.training.metrics import ExitUse
@@ -46,8 +46,8 @@ class PolicyUse(ExitUse):
 
     def __init__(self, exits: int) -> None:
         super().__init__(exits)
-        self.add_state("right", torch.tensor(0), dist_reduce_fx="sum")
-        self.add_state("nonfinite", torch.tensor(0), dist_reduce_fx="sum")
+        self._add_sum("right")
+        self._add_sum("nonfinite")
 
     def update(self, exit_index: Tensor, logits: Tensor, targets: Tensor) -> None:  # type: ignore[override]
         """Count a batch.
@@ -64,7 +64,7 @@ class PolicyUse(ExitUse):
 
     def compute(self) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
         """Return the exit shares ``(exits,)``, the accuracy, and the number of samples with non-finite logits."""
-        return super().compute(), self.right / self.counts.sum().clamp(min=1), self.nonfinite
+        return super().compute(), self.right.to(self.real) / self.counts.sum().clamp(min=1), self.nonfinite
 
 
 class EarlyExit(Callback):
@@ -152,9 +152,10 @@ class EarlyExit(Callback):
         stacked, targets = _output(outputs, "logits", step), _output(outputs, "targets", step)
         counted = (targets != IGNORED).nonzero()[:, 0]
         logits, targets = stacked[:, counted], targets[counted]
+        rows = torch.arange(len(targets), device=targets.device)
         for policy in self.policies:
-            routed = read_off(policy, logits)
-            self._uses[policy.name].update(routed.exit_index, routed.logits, targets)
+            exit_index = route(policy, logits)
+            self._uses[policy.name].update(exit_index, logits[exit_index, rows], targets)
         net = exit_net(pl_module, self)
         if self.verify_routing and not is_sharded(net):
             with trainer.precision_plugin.forward_context():
@@ -184,16 +185,14 @@ def _output(outputs: Any, key: str, step: str) -> Tensor:
 
 def _compare_routing(net: ExitNet, policy: Policy, images: Tensor, stacked: Tensor, where: str) -> None:
     """Route a batch and compare exits and classes with those read off the logits of all exits."""
-    expected, routed = read_off(policy, stacked), net.early(images, policy)
-    classes = expected.logits.argmax(-1)
-    different = (expected.exit_index != routed.exit_index) | (classes != routed.logits.argmax(-1))
-    different = different.nonzero()[:, 0].tolist()
+    read_off, routed = route(policy, stacked), net.early(images, policy)
+    classes = stacked[read_off, torch.arange(len(images), device=stacked.device)].argmax(-1)
+    different = ((read_off != routed.exit_index) | (classes != routed.logits.argmax(-1))).nonzero()[:, 0].tolist()
     if different:
         first = different[0]
         raise ValueError(
             f"verify_routing: {policy.name} differs for {len(different)} of {len(images)} images in {where}; image "
             f"{first} stops at exit {int(routed.exit_index[first]) + 1} with class "
-            f"{int(routed.logits[first].argmax())} when routed; its logits say exit "
-            f"{int(expected.exit_index[first]) + 1} and "
+            f"{int(routed.logits[first].argmax())} when routed; its logits say exit {int(read_off[first]) + 1} and "
             f"class {int(classes[first])}; rounding near a threshold can cause a single such image, more are a fault"
         )

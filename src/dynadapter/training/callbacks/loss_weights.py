@@ -1,10 +1,13 @@
 """ExitWeights: a loss-weight schedule for the exits."""
 
+from typing import Any
+
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from dynadapter.exits.net import ExitNet
-from dynadapter.training.callbacks._common import exit_net, progress, require_end
+from dynadapter.training.callbacks._common import exit_net
+from dynadapter.training.progress import progress, start_progress
 from dynadapter.training.weighting import LateToEarly, Weighting
 
 
@@ -12,8 +15,8 @@ class ExitWeights(Callback):
     """Write each exit's weight in the joint loss into ``ExitNet.exit_weights`` during training.
 
     Works in any LightningModule that holds one :class:`~dynadapter.exits.net.ExitNet` and multiplies its losses by this
-    buffer. The weights depend on the number of optimiser steps alone: nothing has to be saved, and a resumed training
-    continues exactly. They are logged as ``exit_weights/1``, ``exit_weights/2`` and so on.
+    buffer. The weights depend on the :func:`~dynadapter.training.progress.progress` of training alone, so a resumed
+    training continues exactly. They are logged as ``exit_weights/1``, ``exit_weights/2`` and so on.
 
     Args:
         weighting: The weights as a function of progress.
@@ -30,25 +33,31 @@ class ExitWeights(Callback):
             raise ValueError(f"every_n_steps={every_n_steps} must be at least 1")
         self.weighting = weighting
         self.every_n_steps = every_n_steps
+        self._progress: float | None = None  # at the last update
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._net: ExitNet = exit_net(pl_module, self)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Not earlier: counting the batches starts the loader, and its state is restored only now.
-        self._steps = require_end(trainer, self, self.weighting.varies)
-        self._write(trainer)
+        # Not earlier: the number of batches is unknown until now.
+        start_progress(trainer, type(self).__name__, self.weighting.varies)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
-        weights = self._write(trainer)
+        if self._progress is None or trainer.global_step % self.every_n_steps == 0:
+            self._progress = progress(trainer)
+        weights = self.weighting(self._progress, self._net.num_exits)
+        with torch.no_grad():
+            self._net.exit_weights.copy_(torch.tensor(weights))  # in place: a compiled step needs no recompilation
         pl_module.log_dict({f"exit_weights/{k}": weight for k, weight in enumerate(weights, 1)})
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the progress at the last update, which a resume between two updates needs."""
+        return {} if self.every_n_steps == 1 else {"progress": self._progress}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue with the weights of the last update."""
+        self._progress = state_dict.get("progress")
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.__dict__.pop("_net", None)  # the callback may be used for another network
-
-    def _write(self, trainer: Trainer) -> tuple[float, ...]:
-        now = progress(trainer, self._steps, self.every_n_steps)
-        weights = self.weighting(now, self._net.num_exits)
-        with torch.no_grad():
-            self._net.exit_weights.copy_(torch.tensor(weights))  # in place: a compiled step needs no recompilation
-        return weights
+        self._progress = None

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dynadapter.adapters import AdapterLayer
-from dynadapter.training.callbacks._common import progress, require_end
+from dynadapter.training.progress import progress, start_progress
 from dynadapter.training.schedules import Constant, Schedule
 from dynadapter.training.sharding import is_sharded
 
@@ -22,10 +22,11 @@ class BidirectionalSparsity(Callback):
     layers drop more and that adapter gradients are masked; the line over depth, all rates and the meaning of "masked"
     are ours.
 
-    Works in any LightningModule with adapters. Rates depend on the number of optimiser steps, masks on that number and
-    the seed: nothing has to be saved, a resumed training continues exactly, and all data-parallel processes draw the
-    same masks, on any device. Gradients are masked before they are clipped. Logs ``sparsity/keep``,
-    ``sparsity/dropout_shallow`` and ``sparsity/dropout_deep``. Sharded parameters (FSDP) are not supported.
+    Works in any LightningModule with adapters. Rates depend on the progress of training, masks on the number of
+    optimiser steps and the seed: nothing has to be saved, a resumed training continues exactly, and all data-parallel
+    processes draw the same masks, on any device. Gradients are masked before they are clipped. Logs
+    ``sparsity/keep``, ``sparsity/dropout_shallow`` and ``sparsity/dropout_deep``. Sharded parameters (FSDP) are not
+    supported.
 
     AdamW's bias correction counts the steps of a tensor, not of an element: with a small ``keep`` the first updates of
     an element are larger than without masks.
@@ -70,6 +71,7 @@ class BidirectionalSparsity(Callback):
         self._elements: list[nn.Parameter] = []
         self._held: list[_Held] = []
         self._dropout: tuple[float, float] | None = None
+        self._keep = 1.0  # at the current step
 
     def _schedules(self) -> dict[str, Schedule]:
         """Return the schedules in use, by name."""
@@ -97,13 +99,13 @@ class BidirectionalSparsity(Callback):
             self._handles = [one.register_step_post_hook(self._after_step) for one in trainer.optimizers]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Not earlier: counting the batches starts the loader, and its state is restored only now.
-        varies = any(schedule.varies for schedule in self._schedules().values())
-        self._steps = require_end(trainer, self, varies)
+        # Not earlier: the number of batches is unknown until now.
+        start_progress(trainer, type(self).__name__, any(schedule.varies for schedule in self._schedules().values()))
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        now = progress(trainer, self._steps)
-        values = {"sparsity/keep": _share(self.keep, now, "keep")}
+        now = progress(trainer)
+        self._keep = _share(self.keep, now, "keep")
+        values = {"sparsity/keep": self._keep}
         if self.shallow is not None:
             shallow, deep = _share(self.shallow, now, "shallow"), _share(self.deep, now, "deep")
             if (shallow, deep) != self._dropout:
@@ -115,11 +117,10 @@ class BidirectionalSparsity(Callback):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         self._held = []  # a step skipped for an overflow may have left entries
-        keep = _share(self.keep, progress(trainer, self._steps), "keep")
-        if keep == 1 or not self._elements:
+        if self._keep == 1 or not self._elements:
             return
         own = {element for group in optimizer.param_groups for element in group["params"]}
-        for element, moves in zip(self._elements, self._draw(keep, trainer.global_step), strict=True):
+        for element, moves in zip(self._elements, self._draw(self._keep, trainer.global_step), strict=True):
             if element not in own or element.grad is None:
                 continue
             element.grad.masked_fill_(~moves, 0)

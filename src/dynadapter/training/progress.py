@@ -1,0 +1,79 @@
+"""The progress of a training: the part of its plan that is done. All schedules are functions of it."""
+
+import math
+from collections.abc import Iterator
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, Timer
+
+
+def progress(trainer: Trainer) -> float:
+    """Return the progress before the next optimiser step: 0 at the first step of training and 1 at the last.
+
+    It is the largest of the fractions that are done of the planned epochs, of ``max_steps`` and of ``max_time``. An
+    epoch counts by its batches. So a training that is resumed with batches of another size, on another number of
+    devices or with other accumulation continues where it was and ends where it was planned to end.
+
+    It depends on the trainer's counters alone: a training resumed without changes continues exactly, and all batches of
+    one optimiser step see the same value. With ``max_time`` it follows the clock of the first process.
+    """
+    return min(max(_fractions(trainer), default=0.0), 1.0)
+
+
+def start_progress(trainer: Trainer, caller: str, varies: bool, batches: int | None = None) -> None:
+    """Check that a training whose values vary with its progress has a known end, and place a resume in its epoch.
+
+    Call it in ``on_train_start``. Lightning counts the batches of an epoch. After a resume with batches of another size
+    an epoch has another number of them, and its count is converted.
+
+    Args:
+        trainer: The trainer, in fit.
+        caller: What varies, for the message.
+        varies: Whether anything varies.
+        batches: Batches of an epoch before the resume; None if unknown.
+
+    Raises:
+        ValueError: Something varies, and the end is unknown.
+    """
+    if varies and not list(_fractions(trainer)):
+        raise ValueError(
+            f"{caller} follows the progress of training, and this training has no known end; set max_steps or "
+            "max_time (or max_epochs, with a data loader that has a length), or choose values that stay constant"
+        )
+    counts, now = trainer.fit_loop.epoch_loop.batch_progress, trainer.num_training_batches
+    if counts.is_last_batch:
+        batches = counts.current.ready
+    if batches and math.isfinite(now) and batches != now:
+        seen = counts.current.ready
+        shift = math.ceil(seen * now / batches) - seen
+        for count in ("ready", "started", "processed", "completed"):
+            setattr(counts.current, count, getattr(counts.current, count) + shift)
+
+
+def _fractions(trainer: Trainer) -> Iterator[float]:
+    """Yield the fraction done of each limit that the training has."""
+    epochs, batches = trainer.max_epochs, trainer.num_training_batches
+    if epochs is not None and epochs >= 0 and math.isfinite(batches):
+        # Of Lightning's counts only this one grows before the next learning rate is set
+        now = trainer.fit_loop.epoch_loop.batch_progress.current.processed
+        begun = now - now % trainer.accumulate_grad_batches if now < batches else batches
+        yield (trainer.current_epoch * batches + begun) / max(epochs * batches - _last_step(trainer), 1)
+    if trainer.max_steps >= 0:
+        # In manual optimisation Lightning counts the steps of every optimiser
+        together = 1 if trainer.lightning_module.automatic_optimization else len(trainer.optimizers)
+        yield trainer.global_step / max(trainer.max_steps - together, 1)
+    for timer in (callback for callback in trainer.callbacks if isinstance(callback, Timer)):  # type: ignore[attr-defined]
+        elapsed, remaining = timer.time_elapsed(), timer.time_remaining()
+        if remaining is not None:
+            # The clocks of processes differ, and their values must not
+            yield trainer.strategy.broadcast(elapsed / max(elapsed + remaining, 1e-9))
+
+
+def _last_step(trainer: Trainer) -> int:
+    """Return how many batches the last optimiser step of a training with a number of epochs accumulates."""
+    assert trainer.max_epochs is not None
+    accumulated, batches = trainer.accumulate_grad_batches, int(trainer.num_training_batches)
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, GradientAccumulationScheduler):
+            accumulated = callback.get_accumulate_grad_batches(trainer.max_epochs - 1)
+    return batches % accumulated or min(accumulated, batches)
