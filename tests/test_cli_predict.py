@@ -35,6 +35,7 @@ from dynadapter.serve import predict as engine
 from dynadapter.serve.bundle import BackboneSource, bundle_from_classifier, load, save_bundle
 from dynadapter.serve.formats import COLUMNS
 from dynadapter.serve.table import PredictionTable
+from dynadapter.training.callbacks import EarlyExit
 
 NAMES = ("ant", "bee, wild", "cat")
 NAME = "vit_tiny_patch16_224"
@@ -276,12 +277,11 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for p in classifier.parameters():
             if p.requires_grad:
                 p += 0.5 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
-    fitting = trainer()
+    fitting = trainer(EarlyExit([Never(), Confidence(0.5)]))
     fitting.strategy.connect(classifier)
+    classifier.trainer = fitting
     (run / "checkpoints").mkdir(parents=True)
     fitting.save_checkpoint(run / "checkpoints" / "last.ckpt")
-    policies = "[{class_path: dynadapter.Never}, {class_path: Confidence, init_args: {threshold: 0.5}}]"
-    (run / "config.yaml").write_text(f"early_exit: {{policies: {policies}}}\n")
     bundle_from_classifier(classifier, run / "bundle", policy=Never())
     return run / "checkpoints" / "last.ckpt"
 
@@ -291,7 +291,7 @@ def test_checkpoint_gives_its_bundles_rows(checkpoint, images, tmp_path):
     main([*place, f"--ckpt_path={checkpoint}", f"--out={tmp_path / 'c.csv'}"])
     main([*place, f"--bundle={checkpoint.parent.parent / 'bundle'}", f"--out={tmp_path / 'b.csv'}"])
     assert (tmp_path / "c.csv").read_bytes() == (tmp_path / "b.csv").read_bytes()
-    assert {row["exit"] for row in read(tmp_path / "c.csv")} == {"3"}  # the first policy of its run
+    assert {row["exit"] for row in read(tmp_path / "c.csv")} == {"3"}  # the first policy of its training
 
 
 def test_checkpoint_resumes(checkpoint, images, tmp_path, capsys, monkeypatch):

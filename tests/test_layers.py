@@ -20,12 +20,12 @@ BELOW = {
     "exits": {"spec", "backbones", "adapters"},
     "cost": {"backbones", "adapters", "exits"},
     "images": {"files"},
-    "calibrate": {"spec", "exits"},
+    "calibrate": {"files", "spec", "exits"},
     "sweep": {"files", "spec", "exits", "calibrate"},
     "serve": {"files", "limits", "spec", "backbones", "adapters", "exits", "cost", "images"},
     "bench": {"spec", "backbones", "adapters", "exits", "cost", "images", "serve"},
     # ---- above this line nothing imports lightning
-    "training": {"files", "limits", "spec", "backbones", "adapters", "exits", "cost", "serve"},
+    "training": {"files", "limits", "spec", "backbones", "adapters", "exits", "cost", "calibrate", "serve"},
     "data": {"files", "images", "training"},
 }
 LIGHTNING = {"training", "data", "cli"}

@@ -27,6 +27,7 @@ from dynadapter.cli.layers import (
     switched_off,
     with_fresh_adapters,
 )
+from dynadapter.cli.policies import policy_from
 from dynadapter.cli.record import Record
 from dynadapter.cli.resume import Continue, Earlier, earlier_run, expand_resume, resume_command
 from dynadapter.cli.runs import RUN_FOLDERS, SaveConfig, create_run_folder, loggers, place_checkpoints, remove_if_empty
@@ -34,9 +35,11 @@ from dynadapter.cli.safety import check_config, check_run
 from dynadapter.cli.signals import StopOnSignal
 from dynadapter.cli.strategies import require_known, require_own_processes
 from dynadapter.data import ImageData
+from dynadapter.spec import plain
 from dynadapter.training.callbacks import BidirectionalSparsity, EarlyExit, FlopsReport
 from dynadapter.training.checkpoints import RunCheckpoint, newest
 from dynadapter.training.module import ExitClassifier
+from dynadapter.training.restoring import StoredPolicies, stored_policies
 
 
 class DynCLI(LightningCLI):
@@ -55,6 +58,7 @@ class DynCLI(LightningCLI):
         self.run_folder: Path | None = None
         self.record: Record | None = None
         self.before: Earlier | None = None
+        self.stored: StoredPolicies | None = None
         self.stopper = StopOnSignal()
         try:
             super().__init__(
@@ -113,6 +117,9 @@ class DynCLI(LightningCLI):
             if self.command == "fit" and not files:
                 raise Mistake(_needs_config(path))
             below = checkpoint_settings(path, given)
+            if self.command in ("validate", "test"):
+                self.stored = stored_policies(path)
+                below["early_exit"] = {"policies": [plain(policy) for policy in self.stored.policies]}
             if self.command == "fit":
                 self.before = earlier_run(Path(path), log)
             contents |= {inline(below): below}
@@ -134,6 +141,10 @@ class DynCLI(LightningCLI):
                 f"{self.command} needs a checkpoint, because a network without one is untrained; "
                 "give --ckpt_path the file that fit wrote, such as runs/version_0/checkpoints/last.ckpt"
             )
+        if config.get("policy_from") is not None and self.command != "calibrate":
+            found = policy_from(config.policy_from)
+            self.stored = StoredPolicies((found.policy,), found.where)
+            config.early_exit.policies = [plain(found.policy)]
         if self.command == "calibrate":
             self.calibration = calibrate.Settings.read(config)
             if config.trainer.devices == "auto":  # several would each see a part of the images
@@ -273,6 +284,10 @@ class DynCLI(LightningCLI):
         parts = " and ".join([*(f"{count} x {kind}" for kind, count in adapters.items()), "the heads"])
         print(f"{self.model.backbone_name}: {frozen:,} frozen and {trained:,} trained parameters, in {parts}")
         print(f"exits after blocks {', '.join(map(str, net.exit_depths))} of {net.depth}")
+        if self.stored is not None and "early_exit" not in self.off:
+            policies = self.config_init["early_exit"].policies
+            origin = self.stored.origin if tuple(policies) == self.stored.policies else "as given"
+            print(f"exit policies {', '.join(policy.name for policy in policies)} ({origin})")
         if self.before is not None:
             print(f"continuing after step {self.before.step:,}, from {self.before.checkpoint}")
         if self.run_folder is not None:

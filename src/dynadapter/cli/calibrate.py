@@ -17,21 +17,26 @@ import dynadapter
 from dynadapter.adapters import adapter_layers
 from dynadapter.calibrate import KINDS, Goal, Search, Solution, curve_rows, solve
 from dynadapter.calibrate.report import draw_curve, measured_data, solution_data, solution_table
+from dynadapter.calibrate.stored import RESULT, beside
 from dynadapter.cli.calibration_images import WORDS, Split, check_images, some_images, stack_logits
 from dynadapter.cli.errors import Mistake, one_line
+from dynadapter.cli.policies import policy_from
 from dynadapter.cli.runs import create_run_folder
 from dynadapter.cost import ExitCosts, exit_costs
 from dynadapter.data import ImageData
+from dynadapter.exits.policies import Policy
+from dynadapter.files import replacing, sha256
 from dynadapter.serve.bundle import bundle_from_classifier
 from dynadapter.serve.bundle.config import FILES
 from dynadapter.serve.bundle.place import check_place
 from dynadapter.serve.bundle.reading import read as read_bundle
 from dynadapter.spec import plain
+from dynadapter.training.checkpoints import read as read_checkpoint
 from dynadapter.training.module import ExitClassifier
 
 Kind = Literal["confidence", "entropy", "margin", "patience"]
 
-RESULTS = ("calibration.json", "curve.csv", "curve.png")
+RESULTS = (RESULT, "curve.csv", "curve.png")
 OPTIMISTIC = {
     "test": "thresholds fitted to the test images leave none to measure them on",
     "train": "a network is more confident and more accurate on its training images than on new ones",
@@ -50,6 +55,12 @@ ARGUMENTS: dict[str, tuple[Any, Any, str]] = {
     "overwrite": (bool, False, "Replace a bundle that is there."),
     "out": (str | None, None, "Folder of calibration.json and the curve; by default a new one beside the training's."),
     "data_split": (Split, "val", "Images to calibrate on; others than val only with accept_optimistic_numbers."),
+    "policy_from": (
+        str | None,
+        None,
+        "Instead of a goal: use the policy of this calibration, calibrated checkpoint or run, or bundle. For a network "
+        "that was trained on the validation images too, by the calibration of its twin that was not.",
+    ),
     "accept_optimistic_numbers": (bool, False, "Calibrate on test or training images all the same."),
 }
 """The settings beside the goal: type, default, help."""
@@ -57,9 +68,9 @@ ARGUMENTS: dict[str, tuple[Any, Any, str]] = {
 
 @dataclass(frozen=True)
 class Settings:
-    """The checked settings of the command: the goal, the checkpoint, and those of ``ARGUMENTS``."""
+    """The checked settings of the command: the goal (None with ``policy_from``), the checkpoint, and ``ARGUMENTS``."""
 
-    goal: Goal
+    goal: Goal | None
     ckpt_path: str
     policy: Kind = "confidence"
     temperatures: bool | None = None
@@ -70,6 +81,7 @@ class Settings:
     overwrite: bool = False
     out: str | None = None
     data_split: Split = "val"
+    policy_from: str | None = None
     accept_optimistic_numbers: bool = False
 
     @classmethod
@@ -79,12 +91,9 @@ class Settings:
         Raises:
             Mistake: If the goal is invalid, settings exclude each other, or an output exists already.
         """
-        try:
-            goal = Goal(**{name: config.goal[name] for name in Goal.__dataclass_fields__})
-        except ValueError as error:
-            raise Mistake(str(error)) from error
+        goal = _goal(config)
         settings = cls(goal, config.ckpt_path, **{name: config[name] for name in ARGUMENTS})
-        if settings.search == "refined" and (goal.name == "risk" or settings.policy == "patience"):
+        if goal is not None and settings.search == "refined" and (goal.name == "risk" or settings.policy == "patience"):
             why = "a guarantee tests policies that are fixed beforehand" if goal.name == "risk" else "patience has none"
             raise Mistake(f"search=refined looks for one threshold per exit, but {why}; give --search shared")
         if not 0 <= settings.seed < 2**63:
@@ -98,6 +107,19 @@ class Settings:
         if settings.out is not None:
             _check_out(Path(settings.out))
         return settings
+
+
+def _goal(config: Any) -> Goal | None:
+    """Return the goal; None if a policy is given instead."""
+    given = {name: config.goal[name] for name in Goal.__dataclass_fields__}
+    if config.policy_from is not None:
+        if named := [name for name, value in given.items() if value is not None]:
+            raise Mistake(f"policy_from brings a policy, goal.{named[0]} looks for one; give one of the two")
+        return None
+    try:
+        return Goal(**given)
+    except ValueError as error:
+        raise Mistake(str(error)) from error
 
 
 def _check_bundle(settings: Settings) -> None:
@@ -140,8 +162,10 @@ def add_arguments(parser: LightningArgumentParser) -> None:
         parser.add_argument(f"--{name}", type=kind, default=default, help=words)
 
 
-def calibrate(trainer: Trainer, model: ExitClassifier, data: ImageData, settings: Settings) -> Solution:
+def calibrate(trainer: Trainer, model: ExitClassifier, data: ImageData, settings: Settings) -> Solution | None:
     """Run the images through the network once, solve the goal, print a table, and write the files.
+
+    With ``policy_from`` nothing is run: the policy is checked and written, and there is no solution.
 
     Raises:
         Mistake: If there are no images, the network was trained on them, or the goal cannot be reached.
@@ -150,19 +174,62 @@ def calibrate(trainer: Trainer, model: ExitClassifier, data: ImageData, settings
         raise Mistake(f"calibrate runs on one device, not on {trainer.world_size}; give --trainer.devices 1")
     if settings.merge:
         _check_mergeable(model)
+    if settings.policy_from is not None:
+        _adopt(trainer, model, data, settings)
+        return None
     notes = check_images(data, settings.data_split, settings.ckpt_path)
     logits, targets = stack_logits(trainer, model, data, settings.data_split, settings.ckpt_path)
-    costs = exit_costs(copy.deepcopy(model.net).merge(1e-4) if settings.merge else model.net, data.image_size)
+    costs = _costs(model, data, settings)
     solution = solved(logits, targets, costs, settings, notes)
     _print(solution, model, settings)
+    folder = _folder(trainer, settings)
+    with (folder / "curve.csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(curve_rows(solution.curve))
+    draw_curve(folder / "curve.png", solution, model.backbone_name)
+    content = {"kind": settings.policy, "search": settings.search, "seed": settings.seed}
+    content |= {"data_split": settings.data_split, "costs": plain(costs)}
+    _write(folder, solution_data(solution) | content, model, settings)
+    if settings.bundle:
+        words = f"{WORDS[settings.data_split]} images, cross-fitted"
+        _write_bundle(solution.found.policy, measured_data(solution, words), costs, model, data, settings)
+    return solution
+
+
+def _adopt(trainer: Trainer, model: ExitClassifier, data: ImageData, settings: Settings) -> None:
+    """Write the policy of another calibration for this network.
+
+    Raises:
+        Mistake: If there is no policy, or it belongs to a network with other exits, classes or another backbone.
+    """
+    found = policy_from(str(settings.policy_from))
+    checkpoint = read_checkpoint(settings.ckpt_path)
+    model.on_load_checkpoint(checkpoint)
+    model.load_state_dict(checkpoint["state_dict"])
+    try:
+        found.require_twin(model.net.exit_depths, tuple(model.class_names), model.backbone_hash)
+    except ValueError as error:
+        raise Mistake(str(error)) from error
+    model.eval()
+    costs = _costs(model, data, settings)
+    print(f"exit policy {found.policy.name} ({found.where}); nothing was measured for this network")
+    content = {"policy": plain(found.policy), "policy_from": found.where, "costs": plain(costs)}
+    _write(_folder(trainer, settings), content, model, settings)
+    if settings.bundle:
+        measured = {
+            "notes": f"the policy was calibrated for another network ({found.where}); this one was not measured"
+        }
+        _write_bundle(found.policy, measured, costs, model, data, settings)
+
+
+def _costs(model: ExitClassifier, data: ImageData, settings: Settings) -> ExitCosts:
+    return exit_costs(copy.deepcopy(model.net).merge(1e-4) if settings.merge else model.net, data.image_size)
+
+
+def _folder(trainer: Trainer, settings: Settings) -> Path:
+    """Create the folder of the results."""
     folder = Path(settings.out) if settings.out else create_run_folder(Path(trainer.default_root_dir), "calibrate")
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder, solution, costs, model, settings)
-    print(f"calibration.json and the curve are in {folder}")
-    if settings.bundle:
-        place = _write_bundle(settings.bundle, solution, costs, model, data, settings)
-        print(f"the bundle is in {place}")
-    return solution
+    return folder
 
 
 def _check_mergeable(model: ExitClassifier) -> None:
@@ -180,13 +247,14 @@ def solved(
     Raises:
         Mistake: If the goal cannot be reached.
     """
-    split = settings.data_split
+    split, goal = settings.data_split, settings.goal
+    assert goal is not None
     try:
         solution = solve(
             logits,
             targets,
             costs.macs,
-            settings.goal,
+            goal,
             kind=KINDS[settings.policy],
             search=settings.search,
             with_temperatures=settings.temperatures,
@@ -210,43 +278,53 @@ def _print(solution: Solution, model: ExitClassifier, settings: Settings) -> Non
         print(f"note: {note}")
 
 
-def _write(folder: Path, solution: Solution, costs: ExitCosts, model: ExitClassifier, settings: Settings) -> None:
-    content = solution_data(solution) | {
-        "kind": settings.policy,
-        "search": settings.search,
-        "seed": settings.seed,
-        "data_split": settings.data_split,
-        "costs": plain(costs),
+def _write(folder: Path, content: dict[str, Any], model: ExitClassifier, settings: Settings) -> None:
+    """Write ``calibration.json``, and the same beside the checkpoint, where predict and test find it."""
+    content |= {
         "checkpoint": settings.ckpt_path,
+        "checkpoint_sha256": sha256(Path(settings.ckpt_path)),
+        "class_names": list(model.class_names),
         "backbone": model.backbone_name,
         "backbone_hash": model.backbone_hash,
         "dynadapter": dynadapter.__version__,
     }
-    with (folder / "curve.csv").open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows(curve_rows(solution.curve))
-    draw_curve(folder / "curve.png", solution, model.backbone_name)
     text = json.dumps(content, indent=2, allow_nan=False) + "\n"
-    (folder / "calibration.json").write_text(text, encoding="utf-8")
+    near = beside(Path(settings.ckpt_path))
+    for path in (folder / RESULT, near):
+        try:
+            with replacing(path) as file:
+                file.write(text.encode())
+        except PermissionError:  # checkpoints may lie where nobody writes
+            if path != near:
+                raise
+            print(f"note: {near} cannot be written; give predict and test --policy_from {folder}")
+            return
+    print(f"{RESULT} is in {folder}, and beside the checkpoint for predict and test: {near}")
 
 
 def _write_bundle(
-    bundle: str, solution: Solution, costs: ExitCosts, model: ExitClassifier, data: ImageData, settings: Settings
-) -> Path:
+    policy: Policy,
+    measured: dict[str, Any],
+    costs: ExitCosts,
+    model: ExitClassifier,
+    data: ImageData,
+    settings: Settings,
+) -> None:
     """Write the bundle, and print how close a merged network is to the trained one."""
-    words = f"{WORDS[settings.data_split]} images"
+    split = settings.data_split if len(data.dataset(settings.data_split)) else "train"  # the latter with policy_from
     place = bundle_from_classifier(
         model,
-        bundle,
-        policy=solution.found.policy,
+        str(settings.bundle),
+        policy=policy,
         merge=settings.merge,
-        check_images=some_images(data, settings.data_split) if settings.merge else None,
+        check_images=some_images(data, split) if settings.merge else None,
         costs=costs,
-        measured=measured_data(solution, f"{words}, cross-fitted"),
+        measured=measured,
         overwrite=settings.overwrite,
     )
     if (proof := read_bundle(place)[0].proof) is not None:
         print(
-            f"merged: on {proof.images} {words} the logits differ by at most {proof.difference:.1e} of the largest "
-            f"({proof.tolerance:.0e} allowed), exits and classes are the same"
+            f"merged: on {proof.images} {WORDS[split]} images the logits differ by at most {proof.difference:.1e} of "
+            f"the largest ({proof.tolerance:.0e} allowed), exits and classes are the same"
         )
-    return place
+    print(f"the bundle is in {place}")

@@ -56,7 +56,8 @@ def load_network(given: Any, number: int = 0) -> "Bundle":
     """Load the network of a command onto its device.
 
     Args:
-        given: Settings ``bundle``, ``ckpt_path``, ``weights``, ``pretrained``, ``policy``, ``threshold``, ``device``.
+        given: Settings ``bundle``, ``ckpt_path``, ``weights``, ``pretrained``, ``policy``, ``threshold``, ``device``
+            and perhaps ``policy_from``.
         number: Of this process among several; each takes the next GPU.
 
     Raises:
@@ -65,39 +66,48 @@ def load_network(given: Any, number: int = 0) -> "Bundle":
     import torch
 
     from dynadapter.backbones.layout import lay_out_for_cpu
+    from dynadapter.cli.policies import policy_from
 
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if given.device == "cuda" and not count:
         raise Mistake("--device cuda, but torch finds no GPU here; give --device cpu, or leave it out")
     device = f"cuda:{number % count}" if count and given.device != "cpu" else "cpu"
     if given.bundle is not None:
-        bundle = load_bundle(given.bundle, given.weights, given.pretrained)
+        bundle, origin = load_bundle(given.bundle, given.weights, given.pretrained), "the bundle's"
     else:
-        bundle = load_checkpoint(given.ckpt_path, given.weights, given.pretrained)
+        bundle, origin = load_checkpoint(given.ckpt_path, given.weights, given.pretrained)
     if bundle.preprocess is None:
         raise Mistake(f"{given.bundle} has no preprocessing and takes tensors alone, no image files")
     try:
-        bundle.policy = chosen_policy(bundle.policy, given.policy, given.threshold)
+        if given.get("policy_from") is not None:
+            found = policy_from(given.policy_from)
+            found.require_twin(bundle.net.exit_depths, bundle.class_names, bundle.config.backbone.fingerprint)
+            bundle.policy, origin = found.policy, found.where
+        if given.policy is not None or given.threshold is not None:
+            bundle.policy, origin = chosen_policy(bundle.policy, given.policy, given.threshold), "as given"
         bundle.policy.check(bundle.net.num_exits)
     except (ValueError, TypeError) as error:
         raise Mistake(one_line(error)) from error
+    if not number:
+        print(f"exit policy {bundle.policy.name} ({origin})", flush=True)
     bundle.to(device)
     lay_out_for_cpu(bundle.net)
     return bundle
 
 
-def load_checkpoint(path: str, weights: str | None, pretrained: bool | None) -> "Bundle":
-    """Load a checkpoint as a bundle in memory, with the first policy of its run.
+def load_checkpoint(path: str, weights: str | None, pretrained: bool | None) -> "tuple[Bundle, str]":
+    """Load a checkpoint as a bundle in memory, with its calibrated policy or the first of its training, and its origin.
 
     Raises:
         Mistake: It cannot be loaded.
     """
     from dynadapter.serve.bundle import in_memory
-    from dynadapter.training.restoring import load_classifier, stored_policy
+    from dynadapter.training.restoring import load_classifier, stored_policies
 
     place, file = Path(path).expanduser(), _weights(weights)
     try:
-        return in_memory(load_classifier(place, file, pretrained), stored_policy(place))
+        classifier, stored = load_classifier(place, file, pretrained), stored_policies(place)
+        return in_memory(classifier, stored.policies[0]), stored.origin
     except (ValueError, TypeError, OSError) as error:
         raise Mistake(_as_typed(error)) from error
 

@@ -30,9 +30,14 @@ WAY_ON = "give what it was begun with, delete it, or start over with --overwrite
 FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
 OPTIONS: dict[str, tuple[Any, Any, str]] = {
     "bundle": (str | None, None, "The network: a bundle, as calibrate writes it."),
-    "ckpt_path": (str | None, None, "Or a checkpoint that fit wrote, with the first policy of its run."),
+    "ckpt_path": (
+        str | None,
+        None,
+        "Or a checkpoint that fit wrote, with its calibrated policy or the first of its training.",
+    ),
     "path_column": (str | None, None, "The column of a CSV file with the paths; by default the first."),
     "policy": (dict | str | None, None, "Exit policy instead of the stored one, such as Never or Patience."),
+    "policy_from": (str | None, None, "Use the policy of this calibration, calibrated checkpoint or run, or bundle."),
     "threshold": (
         float | list[float] | None,
         None,

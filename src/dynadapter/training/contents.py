@@ -14,7 +14,8 @@ from dynadapter.backbones import classifier
 from dynadapter.exits.net import ExitNet
 from dynadapter.exits.token_merging import TokenMerging
 from dynadapter.limits import require_bounded, require_few_classes
-from dynadapter.spec import restore
+from dynadapter.spec import plain, restore
+from dynadapter.training.callbacks.early_exit import EarlyExit
 
 FORMAT = 2
 """Version of what this package adds to a checkpoint under the key ``dynadapter``. 2 renamed settings."""
@@ -88,6 +89,26 @@ def describe_mismatch(error: RuntimeError) -> str:
 
 
 # ---- what else
+
+
+def contents_of(module: Any) -> dict[str, Any]:
+    """Return what a checkpoint of an ExitClassifier holds under the key ``dynadapter``, as plain data.
+
+    These are the backbone's name and hash, class names, preprocessing, the data module's settings, the batches of an
+    epoch, and the policies of the trainer's :class:`EarlyExit`.
+    """
+    callbacks = getattr(module._trainer, "callbacks", [])
+    return {
+        "format": FORMAT,
+        "backbone": module.backbone_name,
+        "backbone_hash": module.backbone_hash,
+        "full": module.full_checkpoint,
+        "class_names": module.class_names,
+        "preprocessing": module.preprocessing,
+        "data": module.data_config,
+        "batches": getattr(module._trainer, "num_training_batches", None),
+        "policies": [plain(policy) for one in callbacks if isinstance(one, EarlyExit) for policy in one.policies],
+    }
 
 
 def saved_contents(checkpoint: Mapping[str, Any]) -> dict[str, Any]:

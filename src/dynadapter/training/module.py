@@ -19,9 +19,9 @@ from dynadapter.exits.temperature import tempered_confidence
 from dynadapter.exits.token_merging import TokenMerging
 from dynadapter.training.callbacks.finite_check import FiniteCheck, require_finite_weights
 from dynadapter.training.contents import (
-    FORMAT,
     compare_backbones,
     compare_token_merging,
+    contents_of,
     describe_mismatch,
     different_class,
     require_keys,
@@ -309,22 +309,13 @@ class ExitClassifier(CheckedLoading):
     # ---- checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the backbone's name and hash, the class names, the preprocessing and the data module's settings.
+        """Add what :func:`contents_of` describes.
 
         Raises:
             ValueError: A trained tensor is not finite.
         """
         require_finite_weights(self, checkpoint)
-        checkpoint["dynadapter"] = {
-            "format": FORMAT,
-            "backbone": self.backbone_name,
-            "backbone_hash": self.backbone_hash,
-            "full": self.full_checkpoint,
-            "class_names": self.class_names,
-            "preprocessing": self.preprocessing,
-            "data": self.data_config,
-            "batches": getattr(self._trainer, "num_training_batches", None),
-        }
+        checkpoint["dynadapter"] = contents_of(self)
         if self.full_checkpoint:  # then the model can be rebuilt without fetching weights
             checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY] |= {"pretrained": False, "weights": None}
 

@@ -1,12 +1,13 @@
 """Build a classifier from its checkpoint alone, without a Trainer."""
 
 from pathlib import Path
+from typing import NamedTuple
 
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from dynadapter.backbones import DrawFrom
+from dynadapter.calibrate.stored import beside, calibration_of
 from dynadapter.exits.policies import Confidence, Policy
-from dynadapter.limits import read_yaml
 from dynadapter.spec import restore
 from dynadapter.training.checkpoints import read
 from dynadapter.training.contents import saved_contents
@@ -51,20 +52,28 @@ def load_classifier(
     return classifier.eval()
 
 
-def stored_policy(path: str | Path) -> Policy:
-    """Return the first exit policy in the ``config.yaml`` of a checkpoint's run; ``Confidence(0.9)`` if there is none.
+class StoredPolicies(NamedTuple):
+    """The exit policies that belong to a checkpoint, and where they come from, in words."""
+
+    policies: tuple[Policy, ...]
+    origin: str
+
+
+def stored_policies(path: str | Path) -> StoredPolicies:
+    """Return the exit policies of a checkpoint: the calibrated one if there is one, then those of its training.
 
     Args:
-        path: The checkpoint, in ``RUN/checkpoints``.
+        path: The checkpoint. Its calibration lies beside it; see :func:`dynadapter.calibrate.stored.beside`.
 
     Raises:
-        ValueError: The config cannot be read, or names no policy that is known.
+        ValueError: The checkpoint or its calibration is damaged, or a policy is unknown.
     """
-    config = Path(path).parent.parent / "config.yaml"
-    try:
-        policies = read_yaml(config)["early_exit"]["policies"] if config.exists() else None
-    except (KeyError, TypeError):
-        policies = None
-    if not isinstance(policies, list) or not policies:
-        return Confidence(0.9)
-    return restore(policies[0], Policy, f"{config}: early_exit.policies[0]")
+    given = saved_contents(read(path)).get("policies") or ()
+    trained = restore(given, tuple[Policy, ...], f"{path}: policies")
+    calibration = calibration_of(Path(path))
+    if calibration is not None:
+        others = [policy for policy in trained if policy.name != calibration.policy.name]
+        return StoredPolicies((calibration.policy, *others), f"calibrated: {calibration.where}")
+    if beside(Path(path)).exists():
+        rank_zero_warn(f"{beside(Path(path))} is not used: {path} has changed since it was calibrated")
+    return StoredPolicies(trained, "the training's") if trained else StoredPolicies((Confidence(0.9),), "the default")

@@ -1,0 +1,40 @@
+"""The policy that ``--policy_from`` names: of a calibration, of a calibrated checkpoint or run, or of a bundle."""
+
+from pathlib import Path
+
+from dynadapter.calibrate.stored import RESULT, Calibration, beside, read_calibration
+from dynadapter.cli.errors import Mistake, one_line
+
+
+def policy_from(place: str) -> Calibration:
+    """Return the policy of a place, and the network that it was calibrated for.
+
+    Args:
+        place: A folder that calibrate wrote, its ``calibration.json``, a bundle, a calibrated checkpoint, or the run of
+            one.
+
+    Raises:
+        Mistake: There is none, or it is damaged.
+    """
+    path = Path(place).expanduser()
+    try:
+        if (path / "config.json").is_file():
+            return _of_bundle(path)
+        runs = sorted(path.glob(f"checkpoints/*.{RESULT}"), key=lambda file: file.stat().st_mtime)
+        for file in (path / RESULT, beside(path) if path.suffix == ".ckpt" else path, *runs[-1:]):
+            if file.is_file():
+                return read_calibration(file)
+    except ValueError as error:
+        raise Mistake(f"policy_from: {one_line(error)}") from error
+    raise Mistake(
+        f"policy_from={place} holds no calibration; give a folder that dynadapter calibrate wrote, a bundle, or a "
+        "checkpoint or run that was calibrated"
+    )
+
+
+def _of_bundle(folder: Path) -> Calibration:
+    from dynadapter.serve.bundle.reading import read
+
+    config, _ = read(folder)
+    names = tuple(config.class_names)
+    return Calibration(config.policy, str(folder), tuple(config.exit_depths), names, config.backbone.fingerprint)
