@@ -553,7 +553,7 @@ def test_two_commands_at_once(bundle, images, tmp_path, capsys):
     out = tmp_path / "out.csv"
     with PredictionTable(out, ["a.png"], 4, {}):
         line = refused(capsys, arguments(bundle, images, out, "--overwrite=true"))
-        assert "out.csv.partial is being written by another process; wait for it" in line
+        assert "out.csv.partial is being written by another thread; wait for it" in line
     run(bundle, images, out, "--overwrite=true")
 
 

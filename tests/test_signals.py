@@ -9,17 +9,18 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from tiny import make_classifier, trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from dynadapter.cli.errors import Terminated, sigterm
+from dynadapter.cli.errors import Terminated, stoppable
 from dynadapter.cli.signals import StopOnSignal
 from dynadapter.training.checkpoints import RunCheckpoint
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 
 @pytest.fixture(autouse=True)
@@ -135,19 +136,57 @@ def test_callback_without_signal_changes_nothing(tmp_path: Path) -> None:
     assert len(at.trained) == 8
 
 
-def test_sigterm_raises_terminated() -> None:
-    before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(Terminated), sigterm():
-        os.kill(os.getpid(), signal.SIGTERM)
-    assert signal.getsignal(signal.SIGTERM) is before
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
+def test_signal_raises_terminated(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    with pytest.raises(Terminated, match=f"stopped by {number.name}") as ending, stoppable():
+        os.kill(os.getpid(), number)
+    assert ending.value.code == 128 + number
+    assert signal.getsignal(number) is before
     assert not issubclass(Terminated, Exception)  # no handler for errors catches it
+
+
+def test_nohup_keeps_ignoring_sighup() -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with stoppable():
+        os.kill(os.getpid(), signal.SIGHUP)
+        trainer(StopOnSignal(), At(signal.SIGHUP, train=0)).fit(make_classifier(), images(1), images(1))
+
+
+def test_slurm_keeps_its_signal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lightning answers SIGUSR1: it saves a checkpoint of its own and queues the job again; the training goes on."""
+    called: list[list[str]] = []
+    monkeypatch.setattr(
+        "lightning.pytorch.trainer.connectors.signal_connector.call", lambda cmd: called.append(cmd) or 0
+    )
+    monkeypatch.setenv("SLURM_JOB_ID", "123")
+    for name in ("PROCID", "LOCALID", "NODEID"):
+        monkeypatch.setenv(f"SLURM_{name}", "0")
+    at, stop = At(signal.SIGUSR1, train=1), StopOnSignal()
+    run = trainer(at, stop, plugins=[SLURMEnvironment()], default_root_dir=tmp_path, max_epochs=1)
+    with stoppable():
+        run.fit(make_classifier(), images(4), images(1))
+    assert called == [["scontrol", "requeue", "123"]]
+    assert (stop.signal, len(at.trained)) == (None, 4)
+    assert [path.name for path in tmp_path.iterdir()] == ["hpc_ckpt_1.ckpt"]
+
+
+def test_worker_processes_keep_their_signals() -> None:
+    """A signal to the whole process group reaches forked workers, which inherit the handler; they go on."""
+    stop = StopOnSignal()
+    stop._install(stop._remember)
+    child = os.fork()
+    if not child:
+        os.kill(os.getpid(), signal.SIGHUP)
+        os._exit(0 if stop.signal is None else 1)
+    assert os.waitpid(child, 0)[1] == 0
 
 
 def test_sigterm_in_another_thread() -> None:
     seen = []
 
     def work() -> None:
-        with sigterm():
+        with stoppable():
             seen.append(signal.getsignal(signal.SIGTERM))
 
     before = signal.getsignal(signal.SIGTERM)

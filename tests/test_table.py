@@ -13,10 +13,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from dynadapter.files import Busy
 from dynadapter.serve import table as module
 from dynadapter.serve.formats import check_output
 from dynadapter.serve.inputs import list_images
-from dynadapter.serve.table import Busy, Foreign, PredictionTable, Unread
+from dynadapter.serve.table import Foreign, PredictionTable, Unread
 
 FILES = ["a.png", "b, c.png", "日本.png", "x\ny.png", "e.png", "f.png", os.fsdecode(b"caf\xe9.png")]
 ENTRIES: list[Any] = [
@@ -224,7 +225,7 @@ def share(out: Path, how: str) -> subprocess.Popen:
 def test_one_owner(tmp_path):
     pytest.importorskip("fcntl")
     with opened(tmp_path / "t.csv") as table:
-        with pytest.raises(Busy, match="is being written by another process"):
+        with pytest.raises(Busy, match="is being written by another thread"):
             opened(tmp_path / "t.csv")
         table.save(0, ENTRIES[:2])
     with opened(tmp_path / "t.csv") as table:

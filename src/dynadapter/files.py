@@ -9,34 +9,126 @@ import errno
 import hashlib
 import json
 import os
+import platform
 import secrets
 import shutil
 import stat
 import sys
+import threading
 from collections.abc import Iterator, Mapping
 from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO
 
+try:
+    import fcntl
+except ImportError:  # Windows: there is no protection against other processes
+    fcntl = None  # type: ignore[assignment]
+
+_HELD: set[Path] = set()
+"""The lock files that this process holds: the system's lock does not exclude other threads of it."""
+_TURN = threading.Lock()
+
+
+PARTIAL = ".partial"
+"""Ending of the hidden name of what is being written; nothing reads it."""
+
+
+class Busy(ValueError):
+    """Another process, or another thread, is writing to the same place."""
+
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """Open a new file that takes the name `path` in one step once it is on the disk; an error changes nothing."""
-    new = path.with_name(f".{path.name}.new")
-    new.unlink(missing_ok=True)  # a killed process can have left it
+    new = path.with_name(f".{path.name}.{secrets.token_hex(4)}{PARTIAL}")
     try:
         with new.open("xb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            _sync(file.fileno())
         os.replace(new, path)
-        sync_folder(path.parent)
-    finally:
-        new.unlink(missing_ok=True)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            new.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def write(path: Path, data: bytes | memoryview) -> None:
+    """Write a file in one step; see :func:`replacing`."""
+    with replacing(path) as file:
+        file.write(data)
+
+
+def append(path: Path, data: bytes) -> None:
+    """Append to a file whole or not at all: where the disk is full, the file keeps its length."""
+    with path.open("ab", buffering=0) as file:
+        end, left = file.seek(0, os.SEEK_END), memoryview(data)
+        try:
+            while left:  # a full disk takes a part of it, and then raises
+                left = left[file.write(left) :]
+        except BaseException:
+            file.truncate(end)
+            raise
 
 
 @contextlib.contextmanager
-def replacing_folder(folder: Path) -> Iterator[Path]:
+def locked(place: Path) -> Iterator[None]:
+    """Hold a place, which need not exist, against other processes and threads; the lock file is beside it.
+
+    The system releases the lock whenever the process ends. Where a file system has no locks, there is no protection.
+
+    Raises:
+        Busy: It is held.
+    """
+    real = Path(os.path.realpath(place))
+    file, path = None, real.with_name(f".{real.name}.lock")
+    with _TURN:
+        if path in _HELD:
+            raise Busy(f"{place} is being written by another thread; wait for it, or name another place")
+        if fcntl is not None:
+            with contextlib.suppress(PermissionError, FileNotFoundError):
+                file = _lock_file(place, path)
+        _HELD.add(path)
+    try:
+        yield
+    finally:
+        with _TURN:
+            _HELD.discard(path)
+            if file is not None:
+                with contextlib.suppress(OSError):
+                    path.unlink()
+                file.close()
+
+
+def _lock_file(place: Path, path: Path) -> BinaryIO:
+    """Open and lock a lock file, and write into it which process holds it."""
+    while True:
+        file = path.open("a+b", buffering=0)
+        try:
+            # Not flock, which processes that read images would inherit and hold longer than this one lives.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            file.seek(0)
+            who = f" ({file.read(100).decode(errors='replace')})".replace(" ()", "")
+            file.close()
+            raise Busy(
+                f"{place} is being written by another process{who}; wait for it, or name another place"
+            ) from error
+        except OSError:  # a file system without locks
+            return file
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                file.truncate(0)
+                with contextlib.suppress(OSError):  # a full disk
+                    file.write(f"process {os.getpid()} on {platform.node()}".encode())
+                return file
+        file.close()  # its holder has just removed it
+
+
+@contextlib.contextmanager
+def replacing_folder(folder: Path, overwrite: bool = True) -> Iterator[Path]:
     """Create a folder that takes the name `folder` after the body and replaces an old one; an error changes nothing.
 
     If the process stops at any time, the name is unused or refers to the old or the new folder. Where the system cannot
@@ -44,37 +136,46 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
 
     Args:
         folder: The name; missing parent folders are created.
+        overwrite: Whether an old folder may be replaced.
 
     Yields:
         The new folder, under a hidden name.
+
+    Raises:
+        Busy: Another process is writing it.
+        ValueError: It exists, and must not be replaced.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    # Beside the target, because a rename is one step only inside one file system. Not by tempfile, because its folders
-    # are closed to other users.
-    unfinished = folder.parent / f".{folder.name}.{secrets.token_hex(4)}.partial"
-    unfinished.mkdir()
-    try:
-        yield unfinished
-        sync_folder(unfinished)
-        if not os.path.lexists(folder):
-            os.rename(unfinished, folder)
-        elif not _exchange(unfinished, folder):
-            _replace(unfinished, folder)
-        sync_folder(folder.parent)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+    with locked(folder):
+        if os.path.lexists(folder) and not overwrite:  # since the caller looked
+            raise ValueError(f"{folder} exists; name another folder")
+        # Beside the target, because a rename is one step only inside one file system. Not by tempfile, because its
+        # folders are closed to other users.
+        unfinished = folder.parent / f".{folder.name}.{secrets.token_hex(4)}{PARTIAL}"
+        unfinished.mkdir()
+        try:
+            yield unfinished
+            sync_folder(unfinished)
+            if not os.path.lexists(folder):
+                os.rename(unfinished, folder)
+            elif not _exchange(unfinished, folder):
+                _replace(unfinished, folder)
+            sync_folder(folder.parent)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
+def write_folder(folder: Path, files: Mapping[str, bytes], overwrite: bool = True) -> None:
     """Write files into a new folder, which takes its name once all of them are on the disk; see `replacing_folder`.
 
     Args:
-        folder: Where to write; an old folder is replaced.
+        folder: Where to write.
         files: Content by name, in the order of writing.
+        overwrite: Whether an old folder may be replaced.
     """
-    with replacing_folder(folder) as unfinished:
+    with replacing_folder(folder, overwrite) as unfinished:
         for name, data in files.items():
-            _write(unfinished / name, data)
+            write(unfinished / name, data)
 
 
 def left_over(folder: Path) -> Path | None:
@@ -144,11 +245,12 @@ def sync_folder(folder: Path) -> None:
             os.close(handle)
 
 
-def _write(path: Path, data: bytes) -> None:
-    with path.open("xb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+def _sync(handle: int) -> None:
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # this file system does not support it
+            raise
 
 
 def _exchange(new: Path, old: Path) -> bool:

@@ -1,8 +1,7 @@
 """A solved goal as a table, as plain data, and as a figure."""
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from rich.table import Table
 
@@ -94,11 +93,11 @@ def measured_data(solution: Solution, data: str) -> dict[str, Any]:
     }
 
 
-def draw_curve(path: Path, solution: Solution, title: str) -> None:
+def draw_curve(file: BinaryIO, solution: Solution, title: str) -> None:
     """Draw accuracy against cost on the calibration images, and the cross-fitted result.
 
     Args:
-        path: The file to write; its ending is the format, such as ``.png``.
+        file: Where to write the figure, as PNG.
         solution: The solution.
         title: Title of the figure.
     """
@@ -115,4 +114,4 @@ def draw_curve(path: Path, solution: Solution, title: str) -> None:
         axes.plot(x, y, style, label=label, markersize=14 if style == "*" else None)
     axes.set(xlabel="cost in % of static", ylabel="accuracy in %", title=title)
     axes.legend()
-    figure.savefig(path, dpi=150)
+    figure.savefig(file, dpi=150, format="png")

@@ -61,7 +61,7 @@ def main(args: list[str] | None = None) -> None:
     """Run the command line.
 
     Invalid input ends with one line and exit code 2, what looks like a bug with one line and 1, Ctrl-C with 130,
-    SIGTERM with 143. ``--debug`` shows the traceback.
+    SIGTERM with 143, SIGHUP with 129, SIGUSR1 with 138. ``--debug`` shows the traceback.
     """
     args = list(sys.argv[1:] if args is None else args)
     debug = "--debug" in args
@@ -72,15 +72,15 @@ def main(args: list[str] | None = None) -> None:
     if args[0] == "--version":
         print(f"dynadapter {dynadapter.__version__}")
         return
-    from dynadapter.cli.errors import Stopped, Terminated, describe, sigterm
+    from dynadapter.cli.errors import Stopped, Terminated, describe, stoppable
 
     try:
-        with sigterm():
+        with stoppable():
             _run(args)
     except KeyboardInterrupt:
         end("interrupted", 130)
-    except Terminated:
-        end("stopped by SIGTERM", 143)
+    except Terminated as stopped:
+        end(str(stopped), stopped.code)
     except Stopped as stopped:
         end(str(stopped), stopped.code)
     except Exception as error:

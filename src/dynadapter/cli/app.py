@@ -4,7 +4,7 @@ import shlex
 import signal
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -16,7 +16,7 @@ from dynadapter.adapters import adapter_layers
 from dynadapter.cli import arguments, calibrate, flops
 from dynadapter.cli.arguments import CALLBACKS, SECTIONS
 from dynadapter.cli.configs import config_files, find_config, read_config, require_no_file
-from dynadapter.cli.errors import Mistake, Stopped, Terminated, describe
+from dynadapter.cli.errors import Mistake, Stopped, Terminated, describe, outage
 from dynadapter.cli.help import short_help
 from dynadapter.cli.layers import (
     assignments,
@@ -219,15 +219,23 @@ class DynCLI(LightningCLI):
             by_hand = by_hand or self.stopper.signal == signal.SIGINT
             if not by_hand and not isinstance(ending, SIGTERMException | Terminated):
                 raise
-            what = "interrupted" if by_hand else "stopped by SIGTERM"
-            self._end_record("stopped", what)
-            if not self.trainer.is_global_zero:
-                raise SystemExit(0) from ending  # with any other code Lightning kills the first process at once
-            raise Stopped(f"{what}{self._how_to_continue()}", 130 if by_hand else 143) from ending
+            stop = ending if isinstance(ending, Terminated) else Terminated(self.stopper.signal or signal.SIGTERM)
+            self._end_stopped(*(("interrupted", 130) if by_hand else (str(stop), stop.code)), ending)
         except Exception as error:
+            if self.stopper.signal is not None and outage(error):  # the signal has ended other processes, too
+                stop = Terminated(self.stopper.signal)
+                self._end_stopped(str(stop), stop.code, error)
+            if (outage(error) or isinstance(error, OSError)) and "continue with" in (way := self._how_to_continue()):
+                error.add_note(way.lstrip("; "))
             self._end_record("failed", describe(error)[0])
             raise
         self._end_record("finished")
+
+    def _end_stopped(self, what: str, code: int, cause: BaseException) -> NoReturn:
+        self._end_record("stopped", what)
+        if not self.trainer.is_global_zero:
+            raise SystemExit(0) from cause  # with any other code Lightning kills the first process at once
+        raise Stopped(f"{what}{self._how_to_continue()}", code) from cause
 
     def _run_command(self) -> None:
         config, trainer = self.config, self.trainer

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from dynadapter.bench.settings import ARMS, Settings
 from dynadapter.cli.errors import Mistake, nearest
 from dynadapter.cli.parser import CommandParser
+from dynadapter.files import write
 
 DESCRIPTION = """\
 Time a bundle against its static network and other ways to serve it, side by side; write a table and JSON.
@@ -99,10 +100,7 @@ def _check_out(place: Path, overwrite: bool) -> None:
 def _write(place: Path, result: dict[str, Any], overwrite: bool) -> None:
     """Write the whole file or nothing."""
     draft = place.with_name(f".{place.name}.{secrets.token_hex(4)}.partial")
-    with draft.open("x", encoding="utf-8") as file:
-        file.write(json.dumps(result, indent=1, allow_nan=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    write(draft, (json.dumps(result, indent=1, allow_nan=False) + "\n").encode())
     if place.exists() and not overwrite:
         raise Mistake(f"out={place} was written by another process in the meantime; the numbers are in {draft}")
     draft.replace(place)

@@ -1,9 +1,12 @@
 """``dynadapter calibrate``: find thresholds on validation images, measure them by cross-fitting, and write a bundle."""
 
+import contextlib
 import copy
 import csv
+import io
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +28,7 @@ from dynadapter.cli.runs import create_run_folder
 from dynadapter.cost import ExitCosts, exit_costs
 from dynadapter.data import ImageData
 from dynadapter.exits.policies import Policy
-from dynadapter.files import replacing, sha256
+from dynadapter.files import locked, replacing, sha256, write
 from dynadapter.serve.bundle import bundle_from_classifier
 from dynadapter.serve.bundle.config import FILES
 from dynadapter.serve.bundle.place import check_place
@@ -174,18 +177,37 @@ def calibrate(trainer: Trainer, model: ExitClassifier, data: ImageData, settings
         raise Mistake(f"calibrate runs on one device, not on {trainer.world_size}; give --trainer.devices 1")
     if settings.merge:
         _check_mergeable(model)
-    if settings.policy_from is not None:
+    with _held(settings.out):
+        if settings.policy_from is None:
+            return _calibrate(trainer, model, data, settings)
         _adopt(trainer, model, data, settings)
-        return None
+    return None
+
+
+@contextlib.contextmanager
+def _held(out: str | None) -> Iterator[None]:
+    """Hold the folder of the results against other processes."""
+    if out is None:  # a new folder
+        yield
+        return
+    Path(out).expanduser().parent.mkdir(parents=True, exist_ok=True)
+    with locked(Path(out)):
+        _check_out(Path(out))
+        yield
+
+
+def _calibrate(trainer: Trainer, model: ExitClassifier, data: ImageData, settings: Settings) -> Solution:
     notes = check_images(data, settings.data_split, settings.ckpt_path)
     logits, targets = stack_logits(trainer, model, data, settings.data_split, settings.ckpt_path)
     costs = _costs(model, data, settings)
     solution = solved(logits, targets, costs, settings, notes)
     _print(solution, model, settings)
     folder = _folder(trainer, settings)
-    with (folder / "curve.csv").open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows(curve_rows(solution.curve))
-    draw_curve(folder / "curve.png", solution, model.backbone_name)
+    table = io.StringIO(newline="")
+    csv.writer(table).writerows(curve_rows(solution.curve))
+    write(folder / "curve.csv", table.getvalue().encode())
+    with replacing(folder / "curve.png") as file:
+        draw_curve(file, solution, model.backbone_name)
     content = {"kind": settings.policy, "search": settings.search, "seed": settings.seed}
     content |= {"data_split": settings.data_split, "costs": plain(costs)}
     _write(folder, solution_data(solution) | content, model, settings)
@@ -292,8 +314,7 @@ def _write(folder: Path, content: dict[str, Any], model: ExitClassifier, setting
     near = beside(Path(settings.ckpt_path))
     for path in (folder / RESULT, near):
         try:
-            with replacing(path) as file:
-                file.write(text.encode())
+            write(path, text.encode())
         except PermissionError:  # checkpoints may lie where nobody writes
             if path != near:
                 raise

@@ -1,7 +1,8 @@
-"""How a command ends: errors in one line, exit codes, and SIGTERM. Imports nothing heavy, so that errors are fast."""
+"""How a command ends: errors in one line, exit codes, and signals. Imports nothing heavy, so that errors are fast."""
 
 import difflib
 import dis
+import re
 import signal
 import threading
 from collections.abc import Iterable, Iterator
@@ -37,24 +38,42 @@ class Failed(Stopped):
 
 
 class Terminated(BaseException):
-    """SIGTERM arrived. Not an ``Exception``, so that no handler for errors catches it."""
+    """A signal asks the process to stop. Not an ``Exception``, so that no handler for errors catches it.
+
+    Args:
+        number: The signal.
+    """
+
+    def __init__(self, number: int = signal.SIGTERM) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name}")
+        self.code = 128 + number
 
 
-def _raise_terminated(*_: object) -> None:
-    raise Terminated
+STOPPING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name))
+"""Signals that ask a process to stop: of a scheduler, of a terminal that closes, of a scheduler in advance."""
+
+
+def stopping_signals() -> list[int]:
+    """Return the signals that stop this process; SIGHUP is not among them under ``nohup``, which ignores it."""
+    return [number for number in STOPPING if signal.getsignal(number) is not signal.SIG_IGN]
+
+
+def _raise_terminated(number: int, _: object) -> None:
+    raise Terminated(number)
 
 
 @contextmanager
-def sigterm() -> Iterator[None]:
-    """Raise :class:`Terminated` in the body when SIGTERM arrives. Only the main thread receives signals."""
+def stoppable() -> Iterator[None]:
+    """Raise :class:`Terminated` in the body when such a signal arrives. Only the main thread receives signals."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, _raise_terminated)
+    before = {number: signal.signal(number, _raise_terminated) for number in stopping_signals()}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def one_line(error: BaseException | str) -> str:
@@ -78,22 +97,52 @@ def nearest(given: str, names: Iterable[str], cutoff: float = 0.7) -> str:
     return f"; did you mean {lower[near[0]]!r}?" if near else ""
 
 
+OUTAGES = {
+    r"DataLoader worker .*(shared memory|Bus error)": "a process that reads images has no shared memory; make /dev/shm "
+    "larger, or give --data.num_workers 0",
+    r"DataLoader worker": "a process that reads images was killed, often because the memory is full; give fewer "
+    "--data.num_workers, or 0",
+    r"Too many open files|items of ancdata": "too many files are open; raise the limit by ulimit -n, or give fewer "
+    "--data.num_workers",
+    r"(?i)MemoryError|out of memory|allocate memory|bad_alloc": "the memory is full; give a smaller batch size, or "
+    "fewer processes",
+    r"No space left|quota exceeded|File too large|PytorchStreamWriter": "the disk is full; free space, or give another "
+    "folder",
+    r"Stale file|Input/output error|Transport endpoint|Remote I/O|Host is down|timed out|No such device": "the file "
+    "system failed or is disconnected; check the disk or the mount",
+    r"(?i)by peer|Broken pipe|gloo|nccl|ProcessGroup|TCPStore|DistNetworkError": "another process of this run ended or "
+    "cannot be reached; its own message is above",
+    r"CUDA (error|driver)|cuDNN error": "the GPU failed; see nvidia-smi, or give --trainer.accelerator cpu",
+}
+"""What fails beside this program, by a pattern in the type and the message of an error, and the way out."""
+
+
+def outage(error: BaseException) -> str:
+    """Return what has failed beside this program, and the way out; an empty string for any other error."""
+    if (isinstance(error, OSError) and error.errno is None) or isinstance(error, ValueError | TypeError | ImportError):
+        return ""  # our own line, or invalid input
+    text = f"{type(error).__name__}: {error}"
+    return next((words for pattern, words in OUTAGES.items() if re.search(pattern, text, re.DOTALL)), "")
+
+
 def describe(error: Exception) -> tuple[str, int]:
-    """Return an error as one line, and the exit code: 2 for invalid input, 1 for what looks like a bug."""
+    """Return an error as one line, and the exit code: 2 for invalid input or an outage, 1 for what looks like a bug."""
     from dynadapter.cli.explain import innermost
 
+    notes = "".join(f"; {note}" for note in getattr(error, "__notes__", ()))
     if isinstance(error, Mistake):
-        return f"error: {error}", 2
+        return f"error: {error}{notes}", 2
+    if words := outage(error):
+        return f"error: {words} ({one_line(error)}){notes} (--debug shows where)", 2
     if _is_input_error(error):
-        return f"error: {one_line(innermost(str(error)).text)} (--debug shows where)", 2
+        return f"error: {one_line(innermost(str(error)).text)}{notes} (--debug shows where)", 2
     return f"bug: {type(error).__name__}: {one_line(error)} (please report this with what --debug shows)", 1
 
 
 def _is_input_error(error: Exception) -> bool:
     from lightning.pytorch.utilities.exceptions import MisconfigurationException
-    from torch import OutOfMemoryError
 
-    if isinstance(error, OSError | ImportError | MisconfigurationException | OutOfMemoryError):
+    if isinstance(error, OSError | ImportError | MisconfigurationException):
         return True
     return isinstance(error, ValueError | TypeError) and raised_on_purpose(error)
 

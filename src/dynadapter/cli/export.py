@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dynadapter.cli.errors import Mistake, Stopped, Terminated, one_line, sigterm
+from dynadapter.cli.errors import Mistake, Stopped, Terminated, one_line, stoppable
 from dynadapter.cli.networks import check_bundle, load_bundle
 from dynadapter.cli.parser import CommandParser
 
@@ -52,10 +52,10 @@ def run(args: list[str]) -> None:
     given = parser().parse_args(args)
     check(given)
     try:
-        with sigterm():
+        with stoppable():
             export(given)
-    except Terminated:
-        raise Stopped("stopped by SIGTERM; nothing was written", 143) from None
+    except Terminated as stop:
+        raise Stopped(f"{stop}; nothing was written", stop.code) from None
 
 
 def check(given: Any) -> None:

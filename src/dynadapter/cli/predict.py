@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any, Literal
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from dynadapter.cli.errors import Mistake, Stopped, Terminated, one_line, sigterm
+from dynadapter.cli.errors import Mistake, Stopped, Terminated, one_line, stoppable
 from dynadapter.cli.networks import check_network, load_network
 from dynadapter.cli.parser import CommandParser
 from dynadapter.serve.formats import check_output
 from dynadapter.serve.inputs import list_images
-from dynadapter.serve.table import Busy, Foreign, PredictionTable
+from dynadapter.serve.table import Foreign, PredictionTable
 
 if TYPE_CHECKING:  # torch takes seconds to load, and invalid input is answered without it
     from dynadapter.serve.bundle import Bundle
@@ -80,10 +80,10 @@ def run(args: list[str]) -> None:
         return
     given = parser().parse_args(args)
     try:
-        with sigterm():
+        with stoppable():
             predict(given, args)
-    except Terminated:
-        raise Stopped("stopped by SIGTERM", 143) from None
+    except Terminated as stop:
+        raise Stopped(str(stop), stop.code) from None
 
 
 def predict(given: Any, args: list[str]) -> None:
@@ -103,7 +103,7 @@ def predict(given: Any, args: list[str]) -> None:
                 speed = fill(bundle, table, given)
             table.finish()
         except (KeyboardInterrupt, Terminated) as stop:
-            how, code = ("interrupted", 130) if isinstance(stop, KeyboardInterrupt) else ("stopped by SIGTERM", 143)
+            how, code = (stop, stop.code) if isinstance(stop, Terminated) else ("interrupted", 130)
             raise Stopped(f"{how} after {_so_far(table)}", code) from stop
         except OSError as error:
             if error.errno not in FULL:
@@ -161,7 +161,7 @@ def prepared(given: Any, number: int = 0) -> Iterator[tuple["Bundle", Prediction
             table = PredictionTable(output, files, given.batch_size, identity, names, given.overwrite, number > 0)
         except Foreign as error:
             raise Mistake(f"{error}; {WAY_ON}") from error
-        except (Busy, ValueError) as error:
+        except ValueError as error:
             raise Mistake(_as_typed(error)) from error
         except OSError as error:
             raise Mistake(f"{output} cannot be written: {error.strerror}") from error
@@ -226,7 +226,7 @@ def helpers(given: Any, args: list[str]) -> Iterator[None]:
 def help_out(number: int, args: list[str]) -> None:
     """Fill a share of a table that another process has begun."""
     given = parser().parse_args(args)
-    with suppress(KeyboardInterrupt, Terminated), sigterm(), prepared(given, number) as (bundle, table):
+    with suppress(KeyboardInterrupt, Terminated), stoppable(), prepared(given, number) as (bundle, table):
         fill(bundle, table, given)
 
 

@@ -18,8 +18,8 @@ from dynadapter.bench.timing import machine
 from dynadapter.cli.errors import one_line
 from dynadapter.cli.resume import Earlier
 from dynadapter.data import ImageData
+from dynadapter.files import write
 from dynadapter.serve.formats import Unread, write_unread
-from dynadapter.training.checkpoints import write
 from dynadapter.training.module import ExitClassifier
 
 NAME = "run.json"

@@ -11,9 +11,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only
 
 from dynadapter.cli.errors import Mistake
-from dynadapter.cli.runs import Metrics, read_lines
+from dynadapter.cli.runs import Metrics, is_first_process, read_lines
+from dynadapter.files import Busy, locked, write
 from dynadapter.limits import read_json, read_yaml
-from dynadapter.training.checkpoints import newest, read, write
+from dynadapter.training.checkpoints import newest, read
 
 LINE = "dynadapter_line"
 """Key in a checkpoint: the line of ``metrics.csv`` that was about to be written when it was saved."""
@@ -104,6 +105,7 @@ def to_resume(folder: str, nothing_new: bool) -> ToResume:
         runs = _newest_run(run)
         why = "is not the folder of a run" if runs else "holds no config.yaml: the run was killed before it began"
         raise Mistake(f"--resume {folder} {why}{runs or '; start again'}")
+    _require_ended(run, _checkpoint_folder(run, config))
     record = read_record(run)
     if nothing_new and record.get("how") == "finished":
         raise Mistake(f"{run} is finished, nothing is left to do; to train longer, add --trainer.max_epochs NUMBER")
@@ -134,6 +136,17 @@ def _checkpoint_folder(run: Path, config: Path) -> Path:
     return Path(given) if isinstance(given, str) and given else run / "checkpoints"
 
 
+def _require_ended(run: Path, checkpoints: Path) -> None:
+    """Refuse a run that still saves into its folder; processes that Lightning starts beside this one need not ask."""
+    if not is_first_process():
+        return
+    try:
+        with locked(checkpoints):
+            pass
+    except Busy as error:
+        raise Mistake(f"{run} is still running: {str(error).rpartition(';')[0]}; wait for it or stop it") from error
+
+
 def _newest_run(folder: Path) -> str:
     there = [path for path in folder.glob("version_*") if (path / "config.yaml").is_file()]
     there.sort(key=lambda path: int(path.name.removeprefix("version_")) if path.name[8:].isdigit() else -1)
@@ -153,8 +166,9 @@ def earlier_run(path: Path, log: Path | None = None) -> Earlier:
         log: The folder with the ``metrics.csv``; None where the checkpoint lies as runs save it.
 
     Raises:
-        Mistake: If the checkpoint holds the weights alone.
+        Mistake: If the checkpoint holds the weights alone, or its run has not ended.
     """
+    _require_ended(path.parent.parent, path.parent)
     checkpoint = read(path)
     if "optimizer_states" not in checkpoint:
         raise Mistake(f"{path} holds the trained part alone, without the optimiser's state; give last.ckpt to continue")

@@ -17,7 +17,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities import rank_zero_only
 
-from dynadapter.training.checkpoints import write
+from dynadapter.files import append, write
 
 RUN_FOLDERS = {"fit": "version", "validate": "validate", "test": "test"}
 """The name of a run's folder below ``trainer.default_root_dir``; the other commands create none."""
@@ -66,7 +66,7 @@ def next_folder(root: Path, kind: str) -> Path:
 
 def remove_if_empty(folder: Path) -> None:
     """Remove the folder of a run that failed before it measured or saved anything."""
-    started = ("config.yaml", "hparams.yaml", "run.json")
+    started = ("config.yaml", "hparams.yaml", "run.json", ".")
     if is_first_process() and all(path.name.startswith(started) for path in folder.iterdir()):
         shutil.rmtree(folder)
 
@@ -160,10 +160,7 @@ class _LineWriter(ExperimentWriter):
                 write(path, _csv([dict(zip(keys, keys, strict=True)), *old, *self.metrics], keys))
                 self.metrics_keys = keys
             else:
-                data = _csv(self.metrics, keys)
-                with path.open("ab", buffering=0) as file:
-                    while data:  # a full disk takes a part of it, and then raises
-                        data = data[file.write(data) :]
+                append(path, _csv(self.metrics, keys))
         except OSError as error:
             raise OSError(f"{path} cannot be written: {error.strerror or error}") from error
         self.metrics = []

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: a training stops after a step, on all processes alike, and is saved."""
+"""Signals and Ctrl-C: a training stops after a step, on all processes alike, and is saved."""
 
 import contextlib
 import os
@@ -9,10 +9,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from dynadapter.cli.errors import stopping_signals
 from dynadapter.cli.runs import is_first_process
 
 Handler = Callable[[int, FrameType | None], Any]
@@ -25,6 +27,8 @@ class StopOnSignal(Callback):
     the other checkpoints, unless one of this very step exists. A second Ctrl-C stops at once and saves nothing.
     Commands other than fit have nothing to save and stop at once.
 
+    SIGTERM, SIGHUP (the terminal closes) and SIGUSR1 (a scheduler warns) do the same.
+
     (Lightning's own answer to SIGTERM can stop each process at another step, or in the middle of a validation.)
 
     Attributes:
@@ -33,16 +37,31 @@ class StopOnSignal(Callback):
 
     def __init__(self) -> None:
         self.signal: int | None = None
+        self._requeue: int | None = None
         self._agreed = False
         self._saved = -1
 
     # ---- listening
 
     def _install(self, handler: Handler) -> None:
+        pid = os.getpid()
+
+        def here(number: int, frame: FrameType | None) -> None:
+            if os.getpid() == pid:  # processes that read images inherit the handler
+                handler(number, frame)
+
         # Lightning has installed a handler of its own only now, and in the end restores the one before that.
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(number, handler)
+            for number in {*stopping_signals(), signal.SIGINT} - {self._requeue}:
+                signal.signal(number, here)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave the signal to Lightning by which SLURM asks it to save and to queue the job again."""
+        environment = trainer._accelerator_connector.cluster_environment
+        if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
+            self._requeue = environment.requeue_signal or getattr(signal, "SIGUSR1", None)
+            if self._requeue is not None and threading.current_thread() is threading.main_thread():
+                signal.signal(self._requeue, signal.SIG_DFL)  # it leaves a handler of others alone
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         if self.signal is not None and number == signal.SIGINT:

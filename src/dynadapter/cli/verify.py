@@ -12,6 +12,7 @@ from dynadapter.cli.configs import config_files, read_config
 from dynadapter.cli.errors import Mistake
 from dynadapter.cli.explain import Sections
 from dynadapter.cli.parser import CommandParser
+from dynadapter.files import write
 from dynadapter.images.reading import shown
 
 if TYPE_CHECKING:  # Lightning takes seconds to import
@@ -73,7 +74,7 @@ def run(args: list[str]) -> None:
         report = verify(data, threads=given.threads, progress=progress)
     print_report(report)
     if out is not None:
-        out.write_text(json.dumps(report.as_dict(), indent=1) + "\n", encoding="utf-8")
+        write(out, (json.dumps(report.as_dict(), indent=1) + "\n").encode())
         print(f"report in {out}")
     if report.count("error"):
         raise SystemExit(1)

@@ -89,7 +89,7 @@ def export_onnx(
     manifest = _manifest(net, policy, class_names, preprocess, costs, opset)
     images, labels = _check_images(check_images, preprocess.image_size), _check_labels(check_labels, check_images, int8)
     reference, network = standalone(net, images, merge)
-    with replacing_folder(_check_place(folder, overwrite)) as draft:
+    with replacing_folder(_check_place(folder, overwrite), overwrite) as draft:
         stages = write_graphs(network, draft, images, class_first, opset)
         copy_runtime(draft)
         _write_manifest(draft, manifest, stages)

@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dynadapter.files import replacing, sync_folder
+from dynadapter.files import locked, replacing, sync_folder
 from dynadapter.serve.formats import COLUMNS, Row, Unread, check_output, write_table, write_unread
 
 try:
@@ -34,10 +34,6 @@ TITLE = "predictions of dynadapter"
 
 class Foreign(ValueError):
     """An unfinished table that belongs to another network, other images, or something else."""
-
-
-class Busy(ValueError):
-    """An unfinished table that another process is writing."""
 
 
 class PredictionTable:
@@ -80,7 +76,7 @@ class PredictionTable:
         self.columns, self.overwrite = tuple(columns), overwrite
         self.answered = self.unread = self.exits = self.nonfinite = 0
         self._finished: set[int] = set()
-        self._locks: list[io.FileIO] = []
+        self._locks = contextlib.ExitStack()
         self._header: dict[str, Any] = {"unfinished": TITLE, "format": FORMAT, "batch_size": batch_size, **identity}
         self._header |= {"columns": list(self.columns), "images": len(files), "list": _digest(files)}
         try:
@@ -88,8 +84,7 @@ class PredictionTable:
                 self._compare(_read_json(self.folder / "table.json"))
             else:
                 self._begin()
-            self._claims = io.FileIO(self.folder / "claims", "ab")
-            self._locks.append(self._claims)
+            self._claims = self._locks.enter_context(io.FileIO(self.folder / "claims", "ab"))
             for number in range(self.batches):
                 self._look(number)
         except BaseException:
@@ -204,8 +199,7 @@ class PredictionTable:
 
     def close(self) -> None:
         """Close the unfinished table and release what this process claimed."""
-        while self._locks:
-            self._locks.pop().close()
+        self._locks.close()
 
     # ---- the folder
 
@@ -220,7 +214,8 @@ class PredictionTable:
         self.output.parent.mkdir(parents=True, exist_ok=True)
         if self.folder.exists() and not self.folder.is_dir():
             raise Foreign(f"{self.folder} is no unfinished table of predictions")
-        self._own()
+        self._locks.enter_context(locked(self.folder))
+        self.folder.mkdir(exist_ok=True)
         there = _read_json(self.folder / "table.json")
         if there is None:
             self._check_new()
@@ -235,30 +230,12 @@ class PredictionTable:
 
     def _check_new(self) -> None:
         """Refuse a folder without ``table.json`` that holds other files."""
-        if strange := {path.name for path in self.folder.iterdir()} - {"owner", "claims", ".table.json.new"}:
+        there = {path.name for path in self.folder.iterdir() if not path.name.startswith(".table.json.")}
+        if strange := there - {"claims"}:
             raise Foreign(f"{self.folder} is no unfinished table of predictions: it holds {min(strange)}")
         if os.path.lexists(self.output) and not self.overwrite:  # finished by another process just now
             shutil.rmtree(self.folder)
             check_output(self.output, overwrite=False)
-
-    def _own(self) -> None:
-        """Lock the folder against other processes that would begin or finish a table there; create it if missing."""
-        while True:
-            self.folder.mkdir(exist_ok=True)
-            with contextlib.suppress(FileNotFoundError):  # another process has just finished and removed the folder
-                file = io.FileIO(self.folder / "owner", "ab")
-                self._locks.append(file)
-                try:
-                    if fcntl is not None:
-                        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    why = f"{self.folder} is being written by another process; wait for it, or name another output"
-                    raise Busy(why) from None
-                except OSError:  # a file system without locks
-                    return
-                if os.path.samestat(os.fstat(file.fileno()), (self.folder / "owner").stat()):
-                    return
-            self.close()
 
     def _compare(self, there: Any) -> None:
         if there != self._header:

@@ -12,6 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from dynadapter.exits.policies import confidence
+from dynadapter.files import append as append_bytes
 from dynadapter.files import replacing
 from dynadapter.sweep.plan import Unit, as_unit
 
@@ -77,8 +78,8 @@ def append(out: Path, line: Mapping[str, Any]) -> None:
         content = file.read()
         if not content.endswith(b"\n"):
             file.truncate(content.rfind(b"\n") + 1)
-        file.write(data)
-        file.flush()
+            file.flush()
+        append_bytes(out / RESULTS, data)
         os.fsync(file.fileno())
 
 

@@ -1,7 +1,6 @@
 """Write checkpoints atomically, check them before use, and find the newest whole one."""
 
 import contextlib
-import errno
 import io
 import os
 import zipfile
@@ -15,10 +14,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 
-from dynadapter.files import open_regular
-
-PARTIAL = ".partial"
-"""Ending of a file that is being written; such files are never read."""
+from dynadapter.files import PARTIAL, locked, open_regular, write
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -26,7 +22,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     A checkpoint is written under another name beside its place and renamed. Even if the process or the machine stops,
     the path holds the old file or the new one. Unfinished files of a killed process are removed when the next
-    checkpoint is written into the folder. Use a separate folder for each run.
+    checkpoint is written into the folder.
 
     (Lightning writes to a temporary folder, which may be on another file system; then the final move is a copy.)
 
@@ -65,7 +61,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         target = Path(path)
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            for left_over in target.parent.glob(f"*{ModelCheckpoint.FILE_EXTENSION}{PARTIAL}"):
+            for left_over in target.parent.glob(f".*{ModelCheckpoint.FILE_EXTENSION}.*{PARTIAL}"):
                 left_over.unlink(missing_ok=True)
             write(target, buffer.getbuffer())
         except OSError as error:
@@ -118,14 +114,46 @@ class RunCheckpoint(ModelCheckpoint):
     validation follows a batch, it saves after the validation, because a training resumed before it would skip it. An
     epoch without validation is saved at its end, unless a metric is monitored. With ``save_last`` the last checkpoint
     is written whenever one is due; Lightning does so only when the best one changes.
+
+    While a training runs, no other one can save into its folder: two would replace and remove each other's files.
     """
 
     _due = False  # a save by steps that waits for the validation
+    _folder: contextlib.ExitStack | None = None  # what holds the folder
 
     @property
     def state_key(self) -> str:
         """Lightning's name of its state in a checkpoint, so that either class resumes from the other's."""
         return super().state_key.replace(type(self).__qualname__, ModelCheckpoint.__qualname__, 1)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Find the folder, and hold it until the training ends.
+
+        Raises:
+            Busy: Another training saves into it.
+        """
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit" and trainer.is_global_zero and self.dirpath is not None and _is_local(self.dirpath):
+            self._release()
+            Path(self.dirpath).mkdir(parents=True, exist_ok=True)
+            with contextlib.ExitStack() as held:
+                held.enter_context(locked(Path(self.dirpath)))
+                self._folder = held.pop_all()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Release the folder."""
+        self._release()
+        super().teardown(trainer, pl_module, stage)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Save if that was asked for, and release the folder."""
+        super().on_exception(trainer, pl_module, exception)
+        self._release()
+
+    def _release(self) -> None:
+        if self._folder is not None:
+            self._folder.close()
+            self._folder = None
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -263,40 +291,6 @@ def check(path: str | Path) -> None:
     if why:
         why = " ".join(why.split())
         raise ValueError(f"{path} is no checkpoint that can be read: it is cut off or damaged ({why})")
-
-
-def write(target: Path, data: bytes | memoryview) -> None:
-    """Write a file atomically: whenever the process or the machine stops, the path holds the old file or the new one.
-
-    Raises:
-        OSError: It cannot be written; an existing file is kept, and nothing is left beside it.
-    """
-    partial = target.with_name(target.name + PARTIAL)
-    partial.unlink(missing_ok=True)  # it could be a link to another place
-    try:
-        with partial.open("xb") as file:
-            file.write(data)
-            file.flush()
-            _sync(file.fileno())
-        os.replace(partial, target)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
-        raise
-    with contextlib.suppress(OSError):  # Windows cannot open folders, and need not
-        folder = os.open(target.parent, os.O_RDONLY)
-        try:
-            _sync(folder)
-        finally:
-            os.close(folder)
-
-
-def _sync(handle: int) -> None:
-    try:
-        os.fsync(handle)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # this file system does not support it
-            raise
 
 
 def require_local(path: str | Path) -> None:

@@ -84,7 +84,7 @@ def save_bundle(
     config = config.stamped(sha256)
     text = config.dumps()
     check_rebuilt(net, Config.loads(text, CONFIG), tensors)
-    write_folder(place, {MODEL: data, CARD: card(config, len(data)).encode(), CONFIG: text.encode()})
+    write_folder(place, {MODEL: data, CARD: card(config, len(data)).encode(), CONFIG: text.encode()}, overwrite)
     return place
 
 
