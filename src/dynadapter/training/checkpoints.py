@@ -135,7 +135,7 @@ class RunCheckpoint(ModelCheckpoint):
         super().setup(trainer, pl_module, stage)
         if stage == "fit" and trainer.is_global_zero and self.dirpath is not None and _is_local(self.dirpath):
             self._release()
-            Path(self.dirpath).mkdir(parents=True, exist_ok=True)
+            Path(self.dirpath).parent.mkdir(parents=True, exist_ok=True)
             with contextlib.ExitStack() as held:
                 held.enter_context(locked(Path(self.dirpath)))
                 self._folder = held.pop_all()
