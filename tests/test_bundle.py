@@ -812,9 +812,39 @@ def test_card_measured_and_not(tmp_path):
     nothing = (save(tmp_path / "c", class_names=["a|b", "<x>", "c\nd", "e", "f"])[1] / "README.md").read_text()
     assert "The cost of the exits was not counted." in nothing
     assert "Not measured: accuracy, exit shares, average cost of an image, time in" in nothing
-    assert r"a\|b, &lt;x>, c d, e, f" in nothing
+    assert r"`a\|b`, `<x>`, c d, e, f" in nothing
     unlabelled = save(tmp_path / "d", measured=replace(measured, accuracy=float("nan")))[1]
     assert "Not measured: accuracy, time" in (unlabelled / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "[a](http://b.c)",
+        "http://b.c",
+        "www.b.c",
+        "a@b.c",
+        "![x](//b)",
+        "<img src=x>",
+        "&#x202e;x",
+        "`[a](//b)`",
+        "``` x",
+    ],
+)
+def test_card_has_no_live_names(name, tmp_path):
+    """What is outside code spans holds nothing of the name; a code span holds neither links nor entities."""
+    card = (save(tmp_path / "b", class_names=[name, "b", "c", "d", "e"])[1] / "README.md").read_text()
+    line = next(line for line in card.splitlines() if line.startswith("Classifies images"))
+    spans = re.compile(r"(?<!`)(`+)(?!`)(.+?)(?<!`)\1(?!`)")
+    assert [found[2].strip() for found in spans.finditer(line)] == [name]
+    assert "5 classes: , b, c, d, e." in spans.sub("", line)
+
+
+@pytest.mark.parametrize("name", ["\x1b[31mred", "right\u202eleft", "a\u2066b", "zero\u200bwidth", "a\x9bb"])
+def test_card_has_no_control_characters(name, tmp_path):
+    card = (save(tmp_path / "b", class_names=[name, "b", "c", "d", "e"])[1] / "README.md").read_text()
+    assert all(character.isprintable() or character == "\n" for character in card)
+    assert name.encode("unicode_escape").decode() in card
 
 
 def test_card_of_calibration(tmp_path):

@@ -14,6 +14,7 @@ SOURCE = Path(dynadapter.__file__).parent
 BELOW = {
     "files": set(),
     "limits": {"files"},
+    "printing": set(),
     "spec": set(),
     "backbones": set(),
     "adapters": {"spec", "backbones"},
@@ -25,7 +26,7 @@ BELOW = {
     "serve": {"files", "limits", "spec", "backbones", "adapters", "exits", "cost", "images"},
     "bench": {"spec", "backbones", "adapters", "exits", "cost", "images", "serve"},
     # ---- above this line nothing imports lightning
-    "training": {"files", "limits", "spec", "backbones", "adapters", "exits", "cost", "calibrate", "serve"},
+    "training": {"files", "limits", "printing", "spec", "backbones", "adapters", "exits", "cost", "calibrate", "serve"},
     "data": {"files", "images", "training"},
 }
 LIGHTNING = {"training", "data", "cli"}

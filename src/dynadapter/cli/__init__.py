@@ -63,6 +63,9 @@ def main(args: list[str] | None = None) -> None:
     Invalid input ends with one line and exit code 2, what looks like a bug with one line and 1, Ctrl-C with 130,
     SIGTERM with 143, SIGHUP with 129, SIGUSR1 with 138. ``--debug`` shows the traceback.
     """
+    for stream in (sys.stdout, sys.stderr):  # a name that the terminal cannot show must not end a command
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     args = list(sys.argv[1:] if args is None else args)
     debug = "--debug" in args
     args = [arg for arg in args if arg != "--debug"]

@@ -107,14 +107,10 @@ def _write(place: Path, result: dict[str, Any], overwrite: bool) -> None:
 
 
 def _print(result: dict[str, Any]) -> None:
-    from rich.console import Console
-
     from dynadapter.bench.table import bench_table
+    from dynadapter.printing import print_tables
 
-    console = Console()
-    console.width = max(console.width, 120)  # a narrow pipe would wrap the names
-    for batch in result["batches"]:
-        console.print(bench_table(batch, result))
+    print_tables(*(bench_table(batch, result) for batch in result["batches"]), width=120)
     for note in result["notes"]:
         print(f"note: {note}")
     for batch in result["batches"]:

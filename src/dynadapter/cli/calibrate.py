@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser
-from rich.console import Console
 from torch import Tensor
 
 import dynadapter
@@ -29,6 +28,7 @@ from dynadapter.cost import ExitCosts, exit_costs
 from dynadapter.data import ImageData
 from dynadapter.exits.policies import Policy
 from dynadapter.files import locked, replacing, sha256, write
+from dynadapter.printing import print_tables
 from dynadapter.serve.bundle import bundle_from_classifier
 from dynadapter.serve.bundle.config import FILES
 from dynadapter.serve.bundle.place import check_place
@@ -291,10 +291,8 @@ def solved(
 
 
 def _print(solution: Solution, model: ExitClassifier, settings: Settings) -> None:
-    console = Console()
-    console.width = max(console.width, 100)  # a narrow pipe would wrap the names
     title = f"{model.backbone_name}, {settings.policy}: {solution.goal}"
-    console.print(solution_table(solution, model.net.exit_depths, title))
+    print_tables(solution_table(solution, model.net.exit_depths, title))
     print(f"{solution.found.method}; {solution.protocol}")
     for note in solution.notes:
         print(f"note: {note}")

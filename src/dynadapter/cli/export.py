@@ -179,8 +179,9 @@ def _read(files: Sequence[Path], bundle: "Bundle") -> "Tensor":
 
 
 def _print(manifest: Mapping[str, Any], bundle: "Bundle", given: Any) -> None:
-    from rich.console import Console
     from rich.table import Table
+
+    from dynadapter.printing import print_tables
 
     check, before = manifest["check"], " before int8" if manifest["precision"] == "int8" else ""
     table = Table(title=f"{bundle.config.backbone.name} in {manifest['precision']}", show_header=False)
@@ -198,9 +199,7 @@ def _print(manifest: Mapping[str, Any], bundle: "Bundle", given: Any) -> None:
         table.add_section()
         for row in _int8_rows(manifest["quantization"]):
             table.add_row(*row)
-    console = Console()
-    console.width = max(console.width, 100)  # a narrow pipe would wrap the names
-    console.print(table)
+    print_tables(table)
     print(f"run it with: python {shlex.quote(os.path.join(given.out, 'predict.py'))} IMAGES")
 
 

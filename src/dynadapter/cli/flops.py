@@ -1,9 +1,8 @@
 """``dynadapter flops``: the GMACs up to each exit, without weights or images."""
 
-from rich.console import Console
-
 from dynadapter.cost import cost_table, exit_costs, exit_parameters
 from dynadapter.data import ImageData
+from dynadapter.printing import print_tables
 from dynadapter.training.module import ExitClassifier
 
 
@@ -20,6 +19,4 @@ def print_costs(model: ExitClassifier, data: ImageData, merged: bool) -> None:
         model.merge()
     table = cost_table(exit_costs(model.net, data.image_size), parameters=parameters)
     table.title = f"{model.backbone_name}, one image{', adapters merged' if merged else ''}"
-    console = Console()
-    console.width = max(console.width, 100)  # a narrow pipe would wrap the names
-    console.print(table)
+    print_tables(table)

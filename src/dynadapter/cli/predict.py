@@ -9,6 +9,7 @@ import time
 from argparse import HelpFormatter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from dynadapter.cli.errors import Mistake, Stopped, Terminated, one_line, stoppable
+from dynadapter.cli.errors import Failed, Mistake, Stopped, Terminated, one_line, stoppable
 from dynadapter.cli.networks import check_network, load_network
 from dynadapter.cli.parser import CommandParser
 from dynadapter.serve.formats import check_output
@@ -47,6 +48,11 @@ OPTIONS: dict[str, tuple[Any, Any, str]] = {
     "probabilities": (bool, False, "Whether to add a column with the probability of each class."),
     "weights": (str | None, None, "File of the backbone's weights, where the network needs one."),
     "pretrained": (bool | None, None, "Whether timm may fetch the backbone's weights; default: as in training."),
+    "value_range": (
+        list[float] | None,
+        None,
+        "Values [low, high] that become 0 and 255 in images of over 8 bits.",
+    ),
     "batch_size": (int, 32, "Images that are computed at once."),
     "processes": (int, 1, "Processes that share the images, one for each GPU or part of the CPU."),
     "num_workers": (int | None, None, "Threads of a process that read images ahead; 0 reads in turn."),
@@ -105,10 +111,10 @@ def predict(given: Any, args: list[str]) -> None:
         except (KeyboardInterrupt, Terminated) as stop:
             how, code = (stop, stop.code) if isinstance(stop, Terminated) else ("interrupted", 130)
             raise Stopped(f"{how} after {_so_far(table)}", code) from stop
-        except OSError as error:
-            if error.errno not in FULL:
-                raise
-            raise Mistake(f"the disk of {output} is full after {_so_far(table)} once there is room") from error
+        except (OSError, MemoryError) as error:  # not the fault of an image
+            if isinstance(error, OSError) and error.errno in FULL:
+                raise Mistake(f"the disk of {output} is full after {_so_far(table)} once there is room") from error
+            raise Failed(f"{one_line(error)}; stopped after {_so_far(table)}") from error
     _report(table, speed)
 
 
@@ -148,6 +154,7 @@ def prepared(given: Any, number: int = 0) -> Iterator[tuple["Bundle", Prediction
         torch.set_num_threads(max(1, threads // given.processes))
     try:
         bundle = load_network(given, number)
+        _take_value_range(bundle, given.value_range)
         if given.top_k > len(bundle.class_names):
             raise Mistake(f"top_k={given.top_k} is more than the {len(bundle.class_names)} classes of the network")
         identity = {
@@ -164,11 +171,26 @@ def prepared(given: Any, number: int = 0) -> Iterator[tuple["Bundle", Prediction
         except ValueError as error:
             raise Mistake(_as_typed(error)) from error
         except OSError as error:
-            raise Mistake(f"{output} cannot be written: {error.strerror}") from error
+            raise Mistake(f"{error.filename or output} cannot be read or written: {error.strerror}") from error
         with table:
             yield bundle, table
     finally:
         torch.set_num_threads(threads)
+
+
+def _take_value_range(bundle: "Bundle", value_range: list[float] | None) -> None:
+    """Read images of more than 8 bits with another range than in training."""
+    if value_range is None:
+        return
+    assert bundle.preprocess is not None
+    try:
+        preprocess = replace(bundle.preprocess, value_range=value_range)  # type: ignore[arg-type]
+    except ValueError as error:
+        raise Mistake(str(error)) from error
+    if preprocess != bundle.preprocess:
+        before = bundle.preprocess.value_range or "all 16 bits"
+        print(f"note: value_range={preprocess.value_range}, in training {before}", file=sys.stderr)
+    bundle.config = replace(bundle.config, preprocessing=preprocess)
 
 
 def fill(bundle: "Bundle", table: PredictionTable, given: Any) -> float:
@@ -268,5 +290,5 @@ def _report(table: PredictionTable, speed: float) -> None:
 if __name__ == "__main__":
     try:
         help_out(int(sys.argv[1]), sys.argv[2:])
-    except (Mistake, Stopped) as error:
+    except (Mistake, Stopped, OSError, MemoryError) as error:
         raise SystemExit(f"dynadapter: error: process {sys.argv[1]}: {error}") from None

@@ -11,6 +11,7 @@ from dynadapter.cli.errors import Mistake, one_line
 from dynadapter.cli.networks import check_network, load_network
 from dynadapter.cli.parser import CommandParser
 from dynadapter.cli.verify import data_section
+from dynadapter.printing import print_tables
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,10 +60,7 @@ def run(args: list[str]) -> None:
         tables = measure(bundle, data)
     except ValueError as error:
         raise Mistake(one_line(error)) from error
-    console = Console()
-    console.width = max(console.width, 100)  # a narrow pipe would wrap the names
-    for table in tables:
-        console.print(table)
+    print_tables(*tables)
 
 
 def measure(bundle: "Bundle", data: "ImageData") -> list[Table]:

@@ -145,18 +145,16 @@ def _split_row(split: "SplitReport") -> list[str]:
 
 def _print_table(columns: list[str], rows: list[list[str]]) -> None:
     from rich import box
-    from rich.console import Console
-    from rich.markup import escape
     from rich.table import Table
+
+    from dynadapter.printing import print_tables
 
     table = Table(box=box.SIMPLE)
     for index, column in enumerate(columns):
         table.add_column(column, justify="right" if index else "left")
     for row in rows:
-        table.add_row(*(escape(shown(cell)) for cell in row))
-    console = Console()
-    console.width = max(console.width, 120)  # a narrow pipe would wrap the lines
-    console.print(table)
+        table.add_row(*map(shown, row))
+    print_tables(table, width=120)
 
 
 def _print_finding(finding: "Finding") -> None:

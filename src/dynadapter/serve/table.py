@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from dynadapter.files import locked, replacing, sync_folder
+from dynadapter.images.reading import is_of_the_machine
 from dynadapter.serve.formats import COLUMNS, Row, Unread, check_output, write_table, write_unread
 
 try:
@@ -323,7 +324,9 @@ def _digest(files: Iterable[str]) -> str:
         try:
             found = os.stat(name)
             state = [name, found.st_size, found.st_mtime_ns]
-        except (OSError, ValueError):  # missing, or a name that no file can have
+        except (OSError, ValueError) as error:  # missing, or a name that no file can have
+            if isinstance(error, OSError) and is_of_the_machine(error):
+                raise
             state = [name]
         digest.update(json.dumps(state).encode() + b"\n")
     return digest.hexdigest()

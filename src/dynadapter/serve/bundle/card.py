@@ -1,11 +1,14 @@
 """The card of a bundle, ``README.md``: what it is, what was measured and what was not, and how to use it."""
 
+import json
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
 from dynadapter.backbones.packaged import find
+from dynadapter.images.reading import shown
 from dynadapter.serve.bundle.config import MODEL, Config
 from dynadapter.spec import plain
 
@@ -16,6 +19,8 @@ UNMEASURED = {
     "milliseconds": "time in milliseconds",
 }
 SHOWN_CLASSES = 20
+PLAIN = re.compile(r"[\w ,.;%+()/='-]*")
+"""What a name may hold to stand in the card as it is; ``:`` and ``@`` could begin a link."""
 DATA = ModelCardData(
     library_name="dynadapter",
     pipeline_tag="image-classification",
@@ -49,8 +54,20 @@ def card(config: Config, size: int) -> str:
 
 
 def escape(text: str) -> str:
-    """Keep a name from ending its table cell or line."""
-    return " ".join(text.split()).replace("|", r"\|").replace("<", "&lt;")
+    """Return text from outside for the card: as it is, or as code where it could be a link, markup or a control.
+
+    >>> print(escape("wild bee"), escape("[a](http://b)"), escape("www.a.com"))
+    wild bee `[a](http://b)` `www.a.com`
+    """
+    text = " ".join(text.split())
+    return text if PLAIN.fullmatch(text) and "www." not in text.lower() else code(text)
+
+
+def code(value: object) -> str:
+    """Return a value as code on one line, in which nothing is a link or markup."""
+    text = shown(value).replace("|", r"\|")
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence} {text} {fence}" if "`" in text else f"`{text}`"
 
 
 def _parts(config: Config, size: int) -> Iterable[list[str]]:
@@ -58,13 +75,13 @@ def _parts(config: Config, size: int) -> Iterable[list[str]]:
     arguments = dict(backbone.timm_args) | ({"image_size": backbone.image_size} if backbone.image_size else {})
     told = ", ".join(f"{name}={value}" for name, value in arguments.items()) or "timm's own arguments"
     kind = type(config.adapter).__name__ if config.adapter else "no adapter"
-    yield ["backbone", f"`{backbone.name}`, frozen; {told}"]
+    yield ["backbone", f"{code(backbone.name)}, frozen; {escape(told)}"]
     yield ["its weights", f"{_origin(config)}; fingerprint before adapters `{backbone.fingerprint[:12]}`"]
     yield ["adapter", f"{kind}{', merged into the backbone' if config.merged and config.adapter else ''}"]
-    yield ["heads", f"`{config.heads}`"]
+    yield ["heads", code(config.heads)]
     if config.token_merging:
-        yield ["token merging", f"`{config.token_merging}`"]
-    yield ["policy", f"`{config.policy}`"]
+        yield ["token merging", code(config.token_merging)]
+    yield ["policy", code(config.policy)]
     images = plain(config.preprocessing) if config.preprocessing else {}
     shown = ", ".join(f"{name} {value}" for name, value in images.items())
     yield ["images", shown or "preprocessed tensors; the preprocessing is not in this bundle"]
@@ -78,7 +95,7 @@ def _origin(config: Config) -> str:
     if config.whole:
         return "in this bundle"
     if backbone.origin == "file":
-        return f"a local file{f' (`{backbone.file}`)' if backbone.file else ''}, to be given when loading"
+        return f"a local file{f' ({code(backbone.file)})' if backbone.file else ''}, to be given when loading"
     if backbone.origin == "pretrained":
         return "those of timm" if find(backbone.name) is None else "those that ship with dynadapter"
     return f"drawn from seed {backbone.seed}, not pretrained"
@@ -131,7 +148,8 @@ def _proof(config: Config) -> Iterable[str]:
 def _use(config: Config) -> str:
     arguments, comment = '"path/of/this/folder"', ""
     if not config.whole and config.backbone.origin == "file":
-        arguments += f', weights="path/of/{config.backbone.file or "backbone.safetensors"}"'
+        file = json.dumps(f"path/of/{config.backbone.file or 'backbone.safetensors'}")  # as a literal of Python, too
+        arguments += f", weights={file}"
     elif not config.whole and config.backbone.origin == "pretrained" and find(config.backbone.name) is None:
         comment = "  # fetches the backbone; offline: weights='path/of/its/file'"
     images, note = '["a.jpg", "b.jpg"]', ""

@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 from dynadapter.cost import ExitCosts, cost_table, exit_costs, exit_parameters
+from dynadapter.printing import print_tables
 from dynadapter.training.callbacks._common import exit_net
 from dynadapter.training.callbacks.early_exit import EarlyExit, PolicyResult
 from dynadapter.training.metrics import ExitUse
@@ -171,10 +171,7 @@ class FlopsReport(Callback):
     @rank_zero_only
     def _print(self, trainer: Trainer, pl_module: LightningModule, split: str) -> None:
         if self.show:
-            console = Console()
-            console.width = max(console.width, 100)  # names would wrap in a narrow pipe
-            for table in self.tables(trainer, pl_module, split):
-                console.print(table)
+            print_tables(*self.tables(trainer, pl_module, split))
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the tables of the last validation."""
