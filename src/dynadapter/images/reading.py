@@ -26,7 +26,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 BUDGET = Budget(3 * 2**30)
 """Memory for decoding, over all threads of the process; an image that needs more is refused before it is decoded."""
-BYTES_PER_PIXEL, BYTES_PER_SIDE = 16, 40
+BYTES_PER_PIXEL, BYTES_PER_SIDE = 17, 40
 """What an image needs while it is decoded, converted, turned and resized: for each pixel, and for each of a row and a
 column, whose resampling weights take more than the pixels where an image is a strip."""
 MAX_BYTES = 2**30
@@ -128,10 +128,20 @@ def _decode(
         image, remark = from_array(source, value_range)
         return to_rgb(image, {})[0], [_about(remark, source)] if remark else []
     if isinstance(source, Image.Image):
-        image, size = source, 0
-    else:
-        file, size = _opened(source, stack)
+        return _decode_opened(source, source, 0, value_range, stack)
+    file, size = _opened(source, stack)
+    try:
         image = stack.enter_context(Image.open(file, formats=FORMATS))
+        return _decode_opened(image, source, size, value_range, stack)
+    finally:
+        if failure := getattr(file, "failure", None):
+            raise failure
+
+
+def _decode_opened(
+    image: Image.Image, source: object, size: int, value_range: Range | None, stack: contextlib.ExitStack
+) -> tuple[Image.Image, list[UserWarning]]:
+    """Decode an image of which Pillow has read the header, from a file of `size` bytes."""
     need = _memory(image, size)
     stack.enter_context(BUDGET.reserved(need))
     try:
@@ -184,7 +194,19 @@ def _raise_if_of_the_machine(error: Exception) -> None:
 
 
 class _Stream(BufferedReader):
-    """A file without a descriptor, so that libtiff reads through Python and an error keeps its number."""
+    """A file that remembers that reading failed; Pillow takes some errors for the end of the image's metadata.
+
+    It has no descriptor, so that libtiff reads through Python, too.
+    """
+
+    failure: OSError | None = None
+
+    def read(self, size: int | None = -1) -> bytes:
+        try:
+            return super().read(size)
+        except OSError as error:
+            self.failure = error
+            raise
 
     def fileno(self) -> int:
         raise io.UnsupportedOperation("fileno")
