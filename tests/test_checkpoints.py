@@ -101,6 +101,7 @@ def test_names_and_preprocessing_are_saved(tmp_path: Path) -> None:
         "normalization": "half",
         "interpolation": "bilinear",
         "resize": "stretch",
+        "value_range": None,
     }
     assert Preprocess(**again.preprocessing) == data.preprocess
     assert again.data_config == module.data_config
@@ -110,7 +111,9 @@ def test_names_and_preprocessing_are_saved(tmp_path: Path) -> None:
     assert unnamed.class_names == again.class_names
     assert unnamed.preprocessing == again.preprocessing
     other = Shapes(image_size=32, batch_size=8, normalization="imagenet")
-    trainer(max_steps=1, limit_val_batches=1).fit(again, datamodule=other)
+    with pytest.warns(UserWarning, match="normalization=imagenet instead of half") as said:
+        trainer(max_steps=1, limit_val_batches=1).fit(again, datamodule=other)
+    assert len([one for one in said if "not read as in the training" in str(one.message)]) == 1
     assert again.preprocessing["normalization"] == "imagenet"  # of the last training
 
 

@@ -34,7 +34,7 @@ from dynadapter.cli.calibrate import ARGUMENTS, Kind, Settings, _check_mergeable
 from dynadapter.cli.calibration_images import check_images, some_images
 from dynadapter.cli.errors import Mistake
 from dynadapter.cost import ExitCosts, exit_costs
-from dynadapter.data import ImageFolder, Shapes, VTAB1k
+from dynadapter.data import Shapes, VTAB1k
 from dynadapter.exits.policies import Never, Policy
 from dynadapter.serve.bundle import bundle_from_classifier
 from dynadapter.spec import plain, restore
@@ -306,41 +306,6 @@ def test_no_validation_images_raises(tmp_path):
     data = VTAB1k(make_vtab(tmp_path), "toys", split="train800val200")
     with pytest.raises(Mistake, match=r"VTAB1k has no validation images; calibrate .* trained with split: train800"):
         check_images(data, "val", "last.ckpt")
-
-
-def saved(path: Path, data: Any) -> str:
-    """Save the part of a checkpoint that names the data of its training."""
-    config = {"class_path": f"{type(data).__module__}.{type(data).__qualname__}", "init_args": dict(data.hparams)}
-    torch.save({"dynadapter": {"data": config}}, path)
-    return str(path)
-
-
-def test_images_of_the_training_raise(tmp_path):
-    make_vtab(tmp_path)
-    file = saved(tmp_path / "all.ckpt", VTAB1k(str(tmp_path), "toys", split="train800val200"))
-    now = VTAB1k(str(tmp_path), "toys", split="train800")
-    with pytest.raises(Mistake, match="trained on 2 of these 2 validation images"):
-        check_images(now, "val", file)
-    file = saved(tmp_path / "part.ckpt", now)
-    assert check_images(now, "val", file) == ()
-
-
-def test_another_split_seed_raises(tmp_path):
-    for k in range(20):
-        folder = tmp_path / "train" / "ab"[k % 2]
-        folder.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (4, 4)).save(folder / f"{k}.png")
-    file = saved(tmp_path / "a.ckpt", ImageFolder(str(tmp_path), split_seed=0))
-    assert check_images(ImageFolder(str(tmp_path), split_seed=0), "val", file) == ()
-    with pytest.raises(Mistake, match="was trained on"):
-        check_images(ImageFolder(str(tmp_path), split_seed=1), "val", file)
-
-
-def test_unknown_training_data_is_a_note(tmp_path):
-    file = saved(tmp_path / "a.ckpt", Shapes())
-    torch.save({"dynadapter": {"data": {"class_path": "nowhere.Data", "init_args": {}}}}, file)
-    [note] = check_images(Shapes(), "val", file)
-    assert "the images of the training are unknown" in note
 
 
 def test_several_devices_raise():

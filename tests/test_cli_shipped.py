@@ -1,5 +1,6 @@
 """``dynadapter test --bundle``: the numbers are those of the bundle on the test images."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 from PIL import Image
 from test_cli_predict import NAMES, PREPROCESS, refused, write_bundle, write_images
 
+from dynadapter.backbones import set_image_size
 from dynadapter.cli import main
 from dynadapter.images.reading import find_images, load_image
 from dynadapter.serve.bundle import load
@@ -27,10 +29,21 @@ def arguments(folder: Path, *more: str) -> list[str]:
     return ["test", f"--bundle={folder / 'bundle'}", "--data=ImageFolder", f"--data.root={folder / 'images'}", *more]
 
 
-@pytest.mark.parametrize("options", [[], ["--data.image_size=64", "--data.normalization=imagenet"]])
-def test_numbers_are_the_bundles(options, folder, capsys):
-    """Also where the data module would read images in another way."""
-    main(arguments(folder, *options))
+def test_other_preprocessing_is_used_and_told(folder, capsys):
+    with pytest.warns(UserWarning, match="image_size=64 instead of 32, normalization=imagenet instead of half"):
+        main(arguments(folder, "--data.image_size=64", "--data.normalization=imagenet"))
+    printed = capsys.readouterr().out
+    bundle, files = load(folder / "bundle"), find_images(folder / "images" / "test")
+    set_image_size(bundle.net.backbone, 64)
+    other = replace(PREPROCESS, image_size=64, normalization="imagenet")
+    with torch.no_grad():
+        classes = bundle.net(torch.from_numpy(np.stack([other(load_image(file)) for file in files]))).argmax(-1)
+    targets = torch.tensor([NAMES.index(file.parent.name) for file in files])
+    assert all(f"{value:.1%}" in printed for value in (classes == targets).float().mean(-1).tolist())
+
+
+def test_numbers_are_the_bundles(folder, capsys):
+    main(arguments(folder))
     printed = capsys.readouterr().out
     files = find_images(folder / "images" / "test")
     bundle = load(folder / "bundle")

@@ -11,10 +11,10 @@ import yaml
 from PIL import Image
 
 from dynadapter import Heads, Schedule, Weighting
-from dynadapter.backbones import packaged
+from dynadapter.backbones import create_backbone, own_preprocessing, packaged
 from dynadapter.cli import main
 from dynadapter.cli.app import DynCLI
-from dynadapter.data import VTAB_TASKS
+from dynadapter.data import VTAB_TASKS, Shapes
 from dynadapter.exits.heads import Balanced, LinearHeads
 from dynadapter.exits.policies import Confidence
 from dynadapter.exits.token_merging import TokenMerging
@@ -177,9 +177,9 @@ def test_vtab_protocol():
     model, data, trainer = config["model"], config["data"]["init_args"], config["trainer"]
     assert (model["backbone"], model["pretrained"]) == ("vit_base_patch16_224.orig_in21k", True)
     assert model["optimizer"] == {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-3, "weight_decay": 1e-4}}
-    expected = {"image_size": 224, "interpolation": "bicubic", "resize": "stretch", "augment": "none", "batch_size": 64}
+    expected = {"resize": "stretch", "augment": "none", "batch_size": 64}
     assert expected.items() <= data.items()
-    assert data["normalization"]  # named
+    assert {data[name] for name in ("image_size", "interpolation", "normalization")} == {"auto"}
     assert trainer["max_epochs"] == 100
 
 
@@ -234,5 +234,8 @@ def test_quickstart_reads_images_as_its_backbone():
     config = read("quickstart")
     assert config["model"]["backbone"] in packaged.names()
     assert config["model"]["pretrained"] is True
-    about = json.loads((packaged.FOLDER / f"{config['model']['backbone']}.json").read_text())
-    assert about["preprocess"].items() <= config["data"]["init_args"].items()
+    name = config["model"]["backbone"]
+    about = json.loads((packaged.FOLDER / f"{name}.json").read_text())
+    data = Shapes(**config["data"]["init_args"])
+    data.take_preprocessing(own_preprocessing(create_backbone(name, 8), name), trained=False)
+    assert about["preprocess"].items() <= data.preprocessing.items()

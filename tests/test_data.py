@@ -14,7 +14,7 @@ from PIL import Image
 from tiny import make_classifier, trainer
 
 from dynadapter.data import ImageData, ImageFolder, ImagesToPredict, Shapes, UnreadableImage, VTAB1k
-from dynadapter.data.dataset import Padded
+from dynadapter.data.dataset import ImageDataset, Padded
 from dynadapter.data.samplers import CachedLoader, EpochOrder
 from dynadapter.images.reading import find_images, load_image
 from dynadapter.training.callbacks import BidirectionalSparsity
@@ -224,9 +224,9 @@ def test_cached_batches_equal_decoded_ones(folder, augment, processes, monkeypat
         monkeypatch.setattr(Files, "samples", lambda self, split: [(p, i % 3) for i, p in enumerate(paths)])
         data.class_names = ["a", "b", "c"]
         data.setup("fit")
-        if cache:
-            monkeypatch.setattr("dynadapter.data.dataset.load_image", None)
         train, val = data.train_dataloader(), data.val_dataloader()
+        if cache:
+            monkeypatch.setattr(ImageDataset, "pixels", None)
         assert isinstance(train, CachedLoader) == isinstance(val, CachedLoader) == cache
         return [list(batch) for loader in (train, val, train, train) for batch in loader]
 
@@ -634,10 +634,12 @@ def test_unknown_classes_are_listed():
         Named([f"class {k}" for k in range(100)]).take_classes(["a"])
 
 
-def test_numbers_are_not_matched_as_names():
+def test_missing_names_keep_the_indices():
     named, numbered = Named("bca"), Noise()
     numbered.class_names = ["0", "1", "2"]
-    named.take_classes(["0", "1", "2", "3"])  # a model without class names
+    named.take_classes(["0", "1", "2"])  # a model without class names
+    with pytest.raises(ValueError, match="4 classes without names, and the data have 3: b, c, a; give the model"):
+        named.take_classes(["0", "1", "2", "3"])
     numbered.take_classes(list("xyzt"))  # data without class names
     assert (named.class_names, numbered.class_names) == (list("bca"), list("xyzt"))
     assert [label for _, label in numbered.dataset("test").samples] == [0, 1, 2, 0]

@@ -27,7 +27,7 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     }
     safetensors.torch.save_file(state, tmp_path / "small.safetensors")
     digest = hashlib.sha256((tmp_path / "small.safetensors").read_bytes()).hexdigest()
-    about = {"architecture": BASE, "timm_args": SHAPE, "sha256": digest}
+    about = {"architecture": BASE, "timm_args": SHAPE, "preprocess": {"image_size": 32}, "sha256": digest}
     (tmp_path / "small.json").write_text(json.dumps(about))
     monkeypatch.setattr(module, "FOLDER", tmp_path)
     return tmp_path / "small.safetensors"

@@ -26,6 +26,7 @@ from dynadapter.backbones.cut import (
 from dynadapter.backbones.depth import cut_depth
 from dynadapter.backbones.draws import DrawFrom
 from dynadapter.backbones.frozen import freeze, set_mode
+from dynadapter.backbones.input import own_preprocessing, set_image_size
 from dynadapter.backbones.unit import run_unit
 from dynadapter.backbones.vit_block import class_row, other_rows, run, splits
 
@@ -48,12 +49,14 @@ __all__ = [
     "mean_tokens",
     "needs_all_tokens",
     "other_rows",
+    "own_preprocessing",
     "pool",
     "pools_mean",
     "prefix_tokens",
     "reads_class_row",
     "run",
     "run_unit",
+    "set_image_size",
     "set_mode",
     "splits",
     "tokens",

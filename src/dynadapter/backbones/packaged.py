@@ -19,12 +19,14 @@ class Packaged:
         name: Name to give in place of a timm name.
         architecture: timm's name of the architecture.
         timm_args: Further arguments of ``timm.create_model``.
+        preprocess: Size in pixels and normalization of its pre-training images.
         sha256: Hash of the weight file, in hexadecimal digits.
     """
 
     name: str
     architecture: str
     timm_args: Mapping[str, Any]
+    preprocess: Mapping[str, Any]
     sha256: str
 
     def settings(self, given: Mapping[str, Any], image_size: int | None) -> dict[str, Any]:
@@ -57,4 +59,4 @@ def find(name: str) -> Packaged | None:
     if name not in names():
         return None
     about = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
-    return Packaged(name, about["architecture"], about["timm_args"], about["sha256"])
+    return Packaged(name, about["architecture"], about["timm_args"], about["preprocess"], about["sha256"])

@@ -38,6 +38,7 @@ from dynadapter.data import ImageData
 from dynadapter.spec import plain
 from dynadapter.training.callbacks import BidirectionalSparsity, EarlyExit, FlopsReport
 from dynadapter.training.checkpoints import RunCheckpoint, newest
+from dynadapter.training.meeting import meet
 from dynadapter.training.module import ExitClassifier
 from dynadapter.training.restoring import StoredPolicies, stored_policies
 
@@ -51,6 +52,7 @@ class DynCLI(LightningCLI):
 
     model: ExitClassifier
     datamodule: ImageData
+    parser: arguments.ConfigParser
 
     def __init__(self, args: list[str]) -> None:
         self.args = args
@@ -79,7 +81,7 @@ class DynCLI(LightningCLI):
 
     # ---- the parser
 
-    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+    def init_parser(self, **kwargs: Any) -> arguments.ConfigParser:
         """Create the parser of the command."""
         parser = arguments.ConfigParser(self.command, **kwargs)
         arguments.add_command_arguments(parser, self.command)
@@ -94,7 +96,7 @@ class DynCLI(LightningCLI):
 
     # ---- layers of the configuration
 
-    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+    def parse_arguments(self, parser: arguments.ConfigParser, args: Any) -> None:
         """Parse ``defaults < checkpoint < config files < command line``, whatever the position of the files."""
         if {"-h", "--help"} & {*args}:
             print(short_help(self.command, arguments.DESCRIPTIONS[self.command], parser))
@@ -116,7 +118,7 @@ class DynCLI(LightningCLI):
         if path is not None:
             if self.command == "fit" and not files:
                 raise Mistake(_needs_config(path))
-            below = checkpoint_settings(path, given)
+            below, parser.trained = checkpoint_settings(path, given)
             if self.command in ("validate", "test"):
                 self.stored = stored_policies(path)
                 below["early_exit"] = {"policies": [plain(policy) for policy in self.stored.policies]}
@@ -160,6 +162,9 @@ class DynCLI(LightningCLI):
         self.config_init = self.parser.instantiate_classes(self.config)
         self.config = whole  # saved with the run: what is switched off stays null
         self.datamodule, self.model = self.config_init["data"], self.config_init["model"]
+        if self.parser.trained is not None:
+            self.model.preprocessing = self.parser.trained.preprocessing
+        meet(self.model, self.datamodule, self.command)
         self.trainer = self.instantiate_trainer()
 
     # ---- the trainer

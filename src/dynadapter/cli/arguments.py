@@ -1,6 +1,7 @@
 """The arguments of the commands that take a whole configuration: model, data, callbacks by name, trainer."""
 
 import argparse
+from functools import partial
 from typing import Any, NoReturn
 
 import lightning.pytorch as pl
@@ -13,7 +14,7 @@ from dynadapter.cli import calibrate
 from dynadapter.cli.errors import Mistake
 from dynadapter.cli.explain import explain
 from dynadapter.cli.help import TITLES
-from dynadapter.cli.layers import LINKED
+from dynadapter.cli.layers import LINKED, Trained
 from dynadapter.data import ImageData
 from dynadapter.training.callbacks import BidirectionalSparsity, EarlyExit, ExitWeights, FlopsReport
 from dynadapter.training.checkpoints import RunCheckpoint
@@ -55,6 +56,17 @@ class ConfigParser(LightningArgumentParser):
         # An abbreviated key would be read as the long one, and a typing error would pass unnoticed.
         super().__init__(**kwargs, allow_abbrev=False)
         self.command = command
+        self.trained: Trained | None = None  # of the checkpoint, if there is one
+
+    def linked(self, name: str, data: ImageData) -> Any:
+        """Return an argument of the model that comes from the data, once these use the classes of the checkpoint."""
+        if self.trained is not None:
+            data.take_classes(self.trained.class_names)
+        if name != "image_size":
+            return getattr(data, name)
+        if self.trained is not None:
+            return self.trained.image_size
+        return None if data.wanted.image_size == "auto" else data.image_size
 
     def add_class_arguments(self, *args: Any, **kwargs: Any) -> list[str]:
         """Add the arguments of a class; none of them is read from a file of its own, which nothing would check."""
@@ -94,12 +106,12 @@ def add_command_arguments(parser: LightningArgumentParser, command: str) -> None
     parser.add_argument("--seed_everything", type=bool | int, default=0, help=what)
 
 
-def add_sections(parser: LightningArgumentParser) -> None:
+def add_sections(parser: ConfigParser) -> None:
     """Add the sections in the order of their importance to a user."""
     parser.add_lightning_class_args(ExitClassifier, "model")
     parser.add_lightning_class_args(ImageData, "data", subclass_mode=True)
     for name in LINKED:
-        parser.link_arguments(f"data.{name}", f"model.{name}", apply_on="instantiate")
+        parser.link_arguments("data", f"model.{name}", compute_fn=partial(parser.linked, name), apply_on="instantiate")
     for key, callback in CALLBACKS.items():
         parser.add_lightning_class_args(callback, key)
     parser.add_lightning_class_args(Trainer, "trainer")

@@ -197,7 +197,7 @@ def _held(out: str | None) -> Iterator[None]:
 
 
 def _calibrate(trainer: Trainer, model: ExitClassifier, data: ImageData, settings: Settings) -> Solution:
-    notes = check_images(data, settings.data_split, settings.ckpt_path)
+    notes = check_images(data, settings.data_split, settings.ckpt_path, settings.goal.name == "risk")
     logits, targets = stack_logits(trainer, model, data, settings.data_split, settings.ckpt_path)
     costs = _costs(model, data, settings)
     solution = solved(logits, targets, costs, settings, notes)
@@ -335,6 +335,7 @@ def _write_bundle(
         model,
         str(settings.bundle),
         policy=policy,
+        preprocessing=data.preprocessing,
         merge=settings.merge,
         check_images=some_images(data, split) if settings.merge else None,
         costs=costs,

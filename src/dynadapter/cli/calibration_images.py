@@ -1,16 +1,13 @@
 """The images of a calibration: check that the network was not trained on them, and run them through it once."""
 
 from functools import partial
-from pathlib import Path
 from typing import Literal
 
 import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
-from torch.utils.data import DataLoader
 
-from dynadapter.cli.errors import Mistake, one_line
-from dynadapter.cli.safety import data_class
+from dynadapter.cli.errors import Mistake
 from dynadapter.data import ImageData
 from dynadapter.data.dataset import ImageDataset, collate
 from dynadapter.training.callbacks.stacked_logits import StackedLogits
@@ -18,22 +15,27 @@ from dynadapter.training.module import ExitClassifier
 
 Split = Literal["val", "test", "train"]
 
+SOME_COPIES = 0.05
+"""A larger fraction of validation images that the network was trained on is an error."""
 WORDS = {"val": "validation", "test": "test", "train": "training"}
 
 
-def check_images(data: ImageData, split: Split, ckpt_path: str) -> tuple[str, ...]:
-    """Check that a split has images, and that the network was not trained on those of the validation split.
+def check_images(data: ImageData, split: Split, ckpt_path: str, guarantee: bool = False) -> tuple[str, ...]:
+    """Compare a split with the images of the training, which the checkpoint keeps.
+
+    A few validation images that are copies of training images are left out.
 
     Args:
         data: The images.
         split: val, test or train.
-        ckpt_path: The checkpoint, which names the images of its training.
+        ckpt_path: The checkpoint.
+        guarantee: The thresholds get a guarantee for future images.
 
     Returns:
-        A note if the images of the training are unknown.
+        Notes about the images.
 
     Raises:
-        Mistake: If there are no images, or the network was trained on some of them.
+        Mistake: If there are no images, or the network was trained on them.
     """
     images = data.dataset(split)
     if not len(images):
@@ -42,32 +44,38 @@ def check_images(data: ImageData, split: Split, ckpt_path: str) -> tuple[str, ..
             f"{type(data).__name__} has no {WORDS[split]} images; calibrate a checkpoint that was trained{switch}, and "
             "use its policy for this network too"
         )
-    if split != "val":
-        return ()
-    try:
-        trained = _trained_on(ckpt_path, data)
-    except (ImportError, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        return (f"the images of the training are unknown, and may be among these: {one_line(error)}",)
-    both = sum(source in trained for source, _ in images.samples if isinstance(source, Path))
-    if both:
+    saved = torch.load(ckpt_path, map_location="cpu", weights_only=True)["dynadapter"].get("images")
+    if not saved:
+        return ("the images of the training are unknown, and may be among these",)
+    keys = images.image_keys(saved["by"])[1]
+    trained = torch.isin(keys, saved["train"])
+    both, what = int(trained.sum()), f"the {len(images)} {WORDS[split]} images"
+    if both and guarantee:
         raise Mistake(
-            f"the network was trained on {both} of these {len(images)} validation images; leave out the settings of "
-            "data that differ from the training's, or calibrate a checkpoint that was trained without them"
+            f"the network was trained on {both} of {what}, and a guarantee for future images needs others; leave these "
+            "images out"
         )
-    return ()
+    if both and split == "val":
+        if both > SOME_COPIES * len(images):
+            raise Mistake(
+                f"the network was trained on {both} of {what}; leave out the settings of data that differ from the "
+                "training's, or calibrate a checkpoint that was trained without them"
+            )
+        pairs = zip(images.samples, trained.tolist(), strict=True)
+        images.relabel([sample for sample, known in pairs if not known])
+        return (f"{both} of {what} equal training images and are left out",)
+    if both and split == "test":
+        return (f"the network was trained on {both} of {what}",)
+    return _compare_held_out(keys, saved["val"]) if split == "val" else ()
 
 
-def _trained_on(ckpt_path: str, data: ImageData) -> set[Path]:
-    """Return the image files of the training, as its checkpoint names them; none if it has no image data."""
-    saved = torch.load(ckpt_path, map_location="cpu", weights_only=True)["dynadapter"]["data"]
-    if saved is None:
-        return set()
-    cls, arguments = data_class(saved["class_path"]), dict(saved["init_args"])
-    if cls is None:
-        raise ValueError(f"the training read its data with {saved['class_path']!r:.200}, which is not known here")
-    if isinstance(data, cls) and "root" in arguments:
-        arguments["root"] = data.hparams["root"]  # the images may have moved since
-    return {source for source, _ in cls(**arguments).samples("train") if isinstance(source, Path)}
+def _compare_held_out(keys: Tensor, held_out: Tensor) -> tuple[str, ...]:
+    """Return a note if validation images are not those that the training held out."""
+    new = int((~torch.isin(keys, held_out)).sum())
+    gone = int((~torch.isin(held_out, keys)).sum())
+    if not len(held_out) or not (new or gone):
+        return ()
+    return (f"of these validation images {new} were not held out in the training, and {gone} that were are missing",)
 
 
 def stack_logits(
@@ -97,7 +105,7 @@ def stack_logits(
         trainer.test(model, datamodule=data, ckpt_path=ckpt_path, verbose=False)
     else:  # the training's own loader shuffles, augments and drops images
         images = ImageDataset(data.dataset("train").samples, data.preprocess)
-        evaluate(DataLoader(images, data.batch_size, num_workers=data.num_workers, collate_fn=collate))
+        evaluate(data.loader(images, data.batch_size))
     trainer.callbacks.remove(stacked)  # type: ignore[attr-defined]
     if len(stacked.targets) < 2:
         raise Mistake("one image cannot calibrate and measure; raise trainer.limit_val_batches or add images")

@@ -3,13 +3,13 @@
 from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
 from dynadapter.cli.errors import Mistake
 from dynadapter.cli.safety import check_saved, data_class
-from dynadapter.spec import plain
+from dynadapter.spec import plain, restore
 from dynadapter.training.checkpoints import read
 from dynadapter.training.contents import saved_contents
 from dynadapter.training.loading import stored_settings
@@ -123,8 +123,22 @@ def overridden(contents: Iterable[Mapping[str, Any]], rest: Sequence[str]) -> se
     return keys & {"backbone", "backbone_args"}
 
 
-def checkpoint_settings(path: str, given: Collection[str] = ()) -> dict[str, Any]:
-    """Return the settings of model and data in a checkpoint: the layer below the config files.
+class Trained(NamedTuple):
+    """What a checkpoint says of its training beside the settings.
+
+    Args:
+        class_names: In the order of the model's class indices.
+        preprocessing: How the images were read; empty where that is not known.
+        image_size: The model's argument.
+    """
+
+    class_names: list[str]
+    preprocessing: dict[str, Any]
+    image_size: int | None
+
+
+def checkpoint_settings(path: str, given: Collection[str] = ()) -> tuple[dict[str, Any], Trained]:
+    """Return the settings of model and data in a checkpoint, the layer below the config files, and what else it says.
 
     Args:
         path: The checkpoint.
@@ -148,7 +162,7 @@ def checkpoint_settings(path: str, given: Collection[str] = ()) -> dict[str, Any
         raise Mistake(f"{path} was not written by dynadapter fit; give --ckpt_path a file that was") from error
 
 
-def _settings(checkpoint: dict[str, Any], path: Path, given: Collection[str]) -> dict[str, Any]:
+def _settings(checkpoint: dict[str, Any], path: Path, given: Collection[str]) -> tuple[dict[str, Any], Trained]:
     ours = saved_contents({"dynadapter": dict(checkpoint["dynadapter"])})
     stored = stored_settings(ExitClassifier, checkpoint, given)
     model = {name: plain(value) for name, value in stored.items() if name not in LINKED}
@@ -160,7 +174,8 @@ def _settings(checkpoint: dict[str, Any], path: Path, given: Collection[str]) ->
     if data is not None and data_class(data["class_path"]):
         check_saved(data)
         settings["data"] = plain(data)
-    return settings
+    names = restore(ours["class_names"], list[str], "class_names")
+    return settings, Trained(names, dict(ours["preprocessing"]), stored.get("image_size"))
 
 
 def run_root(checkpoint: Path) -> Path | None:

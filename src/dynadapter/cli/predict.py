@@ -20,6 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from dynadapter.cli.errors import Failed, Mistake, Stopped, Terminated, one_line, stoppable
 from dynadapter.cli.networks import check_network, load_network
 from dynadapter.cli.parser import CommandParser
+from dynadapter.images.accounting import account
 from dynadapter.serve.formats import check_output
 from dynadapter.serve.inputs import list_images
 from dynadapter.serve.table import Foreign, PredictionTable
@@ -145,6 +146,9 @@ def prepared(given: Any, number: int = 0) -> Iterator[tuple["Bundle", Prediction
         files = list_images(given.images, given.path_column)
     except ValueError as error:
         raise Mistake(f"--images: {error}") from error
+    if number == 0:
+        for line in accounts(given.images, files):
+            print(line, flush=True)
     import torch
 
     from dynadapter.serve.predict import columns
@@ -191,6 +195,13 @@ def _take_value_range(bundle: "Bundle", value_range: list[float] | None) -> None
         before = bundle.preprocess.value_range or "all 16 bits"
         print(f"note: value_range={preprocess.value_range}, in training {before}", file=sys.stderr)
     bundle.config = replace(bundle.config, preprocessing=preprocess)
+
+
+def accounts(places: list[str], files: list[str]) -> Iterator[str]:
+    """Yield for each folder in one line how many of its files are images, and why others are not."""
+    for folder in (Path(place).expanduser() for place in places):
+        if folder.is_dir():
+            yield str(account(folder, {"images": files}))
 
 
 def fill(bundle: "Bundle", table: PredictionTable, given: Any) -> float:

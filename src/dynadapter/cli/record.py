@@ -1,6 +1,7 @@
 """``run.json``: settings, versions, machine, data and results of a run: where its numbers come from."""
 
 import json
+import os
 import platform
 import shlex
 import subprocess
@@ -24,6 +25,7 @@ from dynadapter.training.module import ExitClassifier
 
 NAME = "run.json"
 SKIPPED = "skipped.csv"
+VALIDATION = "validation.txt"
 PACKAGES = (
     "dynadapter",
     "torch",
@@ -40,8 +42,6 @@ PACKAGES = (
 SPLITS = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
 SCHEDULED = ("exit_weights/", "sparsity/")
 """Logged settings that a schedule changes; they are no results."""
-HASHED_BYTES = 4 * 2**30
-"""Larger data sets are not hashed: a run would wait too long."""
 
 
 class Record(Callback):
@@ -101,6 +101,8 @@ class Record(Callback):
         self.content["protocol"] = protocol(trainer, pl_module, data)
         self._write()
         list_skipped(self.path.with_name(SKIPPED), data)
+        if stage == "fit":
+            list_validation(self.path.with_name(VALIDATION), data)
 
     def end(self, trainer: Trainer, how: str, message: str | None = None) -> None:
         """Complete the file, if it was begun."""
@@ -131,6 +133,15 @@ class Record(Callback):
 def list_skipped(path: Path, data: ImageData) -> None:
     """Write a list of the images that were left out because they cannot be read; no file where all can."""
     write_unread(path, [Unread(file, reason) for file, reason in data.skipped.items()])
+
+
+def list_validation(path: Path, data: ImageData) -> None:
+    """Write a list of the validation images, relative to the data's folder; none of images in memory."""
+    folder = getattr(data, "folder", None)
+    files = [source for source, _ in data.dataset("val").samples if isinstance(source, Path)]
+    if files and folder is not None:
+        lines = [Path(os.path.relpath(file, folder)).as_posix() + "\n" for file in files]
+        write(path, "".join(lines).encode("utf-8", "surrogateescape"))
 
 
 def now() -> str:
@@ -178,7 +189,7 @@ def described(data: ImageData, split: str) -> dict[str, Any]:
 
 def _hash(samples: Any) -> str | None:
     try:
-        from dynadapter.data.identity import data_hash
+        from dynadapter.data.identity import HASHED_BYTES, data_hash
 
         files = [source for source, _ in samples if not isinstance(source, Image.Image)]
         if sum(path.stat().st_size for path in files) > HASHED_BYTES:

@@ -64,7 +64,7 @@ def run(args: list[str]) -> None:
 
 
 def measure(bundle: "Bundle", data: "ImageData") -> list[Table]:
-    """Measure every exit and the policy on the test images, read as the bundle reads them.
+    """Measure every exit and the policy on the test images, read as the bundle reads them where the data say ``auto``.
 
     Returns:
         The tables that ``test`` prints for a checkpoint.
@@ -74,11 +74,13 @@ def measure(bundle: "Bundle", data: "ImageData") -> list[Table]:
     """
     import torch
 
+    from dynadapter.backbones import set_image_size
     from dynadapter.cost import cost_table, exit_costs
     from dynadapter.exits.policies import route
 
     assert bundle.preprocess is not None
-    data.preprocess = bundle.preprocess
+    data.take_preprocessing(vars(bundle.preprocess), trained=True)
+    set_image_size(bundle.net.backbone, data.image_size)
     data.take_classes(bundle.class_names)
     data.setup("test")
     exits = bundle.net.num_exits
@@ -94,7 +96,8 @@ def measure(bundle: "Bundle", data: "ImageData") -> list[Table]:
             routed_right += float(correct[exit_index, torch.arange(len(targets))].sum())
     samples = float(counts.sum())
     shares = counts / samples
-    costs = bundle.costs or exit_costs(bundle.net, bundle.preprocess.image_size)
+    counted = bundle.costs if data.image_size == bundle.preprocess.image_size else None
+    costs = counted or exit_costs(bundle.net, data.image_size)
     table = cost_table(costs, accuracy=_percent(right / samples), share=_percent(shares))
     table.title = f"Exits (test, shares under {bundle.policy.name})"
     routing = Table(title="Early exits (test)")

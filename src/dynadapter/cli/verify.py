@@ -130,6 +130,8 @@ def print_report(report: "Report") -> None:
     if len(names) <= CLASSES and report.splits:
         rows = [[name, *(f"{split.classes[name]:,}" for split in report.splits)] for name in names]
         _print_table(["class", *(split.name for split in report.splits)], rows)
+    if report.account:
+        print(report.account)
     for finding in report.findings:
         _print_finding(finding)
     errors, warnings = report.count("error"), report.count("warning")

@@ -1,12 +1,12 @@
 """The base of the data modules: settings, splits, class names, loaders and unreadable images."""
 
 import os
-import sys
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -16,17 +16,20 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from PIL import Image
 from torch.utils.data import DataLoader, DistributedSampler, Sampler
 
-from dynadapter.data.dataset import ImageDataset, Padded, Sample, collate
+from dynadapter.data.account import account_of
+from dynadapter.data.classes import is_numbered, match_classes, renumbered
+from dynadapter.data.dataset import ImageDataset, Padded, Sample, collate, room_on
+from dynadapter.data.preprocessing import Auto, Wanted, differences
 from dynadapter.data.samplers import CachedLoader, EpochOrder, ResumableLoader
-from dynadapter.images.preprocess import Interpolation, Normalization, Preprocess, Resize
-from dynadapter.images.reading import find_images, shown, why_unreadable
+from dynadapter.data.workers import TIMEOUT, check_shared_memory
+from dynadapter.images.accounting import Account
+from dynadapter.images.preprocess import Interpolation, Normalization, Resize
+from dynadapter.images.reading import find_images, why_unreadable
+from dynadapter.images.values import Range
 
 Split = Literal["train", "val", "test"]
 
 STAGES = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}
-
-GPU_SHARE = 0.25
-"""Fraction of a GPU's free memory that the cached images of a split may take."""
 
 
 class ImageData(LightningDataModule, ABC):
@@ -44,11 +47,16 @@ class ImageData(LightningDataModule, ABC):
         global_batch_size: Images in an optimiser step of training, over all processes and accumulated batches. It
             replaces `batch_size` in training; evaluation still uses `batch_size`.
         num_workers: Worker processes that read images; 0 reads in the main process. Cached images need none.
-        image_size: Height and width that the backbone takes, in pixels.
-        normalization: ``imagenet`` or ``half`` (mean and deviation 0.5) as in the backbone's pre-training, ``none``
-            for [0, 1], or a pair of (mean, deviation) with three values each. Results differ by points: report it.
+        image_size: Height and width in pixels; ``auto`` takes the model's: those of the backbone's pre-training, or of
+            the training once there was one. The same holds for the next three. A value that differs from the training's
+            is used, with one warning. Without a model ``auto`` is 224, imagenet, bicubic and stretch.
+        normalization: ``imagenet`` or ``half`` (mean and deviation 0.5), ``none`` for [0, 1], or a pair of (mean,
+            deviation) with three values each. Results differ by points.
         interpolation: How pixels are resampled; bicubic and bilinear are antialiased.
-        resize: ``stretch`` to a square, as in VTAB-1k, or ``crop`` the centre after the shorter side fits.
+        resize: ``stretch`` to a square, as in VTAB-1k, or ``crop`` the centre after the shorter side fits; ``auto``
+            stretches in training.
+        value_range: The values (low, high) that become 0 and 255 in images of more than 8 bits, such as (0, 4095);
+            None for all that 16 bits can hold, which ``auto`` means in training.
         augment: ``none``, as in VTAB-1k, or ``flip`` to mirror each training image with probability 0.5.
         cache: Decode training and validation images once and keep them as one uint8 tensor (147 MiB for 1000 images of
             224 px): on the GPU if they take at most a quarter of its free memory, else in main memory.
@@ -60,6 +68,7 @@ class ImageData(LightningDataModule, ABC):
 
     class_names: list[str]
     validation_switch: ClassVar[str] = ""  # the setting to name when there are no validation images
+    without_model: ClassVar[dict[str, Any]] = {}  # what ``auto`` means then, if not the defaults of `Preprocess`
 
     def __init__(
         self,
@@ -67,10 +76,11 @@ class ImageData(LightningDataModule, ABC):
         batch_size: int = 64,
         global_batch_size: int | None = None,
         num_workers: int = 0,
-        image_size: int = 224,
-        normalization: Normalization = "imagenet",
-        interpolation: Interpolation = "bicubic",
-        resize: Resize = "stretch",
+        image_size: int | Auto = "auto",
+        normalization: Normalization | Auto = "auto",
+        interpolation: Interpolation | Auto = "auto",
+        resize: Resize | Auto = "auto",
+        value_range: Range | Auto | None = "auto",
         augment: Literal["none", "flip"] = "none",
         cache: bool = False,
         on_error: Literal["raise", "skip"] = "raise",
@@ -86,10 +96,7 @@ class ImageData(LightningDataModule, ABC):
         ):
             if value < least:
                 raise ValueError(f"{name} must be at least {least}, not {value}")
-        for name, word, choices in (
-            ("augment", augment, ("none", "flip")),
-            ("on_error", on_error, ("raise", "skip")),
-        ):
+        for name, word, choices in (("augment", augment, ("none", "flip")), ("on_error", on_error, ("raise", "skip"))):
             if word not in choices:
                 raise ValueError(f"unknown {name} {word!r}; choose from: {', '.join(choices)}")
         # The run's record holds the protocol. A logger would refuse names that the model has too.
@@ -98,7 +105,8 @@ class ImageData(LightningDataModule, ABC):
         self.batch_size = batch_size
         self.global_batch_size = global_batch_size
         self.num_workers = num_workers
-        self.preprocess = Preprocess(image_size, interpolation, resize, normalization)
+        self.wanted = Wanted(image_size, interpolation, resize, normalization, value_range)
+        self.preprocess = self.wanted.resolve(self.without_model)
         self.augment = augment
         self.cache = cache
         self.on_error = on_error
@@ -107,6 +115,8 @@ class ImageData(LightningDataModule, ABC):
         self.skipped: dict[str, str] = {}
         self._datasets: dict[str, ImageDataset] = {}
         self._own_classes: list[str] | None = None  # in the order of `samples`, if a model has another order
+        self._index: list[int] = []  # then the model's index of each of these
+        self._warned = ""
         self._train_loader: ResumableLoader | None = None
         self._restored: dict[str, int] = {}
 
@@ -129,6 +139,10 @@ class ImageData(LightningDataModule, ABC):
     def samples(self, split: Split) -> list[Sample]:
         """List the images of a split with their class indices; empty for ``val`` when nothing is held out."""
 
+    def listed(self) -> list[Path]:
+        """List the files that the data's lists name, in any split."""
+        return []
+
     def setup(self, stage: str) -> None:
         """Find the images of a stage: ``fit``, ``validate``, ``test`` or ``predict``.
 
@@ -145,18 +159,37 @@ class ImageData(LightningDataModule, ABC):
     def dataset(self, split: str) -> ImageDataset:
         """Return the images of ``train``, ``val``, ``test`` or ``predict``; the first call finds them."""
         if split not in self._datasets:
-            samples = self._predict_samples() if split == "predict" else self._labelled(split)  # type: ignore[arg-type]
+            samples = self.predict_samples() if split == "predict" else self._labelled(split)  # type: ignore[arg-type]
             if self.on_error == "skip":
                 samples = self._readable(split, samples)
             fitting = split in ("train", "val")  # read many times
             flip = split == "train" and self.augment == "flip"
-            self._datasets[split] = ImageDataset(samples, self.preprocess, flip=flip, cache=self.cache and fitting)
+            dataset = ImageDataset(samples, self.preprocess, flip=flip, cache=self.cache and fitting)
+            dataset.classes, dataset.folder = self.class_names, getattr(self, "folder", None)
+            self._datasets[split] = dataset
         return self._datasets[split]
 
-    def take_classes(self, names: Sequence[str]) -> None:
-        """Use the class indices of a model, matched by class name, in all splits.
+    def take_preprocessing(self, own: Mapping[str, Any], trained: bool) -> None:
+        """Use a model's own preprocessing for every setting that is ``auto``.
 
-        If the names of the model or of the data are only numbers ("0", "1", ...), the indices stay as they are.
+        Args:
+            own: Settings of `Preprocess`.
+            trained: These are the settings of a training: warn once of given ones that differ.
+        """
+        now = self.wanted.resolve(own)
+        if trained and (words := differences(now, Wanted().resolve(own))) != self._warned:
+            self._warned = words
+            if words:
+                rank_zero_warn(
+                    f"images are not read as in the training: {words}; results may differ by points: leave the setting "
+                    "out to use the training's"
+                )
+        if now != self.preprocess:
+            self.preprocess = now
+            self._datasets.clear()
+
+    def take_classes(self, names: Sequence[str]) -> None:
+        """Use the class indices of a model in all splits, matched as :func:`match_classes` does.
 
         Args:
             names: The model's class names in the order of their indices; the data may lack some of them.
@@ -164,20 +197,16 @@ class ImageData(LightningDataModule, ABC):
         Raises:
             ValueError: The data have a class that the model does not know.
         """
-        now, own = self.class_names, self._own_classes or self.class_names
-        if list(names) == now or (_numbered(names) and len(own) <= len(names)):
-            return
-        if not _numbered(own) or len(own) > len(names):
-            if unknown := [name for name in own if name not in names]:
-                raise ValueError(
-                    f"the data have classes that the model does not know: {_listed(unknown)}; the model "
-                    f"has {_listed(names)}; the data have {_listed(own)}"
-                )
-            self._own_classes = own
-            for split, dataset in self._datasets.items():
-                if split != "predict":
-                    dataset.relabel(_renumbered(dataset.samples, now, names))
-        self.class_names = list(names)
+        own = self._own_classes or self.class_names
+        index = match_classes(own, names)
+        if is_numbered(names) and len(own) == len(names) and index == list(range(len(own))):
+            names = own  # a model without names
+        change = dict(zip(self._index or range(len(own)), index, strict=True))
+        self._own_classes, self._index, self.class_names = own, index, list(names)
+        for split, dataset in self._datasets.items():
+            dataset.classes = self.class_names
+            if split != "predict" and any(before != after for before, after in change.items()):
+                dataset.relabel(renumbered(dataset.samples, change))
 
     def _labelled(self, split: Split) -> list[Sample]:
         """Return the samples of a split with the class indices of `class_names`."""
@@ -192,7 +221,7 @@ class ImageData(LightningDataModule, ABC):
             self._require_classes(split, samples)
         finally:
             self.class_names = names
-        return _renumbered(samples, own, names)
+        return renumbered(samples, self._index)
 
     def _require_classes(self, split: str, samples: list[Sample]) -> None:
         for index, (source, label) in enumerate(samples):
@@ -202,8 +231,15 @@ class ImageData(LightningDataModule, ABC):
                     f"valid are classes 0 to {self.num_classes - 1}"
                 )
 
+    def _ask_model(self) -> None:
+        """Ask the trainer's model for its preprocessing and classes; by now it has read its checkpoint."""
+        meet = getattr(getattr(self.trainer, "lightning_module", None), "meet_data", None)
+        if meet is not None:
+            meet(self)
+
     def train_dataloader(self) -> DataLoader:
         """Return the loader of the training images, at the restored place in the epoch if there is one."""
+        self._ask_model()
         dataset, accumulated, seed = self.dataset("train"), 1, torch.initial_seed()
         processes, rank = self._processes()
         if self.trainer is not None:
@@ -213,7 +249,7 @@ class ImageData(LightningDataModule, ABC):
         if self.global_batch_size is None:
             accumulated = 1  # use every batch; the last step takes those that are left
         order = EpochOrder(dataset, batch_size, seed=seed, processes=processes, rank=rank, accumulated=accumulated)
-        loader = self._train_loader = self._loader(dataset, batch_size=batch_size, sampler=order)
+        loader = self._train_loader = self.loader(dataset, batch_size=batch_size, sampler=order)
         loader.load_state_dict(self._restored)
         self._restored = {}
         return loader
@@ -264,6 +300,7 @@ class ImageData(LightningDataModule, ABC):
 
     def val_dataloader(self) -> DataLoader | list[DataLoader]:
         """Return the loader of the validation images; an empty list if there are none."""
+        self._ask_model()
         if len(self.dataset("val")):
             return self._evaluation_loader("val")
         # Lightning warns because an empty list could be a mistake; here it is intended.
@@ -276,35 +313,47 @@ class ImageData(LightningDataModule, ABC):
 
     def predict_dataloader(self) -> DataLoader:
         """Return the loader of the images to predict."""
+        if (counted := self.account(predict=True)) is not None:
+            rank_zero_info(str(counted))
         return self._evaluation_loader("predict")
 
     def _evaluation_loader(self, split: str) -> DataLoader:
+        self._ask_model()
         dataset, (processes, rank) = self.dataset(split), self._processes()
         if processes == 1:
-            return self._loader(dataset, batch_size=self.batch_size)
+            return self.loader(dataset, batch_size=self.batch_size)
         padded = Padded(dataset, processes)
         sampler: Sampler[int] = DistributedSampler(padded, processes, rank, shuffle=False)
-        return self._loader(padded, batch_size=self.batch_size, sampler=sampler)
+        return self.loader(padded, batch_size=self.batch_size, sampler=sampler)
 
-    def _loader(
+    def loader(
         self, dataset: ImageDataset | Padded, batch_size: int, sampler: Sampler[Any] | None = None
     ) -> ResumableLoader:
+        """Return a loader of images, with the settings of this module."""
         pin_memory = torch.cuda.is_available()
         if dataset.cached is not None:
             device = self.trainer.strategy.root_device if self.trainer is not None else torch.device("cpu")
-            dataset.move_to(device, _room_on(device))
+            dataset.move_to(device, room_on(device))
             return CachedLoader(dataset, batch_size=batch_size, sampler=sampler, pin_memory=pin_memory)
+        shared = getattr(self.trainer, "num_devices", 1)
+        check_shared_memory(self.num_workers, len(dataset), batch_size, self.image_size, shared)
         return ResumableLoader(
             dataset,
             batch_size=batch_size,
             sampler=sampler,
             num_workers=self.num_workers,
+            timeout=TIMEOUT if self.num_workers else 0,
             persistent_workers=self.num_workers > 0,
             pin_memory=pin_memory,
             collate_fn=collate,
         )
 
-    def _predict_samples(self) -> list[Sample]:
+    def account(self, predict: bool = False) -> Account | None:
+        """Count the files of the data's folder, or of `predict_images`, as :func:`account_of` does."""
+        return account_of(self, predict)
+
+    def predict_samples(self) -> list[Sample]:
+        """List the images of `predict_images` with their paths."""
         if self.predict_images is None:
             raise ValueError("predict needs predict_images: a folder of images or a list of files")
         return [(path, str(path)) for path in find_images(self.predict_images)]
@@ -315,7 +364,8 @@ class ImageData(LightningDataModule, ABC):
         This happens before any worker process starts, so that the list of unreadable images is complete.
         """
         with ThreadPoolExecutor() as pool:
-            reasons = list(pool.map(why_unreadable, [source for source, _ in samples]))
+            why = partial(why_unreadable, value_range=self.preprocess.value_range)
+            reasons = list(pool.map(why, [source for source, _ in samples]))
         broken = {str(source): why for (source, _), why in zip(samples, reasons, strict=True) if why}
         self.skipped |= broken
         if len(self.skipped) > self.max_skipped:
@@ -328,27 +378,6 @@ class ImageData(LightningDataModule, ABC):
         if broken:
             rank_zero_warn(f"{split}: skipped {len(broken)} unreadable image(s): {_shortened(broken)}")
         return [sample for sample, why in zip(samples, reasons, strict=True) if not why]
-
-
-def _room_on(device: torch.device) -> int:
-    """Return how many bytes of images may be kept on a device: any number in main memory, none on unknown devices."""
-    if device.type == "cuda":
-        return int(GPU_SHARE * torch.cuda.mem_get_info(device)[0])
-    return sys.maxsize if device.type == "cpu" else 0
-
-
-def _numbered(names: Sequence[str]) -> bool:
-    return list(names) == [str(k) for k in range(len(names))]
-
-
-def _renumbered(samples: Sequence[Sample], old: Sequence[str], new: Sequence[str]) -> list[Sample]:
-    index = {name: label for label, name in enumerate(new)}
-    return [(source, index[old[label]] if isinstance(label, int) else label) for source, label in samples]
-
-
-def _listed(names: Sequence[str], most: int = 10) -> str:
-    rest = f" and {len(names) - most:,} more" if len(names) > most else ""
-    return ", ".join(map(shown, names[:most])) + rest
 
 
 def _named(index: int, source: Path | Image.Image) -> str:

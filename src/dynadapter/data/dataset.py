@@ -1,14 +1,18 @@
 """Images of a split: decoded one by one, or decoded once and kept in memory as one tensor."""
 
+import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from dynadapter.data.identity import image_keys
 from dynadapter.data.normalize import normalize
 from dynadapter.images.preprocess import Preprocess
 from dynadapter.training.losses import IGNORED
@@ -17,6 +21,9 @@ Sample = tuple[Path | Image.Image, int | str]
 """Where the pixels are, and the class index; for predict the path instead of a class."""
 
 Item = tuple[Tensor, int | str]
+
+GPU_SHARE = 0.25
+"""Fraction of a GPU's free memory that the cached images of a split may take."""
 
 
 class ImageDataset(Dataset[Item]):
@@ -32,7 +39,8 @@ class ImageDataset(Dataset[Item]):
         cache: Keep all resized images in memory as bytes: 147 MiB for 1000 images of 224 px.
 
     Attributes:
-        cached: The resized images ``(samples, 3, size, size)`` uint8; None without `cache`.
+        classes: Names of the class indices; empty where they are not known.
+        folder: The folder of all images; None where there is none.
     """
 
     def __init__(
@@ -40,19 +48,38 @@ class ImageDataset(Dataset[Item]):
     ) -> None:
         self.preprocess = preprocess
         self.flip = flip
-        self.cached: Tensor | None = None
+        self.classes: list[str] = []
+        self.folder: Path | None = None
+        self._cache = cache and bool(samples)
+        self._cached: Tensor | None = None
         self.relabel(samples)
-        if cache and samples:
-            self.cached = torch.empty(len(samples), 3, preprocess.image_size, preprocess.image_size, dtype=torch.uint8)
+
+    @property
+    def preprocessing(self) -> dict[str, Any]:
+        """The settings of `Preprocess` as plain values, to be stored with a model."""
+        return asdict(self.preprocess)
+
+    def image_keys(self, by: Literal["content", "path"] | None = None) -> tuple[Literal["content", "path"], Tensor]:
+        """Return a number for each image, as :func:`~dynadapter.data.identity.image_keys` does."""
+        return image_keys([source for source, _ in self.samples], by, self.folder)
+
+    @property
+    def cached(self) -> Tensor | None:
+        """The resized images ``(samples, 3, size, size)`` uint8, decoded at the first use; None without `cache`."""
+        if self._cache and self._cached is None:
+            size, sources = self.preprocess.image_size, [source for source, _ in self.samples]
+            cached = torch.empty(len(sources), 3, size, size, dtype=torch.uint8)
             with ThreadPoolExecutor() as pool:  # Pillow decodes outside the interpreter lock
-                for row, pixels in zip(self.cached, pool.map(self.pixels, [s for s, _ in samples]), strict=True):
+                for row, pixels in zip(cached, pool.map(self.pixels, sources), strict=True):
                     row.copy_(pixels)
+            self._cached = cached
+        return self._cached
 
     def relabel(self, samples: Sequence[Sample]) -> None:
         """Replace the samples by the same images with other class indices."""
         self.samples = samples
         labels = [label for _, label in samples if isinstance(label, int)]
-        device = None if self.cached is None else self.cached.device
+        device = None if self._cached is None else self._cached.device
         self._targets = torch.tensor(labels, dtype=torch.int64, device=device)
 
     def pixels(self, source: Path | Image.Image) -> Tensor:
@@ -61,8 +88,9 @@ class ImageDataset(Dataset[Item]):
 
     def move_to(self, device: torch.device, room: int) -> None:
         """Move the cached images to a device if they take at most `room` bytes there."""
-        if self.cached is not None and self.cached.device != device and self.cached.nbytes <= room:
-            self.cached = self.cached.to(device)
+        cached = self.cached
+        if cached is not None and cached.device != device and cached.nbytes <= room:
+            self._cached = cached.to(device)
             self._targets = self._targets.to(device)
 
     def batch(self, indices: Tensor, numbers: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -75,8 +103,9 @@ class ImageDataset(Dataset[Item]):
         Returns:
             Images ``(batch, 3, size, size)`` float32 and class indices ``(batch,)`` int64.
         """
-        assert self.cached is not None
-        pixels = self.cached.index_select(0, indices)
+        cached = self.cached
+        assert cached is not None
+        pixels = cached.index_select(0, indices)
         if self.flip and numbers is not None:
             pixels = torch.where((numbers % 2 == 1)[:, None, None, None], pixels.flip(-1), pixels)
         return normalize(pixels, self.preprocess), self._targets.index_select(0, indices)
@@ -87,7 +116,8 @@ class ImageDataset(Dataset[Item]):
     def __getitem__(self, item: int | tuple[int, int]) -> Item:
         index, number = item if isinstance(item, tuple) else (item, 0)
         source, target = self.samples[index]
-        pixels = self.pixels(source) if self.cached is None else self.cached[index]
+        cached = self.cached
+        pixels = self.pixels(source) if cached is None else cached[index]
         if self.flip and number % 2:
             pixels = pixels.flip(-1)
         return normalize(pixels, self.preprocess), target
@@ -108,6 +138,10 @@ class Padded(Dataset[Item]):
         self.dataset = dataset
         self.count = len(dataset)
         self.padded_count = -(-self.count // multiple) * multiple
+
+    def image_keys(self, by: Literal["content", "path"] | None = None) -> tuple[Literal["content", "path"], Tensor]:
+        """Return a number for each image, as :func:`~dynadapter.data.identity.image_keys` does."""
+        return image_keys([source for source, _ in self.samples], by, self.folder)
 
     @property
     def cached(self) -> Tensor | None:
@@ -139,3 +173,10 @@ def collate(items: list[Item]) -> tuple[Tensor, Tensor | list[str]]:
     """Stack items to images ``(batch, 3, size, size)`` and class indices ``(batch,)`` int64, or a list of paths."""
     images, targets = zip(*items, strict=True)
     return torch.stack(images), list(targets) if isinstance(targets[0], str) else torch.tensor(targets)
+
+
+def room_on(device: torch.device) -> int:
+    """Return how many bytes of images may be kept on a device: any number in main memory, none on unknown devices."""
+    if device.type == "cuda":
+        return int(GPU_SHARE * torch.cuda.mem_get_info(device)[0])
+    return sys.maxsize if device.type == "cpu" else 0

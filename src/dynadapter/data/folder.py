@@ -8,17 +8,23 @@ from dynadapter.data.dataset import Sample
 from dynadapter.data.splits import MissingSplit, hold_out
 from dynadapter.images.reading import SUFFIXES, image_files, shown
 
+SPLITS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
+"""The names of the splits' folders."""
+
 
 class ImageFolder(ImageData):
     """Images in ``root/train/CLASS/``, ``root/val/CLASS/`` and ``root/test/CLASS/``, at any depth below the class.
 
-    Classes are the subfolders of ``train``, sorted. Those of ``val`` and ``test`` are matched by name. Without ``val``,
-    the same fraction of each class of ``train`` is held out.
+    ``val`` may also be called ``valid`` or ``validation``; case does not matter. Classes are the subfolders of
+    ``train``, sorted. Those of ``val`` and ``test`` are matched by name. Without ``val``, a fraction of each class of
+    ``train`` is held out: each image by a hash of its path below the class, so that no other image moves when images
+    are added.
 
     Args:
         root: Folder with ``train`` and, where they exist, ``val`` and ``test``.
-        val_fraction: Fraction of the training images held out where ``val`` is missing, in [0, 1); 0 for no validation.
-        split_seed: Random seed of the images that are held out.
+        val_fraction: Probability that a training image is held out where ``val`` is missing, in [0, 1); 0 for no
+            validation.
+        split_seed: Part of the hashes; another seed holds out other images.
     """
 
     validation_switch = "val_fraction above 0, or make a folder 'val'"
@@ -32,9 +38,10 @@ class ImageFolder(ImageData):
         self.split_seed = split_seed
         if not self.root.is_dir():
             raise ValueError(f"root {self.root} does not exist or is not a folder")
+        self._folders = find_splits(self.root)
         self.class_names = self._list_classes("train")
         if not self.class_names:
-            raise ValueError(f"{self.root / 'train'} holds no class folder; expected train/CLASS/image.png")
+            raise ValueError(f"{self._folder('train')} holds no class folder; expected train/CLASS/image.png")
 
     @property
     def folder(self) -> Path:
@@ -42,16 +49,21 @@ class ImageFolder(ImageData):
         return self.root
 
     def samples(self, split: Split) -> list[Sample]:
-        if split == "test" or (split == "val" and (self.root / "val").is_dir()):
+        if split == "test" or (split == "val" and "val" in self._folders):
             return self._list_samples(split)
         train = self._list_samples("train")
-        if (self.root / "val").is_dir():
+        if "val" in self._folders:
             return train
-        kept, held = hold_out([label for _, label in train], self.val_fraction, self.split_seed)
+        places = [Path(str(path)).relative_to(self._folder("train")) for path, _ in train]
+        images = [(place.parts[0], "/".join(place.parts[1:])) for place in places]
+        kept, held = hold_out(images, self.val_fraction, self.split_seed)
         return [train[i] for i in (kept if split == "train" else held)]
 
+    def _folder(self, split: str) -> Path:
+        return self._folders.get(split, self.root / split)
+
     def _list_classes(self, split: str) -> list[str]:
-        folder = self.root / split
+        folder = self._folder(split)
         if not folder.is_dir():
             there = _join(_subfolders(self.root)) or "no folder"
             raise MissingSplit(f"{folder} does not exist; expected {split}/CLASS/image.png, but root contains: {there}")
@@ -61,19 +73,36 @@ class ImageFolder(ImageData):
         classes = self._list_classes(split)
         if unknown := sorted(set(classes) - set(self.class_names)):
             raise ValueError(
-                f"{self.root / split} has classes that train does not have: {_join(unknown)}; "
+                f"{self._folder(split)} has classes that train does not have: {_join(unknown)}; "
                 f"train has: {_join(self.class_names)}"
             )
         index = {name: label for label, name in enumerate(self.class_names)}
-        found = [(path, index[name]) for name in classes for path in image_files(self.root / split / name)]
+        found = [(path, index[name]) for name in classes for path in image_files(self._folder(split) / name)]
         with_images = {label for _, label in found}
         without = [name for name in classes if index[name] not in with_images]
         if not found or (split == "train" and without):
             raise ValueError(
-                f"no image in {self.root / split} for: {_join(without) or 'any class'}; "
+                f"no image in {self._folder(split)} for: {_join(without) or 'any class'}; "
                 f"looked for files ending in {', '.join(SUFFIXES)}"
             )
         return list(found)
+
+
+def find_splits(root: Path) -> dict[str, Path]:
+    """Return the folders of a root that hold ``train``, ``val`` and ``test``, under any of their names.
+
+    Raises:
+        ValueError: Two folders stand for one split.
+    """
+    found: dict[str, Path] = {}
+    for name in _subfolders(root):
+        split = next((split for split, names in SPLITS.items() if name.lower() in names), None)
+        if split is None:
+            continue
+        if split in found:
+            raise ValueError(f"{root} has two folders for {split}: {found[split].name} and {name}; keep one of them")
+        found[split] = root / name
+    return found
 
 
 def _subfolders(folder: Path) -> list[str]:

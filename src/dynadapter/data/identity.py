@@ -1,13 +1,21 @@
 """Hash a set of images, so that two runs can tell whether they used the same data."""
 
 import hashlib
+import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
+import torch
 from PIL import Image
+from torch import Tensor
 
 from dynadapter.files import open_regular
+
+HASHED_BYTES = 4 * 2**30
+"""Larger sets of images are not read only to be hashed: a run would wait too long."""
 
 
 def data_hash(samples: Sequence[tuple[Path | Image.Image, int | str]]) -> str:
@@ -31,6 +39,46 @@ def data_hash(samples: Sequence[tuple[Path | Image.Image, int | str]]) -> str:
     with ThreadPoolExecutor() as pool:  # reading and hashing both release the interpreter lock
         hashes = pool.map(image_hash, [source for source, _ in samples])
         return combine_hashes((content, label) for content, (_, label) in zip(hashes, samples, strict=True))
+
+
+def image_keys(
+    sources: Sequence[Path | Image.Image], by: Literal["content", "path"] | None = None, folder: Path | None = None
+) -> tuple[Literal["content", "path"], Tensor]:
+    """Return a number for each image, to tell later whether a network was trained on it.
+
+    Args:
+        sources: Files or images.
+        by: Compare images by their bytes, or files by their path in `folder`, for sets that take too long to read;
+            None chooses by their size.
+        folder: Of all images.
+
+    Returns:
+        How they are compared, and int64 ``(images,)``, the first 8 bytes of a SHA-256; 0 for a file that is missing.
+    """
+    with ThreadPoolExecutor() as pool:
+        if by is None:
+            by = "content" if sum(pool.map(_size, sources)) <= HASHED_BYTES else "path"
+        keys = list(pool.map(partial(_key, by=by, folder=folder), sources))
+    return by, torch.tensor(keys, dtype=torch.int64)
+
+
+def _size(source: Path | Image.Image) -> int:
+    try:
+        return 0 if isinstance(source, Image.Image) else source.stat().st_size
+    except OSError:
+        return 0
+
+
+def _key(source: Path | Image.Image, by: str, folder: Path | None) -> int:
+    if by == "content" or isinstance(source, Image.Image):
+        try:
+            digest = bytes.fromhex(image_hash(source))
+        except OSError:
+            return 0
+    else:
+        place = os.path.relpath(source, folder) if folder is not None else str(source)
+        digest = hashlib.sha256(Path(place).as_posix().encode("utf-8", "surrogateescape")).digest()
+    return int.from_bytes(digest[:8], signed=True)
 
 
 def combine_hashes(images: Iterable[tuple[str, int | str]]) -> str:

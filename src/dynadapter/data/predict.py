@@ -3,7 +3,9 @@
 from typing import Literal
 
 from dynadapter.data.base import ImageData, Sample, Split
+from dynadapter.data.preprocessing import Auto
 from dynadapter.images.preprocess import Interpolation, Normalization, Resize
+from dynadapter.images.values import Range
 
 
 class ImagesToPredict(ImageData):
@@ -14,10 +16,11 @@ class ImagesToPredict(ImageData):
         predict_images: A folder (searched with its subfolders), or a list of files.
         batch_size: Images in a batch.
         num_workers: Processes that read images beside the predicting one; 0 reads in the same process.
-        image_size: Height and width that the backbone takes, in pixels.
-        normalization: As in training.
-        interpolation: As in training.
-        resize: As in training.
+        image_size: Height and width in pixels; ``auto``, here and below, takes the model's.
+        normalization: As for :class:`~dynadapter.data.base.ImageData`.
+        interpolation: The same.
+        resize: The same.
+        value_range: The same.
         on_error: ``raise`` at the first image that cannot be read, or ``skip``, which lists what it leaves out.
         max_skipped: With ``skip``, more unreadable images than this are an error.
     """
@@ -29,10 +32,11 @@ class ImagesToPredict(ImageData):
         *,
         batch_size: int = 64,
         num_workers: int = 0,
-        image_size: int = 224,
-        normalization: Normalization = "imagenet",
-        interpolation: Interpolation = "bicubic",
-        resize: Resize = "stretch",
+        image_size: int | Auto = "auto",
+        normalization: Normalization | Auto = "auto",
+        interpolation: Interpolation | Auto = "auto",
+        resize: Resize | Auto = "auto",
+        value_range: Range | Auto | None = "auto",
         on_error: Literal["raise", "skip"] = "raise",
         max_skipped: int = 10,
     ):
@@ -43,6 +47,7 @@ class ImagesToPredict(ImageData):
             normalization=normalization,
             interpolation=interpolation,
             resize=resize,
+            value_range=value_range,
             on_error=on_error,
             max_skipped=max_skipped,
             predict_images=predict_images,

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
 from dynadapter.data.dataset import ImageDataset, Padded
+from dynadapter.data.workers import too_late
 
 
 class EpochOrder(DistributedSampler):
@@ -109,7 +110,12 @@ class ResumableLoader(DataLoader):
             yield batch
 
     def _batches(self) -> Iterator[Any]:
-        return super().__iter__()
+        try:
+            yield from super().__iter__()
+        except RuntimeError as error:
+            if (late := too_late(error)) is None:
+                raise
+            raise late from error
 
     def _batches_seen(self, state: dict[str, int]) -> int:
         """Return how many batches of this epoch a saved state has seen."""

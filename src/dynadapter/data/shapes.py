@@ -5,7 +5,7 @@ from colorsys import hsv_to_rgb
 from functools import lru_cache
 from pathlib import Path
 from random import Random
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from PIL import Image, ImageDraw
 
@@ -205,8 +205,11 @@ class Shapes(ImageData):
         val_images: Images for validation.
         test_images: Images for testing.
         seed: Random seed of the images.
-        image_size: Height and width in pixels; the images are drawn at this size.
+        kwargs: As for :class:`~dynadapter.data.base.ImageData`. The images are drawn at ``image_size``; without a model
+            ``auto`` is 48.
     """
+
+    without_model: ClassVar[dict[str, Any]] = {"image_size": 48}
 
     def __init__(
         self,
@@ -214,11 +217,9 @@ class Shapes(ImageData):
         val_images: int = 400,
         test_images: int = 400,
         seed: int = 0,
-        *,
-        image_size: int = 48,
         **kwargs: Any,
     ):
-        super().__init__(image_size=image_size, **kwargs)
+        super().__init__(**kwargs)
         self.images = {"train": train_images, "val": val_images, "test": test_images}
         if few := [f"{split}_images={count}" for split, count in self.images.items() if count < 1]:
             raise ValueError(f"{few[0]} must be at least 1")

@@ -1,37 +1,46 @@
-"""Hold images out for validation, the same ones on every machine."""
+"""Hold images out for validation, the same ones on every machine and whatever other images there are."""
 
-import random
-from collections.abc import Hashable, Sequence
+import hashlib
+import unicodedata
+from collections.abc import Sequence
 
 
 class MissingSplit(ValueError):
     """A data set has no list or folder for a split."""
 
 
-def hold_out(labels: Sequence[Hashable], fraction: float, seed: int) -> tuple[list[int], list[int]]:
-    """Hold out a fraction of each class.
+def hold_out(images: Sequence[tuple[str, str]], fraction: float, seed: int) -> tuple[list[int], list[int]]:
+    """Hold out about a fraction of each class, each image by a hash of its name alone.
 
-    A class of two or more images keeps at least one on either side; a single image is not held out.
+    An image that is added or removed does not move any other, so no image that was trained on becomes a validation
+    image. The exceptions keep a class on both sides: in a class of several images the one with the lowest hash is held
+    out if otherwise none were, and the one with the highest is kept if otherwise none were. A single image is kept.
 
     Args:
-        labels: The class of each image.
-        fraction: Fraction to hold out, in [0, 1).
-        seed: Random seed. The result depends on `labels`, `fraction` and `seed` alone.
+        images: The class of each image, and the path of its file in the folder of the class.
+        fraction: Probability to be held out, in [0, 1).
+        seed: Part of every hash.
 
     Returns:
         The indices kept and the indices held out, both ascending.
 
-    >>> [len(part) for part in hold_out(["cat"] * 10 + ["dog"] * 5, fraction=0.2, seed=0)]
-    [12, 3]
+    >>> hold_out([("cat", f"{k}.png") for k in range(10)], fraction=0.2, seed=0)
+    ([0, 1, 3, 4, 5, 6, 7, 8, 9], [2])
     """
-    by_class: dict[Hashable, list[int]] = {}
-    for index, label in enumerate(labels):
-        by_class.setdefault(label, []).append(index)
-    generator = random.Random(seed)
+    by_class: dict[str, list[tuple[float, int]]] = {}
+    for index, (name, path) in enumerate(images):
+        by_class.setdefault(name, []).append((_draw(name, path, seed), index))
     held: set[int] = set()
-    for indices in by_class.values():
-        generator.shuffle(indices)
-        if fraction > 0:
-            count = max(1, round(fraction * len(indices)))
-            held.update(indices[: min(count, len(indices) - 1)])
-    return [i for i in range(len(labels)) if i not in held], sorted(held)
+    for drawn in by_class.values():
+        drawn.sort()
+        below = sum(number < fraction for number, _ in drawn)
+        if fraction > 0 and len(drawn) > 1:
+            below = min(max(below, 1), len(drawn) - 1)
+        held.update(index for _, index in drawn[: below if len(drawn) > 1 else 0])
+    return [i for i in range(len(images)) if i not in held], sorted(held)
+
+
+def _draw(name: str, path: str, seed: int) -> float:
+    """Return a number in [0, 1] that depends on the arguments alone; file systems store accents in two ways."""
+    text = unicodedata.normalize("NFC", f"{seed}\0{name}\0{path}")
+    return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogateescape")).digest()[:8]) / 2**64

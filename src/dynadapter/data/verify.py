@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from copy import copy
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -17,7 +18,9 @@ from dynadapter.data.base import ImageData, Split
 from dynadapter.data.identity import combine_hashes, image_hash
 from dynadapter.data.splits import MissingSplit
 from dynadapter.data.vtab import VTAB1k
+from dynadapter.images.accounting import Account
 from dynadapter.images.reading import UnreadableImage, load_image
+from dynadapter.images.values import Range
 
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
 Level = Literal["error", "warning"]
@@ -76,6 +79,7 @@ class Report:
         class_names: In the order of their indices.
         splits: The splits that exist.
         findings: Errors first.
+        account: All files of the folder in one line: those of each split and those that are not read.
     """
 
     data: str
@@ -83,6 +87,7 @@ class Report:
     class_names: tuple[str, ...]
     splits: tuple[SplitReport, ...]
     findings: tuple[Finding, ...]
+    account: str = ""
 
     def count(self, level: Level) -> int:
         """Return the number of errors or warnings."""
@@ -132,21 +137,20 @@ def verify(
         except (ValueError, OSError) as error:
             level: Level = "warning" if isinstance(error, MissingSplit) and split == "test" else "error"
             findings.append(Finding(level, "split", " ".join(str(error).split())))
-    entries = _look_at_all(listed, folder, threads, progress)
+    entries = _look_at_all(listed, folder, threads, progress, data.preprocess.value_range)
     lenient = isinstance(data, VTAB1k) and data.task is not None
     findings += _find_unreadable(entries)
     findings += _find_duplicates(entries, data.class_names, lenient)
     findings += _find_missing_classes(entries, data.class_names, lenient)
-    used = {str(entry.source) for entry in entries}
     if isinstance(data, VTAB1k):
         findings += _check_lists(data)
-        used |= {str(data.folder / line.path) for lines in data.lists.values() for line in lines}
-    findings += _find_unused(folder, used) if folder else ()
+    account = data.account()
+    findings += _find_unused(account)
     splits = tuple(
         _summarise(split, entries, data.class_names) for split in SPLITS if any(e[0] == split for e in entries)
     )
     ordered = tuple(sorted(findings, key=lambda finding: finding.level != "error"))
-    return Report(type(data).__name__, str(folder or ""), tuple(data.class_names), splits, ordered)
+    return Report(type(data).__name__, str(folder or ""), tuple(data.class_names), splits, ordered, str(account or ""))
 
 
 def _look_at_all(
@@ -154,6 +158,7 @@ def _look_at_all(
     folder: Path | None,
     threads: int | None,
     progress: Callable[[int, int], None],
+    value_range: Range | None,
 ) -> list[_Entry]:
     entries: list[_Entry] = []
     pool = ThreadPoolExecutor(threads)  # Pillow decodes outside the interpreter lock
@@ -161,7 +166,8 @@ def _look_at_all(
         warnings.simplefilter("ignore")  # Pillow's, about damaged metadata and large images
         try:
             progress(0, len(listed))
-            for (split, source, label), look in zip(listed, pool.map(_look, [s for _, s, _ in listed]), strict=True):
+            looks = pool.map(partial(_look, value_range=value_range), [source for _, source, _ in listed])
+            for (split, source, label), look in zip(listed, looks, strict=True):
                 entries.append(_Entry(split, source, _name(source, folder, len(entries)), label, *look))
                 progress(len(entries), len(listed))
         finally:
@@ -169,10 +175,12 @@ def _look_at_all(
     return entries
 
 
-def _look(source: Path | Image.Image) -> tuple[str, tuple[int, int], str]:
+def _look(source: Path | Image.Image, value_range: Range | None = None) -> tuple[str, tuple[int, int], str]:
     """Return an image's hash, its size, and why it cannot be decoded."""
     try:
-        size = load_image(source).size  # first, because it refuses devices and files that are too large to read
+        size = load_image(
+            source, value_range
+        ).size  # first, because it refuses devices and files that are too large to read
         return image_hash(source), size, ""
     except UnreadableImage as error:
         return "", (0, 0), error.reason
@@ -275,17 +283,13 @@ def _content(path: Path) -> str:
         return str(path)
 
 
-def _find_unused(folder: Path, used: set[str]) -> Iterator[Finding]:
-    """Find files beside the images that no split uses, such as photographs in an unknown format."""
-    unused = []
-    for place, folders, files in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        paths = (os.path.join(place, name) for name in sorted(files) if not name.startswith("."))
-        unused += [os.path.relpath(path, folder) for path in paths if path not in used and not path.endswith(".txt")]
+def _find_unused(account: Account | None) -> Iterator[Finding]:
+    """Find files that no split uses, such as photographs in an unknown format."""
+    unused = tuple(path for path in account.items if not path.endswith(".txt")) if account is not None else ()
     if unused:
         kinds = Counter(os.path.splitext(path)[1].lower() or "no suffix" for path in unused).most_common(5)
         text = f"{len(unused):,} file(s) not used ({', '.join(f'{count:,} {kind}' for kind, count in kinds)})"
-        yield Finding("warning", "unused", text, tuple(unused))
+        yield Finding("warning", "unused", text, unused)
 
 
 def _images(items: tuple[Any, ...] | list[Any]) -> str:

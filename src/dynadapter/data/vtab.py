@@ -134,6 +134,9 @@ class VTAB1k(ImageData):
             )
         return [(self.folder / line.path, line.label) for line in lines]
 
+    def listed(self) -> list[Path]:
+        return [self.folder / line.path for line in self._lines()]
+
     def _lines(self) -> list[Line]:
         return [line for lines in self.lists.values() for line in lines]
 

@@ -106,6 +106,7 @@ def contents_of(module: Any) -> dict[str, Any]:
         "class_names": module.class_names,
         "preprocessing": module.preprocessing,
         "data": module.data_config,
+        "images": module.images,
         "batches": getattr(module._trainer, "num_training_batches", None),
         "policies": [plain(policy) for one in callbacks if isinstance(one, EarlyExit) for policy in one.policies],
     }

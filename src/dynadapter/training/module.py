@@ -11,25 +11,26 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
 from dynadapter.adapters import AdapterSpec, LoRA, inject
-from dynadapter.backbones import create_backbone, cut_depth, fingerprint
+from dynadapter.backbones import create_backbone, cut_depth, fingerprint, own_preprocessing
 from dynadapter.exits.heads import Balanced, Heads
 from dynadapter.exits.net import ExitNet, Routed
 from dynadapter.exits.policies import Never, Policy, route
 from dynadapter.exits.temperature import tempered_confidence
 from dynadapter.exits.token_merging import TokenMerging
+from dynadapter.training.batches import named_images, require_classes
 from dynadapter.training.callbacks.finite_check import FiniteCheck, require_finite_weights
 from dynadapter.training.contents import (
     compare_backbones,
     compare_token_merging,
     contents_of,
     describe_mismatch,
-    different_class,
     require_keys,
     saved_contents,
     trainable_only,
 )
 from dynadapter.training.loading import CheckedLoading
 from dynadapter.training.losses import IGNORED, Distillation, exit_losses, wide
+from dynadapter.training.meeting import common_classes, describe_images, meet, take_from_data, take_from_loader
 from dynadapter.training.metrics import metrics_of_exits
 from dynadapter.training.mixing import Mixing, mix
 from dynadapter.training.processes import is_distributed, mean_over_processes
@@ -86,6 +87,7 @@ class ExitClassifier(CheckedLoading):
             sample runs to the last exit.
         preprocessing: Settings of the data module's preprocessing in training; empty if there was none.
         data_config: The data module of the training as a config file names it; None if there was none.
+        images: A number for each image of the training and validation split; empty if these are not known.
         backbone_hash: Hash of the frozen backbone.
         step_losses: After a training step, the exits' losses ``(exits,)`` as the mean over all processes, and whether
             the logits of each image are finite ``(batch,)``; read by :class:`FiniteCheck`.
@@ -136,9 +138,11 @@ class ExitClassifier(CheckedLoading):
         if adapter is not None:
             inject(model, adapter)
         self.net = ExitNet(model, heads, every, exit_depths, token_merging)
-        self.class_names = list(class_names or _numbered(num_classes))
+        self.class_names = list(class_names or map(str, range(num_classes)))
+        self.own_preprocessing = own_preprocessing(model, backbone, image_size)
         self.preprocessing: dict[str, Any] = {}
         self.data_config: dict[str, Any] | None = None
+        self.images: dict[str, Any] = {}
         self.policy: Policy = Never()
         self.optimizer_callable = optimizer
         self.lr_schedule = lr_schedule
@@ -159,22 +163,22 @@ class ExitClassifier(CheckedLoading):
         callbacks: list[Callback] = getattr(self.trainer, "callbacks", [])
         return [] if any(isinstance(callback, FiniteCheck) for callback in callbacks) else [FiniteCheck()]
 
-    def setup(self, stage: str) -> None:
-        """Renumber the data's classes as this model does, by their names.
+    def meet_data(self, data: Any) -> None:
+        """Agree with a data module on classes, preprocessing and image size; data modules ask for it before they read.
 
         Raises:
-            ValueError: The data have a class that this model does not know.
+            ValueError: The data have a class that this model does not know, or images that it cannot take.
         """
-        super().setup(stage)
-        if stage != "predict":
-            self._renumber_data(self.class_names)
+        meet(self, data, self._stage)
 
-    def _renumber_data(self, names: list[str]) -> bool:
-        """Renumber the data module's classes by name; return False if there is none that can do it."""
-        take = getattr(getattr(self._trainer, "datamodule", None), "take_classes", None)
-        if take is not None:
-            take(names)
-        return take is not None
+    @property
+    def _datamodule(self) -> Any:
+        return getattr(self._trainer, "datamodule", None)
+
+    @property
+    def _stage(self) -> str:
+        function = self._trainer.state.fn if self._trainer is not None else None
+        return "test" if function is None else function.value
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits ``(exits, batch, classes)`` of images ``(batch, channels, height, width)``."""
@@ -200,21 +204,24 @@ class ExitClassifier(CheckedLoading):
     # ---- training
 
     def on_fit_start(self) -> None:
-        """Store the global seed, from which all steps' random numbers follow, and the data module's settings."""
+        """Store the global seed, from which all steps' random numbers follow, and what the data module says."""
         self.seed = torch.initial_seed()
-        data = getattr(self.trainer, "datamodule", None)
-        self.preprocessing = dict(getattr(data, "preprocessing", self.preprocessing))
-        if data is not None:
-            self.data_config = {
-                "class_path": f"{type(data).__module__}.{type(data).__qualname__}",
-                "init_args": {name: value for name, value in data.hparams.items() if not name.startswith("_")},
-            }
+        if self._datamodule is not None:
+            self.meet_data(self._datamodule)
+            take_from_data(self, self._datamodule)
+
+    def on_train_start(self) -> None:
+        """Ask the loader where there is no data module, and print how the images are read."""
+        if self._datamodule is None:
+            take_from_loader(self, self.trainer.train_dataloader)
+        if self.preprocessing:
+            describe_images(self.preprocessing)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Return the joint loss of all exits on a batch of images and class indices."""
         images, targets = batch
         if targets.device.type == "cpu":  # reading them on another device would wait for it
-            self._require_classes(targets)
+            require_classes(targets, self.net.num_classes)
         smoothing = self.label_smoothing
         draw = self.trainer.fit_loop.total_batch_idx * self.trainer.world_size + self.global_rank
         with seeded(step_seed(self.seed, draw), images.device):
@@ -253,7 +260,7 @@ class ExitClassifier(CheckedLoading):
         if is_distributed():  # then the batch may contain padding samples
             counted = (targets != IGNORED).nonzero()[:, 0]
             logits, classes = stacked[:, counted], targets[counted]
-        self._require_classes(classes)
+        require_classes(classes, self.net.num_classes)
         losses = exit_losses(logits, classes) if len(classes) else logits.new_zeros(len(logits))
         on_epoch: dict[str, Any] = {"on_step": False, "on_epoch": True, "batch_size": len(targets)}
         for k, (exit_logits, exit_loss) in enumerate(zip(wide(logits), losses, strict=True)):
@@ -269,14 +276,6 @@ class ExitClassifier(CheckedLoading):
         self.log(f"{split}/acc", accuracy, prog_bar=True, **on_epoch)
         return {"logits": stacked, "targets": targets}
 
-    def _require_classes(self, targets: Tensor) -> None:
-        wrong = targets[(targets < 0) | (targets >= self.net.num_classes)]
-        if len(wrong):
-            raise ValueError(
-                f"label {wrong[0].item()} in a batch; this model has classes 0 to {self.net.num_classes - 1}; correct "
-                "the labels, or give the model more classes"
-            )
-
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Tensor]:
         """Measure every exit; return the logits ``(exits, batch, classes)`` and targets for callbacks."""
         return self._evaluate("val", batch)
@@ -285,11 +284,17 @@ class ExitClassifier(CheckedLoading):
         """Measure every exit; return the logits ``(exits, batch, classes)`` and targets for callbacks."""
         return self._evaluate("test", batch)
 
-    def predict_step(self, batch: tuple[Tensor, list[str]], batch_idx: int) -> dict[str, Any]:
-        """Route images by ``self.policy``; return file, class, confidence and exit index of each."""
-        images, files = batch
+    def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+        """Route images by ``self.policy``; return file, class, confidence and exit index of each.
+
+        Args:
+            batch: Images ``(batch, channels, height, width)``, alone or followed by the names of their files or by
+                their class indices. Without names the files are "".
+            batch_idx: Index of the batch.
+        """
+        images, files = named_images(batch)
         logits, exit_index = self._route(images)
-        known = [row for row, file in enumerate(files) if file]  # the others are padding
+        known = [row for row, file in enumerate(files) if file is not None]  # the others are padding
         if len(known) < len(files):
             logits, exit_index = logits[known], exit_index[known]
         return {
@@ -331,25 +336,17 @@ class ExitClassifier(CheckedLoading):
             # Lightning has loaded the tensors one by one by now, without a check for missing ones.
             held = torch.load(path, map_location="cpu", mmap=True, weights_only=True)["state_dict"]
             require_keys(held.keys(), self)
-        self._compare_classes(saved["class_names"])
+        class_names = common_classes(list(saved["class_names"]), self.class_names, self._datamodule)
         compare_token_merging(checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY, {}), self.net.token_merging)
         compare_backbones(saved, self.backbone_name, self.backbone_hash)
         self.backbone_hash = saved["backbone_hash"]
-        self.class_names = list(saved["class_names"])
+        self.class_names = class_names
         self.preprocessing = dict(saved["preprocessing"])
         self.data_config = self.data_config or saved["data"]
         self._batches = saved.get("batches")
-
-    def _compare_classes(self, names: list[str]) -> None:
-        difference = different_class(names, self.class_names)
-        if not difference:
-            return
-        if len(names) == len(self.class_names):
-            if self.class_names == _numbered(len(names)):  # this model was given no names
-                return
-            if sorted(names) == sorted(self.class_names) and self._renumber_data(names):
-                return
-        raise ValueError(difference)
+        self.images = saved.get("images", {})
+        if self._datamodule is not None:
+            self.meet_data(self._datamodule)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load the trained tensors, and those of the backbone if they are given.
@@ -382,7 +379,3 @@ def _check_settings(num_classes: int, label_smoothing: float, class_names: list[
         raise ValueError(f"label_smoothing={label_smoothing} must be at least 0 and below 1")
     if class_names is not None and len(class_names) != num_classes:
         raise ValueError(f"{len(class_names)} class names for {num_classes} classes; give one name a class")
-
-
-def _numbered(classes: int) -> list[str]:
-    return [str(k) for k in range(classes)]

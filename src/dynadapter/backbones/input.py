@@ -1,0 +1,57 @@
+"""Which images a backbone takes: its own preprocessing, and another size."""
+
+from typing import Any
+
+from torch import nn
+
+from dynadapter.backbones.create import built_for
+from dynadapter.backbones.packaged import find
+
+
+def own_preprocessing(model: nn.Module, name: str, image_size: int | None = None) -> dict[str, Any]:
+    """Return the preprocessing of a backbone's pre-training, as timm's ``pretrained_cfg`` or the package names it.
+
+    Args:
+        model: The backbone.
+        name: Its name.
+        image_size: Pixels that were asked for; None for the backbone's own.
+
+    Returns:
+        ``image_size``, ``interpolation`` and ``normalization`` as :class:`~dynadapter.images.preprocess.Preprocess`
+        takes them. A size without a fixed position embedding is timm's.
+    """
+    config = getattr(model, "pretrained_cfg", None) or {}
+    packaged = find(name)
+    own = dict(packaged.preprocess) if packaged is not None else {}
+    statistics = [[float(value) for value in config.get(key) or ()] for key in ("mean", "std")]
+    normalization = statistics if [len(values) for values in statistics] == [3, 3] else "imagenet"
+    interpolation = config.get("interpolation")
+    size = built_for(model) or image_size or own.get("image_size") or (config.get("input_size") or [224])[-1]
+    return {
+        "image_size": int(size),
+        "interpolation": interpolation if interpolation in ("bicubic", "bilinear", "nearest") else "bicubic",
+        "normalization": own.get("normalization", normalization),
+    }
+
+
+def set_image_size(model: nn.Module, image_size: int) -> None:
+    """Make a ViT take images of another size; its position embedding is resampled, always from the one that it had.
+
+    Raises:
+        ValueError: The family cannot change its size, or the patches do not cover the image.
+    """
+    built = built_for(model)
+    if built in (None, image_size) or not getattr(model.patch_embed, "strict_img_size", True):
+        return
+    own: Any = getattr(model, "_own_position", None) or (built, getattr(model, "pos_embed", None))
+    patch = model.patch_embed.patch_size[0]  # type: ignore[union-attr, index]
+    if image_size % patch or own[1] is None or not hasattr(model, "set_input_size"):
+        raise ValueError(
+            f"image_size={image_size} does not fit the backbone, which was built for {own[0]} pixels; give that, or "
+            "leave it out"
+        )
+    model._own_position = own
+    model.patch_embed.set_input_size(img_size=(own[0], own[0]))  # type: ignore[operator, union-attr]
+    model.pos_embed = own[1]
+    if image_size != own[0]:
+        model.set_input_size(img_size=(image_size, image_size))  # type: ignore[operator]

@@ -1,0 +1,73 @@
+"""Match the classes of data with those of a model, by name or by number."""
+
+from collections.abc import Mapping, Sequence
+
+from dynadapter.data.dataset import Sample
+from dynadapter.images.reading import shown
+
+
+def match_classes(own: Sequence[str], names: Sequence[str]) -> list[int]:
+    """Return the model's index of each class of the data.
+
+    Names are matched with equal names, and numbers with equal numbers ("02" is 2), whatever their order: folders are
+    sorted as text, labels of a list count. A model without names takes as many classes as it has in their order. Data
+    without names, which are only the numbers from 0, are the model's indices.
+
+    Args:
+        own: The class names of the data, in the order of their labels.
+        names: The model's class names, in the order of their indices; the data may lack some.
+
+    Raises:
+        ValueError: The data have a class that the model does not know.
+
+    >>> match_classes(["0", "1", "10", "2"], [str(k) for k in range(11)])
+    [0, 1, 10, 2]
+    >>> match_classes(["dog"], ["cat", "dog"])
+    [1]
+    """
+    index = {name: label for label, name in enumerate(names)}
+    if all(name in index for name in own):
+        return [index[name] for name in own]
+    theirs, ours = _numbers(names), _numbers(own)
+    if theirs and ours:
+        place = {number: label for label, number in enumerate(theirs)}
+        if all(number in place for number in ours):
+            return [place[number] for number in ours]
+    elif is_numbered(names) and len(own) == len(names):
+        return list(range(len(own)))
+    elif ours and sorted(ours) == list(range(len(own))) and len(own) <= len(names):
+        return ours
+    if is_numbered(names) and not ours:
+        raise ValueError(
+            f"the model has {len(names)} classes without names, and the data have {len(own)}: {listed(own)}; give the "
+            "model class_names, or data with all of its classes"
+        )
+    unknown = [name for name in own if name not in index]
+    raise ValueError(
+        f"the data have classes that the model does not know: {listed(unknown)}; the model has {listed(names)}; the "
+        f"data have {listed(own)}"
+    )
+
+
+def is_numbered(names: Sequence[str]) -> bool:
+    """Check whether class names are only the indices "0", "1", ..., which stand for missing names."""
+    return list(names) == [str(k) for k in range(len(names))]
+
+
+def renumbered(samples: Sequence[Sample], index: Sequence[int] | Mapping[int, int]) -> list[Sample]:
+    """Return samples with label k replaced by ``index[k]``."""
+    return [(source, index[label] if isinstance(label, int) else label) for source, label in samples]
+
+
+def listed(names: Sequence[str], most: int = 10) -> str:
+    """Return the first names as text, and how many follow."""
+    rest = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(map(shown, names[:most])) + rest
+
+
+def _numbers(names: Sequence[str]) -> list[int]:
+    """Return class names as different numbers; empty if they are something else."""
+    if not all(name.isascii() and name.isdecimal() for name in names):
+        return []
+    numbers = [int(name) for name in names]
+    return numbers if len(set(numbers)) == len(numbers) else []

@@ -1,0 +1,128 @@
+"""A model and a data module agree on class names, preprocessing and image size, however the training is started."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from lightning.pytorch.utilities import rank_zero_info
+
+from dynadapter.backbones import built_for, set_image_size
+from dynadapter.training.contents import different_class
+
+
+def unnamed(names: Sequence[str]) -> bool:
+    """Check whether class names are only the indices "0", "1", ..., which stand for missing names."""
+    return list(names) == [str(k) for k in range(len(names))]
+
+
+def meet(module: Any, data: Any, stage: str) -> None:
+    """Give the data the model's preprocessing and classes, or the model the data's classes in its first training.
+
+    Args:
+        module: The model, with ``net``, ``class_names``, ``preprocessing`` (of its training; empty before) and
+            ``own_preprocessing``.
+        data: A data module; what it does not have is left out.
+        stage: ``fit``, ``validate``, ``test`` or ``predict``.
+
+    Raises:
+        ValueError: The classes do not fit, or the backbone cannot take the images.
+    """
+    trained = bool(module.preprocessing)
+    if hasattr(data, "take_preprocessing"):
+        data.take_preprocessing(module.preprocessing or module.own_preprocessing, trained)
+        _meet_size(module, data.image_size, stage)
+    names = getattr(data, "class_names", None)
+    if names is None or stage == "predict":
+        return
+    if stage == "fit" and not trained and unnamed(module.class_names):
+        module.class_names = _adopted(list(names), module.net.num_classes)
+    if hasattr(data, "take_classes"):
+        data.take_classes(module.class_names)
+
+
+def _meet_size(module: Any, size: int, stage: str) -> None:
+    built = built_for(module.net.backbone)
+    if stage != "fit":
+        set_image_size(module.net.backbone, size)
+    elif built not in (None, size) and getattr(module.net.backbone.patch_embed, "strict_img_size", True):
+        raise ValueError(
+            f"the data give images of {size} pixels, and the backbone was built for {built}; leave out the data's "
+            f"image_size, or give the model image_size={size} too"
+        )
+
+
+def _adopted(names: list[str], classes: int) -> list[str]:
+    """Return the class names of a model without names from the data of its first training."""
+    if unnamed(names) and len(names) < classes:  # labels of lists, of which the highest are not used
+        return [str(k) for k in range(classes)]
+    if len(names) <= classes:
+        return names + [f"unused {k}" for k in range(len(names), classes)]
+    few = ", ".join(names[:8]) + (" ..." if len(names) > 8 else "")
+    raise ValueError(
+        f"the model has {classes} classes and the data have {len(names)} ({few}); give num_classes={len(names)}, or "
+        "class_names with the names of all classes"
+    )
+
+
+def common_classes(theirs: list[str], ours: list[str], data: Any) -> list[str]:
+    """Return the class names of a model that reads a checkpoint.
+
+    Args:
+        theirs: The checkpoint's.
+        ours: The model's so far.
+        data: The data module, which can follow another order; None without one.
+
+    Raises:
+        ValueError: The names differ.
+    """
+    difference = different_class(theirs, ours)
+    if not difference:
+        return theirs
+    if len(theirs) == len(ours):
+        if unnamed(ours) or (sorted(theirs) == sorted(ours) and hasattr(data, "take_classes")):
+            return theirs
+        if unnamed(theirs):
+            return ours
+    raise ValueError(difference)
+
+
+def take_from_data(module: Any, data: Any) -> None:
+    """Keep a data module's preprocessing, settings and images, to be saved with the model."""
+    if hasattr(data, "dataset") and module.trainer.is_global_zero:  # which writes the checkpoints
+        module.images = _images(data.dataset("train"), data.dataset("val"))
+    if hasattr(data, "account") and (counted := data.account()) is not None:
+        rank_zero_info(str(counted))
+    module.preprocessing = dict(getattr(data, "preprocessing", {}))
+    module.data_config = {
+        "class_path": f"{type(data).__module__}.{type(data).__qualname__}",
+        "init_args": {name: value for name, value in data.hparams.items() if not name.startswith("_")},
+    }
+
+
+def _images(train: Any, val: Any = None) -> dict[str, Any]:
+    """Return numbers of the images of a training; empty where they are not known."""
+    if not hasattr(train, "image_keys"):
+        return {}
+    by, keys = train.image_keys()
+    return {"by": by, "train": keys, "val": val.image_keys(by)[1] if val is not None else keys[:0]}
+
+
+def take_from_loader(module: Any, loader: Any) -> None:
+    """Take class names and preprocessing from the dataset of a loader that was given without its data module."""
+    dataset = getattr(loader, "dataset", None)
+    dataset = getattr(dataset, "dataset", dataset)  # of a Subset or padding
+    names = getattr(dataset, "classes", None)
+    if unnamed(module.class_names) and isinstance(names, list) and len(names) == len(module.class_names):
+        module.class_names = [str(name) for name in names]
+    module.images = _images(getattr(loader, "dataset", None))
+    if isinstance(settings := getattr(dataset, "preprocessing", None), dict):
+        module.preprocessing = settings
+
+
+def describe_images(preprocessing: dict[str, Any]) -> None:
+    """Print in one line how the images of a training are read."""
+    size = preprocessing["image_size"]
+    names = {"imagenet": "imagenet", "half": "half (mean and deviation 0.5)", "none": "none ([0, 1])"}
+    given = preprocessing["normalization"]
+    how = names.get(given, str(given)) if isinstance(given, str) else f"mean {given[0]} deviation {given[1]}"
+    scaling = f"{preprocessing['resize']}, {preprocessing['interpolation']}"
+    rank_zero_info(f"images: {size} x {size} pixels, {scaling}, normalization {how}")
