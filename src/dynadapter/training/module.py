@@ -96,6 +96,11 @@ class ExitClassifier(CheckedLoading):
         ValueError: A setting is out of range, or does not fit the backbone.
     """
 
+    data_config: dict[str, Any] | None = None
+    seed: int = 0  # of the training's random numbers; set when it starts
+    step_losses: tuple[Tensor, Tensor] | None = None
+    _batches: int | None = None  # of an epoch, in the training that is resumed
+
     def __init__(
         self,
         num_classes: int,
@@ -141,7 +146,6 @@ class ExitClassifier(CheckedLoading):
         self.class_names = list(class_names or map(str, range(num_classes)))
         self.own_preprocessing = own_preprocessing(model, backbone, image_size)
         self.preprocessing: dict[str, Any] = {}
-        self.data_config: dict[str, Any] | None = None
         self.images: dict[str, Any] = {}
         self.policy: Policy = Never()
         self.optimizer_callable = optimizer
@@ -150,9 +154,6 @@ class ExitClassifier(CheckedLoading):
         self.mixing = None if mixing is None else mixing.mixer(num_classes, label_smoothing)
         self.distillation = distillation
         self.full_checkpoint = full_checkpoint
-        self.seed = 0  # of the training's random numbers; set when it starts
-        self.step_losses: tuple[Tensor, Tensor] | None = None
-        self._batches: int | None = None  # of an epoch, in the training that is resumed
         for split in ("val", "test"):
             for kind, metrics in metrics_of_exits(self.net.num_exits).items():
                 self.add_module(f"{split}_{kind}", metrics)
@@ -210,13 +211,6 @@ class ExitClassifier(CheckedLoading):
             self.meet_data(self._datamodule)
             take_from_data(self, self._datamodule)
 
-    def on_train_start(self) -> None:
-        """Ask the loader where there is no data module, and print how the images are read."""
-        if self._datamodule is None:
-            take_from_loader(self, self.trainer.train_dataloader)
-        if self.preprocessing:
-            describe_images(self.preprocessing)
-
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Return the joint loss of all exits on a batch of images and class indices."""
         images, targets = batch
@@ -240,7 +234,11 @@ class ExitClassifier(CheckedLoading):
         return (self.net.exit_weights * losses).sum()
 
     def on_train_start(self) -> None:
-        """Check that the training has a known end if the learning rate varies, and place a resume in its epoch."""
+        """Ask a loader without data module, print how images are read, and check the progress that schedules follow."""
+        if self._datamodule is None:
+            take_from_loader(self, self.trainer.train_dataloader)
+        if self.preprocessing:
+            describe_images(self.preprocessing)
         start_progress(self.trainer, "lr_schedule", self.lr_schedule.varies, self._batches)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
