@@ -25,6 +25,7 @@ from dynadapter.adapters import AdapterSpec, LoRA, inject
 from dynadapter.backbones import create_backbone, fingerprint
 from dynadapter.cli import main
 from dynadapter.cli.networks import chosen_policy
+from dynadapter.exits.combining import Combined
 from dynadapter.exits.heads import LinearHeads
 from dynadapter.exits.net import ExitNet
 from dynadapter.exits.policies import Confidence, Margin, Never, Patience
@@ -255,6 +256,7 @@ def test_chosen_policy():
     assert chosen_policy(stored, None, 0.8) == Scaled(Confidence(0.8), (1.2, 0.9))
     assert chosen_policy(stored, "Margin", 0.8) == Scaled(Margin(0.8), (1.2, 0.9))
     assert chosen_policy(Never(), "Confidence", [0.1, 0.2]) == Confidence((0.1, 0.2))
+    assert chosen_policy(Combined(stored, "mean"), None, 0.8) == Combined(Scaled(Confidence(0.8), (1.2, 0.9)), "mean")
     for policy in (Never(), Patience(2)):
         with pytest.raises(ValueError, match="give --policy Confidence, too"):
             chosen_policy(policy, None, 0.5)

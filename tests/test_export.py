@@ -19,6 +19,7 @@ from exported_networks import NAMES, NETWORKS, POLICY, SIZE, adapted, network, n
 import dynadapter
 from dynadapter.adapters import AdapterSpec, AdaptFormer, LoRA, RepAdapter, adapter_layers
 from dynadapter.cost import exit_costs
+from dynadapter.exits.combining import Combined
 from dynadapter.exits.net import ExitNet
 from dynadapter.exits.policies import Confidence, Entropy, Margin, Never, Patience, Policy, route
 from dynadapter.exits.temperature import Scaled
@@ -272,14 +273,24 @@ def test_int8_without_products_is_refused(small: ExitNet, tmp_path: Path, monkey
 
 @pytest.mark.parametrize(
     "policy",
-    [Confidence(0.7), Entropy((0.4, 0.5)), Margin(0.2), Patience(2), Never(), Scaled(Margin(0.3), (0.5, 2.0, 1.0))],
+    [
+        Confidence(0.7),
+        Entropy((0.4, 0.5)),
+        Margin(0.2),
+        Patience(2),
+        Never(),
+        Scaled(Margin(0.3), (0.5, 2.0, 1.0)),
+        Combined(Patience(2), "geometric"),
+        Combined(Scaled(Confidence(0.6), (0.5, 2.0, 1.0)), "mean"),
+    ],
     ids=lambda policy: policy.name,
 )
 def test_policy_in_manifest_decides_the_same(policy: Policy) -> None:
     settings, temperatures = json.loads(json.dumps(export.policy_settings(policy, 3)))
     logits = 2 * torch.randn(3, 50, CLASSES, generator=torch.Generator().manual_seed(0))
-    found = RuntimePolicy(settings, 3, temperatures).route(logits.numpy())
-    assert found.tolist() == route(policy, logits).tolist()
+    found = RuntimePolicy(settings, 3, temperatures)
+    assert found.route(logits.numpy()).tolist() == route(policy, logits).tolist()
+    torch.testing.assert_close(torch.from_numpy(found.combine(logits.numpy())), policy.combine(logits))
 
 
 def test_one_temperature_is_for_every_exit() -> None:

@@ -14,8 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from dynadapter.cost import exit_costs
-from dynadapter.exits.net import Routed
-from dynadapter.exits.policies import Confidence, Never, Patience, Policy
+from dynadapter.exits.policies import Confidence, Never, Patience, Policy, Routed
 from dynadapter.training.callbacks import EarlyExit, FlopsReport
 
 

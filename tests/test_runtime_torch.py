@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dynadapter.data import ImageData
+from dynadapter.exits.combining import Combined
 from dynadapter.exits.heads import LinearHeads
 from dynadapter.exits.net import ExitNet
 from dynadapter.exits.policies import (
@@ -32,6 +33,7 @@ from dynadapter.exits.policies import (
     confidence,
     entropy,
     margin,
+    read_off,
     route,
 )
 from dynadapter.exits.temperature import Scaled, tempered
@@ -166,6 +168,26 @@ def test_policies_match_torch(logits, kind, limits, patience, heat) -> None:
     expected = route(policy if heat is None else Scaled(policy, temperatures), theirs)
     plain = json.loads(json.dumps({"kind": kind.__name__, **fields}))
     assert policies.Policy(plain, exits, temperatures).route(logits).tolist() == expected.tolist()
+
+
+@given(logits=stacked(), by=st.sampled_from(["mean", "geometric"]))
+@settings(max_examples=100, deadline=None)
+def test_combination_matches_torch(logits, by) -> None:
+    expected = Combined(Never(), by).combine(torch.from_numpy(logits))
+    found = policies.Policy({"kind": "Never", "combine": by}, len(logits)).combine(logits)
+    assert found.dtype == np.float32
+    torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-4, atol=1e-4, equal_nan=True)
+
+
+@pytest.mark.parametrize("by", ["mean", "geometric"])
+def test_runner_predicts_by_combination(deployed, by) -> None:
+    runner = Runner(deployed.folder)
+    policy = Combined(Scaled(Confidence(0.6), TEMPERATURES), by)
+    runner.policy = policies.Policy({"kind": "Confidence", "threshold": 0.6, "combine": by}, 3, TEMPERATURES)
+    expected = read_off(policy, deployed.logits)
+    logits, exit_index = runner.route(deployed.images.numpy())
+    assert exit_index.tolist() == expected.exit_index.tolist()
+    np.testing.assert_allclose(logits, expected.logits, rtol=1e-3, atol=1e-4)
 
 
 def test_scores_match_torch() -> None:

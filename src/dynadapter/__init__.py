@@ -13,9 +13,10 @@ if TYPE_CHECKING:
     from dynadapter.cost import ExitCosts, exit_costs
     from dynadapter.data import ImageData, ImageFolder, ImagesToPredict, Shapes, VTAB1k
     from dynadapter.exits.attentive import Attentive
+    from dynadapter.exits.combining import Combined
     from dynadapter.exits.heads import Balanced, Heads, LinearHeads, MLPHeads
-    from dynadapter.exits.net import ExitNet, Routed
-    from dynadapter.exits.policies import Confidence, Entropy, Margin, Never, Patience, Policy, route
+    from dynadapter.exits.net import ExitNet
+    from dynadapter.exits.policies import Confidence, Entropy, Margin, Never, Patience, Policy, Routed, read_off, route
     from dynadapter.exits.temperature import Scaled, fit_temperatures
     from dynadapter.exits.token_merging import TokenMerging
     from dynadapter.serve.bundle import (
@@ -51,9 +52,10 @@ _HOMES = {
     "cost": "ExitCosts exit_costs",
     "data": "Shapes ImageData ImageFolder ImagesToPredict VTAB1k",
     "exits.attentive": "Attentive",
+    "exits.combining": "Combined",
     "exits.heads": "Balanced Heads LinearHeads MLPHeads",
-    "exits.net": "ExitNet Routed",
-    "exits.policies": "Confidence Entropy Margin Never Patience Policy route",
+    "exits.net": "ExitNet",
+    "exits.policies": "Confidence Entropy Margin Never Patience Policy Routed read_off route",
     "exits.temperature": "Scaled fit_temperatures",
     "exits.token_merging": "TokenMerging",
     "serve.bundle": "BackboneSource Bundle bundle_from_classifier from_pretrained load push_to_hub save_bundle",

@@ -6,6 +6,7 @@ from typing import Any, BinaryIO
 from rich.table import Table
 
 from dynadapter.calibrate.solve import Solution
+from dynadapter.exits.combining import Combined
 from dynadapter.exits.policies import Patience, Policy, Thresholded
 from dynadapter.exits.temperature import Scaled
 from dynadapter.spec import plain
@@ -18,7 +19,7 @@ def thresholds(policy: Policy, exits: int) -> list[float | None]:
         policy: The policy, with temperatures or without.
         exits: Number of exits.
     """
-    if isinstance(policy, Scaled):
+    while isinstance(policy, Scaled | Combined):
         policy = policy.policy
     if isinstance(policy, Thresholded):
         return [*(policy.threshold_at(k) for k in range(exits - 1)), None]

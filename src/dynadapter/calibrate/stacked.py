@@ -164,8 +164,8 @@ def evaluate(
     Raises:
         ValueError: If the policy does not fit the number of exits, or arguments do not fit.
     """
-    data = Stacked(logits, targets, costs, static)
-    return data.outcome(route(policy, data.logits))
+    data = Stacked(policy.combine(logits), targets, costs, static)
+    return data.outcome(route(policy, logits.detach()))
 
 
 def split_folds(samples: int, folds: int = 2, seed: int = 0, targets: Tensor | None = None) -> tuple[Tensor, ...]:

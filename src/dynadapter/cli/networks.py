@@ -113,16 +113,17 @@ def load_checkpoint(path: str, weights: str | None, pretrained: bool | None) -> 
 
 
 def chosen_policy(stored: "Policy", policy: dict[str, Any] | str | None, threshold: Any) -> "Policy":
-    """Return the stored policy, or another one or the same with another threshold; temperatures stay.
+    """Return the stored policy, or another one or the same with another threshold; temperatures and combination stay.
 
     Raises:
         ValueError: There is no such policy, or it has no threshold.
     """
+    from dynadapter.exits.combining import Combined
     from dynadapter.exits.policies import Policy, Thresholded
     from dynadapter.exits.temperature import Scaled
     from dynadapter.spec import restore
 
-    if isinstance(stored, Scaled):
+    if isinstance(stored, Scaled | Combined):
         return replace(stored, policy=chosen_policy(stored.policy, policy, threshold))
     value = tuple(threshold) if isinstance(threshold, list) else threshold
     if policy is not None:

@@ -76,7 +76,7 @@ def measure(bundle: "Bundle", data: "ImageData") -> list[Table]:
 
     from dynadapter.backbones import set_image_size
     from dynadapter.cost import cost_table, exit_costs
-    from dynadapter.exits.policies import route
+    from dynadapter.exits.policies import read_off
 
     assert bundle.preprocess is not None
     data.take_preprocessing(vars(bundle.preprocess), trained=True)
@@ -91,9 +91,9 @@ def measure(bundle: "Bundle", data: "ImageData") -> list[Table]:
             logits = bundle.net(images.to(like.device, like.dtype)).float().cpu()  # (exits, batch, classes)
             correct = (logits.argmax(-1) == targets) & logits.isfinite().all(-1)
             right += correct.sum(-1)
-            exit_index = route(bundle.policy, logits)
-            counts += exit_index.bincount(minlength=exits)
-            routed_right += float(correct[exit_index, torch.arange(len(targets))].sum())
+            routed = read_off(bundle.policy, logits)
+            counts += routed.exit_index.bincount(minlength=exits)
+            routed_right += float(((routed.logits.argmax(-1) == targets) & routed.logits.isfinite().all(-1)).sum())
     samples = float(counts.sum())
     shares = counts / samples
     counted = bundle.costs if data.image_size == bundle.preprocess.image_size else None

@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +10,7 @@ from dynadapter import backbones as cut
 from dynadapter.adapters import merge
 from dynadapter.exits.depths import exit_blocks
 from dynadapter.exits.heads import Balanced, Heads
-from dynadapter.exits.policies import Policy
+from dynadapter.exits.policies import Policy, Routed
 from dynadapter.exits.token_merging import TokenMerging
 from dynadapter.exits.truncated import Truncated
 
@@ -24,23 +23,6 @@ CLASS_FIRST_FROM = 4
 CLASS_FIRST_WORK = 20_000_000
 """Tokens of an image times width squared from which one image gains too on a CPU. A ViT-S at 224 px has 29 million and
 gains; a ViT-Ti of 64 tokens has 2.4 million and does not (``benchmarks/latency.py``)."""
-
-
-class Routed(NamedTuple):
-    """Result of routing a batch, in the order of its input.
-
-    Attributes:
-        logits: (batch, classes), each sample's logits at its exit.
-        exit_index: (batch,), each sample's exit, from 0.
-    """
-
-    logits: Tensor
-    exit_index: Tensor
-
-    @property
-    def nonfinite(self) -> Tensor:
-        """Number of samples (scalar) with non-finite logits; such samples never exit early."""
-        return (~self.logits.isfinite().all(-1)).sum()
 
 
 class ExitNet(nn.Module):
@@ -278,9 +260,9 @@ class ExitNet(nn.Module):
                 continue
             seen, held = self.begin(k, x, class_first)
             logits = self.head(k, seen)
-            stay = None
+            history = logits[None] if history is None else torch.cat([history, logits[None]])
+            logits, stay = policy.combine(history)[-1], None
             if k < self.num_exits - 1:
-                history = logits[None] if history is None else torch.cat([history, logits[None]])
                 stay = (~policy.should_exit(history)).nonzero()[:, 0]
                 if len(stay) == len(logits):
                     x = self.complete(k, held)
@@ -291,7 +273,7 @@ class ExitNet(nn.Module):
             else:
                 out.index_copy_(0, rows, logits)
                 exits.index_fill_(0, rows, k)
-            if stay is None or history is None or not len(stay):
+            if stay is None or not len(stay):
                 break
             rows = stay if rows is None else rows.index_select(0, stay)
             history = history.index_select(1, stay)

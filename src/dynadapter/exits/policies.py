@@ -4,7 +4,7 @@ import math
 from abc import abstractmethod
 from dataclasses import dataclass
 from numbers import Real
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -83,6 +83,17 @@ class Policy(Spec):
         Returns:
             (batch,) bool.
         """
+
+    def combine(self, history: Tensor) -> Tensor:
+        """Return what each exit predicts, as logits; most policies leave each exit's own logits as they are.
+
+        Args:
+            history: Logits (exits so far, batch, classes), the newest last.
+
+        Returns:
+            (exits so far, batch, classes).
+        """
+        return history
 
     def should_exit(self, history: Tensor) -> Tensor:
         """Check which samples exit at the newest exit; a sample with non-finite logits there continues.
@@ -245,6 +256,38 @@ class Never(Policy):
 
     def meets_condition(self, history: Tensor) -> Tensor:
         return torch.zeros(history.shape[1], dtype=torch.bool, device=history.device)
+
+
+class Routed(NamedTuple):
+    """Result of routing a batch, in the order of its input.
+
+    Attributes:
+        logits: (batch, classes), what each sample's exit predicts.
+        exit_index: (batch,), each sample's exit, from 0.
+    """
+
+    logits: Tensor
+    exit_index: Tensor
+
+    @property
+    def nonfinite(self) -> Tensor:
+        """Number of samples (scalar) with non-finite logits; such samples never exit early."""
+        return (~self.logits.isfinite().all(-1)).sum()
+
+
+def read_off(policy: Policy, logits: Tensor) -> Routed:
+    """Route samples by the logits of all exits, without running the network.
+
+    Args:
+        policy: The exit policy.
+        logits: (exits, samples, classes).
+
+    Raises:
+        ValueError: If the policy's thresholds do not fit the number of exits.
+    """
+    exit_index = route(policy, logits)
+    rows = torch.arange(len(exit_index), device=logits.device)
+    return Routed(policy.combine(logits)[exit_index, rows], exit_index)
 
 
 def route(policy: Policy, logits: Tensor) -> Tensor:

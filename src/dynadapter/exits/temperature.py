@@ -132,10 +132,12 @@ def tempered_at_exit(policy: Policy, logits: Tensor, exit_index: Tensor) -> Tens
         (batch, classes), float32, or float64 for float64 logits.
     """
     wide = logits if logits.dtype == torch.float64 else logits.float()
-    while isinstance(policy, Scaled):
-        heat = torch.tensor(policy.temperatures, device=logits.device)
-        wide = wide / (heat[exit_index, None] if heat.ndim else heat)
-        policy = policy.policy
+    inner: Policy | None = policy
+    while inner is not None:
+        if isinstance(inner, Scaled):
+            heat = torch.tensor(inner.temperatures, device=logits.device)
+            wide = wide / (heat[exit_index, None] if heat.ndim else heat)
+        inner = getattr(inner, "policy", None)
     return wide
 
 
@@ -176,6 +178,8 @@ class Scaled(Policy):
     temperatures: float | tuple[float, ...] = 1.0
 
     def __post_init__(self) -> None:
+        if type(self.policy).combine is not Policy.combine:
+            raise ValueError("temperatures apply after exits are combined; give Combined(Scaled(...)) instead")
         given = self.temperatures
         values = tuple(given) if isinstance(given, (tuple, list)) else (given,)
         for value in values:

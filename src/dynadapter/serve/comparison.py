@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dynadapter.exits.net import ExitNet
-from dynadapter.exits.policies import Policy, route
+from dynadapter.exits.policies import Policy, read_off, route
 from dynadapter.serve.runtime import Runner
 
 
@@ -67,18 +67,18 @@ def quantization_change(
         The manifest's entry ``quantization``: fractions of images, and exit shares from exit 1 on.
     """
     every = torch.arange(len(images))
-    before = route(policy, expected)
+    before = read_off(policy, expected)
     parts = [_routed(runner, part) for part in _batches(images)]
     logits, after = (torch.cat(column) for column in zip(*parts, strict=True))
-    classes = {"float32": expected[before, every].argmax(-1), "int8": logits.argmax(-1)}
+    classes = {"float32": before.logits.argmax(-1), "int8": logits.argmax(-1)}
     measured = {
         "weights": "7 of 8 bits, per channel",
         "activations": "8 bits, per batch",
         "images": len(images),
-        "same_exit": (before == after).double().mean().item(),
+        "same_exit": (before.exit_index == after).double().mean().item(),
         "same_class": (classes["float32"] == classes["int8"]).double().mean().item(),
-        "mean_logit_difference": (logits - expected[after, every]).abs().mean().item(),
-        "exit_shares_float32": _shares(before, len(expected)),
+        "mean_logit_difference": (logits - policy.combine(expected)[after, every]).abs().mean().item(),
+        "exit_shares_float32": _shares(before.exit_index, len(expected)),
         "exit_shares_int8": _shares(after, len(expected)),
     }
     if labels is not None:

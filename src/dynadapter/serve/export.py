@@ -26,6 +26,7 @@ from torch import Tensor
 import dynadapter
 from dynadapter.cost import ExitCosts
 from dynadapter.exits import policies
+from dynadapter.exits.combining import Combined
 from dynadapter.exits.net import ExitNet
 from dynadapter.exits.policies import Policy
 from dynadapter.exits.temperature import Scaled
@@ -64,7 +65,7 @@ def export_onnx(
     Args:
         net: The network, on any device; it stays unchanged.
         folder: The folder to create.
-        policy: Decides at which exit an image stops; temperatures come in a `Scaled` policy.
+        policy: Decides at which exit an image stops; temperatures come in `Scaled`, a combination in `Combined`.
         class_names: One name for each class.
         preprocess: From a decoded image to the network's input.
         costs: The result of :func:`dynadapter.cost.exit_costs`, stored in the manifest.
@@ -146,14 +147,18 @@ def policy_settings(policy: Policy, num_exits: int) -> tuple[dict[str, Any], lis
     Raises:
         ValueError: The exported runtime does not know this kind of policy.
     """
-    temperatures = None
+    temperatures, combined = None, {}
+    if isinstance(policy, Combined):
+        combined, policy = {"combine": policy.by}, policy.policy
     if isinstance(policy, Scaled):
         own, policy = policy.temperatures, policy.policy
         temperatures = list(own) if isinstance(own, tuple) else [own] * num_exits
     kind = type(policy).__name__
     if kind not in FIELDS or type(policy) is not getattr(policies, kind):
-        raise ValueError(f"policy {kind} cannot be exported; choose {', '.join(FIELDS)}, or one of these in Scaled")
-    return plain({"kind": kind, **dataclasses.asdict(policy)}), temperatures
+        raise ValueError(
+            f"policy {kind} cannot be exported; choose {', '.join(FIELDS)}, or one of these in Scaled or Combined"
+        )
+    return plain({"kind": kind, **dataclasses.asdict(policy), **combined}), temperatures
 
 
 def _check_images(images: Tensor | None, size: int) -> Tensor:

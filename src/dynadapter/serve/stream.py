@@ -217,6 +217,7 @@ class Stream:
         logits = self.net.head(k, seen)
         history = logits[None] if now.history is None else torch.cat([now.history, logits[None]])
         stops = [True] * len(logits) if last else self.policy.should_exit(history).tolist()
+        logits = self.policy.combine(history)[-1]
         finite = logits.isfinite().all(-1).tolist()
         rows = list(zip(now.tickets, stops, finite, strict=True))
         answers = [

@@ -13,8 +13,8 @@ from torch import Tensor
 from dynadapter.adapters import AdapterSpec, LoRA, inject
 from dynadapter.backbones import create_backbone, cut_depth, fingerprint, own_preprocessing
 from dynadapter.exits.heads import Balanced, Heads
-from dynadapter.exits.net import ExitNet, Routed
-from dynadapter.exits.policies import Never, Policy, route
+from dynadapter.exits.net import ExitNet
+from dynadapter.exits.policies import Never, Policy, Routed, read_off
 from dynadapter.exits.temperature import tempered_confidence
 from dynadapter.exits.token_merging import TokenMerging
 from dynadapter.training.batches import named_images, require_classes
@@ -306,8 +306,7 @@ class ExitClassifier(CheckedLoading):
         if not is_sharded(self.net):
             return self.net.early(images, self.policy)
         logits = self.net(images)  # each process has a part of every tensor, so all must run all blocks
-        exit_index = route(self.policy, logits)
-        return Routed(logits[exit_index, torch.arange(len(images), device=logits.device)], exit_index)
+        return read_off(self.policy, logits)
 
     # ---- checkpoints
 

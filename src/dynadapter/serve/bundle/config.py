@@ -15,6 +15,7 @@ from dynadapter.adapters import AdapterSpec, inject
 from dynadapter.backbones import DrawFrom, create_backbone, cut_depth
 from dynadapter.backbones.stored import check_arguments, check_name
 from dynadapter.cost import ExitCosts
+from dynadapter.exits.combining import Combined
 from dynadapter.exits.heads import Heads
 from dynadapter.exits.net import ExitNet
 from dynadapter.exits.policies import Policy
@@ -143,7 +144,8 @@ class Config:
     @property
     def temperatures(self) -> tuple[float, ...]:
         """The temperature of each exit; 1 if the policy has none."""
-        given = self.policy.temperatures if isinstance(self.policy, Scaled) else 1.0
+        policy = self.policy.policy if isinstance(self.policy, Combined) else self.policy
+        given = policy.temperatures if isinstance(policy, Scaled) else 1.0
         return given if isinstance(given, tuple) else (given,) * len(self.exit_depths)
 
     def stamped(self, sha256: str) -> "Config":

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from dynadapter.backbones import built_for, fingerprint
 from dynadapter.cost import ExitCosts
-from dynadapter.exits.net import ExitNet, Routed
-from dynadapter.exits.policies import Policy, confidence
+from dynadapter.exits.net import ExitNet
+from dynadapter.exits.policies import Policy, Routed, confidence
 from dynadapter.exits.temperature import tempered_at_exit
 from dynadapter.images.preprocess import Preprocess
 from dynadapter.images.reading import SOURCES, is_source

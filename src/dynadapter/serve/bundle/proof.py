@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dynadapter.exits.net import ExitNet
-from dynadapter.exits.policies import Policy, route
+from dynadapter.exits.policies import Policy, read_off
 
 
 @dataclass(frozen=True)
@@ -66,15 +66,13 @@ def merged_copy(
                 f"merging changes the logits of exit {k + 1} by {difference:.1e} of the largest on {len(images)} "
                 f"images, more than tolerance={tolerance:.0e}; keep the adapters, merge in float32, or allow more"
             )
-    exits = route(policy, before)
-    moved = exits != route(policy, after)
-    rows = torch.arange(len(images), device=exits.device)
-    changed = moved | (before[exits, rows].argmax(-1) != after[exits, rows].argmax(-1))
+    first, second = read_off(policy, before), read_off(policy, after)
+    changed = (first.exit_index != second.exit_index) | (first.logits.argmax(-1) != second.logits.argmax(-1))
     if changed.any():
-        first = int(changed.nonzero()[0, 0])
+        image = int(changed.nonzero()[0, 0])
         raise ValueError(
             f"merging changes exit or class of {int(changed.sum())} of {len(images)} images under {policy.name} (the "
-            f"first is image {first}); keep the adapters, or move thresholds away from these images' scores"
+            f"first is image {image}); keep the adapters, or move thresholds away from these images' scores"
         )
     return merged, MergeProof(len(images), max(differences), tolerance, policy.name)
 

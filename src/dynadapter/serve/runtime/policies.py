@@ -27,11 +27,16 @@ def confidence(logits: Floats) -> Floats:
 
 def entropy(logits: Floats) -> Floats:
     """Return the entropy of the softmax divided by log(classes), in [0, 1]: (..., classes) to (...)."""
-    centred = logits - logits.max(-1, keepdims=True)
-    log_p = centred - np.log(np.exp(centred).sum(-1, keepdims=True))
+    log_p = _log_softmax(logits)
     greatest = np.float32(math.log(max(logits.shape[-1], 2)))  # the entropy of a single class is 0
     normalised: Floats = np.clip(-(np.exp(log_p) * log_p).sum(-1) / greatest, 0, 1)
     return normalised
+
+
+def _log_softmax(logits: Floats) -> Floats:
+    centred = logits - logits.max(-1, keepdims=True)
+    log_p: Floats = centred - np.log(np.exp(centred).sum(-1, keepdims=True))
+    return log_p
 
 
 def margin(logits: Floats) -> Floats:
@@ -61,7 +66,8 @@ class Policy:
     array([ True, False])
 
     Args:
-        settings: The kind and its field: ``threshold``, one number or one for each early exit, or ``patience``.
+        settings: The kind and its field: ``threshold``, one number or one for each early exit, or ``patience``. And
+            ``combine``, where predictions combine the exits passed: ``mean`` or ``geometric``.
         num_exits: Number of exits, the last one included.
         temperatures: One divisor of the logits for each exit; None to leave logits as they are.
 
@@ -76,8 +82,11 @@ class Policy:
         if self.kind not in FIELDS:
             raise ValueError(f"unknown policy {self.kind!r}; choose from: {', '.join(FIELDS)}")
         field = FIELDS[self.kind]
-        if settings.keys() != {"kind", field} - {None}:
+        if settings.keys() - {"combine"} != {"kind", field} - {None}:
             raise ValueError(f"policy {self.kind} has {', '.join(settings)}; it takes kind{f', {field}' * bool(field)}")
+        self.by = settings.get("combine")
+        if self.by not in (None, "mean", "geometric"):
+            raise ValueError(f"combine={self.by!r} is unknown; choose mean or geometric")
         self.thresholds = np.empty(0, np.float32)
         if field == "threshold":
             self.thresholds = _thresholds(settings["threshold"], num_exits)
@@ -85,6 +94,26 @@ class Policy:
         if isinstance(self.patience, bool) or not isinstance(self.patience, int) or self.patience < 1:
             raise ValueError(f"patience={self.patience!r} must be a whole number of at least 1")
         self.temperatures = _temperatures(temperatures, num_exits)
+
+    def combine(self, history: Floats) -> Floats:
+        """Return what each exit predicts: its own logits, or those of a combination with the exits before it.
+
+        Args:
+            history: Logits (exits so far, batch, classes).
+        """
+        if self.by is None:
+            return history
+        finite = np.isfinite(history).all(-1, keepdims=True)
+        log_p = _log_softmax(np.where(finite, history, np.float32(0)))
+        with np.errstate(divide="ignore", invalid="ignore"):  # a sample of which no exit so far is finite
+            if self.by == "mean":
+                sums = np.logaddexp.accumulate(np.where(finite, log_p, np.float32(-np.inf)))
+                combined = sums - np.log(finite.cumsum(0, dtype=np.float32))
+            else:
+                weights = np.arange(1, len(history) + 1, dtype=np.float32)[:, None, None] * finite
+                combined = (weights * log_p).cumsum(0) / weights.cumsum(0)
+        predicted: Floats = np.where(finite, combined, history)
+        return predicted
 
     def stops(self, history: Floats) -> NDArray[np.bool_]:
         """Decide which samples stop at the newest exit; a sample whose logits there are not finite never does.
@@ -98,7 +127,7 @@ class Policy:
         """
         k = len(history) - 1
         with np.errstate(over="ignore", invalid="ignore"):  # `finite` excludes whatever is not finite
-            tempered = history / self.temperatures[: k + 1, None, None]
+            tempered = self.combine(history) / self.temperatures[: k + 1, None, None]
             finite = np.isfinite(tempered).all(-1)  # (exits so far, batch)
             if self.kind in SCORES:
                 score, beyond = SCORES[self.kind]

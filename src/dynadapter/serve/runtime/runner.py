@@ -161,10 +161,10 @@ class Runner:
             if not len(rows):
                 break
             inputs, logits = self.stage(k, inputs)
-            out[rows], exit_index[rows] = logits, k
+            history = np.concatenate([history, logits[None]])
+            out[rows], exit_index[rows] = self.policy.combine(history)[-1], k
             if k == self.num_exits - 1:
                 break
-            history = np.concatenate([history, logits[None]])
             stay = ~self.policy.stops(history)
             if not stay.all():
                 inputs, rows, history = [x[stay] for x in inputs], rows[stay], history[:, stay]

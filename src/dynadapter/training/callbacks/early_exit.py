@@ -4,13 +4,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from dynadapter.exits.net import ExitNet
-from dynadapter.exits.policies import Confidence, Policy, route
+from dynadapter.exits.policies import Confidence, Policy, read_off
 from dynadapter.training.callbacks._common import exit_net
 from dynadapter.training.losses import IGNORED
 from dynadapter.training.metrics import ExitUse
@@ -152,10 +151,9 @@ class EarlyExit(Callback):
         stacked, targets = _output(outputs, "logits", step), _output(outputs, "targets", step)
         counted = (targets != IGNORED).nonzero()[:, 0]
         logits, targets = stacked[:, counted], targets[counted]
-        rows = torch.arange(len(targets), device=targets.device)
         for policy in self.policies:
-            exit_index = route(policy, logits)
-            self._uses[policy.name].update(exit_index, logits[exit_index, rows], targets)
+            routed = read_off(policy, logits)
+            self._uses[policy.name].update(routed.exit_index, routed.logits, targets)
         net = exit_net(pl_module, self)
         if self.verify_routing and not is_sharded(net):
             with trainer.precision_plugin.forward_context():
@@ -185,14 +183,16 @@ def _output(outputs: Any, key: str, step: str) -> Tensor:
 
 def _compare_routing(net: ExitNet, policy: Policy, images: Tensor, stacked: Tensor, where: str) -> None:
     """Route a batch and compare exits and classes with those read off the logits of all exits."""
-    read_off, routed = route(policy, stacked), net.early(images, policy)
-    classes = stacked[read_off, torch.arange(len(images), device=stacked.device)].argmax(-1)
-    different = ((read_off != routed.exit_index) | (classes != routed.logits.argmax(-1))).nonzero()[:, 0].tolist()
+    expected, routed = read_off(policy, stacked), net.early(images, policy)
+    classes = expected.logits.argmax(-1)
+    different = (expected.exit_index != routed.exit_index) | (classes != routed.logits.argmax(-1))
+    different = different.nonzero()[:, 0].tolist()
     if different:
         first = different[0]
         raise ValueError(
             f"verify_routing: {policy.name} differs for {len(different)} of {len(images)} images in {where}; image "
             f"{first} stops at exit {int(routed.exit_index[first]) + 1} with class "
-            f"{int(routed.logits[first].argmax())} when routed; its logits say exit {int(read_off[first]) + 1} and "
+            f"{int(routed.logits[first].argmax())} when routed; its logits say exit "
+            f"{int(expected.exit_index[first]) + 1} and "
             f"class {int(classes[first])}; rounding near a threshold can cause a single such image, more are a fault"
         )

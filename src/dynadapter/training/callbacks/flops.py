@@ -21,9 +21,9 @@ class FlopsReport(Callback):
     """Count the GMACs up to each exit (1 MAC = 2 FLOPs), and average them over the exit shares.
 
     It logs ``<split>/<policy>/gmacs`` for every policy of an :class:`EarlyExit` callback, and ``<split>/gmacs`` if a
-    step's output itself holds ``exit_index`` (a :class:`~dynadapter.exits.net.Routed`, or a mapping). At the end of a
-    run it prints a table exit | after block | GMACs | % of static | accuracy | share | parameters, and one with a row
-    per policy. Accuracies are those that the module logs as ``<split>/acc_exit<k>``.
+    step's output itself holds ``exit_index`` (a :class:`~dynadapter.exits.policies.Routed`, or a mapping). At the end
+    of a run it prints a table exit | after block | GMACs | % of static | accuracy | share | parameters, and one with a
+    row per policy. Accuracies are those that the module logs as ``<split>/acc_exit<k>``.
 
     Works in any LightningModule that holds one :class:`~dynadapter.exits.net.ExitNet`; the order of the callbacks does
     not matter.
