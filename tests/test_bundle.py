@@ -386,8 +386,12 @@ def test_nonfinite_tensors(tmp_path):
     with pytest.raises(ValueError, match=r"model.safetensors: 1 of \d+ tensors hold NaN"):
         load(place)
     bundle = load(place, check_finite=False)
-    predictions = bundle.predict(torch.randn(3, 3, 32, 32), policy=Confidence((1.0, 0.0)))
-    assert [p.exit_index for p in predictions] == [2, 2, 2]  # no image exits early with such logits
+    x, policy = torch.randn(3, 3, 32, 32), Confidence((1.0, 0.0))
+    assert bundle.route(x, policy).exit_index.tolist() == [2, 2, 2]  # no image exits early with such logits
+    with torch.no_grad():
+        bundle.net.backbone.head.bias.fill_(torch.inf)
+    with pytest.raises(ValueError, match="3 of 3 images have logits that are not finite"):
+        bundle.predict(x)
 
 
 # ---- merging with proof

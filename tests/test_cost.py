@@ -212,10 +212,17 @@ def test_operators_by_hand(behind, macs):
     ],
 )
 def test_unknown_operators_are_named(behind, named):
+    """A warning says which; torch counts instead, and other handles are no way out."""
+    net = small_net()
+    net.backbone.blocks[1] = Wrapped(net.backbone.blocks[1], behind)
+    with pytest.warns(UserWarning, match=r"no count .*handles=.*; torch's FlopCounterMode counted instead") as notes:
+        costs = exit_costs(net)
+    assert named in str(notes[0].message)
+    assert "\n" not in str(notes[0].message)
+    assert costs.meter == "torch"
     with pytest.raises(ValueError, match="handles=") as refusal:
-        extra(behind)
+        extra(behind, {"aten::nothing": lambda inputs, outputs: 0})
     assert named in str(refusal.value)
-    assert "\n" not in str(refusal.value)
 
 
 def test_handles_count_unknown_operators():
@@ -239,7 +246,9 @@ def untraceable(make=make_vit) -> ExitNet:
 
 
 def test_torch_counts_what_jit_cannot_trace():
-    with pytest.warns(UserWarning, match=r"cannot trace this network \(.*torch's FlopCounterMode counted") as notes:
+    with pytest.warns(
+        UserWarning, match=r"cannot trace this network \(.*torch's FlopCounterMode counted instead"
+    ) as notes:
         costs = exit_costs(untraceable(), class_first=True)
     assert len(notes) == 1
     traced = small_net()

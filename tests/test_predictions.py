@@ -94,12 +94,13 @@ def test_without_output_it_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert os.listdir(tmp_path) == []
 
 
-def test_nonfinite_confidence_is_nan(tmp_path: Path) -> None:
+def test_nonfinite_logits_raise(tmp_path: Path) -> None:
     module = make_classifier()
     with torch.no_grad():
         module.net.backbone.head.bias.fill_(math.nan)
-    trainer(PredictionWriter(tmp_path / "out.csv")).predict(module, batches("a.png"))
-    assert read(tmp_path / "out.csv")[0]["confidence"] == "nan"
+    with pytest.raises(ValueError, match=r"logits of a batch with 'a.png' are not finite"):
+        trainer(PredictionWriter(tmp_path / "out.csv")).predict(module, batches("a.png"))
+    assert not (tmp_path / "out.csv").exists()
 
 
 # ---- nothing is lost, nothing is half

@@ -170,14 +170,13 @@ def test_unneeded_stages_are_not_loaded(written: Path) -> None:
     assert list(runner.load()._sessions) == [0, 1, 2]
 
 
-def test_nonfinite_logits_give_a_warning(written: Path) -> None:
+def test_nonfinite_logits_raise(written: Path) -> None:
     runner = Runner(written)
     logits = np.zeros((EXITS, 2, WIDTH), np.float32)
     logits[:, 1] = math.nan
-    with pytest.warns(RuntimeWarning, match="1 of 2 images have logits that are not finite; ignore"):
-        odd = runner.predict(as_images(logits))
-    assert [p.exit_index for p in odd] == [2, 2]
-    assert math.isnan(odd[1].confidence)
+    with pytest.raises(ValueError, match="1 of 2 images have logits that are not finite"):
+        runner.predict(as_images(logits))
+    assert runner.route(as_images(logits))[1].tolist() == [2, 2]
 
 
 # ---- wrong images and arguments

@@ -82,6 +82,7 @@ def create_backbone(
     model = _build(name, num_classes, seed, timm_args, pretrained=pretrained and weights is None)
     if weights is not None:
         load_weights(model, given, Path(weights).expanduser())
+    _require_finite(model, given)
     freeze(model)
     if "drop_path_rate" not in timm_args:
         remove_stochastic_depth(model)
@@ -97,6 +98,14 @@ def _check_arguments(num_classes: int, timm_args: dict[str, Any]) -> None:
         raise ValueError(
             f"{dead[0]}={timm_args[dead[0]]} would have no effect: a frozen backbone stays in evaluation mode; leave "
             "it out, or use drop_path_rate, the adapter's dropout or sparsity.shallow"
+        )
+
+
+def _require_finite(model: nn.Module, name: str) -> None:
+    """Raise a ValueError if weights hold NaN or infinity: every prediction would."""
+    if broken := [key for key, tensor in model.named_parameters() if not tensor.isfinite().all()]:
+        raise ValueError(
+            f"{len(broken)} weights of {name!r} hold NaN or infinity, {broken[0]} among them; give other weights"
         )
 
 

@@ -195,6 +195,8 @@ def _print(manifest: Mapping[str, Any], bundle: "Bundle", given: Any) -> None:
     limit = f"{check['largest_difference']:.1e}, {check['tolerance']:.0e} allowed"
     table.add_row(f"largest difference of a logit{before}", limit)
     table.add_row(f"exits{before}", "all the same")
+    if ties := check.get("ties"):
+        table.add_row("ties in token merging", f"{ties} images, judged by exit and class: the same")
     if before:
         table.add_section()
         for row in _int8_rows(manifest["quantization"]):

@@ -206,7 +206,7 @@ def accounts(places: list[str], files: list[str]) -> Iterator[str]:
 
 def fill(bundle: "Bundle", table: PredictionTable, given: Any) -> float:
     """Fill the table with this process's share and return its speed in images a second."""
-    from dynadapter.serve.predict import TooManyUnread, predict
+    from dynadapter.serve.predict import NonFinite, TooManyUnread, predict
 
     start, before, speed = time.monotonic(), table.done, 0.0
     cores = min(8, os.cpu_count() or 1)
@@ -229,6 +229,8 @@ def fill(bundle: "Bundle", table: PredictionTable, given: Any) -> float:
                 workers=workers,
                 on_batch=show,
             )
+        except NonFinite as error:
+            raise Mistake(str(error)) from error
         except TooManyUnread as error:
             raise Mistake(
                 f"{error}, listed in {table.unread_list}; stopped after {_so_far(table)} with a higher --max_skipped; "
@@ -292,8 +294,6 @@ def _so_far(table: PredictionTable) -> str:
 def _report(table: PredictionTable, speed: float) -> None:
     words = [f"{table.answered:,} predictions in {table.output}", f"average exit {table.exits / table.answered:.2f}"]
     print(", ".join([*words, *([f"{speed:.1f} images/s"] if speed else [])]))
-    if table.nonfinite:
-        print(f"{table.nonfinite:,} of them have logits that are not finite; their classes are meaningless")
     if table.unread:
         print(f"{table.unread:,} images could not be read, listed in {table.unread_list}")
 

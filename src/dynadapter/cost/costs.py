@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dynadapter.backbones import in_chans
 from dynadapter.cost.meters import CannotTrace, Counts, Parts, count_by_fvcore, count_by_torch
-from dynadapter.cost.operators import Handle
+from dynadapter.cost.operators import Handle, NoCount
 from dynadapter.exits.net import ExitNet
 
 
@@ -36,7 +36,7 @@ class ExitCosts:
         exit_depths: After how many blocks each exit stands, (exits,).
         class_first_macs: MACs that routing really runs up to each exit where the last block before it computes the
             class token's row first, (exits,); None if not counted. No relative cost is computed from them.
-        meter: "fvcore", or "torch" where torch.jit cannot trace the network. The second leaves ``light`` at 0.
+        meter: "fvcore", or "torch" where fvcore cannot count the network. The second leaves ``light`` at 0.
     """
 
     macs: tuple[int, ...]
@@ -92,8 +92,8 @@ def exit_costs(
     """Count the multiply-adds of one image up to each exit, with one trace for all exits.
 
     The network is counted in evaluation mode, on its device and dtype, adapters injected or merged. Its modes and the
-    random state are left as they were. Where torch.jit cannot trace it, torch's ``FlopCounterMode`` counts instead, and
-    a warning says so.
+    random state are left as they were. Where torch.jit cannot trace it, or it runs an operator without a count,
+    torch's ``FlopCounterMode`` counts instead, and a warning names the reason.
 
     Args:
         net: The network.
@@ -103,7 +103,7 @@ def exit_costs(
 
     Raises:
         TypeError: If ``net`` is not an :class:`~dynadapter.exits.net.ExitNet`.
-        ValueError: If the network does not run at this size, or runs an operator without a count.
+        ValueError: If the network does not run at this size, or runs an operator without a count beside ``handles``.
     """
     if not isinstance(net, ExitNet):
         raise TypeError(f"exit_costs takes an ExitNet, not {type(net).__name__}; pass the ExitNet inside it")
@@ -113,7 +113,7 @@ def exit_costs(
         meter: Literal["fvcore", "torch"] = "fvcore"
         try:
             whole = count(Parts(net), image)
-        except CannotTrace as reason:
+        except (CannotTrace, NoCount) as reason:
             meter, count = "torch", count_by_torch
             whole = _count_without_trace(net, image, reason, given=bool(handles))
         rows = count(Parts(net, class_first=True), image) if class_first else None
@@ -131,7 +131,7 @@ def exit_costs(
     )
 
 
-def _count_without_trace(net: ExitNet, image: Tensor, reason: CannotTrace, given: bool) -> Counts:
+def _count_without_trace(net: ExitNet, image: Tensor, reason: CannotTrace | NoCount, given: bool) -> Counts:
     """Count by torch's counter, and warn that it did.
 
     Args:
@@ -152,9 +152,12 @@ def _count_without_trace(net: ExitNet, image: Tensor, reason: CannotTrace, given
         raise ValueError(
             f"cannot count an image of {height} x {width} pixels through the network: {_first_line(error)}"
         ) from error
+    why = _first_line(reason)
+    if isinstance(reason, CannotTrace):
+        why = f"torch.jit cannot trace this network ({why})"
     warnings.warn(
-        f"torch.jit cannot trace this network ({_first_line(reason)}), so torch's FlopCounterMode counted it: "
-        "products, convolutions and attention, but no normalisation, pooling or unknown operators",
+        f"{why}; torch's FlopCounterMode counted instead: products, convolutions and attention, but no normalisation, "
+        "pooling or unknown operators",
         stacklevel=3,
     )
     return counts

@@ -122,12 +122,9 @@ def _joins(x: Tensor, count: int, prefix: int) -> Tensor:
 
 def _places(x: Tensor, count: int, prefix: int) -> Tensor:
     """Return each token's position after the merge (batch, tokens); merged tokens share a position."""
-    own = x[:, prefix:]
-    own = own if own.dtype.itemsize > 2 else own.float()
-    lengths = torch.linalg.vector_norm(own, dim=-1).clamp_min(1e-12)
-    products = torch.bmm(own[:, ::2], own[:, 1::2].transpose(1, 2))  # (batch, sources, targets); @ would copy both
-    similarity, partner = (products / lengths[:, None, 1::2]).max(-1)
-    similarity = (similarity / lengths[:, ::2]).nan_to_num(2.0)  # NaN gets a rank too
+    products, lengths = _products(x[:, prefix:])
+    similarity, partner = products.max(-1)
+    similarity = (similarity / lengths).nan_to_num(2.0)  # NaN gets a rank too
     # Compare all pairs: ties go to the first token, which not every sort guarantees, and exporters support it
     ahead = (similarity[:, None] > similarity[..., None]) | (similarity[:, None] == similarity[..., None]).tril(-1)
     stays = ahead.sum(-1) >= count
@@ -139,3 +136,32 @@ def _places(x: Tensor, count: int, prefix: int) -> Tensor:
     fixed = torch.arange(first + targets, device=x.device).expand(x.shape[0], -1)
     pairs = torch.stack([places[:, :targets], fixed[:, first:]], -1).flatten(1)
     return torch.cat([fixed[:, :prefix], pairs, places[:, targets:]], 1)
+
+
+def _products(own: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the products of sources with directions of targets (batch, sources, targets), and the sources' lengths."""
+    own = own if own.dtype.itemsize > 2 else own.float()
+    lengths = torch.linalg.vector_norm(own, dim=-1).clamp_min(1e-12)
+    products = torch.bmm(own[:, ::2], own[:, 1::2].transpose(1, 2))  # @ would copy both
+    return products / lengths[:, None, 1::2], lengths[:, ::2]
+
+
+def smallest_gap(x: Tensor, count: int, prefix: int = 0) -> Tensor:
+    """Return for each image the smallest difference of two similarities that decided a merge (batch,).
+
+    Where it is as small as rounding, another machine or program can merge other tokens.
+
+    Args:
+        x: (batch, tokens, width), as :func:`merge_tokens` gets it.
+        count: Number of tokens to remove.
+        prefix: Number of first tokens that are never merged.
+    """
+    products, lengths = _products(x[:, prefix:])
+    best = (products / lengths[..., None]).topk(min(2, products.shape[-1]), -1).values
+    rank, order = best[..., 0].sort(-1, descending=True)
+    gaps = [rank.new_full(rank.shape[:1], torch.inf)]
+    if 0 < count < rank.shape[-1]:
+        gaps.append(rank[:, count - 1] - rank[:, count])
+    if count > 0 and best.shape[-1] > 1:
+        gaps.append((best[..., 0] - best[..., 1]).gather(1, order[:, :count]).amin(1))
+    return torch.stack(gaps).amin(0)

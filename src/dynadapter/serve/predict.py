@@ -22,6 +22,10 @@ Pixels = NDArray[np.uint8]
 """(3, size, size)."""
 
 
+class NonFinite(ValueError):
+    """The network's logits for an image are NaN or infinite, so that no class can be named."""
+
+
 class TooManyUnread(ValueError):
     """More images than allowed cannot be read."""
 
@@ -56,22 +60,27 @@ def rows(
         pixels: The images, (3, size, size) uint8 each.
         top_k: As in :func:`columns`.
         probabilities: As in :func:`columns`.
+
+    Raises:
+        NonFinite: Logits of an image are not finite.
     """
     assert bundle.preprocess is not None
     if not files:
         return []
     logits, exit_index = bundle.route(torch.from_numpy(bundle.preprocess.normalize(np.stack(pixels))), policy)
+    broken = (~logits.isfinite().all(-1)).nonzero()[:, 0].tolist()
+    if broken:
+        raise NonFinite(
+            f"the logits of {len(broken)} of {len(files)} images are not finite, {files[broken[0]]} among them: the "
+            "network's weights are broken or too large for its precision; use another checkpoint or bundle"
+        )
     order = logits.argsort(dim=-1, descending=True, stable=True)[:, :top_k].tolist()
     found: list[Row] = []
     for file, values, best, exit in zip(files, logits.softmax(-1).tolist(), order, exit_index.tolist(), strict=True):
-        ranked = [part for k in best for part in (bundle.class_names[k], _rounded(values[k], 4))]
-        every = [_rounded(value, 6) for value in values] if probabilities else []
+        ranked = [part for k in best for part in (bundle.class_names[k], round(values[k], 4))]
+        every = [round(value, 6) for value in values] if probabilities else []
         found.append([file, *ranked[:2], exit + 1, *ranked[2:], *every])
     return found
-
-
-def _rounded(value: float, digits: int) -> float | None:
-    return round(value, digits) if math.isfinite(value) else None
 
 
 # ---- the run
@@ -109,6 +118,7 @@ def predict(
         on_batch: Called after each batch.
 
     Raises:
+        NonFinite: The logits of an image are not finite.
         TooManyUnread: More images cannot be read; they are listed in ``table.unread_list``.
     """
     assert bundle.preprocess is not None

@@ -6,7 +6,7 @@ from collections.abc import Set as AbstractSet
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 
 from dynadapter.adapters import adapter_layers
@@ -16,6 +16,7 @@ from dynadapter.exits.token_merging import TokenMerging
 from dynadapter.limits import require_bounded, require_few_classes
 from dynadapter.spec import plain, restore
 from dynadapter.training.callbacks.early_exit import EarlyExit
+from dynadapter.training.sharding import local_part
 
 FORMAT = 2
 """Version of what this package adds to a checkpoint under the key ``dynadapter``. 2 renamed settings."""
@@ -136,6 +137,21 @@ def saved_contents(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     require_bounded(saved, "the checkpoint")
     require_few_classes(len(saved["class_names"]))
     return dict(saved)
+
+
+def require_finite(checkpoint: Mapping[str, Any]) -> None:
+    """Check that no tensor of a checkpoint holds NaN or infinity.
+
+    Raises:
+        ValueError: One does.
+    """
+    state = checkpoint.get("state_dict", {})
+    broken = [name for name, x in state.items() if isinstance(x, Tensor) and not local_part(x).isfinite().all()]
+    if broken:
+        raise ValueError(
+            f"{len(broken)} of {len(state)} tensors of the checkpoint hold NaN or infinity, {broken[0]} among them: "
+            "its network predicts nothing; use an earlier checkpoint, or train again"
+        )
 
 
 def compare_backbones(saved: Mapping[str, Any], name: str, fingerprint: str) -> None:

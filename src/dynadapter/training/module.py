@@ -24,6 +24,7 @@ from dynadapter.training.contents import (
     compare_token_merging,
     contents_of,
     describe_mismatch,
+    require_finite,
     require_keys,
     saved_contents,
     trainable_only,
@@ -295,6 +296,8 @@ class ExitClassifier(CheckedLoading):
         known = [row for row, file in enumerate(files) if file is not None]  # the others are padding
         if len(known) < len(files):
             logits, exit_index = logits[known], exit_index[known]
+        if not logits.isfinite().all():
+            raise ValueError(f"logits of a batch with {files[0]!r} are not finite: the weights are broken")
         return {
             "files": [files[row] for row in known],
             "classes": [self.class_names[c] for c in logits.argmax(-1).tolist()],
@@ -325,9 +328,10 @@ class ExitClassifier(CheckedLoading):
         """Check that a checkpoint belongs to this model, and read its class names and preprocessing.
 
         Raises:
-            ValueError: It has another format, backbone or classes, or lacks tensors.
+            ValueError: It has another format, backbone or classes, lacks tensors, or holds NaN or infinity.
         """
         saved = saved_contents(checkpoint)
+        require_finite(checkpoint)
         path = self._trainer.ckpt_path if self._trainer is not None else None
         if is_sharded(self.net) and path is not None and os.path.isfile(path):
             # Lightning has loaded the tensors one by one by now, without a check for missing ones.

@@ -32,7 +32,7 @@ class Prediction(NamedTuple):
     """The answer for one image.
 
     ``label`` is the name of the class, ``confidence`` its softmax probability in [0, 1] after the exit's temperature
-    (NaN where the logits were not finite), and ``exit_index`` the zero-based exit at which the image stopped.
+    and ``exit_index`` the zero-based exit at which the image stopped.
     """
 
     label: str
@@ -97,7 +97,8 @@ class Bundle:
             One prediction for each image, in order.
 
         Raises:
-            ValueError: An image cannot be read; a tensor has another shape or type; the policy does not fit.
+            ValueError: An image cannot be read; a tensor has another shape or type; the policy does not fit; logits are
+                not finite.
             OSError: The machine fails to read a file.
             TypeError: Something is none of these.
         """
@@ -115,6 +116,11 @@ class Bundle:
                 raise ValueError("the images have several sizes; give one size, or batch_size=1")
             like = next(self.net.backbone.parameters())
             routed = self.route(torch.stack([tensor.to(like.device, like.dtype) for tensor in tensors]), policy)
+            if nonfinite := int(routed.nonfinite):
+                raise ValueError(
+                    f"{nonfinite} of {len(group)} images have logits that are not finite; the network's weights or the "
+                    "images' values are broken"
+                )
             names = [self.class_names[index] for index in routed.logits.argmax(-1).tolist()]
             values = (names, confidence(routed.logits).tolist(), routed.exit_index.tolist())
             predictions += map(Prediction._make, zip(*values, strict=True))

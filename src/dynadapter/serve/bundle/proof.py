@@ -8,6 +8,7 @@ from torch import Tensor
 
 from dynadapter.exits.net import ExitNet
 from dynadapter.exits.policies import Policy, read_off
+from dynadapter.serve.ties import tied_images
 
 
 @dataclass(frozen=True)
@@ -58,21 +59,27 @@ def merged_copy(
     before = _logits(merged, images, batch_size)  # (exits, images, classes), still with adapters
     merged.merge(tolerance)
     after = _logits(merged, images, batch_size)
+    tied = tied_images(net, images, batch_size)
     largest = before.double().abs().amax((1, 2)).clamp_min(torch.finfo(torch.float64).tiny)
-    differences = ((after.double() - before.double()).abs().amax((1, 2)) / largest).tolist()
+    by_image = (after.double() - before.double()).abs().amax(2) / largest[:, None]
+    by_image[:, tied & (by_image.amax(0) > tolerance)] = 0  # judged by exit and class alone
+    differences = by_image.amax(1).tolist()
     for k, difference in enumerate(differences):
         if not difference <= tolerance:  # NaN is above any tolerance
             raise ValueError(
-                f"merging changes the logits of exit {k + 1} by {difference:.1e} of the largest on {len(images)} "
-                f"images, more than tolerance={tolerance:.0e}; keep the adapters, merge in float32, or allow more"
+                f"merging the adapters changes the logits of exit {k + 1} by {difference:.1e} of the largest on "
+                f"{len(images)} images, more than tolerance={tolerance:.0e}; keep the adapters, merge in float32, or "
+                "allow more"
             )
     first, second = read_off(policy, before), read_off(policy, after)
     changed = (first.exit_index != second.exit_index) | (first.logits.argmax(-1) != second.logits.argmax(-1))
     if changed.any():
         image = int(changed.nonzero()[0, 0])
+        why = ", with a tie in token merging" if tied[image] else ""
         raise ValueError(
-            f"merging changes exit or class of {int(changed.sum())} of {len(images)} images under {policy.name} (the "
-            f"first is image {image}); keep the adapters, or move thresholds away from these images' scores"
+            f"merging the adapters changes exit or class of {int(changed.sum())} of {len(images)} images under "
+            f"{policy.name} (the first is image {image}{why}); keep the adapters, or move thresholds away from their "
+            "scores"
         )
     return merged, MergeProof(len(images), max(differences), tolerance, policy.name)
 

@@ -249,10 +249,11 @@ class Runner:
 
     def _classify(self, files: Sequence[str | None], images: Floats) -> list[Prediction]:
         logits, exit_index = self.route(images)
-        nonfinite = int((~np.isfinite(logits).all(-1)).sum())
-        if nonfinite:
-            message = f"{nonfinite} of {len(images)} images have logits that are not finite; ignore their predictions"
-            warnings.warn(message, RuntimeWarning, stacklevel=3)
+        if nonfinite := int((~np.isfinite(logits).all(-1)).sum()):
+            raise ValueError(
+                f"{nonfinite} of {len(images)} images have logits that are not finite; the exported graphs, or the "
+                "images' values, are broken"
+            )
         with np.errstate(over="ignore", invalid="ignore"):
             sure = confidence(logits / self.policy.temperatures[exit_index, None]).tolist()
         best = logits.argmax(-1).tolist()
