@@ -138,7 +138,7 @@ def exact_run(net: ExitNet) -> tuple[int, ...]:
 @pytest.mark.parametrize("adapter", ADAPTERS, ids=str)
 def test_class_first_macs_are_what_runs(adapter):
     """Up to each exit the meter agrees, to the last multiply-add, with torch's counter on real routing."""
-    net = network(make_vit().requires_grad_(False), adapter)
+    net = network(make_vit(), adapter)
     image = pictures(1)
     for k in range(net.num_exits):
         policy = Confidence(tuple(0.0 if i == k else 1.0 for i in range(net.num_exits - 1)))

@@ -389,7 +389,7 @@ def test_parameters_are_cumulative(make):
     own = sum(p.numel() for p in backbone.parameters() if p.requires_grad)
     assert exit_parameters(ExitNet(backbone, every=2)) == (heads[0], sum(heads), sum(heads) + own)
     backbone.requires_grad_(True)
-    totals = exit_parameters(ExitNet(backbone, every=2))
+    totals = exit_parameters(ExitNet(backbone, every=2, freeze=False))
     embedding = backbone.stem if make is make_convnext else backbone.patch_embed
     assert totals[0] > heads[0] + sum(p.numel() for p in embedding.parameters())
     assert totals[-1] == sum(heads) + sum(p.numel() for p in backbone.parameters())

@@ -87,7 +87,7 @@ def test_peft_adapters_are_trained(images: Tensor) -> None:
     backbone = plain_timm("vit")
     settings = peft.LoraConfig(r=2, target_modules=["qkv"], lora_dropout=0.5)
     backbone = peft.inject_adapter_in_model(settings, backbone)
-    with pytest.warns(UserWarning, match="classifier is frozen .* last exit is not trained"):
+    with pytest.warns(UserWarning, match="classifier is frozen .* last exit stays as it is"):
         ExitNet(backbone, every=2)
     backbone.get_classifier().requires_grad_(True)
     net = ExitNet(backbone, every=2)
@@ -100,6 +100,8 @@ def test_peft_adapters_are_trained(images: Tensor) -> None:
 
 def test_a_frozen_classifier_is_named() -> None:
     backbone = plain_timm("vit").requires_grad_(False)
+    ExitNet(backbone)  # nothing of it is trained
+    inject(backbone, LoRA(rank=2))
     with pytest.warns(UserWarning, match=r"call backbone.get_classifier\(\).requires_grad_\(True\)"):
         ExitNet(backbone)
 

@@ -73,10 +73,11 @@ class ExitNet(nn.Module):
         self._frozen = freeze
         if freeze:
             cut.freeze(backbone)
-        if not any(p.requires_grad for layer in cut.classifier(backbone) for p in layer.parameters()):
+        classifier = (p for layer in cut.classifier(backbone) for p in layer.parameters())
+        if any(p.requires_grad for p in backbone.parameters()) and not any(p.requires_grad for p in classifier):
             warnings.warn(
-                "the backbone's classifier is frozen (peft freezes it), so the last exit is not trained; call "
-                "backbone.get_classifier().requires_grad_(True), or ignore this warning if it is trained already",
+                "the adapters are trained and the backbone's classifier is frozen (peft freezes it), so the last exit "
+                "stays as it is; to train it, call backbone.get_classifier().requires_grad_(True) before ExitNet",
                 stacklevel=2,
             )
         if token_merging is not None:
