@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import io
 import json
 import re
 import shutil
@@ -767,6 +768,69 @@ def test_images_that_cannot_be_used(whole, pictures, tmp_path):
     assert len(bare.predict(torch.zeros(2, 3, 32, 32))) == 2
     with pytest.raises(ValueError, match="this bundle has no preprocessing"):
         bare.predict(pictures)
+
+
+@pytest.fixture(scope="module")
+def loaded(original, tmp_path_factory):
+    """A bundle, and one that takes tensors alone."""
+    bare = save(tmp_path_factory.mktemp("bundles") / "bare", preprocessing={})[1]
+    return load(original), load(bare)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        torch.zeros(3, 64, 64),
+        torch.zeros(2, 3, 64, 64),
+        torch.zeros(2, 3, 32, 16),
+        torch.zeros(1, 32, 32),
+        torch.zeros(2, 4, 32, 32),
+        torch.zeros(2, 32, 32, 3),
+        torch.zeros(3, 32),
+        torch.zeros(()),
+        torch.zeros(1, 1, 3, 32, 32),
+        torch.zeros(2, 3, 32, 32, dtype=torch.int64),
+        torch.zeros(2, 3, 32, 32, dtype=torch.uint8),
+        torch.zeros(2, 3, 32, 32, dtype=torch.bool),
+        torch.zeros(2, 3, 32, 32, dtype=torch.complex64),
+        [torch.zeros(3, 32, 32), torch.zeros(3, 48, 48)],
+        [torch.zeros(3, 32, 32), torch.zeros(1, 32, 32)],
+        [torch.zeros(2, 3, 32, 32)],
+        np.zeros((3, 32, 32), np.float32),
+        np.zeros((2, 3, 32, 32), np.float32),
+        np.zeros((32, 32, 3), np.complex64),
+        np.zeros((2, 32, 32, 5), np.uint8),
+        b"no image",
+    ],
+    ids=lambda given: str(getattr(given, "shape", type(given).__name__)),
+)
+def test_wrong_shapes_and_types_are_refused(given, loaded):
+    for bundle in loaded:
+        with pytest.raises(ValueError, match=r"an image|images are|an array|cannot read|no preprocessing") as caught:
+            bundle.predict(given)
+        assert "\n" not in str(caught.value)
+        if isinstance(given, torch.Tensor) and given.ndim == 4:
+            with pytest.raises(ValueError, match="an image is a tensor"):
+                bundle.route(given)
+
+
+def test_any_size_is_one_size_in_a_batch(tmp_path):
+    bundle = load(save(tmp_path / "b", "convnext", None, preprocessing={})[1])
+    small, large = torch.zeros(3, 32, 32), torch.zeros(3, 64, 64)
+    assert len(bundle.predict([small, large], batch_size=1)) == 2
+    with pytest.raises(ValueError, match="several sizes"):
+        bundle.predict([small, large])
+
+
+def test_predict_takes_every_source(whole, pictures):
+    bundle = load(whole)
+    expected = bundle.predict(pictures, batch_size=1)
+    arrays = [np.asarray(load_image(path)) for path in pictures]
+    contents = [path.read_bytes() for path in pictures]
+    for given in (contents, map(io.BytesIO, contents), arrays):
+        assert bundle.predict(given, batch_size=1) == expected
+    assert bundle.predict(pictures[1].read_bytes()) == bundle.predict(arrays[1]) == expected[1:2]
+    assert bundle.predict(np.stack([arrays[0]] * 2), batch_size=1) == expected[:1] * 2
 
 
 def test_other_channels_take_tensors_alone(tmp_path):

@@ -1,5 +1,8 @@
 """The runtime of an exported folder alone, without torch: routing, images, and damaged folders."""
 
+import csv
+import errno
+import io
 import json
 import math
 import os
@@ -18,8 +21,10 @@ from PIL import Image
 from written_folder import EXITS, WIDTH, as_images, write_folder
 
 from dynadapter.files import checksum, sha256
+from dynadapter.serve.export import copy_runtime
 from dynadapter.serve.runtime import Runner, policies
-from dynadapter.serve.runtime.manifest import FORMAT, read_manifest
+from dynadapter.serve.runtime import predict as program
+from dynadapter.serve.runtime.manifest import FORMAT, files_of, read_manifest
 from dynadapter.serve.runtime.runner import CHUNK
 
 onnx = pytest.importorskip("onnx")
@@ -236,6 +241,85 @@ def test_wrong_arguments_are_refused(written: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"has no provider 'MagicProvider'; choose from: .*CPUExecutionProvider"):
         Runner(written, providers=["MagicProvider"])
     assert Runner(written, providers=[("CPUExecutionProvider", {})]).route(np.zeros((1, 3, 2, 2), np.float32))[1] == [2]
+
+
+# ---- as a program
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8", "utf-16"])
+def test_program_answers_any_name_and_encoding(encoding: str, written: Path, tmp_path: Path) -> None:
+    folder = os.fsencode(tmp_path) + b"/exported\xe9"
+    shutil.copytree(os.fsencode(written), folder)
+    place = Path(os.fsdecode(folder))
+    copy_runtime(place)
+    edit(files={name: sha256(place / name) for name in files_of(place)})(place)
+    (tmp_path / "photos").mkdir()
+    names = [b"caf\xe9.png", "日本.png".encode(), b"a\rb.png"]
+    for name in names:
+        Image.fromarray(np.zeros((2, 2, 3), np.uint8)).save(os.fsdecode(os.fsencode(tmp_path / "photos") + b"/" + name))
+    environment = {**os.environ, "PYTHONIOENCODING": encoding, "PYTHONPATH": ""}
+    command = [sys.executable, folder + b"/predict.py", tmp_path / "photos"]
+    done = subprocess.run(command, capture_output=True, env=environment)
+    assert (done.returncode, done.stderr) == (0, b"")
+    rows = list(csv.reader(io.StringIO(done.stdout.decode(errors="surrogateescape"), newline="")))
+    assert sorted(os.fsencode(row[0]).rpartition(b"/")[2] for row in rows[1:]) == sorted(names)
+    command[-1] = os.fsencode(tmp_path) + b"/absent\xe9.png"
+    done = subprocess.run(command, capture_output=True, env=environment)
+    [line] = done.stderr.decode(encoding).splitlines()
+    assert done.returncode == 2
+    assert line.startswith("error: cannot read image")
+    assert "absent\\udce9.png" in line
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EIO, errno.ESTALE, errno.EMFILE])
+@pytest.mark.parametrize("what", ["folder", "stage", "manifest", "image"])
+def test_program_names_what_is_unreadable(
+    what: str, code: int, copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    (tmp_path / "photos").mkdir()
+    Image.fromarray(np.zeros((2, 2, 3), np.uint8)).save(tmp_path / "photos" / "a.png")
+    failing = {"folder": "photos", "stage": "stage1.onnx", "manifest": "manifest.json", "image": "a.png"}[what]
+
+    def fails(real: Any) -> Any:
+        def opened(path: Any, *args: Any, **more: Any) -> Any:
+            if os.fspath(path).endswith(failing):
+                raise OSError(code, os.strerror(code), os.fspath(path))
+            return real(path, *args, **more)
+
+        return opened
+
+    monkeypatch.setattr(os, "open", fails(os.open))
+    monkeypatch.setattr(os, "scandir", fails(os.scandir))
+    assert program.main([str(tmp_path / "photos")], copied) == 2
+    [line] = capfd.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert failing in line
+    assert os.strerror(code) in line
+
+
+def test_program_spreads_a_range(written: Path, tmp_path: Path, capfd: Any) -> None:
+    values = np.array([[0, 4095], [2048, 1024]], np.uint16)
+    Image.fromarray(values).save(tmp_path / "deep.png")
+    Image.fromarray((values >> 4).astype(np.uint8)).save(tmp_path / "flat.png")
+    answers = []
+    for name, more in (("flat.png", []), ("deep.png", ["--value_range", "0", "4095"]), ("deep.png", [])):
+        assert program.main([str(tmp_path / name), *more], written) == 0
+        printed = capfd.readouterr()
+        answers.append(printed.out.splitlines()[1].split(",")[1:])
+        assert ("values from 0 to 4095" in printed.err) == (name == "deep.png" and not more)
+    assert answers[0] == answers[1] != answers[2]
+
+
+def test_runner_takes_every_source(written: Path, tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    content, runner = (tmp_path / "a.png").read_bytes(), Runner(written)
+    [expected] = runner.predict(tmp_path / "a.png")
+    for source in (content, io.BytesIO(content), pixels, Image.fromarray(pixels)):
+        for given_ in (source, [source]):
+            [found] = runner.predict(given_)
+            assert found[1:] == expected[1:]
+            assert found.file is None
 
 
 # ---- damaged folders

@@ -70,6 +70,31 @@ def test_csv(tmp_path):
     assert names(tmp_path) == ["t.csv", "t.csv.skipped.csv"]
 
 
+NAMES = ["=1+1", "+1", "-1", "@a", "\ta", "\ra", "\na", "a\rb", "a;b", "a\tb", 'a"b', "a,b", "plain", "a=b", "'=1"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_csv_is_no_formula(name, tmp_path):
+    """A spreadsheet takes no cell for a formula, and a reader of CSV finds one row with the same file."""
+    with PredictionTable(tmp_path / "t.csv", [name, f"{name}2"], 2, {}) as table:
+        table.save(0, [[name, name, 0.5, 1], Unread(f"{name}2", name)])
+        table.finish()
+    for path, last in ((tmp_path / "t.csv", ["0.5000", "1"]), (tmp_path / "t.csv.skipped.csv", [])):
+        with path.open(newline="") as file:
+            [_, (file_name, text, *rest)] = csv.reader(file)
+        given = name if last else f"{name}2"
+        assert os.path.normpath(file_name) == given
+        assert text in (name, f"'{name}")
+        assert rest == last
+        assert not {file_name[0], text[0]} & set("=+-@\t\r\n")
+        assert (file_name, text) == (given, name) or name[0] in "=+-@\t\r\n"
+    with PredictionTable(tmp_path / "t.jsonl", [name], 1, {}) as table:
+        table.save(0, [[name, name, 0.5, 1]])
+        table.finish()
+    line = json.loads((tmp_path / "t.jsonl").read_text())
+    assert (line["file"], line["class"]) == (name, name)
+
+
 def test_json_lines(tmp_path):
     lines = list(map(json.loads, fill(tmp_path / "t.JSONL").read_text(encoding="utf-8").splitlines()))
     assert [line["file"] for line in lines] == [entry[0] for entry in ENTRIES if not isinstance(entry, Unread)]
