@@ -92,11 +92,12 @@ class DynCLI(LightningCLI):
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the sections."""
+        assert isinstance(parser, arguments.ConfigParser)  # of init_parser
         arguments.add_sections(parser)
 
     # ---- layers of the configuration
 
-    def parse_arguments(self, parser: arguments.ConfigParser, args: Any) -> None:
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse ``defaults < checkpoint < config files < command line``, whatever the position of the files."""
         if {"-h", "--help"} & {*args}:
             print(short_help(self.command, arguments.DESCRIPTIONS[self.command], parser))
@@ -118,6 +119,7 @@ class DynCLI(LightningCLI):
         if path is not None:
             if self.command == "fit" and not files:
                 raise Mistake(_needs_config(path))
+            assert isinstance(parser, arguments.ConfigParser)  # of init_parser
             below, parser.trained = checkpoint_settings(path, given)
             if self.command in ("validate", "test"):
                 self.stored = stored_policies(path)

@@ -197,7 +197,8 @@ def _held(out: str | None) -> Iterator[None]:
 
 
 def _calibrate(trainer: Trainer, model: ExitClassifier, data: ImageData, settings: Settings) -> Solution:
-    notes = check_images(data, settings.data_split, settings.ckpt_path, settings.goal.name == "risk")
+    risk = settings.goal is not None and settings.goal.name == "risk"
+    notes = check_images(data, settings.data_split, settings.ckpt_path, risk)
     logits, targets = stack_logits(trainer, model, data, settings.data_split, settings.ckpt_path)
     costs = _costs(model, data, settings)
     solution = solved(logits, targets, costs, settings, notes)
@@ -208,7 +209,7 @@ def _calibrate(trainer: Trainer, model: ExitClassifier, data: ImageData, setting
     write(folder / "curve.csv", table.getvalue().encode())
     with replacing(folder / "curve.png") as file:
         draw_curve(file, solution, model.backbone_name)
-    content = {"kind": settings.policy, "search": settings.search, "seed": settings.seed}
+    content: dict[str, Any] = {"kind": settings.policy, "search": settings.search, "seed": settings.seed}
     content |= {"data_split": settings.data_split, "costs": plain(costs)}
     _write(folder, solution_data(solution) | content, model, settings)
     if settings.bundle:

@@ -141,7 +141,7 @@ class Padded(Dataset[Item]):
 
     def image_keys(self, by: Literal["content", "path"] | None = None) -> tuple[Literal["content", "path"], Tensor]:
         """Return a number for each image, as :func:`~dynadapter.data.identity.image_keys` does."""
-        return image_keys([source for source, _ in self.samples], by, self.folder)
+        return self.dataset.image_keys(by)
 
     @property
     def cached(self) -> Tensor | None:

@@ -51,7 +51,7 @@ def account(
         unread: Those of them that cannot be decoded.
         elsewhere: Files that other lists name.
     """
-    groups = {ELSEWHERE: elsewhere, **dict(reversed(splits.items())), UNREADABLE: unread}
+    groups = {ELSEWHERE: elsewhere, **dict(reversed(list(splits.items()))), UNREADABLE: unread}
     place = {os.path.normpath(path): group for group, paths in groups.items() for path in paths}
     followed = {parent for path in place for parent in _parents(path, str(folder))}
     read, left_out, items = Counter(dict.fromkeys(splits, 0)), Counter[str](), []

@@ -281,7 +281,10 @@ def upright(image: Image.Image, in_place: bool = False) -> Image.Image:
     """Rotate a photograph by its EXIF orientation; with damaged EXIF data, return it as stored."""
     image.load()  # outside the try, so that only errors of the EXIF data are ignored
     try:
-        return ImageOps.exif_transpose(image, in_place=in_place) or image
+        if in_place:
+            ImageOps.exif_transpose(image, in_place=True)
+            return image
+        return ImageOps.exif_transpose(image)
     except Exception as error:
         _raise_if_of_the_machine(error)
         return image

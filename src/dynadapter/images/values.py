@@ -165,7 +165,7 @@ def decode_deep_colour(image: Image.Image, value_range: Range | None) -> tuple[I
         return image, None
     if value_range is None:
         image.load()
-        colours = image.getextrema()[:3]
+        colours: Any = image.getextrema()[:3]  # a pair for each band of a colour image
         lowest, highest = min(band[0] for band in colours), max(band[1] for band in colours)
         return image, _remark(256 * lowest, 256 * highest + 255, 65535) if highest else None
     low = _low_bytes(image, rawmode)

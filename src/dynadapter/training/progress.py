@@ -55,7 +55,7 @@ def _fractions(trainer: Trainer) -> Iterator[float]:
     epochs, batches = trainer.max_epochs, trainer.num_training_batches
     if epochs is not None and epochs >= 0 and math.isfinite(batches):
         # Of Lightning's counts only this one grows before the next learning rate is set
-        now = trainer.fit_loop.epoch_loop.batch_progress.current.processed
+        now = trainer.fit_loop.epoch_loop.batch_progress.current.processed  # type: ignore[attr-defined]
         begun = now - now % trainer.accumulate_grad_batches if now < batches else batches
         yield (trainer.current_epoch * batches + begun) / max(epochs * batches - _last_step(trainer), 1)
     if trainer.max_steps >= 0:

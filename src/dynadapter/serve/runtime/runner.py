@@ -276,7 +276,8 @@ def list_sources(images: Source | Iterable[Source]) -> list[Source]:
         ValueError: A folder holds no image, or something is neither a path nor an image.
     """
     found: list[Source] = []
-    for source in [images] if is_source(images) else images:  # type: ignore[union-attr, list-item]
+    sources: Iterable[Any] = [images] if is_source(images) else images  # type: ignore[assignment]
+    for source in sources:
         if isinstance(source, str | os.PathLike):
             path = Path(source).expanduser()
             found += find_images(path) if path.is_dir() else [path]  # reading reports a missing file

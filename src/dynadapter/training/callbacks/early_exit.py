@@ -185,8 +185,8 @@ def _compare_routing(net: ExitNet, policy: Policy, images: Tensor, stacked: Tens
     """Route a batch and compare exits and classes with those read off the logits of all exits."""
     expected, routed = read_off(policy, stacked), net.early(images, policy)
     classes = expected.logits.argmax(-1)
-    different = (expected.exit_index != routed.exit_index) | (classes != routed.logits.argmax(-1))
-    different = different.nonzero()[:, 0].tolist()
+    differs = (expected.exit_index != routed.exit_index) | (classes != routed.logits.argmax(-1))
+    different = differs.nonzero()[:, 0].tolist()
     if different:
         first = different[0]
         raise ValueError(
