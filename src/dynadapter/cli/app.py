@@ -16,7 +16,7 @@ from dynadapter.adapters import adapter_layers
 from dynadapter.cli import arguments, calibrate, flops
 from dynadapter.cli.arguments import CALLBACKS, SECTIONS
 from dynadapter.cli.configs import config_files, find_config, read_config, require_no_file
-from dynadapter.cli.errors import Mistake, Stopped, Terminated, describe, outage
+from dynadapter.cli.errors import Mistake, Stopped, Terminated, describe, one_line, outage
 from dynadapter.cli.help import short_help
 from dynadapter.cli.layers import (
     assignments,
@@ -38,6 +38,7 @@ from dynadapter.data import ImageData
 from dynadapter.spec import plain
 from dynadapter.training.callbacks import BidirectionalSparsity, EarlyExit, FlopsReport
 from dynadapter.training.checkpoints import RunCheckpoint, newest
+from dynadapter.training.entries import ADVICE
 from dynadapter.training.meeting import meet
 from dynadapter.training.module import ExitClassifier
 from dynadapter.training.restoring import StoredPolicies, stored_policies
@@ -234,8 +235,12 @@ class DynCLI(LightningCLI):
                 self._end_stopped(str(stop), stop.code, error)
             if (outage(error) or isinstance(error, OSError)) and "continue with" in (way := self._how_to_continue()):
                 error.add_note(way.lstrip("; "))
+            if not isinstance(error, Mistake | ValueError) and self.trainer._checkpoint_connector._loaded_checkpoint:
+                error = Mistake(
+                    f"{self.config.ckpt_path} cannot be restored ({type(error).__name__}: {one_line(error)}); {ADVICE}"
+                )
             self._end_record("failed", describe(error)[0])
-            raise
+            raise error
         self._end_record("finished")
 
     def _end_stopped(self, what: str, code: int, cause: BaseException) -> NoReturn:

@@ -163,7 +163,7 @@ def checkpoint_settings(path: str, given: Collection[str] = ()) -> tuple[dict[st
 
 
 def _settings(checkpoint: dict[str, Any], path: Path, given: Collection[str]) -> tuple[dict[str, Any], Trained]:
-    ours = saved_contents({"dynadapter": dict(checkpoint["dynadapter"])})
+    ours = saved_contents(checkpoint)
     stored = stored_settings(ExitClassifier, checkpoint, given)
     model = {name: plain(value) for name, value in stored.items() if name not in LINKED}
     check_saved(ours.get("preprocessing"))

@@ -15,6 +15,7 @@ from dynadapter.cli.runs import Metrics, is_first_process, read_lines
 from dynadapter.files import Busy, locked, write
 from dynadapter.limits import read_json, read_yaml
 from dynadapter.training.checkpoints import newest, read
+from dynadapter.training.entries import ADVICE, TRAINING, require_entries
 
 LINE = "dynadapter_line"
 """Key in a checkpoint: the line of ``metrics.csv`` that was about to be written when it was saved."""
@@ -172,10 +173,15 @@ def earlier_run(path: Path, log: Path | None = None) -> Earlier:
     checkpoint = read(path)
     if "optimizer_states" not in checkpoint:
         raise Mistake(f"{path} holds the trained part alone, without the optimiser's state; give last.ckpt to continue")
-    step = int(checkpoint["global_step"])
+    try:
+        require_entries(checkpoint, TRAINING)
+    except ValueError as error:
+        raise Mistake(f"{path}: {error}") from error
+    step = checkpoint["global_step"]
     file = (log or path.parent.parent) / "metrics.csv"
     lines = [line for line in read_lines(file) if _is_before(line, step)] if file.is_file() else []
-    pending = {key: str(value) for key, value in checkpoint.get(LINE, {}).items()}
+    line = checkpoint.get(LINE, {})
+    pending = {str(key): str(value) for key, value in line.items()} if isinstance(line, dict) else {}
     if pending and pending not in lines:
         lines.append(pending)
     return Earlier(path, step, lines)
@@ -274,6 +280,13 @@ class Continue(Callback):
     # ---- what Lightning counts twice
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.before is not None and trainer.global_step != self.before.step:  # then schedules would start anew
+            raise Mistake(
+                f"{self.before.checkpoint} says that {self.before.step} steps are done, and its loops say "
+                f"{trainer.global_step}; {ADVICE}"
+            )
+        if self.before is not None:
+            _require_moments(trainer)
         if self.before is not None and _epoch_is_over(trainer.fit_loop.state_dict()):
             trainer.fit_loop.epoch_loop.restarting = False  # Lightning sets it for a training by max_steps
 
@@ -288,6 +301,15 @@ class Continue(Callback):
         if not self._counted:
             trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
             self._counted = True
+
+
+def _require_moments(trainer: Trainer) -> None:
+    """Check the moments of Adam and its kin: one of another shape would fail in the middle of a step."""
+    for optimizer in trainer.optimizers:
+        for parameter, state in optimizer.state.items():
+            for name, value in state.items():
+                if name in ("exp_avg", "exp_avg_sq") and getattr(value, "shape", None) != parameter.shape:
+                    raise Mistake(f"its entry optimizer_states holds {name} of another shape than its tensor; {ADVICE}")
 
 
 def _complete_epoch(loops: dict[str, Any]) -> None:

@@ -16,6 +16,7 @@ from dynadapter.exits.token_merging import TokenMerging
 from dynadapter.limits import require_bounded, require_few_classes
 from dynadapter.spec import plain, restore
 from dynadapter.training.callbacks.early_exit import EarlyExit
+from dynadapter.training.entries import MODEL, OURS, require_entries
 from dynadapter.training.sharding import local_part
 
 FORMAT = 2
@@ -117,7 +118,7 @@ def saved_contents(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a checkpoint holds under the key ``dynadapter``.
 
     Raises:
-        ValueError: It was not written by this package, or has another format.
+        ValueError: It was not written by this package, has another format, or lacks an entry.
     """
     saved = checkpoint.get("dynadapter")
     if not isinstance(saved, Mapping):
@@ -134,6 +135,8 @@ def saved_contents(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
             f"this checkpoint has the old format {format}, this dynadapter reads {FORMAT}; train again, or use the "
             "version of dynadapter that wrote it"
         )
+    require_entries(checkpoint, MODEL)
+    require_entries(saved, OURS, "dynadapter.")
     require_bounded(saved, "the checkpoint")
     require_few_classes(len(saved["class_names"]))
     return dict(saved)

@@ -1,0 +1,150 @@
+"""Damaged entries of a checkpoint, and what fails beside the program: one line that names it and the way out."""
+
+import copy
+import errno
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dynadapter.cli import main
+from dynadapter.cli.errors import Mistake, describe
+from dynadapter.cli.resume import earlier_run
+from dynadapter.training.entries import MODEL, OURS, TRAINING
+from dynadapter.training.module import ExitClassifier
+from dynadapter.training.restoring import load_classifier
+
+TINY = str(Path(__file__).parent / "conf" / "tiny.yaml")
+pytestmark = pytest.mark.filterwarnings("ignore:The number of training batches")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("runs")
+    main(["fit", "-c", TINY, f"--trainer.default_root_dir={root}", "--trainer.max_epochs=2"])
+    return root / "version_0"
+
+
+@pytest.fixture(scope="module")
+def content(run: Path) -> dict[str, Any]:
+    return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+
+
+DAMAGES: dict[str, Callable[[Any, Any], Any]] = {
+    "missing": lambda part, key: part.pop(key),
+    "none": lambda part, key: part.__setitem__(key, None),
+    "another type": lambda part, key: part.__setitem__(key, "text" if isinstance(part[key], list) else [1.5]),
+}
+NO_DAMAGE = {("dynadapter.data", "none"), ("dynadapter.batches", "none"), ("optimizer_states", "missing")}
+KEYS = [*MODEL, *(f"dynadapter.{name}" for name in OURS), *TRAINING]
+
+
+@pytest.mark.parametrize(("key", "damage"), [(k, d) for k in KEYS for d in DAMAGES if (k, d) not in NO_DAMAGE])
+def test_damaged_entry_is_named(key: str, damage: str, content: dict[str, Any], tmp_path: Path) -> None:
+    damaged = content | {"dynadapter": dict(content["dynadapter"])}
+    home, _, name = key.rpartition(".")
+    DAMAGES[damage](damaged[home] if home else damaged, name)
+    path = tmp_path / "version_0" / "checkpoints" / "last.ckpt"
+    path.parent.mkdir(parents=True)
+    torch.save(damaged, path)
+    with pytest.raises((ValueError, Mistake), match=rf"last\.ckpt: its entry {key}") as error:
+        earlier_run(path) if key in TRAINING else load_classifier(path)
+    assert ": give another one of this run" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def _moments_of_another_shape(content: dict[str, Any]) -> None:
+    content["optimizer_states"][0]["state"][0]["exp_avg"] = torch.zeros(7, 5)
+
+
+def _progress_of_the_optimizer(content: dict[str, Any]) -> None:
+    del content["loops"]["fit_loop"]["epoch_loop.automatic_optimization.optim_progress"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (_moments_of_another_shape, "optimizer_states holds exp_avg of another shape"),
+        (_progress_of_the_optimizer, "4 steps are done, and its loops say 0"),
+        (lambda content: content["loops"].pop("fit_loop"), "cannot be restored (KeyError: 'fit_loop')"),
+    ],
+)
+def test_damaged_training_state(
+    damage: Callable[[dict[str, Any]], None],
+    words: str,
+    run: Path,
+    content: dict[str, Any],
+    tmp_path: Path,
+    capsys: Any,
+) -> None:
+    damaged = copy.deepcopy(content)
+    damage(damaged)
+    place = tmp_path / "version_0" / "checkpoints"
+    place.mkdir(parents=True)
+    torch.save(damaged, place / "last.ckpt")
+    (tmp_path / "version_0" / "config.yaml").write_bytes((run / "config.yaml").read_bytes())
+    with pytest.raises(SystemExit) as ending:
+        main(["fit", "--resume", str(tmp_path / "version_0"), "--trainer.max_epochs=3"])
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert ending.value.code == 2
+    assert line.startswith("dynadapter: error: ")
+    assert words in line
+    assert "give another one of this run" in line
+
+
+# ---- what fails beside the program
+
+OUTAGES = [
+    (RuntimeError("DataLoader worker (pid(s) 12, 13) exited unexpectedly"), "reads images was killed", "num_workers"),
+    (RuntimeError("DataLoader worker (pid 5) is killed by signal: Killed. "), "reads images was killed", "num_workers"),
+    (RuntimeError("DataLoader worker (pid 5) is killed by signal: Bus error. "), "shared memory", "/dev/shm"),
+    (
+        RuntimeError("[../gloo/transport/tcp/pair.cc:525] Connection closed by peer [127.0.0.1]:1"),
+        "another process",
+        "abo",
+    ),
+    (torch.distributed.DistBackendError("NCCL error in: x.cpp:1, remote process exited"), "another process", "above"),
+    (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "a"), "the disk is full", "free space"),
+    (OSError(errno.EDQUOT, os.strerror(errno.EDQUOT), "a"), "the disk is full", "free space"),
+    (OSError(errno.ESTALE, os.strerror(errno.ESTALE), "a"), "file system failed", "mount"),
+    (OSError(errno.EIO, os.strerror(errno.EIO), "a"), "file system failed", "mount"),
+    (OSError(errno.ENOTCONN, os.strerror(errno.ENOTCONN), "a"), "file system failed", "mount"),
+    (OSError(errno.EMFILE, os.strerror(errno.EMFILE), "a"), "too many files are open", "ulimit -n"),
+    (OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)), "memory is full", "smaller batch"),
+    (MemoryError(), "memory is full", "smaller batch"),
+    (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 9 bytes"), "memory is full", "smaller"),
+]
+
+
+@pytest.mark.parametrize(("error", "cause", "way"), OUTAGES, ids=lambda value: str(value)[:40])
+def test_outage_is_named(error: Exception, cause: str, way: str) -> None:
+    line, code = describe(error)
+    assert code == 2
+    assert line.startswith("error: ")
+    assert cause in line
+    assert way in line
+    assert "\n" not in line
+
+
+def test_killed_worker_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    step = ExitClassifier.training_step
+
+    def kills(self: ExitClassifier, *args: Any) -> Any:
+        if self.global_step == 3:
+            worker = next(iter(torch.multiprocessing.active_children()))
+            os.kill(worker.pid, signal.SIGKILL)
+            worker.join()
+        return step(self, *args)
+
+    monkeypatch.setattr(ExitClassifier, "training_step", kills)
+    args = ["--data.num_workers=1", "--trainer.max_epochs=3", "--trainer.limit_train_batches=2"]
+    with pytest.raises(SystemExit) as ending:
+        main(["fit", "-c", TINY, f"--trainer.default_root_dir={tmp_path}", *args])
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert ending.value.code == 2
+    assert line.startswith("dynadapter: error: a process that reads images was killed")
+    assert f"continue with: dynadapter fit --resume {tmp_path / 'version_0'}" in line
