@@ -165,8 +165,9 @@ def test_calibration_of_lists_and_drawn_images(tmp_path):
         check_images(drawn, "train", file, guarantee=True)
 
 
-def test_unknown_training_images_are_a_note(tmp_path):
-    torch.save({"dynadapter": {"data": None}}, tmp_path / "a.ckpt")
+@pytest.mark.parametrize("images", [None, {}, [1], {"by": "name"}, {"by": "path", "train": 1, "val": "x"}])
+def test_unknown_training_images_are_a_note(images, tmp_path):
+    torch.save({"dynadapter": {"images": images}}, tmp_path / "a.ckpt")
     [note] = check_images(Shapes(8, 4, 4), "val", str(tmp_path / "a.ckpt"))
     assert "the images of the training are unknown" in note
 

@@ -44,11 +44,11 @@ def check_images(data: ImageData, split: Split, ckpt_path: str, guarantee: bool 
             f"{type(data).__name__} has no {WORDS[split]} images; calibrate a checkpoint that was trained{switch}, and "
             "use its policy for this network too"
         )
-    saved = torch.load(ckpt_path, map_location="cpu", weights_only=True)["dynadapter"].get("images")
-    if not saved:
+    if (known := _images_of_the_training(ckpt_path)) is None:
         return ("the images of the training are unknown, and may be among these",)
-    keys = images.image_keys(saved["by"])[1]
-    trained = torch.isin(keys, saved["train"])
+    by, train, held_out = known
+    keys = images.image_keys(by)[1]
+    trained = torch.isin(keys, train)
     both, what = int(trained.sum()), f"the {len(images)} {WORDS[split]} images"
     if both and guarantee:
         raise Mistake(
@@ -66,7 +66,18 @@ def check_images(data: ImageData, split: Split, ckpt_path: str, guarantee: bool 
         return (f"{both} of {what} equal training images and are left out",)
     if both and split == "test":
         return (f"the network was trained on {both} of {what}",)
-    return _compare_held_out(keys, saved["val"]) if split == "val" else ()
+    return _compare_held_out(keys, held_out) if split == "val" else ()
+
+
+def _images_of_the_training(ckpt_path: str) -> tuple[Literal["content", "path"], Tensor, Tensor] | None:
+    """Return what a checkpoint keeps of the training and validation images; None if it keeps nothing that is whole."""
+    saved = torch.load(ckpt_path, map_location="cpu", weights_only=True)["dynadapter"].get("images")
+    if not isinstance(saved, dict):
+        return None
+    by, keys = saved.get("by"), [saved.get("train"), saved.get("val")]
+    if by not in ("content", "path") or not all(isinstance(one, Tensor) and one.dtype == torch.int64 for one in keys):
+        return None
+    return by, keys[0], keys[1]
 
 
 def _compare_held_out(keys: Tensor, held_out: Tensor) -> tuple[str, ...]:
