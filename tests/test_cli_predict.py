@@ -171,12 +171,13 @@ def test_threads_change_nothing(workers, bundle, images, tmp_path):
 def test_images_are_read_ahead(bundle, images, tmp_path, monkeypatch):
     """But not all of them."""
     read_so_far, ahead = [], []
+    read_one = Preprocess.read
 
-    def counted(path: str) -> Image.Image:
+    def counted(preprocess: Preprocess, path: str) -> np.ndarray:
         read_so_far.append(path)
-        return load_image(path)
+        return read_one(preprocess, path)
 
-    monkeypatch.setattr(engine, "load_image", counted)
+    monkeypatch.setattr(Preprocess, "read", counted)
     with PredictionTable(tmp_path / "t.csv", [str(p) for p in find_images(images)], 2, {}) as table:
         for done, _ in enumerate(engine.read_batches(PREPROCESS, table, table.claim(), 2), 1):
             time.sleep(0.02)

@@ -175,7 +175,8 @@ def prepared(given: Any, number: int = 0) -> Iterator[tuple["Bundle", Prediction
         except ValueError as error:
             raise Mistake(_as_typed(error)) from error
         except OSError as error:
-            raise Mistake(f"{error.filename or output} cannot be read or written: {error.strerror}") from error
+            what = f"{error.filename} cannot be read" if error.filename in files else f"{output} cannot be written"
+            raise Mistake(f"{what}: {error.strerror}") from error
         with table:
             yield bundle, table
     finally:
