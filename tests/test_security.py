@@ -12,10 +12,14 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
+from lightning.pytorch.callbacks import LambdaCallback
 from packaging.requirements import Requirement
 from PIL import Image
 
 from dynadapter.cli import main
+from dynadapter.cli.errors import Mistake
+from dynadapter.cli.safety import check_config
 from dynadapter.data import ImageFolder, UnreadableImage, VTAB1k, lists
 from dynadapter.images.reading import load_image
 from dynadapter.training.module import ExitClassifier
@@ -100,12 +104,14 @@ def test_source_runs_no_text():
         ("torch", ("2.5.1", "2.9.1"), "2.10.0"),  # weights_only could be got around before 2.6 (CVE-2025-32434)
         ("jsonargparse", ("4.41.0", "5.0.0"), "4.42.0"),
         ("pillow", ("10.2.0",), "10.3.0"),  # CVE-2024-28219
-        ("timm", ("1.0.20",), "1.0.22"),
+        ("timm", ("1.0.20", "1.0.22", "1.0.25"), "1.0.26"),  # these could load pickles that run code
+        ("onnxruntime", ("1.20.0", "1.22.0", "1.23.0"), "1.24.1"),  # these read external data of graphs from any path
     ],
 )
 def test_bounds_exclude_bad_releases(name, bad, good):
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    (found,) = [r for r in map(Requirement, project["dependencies"]) if r.name == name]
+    stated = [*project["dependencies"], *project["optional-dependencies"]["onnx"]]
+    (found,) = [r for r in map(Requirement, stated) if r.name == name]
     assert not [version for version in bad if version in found.specifier]
     assert good in found.specifier
 
@@ -200,6 +206,17 @@ def test_class_named_by_a_checkpoint(what, where, content, mark, capsys, monkeyp
 
 # ---- a hostile config
 
+LAUGHTER = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"a{k}: &a{k} [{', '.join([f'*a{k - 1}'] * 10)}]\n" for k in range(1, 12)
+)
+MERGES = "a0: &a0 {x: 1}\n" + "".join(f"a{k}: &a{k} {{<<: [{', '.join([f'*a{k - 1}'] * 10)}]}}\n" for k in range(1, 12))
+
+
+def as_text(key: str, content: str) -> str:
+    """Return a config whose key holds YAML as a text, which jsonargparse reads as YAML again."""
+    return yaml.safe_dump({"model": {key: content}})
+
+
 CONFIGS = {
     "adapter": "model: {adapter: {class_path: os.mkdir, init_args: {path: MARK}}}",
     "backbone_args": "model: {backbone_args: {depth: {class_path: os.mkdir, init_args: {path: MARK}}}}",
@@ -218,8 +235,24 @@ CONFIGS = {
     "data": "data: {class_path: os.mkdir, init_args: {path: MARK}}",
     "a tag of Python": "model: !!python/object/apply:os.mkdir [MARK]",
     "a tag inside": "model: {backbone: !!python/object/apply:os.mkdir [MARK]}",
-    "laughter": "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n"
-    + "".join(f"a{k}: &a{k} [{', '.join([f'*a{k - 1}'] * 10)}]\n" for k in range(1, 12)),
+    "laughter": LAUGHTER,
+    "laughter in a text": as_text("backbone_args", LAUGHTER),
+    "laughter in a text in a text": as_text("backbone_args", yaml.safe_dump({"depth": LAUGHTER})),
+    "laughter in a list": as_text("exit_depths", LAUGHTER.replace("a11: &a11 ", "").replace("x", "1")),
+    "merges": MERGES,
+    "merges in a text": as_text("backbone_args", MERGES),
+    "a file as a section": "model: {F}/laughter.yaml",
+    "a file as a class": "model: {adapter: {F}/laughter.yaml}",
+    "a pipe as a section": "model: {F}/pipe",
+    "a pipe as a class": "model: {adapter: {F}/pipe}",
+    "a pipe as an argument": "early_exit: {policies: {F}/pipe}",
+    "too long": "model: " + "x" * 2**21,
+    "a list as a key": "? [a]\n: b",
+    "a torch function as a hook": "trainer: {callbacks: [{class_path: LambdaCallback, init_args: {setup: "
+    "torch.hub.load_state_dict_from_url}}]}",
+    "a torch function": "model: {optimizer: torch.hub.load}",
+    "a communication hook": "trainer: {strategy: {class_path: DDPStrategy, init_args: {ddp_comm_hook: "
+    "torch.distributed.algorithms.ddp_comm_hooks.default_hooks.allreduce_hook}}}",
     "a circle": "model: &m {backbone_args: *m}",
     "depth": "model: " + "[" * 5000,
 }
@@ -228,7 +261,9 @@ CONFIGS = {
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_hostile_config(kind, mark, capsys):
     path = mark.parent / "evil.yaml"
-    path.write_text(CONFIGS[kind].replace("MARK", str(mark)))
+    path.write_text(CONFIGS[kind].replace("MARK", str(mark)).replace("{F}", str(mark.parent)))
+    (mark.parent / "laughter.yaml").write_text(LAUGHTER)
+    os.mkfifo(mark.parent / "pipe")  # nobody ever writes there
     start = time.perf_counter()
     refused(["fit", "-c", TINY, "-c", str(path), "--trainer.fast_dev_run=true"], capsys)
     assert time.perf_counter() - start < 60
@@ -244,6 +279,66 @@ def test_config_with_usual_classes_passes(mark, capsys):
     with pytest.raises(SystemExit, match="0"):
         main(["fit", "-c", TINY, "-c", str(path), "--print_config"])
     assert "torch.optim.SGD" in capsys.readouterr().out
+
+
+def test_config_may_name_transforms():
+    for name in ("RandomHorizontalFlip", "RandAugment"):
+        check_config({"class_path": f"torchvision.transforms.v2.{name}", "init_args": {}}, "data.transform")
+    for wrong in (
+        os.mkdir,
+        torch.hub.load,
+        LambdaCallback,
+        {"class_path": "lightning.pytorch.callbacks.LambdaCallback"},
+    ):
+        with pytest.raises(Mistake, match="cannot be"):
+            check_config({"hook": wrong})
+
+
+# ---- pipes and devices
+
+PLACES = {
+    "config": ["fit", "-c", "{F}"],
+    "checkpoint": ["test", "--ckpt_path", "{F}"],
+    "checkpoint of a prediction": ["predict", "--ckpt_path", "{F}", "--images", "{F}", "--out", "p.csv"],
+    "weights": ["fit", "-c", TINY, "--model.weights={F}", "--trainer.fast_dev_run=true"],
+    "sweep": ["sweep", "{F}"],
+    "list": ["predict", "--bundle", "{B}", "--images", "{F}.txt", "--out", "p.csv"],
+    "table": ["predict", "--bundle", "{B}", "--images", "{F}.csv", "--out", "p.csv"],
+    "bundle": ["predict", "--bundle", "{P}", "--images", "{F}.csv", "--out", "p.csv"],
+    "run": ["fit", "--resume", "{R}"],
+    "section": ["fit", "-c", TINY, "--model", "{F}"],
+}
+
+
+@pytest.mark.parametrize("kind", ["a pipe", "a device"])
+@pytest.mark.parametrize("place", PLACES)
+def test_no_pipe_or_device_is_read(place, kind, tmp_path, capsys, monkeypatch):
+    def make(path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        os.mkfifo(path) if kind == "a pipe" else path.symlink_to("/dev/zero")
+
+    monkeypatch.chdir(tmp_path)
+    for name in (
+        "f",
+        "f.txt",
+        "f.csv",
+        "p/config.json",
+        "p/model.safetensors",
+        "r/checkpoints/last.ckpt",
+        "r/run.json",
+    ):
+        make(tmp_path / name)
+    (tmp_path / "r" / "config.yaml").write_text(Path(TINY).read_text())
+    (tmp_path / "b").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / "b" / name).write_text("{}")
+    places = {"{F}": tmp_path / "f", "{B}": tmp_path / "b", "{P}": tmp_path / "p", "{R}": tmp_path / "r"}
+    args = PLACES[place]
+    for mark, path in places.items():
+        args = [arg.replace(mark, str(path)) for arg in args]
+    start = time.perf_counter()
+    refused(args, capsys)
+    assert time.perf_counter() - start < 30
 
 
 # ---- a hostile list

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from dynadapter.cli.errors import Mistake
-from dynadapter.cli.safety import check_saved, data_class
+from dynadapter.cli.safety import check_saved, check_sizes, data_class
 from dynadapter.spec import plain, restore
 from dynadapter.training.checkpoints import read
 from dynadapter.training.contents import saved_contents
@@ -173,6 +173,7 @@ def _settings(checkpoint: dict[str, Any], path: Path, given: Collection[str]) ->
     data = ours.get("data")
     if data is not None and data_class(data["class_path"]):
         check_saved(data)
+        check_sizes(data)
         settings["data"] = plain(data)
     names = restore(ours["class_names"], list[str], "class_names")
     return settings, Trained(names, dict(ours["preprocessing"]), stored.get("image_size"))

@@ -43,6 +43,10 @@ LIBRARIES = ("torch", "lightning")
 """Packages whose dataclasses hold settings of strategies."""
 PLACES = ("dirpath", "save_dir", "root_dir", "log_dir", "output_dir")
 """Keys of folders that classes of Lightning write into."""
+WORKERS = 256
+"""Largest number of worker processes that a file may name."""
+LARGEST = 2**17
+"""Largest whole number among the other settings of data in a file, seeds left out."""
 NAME = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+")
 
 
@@ -99,6 +103,7 @@ def check_run(file: Path, content: Mapping[str, Any], trusted: Iterable[Any], gi
             check_name(model["backbone"])
         if "backbone_args" not in given:
             check_arguments(model.get("backbone_args"))
+        check_sizes(content.get("data"))
         for key, value in (pair for part in (content, *texts_read(content)) for pair in _texts(part)):
             if value not in named and not _run_may_name(key, value):
                 raise ValueError(f"{key} is {value!r:.200}")
@@ -164,6 +169,20 @@ def check_saved(settings: Any) -> None:
     elif isinstance(settings, list | tuple):
         for part in settings:
             check_saved(part)
+
+
+def check_sizes(data: Any) -> None:
+    """Refuse settings of data in a file that hold a number which is too large, such as a million processes.
+
+    Raises:
+        ValueError: If they do.
+    """
+    for name, part in data.items() if isinstance(data, Mapping) else ():
+        most = WORKERS if name == "num_workers" else LARGEST
+        number = int(part) if isinstance(part, int | str) and str(part).isdecimal() else 0  # a text is read as a number
+        if number > most and name != "seed":
+            raise ValueError(f"it has {name}={part!r:.20}; a file may name at most {most:,}")
+        check_sizes(part)
 
 
 def data_class(class_path: str) -> type[ImageData] | None:

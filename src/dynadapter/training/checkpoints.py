@@ -80,10 +80,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """
         if weights_only is False:
             raise ValueError("weights_only=False would run the code in a checkpoint; leave it out")
-        if not self.remote:
-            require_local(path)
-        if _is_local(path):
-            check(path)
+        if _is_local(path) or not self.remote:
+            return read(path, map_location)
         return super().load_checkpoint(path, map_location, weights_only=True)
 
     def remove_checkpoint(self, path: str | Path) -> None:
@@ -230,7 +228,7 @@ def newest(folder: Path) -> Resumable | None:
             open_regular(path).close()
             checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # tensors stay on the disk
             if "optimizer_states" in checkpoint:
-                found.append((checkpoint["global_step"], path.stat().st_mtime, path))
+                found.append((int(checkpoint["global_step"]), path.stat().st_mtime, path))
         except Exception:  # a damaged file can raise anything
             damaged.append(path)
     for step, _, path in sorted(found, reverse=True):
@@ -245,8 +243,12 @@ def newest(folder: Path) -> Resumable | None:
     return None
 
 
-def read(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint to the CPU, under ``weights_only=True``.
+def read(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
+    """Read a checkpoint, under ``weights_only=True``.
+
+    Args:
+        path: A local file.
+        map_location: As of :func:`torch.load`.
 
     Raises:
         ValueError: In one line, if it is damaged, no checkpoint, or not a local file.
@@ -254,7 +256,7 @@ def read(path: str | Path) -> dict[str, Any]:
     require_local(path)
     check(path)
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = torch.load(path, map_location=map_location, weights_only=True)
     except Exception as error:  # a damaged file can raise anything
         foreign = "weights_only" in str(error).lower()
         why = "it holds more than numbers, text and tensors" if foreign else "it was not written by torch"
