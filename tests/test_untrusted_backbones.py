@@ -168,7 +168,7 @@ def unchecked(spec: Any, **fields: Any) -> Any:
 
 
 SETTINGS: dict[str, Callable[[dict[str, Any]], Any]] = {
-    "classes": lambda c: c["dynadapter"].update(class_names=[str(k) for k in range(150_000)]),
+    "classes": lambda c: c["dynadapter"].update(class_names=[str(k) for k in range(100_001)]),
     "classes counted": lambda c: c["hyper_parameters"].update(num_classes=10**9),
     "references": lambda c: c["hyper_parameters"].update(exit_depths=shared(12)),
     "references in the data": lambda c: c["dynadapter"].update(data={"class_path": "x", "init_args": shared(12)}),
@@ -180,7 +180,7 @@ SETTINGS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "an optimizer": lambda c: c["hyper_parameters"].update(optimizer="torch.hub.load"),
     "no mapping": lambda c: c.update(hyper_parameters=[1]),
     "depth": lambda c: c["hyper_parameters"].update(depth=10**6),
-    "exits": lambda c: c["hyper_parameters"].update(exit_depths=list(range(250_000))),
+    "exits": lambda c: c["hyper_parameters"].update(exit_depths=list(range(201_000))),
 }
 
 
@@ -197,7 +197,7 @@ BUNDLES: dict[str, Callable[[dict[str, Any]], Any]] = {
     "depth": lambda c: c["backbone"].update(depth=10**6),
     "pixels": lambda c: c["preprocessing"].update(image_size=10**6),
     "pixels of the backbone": lambda c: c["backbone"].update(image_size=10**6, timm_args={}),
-    "much": lambda c: c.update(measured={str(k): k for k in range(10**6)}),
+    "much": lambda c: c.update(measured={str(k): k for k in range(210_000)}),
 }
 
 

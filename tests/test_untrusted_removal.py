@@ -159,6 +159,9 @@ EDITS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "class by a dotted key": (lambda c: c.update({"model.adapter": "LoRA"}), "it is not as fit writes it"),
     "section in a text": (lambda c: c.update(model="{backbone: micro}"), "it is not as fit writes it"),
     "function": (callback("LambdaCallback", setup="os.getcwd"), "class_path is 'LambdaCallback'"),
+    "workers": (lambda c: c["data"]["init_args"].update(num_workers=10**6), "num_workers=1000000"),
+    "workers in a text": (lambda c: c["data"]["init_args"].update(num_workers="1000000"), "num_workers='1000000'"),
+    "images": (lambda c: c["data"]["init_args"].update(train_images=10**9), "train_images=1000000000"),
     "hub": (lambda c: c["model"].update(backbone="hf-hub:a/b"), "the backbone 'hf-hub:a/b'"),
     "weights": (lambda c: c["model"]["backbone_args"].update(checkpoint_path="x"), "the argument 'checkpoint_path'"),
 }
