@@ -17,6 +17,7 @@ import dynadapter
 from dynadapter import Never, create_backbone
 from dynadapter.adapters import LoRA
 from dynadapter.cli import main
+from dynadapter.data.shapes import CLASSES
 from dynadapter.images.preprocess import Preprocess
 from dynadapter.serve.bundle import bundle_from_classifier
 from dynadapter.training.checkpoints import AtomicCheckpointIO
@@ -27,11 +28,15 @@ pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` 
 ONE_LINE = r"\A[^\n]+\Z"
 
 
+def shapes_classifier() -> ExitClassifier:
+    return make_classifier(num_classes=len(CLASSES), class_names=list(CLASSES))
+
+
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint, and beside it a bundle."""
     folder = tmp_path_factory.mktemp("saved")
-    module = make_classifier()
+    module = shapes_classifier()
     fitted(module, folder / "good.ckpt")
     bundle_from_classifier(module, folder / "bundle", policy=Never(), preprocessing=Preprocess(32), costs=None)
     return folder
@@ -273,7 +278,7 @@ def test_flag_allows_a_remote_checkpoint(saved):
     place = "memory://remote/a.ckpt"
     files = AtomicCheckpointIO(remote=True)
     files.save_checkpoint(read(saved / "good.ckpt"), place)
-    trainer(plugins=[files]).validate(make_classifier(), loader(1), ckpt_path=place, verbose=False)
+    trainer(plugins=[files]).validate(shapes_classifier(), loader(1), ckpt_path=place, verbose=False)
 
 
 @pytest.mark.parametrize("method", ["fit", "validate", "test", "predict"])
