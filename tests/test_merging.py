@@ -341,7 +341,7 @@ def test_bfloat16() -> None:
 
 @pytest.mark.parametrize("options", VITS.values(), ids=VITS)
 def test_the_meter_agrees_with_torch(options: dict[str, Any]) -> None:
-    net = network(make_vit(**options).requires_grad_(False), LoRA(rank=4), token_merging=TWICE)
+    net = network(make_vit(**options), LoRA(rank=4), token_merging=TWICE).requires_grad_(False)
     costs, plain = exit_costs(net), exit_costs(network(make_vit(**options), LoRA(rank=4)))
     assert [a - b for a, b in zip(costs.macs, costs.light, strict=True)] == by_torch(net, 32)
     assert costs.static == plain.static
