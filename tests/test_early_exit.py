@@ -258,3 +258,9 @@ def test_a_config_builds_it() -> None:
     config = parser.parse_object({"early_exit": {"policies": given}})
     built = (getattr(parser, "instantiate", None) or parser.instantiate_classes)(config).early_exit
     assert built.policies == [Confidence((0.5, 0.9)), Patience()]
+
+
+def test_static_network_has_one_share() -> None:
+    early = EarlyExit([Confidence(0.9), Never()])
+    trainer(early).test(make_classifier(exit_depths=[]), data(), verbose=False)
+    assert [result.shares.tolist() for result in early.results] == [[1.0], [1.0]]

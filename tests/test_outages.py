@@ -130,6 +130,18 @@ def test_outage_is_named(error: Exception, cause: str, way: str) -> None:
     assert "\n" not in line
 
 
+@pytest.mark.parametrize(
+    "fails",
+    [lambda: bytes([0x89]).decode(), lambda: Path("a\0b").read_bytes(), lambda: [1] * 10**30],
+)
+def test_value_that_python_refuses(fails: Callable[[], Any]) -> None:
+    try:
+        fails()
+    except Exception as error:
+        line, code = describe(error)
+        assert (code, line[:7]) == (2, "error: ")
+
+
 def test_killed_worker_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     step = ExitClassifier.training_step
 

@@ -94,6 +94,9 @@ def _check_arguments(num_classes: int, timm_args: dict[str, Any]) -> None:
         raise ValueError(f"num_classes={num_classes} must be at least 0; 0 gives a model without classifier")
     if timm_args.get("global_pool") == "":
         raise ValueError("global_pool='' leaves features unpooled; choose 'avg', 'token' ..., or leave it out")
+    rate = timm_args.get("drop_path_rate") or 0.0
+    if not (isinstance(rate, int | float) and 0 <= rate < 1):
+        raise ValueError(f"drop_path_rate={rate!r:.40} must be a number of at least 0 and below 1")
     if dead := [name for name in DEAD if timm_args.get(name)]:
         raise ValueError(
             f"{dead[0]}={timm_args[dead[0]]} would have no effect: a frozen backbone stays in evaluation mode; leave "

@@ -142,8 +142,10 @@ def describe(error: Exception) -> tuple[str, int]:
 def _is_input_error(error: Exception) -> bool:
     from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-    if isinstance(error, OSError | ImportError | MisconfigurationException):
+    if isinstance(error, OSError | ImportError | UnicodeError | OverflowError | MisconfigurationException):
         return True
+    if isinstance(error, ValueError) and re.search(r"embedded null|format string|islice\(\)|int too large", str(error)):
+        return True  # of a value that was given: Python itself refuses it
     return isinstance(error, ValueError | TypeError) and raised_on_purpose(error)
 
 

@@ -14,6 +14,7 @@ OURS: Kinds = {
     "class_names": list,
     "preprocessing": Mapping,
     "data": (Mapping, NoneType),
+    "images": Mapping,
     "batches": (int, float, NoneType),
     "policies": list,
 }

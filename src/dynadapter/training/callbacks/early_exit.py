@@ -102,8 +102,8 @@ class EarlyExit(Callback):
         """The result of each policy on the last split; empty if none has run."""
         results = []
         for name, use in self._uses.items():
-            shares, accuracy, nonfinite = use.compute()
-            results.append(PolicyResult(name, float(accuracy), shares.cpu(), int(nonfinite)))
+            shares, accuracy, nonfinite = use.compute()  # torchmetrics makes one share a scalar
+            results.append(PolicyResult(name, float(accuracy), shares.cpu().reshape(-1), int(nonfinite)))
         return results
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
