@@ -74,7 +74,7 @@ def test_source_loads_no_pickle():
     seen = 0
     for file, name, named in calls():
         last = name.rpartition(".")[2]
-        if name in ("torch.load", "read_checkpoint"):
+        if name == "torch.load" or (name == "read_checkpoint" and file == "weight_files.py"):  # there it is timm's
             seen += 1
             assert ast.unparse(named["weights_only"]) == "True", file
         assert name != "torch.export.load", file  # it loads pickles
