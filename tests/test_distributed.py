@@ -191,7 +191,7 @@ def test_sharded_training_is_equal(folder: Path) -> None:
 def test_sharded_checkpoint_equals_a_single(name: str, folder: Path) -> None:
     one, two = (torch.load(folder / f"{name}.{n}.ckpt", weights_only=True) for n in (1, 2))
     assert one.keys() == two.keys()
-    assert one["dynadapter"] == two["dynadapter"]
+    assert str(one["dynadapter"]) == str(two["dynadapter"])  # one of its values is a tensor
     assert difference(two["state_dict"], one["state_dict"]) <= 1e-6
     module = make_classifier()
     module.load_state_dict(two["state_dict"])  # strictly

@@ -12,9 +12,11 @@ import torch
 from conftest import CLASSES
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint, Timer
+from PIL import Image
 from tiny import QUIET, make_classifier, trainer
 from torch.utils.data import DataLoader, TensorDataset
 
+from dynadapter.data.folder import ImageFolder
 from dynadapter.training.callbacks.loss_weights import ExitWeights
 from dynadapter.training.callbacks.sparsity import BidirectionalSparsity
 from dynadapter.training.module import ExitClassifier
@@ -65,12 +67,13 @@ def batches(count: int, size: int) -> DataLoader:
     return DataLoader(TensorDataset(images, torch.arange(count) % CLASSES), batch_size=size)
 
 
-def classifier() -> ExitClassifier:
+def classifier(**changes: Any) -> ExitClassifier:
     return make_classifier(
         backbone_args=SMALL,
         exit_depths=[1],
         lr_schedule=Linear(1.0, 0.0),
         optimizer=lambda p: torch.optim.SGD(p, lr=1.0),
+        **changes,
     )
 
 
@@ -192,3 +195,29 @@ def test_unchanged_resume_is_bit_exact(place: str, started: Any) -> None:
     train(straight, 4, **options)
     train(rates, 4, ckpt_path=checkpoint, **options)
     assert before + rates.seen == straight.seen
+
+
+@pytest.mark.parametrize(("first", "second"), [(4, 12), (12, 4)])
+def test_image_folder_resumes_after_validation(first: int, second: int, tmp_path: Path) -> None:
+    for split, count in (("train", 8), ("val", 2)):
+        for k in range(3 * count):
+            (tmp_path / split / "abc"[k % 3]).mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (8, 8), (80 * (k % 3), k, 0)).save(tmp_path / split / "abc"[k % 3] / f"{k}.png")
+    options: dict[str, Any] = {"max_epochs": EPOCHS, "min_epochs": 0, "num_sanity_val_steps": 0}
+    rates, steps = Rates(), IMAGES // first * 2
+    saver = ModelCheckpoint(tmp_path / "run", save_last=True, save_on_train_epoch_end=False)
+    for batch, callbacks, checkpoint in (
+        (first, [saver, StopAfter(steps)], None),
+        (second, [], tmp_path / "run" / "last.ckpt"),
+    ):
+        data = ImageFolder(tmp_path, image_size=8, batch_size=batch)
+        run = trainer(*schedules(), rates, *callbacks, enable_checkpointing=bool(callbacks), **options)
+        rates.resumed = checkpoint is not None
+        rates.slack = lambda *_: 0.2  # type: ignore[method-assign]
+        run.fit(classifier(num_classes=3), datamodule=data, ckpt_path=checkpoint)
+    assert len(rates.seen) == steps + IMAGES // second * 2
+    changes = [b - a for a, b in itertools.pairwise(rates.seen)]
+    assert min(changes) > -0.01  # the first step has the rate of the first plan
+    assert max(changes) < 2.2 / 7
+    assert rates.seen[-1] == pytest.approx(1, abs=1e-6)
+    assert rates.epochs[steps] == 2

@@ -330,11 +330,11 @@ class ExitClassifier(CheckedLoading):
         Raises:
             ValueError: It has another format, backbone or classes, lacks tensors, or holds NaN or infinity.
         """
-        saved = saved_contents(checkpoint)
+        sharded = is_sharded(self.net)  # then Lightning has loaded the tensors one by one by now, and checked nothing
+        saved = saved_contents({"state_dict": {}, **checkpoint} if sharded else checkpoint)
         require_finite(checkpoint)
         path = self._trainer.ckpt_path if self._trainer is not None else None
-        if is_sharded(self.net) and path is not None and os.path.isfile(path):
-            # Lightning has loaded the tensors one by one by now, without a check for missing ones.
+        if sharded and path is not None and os.path.isfile(path):
             held = torch.load(path, map_location="cpu", mmap=True, weights_only=True)["state_dict"]
             require_keys(held.keys(), self)
         class_names = common_classes(list(saved["class_names"]), self.class_names, self._datamodule)

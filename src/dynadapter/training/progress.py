@@ -43,7 +43,7 @@ def start_progress(trainer: Trainer, caller: str, varies: bool, batches: int | N
     counts, now = trainer.fit_loop.epoch_loop.batch_progress, trainer.num_training_batches
     if counts.is_last_batch:
         batches = counts.current.ready
-    if batches and math.isfinite(now) and batches != now:
+    if batches is not None and 0 < batches < math.inf and math.isfinite(now) and batches != now:
         seen = counts.current.ready
         shift = math.ceil(seen * now / batches) - seen
         for count in ("ready", "started", "processed", "completed"):
