@@ -1,7 +1,7 @@
 """The images of a calibration: check that the network was not trained on them, and run them through it once."""
 
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Trainer
@@ -74,8 +74,9 @@ def _images_of_the_training(ckpt_path: str) -> tuple[Literal["content", "path"],
     saved = torch.load(ckpt_path, map_location="cpu", weights_only=True)["dynadapter"].get("images")
     if not isinstance(saved, dict):
         return None
-    by, keys = saved.get("by"), [saved.get("train"), saved.get("val")]
-    if by not in ("content", "path") or not all(isinstance(one, Tensor) and one.dtype == torch.int64 for one in keys):
+    by: Any = saved.get("by")
+    keys = [one for one in (saved.get("train"), saved.get("val")) if isinstance(one, Tensor)]
+    if by not in ("content", "path") or [one.dtype for one in keys] != [torch.int64, torch.int64]:
         return None
     return by, keys[0], keys[1]
 

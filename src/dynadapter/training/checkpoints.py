@@ -131,7 +131,8 @@ class RunCheckpoint(ModelCheckpoint):
             Busy: Another training saves into it.
         """
         super().setup(trainer, pl_module, stage)
-        if stage == "fit" and trainer.is_global_zero and self.dirpath is not None and _is_local(self.dirpath):
+        saves = stage == "fit" and trainer.is_global_zero and not trainer.fast_dev_run  # type: ignore[attr-defined]
+        if saves and self.dirpath is not None and _is_local(self.dirpath):
             self._release()
             Path(self.dirpath).parent.mkdir(parents=True, exist_ok=True)
             with contextlib.ExitStack() as held:
