@@ -1,5 +1,6 @@
 """Three tiny backbones, one of each family, each six blocks deep, and images that fit them all."""
 
+import signal
 from collections.abc import Callable
 
 import pytest
@@ -7,6 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from dynadapter.backbones import create_backbone
+
+# A shell without a terminal starts jobs that ignore these signals, which tests send
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 torch.set_num_threads(1)  # for tensors this small a second thread costs more than it does
 

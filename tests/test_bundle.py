@@ -527,14 +527,14 @@ def test_error_while_writing(tmp_path, monkeypatch):
 
     place = save(tmp_path / "b")[1]
     before = {path.name: path.read_bytes() for path in place.iterdir()}
-    write = folder._write
+    write = folder.write
 
     def failing(path, data):
         if path.name == "config.json":
             raise Killed
         write(path, data)
 
-    monkeypatch.setattr(folder, "_write", failing)
+    monkeypatch.setattr(folder, "write", failing)
     for target, overwrite in ((tmp_path / "c", False), (place, True)):
         with pytest.raises(Killed):
             save(target, overwrite=overwrite, policy=Never())

@@ -102,8 +102,9 @@ def test_other_classes_are_refused(trained, tmp_path, capsys):
         main(["test", "--ckpt_path", str(trained / "checkpoints" / "last.ckpt"), *OPTIONS, f"--data.root={root}"])
     line = capsys.readouterr().err.splitlines()[-1]
     assert ending.value.code == 2
-    assert "'dark', 'grey', 'white'" in line
-    assert "'dark', 'gray', 'white'" in line
+    assert "classes that the model does not know: gray" in line
+    assert "dark, grey, white; the data have dark, gray, white" in line
+    assert "compute_fn" not in line
 
 
 def test_resumed_fit_matches_classes_by_name(trained, tmp_path):

@@ -640,8 +640,10 @@ def test_missing_names_keep_the_indices():
     named.take_classes(["0", "1", "2"])  # a model without class names
     with pytest.raises(ValueError, match="4 classes without names, and the data have 3: b, c, a; give the model"):
         named.take_classes(["0", "1", "2", "3"])
-    numbered.take_classes(list("xyzt"))  # data without class names
-    assert (named.class_names, numbered.class_names) == (list("bca"), list("xyzt"))
+    with pytest.raises(ValueError, match="3 classes without names, and the model has 4: x, y, z, t; name the classes"):
+        numbered.take_classes(list("xyzt"))
+    numbered.take_classes(list("xyz"))  # data without class names
+    assert (named.class_names, numbered.class_names) == (list("bca"), list("xyz"))
     assert [label for _, label in numbered.dataset("test").samples] == [0, 1, 2, 0]
 
 

@@ -41,6 +41,8 @@ def innermost(message: str) -> ParserError:
             text = textwrap.dedent(text[found.end() :]).strip("\n")
         elif found := re.match(r"Type .* expects a function or a callable class: (?=Parser key)", text):
             text = re.sub(r"\. Got value: Namespace\(.*", "", text[found.end() :], flags=re.DOTALL)
+        elif found := re.match(r"Call to compute_fn of link .* failed: ", text, flags=re.DOTALL):
+            text = text[found.end() :]
         elif text.startswith("- "):
             text = _most_specific(text)
         elif text.startswith("Does not validate against any of the Union subtypes") and "Errors:\n" in text:

@@ -11,7 +11,7 @@ def match_classes(own: Sequence[str], names: Sequence[str]) -> list[int]:
 
     Names are matched with equal names, and numbers with equal numbers ("02" is 2), whatever their order: folders are
     sorted as text, labels of a list count. A model without names takes as many classes as it has in their order. Data
-    without names, which are only the numbers from 0, are the model's indices.
+    without names, which are only the numbers from 0, are the model's indices if they have as many classes.
 
     Args:
         own: The class names of the data, in the order of their labels.
@@ -35,12 +35,17 @@ def match_classes(own: Sequence[str], names: Sequence[str]) -> list[int]:
             return [place[number] for number in ours]
     elif is_numbered(names) and len(own) == len(names):
         return list(range(len(own)))
-    elif ours and sorted(ours) == list(range(len(own))) and len(own) <= len(names):
+    elif ours and sorted(ours) == list(range(len(names))):
         return ours
     if is_numbered(names) and not ours:
         raise ValueError(
             f"the model has {len(names)} classes without names, and the data have {len(own)}: {listed(own)}; give the "
             "model class_names, or data with all of its classes"
+        )
+    if is_numbered(own) and not theirs:
+        raise ValueError(
+            f"the data have {len(own)} classes without names, and the model has {len(names)}: {listed(names)}; name "
+            "the classes of the data, for lists in classes.txt"
         )
     unknown = [name for name in own if name not in index]
     raise ValueError(
