@@ -170,15 +170,18 @@ def test_packed_predictions(classes, bytes_an_image, tmp_path):
     logits = 3 * torch.randn(4, 2000, classes, generator=generator)
     targets = torch.randint(classes, (2000,), generator=generator)
     exit_index = torch.randint(4, (2000,), generator=generator)
-    lines.pack(tmp_path / "p.npz", logits, targets, torch.arange(2000), exit_index)
-    with np.load(tmp_path / "p.npz") as packed:
+    lines.pack(tmp_path, logits, targets, torch.arange(2000), exit_index)
+    with np.load(tmp_path / lines.PREDICTIONS) as packed:
         assert (packed["predictions"] == logits.argmax(-1).numpy()).all()
         assert np.abs(packed["confidences"] - logits.softmax(-1).amax(-1).numpy()).max() < 1e-3
         assert (packed["targets"] == targets.numpy()).all()
         assert (packed["files"] == np.arange(2000)).all()
         assert (packed["exit_index"] == exit_index.numpy()).all()
-    assert (tmp_path / "p.npz").stat().st_size < bytes_an_image * 2000
-    assert [path.name for path in tmp_path.iterdir()] == ["p.npz"]
+    assert (tmp_path / lines.PREDICTIONS).stat().st_size < bytes_an_image * 2000
+    with np.load(tmp_path / lines.LOGITS) as packed:
+        assert packed["logits"].dtype == np.float16
+        assert np.allclose(packed["logits"], logits.numpy(), rtol=1e-3, atol=1e-6)
+    assert {path.name for path in tmp_path.iterdir()} == {lines.PREDICTIONS, lines.LOGITS}
 
 
 # ---- results of one run
@@ -271,6 +274,16 @@ def test_table_as_text():
     assert draw(table, sweep, "title").axes[0].get_ylabel() == "test accuracy in %, mean of 4 tasks"
 
 
+def test_table_of_a_sweep_without_final_runs():
+    sweep = make_sweep(seeds=[], search_seeds=[0, 1])
+    done = finish(sweep, lambda unit: 0.5 + 0.1 * (unit.scale == 10) + 0.02 * unit.seed)
+    assert {unit.split for unit in done} == {SEARCH}
+    assert sum(sweep.remaining(done).values()) == 0
+    text = as_markdown(rows(sweep, done), sweep)
+    assert "on val200, on which" in text
+    assert "| lora, dynamic, exit 1 | 61.0 ± 1.4 (50 %) |" in text  # scale 10 won
+
+
 # ---- the file of a sweep
 
 
@@ -334,6 +347,7 @@ def write_sweep(folder: Path, data: Path, **changes: Any) -> Path:
         ({"root": "/nowhere"}, "root=/nowhere is no folder"),
         ({"sedes": [1]}, "sedes"),
         ({"seeds": ["a"]}, "seeds"),
+        ({"seeds": []}, "give seeds, or search_seeds alone"),
     ],
     ids=lambda part: " ".join(part) if isinstance(part, dict) else "",
 )
@@ -399,6 +413,18 @@ def test_line_holds_what_a_number_needs(finished):
             shares = np.bincount(packed["exit_index"], minlength=len(right)) / len(packed["targets"])
         assert right.mean(1).tolist() == pytest.approx([entry["accuracy"] for entry in line["exits"]])
         assert shares == pytest.approx(list(line["policy"]["exit_shares"].values()), abs=1e-5)
+
+
+def test_sweep_without_seeds_reads_no_test(data, tmp_path, capsys):
+    root = shutil.copytree(data, tmp_path / "tasks")
+    (root / "colours" / "test.txt").unlink()
+    changes = {"scales": [1], "seeds": [], "search_seeds": [3], "recipes": {"dynamic": ["vtab"]}}
+    main(["sweep", str(write_sweep(tmp_path, root, **changes))])
+    (unit,) = lines.read(tmp_path / "out")
+    assert (unit.split, unit.seed) == (SEARCH, 3)
+    assert "| lora, dynamic, exit 2 |" in capsys.readouterr().out
+    with np.load(tmp_path / "out" / "runs" / unit.name / lines.LOGITS) as packed:
+        assert packed["logits"].shape == (2, 20, 3)
 
 
 def test_thresholds_are_carried_over(finished):

@@ -90,7 +90,7 @@ def write_table(file: SweepFile) -> str:
     done = lines.read(file.out)
     table = rows(file.sweep, done)
     if not table:
-        return "no final run is finished: there is no table yet"
+        return "no run that the table shows is finished: there is no table yet"
     text = as_markdown(table, file.sweep)
     diverged = [f"{arm.task}, {arm.adapter}, {arm.recipe}" for arm in file.sweep.diverged(done)]
     if diverged:

@@ -30,7 +30,7 @@ class Settings:
         adapters: Config files of the adapters, laid over each recipe.
         scales: Adapter scales to choose from: a list, or a list for each adapter.
         scale_factors: Instead of ``scales``: factors on the published scales of vtab_scales.yaml.
-        seeds: Seeds of the final runs.
+        seeds: Seeds of the final runs; none to stop before them, so that no test image is read.
         search_seeds: Seeds of the runs that choose the scale; by default those of ``seeds``.
         settings: Settings as in a config file, laid over all recipes and adapters.
         goal: What thresholds are calibrated to on val200: ``{accuracy_drop: POINTS}`` or ``{cost: FRACTION}``.
@@ -119,12 +119,14 @@ def read(path: str) -> SweepFile:
 
 def _check_lists(settings: Settings) -> None:
     """Refuse empty and repeated entries, and scales in two ways or none."""
-    for name in ("tasks", "recipes", "adapters", "seeds"):
-        values = list(getattr(settings, name))
-        if not values:
+    for name in ("tasks", "recipes", "adapters", "seeds", "search_seeds"):
+        values = list(getattr(settings, name) or ())
+        if not values and name not in ("seeds", "search_seeds"):
             raise Mistake(f"{name} is empty; give one at least")
         if len(set(values)) < len(values):
             raise Mistake(f"{name}={values} names one of them twice; give each once")
+    if not settings.seeds and not settings.search_seeds:
+        raise Mistake("seeds and search_seeds are empty; give seeds, or search_seeds alone for no final runs")
     if (settings.scales is None) == (settings.scale_factors is None):
         raise Mistake("give either scales, such as [1, 10], or scale_factors on the published scales, such as [1]")
     if not Path(settings.root).expanduser().is_dir():

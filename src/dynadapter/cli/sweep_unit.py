@@ -183,7 +183,7 @@ def _results(
     results["policy"]["calibrated_on"] = (twin or unit).name
     places = {str(source): place for place, (source, _) in enumerate(data.samples(split))}
     files = torch.tensor([places[str(source)] for source, _ in data.dataset(split).samples])
-    lines.pack(folder / lines.PREDICTIONS, logits, targets, files, exit_index)
+    lines.pack(folder, logits, targets, files, exit_index)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     measured_on = "test" if unit.split == FINAL else "val200"
     about = {"trainable": trainable, "steps": trainer.global_step, "batch_size": data.batch_size}

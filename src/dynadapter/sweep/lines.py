@@ -18,6 +18,7 @@ from dynadapter.sweep.plan import Unit, as_unit
 
 RESULTS = "results.jsonl"
 PREDICTIONS = "predictions.npz"
+LOGITS = "logits.npz"
 
 
 @contextmanager
@@ -83,14 +84,15 @@ def append(out: Path, line: Mapping[str, Any]) -> None:
         os.fsync(file.fileno())
 
 
-def pack(path: Path, logits: Tensor, targets: Tensor, files: Tensor, exit_index: Tensor) -> None:
-    """Write what a bootstrap needs of each image, about 3 bytes an image and exit.
+def pack(folder: Path, logits: Tensor, targets: Tensor, files: Tensor, exit_index: Tensor) -> None:
+    """Write what a bootstrap needs of each image, about 3 bytes an image and exit, and the logits in a second file.
 
     The arrays are ``predictions`` (exits, images), ``confidences`` (exits, images) float16, ``targets`` (images,),
-    ``files`` (images,), ``exit_index`` (images,). Classes take one byte where they fit.
+    ``files`` (images,), ``exit_index`` (images,). Classes take one byte where they fit. The second file holds
+    ``logits`` (exits, images, classes) float16.
 
     Args:
-        path: The ``.npz`` file.
+        folder: Folder of the run.
         logits: (exits, images, classes).
         targets: (images,).
         files: Places of the images in their list (images,), from 0.
@@ -104,5 +106,7 @@ def pack(path: Path, logits: Tensor, targets: Tensor, files: Tensor, exit_index:
         "files": files.numpy().astype(np.uint16 if len(files) < 2**16 else np.uint32),
         "exit_index": exit_index.numpy().astype(np.uint8),
     }
-    with replacing(path) as file:
-        np.savez_compressed(file, **arrays)
+    half = logits.clamp(-65504, 65504).numpy().astype(np.float16)  # NaN stays
+    for name, content in ((PREDICTIONS, arrays), (LOGITS, {"logits": half})):
+        with replacing(folder / name) as file:
+            np.savez_compressed(file, **content)

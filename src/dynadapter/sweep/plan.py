@@ -68,7 +68,7 @@ class Sweep:
         recipes: Names of recipes.
         settings: Fingerprint by adapter and recipe.
         scales: Scales to choose from, by task and adapter.
-        seeds: Seeds of the final runs.
+        seeds: Seeds of the final runs; none to stop before them.
         search_seeds: Seeds of the runs that the scale is chosen by.
         goal: What thresholds are calibrated to.
     """
@@ -81,6 +81,11 @@ class Sweep:
     seeds: Sequence[int] = (0,)
     search_seeds: Sequence[int] = (0,)
     goal: Goal = field(default_factory=lambda: Goal(accuracy_drop=0.0))
+
+    @property
+    def measured(self) -> tuple[Split, Sequence[int]]:
+        """The split and the seeds of the runs in the table: the final ones, or without them those of the search."""
+        return (FINAL, self.seeds) if self.seeds else (SEARCH, self.search_seeds)
 
     def arms(self) -> Iterator[Arm]:
         """Yield every combination of task, adapter and recipe."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dynadapter.sweep.plan import Line, Sweep, Unit
+from dynadapter.sweep.plan import FINAL, Line, Sweep, Unit
 
 GROUPS = ("Natural", "Specialized", "Structured")
 POLICY = "policy"
@@ -65,7 +65,7 @@ def rows(sweep: Sweep, done: Mapping[Unit, Line]) -> list[Row]:
     found = []
     for adapter in sweep.adapters:
         for recipe in sweep.recipes:
-            lines = _final_lines(sweep, done, adapter, recipe)
+            lines = _lines(sweep, done, adapter, recipe)
             scales = {task: unit.scale for task, by_seed in lines.items() for unit in by_seed.values()}
             results = {
                 task: {seed: _readings(done[unit]) for seed, unit in by_seed.items()} for task, by_seed in lines.items()
@@ -81,19 +81,20 @@ def rows(sweep: Sweep, done: Mapping[Unit, Line]) -> list[Row]:
     return found
 
 
-def _final_lines(sweep: Sweep, done: Mapping[Unit, Line], adapter: str, recipe: str) -> dict[str, dict[int, Unit]]:
-    """Return the finished final runs of an adapter and a recipe, by task and seed."""
+def _lines(sweep: Sweep, done: Mapping[Unit, Line], adapter: str, recipe: str) -> dict[str, dict[int, Unit]]:
+    """Return the measured runs of an adapter and a recipe, by task and seed."""
+    split, seeds = sweep.measured
     lines: dict[str, dict[int, Unit]] = {}
     for arm in sweep.arms():
         scale = sweep.chosen_scale(arm, done) if (arm.adapter, arm.recipe) == (adapter, recipe) else None
         if scale is not None:
-            units = [unit for unit in sweep.final(arm, scale) if unit in done and "failed" not in done[unit]]
-            lines[arm.task] = {unit.seed: unit for unit in units}
+            units = [sweep.unit(arm, scale, seed, split) for seed in seeds]
+            lines[arm.task] = {unit.seed: unit for unit in units if unit in done and "failed" not in done[unit]}
     return lines
 
 
 def _readings(line: Line) -> dict[str, tuple[float, float]]:
-    """Return accuracy and cost of a final run, both in %, by reading."""
+    """Return accuracy and cost of a run, both in %, by reading."""
     named = [(f"exit {entry['exit']}", entry) for entry in line["exits"]] + [(POLICY, line["policy"])]
     return {name: (100 * entry["accuracy"], entry["percent_of_static"]) for name, entry in named}
 
@@ -152,7 +153,7 @@ def as_csv(table: Sequence[Row]) -> str:
 
 
 def as_markdown(table: Sequence[Row], sweep: Sweep) -> str:
-    """Return the table with a row for each task and mean, and a column for each adapter and recipe, by its policy.
+    """Return two tables: each adapter and recipe by its policy, a column each; and every exit, a row each.
 
     Args:
         table: From :func:`rows`.
@@ -161,9 +162,11 @@ def as_markdown(table: Sequence[Row], sweep: Sweep) -> str:
     policy = [row for row in table if row.reading == POLICY]
     arms = list(dict.fromkeys((row.adapter, row.recipe) for row in policy))
     cells = {(row.what, row.adapter, row.recipe): _cell(row) for row in policy}
+    split, seeds = sweep.measured
+    images = "the test images" if split == FINAL else "val200, on which scale and thresholds were chosen"
     lines = [
-        "Top-1 accuracy in % on the test images (cost in % of static), "
-        f"mean ± sample deviation over {_count(len(sweep.seeds), 'seed')}.",
+        f"Top-1 accuracy in % on {images} (cost in % of static), "
+        f"mean ± sample deviation over {_count(len(seeds), 'seed')}.",
         f"Scale and thresholds were chosen on val200 ({sweep.goal}); the last epoch counts.",
         "",
         "| | " + " | ".join(f"{adapter}, {recipe}" for adapter, recipe in arms) + " |",
@@ -172,7 +175,18 @@ def as_markdown(table: Sequence[Row], sweep: Sweep) -> str:
     for what in dict.fromkeys(sorted((row.what for row in policy), key=_order(sweep))):
         name = f"**{what}**" if what.startswith("mean of ") else what
         lines.append(f"| {name} | " + " | ".join(cells.get((what, *arm), "") for arm in arms) + " |")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", *_by_exit(table, sweep)]) + "\n"
+
+
+def _by_exit(table: Sequence[Row], sweep: Sweep) -> list[str]:
+    """Return a Markdown table with a row for each exit and policy, and a column for each task and their mean."""
+    mean = f"mean of {_count(len(sweep.tasks), 'task')}"
+    columns = [what for what in (*sweep.tasks, mean) if any(row.what == what for row in table)]
+    cells = {(row.adapter, row.recipe, row.reading, row.what): _cell(row) for row in table}
+    lines = ["| | " + " | ".join(columns) + " |", "|---|" + "---:|" * len(columns)]
+    for arm in dict.fromkeys((row.adapter, row.recipe, row.reading) for row in table):
+        lines.append(f"| {', '.join(arm)} | " + " | ".join(cells.get((*arm, what), "") for what in columns) + " |")
+    return lines
 
 
 def _cell(row: Row) -> str:
