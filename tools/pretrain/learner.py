@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tools.pretrain.augment import augment, mix, normalize
 from tools.pretrain.images import Images
 from tools.pretrain.model import Supervised, load_start, supervised_loss, token_mergings
+from tools.pretrain.muon import Muon
 from tools.pretrain.recipe import BASE, WHOLE, Recipe, timm_args
 
 
@@ -32,8 +33,7 @@ def make_optimizers(model: Any, early: nn.Module, recipe: Recipe) -> dict[str, t
     rest = [group | {"params": [one for one in group["params"] if id(one) not in taken]} for group in groups]
     found: dict[str, torch.optim.Optimizer] = {"adamw": torch.optim.AdamW(rest, lr=recipe.lr, fused=True)}
     if matrices:
-        decay: dict[str, Any] = {"weight_decay": recipe.weight_decay, "adjust_lr_fn": "match_rms_adamw"}
-        found["muon"] = torch.optim.Muon(matrices, lr=recipe.lr, **decay)
+        found["muon"] = Muon(matrices, lr=recipe.lr, weight_decay=recipe.weight_decay)
     return found
 
 
