@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from dynadapter.data import ImageData, ImageFolder, ImagesToPredict, Shapes, VTAB1k
     from dynadapter.exits.attentive import Attentive
     from dynadapter.exits.combining import Combined
+    from dynadapter.exits.exit_tokens import ExitTokens
     from dynadapter.exits.heads import Balanced, Heads, LinearHeads, MLPHeads
     from dynadapter.exits.net import ExitNet
     from dynadapter.exits.policies import Confidence, Entropy, Margin, Never, Patience, Policy, Routed, read_off, route
@@ -53,6 +54,7 @@ _HOMES = {
     "data": "Shapes ImageData ImageFolder ImagesToPredict VTAB1k",
     "exits.attentive": "Attentive",
     "exits.combining": "Combined",
+    "exits.exit_tokens": "ExitTokens",
     "exits.heads": "Balanced Heads LinearHeads MLPHeads",
     "exits.net": "ExitNet",
     "exits.policies": "Confidence Entropy Margin Never Patience Policy Routed read_off route",

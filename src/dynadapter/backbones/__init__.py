@@ -28,7 +28,7 @@ from dynadapter.backbones.draws import DrawFrom
 from dynadapter.backbones.frozen import freeze, set_mode
 from dynadapter.backbones.input import own_preprocessing, set_image_size
 from dynadapter.backbones.unit import run_unit
-from dynadapter.backbones.vit_block import class_row, other_rows, run, splits
+from dynadapter.backbones.vit_block import class_row, other_rows, run, run_beside, splits, takes_exit_tokens
 
 __all__ = [
     "DrawFrom",
@@ -55,10 +55,12 @@ __all__ = [
     "prefix_tokens",
     "reads_class_row",
     "run",
+    "run_beside",
     "run_unit",
     "set_image_size",
     "set_mode",
     "splits",
+    "takes_exit_tokens",
     "tokens",
     "widths",
 ]

@@ -1,9 +1,11 @@
 """Faster evaluation of timm's plain ViT block: our own code, with the same results bit for bit.
 
 ``run`` applies a whole block in fewer steps. ``class_row`` and ``other_rows`` compute the class token's row before the
-others, for an early head that reads nothing else.
+others, for an early head that reads nothing else. ``run_beside`` also runs exit tokens, which read the block's tokens.
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import timm
@@ -37,6 +39,11 @@ def splits(model: nn.Module, unit: tuple[nn.Module, ...]) -> bool:
         and (isinstance(inner["qkv"], nn.Linear) or hasattr(inner["qkv"], "some"))
         and isinstance(getattr(mlp, "base_layer", mlp), _TOKEN_WISE)
     )
+
+
+def takes_exit_tokens(model: nn.Module, unit: tuple[nn.Module, ...]) -> bool:
+    """Check whether :func:`run_beside` can run a block: timm's plain pre-norm ViT block with timm's plain MLP."""
+    return splits(model, unit) and type(getattr(unit[-1].mlp, "base_layer", unit[-1].mlp)) is timm.layers.Mlp
 
 
 def run(module: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -116,6 +123,67 @@ def other_rows(block: Any, x: Tensor, keys_values: Tensor, bias: Tensor | None =
     attention = block.attn
     query = _some(attention.qkv, block.norm1(x), 0, attention.num_heads * attention.head_dim)
     return _after_attention(block, x, _attend(attention, query, keys_values, bias))
+
+
+def run_beside(
+    block: Any,
+    x: Tensor,
+    beside: Tensor,
+    to_attention: Callable[[Tensor], Tensor],
+    to_hidden: Callable[[Tensor], Tensor],
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Apply a block to its tokens and to exit tokens, which attend to all tokens while the others do not see them.
+
+    Exit tokens pass the block's own layers with their adapters, except for adapters around the whole MLP. Their gradients
+    end there: they reach neither the adapters nor the other tokens, so both train as if there were no exit tokens.
+
+    Args:
+        block: A block for which :func:`takes_exit_tokens` holds.
+        x: Its input (batch, tokens, width).
+        beside: Exit tokens (batch, count, width).
+        to_attention: Maps normalised exit tokens to what is added to their queries, keys and values,
+            (batch, count, 3 * inner).
+        to_hidden: Maps normalised exit tokens to what is added to the MLP's hidden channels, (batch, count, hidden).
+        bias: (batch, tokens), as in :func:`run`; an exit token counts once.
+
+    Returns:
+        The block's output for the tokens, and for the exit tokens, in the shapes of the inputs.
+    """
+    attention = block.attn
+    inner = attention.num_heads * attention.head_dim
+    qkv = attention.qkv(block.norm1(x))
+    query, keys_values = qkv[..., :inner], qkv[..., inner:]
+    with _constant(block):
+        normed = block.norm1(beside)
+        own = attention.qkv(normed) + to_attention(normed)
+        every = torch.cat([keys_values.detach(), own[..., inner:]], 1)
+        wide = None if bias is None else nn.functional.pad(bias, (0, beside.shape[1]))
+        mixed = attention.proj_drop(attention.proj(attention.norm(_attend(attention, own[..., :inner], every, wide))))
+        beside = beside + block.drop_path1(block.ls1(mixed))
+        beside = beside + block.drop_path2(block.ls2(_mlp_of_exit_tokens(block, beside, to_hidden)))
+    return _after_attention(block, x, _attend(attention, query, keys_values, bias)), beside
+
+
+def _mlp_of_exit_tokens(block: Any, x: Tensor, to_hidden: Callable[[Tensor], Tensor]) -> Tensor:
+    """Apply norm and MLP of a block with an update of the hidden channels, without an adapter around both."""
+    mlp = getattr(block.mlp, "base_layer", block.mlp)
+    norm = block.norm2 if isinstance(block.mlp, timm.layers.Mlp) else getattr(block.mlp, "norm", block.norm2)
+    x = norm(x)
+    return mlp.drop2(mlp.fc2(mlp.norm(mlp.drop1(mlp.act(mlp.fc1(x) + to_hidden(x))))))
+
+
+@contextmanager
+def _constant(block: nn.Module) -> Iterator[None]:
+    """Record no gradients for a block's own parameters inside."""
+    trained = [one for one in block.parameters() if one.requires_grad] if torch.is_grad_enabled() else []
+    for one in trained:
+        one.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for one in trained:
+            one.requires_grad_(True)
 
 
 def _some(layer: Any, x: Tensor, start: int, stop: int) -> Tensor:

@@ -117,14 +117,13 @@ def exit_costs(
             meter, count = "torch", count_by_torch
             whole = _count_without_trace(net, image, reason, given=bool(handles))
         rows = count(Parts(net, class_first=True), image) if class_first else None
-        all_tokens = whole
-        if net.token_merging is not None:
-            with _every_token(net):
-                all_tokens = count(Parts(net), image)
+        alone, exits = whole, net.num_exits
+        if net.token_merging is not None or net.beside is not None:
+            alone, exits = count(Parts(_without_exits(net)), image), 1
     return ExitCosts(
         macs=up_to_each_exit(net.num_exits, _totals(whole)),
         light=up_to_each_exit(net.num_exits, {name: part["light"] for name, part in whole.items()}),
-        static=_of_static(net.num_exits, all_tokens),
+        static=_of_static(exits, alone),
         exit_depths=net.exit_depths,
         class_first_macs=None if rows is None else up_to_each_exit(net.num_exits, _totals(rows)),
         meter=meter,
@@ -231,11 +230,8 @@ def _undisturbed(net: nn.Module) -> Iterator[None]:
                     del module._forward_hooks[key]
 
 
-@contextmanager
-def _every_token(net: ExitNet) -> Iterator[None]:
-    """Switch token merging off inside."""
-    merging, net.token_merging = net.token_merging, None
-    try:
-        yield
-    finally:
-        net.token_merging = merging
+def _without_exits(net: ExitNet) -> ExitNet:
+    """Return the static network of the same backbone and adapters."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the classifier is frozen was said when the network was built
+        return ExitNet(net.backbone, exit_depths=[], freeze=False).eval()

@@ -25,6 +25,8 @@ def exit_parameters(net: ExitNet) -> tuple[int, ...]:
     in_blocks = {id(p) for stage in stages for p in stage}
     # timm registers the embedding before the blocks, and norm and classifier after them.
     embedding = list(takewhile(lambda p: id(p) not in in_blocks, net.backbone.parameters()))
+    if net.beside is not None:
+        embedding.append(net.beside.first)
     used: dict[int, nn.Parameter] = {}
     totals = []
     for k, stage in enumerate(stages):

@@ -66,6 +66,18 @@ def linear(inputs: int, outputs: int) -> nn.Linear:
 class Heads(Spec):
     """Configuration of the early heads; the last exit is the backbone's own head."""
 
+    def beside(self, backbone: nn.Module, blocks: int) -> nn.Module | None:
+        """Build the exit tokens that the heads read beside the backbone's tokens; None for heads without any.
+
+        Args:
+            backbone: The backbone.
+            blocks: Number of blocks before the last early exit.
+
+        Raises:
+            ValueError: If the backbone cannot have exit tokens.
+        """
+        return None
+
     @abstractmethod
     def build(
         self, exit: int, exits: int, width: int, num_classes: int, prefix_tokens: int, class_token: bool

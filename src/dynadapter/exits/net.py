@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -101,6 +102,8 @@ class ExitNet(nn.Module):
             )
             for k, blocks_so_far in enumerate(self.exit_depths[:-1])
         )
+        early = self.exit_depths[:-1]
+        self.beside: Any = heads.beside(backbone, early[-1]) if early else None
         self.register_buffer(
             "exit_weights", torch.full((self.num_exits,), 1 / self.num_exits, dtype=torch.float32), persistent=False
         )
@@ -133,7 +136,8 @@ class ExitNet(nn.Module):
         """
         if not torch.jit.is_tracing():
             self.check_channels(images.shape[1])
-        return cut.embed(self.backbone, images)
+        x = cut.embed(self.backbone, images)
+        return x if self.beside is None else self.beside.append(x)
 
     def check_channels(self, channels: int) -> None:
         """Raise a ValueError if the backbone does not take images of so many channels."""
@@ -145,7 +149,9 @@ class ExitNet(nn.Module):
             )
 
     def stage_modules(self, k: int) -> Iterator[nn.Module]:
-        """Yield the modules between exit ``k - 1`` and exit ``k`` in the order of their calls."""
+        """Yield the modules of stage ``k``: the updates of exit tokens, then the blocks in the order of their calls."""
+        if self.beside is not None and k < self.num_exits - 1:
+            yield from (self.beside.updates[place] for place, _ in self._units(k))
         for _, unit in self._units(k):
             yield from unit
 
@@ -160,11 +166,20 @@ class ExitNet(nn.Module):
             return x, logs
         return self.token_merging(x, cut.prefix_tokens(self.backbone), logs)
 
-    def _split_logs(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Split the output of a stage into tokens and the logarithms of the tokens that each stands for."""
-        if self.token_merging is None or x.shape[-1] == self._width:
-            return x, None
-        return x[..., :-1], x[..., -1].contiguous()
+    def _split(self, x: Tensor, ended: bool = False) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Split the output of a stage into tokens, the logarithms of the tokens that each stands for, and exit tokens.
+
+        Args:
+            x: The output of a stage, or of :meth:`embed`.
+            ended: Whether that is the last stage, whose output has no exit tokens.
+        """
+        beside = logs = None
+        if self.token_merging is not None and x.shape[-1] != self._width:
+            x, logs = x[..., :-1], x[..., -1]
+        if self.beside is not None and not ended:
+            end = x.shape[1] - self.beside.count
+            x, beside, logs = x[:, :end], x[:, end:], None if logs is None else logs[:, :end]
+        return x, None if logs is None else logs.contiguous(), beside
 
     def _bias(self, logs: Tensor | None) -> Tensor | None:
         """Return what the attention scores of keys get: the logarithms, or None if attention counts each token once."""
@@ -174,28 +189,42 @@ class ExitNet(nn.Module):
         return logs if (not cut.pools_mean(self.backbone) if given is None else given) else None
 
     @staticmethod
-    def _join_logs(x: Tensor, logs: Tensor | None) -> Tensor:
-        """Append the logarithms as one more channel, so that between stages a sample is one row of one tensor."""
+    def _join(x: Tensor, logs: Tensor | None, beside: Tensor | None = None) -> Tensor:
+        """Join what :meth:`_split` splits, so that between stages a sample is one row of one tensor.
+
+        Exit tokens come after the other tokens; the logarithms are one more channel.
+        """
+        if beside is not None:
+            x = torch.cat([x, beside], 1)
+            logs = None if logs is None else nn.functional.pad(logs, (0, beside.shape[1]))
         return x if logs is None else torch.cat([x, logs[..., None]], -1)
 
     def stage(self, k: int, x: Tensor) -> Tensor:
         """Run the blocks between exit ``k - 1`` and exit ``k``.
 
         After token merging a token of the result has one more channel, the logarithm of the number of tokens that it
-        stands for; :meth:`head` and the next stage expect it.
+        stands for, and exit tokens follow the others; :meth:`head` and the next stage expect it. The last stage runs
+        without exit tokens.
         """
-        x, logs = self._split_logs(x)
+        x, logs, beside = self._split(x)
+        if k == self.num_exits - 1:
+            beside = None
         for place, unit in self._units(k):
             x, logs = self._merge_tokens(place, x, logs)
-            x = cut.run_unit(self.backbone, unit, x, self._bias(logs))
-        return self._join_logs(x, logs)
+            if beside is None:
+                x = cut.run_unit(self.backbone, unit, x, self._bias(logs))
+            else:
+                x, beside = self.beside.run(self.backbone, place, x, beside, self._bias(logs))
+        return self._join(x, logs, beside)
 
     def head(self, k: int, x: Tensor) -> Tensor:
         """Compute logits (batch, classes) from the output of stage ``k``."""
-        x, logs = self._split_logs(x)
-        if k == self.num_exits - 1:
+        last = k == self.num_exits - 1
+        x, logs, beside = self._split(x, ended=last)
+        if last:
             return cut.classify(self.backbone, cut.finish(self.backbone, x), logs)
-        return self.heads[k](cut.tokens(self.backbone, x), logs)
+        x = cut.tokens(self.backbone, x)
+        return self.heads[k](x, logs) if beside is None else self.heads[k](x, logs, beside)
 
     def forward(self, images: Tensor) -> Tensor:
         """Run every exit.
@@ -314,21 +343,21 @@ class ExitNet(nn.Module):
             x = self.stage(k, x)
             return x, (x,)
         *units, (last, (block,)) = self._units(k)
-        x, logs = self._split_logs(x)
+        x, logs, _ = self._split(x)  # the last stage drops exit tokens, and before the others no class token goes first
         for place, unit in units:
             x, logs = self._merge_tokens(place, x, logs)
             x = cut.run_unit(self.backbone, unit, x, self._bias(logs))
         x, logs = self._merge_tokens(last, x, logs)
         row, keys_values = cut.class_row(block, x, self._bias(logs))
-        return row, (self._join_logs(x, logs), keys_values)
+        return row, (self._join(x, logs), keys_values)
 
     def complete(self, k: int, held: tuple[Tensor, ...]) -> Tensor:
         """Finish stage ``k`` that :meth:`begin` started, for the given rows of its second result."""
         if len(held) == 1:
             return held[0]
         *_, block = self.stage_modules(k)
-        (x, logs), keys_values = self._split_logs(held[0]), held[1]
-        return self._join_logs(cut.other_rows(block, x, keys_values, self._bias(logs)), logs)
+        (x, logs, _), keys_values = self._split(held[0], ended=True), held[1]
+        return self._join(cut.other_rows(block, x, keys_values, self._bias(logs)), logs)
 
     def splits(self, k: int) -> bool:
         """Check whether stage ``k`` can compute the class token's row first and its head reads only that row."""

@@ -1,0 +1,168 @@
+"""Exit tokens: learned tokens that pass the frozen blocks beside the others, for early heads that disturb nothing."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dynadapter import backbones as cut
+from dynadapter.adapters.base import check_size, matrices, unwrapped
+from dynadapter.exits.attentive import AttentiveHead
+from dynadapter.exits.heads import Heads, linear
+
+
+class Update(nn.Module):
+    """A low-rank update, zero at the start: ``scale * up @ down @ x``.
+
+    Args:
+        inputs: Channels of a token.
+        outputs: Channels of the result.
+        rank: Rank of the update.
+        scale: Factor of the update.
+    """
+
+    def __init__(self, inputs: int, outputs: int, rank: int, scale: float) -> None:
+        super().__init__()
+        self.scale = scale
+        self.down = nn.Parameter(torch.empty(rank, inputs))
+        self.up = nn.Parameter(torch.zeros(outputs, rank))
+        nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map tokens (..., inputs) to (..., outputs)."""
+        hidden = nn.functional.linear(x, self.down.to(x.dtype))
+        return self.scale * nn.functional.linear(hidden, self.up.to(x.dtype))
+
+
+class Updates(nn.Module):
+    """The updates of the exit tokens in one block: of queries, keys and values, and of the MLP's hidden channels.
+
+    Args:
+        block: The block.
+        rank: Rank of each update.
+        scale: Factor of each update.
+    """
+
+    def __init__(self, block: Any, rank: int, scale: float) -> None:
+        super().__init__()
+        attention, mlp = block.attn, unwrapped(block.mlp)
+        hidden, width = matrices(mlp)[0].weight.shape
+        self.attention = Update(width, 3 * attention.num_heads * attention.head_dim, rank, scale)
+        self.mlp = Update(width, hidden, rank, scale)
+
+
+class Beside(nn.Module):
+    """The exit tokens of a network, and their updates in each block that they pass.
+
+    Args:
+        backbone: A timm ViT with plain blocks.
+        blocks: Number of blocks that they pass: those before the last early exit.
+        count: Number of exit tokens.
+        rank: Rank of the updates.
+        scale: Factor of the updates.
+
+    Raises:
+        ValueError: If a block cannot be run with tokens beside it.
+    """
+
+    def __init__(self, backbone: nn.Module, blocks: int, count: int, rank: int, scale: float) -> None:
+        super().__init__()
+        units: Any = cut.blocks(backbone)[:blocks]
+        other = next((unit[-1] for unit in units if not cut.takes_exit_tokens(backbone, unit)), None)
+        if other is not None:
+            kind = f"{type(other).__name__} of {type(backbone).__name__}"
+            raise ValueError(
+                f"ExitTokens needs timm's plain ViT blocks with plain MLPs, not {kind}; use other heads, such as Attentive"
+            )
+        self.count = count
+        self.first = nn.Parameter(torch.empty(count, cut.widths(backbone)[0]))
+        nn.init.trunc_normal_(self.first, std=0.02)
+        self.updates = nn.ModuleList(Updates(unit[-1], rank, scale) for unit in units)
+
+    def append(self, x: Tensor) -> Tensor:
+        """Append the exit tokens to the first block's input (batch, tokens, width).
+
+        They start as copies of the first token, the class token where there is one, plus a learned vector each.
+        """
+        return torch.cat([x, x[:, :1].detach() + self.first.to(x.dtype)], 1)
+
+    def run(
+        self, backbone: nn.Module, place: int, x: Tensor, beside: Tensor, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Run the block after ``place`` blocks; see :func:`dynadapter.backbones.run_beside`."""
+        (block,) = cut.blocks(backbone)[place]
+        updates: Any = self.updates[place]
+        return cut.run_beside(block, x, beside, updates.attention, updates.mlp, bias)
+
+
+class ExitTokenHead(nn.Module):
+    """A linear layer over the exit tokens, plus an :class:`~dynadapter.exits.attentive.AttentiveHead` over all others.
+
+    No gradient reaches the other tokens.
+
+    Args:
+        width: Channels of a token.
+        num_classes: Classes to tell apart.
+        count: Number of exit tokens.
+        class_token: Whether the attentive head also reads the first token by itself.
+
+    Attributes:
+        reads_class_token: False: the head needs every token.
+    """
+
+    reads_class_token = False
+
+    def __init__(self, width: int, num_classes: int, count: int, class_token: bool) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.classify = linear(count * width, num_classes)
+        self.others = AttentiveHead(width, num_classes, queries=2, parts=min(3, width), class_token=class_token)
+
+    def forward(self, tokens: Tensor, logs: Tensor | None, beside: Tensor) -> Tensor:
+        """Map tokens to logits (batch, classes).
+
+        Args:
+            tokens: (batch, tokens, width).
+            logs: (batch, tokens), the logarithms of the numbers of tokens that each stands for; None for one each.
+            beside: Exit tokens (batch, count, width).
+        """
+        return self.classify(self.norm(beside).flatten(1)) + self.others(tokens.detach(), logs)
+
+
+@dataclass(frozen=True)
+class ExitTokens(Heads):
+    """Early heads with tokens of their own, which pass the blocks beside the backbone's tokens (ours).
+
+    Exit tokens attend to the backbone's tokens, which do not see them. They pass the frozen blocks with low-rank
+    updates of their own. The early losses train exit tokens, updates and early heads, and nothing else: the adapters
+    and the last exit train as in the static network. For ViTs with timm's plain blocks.
+
+    Related: exit-specific adapters (MET, arXiv 2409.13999), latent tokens that classify early in a branch of their own
+    (Dyn-Perceiver, arXiv 2306.11248), and prompts (VPT, arXiv 2203.12119).
+
+    Args:
+        count: Exit tokens, from 1 to 64; each adds to a block's cost what one more token does.
+        rank: Rank of the updates of their queries, keys and values, and of the MLPs' hidden channels.
+        scale: Factor of the updates, above 0.
+    """
+
+    count: int = 4
+    rank: int = 8
+    scale: float = 2.0
+
+    def __post_init__(self) -> None:
+        check_size("rank", self.rank)
+        if isinstance(self.count, bool) or not isinstance(self.count, int) or not 1 <= self.count <= 64:
+            raise ValueError(f"count={self.count!r} must be a whole number from 1 to 64")
+        if not 0 < self.scale < math.inf:
+            raise ValueError(f"scale={self.scale} must be a finite number above 0")
+
+    def beside(self, backbone: nn.Module, blocks: int) -> Beside:
+        return Beside(backbone, blocks, self.count, self.rank, self.scale)
+
+    def build(
+        self, exit: int, exits: int, width: int, num_classes: int, prefix_tokens: int, class_token: bool
+    ) -> ExitTokenHead:
+        return ExitTokenHead(width, num_classes, self.count, class_token)
