@@ -8,6 +8,7 @@ from conftest import CLASSES, make_convnext, make_swin, make_vit
 from torch import Tensor, nn
 
 from dynadapter.adapters import AdapterSpec, adapter_layers, inject
+from dynadapter.exits.exit_tokens import ExitTokens
 from dynadapter.exits.heads import LinearHeads
 from dynadapter.exits.net import ExitNet
 from dynadapter.exits.policies import Confidence
@@ -27,9 +28,10 @@ def spread(net: ExitNet) -> ExitNet:
     """Give the heads logits that differ from image to image, as after training."""
     last = net.backbone.get_classifier()
     for head, logits in zip([*net.heads, last], net(noise(32, 9)), strict=True):
-        layer = [layer for layer in head.modules() if isinstance(layer, nn.Linear)][-1]
-        layer.weight *= 2 / logits.std(0)[:, None]
-        layer.bias -= 2 * logits.mean(0) / logits.std(0)
+        layers = [layer for layer in head.modules() if isinstance(layer, nn.Linear)]
+        for layer in layers:
+            layer.weight *= 2 / logits.std(0)[:, None]
+        layers[-1].bias -= 2 * logits.mean(0) / logits.std(0)
     return net.eval()
 
 
@@ -53,6 +55,7 @@ def adapted(*specs: AdapterSpec, exit_depths: list[int] | None = None) -> ExitNe
 
 NETWORKS: dict[str, Callable[[], ExitNet]] = {
     "vit": lambda: network(make_vit(depth=2)),
+    "exit tokens": lambda: spread(ExitNet(make_vit(depth=2), ExitTokens(count=2, rank=2), every=1).eval()),
     "swin": lambda: network(make_swin(depths=(1, 2), num_heads=(2, 2)), exit_depths=[1]),
     "convnext": lambda: network(make_convnext(depths=(1, 1, 1, 1)), every=2),
 }

@@ -5,9 +5,11 @@ import copy
 import pytest
 import torch
 from conftest import CLASSES, VIT, make_vit
+from lightning.pytorch import Trainer
 from timm.layers import SwiGLU
 from timm.models import create_model
 from timm.models.vision_transformer import ParallelScalingBlock
+from tiny import QUIET, loader, make_classifier
 from torch import nn
 from torch.nn import functional as F
 
@@ -19,7 +21,9 @@ from dynadapter.exits.exit_tokens import ExitTokens
 from dynadapter.exits.net import ExitNet
 from dynadapter.exits.policies import Never, route
 from dynadapter.exits.token_merging import TokenMerging
+from dynadapter.serve.bundle import bundle_from_classifier, load
 from dynadapter.training.losses import joint_loss
+from dynadapter.training.module import ExitClassifier
 from dynadapter.training.sharding import shard
 
 ADAPTERS = {
@@ -138,6 +142,28 @@ def test_merge_keeps_every_exit():
     merged = copy.deepcopy(net).merge()
     with torch.no_grad():
         torch.testing.assert_close(merged(IMAGES), net(IMAGES), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings(*QUIET, "ignore:The .val_dataloader. does not have many workers")
+def test_checkpoint_and_bundle_keep_them(tmp_path):
+    model = make_classifier(heads=ExitTokens(count=3, rank=2, scale=5.0))
+    trainer = Trainer(
+        max_steps=2,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+    )
+    trainer.fit(model, loader(), loader())
+    trainer.save_checkpoint(tmp_path / "one.ckpt")
+    model.eval()
+    again = ExitClassifier.load_from_checkpoint(tmp_path / "one.ckpt", map_location="cpu").eval()
+    bundle = load(bundle_from_classifier(model, tmp_path / "bundle", policy=Confidence(0.5), preprocessing={}))
+    with torch.no_grad():
+        expected = model.net(IMAGES)
+        for net in (again.net, bundle.net):
+            assert net.heads[0].classify.in_features == 3 * 48
+            torch.testing.assert_close(net(IMAGES), expected)
 
 
 @pytest.mark.parametrize("merging", MERGINGS)

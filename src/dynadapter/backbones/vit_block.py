@@ -135,8 +135,9 @@ def run_beside(
 ) -> tuple[Tensor, Tensor]:
     """Apply a block to its tokens and to exit tokens, which attend to all tokens while the others do not see them.
 
-    Exit tokens pass the block's own layers with their adapters, except for adapters around the whole MLP. Their gradients
-    end there: they reach neither the adapters nor the other tokens, so both train as if there were no exit tokens.
+    Exit tokens pass the block's own layers with their adapters, except for adapters around the whole MLP. Their
+    gradients end there: they reach neither the adapters nor the other tokens, so both train as if there were no exit
+    tokens.
 
     Args:
         block: A block for which :func:`takes_exit_tokens` holds.

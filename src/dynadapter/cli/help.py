@@ -26,7 +26,7 @@ ESSENTIAL = {
     "model.adapter": "Adapter, AdaptFormer, LoRA, RepAdapter or null; --model.adapter.help LoRA lists its settings.",
     "model.every": "Exits after every so many blocks.",
     "model.exit_depths": "Exits after these blocks, as in [3, 6, 9], instead.",
-    "model.heads": "The kind of early head: Balanced, LinearHeads, MLPHeads, Attentive.",
+    "model.heads": "The kind of early head: Balanced, LinearHeads, MLPHeads, Attentive, ExitTokens.",
     "model.token_merging": "TokenMerging averages similar tokens between blocks.",
     "model.distillation": "Distillation lets early exits learn from the last one.",
     "model.optimizer": "An optimizer of torch; --model.optimizer.lr VALUE.",

@@ -74,7 +74,8 @@ class Beside(nn.Module):
         if other is not None:
             kind = f"{type(other).__name__} of {type(backbone).__name__}"
             raise ValueError(
-                f"ExitTokens needs timm's plain ViT blocks with plain MLPs, not {kind}; use other heads, such as Attentive"
+                f"ExitTokens needs timm's plain ViT blocks with plain MLPs, not {kind}; use other heads, such as "
+                "Attentive"
             )
         self.count = count
         self.first = nn.Parameter(torch.empty(count, cut.widths(backbone)[0]))
