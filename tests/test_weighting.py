@@ -13,7 +13,14 @@ from jsonargparse import ArgumentParser, Namespace
 from dynadapter.training.schedules import Constant, Cosine, Linear
 from dynadapter.training.weighting import EarlyToLate, LateToEarly, LinearInDepth, PerExit, Uniform, Weighting
 
-KINDS = [EarlyToLate(), LateToEarly(), Uniform(), LinearInDepth(), EarlyToLate(0.0, Cosine(0.0, 1.0))]
+KINDS = [
+    EarlyToLate(),
+    LateToEarly(),
+    Uniform(),
+    LinearInDepth(),
+    EarlyToLate(0.0, Cosine(0.0, 1.0)),
+    LateToEarly(last=0.25),
+]
 
 
 def instantiate(parser: ArgumentParser, config: Namespace) -> Namespace:
@@ -61,6 +68,14 @@ def test_late_to_early_is_the_reverse(progress: float, exits: int) -> None:
     assert LateToEarly()(progress, exits) == pytest.approx(EarlyToLate()(progress, exits)[::-1])
 
 
+@given(progress=st.floats(0, 1), exits=st.integers(2, 12), last=st.floats(0.01, 0.99))
+def test_last_exit_keeps_its_weight(progress: float, exits: int, last: float) -> None:
+    for kind in (EarlyToLate, LateToEarly):
+        *early, own = kind(last=last)(progress, exits)
+        assert own == pytest.approx(last)
+        assert early == pytest.approx([(1 - last) * weight for weight in kind()(progress, exits - 1)])
+
+
 def test_values_by_hand() -> None:
     assert Uniform()(0.3, 4) == (0.25,) * 4
     assert LinearInDepth()(0.3, 4) == pytest.approx((0.1, 0.2, 0.3, 0.4))
@@ -102,6 +117,8 @@ def test_invalid_weights_are_refused(values: tuple[float, ...]) -> None:
         (lambda: PerExit((Constant(1.0),))(0.0, 4), "gives 1 weights, this network has 4 exits; give one per exit"),
         (lambda: EarlyToLate(ease=Linear(0.0, 2.0))(1.0, 4), r"gives 2.0 at progress 1; it must stay in \[0, 1\]"),
         (lambda: EarlyToLate(floor=1.5), r"floor=1.5 must be in \[0, 1\]"),
+        (lambda: LateToEarly(last=1.0), "last=1.0 must be above 0 and below 1"),
+        (lambda: EarlyToLate(last=math.nan), "last=nan must be above 0 and below 1"),
         (lambda: LateToEarly(floor=math.nan), r"floor=nan must be in \[0, 1\]"),
     ],
 )

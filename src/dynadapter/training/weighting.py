@@ -59,8 +59,11 @@ def _tilted(lateness: float, exits: int, floor: float) -> list[float]:
 class _Shifting(Weighting):
     floor: float = 0.1
     ease: Schedule = Linear(0.0, 1.0)  # noqa: RUF009 - frozen
+    last: float | None = None
 
     def __post_init__(self) -> None:
+        if self.last is not None and not 0 < self.last < 1:
+            raise ValueError(f"last={self.last!r} must be above 0 and below 1: the last exit's fraction of all weights")
         if not 0 <= self.floor <= 1:
             raise ValueError(
                 f"floor={self.floor!r} must be in [0, 1]: the smallest weight as a fraction of the largest"
@@ -76,6 +79,13 @@ class _Shifting(Weighting):
         if not 0 <= way <= 1:
             raise ValueError(f"ease={self.ease} gives {way} at progress {progress:g}; it must stay in [0, 1]")
         return way
+
+    def shifted(self, lateness: float, exits: int) -> list[float]:
+        """Return a line over depth; with ``last`` over the early exits alone, and the last exit's constant weight."""
+        if self.last is None or exits == 1:
+            return _tilted(lateness, exits, self.floor)
+        early = _tilted(lateness, exits - 1, self.floor)
+        return [*((1 - self.last) * value / sum(early) for value in early), self.last]
 
 
 @dataclass(frozen=True)
@@ -93,25 +103,30 @@ class EarlyToLate(_Shifting):
     Args:
         floor: Smallest weight at either end of training as a fraction of the largest; 0 switches exits off there.
         ease: Progress of the shift, from 0 (not begun) to 1 (complete).
+        last: Constant weight of the last exit, as a fraction of all weights; the early exits then shift among
+            themselves. None lets the last exit shift too.
     """
 
     def profile(self, progress: float, exits: int) -> Sequence[float]:
-        return _tilted(self.way(progress), exits, self.floor)
+        return self.shifted(self.way(progress), exits)
 
 
 @dataclass(frozen=True)
 class LateToEarly(_Shifting):
     """The late exits have the largest weights at the start, the early exits at the end (ours).
 
-    This is :class:`EarlyToLate` reversed.
+    This is :class:`EarlyToLate` reversed. With ``last`` and :class:`~dynadapter.exits.exit_tokens.ExitTokens` the
+    adapters train as in the static network: the last exit's weight then changes no step of the optimiser.
 
     Args:
         floor: Smallest weight at either end of training as a fraction of the largest; 0 switches exits off there.
         ease: Progress of the shift, from 0 (not begun) to 1 (complete).
+        last: Constant weight of the last exit, as a fraction of all weights; the early exits then shift among
+            themselves. None lets the last exit shift too.
     """
 
     def profile(self, progress: float, exits: int) -> Sequence[float]:
-        return _tilted(1 - self.way(progress), exits, self.floor)
+        return self.shifted(1 - self.way(progress), exits)
 
 
 @dataclass(frozen=True)
