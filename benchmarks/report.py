@@ -2,8 +2,9 @@
 
     python benchmarks/report.py
 
-Reads the lines of the timing programs, and the tables that ``dynadapter sweep`` wrote for transfer.py. The same files
-give the same bytes. Needs pandas and matplotlib: ``pip install 'dynadapter[bench]'``.
+``--claims`` prints the claims alone, a line each, and writes nothing. Reads the lines of the timing programs, and the
+lines and tables that transfer.py keeps. The same files give the same bytes. Needs pandas and matplotlib:
+``pip install 'dynadapter[bench]'``.
 """
 
 import argparse
@@ -17,6 +18,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import claims
 import matplotlib
 import pandas as pd
 from common import RESULTS, Line, cell
@@ -103,21 +105,24 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def accuracy_section(results: Path, figures: Path) -> str:
-    """Return the section on accuracy: the tables and the figure that ``dynadapter sweep`` wrote."""
-    if not (results / "transfer.md").exists():
+    """Return the section on accuracy: the claims, and for each backbone the tables and the figure of its sweep."""
+    tables = sorted(results.glob("transfer_*.md"))
+    if not tables:
         return f"## Accuracy\n\n{NO_ACCURACY}\n"
-    frame = pd.read_csv(results / "transfer.csv")
-    means = frame[frame["what"].str.fullmatch(r"mean of \d+ tasks?") & (frame["reading"] != "policy")]
     figures.mkdir(parents=True, exist_ok=True)
-    shutil.copy(results / "transfer.png", figures / "accuracy.png")
-    parts = [
-        "## Accuracy\n",
-        (results / "transfer.md").read_text(encoding="utf-8"),
-        "![accuracy over cost](figures/accuracy.png)\n",
-        "Every exit, mean of the tasks:\n",
-        markdown(means.drop(columns=["what", "scale"]).round(1)),
-    ]
+    parts = ["## Accuracy\n", protocol(claims), f"```\n{claims_text(results)}```\n"]
+    for path in tables:
+        name = path.stem.removeprefix("transfer_")
+        shutil.copy(path.with_suffix(".png"), figures / f"accuracy-{name}.png")
+        text, picture = path.read_text(encoding="utf-8"), f"![accuracy over cost](figures/accuracy-{name}.png)\n"
+        parts += [f"### Accuracy: {name}\n", text, picture]
     return "\n".join(parts)
+
+
+def claims_text(results: Path) -> str:
+    """Return the claims and the aim behind them, a line each."""
+    lines = [*map(str, claims.claims(results)), "The aim behind them:", *map(str, claims.aims(results))]
+    return "".join(line + "\n" for line in lines)
 
 
 # ---- time and cost
@@ -236,8 +241,12 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder with the JSON lines")
     parser.add_argument("--out", type=Path, default=HERE / "RESULTS.md", help="the document; figures/ lies beside it")
+    parser.add_argument("--claims", action="store_true", help="print the claims, with interval, margin and verdict")
     args: Any = parser.parse_args(argv)
     try:
+        if args.claims:
+            print(claims_text(args.results), end="")
+            return
         text = document(args.results, args.out.parent / "figures")
         args.out.write_text(text, encoding="utf-8")
     except (ValueError, OSError) as error:

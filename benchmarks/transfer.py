@@ -1,27 +1,33 @@
-"""Measure accuracy on six tasks with ``dynadapter sweep``, and keep its lines and tables in ``results/transfer.*``.
+"""Measure accuracy with ``dynadapter sweep``: every arm of ``transfer.yaml`` on one backbone.
 
     python benchmarks/transfer.py --data TASKS --processes 2
 
-``transfer.yaml`` names tasks, recipes, adapters, scales and seeds. Scale and thresholds are chosen on val200 with a
-network trained on train800; the final network is trained on train800val200 and measured on the test images once. The
-same command continues an interrupted sweep. ``--tiny`` tries two tasks for one epoch and keeps nothing. Further
+Scale and policies are chosen on val200 with networks trained on train800; the final networks are trained on
+train800val200 and measured on the test images once. The same command continues an interrupted sweep.
+
+``--backbone`` takes ``micro``, which ships with the package; a file of weights for the same architecture; or a YAML
+file with the settings of another one, such as ``{model: {backbone: NAME, weights: FILE}, data: {init_args:
+{image_size: 70}}}``. The lines and tables are kept as ``results/transfer_NAME.*``, NAME without folder and ending, and
+``report.py --claims`` reads them. ``--tiny`` tries every arm on 64 images of one task and keeps nothing. Further
 arguments, such as ``--dry_run`` or ``--engine ray``, go to ``dynadapter sweep``.
 """
 
 import argparse
+import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from dynadapter.cli import main as dynadapter
+from dynadapter.cli import sweep_file
 
 HERE = Path(__file__).parent
-KEPT = {
-    "results.jsonl": "transfer.jsonl",
-    "table.md": "transfer.md",
-    "table.csv": "transfer.csv",
-    "table.png": "transfer.png",
+MICRO: dict[str, Any] = {
+    "model": {"backbone": "micro", "pretrained": True},
+    "data": {"init_args": {"image_size": 48, "normalization": "half"}},  # as it was trained
 }
 
 
@@ -29,27 +35,94 @@ def main(argv: list[str] | None = None) -> None:
     """Run the sweep and keep its lines and tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="folder that holds the tasks, in the layout of VTAB-1k")
-    parser.add_argument("--tasks", nargs="+", help="by default those of transfer.yaml")
-    parser.add_argument("--out", default="runs/transfer", help="folder of the sweep")
+    parser.add_argument("--backbone", default="micro", help="micro, a file of weights for it, or a YAML file")
+    parser.add_argument("--tasks", nargs="*", help="by default those of transfer.yaml")
     parser.add_argument(
-        "--tiny", action="store_true", help="two tasks and recipes, LoRA, one scale, one seed, one epoch"
+        "--fresh", nargs="*", default=[], help="further tasks, on which no choice was made; they decide"
     )
+    parser.add_argument("--adapters", nargs="+", help="by default those of transfer.yaml")
+    parser.add_argument("--recipes", nargs="+", help="by default those of transfer.yaml")
+    parser.add_argument("--out", help="folder of the sweep, by default runs/transfer_NAME")
+    parser.add_argument("--results", type=Path, default=HERE / "results", help="folder that keeps lines and tables")
+    parser.add_argument("--tiny", action="store_true", help="every arm, once, for an epoch of 64 images")
     args, others = parser.parse_known_args(argv)
-    sweep = yaml.safe_load((HERE / "transfer.yaml").read_text(encoding="utf-8"))
-    names = args.tasks or list(sweep["tasks"])[: 2 if args.tiny else None]
-    sweep |= {"root": args.data, "out": args.out, "tasks": {name: sweep["tasks"].get(name) for name in names}}
-    if args.tiny:
-        sweep |= {"adapters": ["lora"], "scales": [10], "seeds": [0]}
-        sweep["recipes"] = {name: sweep["recipes"][name] for name in ("dynamic", "static")}
-        sweep["settings"]["trainer"]["max_epochs"] = 1
-    out = Path(args.out)
+    name = Path(args.backbone).stem
+    out = Path(args.out or f"runs/{'tiny' if args.tiny else 'transfer'}_{name}")
     out.mkdir(parents=True, exist_ok=True)
     file = out / "transfer.yaml"
-    file.write_text(yaml.safe_dump(sweep, sort_keys=False), encoding="utf-8")
+    sweep = plan(args)
+    root = shorten(Path(args.data), out / "tasks", sweep["tasks"]) if args.tiny else args.data
+    file.write_text(yaml.safe_dump(sweep | {"root": str(root), "out": str(out)}, sort_keys=False), encoding="utf-8")
     dynadapter(["sweep", str(file), *others])
     if not args.tiny and "--dry_run" not in others:
-        for name in KEPT:
-            shutil.copy(out / name, HERE / "results" / f"transfer{Path(name).suffix}")
+        keep(file, sweep, args.results / f"transfer_{name}")
+
+
+def plan(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the file of the sweep without the folders of this machine."""
+    sweep: dict[str, Any] = yaml.safe_load((HERE / "transfer.yaml").read_text(encoding="utf-8"))
+    known = sweep["tasks"]
+    names = list(known) if args.tasks is None else args.tasks
+    fresh = {task: {"group": known.get(task), "fresh": True} for task in args.fresh}
+    sweep["tasks"] = {task: known.get(task) for task in names} | fresh
+    settings = sweep["settings"]
+    if args.backbone.endswith((".yaml", ".yml")):
+        settings |= yaml.safe_load(Path(args.backbone).read_text(encoding="utf-8"))
+    else:
+        settings |= MICRO
+        if args.backbone != "micro":
+            settings["model"] = MICRO["model"] | {"weights": args.backbone}
+    if args.adapters:
+        sweep["adapters"] = args.adapters
+    if args.recipes:
+        sweep["recipes"] = {recipe: sweep["recipes"][recipe] for recipe in args.recipes}
+    if args.tiny:
+        sweep |= {"tasks": dict(list(sweep["tasks"].items())[:1]), "adapters": ["lora"], "scales": [10], "seeds": [0]}
+        settings["trainer"] = settings["trainer"] | {"max_epochs": 1}
+    _fit(sweep)
+    return sweep
+
+
+def shorten(root: Path, place: Path, tasks: Iterable[str]) -> Path:
+    """Copy the first 64 images of each split; return the folder of these short tasks."""
+    for task in tasks:
+        for path in (root / task).glob("*.txt"):
+            lines = path.read_text().splitlines()
+            (place / task).mkdir(parents=True, exist_ok=True)
+            if path.name != "classes.txt":
+                lines = lines[:64]
+                for image in (line.rpartition(" ")[0] for line in lines):
+                    (place / task / image).parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copy(root / task / image, place / task / image)
+            (place / task / path.name).write_text("\n".join(lines) + "\n")
+    return place
+
+
+def _fit(sweep: dict[str, Any]) -> None:
+    """Leave out what names recipes or adapters that were left out."""
+    kept = {}
+    for name, recipe in sweep["recipes"].items():
+        if isinstance(recipe, dict) and "adapters" in recipe:
+            recipe["adapters"] = [one for one in recipe["adapters"] if one in sweep["adapters"]]
+        if isinstance(recipe, list) or recipe.get("adapters", True):
+            kept[name] = recipe
+    sweep["recipes"] = kept
+    sweep["choices"] = {
+        name: choice for name, choice in sweep["choices"].items() if set(choice["among"]) <= set(sweep["recipes"])
+    }
+
+
+def keep(file: Path, sweep: dict[str, Any], place: Path) -> None:
+    """Copy the file of the sweep, the lines that belong to it, and the tables."""
+    plan = sweep_file.read(str(file))
+    done = plan.done()
+    planned = plan.sweep.planned(done)
+    lines = [json.dumps(line) + "\n" for unit, line in done.items() if unit in planned]
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.with_suffix(".jsonl").write_text("".join(lines), encoding="utf-8")
+    place.with_suffix(".yaml").write_text(yaml.safe_dump(sweep, sort_keys=False), encoding="utf-8")
+    for ending in ("md", "csv", "png"):
+        shutil.copy(plan.out / f"table.{ending}", place.with_suffix(f".{ending}"))
 
 
 if __name__ == "__main__":

@@ -22,31 +22,26 @@ def report() -> Iterator[Any]:
         yield importlib.import_module("report")
 
 
-def write_sweep(folder: Path) -> None:
-    """Write the tables of a sweep as transfer.py keeps them."""
-    folder.mkdir()
-    (folder / "transfer.md").write_text("| | lora, exits |\n|---|---:|\n| cars | 75.0 (60 %) |\n")
-    head = "adapter,recipe,reading,what,scale,seeds,accuracy,accuracy_std,percent_of_static,percent_of_static_std"
-    rows = [
-        "exit 1,mean of 2 tasks,,2,56.04,1.0,50,0",
-        "exit 1,cars,1,2,70,1.0,50,0",
-        "policy,mean of 2 tasks,,2,66,1,60,0",
-    ]
-    (folder / "transfer.csv").write_text("\n".join([head, *(f"lora,exits,{row}" for row in rows)]) + "\n")
-    (folder / "transfer.png").write_bytes(b"a picture")
-
-
 def test_document_of_a_sweep(report, tmp_path):
-    write_sweep(tmp_path / "results")
+    results = tmp_path / "results"
+    results.mkdir()
+    (results / "transfer_micro.md").write_text("| | lora, exits |\n|---|---:|\n| cars | 75.0 (60 %) |\n")
+    (results / "transfer_micro.png").write_bytes(b"a picture")
     out = tmp_path / "RESULTS.md"
-    report.main(["--results", str(tmp_path / "results"), "--out", str(out)])
+    report.main(["--results", str(results), "--out", str(out)])
     text = out.read_text()
     assert "| cars | 75.0 (60 %) |" in text
-    exits = text.partition("Every exit")[2].splitlines()
-    assert [line for line in exits if "exit 1" in line] == ["| lora | exits | exit 1 | 2 | 56.000 | 1.000 | 50 | 0 |"]
-    assert "policy" not in text.partition("Every exit")[2]
-    assert (tmp_path / "figures" / "accuracy.png").read_bytes() == b"a picture"
+    assert "seed, lora" in text
+    assert (tmp_path / "figures" / "accuracy-micro.png").read_bytes() == b"a picture"
     assert "second trainer" not in text.partition("## An epoch")[0]
+
+
+def test_claims_without_runs_are_open(report, tmp_path, capsys):
+    report.main(["--results", str(tmp_path), "--claims"])
+    lines = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("The aim")]
+    assert len(lines) == 13
+    assert all(" open " in line for line in lines)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_committed_document_is_current(report, tmp_path):

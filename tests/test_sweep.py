@@ -1,5 +1,6 @@
 """Sweeps: which runs there are and in which order, what they leave behind, and the table at the end."""
 
+import base64
 import csv
 import io
 import json
@@ -11,6 +12,7 @@ import statistics
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,27 +22,31 @@ import torch
 import yaml
 from PIL import Image
 
-from dynadapter.calibrate import Goal, policy_for
+from dynadapter.calibrate import Goal
 from dynadapter.cli import main, sweep_estimate, sweep_file, sweep_unit
 from dynadapter.exits.policies import Confidence, Never
 from dynadapter.sweep import lines
-from dynadapter.sweep.measure import measure
-from dynadapter.sweep.plan import FINAL, SEARCH, Arm, Sweep, Unit, as_dict, score
+from dynadapter.sweep.goals import SweepGoal
+from dynadapter.sweep.measure import measure, measure_policy
+from dynadapter.sweep.plan import FINAL, SEARCH, Arm, Choice, Sweep, Unit, as_dict, score
 from dynadapter.sweep.table import as_csv, as_markdown, draw, rows
+
+GOAL = SweepGoal(Goal(accuracy_drop=0.0))
 
 # ---- the plan
 
 
 def make_sweep(**changes: Any) -> Sweep:
+    seeds = changes.pop("seeds", [0, 1])
     options: dict[str, Any] = {
         "tasks": {"cifar": "Natural", "dtd": "Natural", "eurosat": "Specialized", "kitti": "Structured"},
         "adapters": ["lora"],
         "recipes": ["dynamic"],
-        "seeds": [0, 1],
         "search_seeds": [0],
     } | changes
     pairs = [(a, r) for a in options["adapters"] for r in options["recipes"]]
     options["settings"] = {pair: "-".join(pair) for pair in pairs}
+    options["seeds"] = dict.fromkeys(pairs, seeds) | options.pop("seeds_of", {})
     options["scales"] = {(t, a): [1.0, 10.0] for t in options["tasks"] for a in options["adapters"]}
     return Sweep(**options)
 
@@ -48,8 +54,12 @@ def make_sweep(**changes: Any) -> Sweep:
 def make_line(unit: Unit, accuracy: float, exits: int = 2, loss: float = 1.0, percent: float = 60.0) -> dict[str, Any]:
     """Return a line whose exits, and policy, all have one accuracy."""
     costs = [100 * (k + 1) / exits for k in range(exits)]
-    entries = [{"exit": k + 1, "percent_of_static": costs[k], "accuracy": accuracy, "loss": loss} for k in range(exits)]
-    return {"run": as_dict(unit), "exits": entries, "policy": {"accuracy": accuracy, "percent_of_static": percent}}
+    same = {"accuracy": accuracy, "mean": accuracy, "geometric": accuracy, "loss": loss}
+    entries = [{"exit": k + 1, "percent_of_static": costs[k], **same} for k in range(exits)]
+    policy = {"accuracy": accuracy, "percent_of_static": percent, "target": {"cost": 0.5}}
+    right = np.broadcast_to(np.arange(1000) < round(1000 * accuracy), (3, exits, 1000))
+    images = {"images": 1000, "per_image": lines.as_text({"right": right, "routed": right[:1, -1]})}
+    return {"run": as_dict(unit), "exits": entries, "policies": {GOAL.name: policy}, **images}
 
 
 def finish(sweep: Sweep, accuracy: Any = lambda unit: 0.5) -> dict[Unit, dict[str, Any]]:
@@ -110,9 +120,55 @@ def test_chosen_scale(accuracy, loss, best):
 def test_score_counts_the_policy_with_exits():
     unit = make_sweep().search(Arm("cifar", "lora", "dynamic"))[0]
     line = make_line(unit, 0.5)
-    line["policy"]["accuracy"] = 0.7
-    assert score(line)[0] == pytest.approx(0.6)
-    assert score({**line, "exits": line["exits"][-1:]})[0] == 0.5  # static
+    line["policies"][GOAL.name]["accuracy"] = 0.7
+    assert score(line, GOAL.name)[0] == pytest.approx(0.6)
+    assert score({**line, "exits": line["exits"][-1:]}, GOAL.name)[0] == 0.5  # static
+
+
+ARMS: dict[str, Any] = {
+    "recipes": ["static", "cut", "dynamic"],
+    "seeds_of": {("lora", "cut"): [1]},
+    "scale_from": {"cut": "static"},
+    "goals": [GOAL, SweepGoal(Goal(accuracy_drop=0.0), "static")],
+    "choices": {"best": Choice(["static", "cut"], 0.5)},
+    "fresh": ["kitti"],
+}
+
+
+def test_recipe_takes_the_scale_of_another():
+    sweep = make_sweep(**ARMS)
+    assert sweep.remaining({}) == {SEARCH: 4 * (3 + 1 + 3), FINAL: 4 * (2 + 1 + 2)}
+    done: dict[Unit, Any] = {}
+    while ready := sweep.ready(done):
+        for unit in ready:
+            if unit.split == FINAL and unit.recipe != "static":
+                reference = sweep.reference(unit, "static", done)
+                assert reference in done
+                assert (reference.recipe, reference.seed, reference.scale) == ("static", unit.seed, 10.0)
+        done |= {unit: make_line(unit, 0.5 + (unit.scale == 10 and unit.recipe == "static")) for unit in ready}
+        assert sum(sweep.remaining(done).values()) + len(done) == 4 * 12
+    cut = {(unit.split, unit.scale, unit.seed) for unit in done if unit.recipe == "cut"}
+    assert cut == {(SEARCH, 10.0, 1), (FINAL, 10.0, 1)}
+    assert {unit.scale for unit in done if (unit.recipe, unit.split) == ("dynamic", FINAL)} == {1.0}
+
+
+def test_arms_without_a_scale_do_not_wait():
+    """Where no loss of the reference was finite, neither the recipes with its scale run nor others wait for it."""
+    sweep, done = make_sweep(tasks={"cifar": None}, **(ARMS | {"fresh": []})), {}
+    while ready := sweep.ready(done):
+        failed = {unit: {"run": as_dict(unit), "failed": "not finite"} for unit in ready if unit.recipe == "static"}
+        done |= {unit: make_line(unit, 0.5) for unit in ready} | failed
+    assert {arm.recipe for arm in sweep.diverged(done)} == {"static", "cut"}
+    assert {unit.recipe for unit in done if unit.split == FINAL} == {"dynamic"}
+    assert sum(sweep.remaining(done).values()) == 0
+
+
+def test_line_without_a_policy_is_not_finished():
+    sweep = make_sweep(**ARMS)
+    unit = next(iter(sweep.search(Arm("cifar", "lora", "dynamic"))))
+    line = make_line(unit, 0.5)
+    assert sweep.is_complete(unit, line)
+    assert not sweep.is_complete(replace(unit, split=FINAL), line)
 
 
 def test_changed_settings_are_other_runs():
@@ -169,18 +225,18 @@ def test_packed_predictions(classes, bytes_an_image, tmp_path):
     generator = torch.Generator().manual_seed(0)
     logits = 3 * torch.randn(4, 2000, classes, generator=generator)
     targets = torch.randint(classes, (2000,), generator=generator)
-    exit_index = torch.randint(4, (2000,), generator=generator)
-    lines.pack(tmp_path, logits, targets, torch.arange(2000), exit_index)
+    lines.pack(tmp_path, logits, targets, torch.arange(2000))
     with np.load(tmp_path / lines.PREDICTIONS) as packed:
         assert (packed["predictions"] == logits.argmax(-1).numpy()).all()
         assert np.abs(packed["confidences"] - logits.softmax(-1).amax(-1).numpy()).max() < 1e-3
         assert (packed["targets"] == targets.numpy()).all()
         assert (packed["files"] == np.arange(2000)).all()
-        assert (packed["exit_index"] == exit_index.numpy()).all()
     assert (tmp_path / lines.PREDICTIONS).stat().st_size < bytes_an_image * 2000
     with np.load(tmp_path / lines.LOGITS) as packed:
         assert packed["logits"].dtype == np.float16
-        assert np.allclose(packed["logits"], logits.numpy(), rtol=1e-3, atol=1e-6)
+    again, same = lines.unpack(tmp_path)
+    assert torch.allclose(again, logits, rtol=1e-3, atol=1e-6)
+    assert torch.equal(same, targets)
     assert {path.name for path in tmp_path.iterdir()} == {lines.PREDICTIONS, lines.LOGITS}
 
 
@@ -191,16 +247,17 @@ def test_measures_against_a_loop():
     generator = torch.Generator().manual_seed(1)
     logits, targets = torch.randn(3, 50, 5, generator=generator), torch.randint(5, (50,), generator=generator)
     policy, costs = Confidence((0.5, 0.4)), [2.0, 5.0, 8.5]
-    results, exit_index = measure(policy, logits, targets, costs, 8.0, (1, 2, 3))
+    results, images = measure({"a": Never(), "b": policy}, logits, targets, costs, 8.0, (1, 2, 3))
+    exit_index, routed = images["exit_index"][1], results["policies"]["b"]
     taken, right, spent = [0, 0, 0], 0, 0.0
     for i in range(50):
         probabilities = [np.exp(x) / np.exp(x).sum() for x in logits[:, i].double().numpy()]
         k = 0 if probabilities[0].max() >= 0.5 else 1 if probabilities[1].max() >= 0.4 else 2
         assert exit_index[i] == k
         taken[k], right, spent = taken[k] + 1, right + (probabilities[k].argmax() == targets[i]), spent + costs[k]
-    assert results["policy"]["accuracy"] == pytest.approx(right / 50)
-    assert results["policy"]["percent_of_static"] == pytest.approx(100 * spent / 50 / 8, abs=1e-3)
-    assert list(results["policy"]["exit_shares"].values()) == pytest.approx([count / 50 for count in taken])
+    assert routed["accuracy"] == pytest.approx(right / 50) == images["routed"][1].mean()
+    assert routed["percent_of_static"] == pytest.approx(100 * spent / 50 / 8, abs=1e-3)
+    assert list(routed["exit_shares"].values()) == pytest.approx([count / 50 for count in taken])
     for k, entry in enumerate(results["exits"]):
         assert entry["exit"] == k + 1
         rows = [np.exp(x) / np.exp(x).sum() for x in logits[k].double().numpy()]
@@ -213,10 +270,11 @@ def test_measures_against_a_loop():
 def test_logits_that_are_not_finite():
     logits = torch.zeros(1, 2, 3)
     logits[0, 0, 0] = math.nan
-    results, _ = measure(Never(), logits, torch.tensor([0, 0]), [1.0], 1.0, (4,))
+    results, images = measure({}, logits, torch.tensor([0, 0]), [1.0], 1.0, (4,))
     assert results["exits"][0]["accuracy"] == 0.5
     assert results["exits"][0]["loss"] is None
     json.dumps(results, allow_nan=False)
+    assert images["routed"].shape == (0, 2)
 
 
 @pytest.mark.parametrize(("goal", "bound"), [(Goal(cost=0.5), 0.5), (Goal(accuracy_drop=2.0), None)])
@@ -226,12 +284,25 @@ def test_goal_holds_where_it_was_calibrated(goal, bound):
     right = torch.nn.functional.one_hot(targets, 4)
     logits = torch.stack([strength * right + torch.randn(200, 4, generator=generator) for strength in (1, 2, 3)])
     costs = [0.25, 0.6, 1.0]
-    results, _ = measure(policy_for(goal, logits, targets, costs, 1.0), logits, targets, costs, 1.0, (1, 2, 3))
+    found = measure_policy(SweepGoal(goal).policy(logits, targets, costs, 1.0), logits, targets, costs, 1.0)
     if bound is not None:
-        assert results["policy"]["percent_of_static"] <= 100 * bound
+        assert found["percent_of_static"] <= 100 * bound
     else:
-        assert results["policy"]["accuracy"] >= results["exits"][-1]["accuracy"] - 0.02
-        assert results["policy"]["percent_of_static"] < 100
+        assert found["accuracy"] >= (logits[-1].argmax(-1) == targets).double().mean() - 0.02
+        assert found["percent_of_static"] < 100
+
+
+@pytest.mark.parametrize(("reference", "reached"), [(0.7, True), (1.0, False)])
+def test_goal_from_a_reference(reference, reached):
+    generator = torch.Generator().manual_seed(2)
+    targets = torch.randint(4, (400,), generator=generator)
+    right = torch.nn.functional.one_hot(targets, 4)
+    logits = torch.stack([strength * right + torch.randn(400, 4, generator=generator) for strength in (1, 2, 3)])
+    goal, costs = SweepGoal(Goal(accuracy_drop=0.0), "static"), [0.25, 0.6, 1.0]
+    found = measure_policy(goal.policy(logits, targets, costs, 1.0, reference), logits, targets, costs, 1.0)
+    assert (found["accuracy"] >= reference) == reached
+    assert (found["percent_of_static"] < 60) == reached  # the cheapest that is enough, or the best accuracy
+    assert goal.target(0.9, reference) == {"accuracy": reference}
 
 
 # ---- the table
@@ -241,7 +312,7 @@ def test_means_are_taken_seed_by_seed():
     sweep = make_sweep()
     accuracy = {"cifar": 0.5, "dtd": 0.7, "eurosat": 0.9, "kitti": 0.3}
     done = finish(sweep, lambda unit: accuracy[unit.task] + 0.02 * unit.seed * (unit.task == "dtd"))
-    found = {row.what: row for row in rows(sweep, done) if row.reading == "policy"}
+    found = {row.what: row for row in rows(sweep, done) if row.reading == GOAL.name}
     natural = [60.0, 61.0]
     groups = [statistics.fmean([value, 90.0, 30.0]) for value in natural]
     tasks = [statistics.fmean([50.0, dtd, 90.0, 30.0]) for dtd in (70.0, 72.0)]
@@ -268,10 +339,27 @@ def test_table_as_text():
     assert "| **mean of groups** | 50.5 ± 0.7 (60 %) | 50.5 ± 0.7 (60 %) |" in text
     assert text.index("| cifar |") < text.index("| kitti |") < text.index("mean of Natural") < text.index("4 tasks")
     read = list(csv.DictReader(io.StringIO(as_csv(table))))
-    assert {row["reading"] for row in read} == {"exit 1", "exit 2", "policy"}
+    baselines = {f"{GOAL.name}: all at one exit", f"{GOAL.name}: random mixture", "oracle"}
+    assert {row["reading"] for row in read} == {"exit 1", "exit 2", GOAL.name, *baselines}
     row = next(row for row in read if (row["what"], row["recipe"], row["reading"]) == ("dtd", "static", "exit 2"))
     assert (row["accuracy"], row["accuracy_std"], row["percent_of_static"]) == ("50.500", "0.707", "100.000")
     assert draw(table, sweep, "title").axes[0].get_ylabel() == "test accuracy in %, mean of 4 tasks"
+
+
+@pytest.mark.parametrize(("cost", "best"), [(100.0, "static"), (51.0, "cut")])
+def test_choice_among_recipes(cost, best):
+    choices = {"best": Choice(["static", "cut"], cost / 100)}
+    sweep = make_sweep(**(ARMS | {"seeds": [0], "seeds_of": {}, "choices": choices}))
+    accuracy, percent = {"static": 0.7, "cut": 0.6, "dynamic": 0.5}, {"static": 100.0, "cut": 51.5, "dynamic": 60.0}
+    done: dict[Unit, Any] = {}
+    while ready := sweep.ready(done):
+        new = {one: make_line(one, accuracy[one.recipe], 1, percent=percent[one.recipe]) for one in ready}
+        for line in new.values():
+            line["policies"] |= {sweep.goals[1].name: {"unreached": "too much"}}
+        done |= new
+    found = {(row.recipe, row.what): row.accuracy.mean for row in rows(sweep, done) if row.reading == GOAL.name}
+    assert found["best", "cifar"] == pytest.approx(100 * accuracy[best])
+    assert found["best", "mean of 1 fresh task"] == found["best", "kitti"]
 
 
 def test_table_of_a_sweep_without_final_runs():
@@ -343,6 +431,16 @@ def write_sweep(folder: Path, data: Path, **changes: Any) -> Path:
         ({"scales": {"adapter": [1]}}, "not the adapter lora; add its scales"),
         ({"scales": None, "scale_factors": [1]}, "no scale for the adapter lora on the task colours"),
         ({"goal": {"cost": 0.5, "accuracy_drop": 1.0}}, "give {accuracy_drop: POINTS} or"),
+        ({"goal": [{"cost": 0.5}, {"cost": 0.5}]}, "give each once"),
+        ({"goal": {"accuracy_drop": 0, "reference": "static"}}, "the first goal chooses the scale"),
+        ({"goal": [{"cost": 0.5}, {"accuracy_drop": 0, "reference": "x"}]}, "needs the recipe x for the adapter lora"),
+        ({"recipes": {"x": {"layers": ["vtab"], "scale_from": "y"}}}, "scale_from=y has no search of its own"),
+        ({"recipes": {"x": {"layers": ["vtab"], "adapters": ["ia3"]}}}, "recipe x names the adapter ia3; choose from"),
+        ({"recipes": {"x": {"layers": ["vtab"], "seeds": [7]}}}, "recipe x has seeds=[7], lora has [0]"),
+        ({"recipes": {"x": {"layer": ["vtab"]}}}, "layer"),
+        ({"seeds": {"adapter": [0]}}, "names adapter and not the adapter lora"),
+        ({"choices": {"best": {"among": ["static", "x"]}}}, "recipes among dynamic, static"),
+        ({"tasks": {"colours": {"fresh": 1}}}, "give {group: Natural, fresh: true}"),
         ({"goal": {"cots": 0.5}}, "give {accuracy_drop: POINTS} or"),
         ({"root": "/nowhere"}, "root=/nowhere is no folder"),
         ({"sedes": [1]}, "sedes"),
@@ -407,12 +505,18 @@ def test_line_holds_what_a_number_needs(finished):
         static = unit.recipe == "static"
         assert [entry["after_block"] for entry in line["exits"]] == ([2] if static else [1, 2])
         assert line["exits"][-1]["percent_of_static"] == pytest.approx(100, abs=0 if static else 5)
-        assert sum(line["policy"]["exit_shares"].values()) == pytest.approx(1, abs=1e-5)
+        policy = line["policies"][GOAL.name]
+        right, routed = lines.right_of(line)
+        for way, key in enumerate(("accuracy", "mean", "geometric")):
+            assert right[way].mean(1) == pytest.approx([entry[key] for entry in line["exits"]], abs=1e-5)
         with np.load(finished / "runs" / unit.name / lines.PREDICTIONS) as packed:
-            right = packed["predictions"] == packed["targets"]
-            shares = np.bincount(packed["exit_index"], minlength=len(right)) / len(packed["targets"])
-        assert right.mean(1).tolist() == pytest.approx([entry["accuracy"] for entry in line["exits"]])
-        assert shares == pytest.approx(list(line["policy"]["exit_shares"].values()), abs=1e-5)
+            assert (right[0] == (packed["predictions"] == packed["targets"])).all()
+            assert (packed["files"] == np.arange(line["images"])).all()
+        with np.load(io.BytesIO(base64.b64decode(line["per_image"]))) as packed:
+            shares = np.bincount(packed["exit_index"][0], minlength=len(line["exits"])) / line["images"]
+        assert shares == pytest.approx(list(policy["exit_shares"].values()), abs=1e-5)
+        assert routed[GOAL.name].mean() == pytest.approx(policy["accuracy"])
+        assert 0 < line["seconds"]["epoch"] < line["seconds"]["training"]
 
 
 def test_sweep_without_seeds_reads_no_test(data, tmp_path, capsys):
@@ -432,10 +536,12 @@ def test_thresholds_are_carried_over(finished):
     finals = [unit for unit in done if unit.split == FINAL]
     assert len(finals) == 2
     for unit in finals:
-        name = done[unit]["policy"]["calibrated_on"]
+        policy = done[unit]["policies"][GOAL.name]
+        name = policy["calibrated_on"]
         twin = next(one for one in done if one.name == name)
         assert (twin.split, twin.scale, twin.seed, twin.recipe) == (SEARCH, unit.scale, unit.seed, unit.recipe)
-        assert done[unit]["policy"]["policy"] == done[twin]["policy"]["policy"]
+        assert policy["policy"] == done[twin]["policies"][GOAL.name]["policy"]
+        assert policy["val200"]["accuracy"] == pytest.approx(done[twin]["policies"][GOAL.name]["accuracy"])
 
 
 def test_checkpoints_of_lost_scales_are_gone(finished):
@@ -477,8 +583,8 @@ def test_training_without_a_line_is_not_repeated(data, finished, tmp_path):
     results.write_text("".join(kept))
     main(["sweep", str(write_sweep(tmp_path, data))])
     again = json.loads(results.read_text().splitlines()[-1])
-    assert {key: again[key] for key in ("run", "exits", "policy")} == {
-        key: json.loads(last)[key] for key in ("run", "exits", "policy")
+    assert {key: again[key] for key in ("run", "exits", "policies", "per_image")} == {
+        key: json.loads(last)[key] for key in ("run", "exits", "policies", "per_image")
     }
     assert table_of(tmp_path / "out") == table_of(finished)
 

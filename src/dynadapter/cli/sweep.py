@@ -87,7 +87,7 @@ def write_table(file: SweepFile) -> str:
     Returns:
         The Markdown, with notes on what is missing.
     """
-    done = lines.read(file.out)
+    done = file.done()
     table = rows(file.sweep, done)
     if not table:
         return "no run that the table shows is finished: there is no table yet"

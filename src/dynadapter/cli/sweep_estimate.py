@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dynadapter.cli.sweep_file import SweepFile
-from dynadapter.sweep import lines
 from dynadapter.sweep.plan import FINAL, SEARCH, Line, Split
 
 
@@ -19,13 +18,13 @@ def estimate(file: SweepFile) -> str:
     Args:
         file: The sweep.
     """
-    done = lines.read(file.out)
+    done = file.done()
     left = file.sweep.remaining(done)
     finished: list[Line] = [
         line for unit, line in done.items() if "seconds" in line and unit in file.sweep.planned(done)
     ]
     text = [
-        f"{len(file.sweep.tasks)} tasks x {len(file.sweep.adapters)} adapters x {len(file.sweep.recipes)} recipes: "
+        f"{len(file.sweep.tasks)} tasks, {len(file.sweep.settings)} pairs of adapter and recipe: "
         f"{left[SEARCH]} runs on train800 choose scales and thresholds, {left[FINAL]} final runs on train800val200",
         f"{len(finished)} runs are finished, {sum(left.values())} are left",
     ]

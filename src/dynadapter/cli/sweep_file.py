@@ -2,14 +2,16 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from dynadapter.calibrate import Goal
 from dynadapter.cli.configs import find_config, read_config
 from dynadapter.cli.errors import Mistake
 from dynadapter.cli.parser import CommandParser
-from dynadapter.sweep.plan import Sweep, Unit, fingerprint
+from dynadapter.sweep import lines
+from dynadapter.sweep.goals import SweepGoal, goals_of
+from dynadapter.sweep.plan import Choice, Line, Sweep, Unit, fingerprint
 from dynadapter.sweep.table import GROUPS
 
 PUBLISHED = "vtab_scales"
@@ -24,30 +26,55 @@ class Settings:
 
     Args:
         root: Folder that holds the tasks, in the layout of VTAB-1k.
-        tasks: Folders of the tasks. A mapping names the group of each: Natural, Specialized, Structured, or null.
+        tasks: Folders of the tasks. A mapping names the group of each: Natural, Specialized, Structured, or null; or
+            ``{group: Natural, fresh: true}`` for a task that no choice was made on.
         recipes: Config files by the name of the recipe, as in ``{dynamic: [vtab], static: [vtab, static]}``. An entry
-            may also be a mapping with settings as in a config file.
+            of the list may also be a mapping with settings as in a config file. Instead of a list, a recipe may be a
+            mapping as :class:`Recipe` describes.
         adapters: Config files of the adapters, laid over each recipe.
         scales: Adapter scales to choose from: a list, or a list for each adapter.
         scale_factors: Instead of ``scales``: factors on the published scales of vtab_scales.yaml.
-        seeds: Seeds of the final runs; none to stop before them, so that no test image is read.
+        seeds: Seeds of the final runs, a list, or a list for each adapter; none to stop before them, so that no test
+            image is read.
         search_seeds: Seeds of the runs that choose the scale; by default those of ``seeds``.
+        choices: Recipes of which the most accurate on val200 stands in the table, by name:
+            ``{best: {among: [small, large], cost: 0.5}}``, with the greatest cost as a fraction of static.
         settings: Settings as in a config file, laid over all recipes and adapters.
-        goal: What thresholds are calibrated to on val200: ``{accuracy_drop: POINTS}`` or ``{cost: FRACTION}``.
+        goal: What policies are calibrated to on val200: ``{accuracy_drop: POINTS}``, with ``reference: RECIPE`` from
+            that recipe's accuracy, or ``{cost: FRACTION}``; or a list of these, of which the first chooses the scale.
         out: Folder of the sweep.
     """
 
     root: str
-    tasks: list[str] | dict[str, str | None]
-    recipes: dict[str, list[Layer]]
+    tasks: list[str] | dict[str, str | dict[str, Any] | None]
+    recipes: dict[str, list[Layer] | dict[str, Any]]
     adapters: list[str] = field(default_factory=lambda: ["lora"])
     scales: list[float] | dict[str, list[float]] | None = None
     scale_factors: list[float] | None = None
-    seeds: list[int] = field(default_factory=lambda: [0])
+    seeds: list[int] | dict[str, list[int]] = field(default_factory=lambda: [0])
     search_seeds: list[int] | None = None
+    choices: dict[str, dict[str, Any]] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
-    goal: dict[str, float] = field(default_factory=lambda: {"accuracy_drop": 0.0})
+    goal: dict[str, Any] | list[dict[str, Any]] = field(default_factory=lambda: {"accuracy_drop": 0.0})
     out: str = "runs/sweep"
+
+
+@dataclass
+class Recipe:
+    """The keys of a recipe.
+
+    Args:
+        layers: Config files and settings.
+        scale_from: Recipe whose chosen scale this one takes, without a search of its own; the cost counts against the
+            static network of that recipe.
+        adapters: Adapters that have this recipe; by default all.
+        seeds: Seeds of its final runs, of those that the sweep has for the adapter; by default all of these.
+    """
+
+    layers: list[Layer]
+    scale_from: str | None = None
+    adapters: list[str] | None = None
+    seeds: list[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -68,6 +95,10 @@ class SweepFile:
     layers: Mapping[tuple[str, str], list[Path | dict[str, Any]]]
     sweep: Sweep
 
+    def done(self) -> dict[Unit, Line]:
+        """Return the finished runs; a run whose line lacks a policy of this sweep is not finished."""
+        return {unit: line for unit, line in lines.read(self.out).items() if self.sweep.is_complete(unit, line)}
+
     def epochs(self, unit: Unit) -> int:
         """Return how many epochs the configs of a run name, 100 where none does."""
         epochs = 100
@@ -83,49 +114,65 @@ def read(path: str) -> SweepFile:
     Raises:
         Mistake: A key, a value or a config file that it names is wrong.
     """
-    parser = CommandParser()
-    parser.add_class_arguments(Settings, None)
-    settings = Settings(**parser.parse_object(read_config(path, ())).as_dict())
+    settings: Settings = _parsed(Settings, read_config(path, ()))
     _check_lists(settings)
-    goal = _goal(settings.goal)
+    goals = _goals(settings.goal)
+    adapters = {_label(adapter): adapter for adapter in settings.adapters}
+    recipes = {name: _recipe(name, entry, settings, list(adapters)) for name, entry in settings.recipes.items()}
     layers = {
-        (_label(adapter), recipe): [
+        (label, name): [
             layer if isinstance(layer, dict) else find_config(layer)
-            for layer in [*entries, adapter, *([settings.settings] if settings.settings else [])]
+            for layer in [*recipe.layers, adapter, *([settings.settings] if settings.settings else [])]
         ]
-        for adapter in settings.adapters
-        for recipe, entries in settings.recipes.items()
+        for label, adapter in adapters.items()
+        for name, recipe in recipes.items()
+        if recipe.adapters is None or label in recipe.adapters
     }
     contents = {
-        key: fingerprint(
-            settings.goal, *(one if isinstance(one, dict) else read_config(str(one), ()) for one in several)
-        )
+        key: fingerprint(*(one if isinstance(one, dict) else read_config(str(one), ()) for one in several))
         for key, several in layers.items()
     }
-    adapters = [_label(adapter) for adapter in settings.adapters]
+    seeds = {(adapter, name): _seeds(settings, adapter, name, recipes[name]) for adapter, name in layers}
     sweep = Sweep(
         tasks=_groups(settings.tasks),
-        adapters=adapters,
-        recipes=list(settings.recipes),
+        adapters=list(adapters),
+        recipes=list(recipes),
         settings=contents,
         scales={(t, a): _scales(settings, t, a) for t in settings.tasks for a in adapters},
-        seeds=settings.seeds,
-        search_seeds=settings.search_seeds or settings.seeds,
-        goal=goal,
+        seeds=seeds,
+        search_seeds=settings.search_seeds or list(dict.fromkeys(chain.from_iterable(seeds.values()))),
+        goals=goals,
+        scale_from={name: recipe.scale_from for name, recipe in recipes.items() if recipe.scale_from is not None},
+        fresh=_fresh(settings.tasks),
+        choices={name: _choice(name, given, list(recipes)) for name, given in settings.choices.items()},
     )
+    _check_references(sweep)
     out, root = (Path(folder).expanduser().absolute() for folder in (settings.out, settings.root))
     return SweepFile(Path(path), out, root, layers, sweep)
 
 
+def _parsed(kind: type[Any], content: dict[str, Any]) -> Any:
+    """Return a dataclass filled with the keys of a mapping, each checked."""
+    parser = CommandParser()
+    parser.add_class_arguments(kind, None)
+    return kind(**parser.parse_object(content).as_dict())
+
+
+# ---- checks
+
+
 def _check_lists(settings: Settings) -> None:
     """Refuse empty and repeated entries, and scales in two ways or none."""
-    for name in ("tasks", "recipes", "adapters", "seeds", "search_seeds"):
-        values = list(getattr(settings, name) or ())
-        if not values and name not in ("seeds", "search_seeds"):
+    by_adapter = settings.seeds if isinstance(settings.seeds, dict) else {"": settings.seeds}
+    needed = ("tasks", "recipes", "adapters")
+    lists = {name: list(getattr(settings, name) or ()) for name in (*needed, "search_seeds")}
+    lists |= {f"seeds {adapter}".strip(): list(seeds) for adapter, seeds in by_adapter.items()}
+    for name, values in lists.items():
+        if not values and name in needed:
             raise Mistake(f"{name} is empty; give one at least")
         if len(set(values)) < len(values):
             raise Mistake(f"{name}={values} names one of them twice; give each once")
-    if not settings.seeds and not settings.search_seeds:
+    if not any(by_adapter.values()) and not settings.search_seeds:
         raise Mistake("seeds and search_seeds are empty; give seeds, or search_seeds alone for no final runs")
     if (settings.scales is None) == (settings.scale_factors is None):
         raise Mistake("give either scales, such as [1, 10], or scale_factors on the published scales, such as [1]")
@@ -133,14 +180,59 @@ def _check_lists(settings: Settings) -> None:
         raise Mistake(f"root={settings.root} is no folder; give the one that holds the tasks")
 
 
-def _goal(given: dict[str, float]) -> Goal:
+def _recipe(name: str, entry: list[Layer] | dict[str, Any], settings: Settings, adapters: list[str]) -> Recipe:
+    """Return a recipe; refuse names in it that the sweep does not have."""
+    recipe: Recipe = _parsed(Recipe, entry) if isinstance(entry, dict) else Recipe(entry)
+    source = recipe.scale_from
+    if source is not None:
+        other = settings.recipes.get(source)
+        if other is None or (isinstance(other, dict) and "scale_from" in other):
+            raise Mistake(f"recipe {name}: scale_from={source} has no search of its own; give a recipe that has one")
+        theirs = other.get("adapters") if isinstance(other, dict) else None
+        ours = adapters if recipe.adapters is None else recipe.adapters
+        recipe.adapters = [one for one in ours if theirs is None or one in theirs]
+    if unknown := [one for one in recipe.adapters or () if one not in adapters]:
+        raise Mistake(f"recipe {name} names the adapter {unknown[0]}; choose from: {', '.join(adapters)}")
+    return recipe
+
+
+def _seeds(settings: Settings, adapter: str, name: str, recipe: Recipe) -> list[int]:
+    """Return the seeds of the final runs of an adapter with a recipe."""
+    seeds = settings.seeds
+    if isinstance(seeds, dict):
+        if adapter not in seeds:
+            raise Mistake(f"seeds names {', '.join(seeds)} and not the adapter {adapter}; add its seeds")
+        seeds = seeds[adapter]
+    found = [seed for seed in seeds if recipe.seeds is None or seed in recipe.seeds]
+    if seeds and not found:
+        raise Mistake(f"recipe {name} has seeds={recipe.seeds}, {adapter} has {seeds}; give one of these at least")
+    return found
+
+
+def _choice(name: str, given: dict[str, Any], recipes: list[str]) -> Choice:
+    choice: Choice = _parsed(Choice, given)
+    if name in recipes or not choice.among or not set(choice.among) <= set(recipes):
+        raise Mistake(f"choices: {name} is {given}; give it a name of its own and recipes among {', '.join(recipes)}")
+    return choice
+
+
+def _goals(given: dict[str, Any] | list[dict[str, Any]]) -> tuple[SweepGoal, ...]:
     try:
-        goal = Goal(**given)
-    except (TypeError, ValueError) as error:
-        raise Mistake(f"goal={given}: give {{accuracy_drop: POINTS}} or {{cost: FRACTION OF STATIC}}") from error
-    if goal.risk is not None:
-        raise Mistake("a sweep calibrates to accuracy_drop or cost; for a risk use dynadapter calibrate on one run")
-    return goal
+        return goals_of([given] if isinstance(given, dict) else given)
+    except ValueError as error:
+        raise Mistake(f"{error}; give {{accuracy_drop: POINTS}} or {{cost: FRACTION OF STATIC}}") from error
+
+
+def _check_references(sweep: Sweep) -> None:
+    """Refuse a reference that has not every run that refers to it."""
+    for goal in sweep.goals:
+        for (adapter, recipe), seeds in sweep.seeds.items():
+            theirs = sweep.seeds.get((adapter, goal.reference or recipe))
+            if theirs is None or not set(seeds) <= set(theirs):
+                raise Mistake(
+                    f"goal {goal.name} needs the recipe {goal.reference} for the adapter {adapter} and the seeds "
+                    f"{list(seeds)} of {recipe}; add them"
+                )
 
 
 def _label(config: str) -> str:
@@ -148,15 +240,25 @@ def _label(config: str) -> str:
     return Path(config).stem if config.endswith((".yaml", ".yml")) else config
 
 
-def _groups(tasks: list[str] | dict[str, str | None]) -> dict[str, str | None]:
+def _groups(tasks: list[str] | dict[str, Any]) -> dict[str, str | None]:
     from dynadapter.data.vtab import vtab_task  # imports torch and Lightning
 
     if isinstance(tasks, dict):
-        if unknown := [group for group in tasks.values() if group is not None and group not in GROUPS]:
+        groups = {name: given.get("group") if isinstance(given, dict) else given for name, given in tasks.items()}
+        if unknown := [group for group in groups.values() if group is not None and group not in GROUPS]:
             raise Mistake(f"tasks has the group {unknown[0]!r}; give one of {', '.join(GROUPS)}, or null")
-        return tasks
+        return groups
     known = {task: vtab_task(task) for task in tasks}
     return {task: found.group if found else None for task, found in known.items()}
+
+
+def _fresh(tasks: list[str] | dict[str, Any]) -> list[str]:
+    """Return the tasks that are marked as fresh."""
+    given = {name: one for name, one in tasks.items() if isinstance(one, dict)} if isinstance(tasks, dict) else {}
+    for name, one in given.items():
+        if not set(one) <= {"group", "fresh"} or not isinstance(one.get("fresh", False), bool):
+            raise Mistake(f"tasks: {name} is {one}; give {{group: Natural, fresh: true}}")
+    return [name for name, one in given.items() if one.get("fresh")]
 
 
 def _scales(settings: Settings, task: str, adapter: str) -> list[float]:

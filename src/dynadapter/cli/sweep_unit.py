@@ -3,17 +3,19 @@
 import contextlib
 import logging
 import shutil
+import statistics
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import yaml
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
 
 from dynadapter.bench.timing import machine
-from dynadapter.calibrate import policy_for
 from dynadapter.cli.app import DynCLI
 from dynadapter.cli.errors import Mistake, one_line
 from dynadapter.cli.record import git_state, now
@@ -21,10 +23,9 @@ from dynadapter.cli.resume import to_resume
 from dynadapter.cli.sweep_file import SweepFile
 from dynadapter.cost import exit_costs
 from dynadapter.exits.policies import Policy
-from dynadapter.spec import restore
 from dynadapter.sweep import lines
-from dynadapter.sweep.measure import measure
-from dynadapter.sweep.plan import FINAL, SEARCH, Unit, as_dict
+from dynadapter.sweep.measure import measure, measure_policy
+from dynadapter.sweep.plan import FINAL, SEARCH, Arm, Line, Unit, as_dict, fingerprint
 from dynadapter.training.callbacks.stacked_logits import StackedLogits
 
 PACKAGES = ("dynadapter", "torch", "lightning", "timm")
@@ -49,14 +50,14 @@ def run_unit(file: SweepFile, unit: Unit) -> bool:
     with lines.claim(folder) as mine:
         if not mine:
             return False
-        done = lines.read(file.out)
+        done = file.done()
         if unit in done:
             return False
         lines.append(file.out, measured(file, unit, folder, done))
         return True
 
 
-def measured(file: SweepFile, unit: Unit, folder: Path, done: dict[Unit, dict[str, Any]]) -> dict[str, Any]:
+def measured(file: SweepFile, unit: Unit, folder: Path, done: Mapping[Unit, Line]) -> dict[str, Any]:
     """Train and measure; return the line, without appending it.
 
     Args:
@@ -68,6 +69,7 @@ def measured(file: SweepFile, unit: Unit, folder: Path, done: dict[Unit, dict[st
     line: dict[str, Any] = {
         "run": as_dict(unit),
         "group": file.sweep.tasks[unit.task],
+        "fresh": unit.task in file.sweep.fresh,
         "configs": [one if isinstance(one, dict) else one.stem for one in file.layers[unit.adapter, unit.recipe]],
     }
     if unit.split == FINAL and "failed" in done[file.sweep.twin(unit)]:
@@ -83,6 +85,7 @@ def measured(file: SweepFile, unit: Unit, folder: Path, done: dict[Unit, dict[st
         seconds = time.perf_counter() - start
         line |= _results(file, unit, folder, trained, done)
     line["seconds"] = {"training": round(seconds, 2), "all": round(time.perf_counter() - start, 2)}
+    line["seconds"] |= trained.epochs.medians()
     line["bytes"] = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     return line | _about()
 
@@ -95,16 +98,52 @@ def _about() -> dict[str, Any]:
 # ---- training
 
 
-def _fit(file: SweepFile, unit: Unit, folder: Path) -> DynCLI:
+class EpochSeconds(Callback):
+    """Measure the epochs of a training, without what comes before, between and after them."""
+
+    def __init__(self) -> None:
+        self.wall: list[float] = []
+        self.cpu: list[float] = []
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clocks."""
+        self._start = time.perf_counter(), time.process_time()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop the clocks; the checkpoint is saved after that."""
+        self.wall.append(time.perf_counter() - self._start[0])
+        self.cpu.append(time.process_time() - self._start[1])
+
+    def medians(self) -> dict[str, float]:
+        """Return the median epoch in wall-clock and in CPU seconds of the process; the first one also decodes images.
+
+        A resumed training counts the epochs that it did itself.
+        """
+        return {
+            name: round(statistics.median(times[1:] or times), 4)
+            for name, times in (("epoch", self.wall), ("epoch_cpu", self.cpu))
+            if times
+        }
+
+
+class TimedCLI(DynCLI):
+    """A training whose epochs are timed."""
+
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
+        self.epochs = EpochSeconds()
+        return super()._instantiate_trainer(config, [*callbacks, self.epochs])
+
+
+def _fit(file: SweepFile, unit: Unit, folder: Path) -> TimedCLI:
     """Train as ``dynadapter fit`` does, from the newest checkpoint that an interrupted training left."""
     left = sorted(folder.glob("version_*"), key=lambda path: int(path.name.removeprefix("version_")))
     for run in reversed(left):
         with contextlib.suppress(Mistake, ValueError):  # nothing to continue: train from the start
             to_resume(str(run), nothing_new=False)
-            return DynCLI(["fit", f"--resume={run}", *_changes(file, unit, folder)])
+            return TimedCLI(["fit", f"--resume={run}", *_changes(file, unit, folder)])
     for run in left:
         shutil.rmtree(run)
-    return DynCLI(["fit", *_configs(file, unit, folder), *_changes(file, unit, folder)])
+    return TimedCLI(["fit", *_configs(file, unit, folder), *_changes(file, unit, folder)])
 
 
 def _configs(file: SweepFile, unit: Unit, folder: Path) -> list[str]:
@@ -159,39 +198,95 @@ def _quietly(log: Path) -> Iterator[None]:
 # ---- measuring
 
 
-def _results(
-    file: SweepFile, unit: Unit, folder: Path, trained: DynCLI, done: dict[Unit, dict[str, Any]]
-) -> dict[str, Any]:
-    """Run the split of a unit through the network once, calibrate or take over the policy, and pack the predictions."""
+def _results(file: SweepFile, unit: Unit, folder: Path, trained: TimedCLI, done: Mapping[Unit, Line]) -> dict[str, Any]:
+    """Run the split of a unit through the network once, calibrate, measure, and pack what each image gave."""
+    trainer, model, data = trained.trainer, trained.model, trained.datamodule
+    split: Literal["val", "test"] = "test" if unit.split == FINAL else "val"
+    logits, targets, files = _evaluated(trained, split)
+    costs = exit_costs(model.net, data.image_size)
+    macs, static = list(costs.macs), costs.static
+    if unit.recipe in file.sweep.scale_from:  # whose network has every block
+        source = file.sweep.search(file.sweep.source(Arm(unit.task, unit.adapter, unit.recipe)))
+        static = next(done[one]["static_macs"] for one in source if one.scale == unit.scale)
+    lines.pack(folder, logits, targets, files)
+    twin = run_folder(file, file.sweep.twin(unit)) if unit.split == FINAL else folder
+    policies, about = _policies(file, unit, lines.unpack(twin), done, macs, static)
+    results, images = measure(policies, logits, targets, macs, static, costs.exit_depths)
+    results["policies"] = {name: results["policies"].get(name, {}) | about[name] for name in about}
+    return {
+        "measured_on": "test" if unit.split == FINAL else "val200",
+        **results,
+        "static_macs": static,
+        "images_hash": fingerprint(files.tolist(), targets.tolist()),
+        "per_image": lines.as_text(images),
+        "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "steps": trainer.global_step,
+        "batch_size": data.batch_size,
+        "device": trainer.strategy.root_device.type,
+    }
+
+
+def _evaluated(trained: TimedCLI, split: Literal["val", "test"]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return logits (exits, images, classes), targets (images,) and places (images,) in the order of the list."""
     trainer, model, data = trained.trainer, trained.model, trained.datamodule
     stacked = StackedLogits()
     trainer.callbacks.append(stacked)  # type: ignore[attr-defined]
     trainer.limit_val_batches = 1.0
-    split: Literal["val", "test"] = "test" if unit.split == FINAL else "val"
     evaluate = trainer.test if split == "test" else trainer.validate
     evaluate(model, datamodule=data, verbose=False)
-    logits, targets = stacked.logits, stacked.targets
-    costs = exit_costs(model.net, data.image_size)
-    macs, static = list(costs.macs), costs.static
-    twin = None
-    if unit.split == SEARCH:
-        policy = policy_for(file.sweep.goal, logits, targets, macs, static)
-    else:
-        twin = file.sweep.twin(unit)
-        policy = restore(done[twin]["policy"]["policy"], Policy)
-    results, exit_index = measure(policy, logits, targets, macs, static, costs.exit_depths)
-    results["policy"]["calibrated_on"] = (twin or unit).name
     places = {str(source): place for place, (source, _) in enumerate(data.samples(split))}
     files = torch.tensor([places[str(source)] for source, _ in data.dataset(split).samples])
-    lines.pack(folder, logits, targets, files, exit_index)
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    measured_on = "test" if unit.split == FINAL else "val200"
-    about = {"trainable": trainable, "steps": trainer.global_step, "batch_size": data.batch_size}
-    return {"measured_on": measured_on, **results, **about}
+    order = files.argsort()
+    return stacked.logits[:, order], stacked.targets[order], files[order]
+
+
+def _policies(
+    file: SweepFile,
+    unit: Unit,
+    val200: tuple[Tensor, Tensor],
+    done: Mapping[Unit, Line],
+    macs: list[float],
+    static: float,
+) -> tuple[dict[str, Policy], dict[str, dict[str, Any]]]:
+    """Calibrate to every goal on logits and targets of val200, of this run or of the train800 twin of a final one.
+
+    Returns:
+        The policies by the name of their goal, and for each goal where it was calibrated, to what, and the result
+        there; or why it could not be.
+    """
+    sweep, (logits, targets) = file.sweep, val200
+    policies: dict[str, Policy] = {}
+    about: dict[str, dict[str, Any]] = {}
+    for goal in sweep.goals:
+        accuracy = None
+        if goal.reference not in (None, unit.recipe):
+            if unit.split == SEARCH:
+                continue  # the scale of the reference may not be chosen yet
+            assert goal.reference is not None
+            reference = sweep.reference(unit, goal.reference, done)
+            if reference is None or "failed" in done[reference]:
+                about[goal.name] = {"unreached": f"{goal.reference} has no finite loss"}
+                continue
+            accuracy = done[reference]["exits"][-1]["accuracy"]
+        try:
+            policies[goal.name] = policy = goal.policy(logits, targets, macs, static, accuracy)
+        except ValueError as error:
+            if goal is sweep.goals[0]:
+                raise
+            about[goal.name] = {"unreached": one_line(error)}
+            continue
+        found = measure_policy(policy, logits, targets, macs, static)
+        last = (logits[-1].argmax(-1) == targets).double().mean().item()
+        about[goal.name] = {
+            "calibrated_on": sweep.twin(unit).name,
+            "target": goal.target(last, accuracy),
+            "val200": {name: found[name] for name in ("accuracy", "percent_of_static")},
+        }
+    return policies, about
 
 
 def remove_lost(file: SweepFile) -> None:
     """Remove the checkpoints of finished runs whose scale lost."""
-    for unit in file.sweep.lost(lines.read(file.out)):
+    for unit in file.sweep.lost(file.done()):
         for place in run_folder(file, unit).glob("version_*/checkpoints"):
             shutil.rmtree(place, ignore_errors=True)

@@ -9,7 +9,6 @@ from typing import Any
 
 from dynadapter.cli.errors import Failed, Mistake, Stopped, one_line
 from dynadapter.cli.sweep_file import SweepFile
-from dynadapter.sweep import lines
 from dynadapter.sweep.plan import Unit
 
 WAIT = 1.0
@@ -32,7 +31,7 @@ def work(file: SweepFile, say: Callable[[str], None]) -> dict[Unit, str]:
     from dynadapter.cli.sweep_unit import remove_lost, run_unit
 
     failed: dict[Unit, str] = {}
-    while todo := [unit for unit in file.sweep.ready(lines.read(file.out)) if unit not in failed]:
+    while todo := [unit for unit in file.sweep.ready(file.done()) if unit not in failed]:
         for unit in todo:
             try:
                 mine = run_unit(file, unit)
@@ -45,7 +44,7 @@ def work(file: SweepFile, say: Callable[[str], None]) -> dict[Unit, str]:
                 say(f"{unit.name} failed: {failed[unit]}")
                 break
             if mine:
-                say(summary(lines.read(file.out), unit))
+                say(summary(file.done(), unit))
                 remove_lost(file)
                 break  # it may have made other runs possible
         else:
@@ -59,8 +58,8 @@ def summary(done: Mapping[Unit, Any], unit: Unit) -> str:
     if "failed" in line:
         return f"{unit.name}: {line['failed']}"
     exits = " / ".join(f"{100 * entry['accuracy']:.1f}" for entry in line["exits"])
-    policy = line["policy"]
-    routed = f"{100 * policy['accuracy']:.1f} % at {policy['percent_of_static']:.0f} % of static"
+    goal, policy = next(iter(line["policies"].items()))
+    routed = f"{100 * policy['accuracy']:.1f} % at {policy['percent_of_static']:.0f} % of static ({goal})"
     return f"{unit.name}: {line['measured_on']} {exits}; by the policy {routed} ({line['seconds']['all']:.0f} s)"
 
 
@@ -121,7 +120,7 @@ def run_on_ray(file: SweepFile, cpus: float, gpus: float, say: Callable[[str], N
     running: dict[Any, Unit] = {}
     try:
         while True:
-            ready = file.sweep.ready(lines.read(file.out))
+            ready = file.sweep.ready(file.done())
             for unit in ready:
                 if unit not in failed and unit not in running.values():
                     running[remote.remote(file, unit)] = unit
@@ -136,8 +135,8 @@ def run_on_ray(file: SweepFile, cpus: float, gpus: float, say: Callable[[str], N
                     say(f"{unit.name} failed: {failed[unit]}")
                 else:
                     if mine:
-                        say(summary(lines.read(file.out), unit))
-                    elif unit not in lines.read(file.out):
+                        say(summary(file.done(), unit))
+                    elif unit not in file.done():
                         time.sleep(WAIT)  # a process outside of Ray does this run
     finally:
         if own:

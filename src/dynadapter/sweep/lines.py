@@ -1,6 +1,8 @@
 """The results of runs: one JSON line and the values that a bootstrap needs for each, and a lock while a run works."""
 
+import base64
 import fcntl
+import io
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -9,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from dynadapter.exits.policies import confidence
 from dynadapter.files import append as append_bytes
 from dynadapter.files import replacing
-from dynadapter.sweep.plan import Unit, as_unit
+from dynadapter.sweep.plan import Line, Unit, as_unit
 
 RESULTS = "results.jsonl"
 PREDICTIONS = "predictions.npz"
@@ -42,7 +45,7 @@ def claim(folder: Path, wait: bool = False) -> Iterator[bool]:
 
 
 def read(out: Path) -> dict[Unit, dict[str, Any]]:
-    """Read the finished runs of a sweep; the first line of a run counts.
+    """Read the finished runs of a sweep; the last line of a run counts.
 
     Args:
         out: Folder of the sweep.
@@ -59,7 +62,7 @@ def read(out: Path) -> dict[Unit, dict[str, Any]]:
     for number, text in enumerate(whole.splitlines(), start=1):
         try:
             line = json.loads(text)
-            done.setdefault(as_unit(line), line)
+            done[as_unit(line)] = line
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path}:{number} is not the line of a run: {error}; delete that line") from None
     return done
@@ -84,19 +87,18 @@ def append(out: Path, line: Mapping[str, Any]) -> None:
         os.fsync(file.fileno())
 
 
-def pack(folder: Path, logits: Tensor, targets: Tensor, files: Tensor, exit_index: Tensor) -> None:
-    """Write what a bootstrap needs of each image, about 3 bytes an image and exit, and the logits in a second file.
+def pack(folder: Path, logits: Tensor, targets: Tensor, files: Tensor) -> None:
+    """Write what each measured image gave; the logits are a file of their own.
 
-    The arrays are ``predictions`` (exits, images), ``confidences`` (exits, images) float16, ``targets`` (images,),
-    ``files`` (images,), ``exit_index`` (images,). Classes take one byte where they fit. The second file holds
-    ``logits`` (exits, images, classes) float16.
+    The arrays are ``predictions`` (exits, images), ``confidences`` (exits, images) float16, ``targets`` (images,) and
+    ``files`` (images,). Classes take one byte where they fit. The second file holds ``logits`` (exits, images,
+    classes) float16.
 
     Args:
         folder: Folder of the run.
         logits: (exits, images, classes).
         targets: (images,).
         files: Places of the images in their list (images,), from 0.
-        exit_index: Where each image exits by the policy (images,), from 0.
     """
     classes = np.uint8 if logits.shape[-1] <= 256 else np.uint16
     arrays: dict[str, Any] = {
@@ -104,9 +106,46 @@ def pack(folder: Path, logits: Tensor, targets: Tensor, files: Tensor, exit_inde
         "confidences": confidence(logits).numpy().astype(np.float16),
         "targets": targets.numpy().astype(classes),
         "files": files.numpy().astype(np.uint16 if len(files) < 2**16 else np.uint32),
-        "exit_index": exit_index.numpy().astype(np.uint8),
     }
     half = logits.clamp(-65504, 65504).numpy().astype(np.float16)  # NaN stays
     for name, content in ((PREDICTIONS, arrays), (LOGITS, {"logits": half})):
         with replacing(folder / name) as file:
             np.savez_compressed(file, **content)
+
+
+def unpack(folder: Path) -> tuple[Tensor, Tensor]:
+    """Read the logits (exits, images, classes) float32 and the targets (images,) that :func:`pack` wrote.
+
+    Args:
+        folder: Folder of the run.
+    """
+    with np.load(folder / LOGITS) as logits, np.load(folder / PREDICTIONS) as others:
+        return torch.from_numpy(logits["logits"]).float(), torch.from_numpy(others["targets"].astype(np.int64))
+
+
+def as_text(images: Mapping[str, np.ndarray]) -> str:
+    """Return arrays of images as text for a line: a compressed ``.npz`` in base64; bool arrays take a bit an entry.
+
+    Args:
+        images: Arrays (..., images), bool or small integers.
+    """
+    arrays: dict[str, Any] = {
+        name: np.packbits(array, axis=-1) if array.dtype == bool else array for name, array in images.items()
+    }
+    file = io.BytesIO()
+    np.savez_compressed(file, **arrays)
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def right_of(line: Line) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Return which images a run gets right, from its line.
+
+    Returns:
+        By each way and exit (ways, exits, images), and by each policy (images,), both bool.
+    """
+    reached = [name for name, entry in line["policies"].items() if "unreached" not in entry]
+    with np.load(io.BytesIO(base64.b64decode(line["per_image"]))) as packed:
+        right, routed = (
+            np.unpackbits(packed[name], axis=-1, count=line["images"]).astype(bool) for name in ("right", "routed")
+        )
+    return right, dict(zip(reached, routed, strict=True))

@@ -5,12 +5,13 @@ import json
 import math
 import re
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from typing import Any, Literal
 
 from dynadapter.calibrate import Goal
+from dynadapter.sweep.goals import SweepGoal
 
 Line = Mapping[str, Any]
 """What a finished run has appended to the results; see :func:`dynadapter.sweep.lines.append`."""
@@ -59,6 +60,19 @@ class Arm:
 
 
 @dataclass(frozen=True)
+class Choice:
+    """Several recipes of which the most accurate on val200 within a cost stands in the table, for each task.
+
+    Args:
+        among: Names of the recipes.
+        cost: Greatest cost, as a fraction of static.
+    """
+
+    among: Sequence[str]
+    cost: float = 1.0
+
+
+@dataclass(frozen=True)
 class Sweep:
     """Every run of a sweep.
 
@@ -66,11 +80,14 @@ class Sweep:
         tasks: Groups by task; None for a task that is in none of the three groups of VTAB.
         adapters: Names of adapters.
         recipes: Names of recipes.
-        settings: Fingerprint by adapter and recipe.
+        settings: Fingerprint by adapter and recipe; pairs without one are no arms.
         scales: Scales to choose from, by task and adapter.
-        seeds: Seeds of the final runs; none to stop before them.
+        seeds: Seeds of the final runs, by adapter and recipe; none anywhere to stop before them.
         search_seeds: Seeds of the runs that the scale is chosen by.
-        goal: What thresholds are calibrated to.
+        goals: What policies are calibrated to; the first one counts in the choice of the scale.
+        scale_from: Recipe whose scale a recipe takes, instead of a search of its own.
+        fresh: Tasks that no choice was made on.
+        choices: Choices among recipes by their name in the table.
     """
 
     tasks: Mapping[str, str | None]
@@ -78,27 +95,43 @@ class Sweep:
     recipes: Sequence[str]
     settings: Mapping[tuple[str, str], str]
     scales: Mapping[tuple[str, str], Sequence[float]]
-    seeds: Sequence[int] = (0,)
+    seeds: Mapping[tuple[str, str], Sequence[int]]
     search_seeds: Sequence[int] = (0,)
-    goal: Goal = field(default_factory=lambda: Goal(accuracy_drop=0.0))
+    goals: Sequence[SweepGoal] = (SweepGoal(Goal(accuracy_drop=0.0)),)
+    scale_from: Mapping[str, str] = field(default_factory=dict)
+    fresh: Collection[str] = ()
+    choices: Mapping[str, Choice] = field(default_factory=dict)
 
     @property
-    def measured(self) -> tuple[Split, Sequence[int]]:
-        """The split and the seeds of the runs in the table: the final ones, or without them those of the search."""
-        return (FINAL, self.seeds) if self.seeds else (SEARCH, self.search_seeds)
+    def split(self) -> Split:
+        """The split of the runs in the table: the final ones, or without them those of the search."""
+        return FINAL if any(self.seeds.values()) else SEARCH
+
+    def measured_seeds(self, arm: Arm) -> Sequence[int]:
+        """Return the seeds of an arm's runs in the table."""
+        return self.seeds[arm.adapter, arm.recipe] if self.split == FINAL else self.search_seeds
 
     def arms(self) -> Iterator[Arm]:
-        """Yield every combination of task, adapter and recipe."""
+        """Yield every combination of task, adapter and recipe that the sweep has."""
         for task, adapter, recipe in product(self.tasks, self.adapters, self.recipes):
-            yield Arm(task, adapter, recipe)
+            if (adapter, recipe) in self.settings:
+                yield Arm(task, adapter, recipe)
 
     def unit(self, arm: Arm, scale: float, seed: int, split: Split) -> Unit:
         """Return one run of an arm."""
         settings = self.settings[arm.adapter, arm.recipe]
         return Unit(arm.task, arm.adapter, arm.recipe, float(scale), seed, split, settings)
 
+    def source(self, arm: Arm) -> Arm:
+        """Return the arm whose search chooses this arm's scale."""
+        return replace(arm, recipe=self.scale_from.get(arm.recipe, arm.recipe))
+
+    # ---- the scale
+
     def search(self, arm: Arm) -> list[Unit]:
-        """Return the runs that choose an arm's scale."""
+        """Return the runs that choose an arm's scale; none where another recipe chooses it."""
+        if arm.recipe in self.scale_from:
+            return []
         scales = self.scales[arm.task, arm.adapter]
         return [self.unit(arm, scale, seed, SEARCH) for seed in self.search_seeds for scale in scales]
 
@@ -114,30 +147,61 @@ class Sweep:
         Returns:
             The scale; None before all runs of the search are finished, or where the loss was finite at no scale.
         """
+        arm = self.source(arm)
         if any(unit not in done for unit in self.search(arm)):
             return None
         scores = {}
         for scale in self.scales[arm.task, arm.adapter]:
-            found = [score(done[self.unit(arm, scale, seed, SEARCH)]) for seed in self.search_seeds]
+            found = [score(done[self.unit(arm, scale, seed, SEARCH)], self.goals[0].name) for seed in self.search_seeds]
             scores[float(scale)] = tuple(statistics.fmean(values) for values in zip(*found, strict=True))
         best = max(scores, key=lambda scale: scores[scale])
         return None if scores[best][0] == -math.inf else best
 
+    def has_diverged(self, arm: Arm, done: Mapping[Unit, Line]) -> bool:
+        """Check whether the loss was finite at no scale: such an arm has no final runs."""
+        searched = all(unit in done for unit in self.search(self.source(arm)))
+        return searched and self.chosen_scale(arm, done) is None
+
     def diverged(self, done: Mapping[Unit, Line]) -> list[Arm]:
-        """Return the arms whose loss was finite at no scale: they have no final runs."""
-        return [
-            arm
-            for arm in self.arms()
-            if all(unit in done for unit in self.search(arm)) and self.chosen_scale(arm, done) is None
-        ]
+        """Return the arms whose loss was finite at no scale."""
+        return [arm for arm in self.arms() if self.has_diverged(arm, done)]
+
+    # ---- the runs at the chosen scale
 
     def twin(self, unit: Unit) -> Unit:
-        """Return the train800 run whose thresholds a final run takes over."""
-        return self.unit(Arm(unit.task, unit.adapter, unit.recipe), unit.scale, unit.seed, SEARCH)
+        """Return the train800 run whose logits calibrate the policies of a final run."""
+        return replace(unit, split=SEARCH)
+
+    def reference(self, unit: Unit, recipe: str, done: Mapping[Unit, Line]) -> Unit | None:
+        """Return the train800 run of another recipe, at its own scale, that a goal of this run refers to.
+
+        None before its scale is chosen, where its loss was finite at no scale, and for a run of that recipe itself.
+        """
+        arm = Arm(unit.task, unit.adapter, recipe)
+        scale = self.chosen_scale(arm, done)
+        return None if scale is None or recipe == unit.recipe else self.unit(arm, scale, unit.seed, SEARCH)
+
+    def _is_ready(self, unit: Unit, done: Mapping[Unit, Line]) -> bool:
+        """Check whether everything that a final run needs is finished."""
+        if self.twin(unit) not in done:
+            return False
+        for recipe in {goal.reference for goal in self.goals if goal.reference not in (None, unit.recipe)}:
+            assert recipe is not None
+            if not self.has_diverged(Arm(unit.task, unit.adapter, recipe), done):
+                found = self.reference(unit, recipe, done)
+                if found is None or found not in done:
+                    return False
+        return True
+
+    def twins(self, arm: Arm, scale: float) -> list[Unit]:
+        """Return the train800 runs of an arm at its scale, one for each run in the table."""
+        return [self.unit(arm, scale, seed, SEARCH) for seed in self.measured_seeds(arm)]
 
     def final(self, arm: Arm, scale: float) -> list[Unit]:
         """Return the final runs of an arm."""
-        return [self.unit(arm, scale, seed, FINAL) for seed in self.seeds]
+        return [self.unit(arm, scale, seed, FINAL) for seed in self.seeds[arm.adapter, arm.recipe]]
+
+    # ---- all of them
 
     def ready(self, done: Mapping[Unit, Line]) -> list[Unit]:
         """Return the runs that are not finished and need no other run first; seeds vary slowest.
@@ -145,35 +209,32 @@ class Sweep:
         Args:
             done: The finished runs.
         """
-        search: list[Unit] = []
-        final: list[Unit] = []
+        found: list[Unit] = []
         for arm in self.arms():
-            search += self.search(arm)
+            found += self.search(arm)
             scale = self.chosen_scale(arm, done)
-            if scale is None:
-                continue
-            for unit in self.final(arm, scale):
-                twin = self.twin(unit)
-                (final if twin in done else search).append(unit if twin in done else twin)
-        order = {seed: place for place, seed in enumerate(dict.fromkeys([*self.search_seeds, *self.seeds]))}
-        left = [unit for unit in dict.fromkeys([*search, *final]) if unit not in done]
+            if scale is not None:
+                found += self.twins(arm, scale)
+                found += [unit for unit in self.final(arm, scale) if self._is_ready(unit, done)]
+        seeds = dict.fromkeys([*self.search_seeds, *(seed for several in self.seeds.values() for seed in several)])
+        order = {seed: place for place, seed in enumerate(seeds)}
+        left = [unit for unit in dict.fromkeys(found) if unit not in done]
         return sorted(left, key=lambda unit: (unit.split == FINAL, order[unit.seed]))
 
     def remaining(self, done: Mapping[Unit, Line]) -> dict[Split, int]:
         """Count the runs that are still to do, by split, the ones that cannot start yet included."""
         left: dict[Split, int] = {SEARCH: 0, FINAL: 0}
-        diverged = self.diverged(done)
         for arm in self.arms():
-            if arm in diverged:
+            if self.has_diverged(arm, done):
                 continue
-            left[SEARCH] += sum(unit not in done for unit in self.search(arm))
-            scale = self.chosen_scale(arm, done)
+            search, scale = self.search(arm), self.chosen_scale(arm, done)
             if scale is None:
-                left[SEARCH] += len(set(self.seeds) - set(self.search_seeds))
-                left[FINAL] += len(self.seeds)
+                searched = {unit.seed for unit in search}
+                left[SEARCH] += sum(unit not in done for unit in search)
+                left[SEARCH] += len(set(self.measured_seeds(arm)) - searched)
+                left[FINAL] += len(self.seeds[arm.adapter, arm.recipe])
                 continue
-            others = [self.unit(arm, scale, seed, SEARCH) for seed in self.seeds if seed not in self.search_seeds]
-            left[SEARCH] += sum(unit not in done for unit in others)
+            left[SEARCH] += sum(unit not in done for unit in {*search, *self.twins(arm, scale)})
             left[FINAL] += sum(unit not in done for unit in self.final(arm, scale))
         return left
 
@@ -183,8 +244,7 @@ class Sweep:
         for arm in self.arms():
             scale = self.chosen_scale(arm, done)
             if scale is not None:
-                final = self.final(arm, scale)
-                units |= {*final, *map(self.twin, final)}
+                units |= {*self.twins(arm, scale), *self.final(arm, scale)}
         return units
 
     def lost(self, done: Mapping[Unit, Line]) -> list[Unit]:
@@ -195,18 +255,27 @@ class Sweep:
             lost += [unit for unit in self.search(arm) if scale is not None and unit.scale != scale]
         return lost
 
+    def is_complete(self, unit: Unit, line: Line) -> bool:
+        """Check whether a line has every policy that the sweep measures; without it a run is measured again."""
+        names = [goal.name for goal in (self.goals if unit.split == FINAL else self.goals[:1])]
+        return "failed" in line or all(name in line["policies"] for name in names)
 
-def score(line: Line) -> tuple[float, float]:
+
+def score(line: Line, goal: str) -> tuple[float, float]:
     """Return how good a train800 run is on val200: its score, and minus the last exit's loss.
 
     The score is the accuracy of the last exit; with early exits, the mean of that and of the accuracy by the policy.
+
+    Args:
+        line: The line of the run.
+        goal: Name of the policy's goal.
     """
     if "failed" in line:
         return -math.inf, -math.inf
     last = line["exits"][-1]
     accuracy = last["accuracy"]
     if len(line["exits"]) > 1:
-        accuracy = (accuracy + line["policy"]["accuracy"]) / 2
+        accuracy = (accuracy + line["policies"][goal]["accuracy"]) / 2
     return accuracy, -math.inf if last["loss"] is None else -last["loss"]
 
 

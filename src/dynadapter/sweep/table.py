@@ -4,13 +4,14 @@ import csv
 import io
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from dynadapter.sweep.plan import FINAL, Line, Sweep, Unit
+from dynadapter.sweep.baselines import ORACLE, SLACK, readings
+from dynadapter.sweep.lines import right_of
+from dynadapter.sweep.plan import FINAL, Arm, Line, Sweep, Unit
 
 GROUPS = ("Natural", "Specialized", "Structured")
-POLICY = "policy"
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,10 @@ class Row:
     Args:
         adapter: Name of the adapter.
         recipe: Name of the recipe.
-        reading: ``exit 1`` to ``exit K``, or ``policy``.
-        what: A task, ``mean of Natural`` and so on, ``mean of groups``, or ``mean of N tasks``.
+        reading: ``exit 1`` to ``exit K``, the name of a goal, ``GOAL: all at one exit``, ``GOAL: random mixture``, or
+            ``oracle``.
+        what: A task, ``mean of Natural`` and so on, ``mean of groups``, ``mean of N fresh tasks``, or ``mean of N
+            tasks``.
         scale: The chosen adapter scale, for a task.
         accuracy: Top-1 accuracy in %.
         percent_of_static: Cost in % of static.
@@ -64,13 +67,14 @@ def rows(sweep: Sweep, done: Mapping[Unit, Line]) -> list[Row]:
     """
     found = []
     for adapter in sweep.adapters:
-        for recipe in sweep.recipes:
-            lines = _lines(sweep, done, adapter, recipe)
-            scales = {task: unit.scale for task, by_seed in lines.items() for unit in by_seed.values()}
+        for recipe in (*sweep.recipes, *sweep.choices):
+            units = _units(sweep, done, adapter, recipe)
+            scales = {task: unit.scale for task, by_seed in units.items() for unit in by_seed.values()}
             results = {
-                task: {seed: _readings(done[unit]) for seed, unit in by_seed.items()} for task, by_seed in lines.items()
+                task: {seed: _readings(sweep, done, unit) for seed, unit in by_seed.items()}
+                for task, by_seed in units.items()
             }
-            for reading in _names(results):
+            for reading in _names(results, sweep):
                 numbers = {
                     task: {seed: by_name[reading] for seed, by_name in by_seed.items() if reading in by_name}
                     for task, by_seed in results.items()
@@ -81,28 +85,51 @@ def rows(sweep: Sweep, done: Mapping[Unit, Line]) -> list[Row]:
     return found
 
 
-def _lines(sweep: Sweep, done: Mapping[Unit, Line], adapter: str, recipe: str) -> dict[str, dict[int, Unit]]:
-    """Return the measured runs of an adapter and a recipe, by task and seed."""
-    split, seeds = sweep.measured
-    lines: dict[str, dict[int, Unit]] = {}
-    for arm in sweep.arms():
-        scale = sweep.chosen_scale(arm, done) if (arm.adapter, arm.recipe) == (adapter, recipe) else None
-        if scale is not None:
-            units = [sweep.unit(arm, scale, seed, split) for seed in seeds]
-            lines[arm.task] = {unit.seed: unit for unit in units if unit in done and "failed" not in done[unit]}
-    return lines
+def _units(sweep: Sweep, done: Mapping[Unit, Line], adapter: str, recipe: str) -> dict[str, dict[int, Unit]]:
+    """Return the measured runs of an adapter and a recipe, or of a choice among recipes, by task and seed."""
+    units: dict[str, dict[int, Unit]] = {}
+    for task in sweep.tasks:
+        chosen = _chosen(sweep, done, Arm(task, adapter, recipe))
+        scale = None if chosen is None else sweep.chosen_scale(chosen, done)
+        if chosen is not None and scale is not None:
+            several = [sweep.unit(chosen, scale, seed, sweep.split) for seed in sweep.measured_seeds(chosen)]
+            units[task] = {unit.seed: unit for unit in several if unit in done and "failed" not in done[unit]}
+    return units
 
 
-def _readings(line: Line) -> dict[str, tuple[float, float]]:
+def _chosen(sweep: Sweep, done: Mapping[Unit, Line], arm: Arm) -> Arm | None:
+    """Return the arm behind a name in the table; for a choice, the most accurate on val200 within its cost."""
+    if arm.recipe not in sweep.choices:
+        return arm if (arm.adapter, arm.recipe) in sweep.settings else None
+    choice, goal = sweep.choices[arm.recipe], sweep.goals[0].name
+    accuracy = {}
+    for other in (replace(arm, recipe=recipe) for recipe in choice.among):
+        scale = sweep.chosen_scale(other, done) if (other.adapter, other.recipe) in sweep.settings else None
+        twins = [] if scale is None else sweep.twins(other, scale)
+        if not twins or any(unit not in done or "failed" in done[unit] for unit in twins):
+            return None
+        found = [done[unit]["policies"][goal] for unit in twins]
+        if found[0]["percent_of_static"] <= 100 * choice.cost + SLACK:
+            accuracy[other] = statistics.fmean(entry["accuracy"] for entry in found)
+    return max(accuracy, key=lambda other: accuracy[other], default=None)
+
+
+def _readings(sweep: Sweep, done: Mapping[Unit, Line], unit: Unit) -> dict[str, tuple[float, float]]:
     """Return accuracy and cost of a run, both in %, by reading."""
-    named = [(f"exit {entry['exit']}", entry) for entry in line["exits"]] + [(POLICY, line["policy"])]
-    return {name: (100 * entry["accuracy"], entry["percent_of_static"]) for name, entry in named}
+    line = done[unit]
+    return readings(line, done[sweep.twin(unit)], right_of(line)[0])
 
 
-def _names(results: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> list[str]:
-    """Return all readings, the policy last."""
+def _names(results: Mapping[str, Mapping[int, Mapping[str, Any]]], sweep: Sweep) -> list[str]:
+    """Return all readings: exits, then the goals in their order, each with its baselines, then the oracle."""
     found = dict.fromkeys(name for by_seed in results.values() for named in by_seed.values() for name in named)
-    return sorted(found, key=lambda name: (name == POLICY, len(name), name))
+    goals = [goal.name for goal in sweep.goals]
+
+    def order(name: str) -> tuple[int, int, str]:
+        goal = name.partition(":")[0]
+        return (1, goals.index(goal), name) if goal in goals else (2 * (name == ORACLE), len(name), name)
+
+    return sorted(found, key=order)
 
 
 def _with_means(sweep: Sweep, numbers: Mapping[str, Numbers]) -> Iterator[tuple[str, Numbers]]:
@@ -118,6 +145,8 @@ def _with_means(sweep: Sweep, numbers: Mapping[str, Numbers]) -> Iterator[tuple[
         groups.append(mean)
     if mean := _mean(groups):
         yield "mean of groups", mean
+    if sweep.fresh and (mean := _mean([numbers.get(task, {}) for task in sweep.fresh])):
+        yield f"mean of {_count(len(sweep.fresh), 'fresh task')}", mean
     if mean := _mean([numbers.get(task, {}) for task in sweep.tasks]):
         yield f"mean of {_count(len(sweep.tasks), 'task')}", mean
 
@@ -153,21 +182,19 @@ def as_csv(table: Sequence[Row]) -> str:
 
 
 def as_markdown(table: Sequence[Row], sweep: Sweep) -> str:
-    """Return two tables: each adapter and recipe by its policy, a column each; and every exit, a row each.
+    """Return two tables: each adapter and recipe by its first policy, a column each; and every reading, a row each.
 
     Args:
         table: From :func:`rows`.
-        sweep: The sweep, which names the seeds and the goal.
+        sweep: The sweep, which names the seeds and the goals.
     """
-    policy = [row for row in table if row.reading == POLICY]
+    policy = [row for row in table if row.reading == sweep.goals[0].name]
     arms = list(dict.fromkeys((row.adapter, row.recipe) for row in policy))
     cells = {(row.what, row.adapter, row.recipe): _cell(row) for row in policy}
-    split, seeds = sweep.measured
-    images = "the test images" if split == FINAL else "val200, on which scale and thresholds were chosen"
+    images = "the test images" if sweep.split == FINAL else "val200, on which scale and thresholds were chosen"
     lines = [
-        f"Top-1 accuracy in % on {images} (cost in % of static), "
-        f"mean ± sample deviation over {_count(len(seeds), 'seed')}.",
-        f"Scale and thresholds were chosen on val200 ({sweep.goal}); the last epoch counts.",
+        f"Top-1 accuracy in % on {images} (cost in % of static), mean ± sample deviation over {_seeds(table)}.",
+        f"Scale and thresholds were chosen on val200 ({sweep.goals[0].name}); the last epoch counts.",
         "",
         "| | " + " | ".join(f"{adapter}, {recipe}" for adapter, recipe in arms) + " |",
         "|---|" + "---:|" * len(arms),
@@ -175,11 +202,17 @@ def as_markdown(table: Sequence[Row], sweep: Sweep) -> str:
     for what in dict.fromkeys(sorted((row.what for row in policy), key=_order(sweep))):
         name = f"**{what}**" if what.startswith("mean of ") else what
         lines.append(f"| {name} | " + " | ".join(cells.get((what, *arm), "") for arm in arms) + " |")
-    return "\n".join([*lines, "", *_by_exit(table, sweep)]) + "\n"
+    return "\n".join([*lines, "", *_by_reading(table, sweep)]) + "\n"
 
 
-def _by_exit(table: Sequence[Row], sweep: Sweep) -> list[str]:
-    """Return a Markdown table with a row for each exit and policy, and a column for each task and their mean."""
+def _seeds(table: Sequence[Row]) -> str:
+    """Return how many seeds the tasks have, in words."""
+    found = sorted({row.accuracy.seeds for row in table if row.scale is not None})
+    return _count(found[0], "seed") if len(found) == 1 else f"{found[0]} to {found[-1]} seeds"
+
+
+def _by_reading(table: Sequence[Row], sweep: Sweep) -> list[str]:
+    """Return a Markdown table with a row for each reading, and a column for each task and their mean."""
     mean = f"mean of {_count(len(sweep.tasks), 'task')}"
     columns = [what for what in (*sweep.tasks, mean) if any(row.what == what for row in table)]
     cells = {(row.adapter, row.recipe, row.reading, row.what): _cell(row) for row in table}
@@ -197,7 +230,8 @@ def _cell(row: Row) -> str:
 
 def _order(sweep: Sweep) -> Callable[[str], tuple[int, str]]:
     """Return the key that sorts tasks as the sweep names them, and means behind them."""
-    means = [*(f"mean of {group}" for group in GROUPS), "mean of groups", f"mean of {_count(len(sweep.tasks), 'task')}"]
+    fresh, tasks = (f"mean of {_count(len(n), one)}" for n, one in ((sweep.fresh, "fresh task"), (sweep.tasks, "task")))
+    means = [*(f"mean of {group}" for group in GROUPS), "mean of groups", fresh, tasks]
     places = {what: place for place, what in enumerate([*sweep.tasks, *means])}
     return lambda what: (places[what], what)
 
@@ -210,7 +244,7 @@ def _count(number: int, one: str) -> str:
 
 
 def draw(table: Sequence[Row], sweep: Sweep, title: str) -> Any:
-    """Draw mean accuracy over % of static: a line through the exits of each arm, and a star for its policy.
+    """Draw mean accuracy over % of static: a line through the exits of each arm, and a star for each of its policies.
 
     Args:
         table: From :func:`rows`.
@@ -229,18 +263,18 @@ def draw(table: Sequence[Row], sweep: Sweep, title: str) -> Any:
     for a, adapter in enumerate(sweep.adapters):
         for r, recipe in enumerate(sweep.recipes):
             here = [row for row in table if (row.adapter, row.recipe, row.what) == (adapter, recipe, what)]
-            exits = [row for row in here if row.reading != POLICY]
+            exits = [row for row in here if row.reading.startswith("exit ")]
             style: dict[str, Any] = {"color": f"C{a}", "linestyle": ("-", "--", ":", "-.")[r % 4], "linewidth": 1.2}
             if exits:
                 points = [(row.percent_of_static.mean, row.accuracy.mean) for row in exits]
                 axes.plot(*zip(*points, strict=True), marker="os^vDP"[r % 6], label=f"{adapter}, {recipe}", **style)
             for row in here:
-                if row.reading == POLICY and len(exits) > 1:
+                if row.reading in {goal.name for goal in sweep.goals} and len(exits) > 1:
                     place = (row.percent_of_static.mean, row.accuracy.mean)
-                    axes.plot(*place, "*", color=f"C{a}", markersize=14, markeredgecolor="black", zorder=3)
+                    axes.plot(*place, "*", color=f"C{a}", markersize=10, markeredgecolor="black", zorder=3)
     handles, labels = axes.get_legend_handles_labels()
-    star = Line2D([], [], marker="*", linestyle="", color="white", markersize=12, markeredgecolor="black")
-    axes.legend([*handles, star], [*labels, "by the policy"], fontsize="small")
+    star = Line2D([], [], marker="*", linestyle="", color="white", markersize=10, markeredgecolor="black")
+    axes.legend([*handles, star], [*labels, "by a policy"], fontsize="small")
     axes.set(xlabel="cost in % of static", ylabel=f"test accuracy in %, {what}", title=title)
     axes.set_xlim(left=0)
     axes.grid(alpha=0.3)

@@ -1,0 +1,237 @@
+"""The lines of a sweep on one backbone, as claims.py reads them."""
+
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from dynadapter.sweep.baselines import accuracies
+from dynadapter.sweep.plan import FINAL, SEARCH
+
+Line = dict[str, Any]
+PREFIX = "transfer_"
+
+
+class Missing(Exception):
+    """A claim is open: a run that it needs is not finished."""
+
+
+@dataclass(frozen=True)
+class Outcomes:
+    """What one backbone gave.
+
+    Args:
+        name: Of the backbone.
+        sweep: The file of the sweep, which names the tasks, seeds and recipes that there should be.
+        lines: By task, adapter, recipe, seed and split; a scale that was not chosen is left out.
+        tasks: The tasks that count.
+    """
+
+    name: str
+    sweep: dict[str, Any]
+    lines: dict[tuple[str, str, str, int, str], Line]
+    tasks: tuple[str, ...]
+
+    @classmethod
+    def nothing(cls, name: str) -> "Outcomes":
+        """Return the outcomes of a sweep that was not begun."""
+        return cls(name, {}, {}, ())
+
+    @classmethod
+    def read_all(cls, folder: Path) -> dict[str, "Outcomes"]:
+        """Read the sweeps of all backbones.
+
+        Args:
+            folder: Holds ``transfer_NAME.jsonl`` and ``transfer_NAME.yaml``.
+        """
+        found = {}
+        for path in sorted(folder.glob(f"{PREFIX}*.jsonl")):
+            name = path.stem.removeprefix(PREFIX)
+            sweep = yaml.safe_load(path.with_suffix(".yaml").read_text(encoding="utf-8"))
+            lines = [json.loads(text) for text in path.read_text(encoding="utf-8").splitlines()]
+            found[name] = cls.of(name, sweep, lines)
+        return found
+
+    @classmethod
+    def of(cls, name: str, sweep: dict[str, Any], lines: Sequence[Line]) -> "Outcomes":
+        """Sort lines; of train800 only the twins of final runs count."""
+        found: dict[tuple[str, str, str, int, str], Line] = {}
+        scales = {}
+        for split in (FINAL, SEARCH):
+            for line in lines:
+                run = line["run"]
+                key = (run["task"], run["adapter"], run["recipe"], run["seed"])
+                if run["split"] != split or "failed" in line:
+                    continue
+                if split == FINAL:
+                    scales[key] = run["scale"]
+                elif scales.get(key) != run["scale"]:
+                    continue
+                found[*key, split] = line
+        return cls(name, sweep, found, tuple(sweep["tasks"]))
+
+    # ---- what there should be
+
+    @property
+    def adapters(self) -> list[str]:
+        """The adapters of the sweep."""
+        return list(self.sweep.get("adapters", []))
+
+    @property
+    def deciding(self) -> tuple[str, ...]:
+        """The fresh tasks, or all where none is."""
+        given = self.given_tasks()
+        fresh = tuple(task for task in self.tasks if isinstance(given[task], dict) and given[task].get("fresh"))
+        return fresh or self.tasks
+
+    def group(self, name: str) -> tuple[str, ...]:
+        """Return the tasks of a group.
+
+        Raises:
+            Missing: There is none.
+        """
+        groups = {task: one.get("group") if isinstance(one, dict) else one for task, one in self.given_tasks().items()}
+        found = tuple(task for task in self.tasks if groups[task] == name)
+        if not found:
+            raise Missing(f"no task of the group {name}")
+        return found
+
+    def given_tasks(self) -> dict[str, Any]:
+        """Return the tasks as the sweep's file names them."""
+        tasks: dict[str, Any] = self.sweep.get("tasks", {})
+        return tasks
+
+    def only(self, tasks: Sequence[str]) -> "Outcomes":
+        """Return the outcomes of some tasks."""
+        return replace(self, tasks=tuple(tasks))
+
+    def seeds(self, adapter: str, recipe: str) -> list[int]:
+        """Return the seeds of the final runs of an arm.
+
+        Raises:
+            Missing: The sweep has no such arm.
+        """
+        entry = self.sweep.get("recipes", {}).get(recipe)
+        if entry is None or not self.tasks:
+            raise Missing(f"{self.name}: there is no sweep with {recipe}")
+        entry = entry if isinstance(entry, dict) else {}
+        seeds = self.sweep["seeds"][adapter] if isinstance(self.sweep["seeds"], dict) else self.sweep["seeds"]
+        if adapter not in entry.get("adapters", [adapter]):
+            raise Missing(f"{self.name}: {adapter} has no arm {recipe}")
+        return [seed for seed in seeds if seed in entry.get("seeds", seeds)]
+
+    # ---- what there is
+
+    def final(self, adapter: str, recipe: str, task: str, seed: int, split: str = FINAL) -> Line:
+        """Return the line of a run, a final one by default.
+
+        Raises:
+            Missing: It is not finished, or its loss was not finite.
+        """
+        try:
+            return self.lines[task, adapter, recipe, seed, split]
+        except KeyError:
+            raise Missing(f"{self.name}: {task}, {adapter}, {recipe}, seed {seed} is not finished") from None
+
+    def all_of(self, adapter: str, recipe: str, split: str = FINAL) -> list[list[Line]]:
+        """Return the lines of an arm on the deciding tasks: for each task, one a seed.
+
+        Raises:
+            Missing: One is not finished.
+        """
+        seeds = self.seeds(adapter, recipe)
+        return [[self.final(adapter, recipe, task, seed, split) for seed in seeds] for task in self.deciding]
+
+    def exit_depths(self, adapter: str, recipe: str) -> list[int]:
+        """Return the blocks before each exit of an arm."""
+        return [entry["after_block"] for entry in self.all_of(adapter, recipe)[0][0]["exits"]]
+
+    def depths(self, adapter: str, prefix: str) -> dict[int, str]:
+        """Return the recipes without early exits whose name is this, or begins so, by the blocks that they have."""
+        names = [name for name in self.sweep.get("recipes", {}) if name == prefix or name.startswith(f"{prefix} at ")]
+        return {self.exit_depths(adapter, name)[-1]: name for name in names}
+
+    # ---- choices on val200
+
+    def best_goal(self, adapter: str, recipe: str, bound: float) -> str:
+        """Return the goal of the best mean accuracy on val200 among those of a mean cost up to a bound there.
+
+        Args:
+            adapter: The adapter.
+            recipe: The recipe.
+            bound: In % of static.
+
+        Raises:
+            Missing: No goal is within the bound, or a run is not finished.
+        """
+        arm = self.all_of(adapter, recipe)
+        found = {}
+        for goal in arm[0][0]["policies"]:
+            entries = [[line["policies"].get(goal, {}).get("val200") for line in task] for task in arm]
+            if all(entry is not None for task in entries for entry in task):
+                cost, accuracy = (
+                    statistics.fmean(statistics.fmean(entry[name] for entry in task) for task in entries)
+                    for name in ("percent_of_static", "accuracy")
+                )
+                if cost <= bound:
+                    found[goal] = (accuracy, -cost)
+        if not found:
+            raise Missing(f"{self.name}: no goal of {recipe} costs at most {bound:.1f} % on val200")
+        return max(found, key=lambda goal: found[goal])
+
+    def best_way(self, adapter: str, recipe: str, exit: int) -> int:
+        """Return the way to predict at an exit with the best mean accuracy on val200."""
+        twins = self.all_of(adapter, recipe, SEARCH)
+        return int(np.mean([accuracies(line)[:, exit] for task in twins for line in task], axis=0).argmax())
+
+    def cost_goals(self, adapter: str, recipe: str, low: float, high: float) -> list[str]:
+        """Return the goals of a cost between two fractions of static.
+
+        Raises:
+            Missing: There is none, or a run is not finished.
+        """
+        arm = self.all_of(adapter, recipe)
+        goals = {
+            goal: [line["policies"].get(goal, {}).get("target", {}).get("cost", -1) for task in arm for line in task]
+            for goal in arm[0][0]["policies"]
+        }
+        found = [goal for goal, costs in goals.items() if all(low <= cost <= high for cost in costs)]
+        if not found:
+            raise Missing(f"{self.name}: no goal is a cost between {low:g} and {high:g}")
+        return found
+
+    # ---- measured
+
+    def cost(self, adapter: str, recipe: str, goal: str) -> float:
+        """Return the mean cost over the deciding tasks, in % of static on the test images."""
+        arm = self.all_of(adapter, recipe)
+        return statistics.fmean(
+            statistics.fmean(line["policies"][goal]["percent_of_static"] for line in task) for task in arm
+        )
+
+    def epoch(self, adapter: str, some: Sequence[str], others: Sequence[str], task: str) -> float:
+        """Return the time of an epoch of some recipes over that of others: medians over the seeds, on one machine.
+
+        Raises:
+            Missing: A run is not finished or not timed, or they ran on several machines.
+        """
+        machines = set()
+
+        def time(recipe: str) -> float:
+            lines = [self.final(adapter, recipe, task, seed) for seed in self.seeds(adapter, recipe)]
+            machines.update(json.dumps(line["machine"], sort_keys=True) for line in lines)
+            clock = "epoch_cpu" if lines[0]["device"] == "cpu" else "epoch"
+            times = [line["seconds"][clock] for line in lines if clock in line["seconds"]]
+            if not times:
+                raise Missing(f"{self.name}: {task}, {adapter}, {recipe} was not timed")
+            return statistics.median(times)
+
+        ratio = sum(map(time, some)) / sum(map(time, others))
+        if len(machines) > 1:
+            raise Missing(f"{self.name}: {task} ran on several machines")
+        return ratio

@@ -1,0 +1,237 @@
+"""The claims, judged from synthetic lines whose truth is known, and the interval behind them."""
+
+import importlib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from dynadapter.sweep.lines import as_text
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+IMAGES = 400
+COSTS = {4: [25.0, 50.0, 75.0, 100.0], 1: [100.0]}
+SWEEP: dict[str, Any] = {
+    "tasks": {"cars": "Natural", "birds": "Natural", "cells": "Specialized"},
+    "recipes": {
+        "static": [],
+        "static, tokens merged": {"layers": [], "scale_from": "static"},
+        **{f"static, cut at {k}": {"layers": [], "scale_from": "static", "seeds": [0]} for k in (3, 6, 9)},
+        "dynamic": [],
+        "dynamic, tokens merged": {"layers": [], "adapters": ["lora"]},
+    },
+    "adapters": ["lora"],
+    "seeds": {"lora": [0, 1]},
+}
+WORLD: dict[str, Any] = {
+    "X": 60.0,  # accuracy in % of the static network, at every depth and with merged tokens
+    "exits": [58.0, 60.0, 62.0, 62.0],  # of the dynamic ones
+    "policy": {"cost 0.45": (62.0, 45.0), "cost 0.24": (61.0, 24.0), "cost 0.55": (63.0, 55.0)},
+    "val_cost": 0.0,  # added on val200
+    "epoch": 1.1,  # seconds; those of X take 1, less where it is cut
+    "fresh": {},  # points added to the policies of a task
+    "without": None,  # a run that is missing: task, recipe, seed
+}
+
+
+@pytest.fixture(scope="module")
+def programs() -> Iterator[Any]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "path", [str(BENCHMARKS), *sys.path])
+        yield importlib.import_module
+
+
+def first(accuracy: float) -> np.ndarray:
+    """Return images (images,) of which the first so many % are right."""
+    return np.arange(IMAGES) < round(accuracy * IMAGES / 100)
+
+
+def make_line(world: dict[str, Any], task: str, recipe: str, seed: int, split: str) -> dict[str, Any]:
+    dynamic = recipe.startswith("dynamic")
+    depths = [3, 6, 9, 12] if dynamic else [int(recipe[-1]) if "cut" in recipe else 12]
+    accuracy = world["exits"] if dynamic else [world["X"]]
+    costs = COSTS[len(depths)] if len(depths) > 1 else [49.0 if "merged" in recipe else 100 * depths[0] / 12]
+    exits = [
+        {"exit": k + 1, "after_block": depths[k], "percent_of_static": costs[k], "accuracy": a / 100}
+        | {"mean": a / 100, "geometric": a / 100}
+        for k, a in enumerate(accuracy)
+    ]
+    extra = world["fresh"].get(task, 0.0)
+    policies = {
+        goal: {
+            "accuracy": (a + extra) / 100,
+            "percent_of_static": cost,
+            "target": {"cost": float(goal.split()[1])},
+            "val200": {"accuracy": a / 100, "percent_of_static": cost + world["val_cost"]},
+        }
+        for goal, (a, cost) in (world["policy"].items() if dynamic else {})
+    }
+    images = {
+        "right": np.stack([np.stack([first(a) for a in accuracy])] * 3),
+        "routed": np.array([first(100 * entry["accuracy"]) for entry in policies.values()], dtype=bool).reshape(
+            -1, IMAGES
+        ),
+    }
+    return {
+        "run": {"task": task, "adapter": "lora", "recipe": recipe, "scale": 1.0, "seed": seed, "split": split},
+        "exits": exits,
+        "policies": policies,
+        "images": IMAGES,
+        "images_hash": task,
+        "per_image": as_text(images),
+        "machine": {"cpu": "one"},
+        "device": "cpu",
+        "seconds": {"epoch_cpu": world["epoch"] if dynamic else depths[0] / 12},
+    }
+
+
+def write(folder: Path, name: str = "micro", **changes: Any) -> None:
+    world = WORLD | changes
+    tasks = SWEEP["tasks"] | {task: {"group": "Natural", "fresh": True} for task in world["fresh"]}
+    sweep = SWEEP | {"tasks": tasks}
+    lines = [
+        make_line(world, task, recipe, seed, split)
+        for task in tasks
+        for recipe in sweep["recipes"]
+        for seed in ([0] if "cut" in recipe else [0, 1])
+        for split in ("train800", "train800val200")
+        if (task, recipe, seed) != world["without"]
+    ]
+    (folder / f"transfer_{name}.yaml").write_text(yaml.safe_dump(sweep))
+    (folder / f"transfer_{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def verdicts(programs: Any, folder: Path) -> dict[str, Any]:
+    claims = programs("claims")
+    return {claim.name: claim for claim in (*claims.claims(folder), *claims.aims(folder))}
+
+
+ALL = {
+    "seed, lora": "held",
+    "elastic, accuracy": "missed",  # 58 % at exit 1
+    "elastic, time over X": "held",
+    "elastic, time over all depths": "held",
+    "routing": "held",
+    "beyond, X": "held",
+    "beyond, token-merged X": "held",
+    "ordinary, no such backbone": "open",
+    "X at 33 %, exits": "held",
+    "X +1 at 45 %, exits": "held",
+    "X at 20 %, tokens": "open",  # no goal is so cheap
+    "X +1 at 30 %, tokens": "held",
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "others"),
+    [
+        ({}, {}),
+        ({"exits": [60.0, 60.0, 62.0, 62.0]}, {"elastic, accuracy": "held"}),
+        (
+            {"without": ("cars", "static, cut at 6", 0)},
+            {"elastic, accuracy": "open", "elastic, time over all depths": "open"},
+        ),
+        ({"epoch": 1.3}, {"elastic, time over X": "missed", "elastic, time over all depths": "missed"}),
+        (
+            {"policy": {"cost 0.45": (59.0, 45.0), "cost 0.24": (58.0, 24.0)}},
+            dict.fromkeys(
+                ("seed, lora", "routing", "beyond, X", "beyond, token-merged X", "X at 33 %, exits"), "missed"
+            )
+            | dict.fromkeys(("X +1 at 45 %, exits", "X +1 at 30 %, tokens"), "missed"),
+        ),
+        (
+            {"policy": {"cost 0.45": (62.0, 50.5), "cost 0.24": (61.0, 24.0)}, "val_cost": -2.0},
+            {"seed, lora": "missed", "routing": "held", "beyond, token-merged X": "missed"}
+            | {"X +1 at 45 %, exits": "held"},
+        ),
+    ],
+    ids=["", "exits", "cut", "epoch", "worse", "dearer"],
+)
+def test_verdicts(changes, others, programs, tmp_path):
+    write(tmp_path, **changes)
+    found = verdicts(programs, tmp_path)
+    expected = ALL | others
+    assert {name: found[name].verdict for name in expected} == expected
+
+
+def test_estimates(programs, tmp_path):
+    write(tmp_path)
+    found = verdicts(programs, tmp_path)
+    assert found["seed, lora"].estimate == pytest.approx(2.0)
+    assert "45.0 % by cost 0.45" in found["seed, lora"].note
+    assert found["elastic, accuracy"].estimate == pytest.approx(-2.0)
+    assert found["elastic, time over all depths"].estimate == pytest.approx(1.1 / 2.5)
+    mixed = 58 + 2 * (45 - 25) / (50 - 25)  # of exits 1 and 2; between 2 and 3 the hull is lower
+    hull = max(mixed, 58 + 4 * (45 - 25) / (75 - 25))
+    assert found["routing"].estimate == pytest.approx(62 - hull)
+
+
+def test_fresh_tasks_decide(programs, tmp_path):
+    write(tmp_path, fresh={"letters": -4.0, "marks": -3.0})
+    claim = verdicts(programs, tmp_path)["seed, lora"]
+    assert claim.verdict == "missed"
+    assert claim.estimate == pytest.approx(-1.5)
+    assert "other 3 tasks +2.00" in claim.note
+
+
+def test_ordinary_backbone(programs, tmp_path):
+    write(tmp_path)
+    write(tmp_path, "plain", policy={"cost 0.45": (59.0, 45.0)})
+    found = verdicts(programs, tmp_path)
+    assert (found["seed, lora"].verdict, found["ordinary, plain"].verdict) == ("held", "missed")
+    assert found["no natural task below X, plain"].verdict == "missed"
+
+
+@pytest.mark.parametrize("run", [("cars", "static", 1), ("cells", "dynamic", 0)])
+def test_missing_run_leaves_a_claim_open(run, programs, tmp_path):
+    write(tmp_path, without=run)
+    claim = verdicts(programs, tmp_path)["seed, lora"]
+    assert (claim.verdict, claim.estimate) == ("open", None)
+    assert claim.note == f"micro: {run[0]}, lora, {run[1]}, seed {run[2]} is not finished"
+
+
+def test_other_images_are_refused(programs, tmp_path):
+    write(tmp_path)
+    path = tmp_path / "transfer_micro.jsonl"
+    path.write_text(path.read_text().replace('"images_hash": "cars"', '"images_hash": "bars"', 3))
+    with pytest.raises(ValueError, match="were tested on other images"):
+        verdicts(programs, tmp_path)
+
+
+# ---- the interval
+
+
+def draw_tasks(generator: np.random.Generator, tasks: int, seeds: int, spread: float) -> list[np.ndarray]:
+    """Return right minus right of two networks; images differ in difficulty, seeds in skill."""
+    found = []
+    for _ in range(tasks):
+        difficulty, skill = generator.normal(size=600), spread * generator.normal(size=(seeds, 1))
+        ours, theirs = (difficulty + 0.7 * generator.normal(size=(seeds, 600)) for _ in range(2))
+        found.append((ours + skill > -0.55).astype(float) - (theirs > -0.5))
+    return found
+
+
+@pytest.mark.parametrize(("seeds", "spread"), [(1, 0.0), (3, 0.0), (2, 0.1)])
+def test_interval_covers_the_truth(seeds, spread, programs):
+    compare, generator = programs("paired").compare, np.random.default_rng(0)
+    truth = 100 * np.mean([task.mean() for task in draw_tasks(generator, 100, 100, spread)])
+    found = [compare(draw_tasks(generator, 4, seeds, spread), draws=400, seed=k) for k in range(80)]
+    covered = np.mean([one.low <= truth <= one.high for one in found])
+    assert covered > 0.87  # of 80 intervals at 95 %, 69 or fewer come once in 300
+    width = np.mean([one.high - one.low for one in found]) / (2 * 1.96)
+    assert width < 1.6 * np.std([one.estimate for one in found])  # and no wider than it must be
+
+
+def test_interval_against_a_loop(programs):
+    """With one seed: draw the images of each task again and again."""
+    generator = np.random.default_rng(1)
+    tasks = draw_tasks(generator, 2, 1, 0.0)
+    means = [np.mean([task[0][generator.integers(600, size=600)].mean() for task in tasks]) * 100 for _ in range(4000)]
+    found = programs("paired").compare(tasks)
+    assert (found.low, found.high) == pytest.approx(np.quantile(means, [0.025, 0.975]), abs=0.25)
+    assert found.estimate == pytest.approx(100 * np.mean([task.mean() for task in tasks]))
