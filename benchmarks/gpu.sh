@@ -17,14 +17,21 @@
 #
 # On the machine: `pip install --no-index --no-deps --target wheels/site wheels/*.whl`.
 #
-# Part `pretrain` reads images of 180 classes from $DATA (train/ and val/, see tools/pretrain; the other classes stay unseen
-# for transfer) and keeps its checkpoint in runs/gpu_pretrain, so it continues as long as the machine keeps that folder. The
-# weights come in files of 15 MiB: cat small.safetensors.* > small.safetensors
+# `pretrain` and `pretrain_micro` read images of 180 classes from $DATA (train/ and val/, see tools/pretrain; the other
+# classes stay unseen for transfer), keep their checkpoints in runs/ and put the weights into $WEIGHTS. In $OUT they come in
+# files of 15 MiB: cat small.safetensors.* > small.safetensors
+#
+# `tasks` reads every task of $TASKS, a folder NAME or an archive NAME.tar.xz, and every backbone of $WEIGHTS,
+# NAME.safetensors (or its pieces) with NAME.json. It works in runs/gpu_tasks_NAME and leaves the finished runs in
+# $OUT/gpu_tasks_NAME.tar.gz; a fresh machine continues from that file in benchmarks/results. git ignores these folders, so
+# name $TASKS and $WEIGHTS to whatever copies the tree.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 WHEELS="fvcore==0.1.5.post20221221 iopath yacs termcolor jsonargparse>=4.42,<5 docstring-parser typeshed-client importlib-resources rich"
 OUT="${OUT:-benchmarks/results}"
 DATA="${DATA:-shared/data/source/tiny-imagenet-48}"
+TASKS="${TASKS:-runs/tasks}"
+WEIGHTS="${WEIGHTS:-runs/weights}"
 tiny=""
 
 list() {
@@ -35,6 +42,8 @@ benchmarks/gpu.sh [--tiny] PART...
   routing   a routed batch in bf16 on ViT-B/16 against the static network, batches of 1, 8, 64 and 256
   compile   torch.compile by stage against eager routing
   pretrain  pre-train the ordinary backbone "small" for up to 8 minutes
+  pretrain_micro  pre-train "micro_plain", which is micro without exits and token merging in its loss
+  tasks     LoRA on every task and backbone, in three arms: static, static with token merging, and the default
   wheels    (with a network) fetch the packages that the machine lacks
 TEXT
 }
@@ -65,18 +74,55 @@ timing() {
   fi
 }
 
-pretrain() {
-  local run="runs/gpu_pretrain" more=(--minutes 7.5 --stop_after 500 --classes 180)
-  if [ -n "$tiny" ]; then
-    run="$OUT/gpu_pretrain"
-    more=(--epochs 1 --width 16 --heads 2 --depth 2 --classes 2 --batch 8 --device cpu --stop_after 60)
+# Pre-train in runs/gpu_NAME: a name, and options.
+learn() {
+  local name="$1" run="${tiny:+$OUT/}runs/gpu_$1"
+  shift
+  [ -z "$tiny" ] || set -- "$@" --epochs 1 --width 16 --heads 2 --depth 8 --classes 2 --batch 8 --device cpu
+  timeout 570 python3 -m tools.pretrain --data "$DATA" --out "$run" --name "$name" "$@"
+}
+
+# Put the log and, once they are there, the weights of a pre-training where part `tasks` and the caller find them.
+deliver() {
+  local name="$1" run="${tiny:+$OUT/}runs/gpu_$1"
+  cp "$run/log.jsonl" "$OUT/gpu_$name.jsonl"
+  if [ -e "$run/$name.safetensors" ]; then
+    mkdir -p "$WEIGHTS"
+    cp "$run/$name.json" "$run/$name.safetensors" "$WEIGHTS"
+    cp "$run/$name.json" "$OUT"
+    split -b 15m -d -a 1 "$run/$name.safetensors" "$OUT/$name.safetensors."
   fi
-  timeout 570 python3 -m tools.pretrain --data "$DATA" --arch small --out "$run" "${more[@]}"
-  cp "$run/log.jsonl" "$OUT/gpu_pretrain.jsonl"
-  if [ -e "$run/small.safetensors" ]; then
-    split -b 15m -d -a 1 "$run/small.safetensors" "$OUT/small.safetensors."
-    cp "$run/small.json" "$OUT"
-  fi
+}
+
+# The two commands of micro (tools/pretrain/README.md) without exits and token merging; the second starts with the first.
+pretrain_micro() {
+  local common=(--arch micro --classes 180 --augment light --patch_drop 0.6 --batch 128 --muon)
+  local first="${tiny:+$OUT/}runs/gpu_micro_first/micro_first.safetensors"
+  learn micro_first "${common[@]}" --epochs 10 --lr 1.5e-3 --stop_after 520
+  [ -e "$first" ] || return 0 # stopped; the next call continues
+  learn micro_plain "${common[@]}" --epochs 13 --lr 1.2e-3 --start "$first" --stop_after $((530 - SECONDS))
+  deliver micro_plain
+}
+
+# Train the tasks on each backbone, as far as ten minutes go.
+tasks() {
+  local archive file name run status
+  for archive in "$TASKS"/*.tar.xz; do
+    [ ! -e "$archive" ] || tar xf "$archive" -C "$TASKS" --skip-old-files
+  done
+  for file in "$WEIGHTS"/*.json; do
+    name="$(basename "$file" .json)" status=0
+    run="${tiny:+$OUT/}runs/gpu_tasks_$name"
+    [ -e "$WEIGHTS/$name.safetensors" ] || cat "$WEIGHTS/$name.safetensors".* > "$WEIGHTS/$name.safetensors"
+    resume "gpu_tasks_$name.tar.gz"
+    mkdir -p "$run"
+    [ -e "$run/results.jsonl" ] || [ ! -e "$OUT/gpu_tasks_$name.tar.gz" ] || tar xzf "$OUT/gpu_tasks_$name.tar.gz" -C "$run"
+    timeout $((560 - SECONDS)) python3 benchmarks/gpu_tasks.py --data "$TASKS" --weights "$WEIGHTS/$name.safetensors" \
+      --out "$run" ${tiny:+--tiny --processes 1} || status=$?
+    find "$run" \( -name results.jsonl -o -name table.md -o -name predictions.npz \) -printf '%P\0' |
+      tar czf "$OUT/gpu_tasks_$name.tar.gz" -C "$run" --null -T -
+    [ "$status" = 0 ] || [ "$status" = 124 ] || exit "$status" # 124: the time is over
+  done
 }
 
 part() {
@@ -85,7 +131,12 @@ part() {
     step) timing training.py gpu_step.jsonl ;;
     routing) timing latency.py gpu_routing.jsonl ;;
     compile) timing stage_compile.py gpu_compile.jsonl ;;
-    pretrain) pretrain ;;
+    pretrain)
+      learn small --arch small --classes 180 --minutes 7.5 --stop_after 500
+      deliver small
+      ;;
+    pretrain_micro) pretrain_micro ;;
+    tasks) tasks ;;
     wheels) rm -rf wheels; python3 -m pip wheel -q --no-deps -w wheels $WHEELS ;;
     *) echo "no part is named '$1'; the parts are:" >&2; list >&2; exit 2 ;;
   esac

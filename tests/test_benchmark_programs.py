@@ -4,6 +4,7 @@ import hashlib
 import importlib
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -14,7 +15,9 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
+from dynadapter import create_backbone
 from dynadapter.adapters import RepAdapter
 from dynadapter.bench.timing import cpu_name
 
@@ -221,7 +224,7 @@ def gpu(tmp_path: Path, *parts: str) -> subprocess.CompletedProcess[str]:
 def test_gpu_script_lists_its_parts(tmp_path):
     listed = gpu(tmp_path)
     assert listed.returncode == 0
-    assert {"tests", "step", "routing", "compile", "pretrain"} <= {
+    assert {"tests", "step", "routing", "compile", "pretrain", "pretrain_micro", "tasks"} <= {
         line.split()[0] for line in listed.stdout.split("\n") if line
     }
     unknown = gpu(tmp_path, "nope")
@@ -235,7 +238,9 @@ def test_gpu_parts_run_once_on_a_cpu(tmp_path, monkeypatch):
         for k in range(8):
             Image.new("RGB", (48, 48), (20 * k, 100, 50)).save(tmp_path / "data" / name / f"{k}.png")
     monkeypatch.setenv("DATA", str(tmp_path / "data"))
-    parts = {part: f"gpu_{part}" for part in ("step", "routing", "compile", "tests", "pretrain")}
+    monkeypatch.setenv("WEIGHTS", str(tmp_path / "weights"))
+    parts = {part: f"gpu_{part}" for part in ("step", "routing", "compile", "tests")}
+    parts |= {"pretrain": "gpu_small", "pretrain_micro": "gpu_micro_plain"}
     contents = []
     for _ in range(2):
         done = gpu(tmp_path, "--tiny", *parts)
@@ -245,6 +250,29 @@ def test_gpu_parts_run_once_on_a_cpu(tmp_path, monkeypatch):
     assert all(b'"precision": "bf16"' in contents[0][name] for name in ("gpu_step", "gpu_routing", "gpu_compile"))
     about = json.loads((tmp_path / "small.json").read_text())
     assert hashlib.sha256((tmp_path / "small.safetensors.0").read_bytes()).hexdigest() == about["sha256"]
+    assert json.loads((tmp_path / "micro_plain.json").read_text())["start"]
+
+
+@pytest.mark.slow
+def test_gpu_tasks_continue_elsewhere(program, tmp_path, monkeypatch):
+    """The archive of a finished call holds all that a fresh machine needs to repeat no run."""
+    program("fresh").main(["--out", str(tmp_path / "tasks"), "--tiny", "--tasks", "textures"])
+    shape = {"img_size": 48, "patch_size": 6, "embed_dim": 16, "depth": 8, "num_heads": 2}
+    net = create_backbone("vit_tiny_patch16_224", 2, **shape)
+    (tmp_path / "weights").mkdir()
+    save_file(net.state_dict(), tmp_path / "weights" / "small.safetensors.0")  # a piece
+    about = {"architecture": "vit_tiny_patch16_224", "timm_args": shape, "preprocess": {"normalization": "half"}}
+    (tmp_path / "weights" / "small.json").write_text(json.dumps(about))
+    for name in ("TASKS", "WEIGHTS"):
+        monkeypatch.setenv(name, str(tmp_path / name.lower()))
+    lines = []
+    for _ in range(2):
+        done = gpu(tmp_path, "--tiny", "tasks")
+        assert done.returncode == 0, done.stderr[-2000:]
+        lines.append((tmp_path / "runs/gpu_tasks_small/results.jsonl").read_bytes())
+        shutil.rmtree(tmp_path / "runs")
+    assert lines[0] == lines[1]
+    assert len(lines[0].splitlines()) == 6
 
 
 @pytest.mark.slow
