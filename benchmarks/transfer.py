@@ -5,11 +5,12 @@
 Scale and policies are chosen on val200 with networks trained on train800; the final networks are trained on
 train800val200 and measured on the test images once. The same command continues an interrupted sweep.
 
-``--backbone`` takes ``micro``, which ships with the package; a file of weights for the same architecture; or a YAML
-file with the settings of another one, such as ``{model: {backbone: NAME, weights: FILE}, data: {init_args:
-{image_size: 70}}}``. The lines and tables are kept as ``results/transfer_NAME.*``, NAME without folder and ending, and
-``report.py --claims`` reads them. ``--tiny`` tries every arm on 64 images of one task and keeps nothing. Further
-arguments, such as ``--dry_run`` or ``--engine ray``, go to ``dynadapter sweep``.
+``--backbone`` takes ``micro``, which ships with the package; a file of weights for the same architecture; the JSON file
+that tools/pretrain or tools/dinov2_onnx.py writes beside weights; or a YAML file with the settings of another one, such
+as ``{model: {backbone: NAME, weights: FILE}, data: {init_args: {image_size: 70}}}``. The lines and tables are kept as
+``results/transfer_NAME.*``, NAME without folder and ending, and ``report.py --claims`` reads them. ``--tiny`` tries
+every arm on 64 images of one task and keeps nothing. Further arguments, such as ``--dry_run`` or ``--engine ray``, go
+to ``dynadapter sweep``.
 """
 
 import argparse
@@ -35,7 +36,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run the sweep and keep its lines and tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="folder that holds the tasks, in the layout of VTAB-1k")
-    parser.add_argument("--backbone", default="micro", help="micro, a file of weights for it, or a YAML file")
+    parser.add_argument("--backbone", default="micro", help="micro, weights for it, or a JSON or YAML file")
     parser.add_argument("--tasks", nargs="*", help="by default those of transfer.yaml")
     parser.add_argument(
         "--fresh", nargs="*", default=[], help="further tasks, on which no choice was made; they decide"
@@ -68,6 +69,8 @@ def plan(args: argparse.Namespace) -> dict[str, Any]:
     settings = sweep["settings"]
     if args.backbone.endswith((".yaml", ".yml")):
         settings |= yaml.safe_load(Path(args.backbone).read_text(encoding="utf-8"))
+    elif args.backbone.endswith(".json"):
+        settings |= described(Path(args.backbone))
     else:
         settings |= MICRO
         if args.backbone != "micro":
@@ -81,6 +84,17 @@ def plan(args: argparse.Namespace) -> dict[str, Any]:
         settings["trainer"] = settings["trainer"] | {"max_epochs": 1}
     _fit(sweep)
     return sweep
+
+
+def described(file: Path) -> dict[str, Any]:
+    """Return the settings of a backbone from the JSON file beside its weights."""
+    about = json.loads(file.read_text(encoding="utf-8"))
+    shape = {name: value for name, value in about["timm_args"].items() if name != "img_size"}
+    weights = {"weights": str(file.with_suffix(".safetensors").absolute()), "pretrained": False}
+    return {
+        "model": {"backbone": about["architecture"], **weights, "backbone_args": shape},
+        "data": {"init_args": about["preprocess"]},
+    }
 
 
 def shorten(root: Path, place: Path, tasks: Iterable[str]) -> Path:
