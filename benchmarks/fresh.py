@@ -7,7 +7,8 @@ of development tasks begin with ``dev_``: their test images may be read as often
 read once, when everything is chosen. The same versions of numpy and Pillow write the same bytes again.
 
 FOLDER holds mosaics of Tiny ImageNet (see tools/pretrain). Its last 20 classes make two tasks; ``tools.pretrain
---classes 180`` leaves them out. The handwritten digits are scikit-learn's; all else is drawn.
+--classes 180`` leaves them out. ``micro`` and ``tiny`` were trained on all 200 classes, on these very images, so the
+two tasks say nothing about them. The handwritten digits are scikit-learn's; all else is drawn.
 """
 
 import argparse
@@ -30,7 +31,7 @@ from tools.pretrain.images import class_names, files_of, tiles
 
 SIZES = {"train800": 800, "val200": 200}
 HELD_OUT = 20
-"""Classes of Tiny ImageNet that no pre-training of this project has seen: the last ones."""
+"""The last classes of Tiny ImageNet, which a pre-training with ``--classes 180`` does not see."""
 TILE = 48
 
 Images = Iterator[tuple[Image.Image, int]]
