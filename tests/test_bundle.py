@@ -730,8 +730,8 @@ def test_predictions_follow_the_files(whole, pictures):
     for k, (label, certainty, exit) in enumerate(expected):
         assert label == NAMES[routed.logits[k].argmax()]
         assert exit == routed.exit_index[k]
-        heat = POLICY.temperatures[exit]
-        assert certainty == pytest.approx((routed.logits[k] / heat).softmax(0).max().item())
+        own = bundle.net(tensors[k : k + 1])[exit, 0] / POLICY.temperatures[exit]
+        assert certainty == pytest.approx(own.softmax(0).max().item(), rel=1e-5)
     for given in (pictures, [str(path) for path in pictures], images, list(tensors), (path for path in pictures)):
         assert bundle.predict(given) == expected
     for size in (1, 2, 3):
@@ -922,15 +922,14 @@ def test_card_of_calibration(tmp_path):
         shares=(0.5, 0.25, 0.25),
         samples=8,
         policy=POLICY,
-        temperatures=(1.5, 1.0, 0.7),
         method="confidence threshold to a cost of at most 0.5",
         notes=("one", "two", "three"),
     )
     place = save(tmp_path / "b", measured=found)[1]
     assert load(place).config.measured["method"] == found.method
     card = (place / "README.md").read_text()
-    assert "| exit | after block | share of images | temperatures |" in card
-    assert "| 3 | 6 | 25.0% | 0.7 |" in card
+    assert "| exit | after block | share of images |" in card
+    assert "| 3 | 6 | 25.0% |" in card
     assert "| notes | one, two, three |" in card
     assert "risk" not in card
 

@@ -19,23 +19,26 @@ from torch import Tensor
 from dynadapter import load
 from dynadapter.adapters import AdaptFormer, LoRA, adapter_layers
 from dynadapter.calibrate import (
+    COMBINES,
     KINDS,
+    SEARCHES,
     Goal,
     curve,
     evaluate,
     fit_temperatures,
     losses,
     solve,
-    to_accuracy_drop,
     with_guarantee,
 )
+from dynadapter.calibrate.report import temperatures
 from dynadapter.cli import main
-from dynadapter.cli.calibrate import ARGUMENTS, Kind, Settings, _check_mergeable, calibrate
+from dynadapter.cli.calibrate import ARGUMENTS, Combine, Kind, Search, Settings, _check_mergeable, calibrate
 from dynadapter.cli.calibration_images import check_images, some_images
 from dynadapter.cli.errors import Mistake
 from dynadapter.cost import ExitCosts, exit_costs
 from dynadapter.data import Shapes, VTAB1k
-from dynadapter.exits.policies import Never, Policy
+from dynadapter.exits.combining import Combined, predicting
+from dynadapter.exits.policies import Margin, Never, Policy
 from dynadapter.serve.bundle import bundle_from_classifier
 from dynadapter.spec import plain, restore
 from dynadapter.training.callbacks.stacked_logits import StackedLogits
@@ -92,7 +95,7 @@ def agrees(written: dict[str, Any], logits: Tensor, targets: Tensor, costs: Exit
     found = solve(logits, targets, costs.macs, static=costs.static, samples="validation images", **options)
     assert found.found.policy == policy
     assert written["cross_fitted"] == plain(found.cross_fitted)
-    assert tuple(written["temperatures"]) == found.found.temperatures
+    assert tuple(written["temperatures"]) == temperatures(policy, len(logits))
     assert tuple(written["notes"]) == found.notes
     assert (written["samples"], written["goal"]) == (len(targets), found.goal.given)
 
@@ -103,23 +106,21 @@ def agrees(written: dict[str, Any], logits: Tensor, targets: Tensor, costs: Exit
 def test_goal_cost_with_bundle(checkpoint, stacked, tmp_path, capsys):
     logits, targets, costs = stacked
     out, bundle = tmp_path / "out", tmp_path / "bundle"
-    run(checkpoint, "--goal.cost=0.8", f"--out={out}", f"--bundle={bundle}")
+    run(checkpoint, "--goal.cost=0.8", "--search=one_threshold", f"--out={out}", f"--bundle={bundle}")
     printed = capsys.readouterr().out
     for words in ("cost at most 0.8 of static", "cross-fitted", "exit 1, after block 1", "temperature", str(out)):
         assert words in printed
     assert "confidence_0.9" not in printed  # the default policy of a test
 
     written = result(out)
-    temperatures = fit_temperatures(logits, targets)
-    common = {"temperatures": temperatures, "static": costs.static}
     assert written["calibration"]["cost"] <= 0.8
-    assert tuple(written["temperatures"]) == temperatures
+    assert tuple(written["temperatures"]) == fit_temperatures(logits, targets)
     assert "10 folds, each class alike (seed 0)" in written["protocol"]
-    agrees(written, logits, targets, costs, goal=Goal(cost=0.8))
+    agrees(written, logits, targets, costs, goal=Goal(cost=0.8), searches=("one_threshold",))
 
     with (out / "curve.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    expected = curve(logits, targets, costs.macs, **common)
+    expected = curve(logits, targets, costs.macs, view=restore(written["policy"], Policy), static=costs.static)
     points = [*expected.routed, *expected.anytime]
     assert [float(row["cost"]) for row in rows] == [point.cost for point in points]
     assert [float(row["accuracy"]) for row in rows] == [point.accuracy for point in points]
@@ -181,17 +182,16 @@ def test_images_to_compare_on_are_spread(tmp_path):
     assert len(some_images(vtab, "val")) == len(vtab.dataset("val")) == 2
 
 
-def test_goal_accuracy_drop_per_exit(checkpoint, stacked):
-    logits, targets, costs = stacked
-    run(checkpoint, "--goal.accuracy_drop=2", "--policy=margin", "--search=refined", "--temperatures=false", "--seed=3")
-    folder = checkpoint.parents[2] / "calibrate_0"
-    written = result(folder)
-    options = {"kind": KINDS["margin"], "search": "refined"}
-    found = to_accuracy_drop(logits, targets, costs.macs, 2, static=costs.static, **options)
-    assert restore(written["policy"], Policy) == found.policy
+def test_goal_accuracy_drop_by_margin(checkpoint, stacked):
+    args = ["--goal.accuracy_drop=5", "--policy=margin", "--search=thresholds", "--combine=geometric", "--seed=3"]
+    run(checkpoint, *args, "--temperatures=false")
+    written = result(checkpoint.parents[2] / "calibrate_0")
+    options: dict[str, Any] = {"kind": KINDS["margin"], "searches": ("thresholds",), "combines": ("geometric",)}
+    policy = restore(written["policy"], Policy)
+    assert isinstance(policy, Combined)
+    assert isinstance(policy.policy, Margin)
     assert written["temperatures"] == [1, 1, 1]
-    assert written["calibration"]["accuracy"] >= written["calibration"]["accuracy_last_exit"] - 0.02
-    agrees(written, logits, targets, costs, goal=Goal(accuracy_drop=2), seed=3, with_temperatures=False, **options)
+    agrees(written, *stacked, goal=Goal(accuracy_drop=5), seed=3, with_temperatures=False, **options)
 
 
 def test_goal_risk(checkpoint, stacked, tmp_path):
@@ -199,15 +199,38 @@ def test_goal_risk(checkpoint, stacked, tmp_path):
     logits, targets, costs = stacked
     run(checkpoint, "--goal.risk=0.2", "--confidence=0.8", "--policy=entropy", f"--out={tmp_path / 'out'}")
     written = result(tmp_path / "out")
-    found = with_guarantee(logits, targets, costs.macs, 0.2, 0.8, kind=KINDS["entropy"], static=costs.static)
+    options: dict[str, Any] = {"kind": KINDS["entropy"], "static": costs.static, "ways": 3}
+    views = [predicting(by) for by in COMBINES]
+    tried = [with_guarantee(logits, targets, costs.macs, 0.2, 0.8, view=view, **options) for view in views]
+    found = min(tried, key=lambda one: one.cost)
     assert restore(written["policy"], Policy) == found.policy
     assert written["goal"] == {"risk": 0.2, "confidence": 0.8}
     assert written["calibration"]["lost"] == found.risk
     agrees(written, logits, targets, costs, goal=Goal(risk=0.2, confidence=0.8), kind=KINDS["entropy"])
 
 
-def test_policy_choices_are_all_kinds():
+def test_reference_is_run_on_the_same_images(checkpoint, stacked, tmp_path, capsys):
+    """The network itself as its own reference: as without one."""
+    twin, out = shutil.copy(checkpoint, tmp_path / "twin.ckpt"), tmp_path / "out"
+    run(checkpoint, "--goal.accuracy_drop=2", f"--goal.reference={twin}", f"--out={out}")
+    written = result(out)
+    assert written["goal"] == {"accuracy_drop": 2, "reference": str(twin)}
+    assert written["cross_fitted"]["accuracy_reference"] == written["cross_fitted"]["accuracy_last_exit"]
+    found = solve(*stacked[:2], stacked[2].macs, Goal(accuracy_drop=2), static=stacked[2].static)
+    assert restore(written["policy"], Policy) == found.found.policy
+    printed = capsys.readouterr().out
+    assert "accuracy of the reference" in printed
+    assert "interval of 95 %" in printed
+    args = [f"--goal.reference={twin}", "--data_split=train", "--accept_optimistic_numbers=true"]
+    with pytest.raises(SystemExit):
+        run(checkpoint, "--goal.accuracy_drop=2", *args)
+    assert "was trained on 1000 of the 1000 training images" in capsys.readouterr().err
+
+
+def test_choices_are_all_kinds():
     assert get_args(Kind) == tuple(KINDS)
+    assert get_args(Search) == ("auto", *SEARCHES)
+    assert get_args(Combine) == ("auto", *COMBINES)
 
 
 # ---- other splits, the figure
@@ -281,8 +304,13 @@ def test_mistake_is_one_line(args, names, checkpoint, tmp_path, capsys):
         ({"cost": 0.0}, {}, "goal.cost=0.0 must be above 0"),
         ({"cost": 50.0}, {}, "goal.cost=50.0 must be above 0 and at most 1: a fraction of static, e.g. 0.5 for 50 %"),
         ({"cost": 0.5, "confidence": 0.9}, {}, "goal.confidence belongs to goal.risk"),
-        ({"risk": 0.1}, {"search": "refined"}, "guarantee tests policies that are fixed beforehand"),
-        ({"cost": 0.5}, {"search": "refined", "policy": "patience"}, "patience has none"),
+        ({"risk": 0.1}, {"search": "thresholds"}, "guarantee tests policies that are fixed beforehand"),
+        ({"risk": 0.1, "reference": "static.ckpt"}, {}, "goal.risk is against the last exit; leave goal.reference out"),
+        (
+            {"cost": 0.5},
+            {"search": "thresholds", "policy": "patience"},
+            "search=thresholds does not fit policy=patience",
+        ),
         ({"cost": 0.5}, {"seed": -1}, "seed=-1 must be at least 0"),
         ({"cost": 0.5}, {"out": __file__}, "exists and is no folder"),
     ],
@@ -290,7 +318,7 @@ def test_mistake_is_one_line(args, names, checkpoint, tmp_path, capsys):
 def test_invalid_settings_raise(goal, changes, words):
     """Checked without the command line, which takes long to start."""
     settings = {name: default for name, (_, default, _) in ARGUMENTS.items()} | {"ckpt_path": "last.ckpt"} | changes
-    none = dict.fromkeys(("cost", "accuracy_drop", "risk", "confidence"))
+    none = dict.fromkeys(("cost", "accuracy_drop", "risk", "confidence", "reference"))
     with pytest.raises(Mistake, match=re.escape(words)):
         Settings.read(Namespace(**settings, goal=Namespace(**{**none, **goal})))
 

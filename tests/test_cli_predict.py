@@ -257,7 +257,7 @@ def test_chosen_policy():
     assert chosen_policy(stored, None, 0.8) == Scaled(Confidence(0.8), (1.2, 0.9))
     assert chosen_policy(stored, "Margin", 0.8) == Scaled(Margin(0.8), (1.2, 0.9))
     assert chosen_policy(Never(), "Confidence", [0.1, 0.2]) == Confidence((0.1, 0.2))
-    assert chosen_policy(Combined(stored, "mean"), None, 0.8) == Combined(Scaled(Confidence(0.8), (1.2, 0.9)), "mean")
+    assert chosen_policy(Scaled(Combined(by="mean"), 1.2), None, 0.8) == Scaled(Combined(Confidence(0.8), "mean"), 1.2)
     for policy in (Never(), Patience(2)):
         with pytest.raises(ValueError, match="give --policy Confidence, too"):
             chosen_policy(policy, None, 0.5)

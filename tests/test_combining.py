@@ -10,13 +10,13 @@ from torch import Tensor
 from dynadapter.exits.combining import Combined
 from dynadapter.exits.heads import LinearHeads
 from dynadapter.exits.net import ExitNet
-from dynadapter.exits.policies import Confidence, Entropy, Margin, Never, Patience, confidence, read_off, route
-from dynadapter.exits.temperature import Scaled, tempered_confidence
+from dynadapter.exits.policies import AtExit, Confidence, Entropy, Margin, Never, Patience, confidence, read_off, route
+from dynadapter.exits.temperature import Scaled
 from dynadapter.serve.stream import Stream
 from dynadapter.spec import plain, restore
 
 KINDS = ["mean", "geometric"]
-POLICIES = [Confidence(0.5), Entropy(0.6), Margin(0.3), Patience(2), Never(), Scaled(Confidence(0.5), (2.0, 0.5, 1.0))]
+POLICIES = [Confidence(0.5), Entropy(0.6), Margin(0.3), Patience(2), Never(), AtExit(2)]
 
 
 def stacked(exits: int = 3, samples: int = 40, classes: int = 4) -> Tensor:
@@ -50,18 +50,19 @@ def test_combination_by_hand(by):
                 assert not combined[k, i].isfinite().all()
 
 
+@pytest.mark.parametrize("heat", [None, (2.0, 0.5, 1.0)], ids=["own", "temperatures"])
 @pytest.mark.parametrize("by", KINDS)
 @pytest.mark.parametrize("inner", POLICIES, ids=lambda policy: policy.name)
-def test_decides_and_predicts_by_combination(inner, by):
+def test_decides_and_predicts_by_combination(inner, by, heat):
+    """Temperatures divide each exit's own logits before they are combined."""
     logits = stacked()
     logits[1, 3] = torch.nan
-    policy, combined = Combined(inner, by), Combined(inner, by).combine(logits)
+    policy = Combined(inner, by) if heat is None else Scaled(Combined(inner, by), heat)
+    combined = Combined(inner, by).combine(logits / torch.tensor(heat or [1.0])[:, None, None])
     routed = read_off(policy, logits)
     assert routed.exit_index.tolist() == route(inner, combined).tolist() == route(policy, logits).tolist()
     rows = torch.arange(logits.shape[1])
     torch.testing.assert_close(routed.logits, combined[routed.exit_index, rows])
-    heat = torch.tensor(inner.temperatures if isinstance(inner, Scaled) else [1.0] * 3)[routed.exit_index, None]
-    torch.testing.assert_close(tempered_confidence(policy, *routed), confidence(routed.logits / heat))
 
 
 @pytest.mark.parametrize("by", KINDS)
@@ -104,7 +105,7 @@ def test_stream_answers_by_combination():
 
 
 def test_survives_json():
-    policy = Combined(Scaled(Confidence((0.5, 0.7)), (1.0, 2.0, 1.5)), "mean")
+    policy = Scaled(Combined(Confidence((0.5, 0.7)), "mean"), (1.0, 2.0, 1.5))
     assert restore(plain(policy), type(policy)) == policy
 
 
@@ -113,7 +114,7 @@ def test_survives_json():
     [
         (lambda: Combined(by="median"), "by='median' is unknown; choose 'mean' or 'geometric'"),  # type: ignore[arg-type]
         (lambda: Combined(Combined()), "combine the exits once"),
-        (lambda: Scaled(Combined()), "Combined\\(Scaled"),
+        (lambda: Combined(Scaled()), "combine the exits once, after temperatures: Scaled\\(Combined"),
         (lambda: Combined(Confidence((0.1, 0.2))).check(2), "threshold has 2 values"),
     ],
 )

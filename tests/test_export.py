@@ -21,7 +21,7 @@ from dynadapter.adapters import AdapterSpec, AdaptFormer, LoRA, RepAdapter, adap
 from dynadapter.cost import exit_costs
 from dynadapter.exits.combining import Combined
 from dynadapter.exits.net import ExitNet
-from dynadapter.exits.policies import Confidence, Entropy, Margin, Never, Patience, Policy, route
+from dynadapter.exits.policies import AtExit, Confidence, Entropy, Margin, Never, Patience, Policy, route
 from dynadapter.exits.temperature import Scaled
 from dynadapter.files import sha256
 from dynadapter.images.preprocess import Preprocess
@@ -281,7 +281,8 @@ def test_int8_without_products_is_refused(small: ExitNet, tmp_path: Path, monkey
         Never(),
         Scaled(Margin(0.3), (0.5, 2.0, 1.0)),
         Combined(Patience(2), "geometric"),
-        Combined(Scaled(Confidence(0.6), (0.5, 2.0, 1.0)), "mean"),
+        AtExit(2),
+        Scaled(Combined(Confidence(0.6), "mean"), (0.5, 2.0, 1.0)),
     ],
     ids=lambda policy: policy.name,
 )
@@ -359,7 +360,10 @@ class Mine(Confidence):
 
 IMAGES = noise(4)
 BAD: list[tuple[dict[str, Any], str]] = [
-    ({"policy": Mine(0.5)}, "policy Mine cannot be exported; choose Confidence, Entropy, Margin, Patience, Never, or"),
+    (
+        {"policy": Mine(0.5)},
+        "policy Mine cannot be exported; choose Confidence, Entropy, Margin, Patience, AtExit, Never, al",
+    ),
     ({"policy": Scaled(Scaled(Never(), 2.0), 2.0)}, "policy Scaled cannot be exported"),
     ({"policy": Confidence((0.5, 0.5))}, r"threshold=\[0.5, 0.5\] does not fit 1 exits; give one number in \[0, 1\]"),
     ({"policy": Scaled(Never(), (1.0, 1.0))}, r"temperatures=\[1.0, 1.0\] do not fit; give 1 numbers above 0"),

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dynadapter.exits import policies
 from dynadapter.exits.policies import (
+    AtExit,
     Confidence,
     Entropy,
     Margin,
@@ -26,7 +27,7 @@ from dynadapter.exits.policies import (
 )
 from dynadapter.exits.temperature import Scaled
 
-KINDS = [Confidence(), Entropy(), Margin(), Patience(), Never(), Confidence((0.9, 0.5, 0.7))]
+KINDS = [Confidence(), Entropy(), Margin(), Patience(), Never(), AtExit(2), Confidence((0.9, 0.5, 0.7))]
 BAD = [math.nan, math.inf, -math.inf]
 
 
@@ -55,6 +56,8 @@ def should_exit(policy: Policy, history: list[list[float]]) -> bool:
         return p[0] - p[1] >= threshold
     if isinstance(policy, Entropy):
         return -sum(x * math.log(x) for x in p if x) / math.log(len(p)) <= threshold
+    if isinstance(policy, AtExit):
+        return len(history) >= policy.exit
     if isinstance(policy, Patience):
         recent = history[-policy.patience :]
         finite = all(math.isfinite(x) for row in recent for x in row)
@@ -195,6 +198,14 @@ def test_patience_below_one() -> None:
         Patience(0)
 
 
+def test_exits_that_do_not_exist() -> None:
+    with pytest.raises(ValueError, match="exit=0 must be a whole number of at least 1"):
+        AtExit(0)
+    AtExit(2).check(3)
+    with pytest.raises(ValueError, match=r"exit=3 is no early exit of this network \(3 exits\); give 1 to 2, or Nev"):
+        AtExit(3).check(3)
+
+
 def test_names_unique_and_safe() -> None:
     assert [kind.name for kind in KINDS] == [
         "confidence_0.9",
@@ -202,6 +213,7 @@ def test_names_unique_and_safe() -> None:
         "margin_0.5",
         "patience_2",
         "never",
+        "at_exit_2",
         "confidence_0.9_0.5_0.7",
     ]
 

@@ -24,6 +24,7 @@ from dynadapter.exits.combining import Combined
 from dynadapter.exits.heads import LinearHeads
 from dynadapter.exits.net import ExitNet
 from dynadapter.exits.policies import (
+    AtExit,
     Confidence,
     Entropy,
     Margin,
@@ -150,7 +151,7 @@ def clear_cut(policy: Policy, logits: torch.Tensor) -> bool:
 
 @given(
     logits=stacked(),
-    kind=st.sampled_from([Confidence, Entropy, Margin, Patience, Never]),
+    kind=st.sampled_from([Confidence, Entropy, Margin, Patience, AtExit, Never]),
     limits=st.lists(thresholds, min_size=3, max_size=3) | thresholds,
     patience=st.integers(1, 4),
     heat=st.none() | st.lists(st.floats(0.125, 8, width=32), min_size=4, max_size=4),
@@ -159,6 +160,9 @@ def clear_cut(policy: Policy, logits: torch.Tensor) -> bool:
 def test_policies_match_torch(logits, kind, limits, patience, heat) -> None:
     exits = len(logits)
     fields: dict[str, Any] = {"patience": patience} if kind is Patience else {}
+    if kind is AtExit:
+        assume(exits > 1)
+        fields = {"exit": min(patience, exits - 1)}
     if kind in (Confidence, Entropy, Margin):
         fields = {"threshold": tuple(limits[: exits - 1]) if isinstance(limits, list) else limits}
     policy = kind(**fields)
@@ -170,11 +174,16 @@ def test_policies_match_torch(logits, kind, limits, patience, heat) -> None:
     assert policies.Policy(plain, exits, temperatures).route(logits).tolist() == expected.tolist()
 
 
-@given(logits=stacked(), by=st.sampled_from(["mean", "geometric"]))
+@given(
+    logits=stacked(),
+    by=st.sampled_from(["mean", "geometric"]),
+    heat=st.lists(st.floats(0.125, 8, width=32), min_size=4, max_size=4),
+)
 @settings(max_examples=100, deadline=None)
-def test_combination_matches_torch(logits, by) -> None:
-    expected = Combined(Never(), by).combine(torch.from_numpy(logits))
-    found = policies.Policy({"kind": "Never", "combine": by}, len(logits)).combine(logits)
+def test_combination_matches_torch(logits, by, heat) -> None:
+    temperatures = tuple(heat[: len(logits)])
+    expected = Scaled(Combined(Never(), by), temperatures).combine(torch.from_numpy(logits))
+    found = policies.Policy({"kind": "Never", "combine": by}, len(logits), temperatures).combine(logits)
     assert found.dtype == np.float32
     torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-4, atol=1e-4, equal_nan=True)
 
@@ -182,7 +191,7 @@ def test_combination_matches_torch(logits, by) -> None:
 @pytest.mark.parametrize("by", ["mean", "geometric"])
 def test_runner_predicts_by_combination(deployed, by) -> None:
     runner = Runner(deployed.folder)
-    policy = Combined(Scaled(Confidence(0.6), TEMPERATURES), by)
+    policy = Scaled(Combined(Confidence(0.6), by), TEMPERATURES)
     runner.policy = policies.Policy({"kind": "Confidence", "threshold": 0.6, "combine": by}, 3, TEMPERATURES)
     expected = read_off(policy, deployed.logits)
     logits, exit_index = runner.route(deployed.images.numpy())
@@ -217,8 +226,7 @@ def test_predictions_match_torch(deployed: Deployed, photos: list[Path], batch_s
     assert [p.file for p in predictions] == [str(photo) for photo in photos]
     assert [p.class_index for p in predictions] == logits.argmax(-1).tolist()
     assert [p.label for p in predictions] == [f"class {i}" for i in logits.argmax(-1).tolist()]
-    scaled = logits / torch.tensor(TEMPERATURES)[exits, None]
-    np.testing.assert_allclose([p.confidence for p in predictions], confidence(scaled), atol=1e-5)
+    np.testing.assert_allclose([p.confidence for p in predictions], confidence(logits), atol=1e-5)
 
     array = np.stack([runner.manifest.preprocess(load_image(photo)) for photo in photos])
     assert np.array_equal(array, deployed.images)

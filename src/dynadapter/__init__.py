@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from dynadapter.adapters import Adapter, AdapterSpec, AdaptFormer, LoRA, RepAdapter, inject, merge
     from dynadapter.backbones import create_backbone
     from dynadapter.backbones.layout import lay_out_for_cpu
-    from dynadapter.calibrate import Calibrated, evaluate, to_accuracy_drop, to_cost, with_guarantee
+    from dynadapter.calibrate import Calibrated, Goal, evaluate, policy_for, solve, with_guarantee
     from dynadapter.cost import ExitCosts, exit_costs
     from dynadapter.data import ImageData, ImageFolder, ImagesToPredict, Shapes, VTAB1k
     from dynadapter.exits.attentive import Attentive
@@ -17,7 +17,18 @@ if TYPE_CHECKING:
     from dynadapter.exits.exit_tokens import ExitTokens
     from dynadapter.exits.heads import Balanced, Heads, LinearHeads, MLPHeads
     from dynadapter.exits.net import ExitNet
-    from dynadapter.exits.policies import Confidence, Entropy, Margin, Never, Patience, Policy, Routed, read_off, route
+    from dynadapter.exits.policies import (
+        AtExit,
+        Confidence,
+        Entropy,
+        Margin,
+        Never,
+        Patience,
+        Policy,
+        Routed,
+        read_off,
+        route,
+    )
     from dynadapter.exits.temperature import Scaled, fit_temperatures
     from dynadapter.exits.token_merging import TokenMerging
     from dynadapter.serve.bundle import (
@@ -49,7 +60,7 @@ _HOMES = {
     "adapters": "AdaptFormer Adapter AdapterSpec LoRA RepAdapter inject merge",
     "backbones": "create_backbone",
     "backbones.layout": "lay_out_for_cpu",
-    "calibrate": "Calibrated evaluate to_accuracy_drop to_cost with_guarantee",
+    "calibrate": "Calibrated Goal evaluate policy_for solve with_guarantee",
     "cost": "ExitCosts exit_costs",
     "data": "Shapes ImageData ImageFolder ImagesToPredict VTAB1k",
     "exits.attentive": "Attentive",
@@ -57,7 +68,7 @@ _HOMES = {
     "exits.exit_tokens": "ExitTokens",
     "exits.heads": "Balanced Heads LinearHeads MLPHeads",
     "exits.net": "ExitNet",
-    "exits.policies": "Confidence Entropy Margin Never Patience Policy Routed read_off route",
+    "exits.policies": "AtExit Confidence Entropy Margin Never Patience Policy Routed read_off route",
     "exits.temperature": "Scaled fit_temperatures",
     "exits.token_merging": "TokenMerging",
     "serve.bundle": "BackboneSource Bundle bundle_from_classifier from_pretrained load push_to_hub save_bundle",

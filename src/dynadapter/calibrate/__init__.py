@@ -1,4 +1,4 @@
-"""Find thresholds from stacked validation logits: for a cost, an accuracy drop, or with a guarantee; and the curve.
+"""Choose exits from stacked validation logits: for a cost, an accuracy drop, or with a guarantee; and the curve.
 
 :func:`solve` does all of it for one :class:`Goal`. Everything here is a pure function of the logits of one pass over
 validation data, and agrees exactly with :func:`dynadapter.exits.policies.route` on them. Common arguments:
@@ -10,7 +10,8 @@ validation data, and agrees exactly with :func:`dynadapter.exits.policies.route`
 - ``static``: the cost of the static network in the same unit (``ExitCosts.static``). Relative costs and budgets are
   fractions of it; None stands for the cost of the last exit.
 - ``kind``: the class of policy to calibrate, one of :data:`KINDS`.
-- ``temperatures``: one per exit, from :func:`fit_temperatures`; None leaves the logits as they are.
+- ``view``: a policy whose temperatures and combination of exits count, from
+  :func:`dynadapter.exits.combining.predicting`; None leaves the logits as they are.
 
 A sample whose logits are not finite at an exit does not exit there. Logits with NaN predict no class and count as
 wrong. A threshold between the scores of two samples is their middle, so that scores that differ in the last bit on
@@ -20,18 +21,22 @@ another machine decide alike.
     print(found.found.policy, found.cross_fitted)
 """
 
+from dynadapter.calibrate.choosing import AUTO, COMBINES, SEARCHES, Search
 from dynadapter.calibrate.curves import Curve, Point, curve, curve_rows
 from dynadapter.calibrate.goal import Goal
-from dynadapter.calibrate.goals import Search, geometric_shares, to_accuracy_drop, to_cost
 from dynadapter.calibrate.guarantee import Loss, Risk, candidates, losses, measured_risk, with_guarantee
 from dynadapter.calibrate.ladder import KINDS
-from dynadapter.calibrate.solve import Measured, Solution, policy_for, solve
+from dynadapter.calibrate.solve import CrossFitted, Measured, Solution, policy_for, solve
 from dynadapter.calibrate.stacked import Calibrated, Outcome, evaluate, split_folds
 from dynadapter.exits.temperature import Scaled, fit_temperatures
 
 __all__ = [
+    "AUTO",
+    "COMBINES",
     "KINDS",
+    "SEARCHES",
     "Calibrated",
+    "CrossFitted",
     "Curve",
     "Goal",
     "Loss",
@@ -47,13 +52,10 @@ __all__ = [
     "curve_rows",
     "evaluate",
     "fit_temperatures",
-    "geometric_shares",
     "losses",
     "measured_risk",
     "policy_for",
     "solve",
     "split_folds",
-    "to_accuracy_drop",
-    "to_cost",
     "with_guarantee",
 ]

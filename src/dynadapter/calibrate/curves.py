@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dynadapter.calibrate.ladder import ladder
 from dynadapter.calibrate.stacked import Outcome, Stacked
-from dynadapter.exits.policies import Confidence, Never, Policy
+from dynadapter.exits.policies import Confidence, Patience, Policy, Thresholded, at_exit
 
 
 @dataclass(frozen=True)
@@ -18,13 +18,13 @@ class Point(Outcome):
 
     Args:
         label: The kind of policy, or "exit 1", "exit 2" ... where all samples take one exit.
-        threshold: The threshold or the patience; None if the policy has neither.
-        policy: Routes raw logits; None for a single exit before the last.
+        threshold: The threshold, that of exit 1 if each has its own, or the patience; None if the policy has neither.
+        policy: Routes raw logits.
     """
 
     label: str
     threshold: float | None
-    policy: Policy | None
+    policy: Policy
 
 
 class Curve(NamedTuple):
@@ -44,7 +44,8 @@ def curve(
     costs: Sequence[float] | Tensor,
     kind: type[Policy] = Confidence,
     *,
-    temperatures: Sequence[float] | None = None,
+    view: Policy | None = None,
+    slope: float = 0.0,
     static: float | None = None,
     points: int = 200,
 ) -> Curve:
@@ -55,7 +56,8 @@ def curve(
         targets: (samples,).
         costs: (exits,), cumulative.
         kind: Confidence, Entropy, Margin or Patience.
-        temperatures: (exits,), or none.
+        view: A policy whose temperatures and combination count.
+        slope: See :func:`dynadapter.calibrate.ladder.ladder`.
         static: Cost of the static network; None for that of the last exit.
         points: Greatest number of routed points; both ends are always among them.
 
@@ -64,8 +66,8 @@ def curve(
     """
     if points < 2:
         raise ValueError(f"points={points} must be at least 2, for both ends of the curve")
-    data = Stacked(logits, targets, costs, static, temperatures)
-    steps = ladder(kind, data)
+    data = Stacked(logits, targets, costs, static, view)
+    steps = ladder(kind, data, slope)
     kept = torch.arange(len(steps.cost)).flip(0)  # cheapest first
     if len(kept) > points:
         rising = steps.cost[kept]
@@ -81,16 +83,22 @@ def curve(
             shares=tuple(count / data.samples for count in steps.counts[step].tolist()),
             samples=data.samples,
             label=kind.__name__.lower() if step else f"exit {data.exits}",
-            threshold=getattr(policy, "threshold", getattr(policy, "patience", None)),
+            threshold=_number(policy),
             policy=data.complete(policy),
         )
 
     def anytime(k: int) -> Point:
         outcome = data.outcome(torch.full((data.samples,), k, device=data.logits.device))
-        policy = Never() if k == data.exits - 1 else None
+        policy = data.complete(at_exit(k, data.exits))
         return Point(**vars(outcome), label=f"exit {k + 1}", threshold=None, policy=policy)
 
     return Curve(tuple(routed(step) for step in kept.tolist()), tuple(anytime(k) for k in range(data.exits)))
+
+
+def _number(policy: Policy) -> float | None:
+    if isinstance(policy, Thresholded):
+        return policy.threshold_at(0)
+    return policy.patience if isinstance(policy, Patience) else None
 
 
 def curve_rows(found: Curve) -> list[list[str | float]]:

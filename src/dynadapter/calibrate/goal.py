@@ -12,10 +12,12 @@ class Goal:
 
     Args:
         cost: Greatest average cost as a fraction of static, above 0 and at most 1.
-        accuracy_drop: Percentage points that the accuracy may be below the last exit's; negative for a gain.
+        accuracy_drop: Percentage points that the accuracy may be below the reference's; negative for a gain.
         risk: Fraction of all samples where routing may be wrong and the last exit right, with a finite-sample
             guarantee for future samples.
         confidence: Probability that the guarantee of ``risk`` holds; None for 0.9.
+        reference: Another network whose accuracy on the same samples ours is compared with, such as the checkpoint of a
+            static one; None for the last exit by its own logits.
 
     Raises:
         ValueError: If not exactly one is given, or a number is out of range.
@@ -25,6 +27,7 @@ class Goal:
     accuracy_drop: float | None = None
     risk: float | None = None
     confidence: float | None = None
+    reference: str | None = None
 
     def __post_init__(self) -> None:
         given = [name for name in ("cost", "accuracy_drop", "risk") if getattr(self, name) is not None]
@@ -45,6 +48,8 @@ class Goal:
             raise ValueError(f"goal.{self.name}={self.amount} must be {allowed}")
         if self.confidence is not None and self.name != "risk":
             raise ValueError(f"goal.confidence belongs to goal.risk, not to goal.{self.name}; leave it out")
+        if self.reference is not None and self.name == "risk":
+            raise ValueError("goal.risk is against the last exit; leave goal.reference out, or give goal.accuracy_drop")
         if self.confidence is not None and not 0 < self.confidence < 1:
             raise ValueError(f"goal.confidence={self.confidence} must be between 0 and 1, both excluded, e.g. 0.9")
 
@@ -60,13 +65,14 @@ class Goal:
         return amount
 
     @property
-    def given(self) -> dict[str, float]:
+    def given(self) -> dict[str, float | str]:
         """The goal as it was given, with the confidence of a risk."""
-        return {self.name: self.amount, **({"confidence": self.confidence or 0.9} if self.name == "risk" else {})}
+        more: dict[str, float | str] = {"confidence": self.confidence or 0.9} if self.name == "risk" else {}
+        return {self.name: self.amount, **more, **({"reference": self.reference} if self.reference else {})}
 
     def __str__(self) -> str:
         if self.name == "cost":
             return f"cost at most {self.amount:g} of static"
         if self.name == "accuracy_drop":
-            return f"accuracy at most {self.amount:g} points below the last exit"
+            return f"accuracy at most {self.amount:g} points below {self.reference or 'the last exit'}"
         return f"risk at most {self.amount:g} against the last exit, with confidence {self.confidence or 0.9:g}"

@@ -39,7 +39,7 @@ Loss = Literal["lost", "accuracy_gap", "inconsistency"]
 
 
 def losses(policy: Policy, logits: Tensor, targets: Tensor | None, loss: Loss = "lost") -> Tensor:
-    """Compute the loss of routing against the last exit, sample by sample.
+    """Compute the loss of routing against the last exit, by its own logits, sample by sample.
 
     - ``lost``: 1 where the last exit is right and routing is wrong, else 0.
     - ``accuracy_gap``: 1 where only the last exit is right, -1 where only routing is, else 0; its mean is the drop in
@@ -57,19 +57,19 @@ def losses(policy: Policy, logits: Tensor, targets: Tensor | None, loss: Loss = 
     Returns:
         (samples,), float64.
     """
-    data = Stacked(logits, targets, costs=range(1, len(logits) + 1))
+    data = Stacked(logits, targets, range(1, len(logits) + 1), view=policy)
     return losses_by_exit(data, loss).gather(0, route(policy, data.logits)[None])[0]
 
 
 def losses_by_exit(data: Stacked, loss: str) -> Tensor:
     """Return the loss of each sample at each exit, (exits, samples) float64."""
     if loss == "inconsistency":
-        return (data.predictions != data.predictions[-1]).double()
+        return (data.predictions != data.last).double()
     if loss not in ("lost", "accuracy_gap"):
         raise ValueError(f"loss={loss!r} is not known; choose 'lost', 'accuracy_gap' or 'inconsistency'")
     if not data.labelled:
         raise ValueError(f"loss={loss!r} needs targets; without them use 'inconsistency'")
-    gap = data.right[-1].double() - data.right.double()
+    gap = data.right_last.double() - data.right.double()
     return gap.clamp(min=0) if loss == "lost" else gap
 
 
@@ -139,7 +139,8 @@ def with_guarantee(
     kind: type[Policy] = Confidence,
     loss: Loss = "lost",
     bound: Bound | None = None,
-    temperatures: Sequence[float] | None = None,
+    view: Policy | None = None,
+    ways: int = 1,
     policies: Sequence[Policy] | None = None,
     static: float | None = None,
 ) -> Calibrated:
@@ -154,21 +155,20 @@ def with_guarantee(
         kind: Confidence, Entropy, Margin or Patience.
         loss: The bounded loss; see :func:`losses`.
         bound: See :func:`measured_risk`.
-        temperatures: (exits,), fitted on **other** samples, or none.
-        policies: The policies to test, strict to lax, without temperatures, found on **other** samples; None for
+        view: A policy whose temperatures, fitted on **other** samples, and combination of exits count.
+        ways: Number of views or kinds that are tried on these samples to choose one; they share the error probability.
+        policies: The policies to test, strict to lax, without these, found on **other** samples; None for
             :func:`candidates`.
         static: Cost of the static network; None for that of the last exit.
 
     Raises:
         ValueError: If arguments are out of range or do not fit.
     """
-    for name, given in (("risk", risk), ("confidence", confidence)):
-        if not 0 < given < 1:  # NaN fails as well
-            raise ValueError(f"{name}={given} must be between 0 and 1, both excluded, e.g. risk 0.02, confidence 0.9")
-    data = Stacked(logits, targets, costs, static, temperatures)
+    _check_shares(risk=risk, confidence=confidence)
+    data = Stacked(logits, targets, costs, static, view)
     loss_by_exit = losses_by_exit(data, loss)
     least, best = _SCALES[loss]
-    limit, level, bound = (risk - least) / (1 - least), 1 - confidence, bound or best
+    limit, level, bound = (risk - least) / (1 - least), (1 - confidence) / ways, bound or best
     tried = candidates(kind, data.exits) if policies is None else tuple(policies)
     chosen = "given policies" if policies is not None else kind.__name__.lower()
     method = f"{chosen}, {loss} at most {risk:g} with confidence {confidence:g}"
@@ -185,6 +185,17 @@ def with_guarantee(
         )
         return data.calibrated(found[0], method, note, risk=found[1])
     note = "no policy could be certified, so every sample takes the last exit"
-    if data.samples < (needed := samples_needed(limit, level, bound, loss=-least / (1 - least))):
-        note += f": {data.samples} samples are too few, {needed} are needed even with no loss at all"
-    return data.calibrated(Never(), method, note, risk=0.0)
+    note += _too_few(data.samples, samples_needed(limit, level, bound, loss=-least / (1 - least)))
+    return Stacked(logits, targets, costs, static).calibrated(Never(), method, note, risk=0.0)
+
+
+def _check_shares(**given: float) -> None:
+    for name, value in given.items():
+        if not 0 < value < 1:  # NaN fails as well
+            raise ValueError(f"{name}={value} must be between 0 and 1, both excluded, e.g. risk 0.02, confidence 0.9")
+
+
+def _too_few(samples: int, needed: int) -> str:
+    if samples >= needed:
+        return ""
+    return f": {samples} samples are too few, {needed} are needed even with no loss at all"

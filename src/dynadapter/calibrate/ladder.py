@@ -1,5 +1,10 @@
-"""Every distinct result that a single number, a shared threshold or a patience, can have on a set of samples."""
+"""Every distinct result that a single number can have on a set of samples: a threshold or a patience.
 
+Thresholds can also be one for each exit, all moved by the single number: the log-odds of the threshold fall by a fixed
+slope from exit to exit. Log-odds are those of a certainty from 0 to 1: the confidence, the margin, or 1 - entropy.
+"""
+
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -23,19 +28,23 @@ class Ladder(NamedTuple):
     """Every number that makes a difference, from no early exit to all samples at exit 1; costs fall step by step.
 
     ``counts`` (steps, exits) are the samples at each exit, ``right`` (steps,) the right predictions, ``cost`` (steps,)
-    the average relative costs. ``policy`` maps a step to its policy, without temperatures. ``scores`` are those of a
-    kind with thresholds.
+    the average relative costs. ``policy`` maps a step to its policy, without temperatures and combination.
     """
 
     counts: Tensor
     right: Tensor
     cost: Tensor
     policy: Callable[[int], Policy]
-    scores: Scores | None = None
 
 
-def ladder(kind: type[Policy], data: Stacked) -> Ladder:
+def ladder(kind: type[Policy], data: Stacked, slope: float = 0.0, scores: Scores | None = None) -> Ladder:
     """Compute the ladder of a kind of policy.
+
+    Args:
+        kind: Confidence, Entropy, Margin or Patience.
+        data: The samples.
+        slope: By how much the log-odds of the threshold fall from exit to exit; 0 for one threshold for all exits.
+        scores: The scores of the samples, if they are known already.
 
     Raises:
         ValueError: If the kind cannot be calibrated.
@@ -43,7 +52,7 @@ def ladder(kind: type[Policy], data: Stacked) -> Ladder:
     if kind is Patience:
         return _patiences(data)
     if kind in RULES:
-        return _thresholds(Scores(kind, data), data)
+        return _thresholds(scores or Scores(kind, data), data, slope)
     names = [known.__name__ for known in KINDS.values()]
     raise ValueError(f"kind={getattr(kind, '__name__', kind)} cannot be calibrated; choose one of {names}")
 
@@ -52,7 +61,7 @@ def _patiences(data: Stacked) -> Ladder:
     policies: list[Policy] = []
     indices: list[Tensor] = []
     for policy in (Never(), *(Patience(patience) for patience in range(data.exits - 1, 0, -1))):
-        exit_index = route(policy, data.logits)
+        exit_index = route(policy, data.predicted)
         if not indices or not exit_index.equal(indices[-1]):
             policies.append(policy)
             indices.append(exit_index)
@@ -61,13 +70,14 @@ def _patiences(data: Stacked) -> Ladder:
     return Ladder(counts, right, data.cost(counts), policies.__getitem__)
 
 
-def _thresholds(scores: Scores, data: Stacked) -> Ladder:
+def _thresholds(scores: Scores, data: Stacked, slope: float) -> Ladder:
     """Count samples per exit and right predictions at every threshold in one sorted pass.
 
     A sample has exited by exit k exactly if the greatest of its scores so far reaches the cut. So the right predictions
     are those of the last exit plus, for each k and each sample that exited by k, the gain of exit k over exit k + 1.
     """
-    greatest = scores.sure.cummax(0).values if len(scores.sure) else scores.sure  # (early exits, samples)
+    sure = scores.log_odds(slope) if slope else scores.sure
+    greatest = sure.cummax(0).values if len(sure) else sure  # (early exits, samples)
     values = greatest[greatest > -torch.inf].unique().flip(0)  # falling; step i + 1 cuts at values[i]
     right = data.right[-1].sum().expand(len(values)).clone()
     exited = [torch.zeros_like(right)]
@@ -82,9 +92,12 @@ def _thresholds(scores: Scores, data: Stacked) -> Ladder:
     none_early = torch.tensor([[0] * (data.exits - 1) + [data.samples]])
     counts = torch.cat([none_early, torch.stack(exited, -1).diff(dim=-1).cpu()])
     right = torch.cat([data.right[-1].sum()[None], right]).cpu()
-    cuts = [*scores.between(values[:-1], values[1:]).tolist(), scores.laxest]
+    cuts = [*scores.between(values[:-1], values[1:]).tolist(), -math.inf if slope else scores.laxest]
 
     def policy(step: int) -> Policy:
-        return scores.kind(scores.threshold(cuts[step - 1])) if step else Never()
+        if not step:
+            return Never()
+        cut = cuts[step - 1]
+        return scores.kind(scores.thresholds(cut, slope) if slope else scores.threshold(cut))
 
-    return Ladder(counts, right, data.cost(counts), policy, scores)
+    return Ladder(counts, right, data.cost(counts), policy)

@@ -6,26 +6,31 @@ from typing import Any, BinaryIO
 from rich.table import Table
 
 from dynadapter.calibrate.solve import Solution
-from dynadapter.exits.combining import Combined
+from dynadapter.exits.combining import decision
 from dynadapter.exits.policies import Patience, Policy, Thresholded
 from dynadapter.exits.temperature import Scaled
 from dynadapter.spec import plain
 
 
 def thresholds(policy: Policy, exits: int) -> list[float | None]:
-    """Return the threshold of a policy at each exit, or how many exits must agree; None at the last exit.
+    """Return the threshold of a policy at each exit, or how many exits must agree; None at exits without one.
 
     Args:
-        policy: The policy, with temperatures or without.
+        policy: The policy, with temperatures and combination or without.
         exits: Number of exits.
     """
-    while isinstance(policy, Scaled | Combined):
-        policy = policy.policy
+    policy = decision(policy)
     if isinstance(policy, Thresholded):
         return [*(policy.threshold_at(k) for k in range(exits - 1)), None]
     if isinstance(policy, Patience):
         return [*[float(policy.patience)] * (exits - 1), None]
     return [None] * exits
+
+
+def temperatures(policy: Policy, exits: int) -> tuple[float, ...]:
+    """Return the temperature of each exit; 1 if the policy has none."""
+    given = policy.temperatures if isinstance(policy, Scaled) else 1.0
+    return given if isinstance(given, tuple) else (given,) * exits
 
 
 def solution_table(solution: Solution, exit_depths: Sequence[int], title: str) -> Table:
@@ -46,26 +51,37 @@ def solution_table(solution: Solution, exit_depths: Sequence[int], title: str) -
         table.add_column(name, justify="right")
     table.add_row("images", *(str(one.samples) for one in both))
     table.add_row("cost, % of static", *(f"{one.cost:.2%}" for one in both))
+    crossed = solution.cross_fitted
+    low, high = crossed.accuracy_interval
     table.add_row("accuracy", *(f"{one.accuracy:.2%}" for one in both))
+    table.add_row("its interval of 95 %", "", f"{low:.2%} to {high:.2%}")
     table.add_row("accuracy of the last exit", *(f"{one.accuracy_last_exit:.2%}" for one in both))
+    if solution.goal.reference:
+        table.add_row("accuracy of the reference", *(f"{one.accuracy_reference:.2%}" for one in both))
+    low, high = (100 * end for end in crossed.difference_interval)
+    gains = (100 * (one.accuracy - one.accuracy_reference) for one in both)
+    against = "the reference" if solution.goal.reference else "the last exit"
+    table.add_row(f"points above {against}", *(f"{gain:+.2f}" for gain in gains))
+    table.add_row("their interval of 95 %", "", f"{low:+.2f} to {high:+.2f}")
     table.add_row("lost against the last exit", *(f"{one.lost:.2%}" for one in both), end_section=True)
     by_exit = thresholds(solution.found.policy, len(exit_depths))
+    heats = temperatures(solution.found.policy, len(exit_depths))
     for k, (depth, threshold) in enumerate(zip(exit_depths, by_exit, strict=True)):
         shares = [f"{one.shares[k]:.1%}" for one in both]
         shown = "" if threshold is None else f"{threshold:.4g}"
-        table.add_row(f"exit {k + 1}, after block {depth}", *shares, shown, f"{solution.found.temperatures[k]:.3f}")
+        table.add_row(f"exit {k + 1}, after block {depth}", *shares, shown, f"{heats[k]:.3f}")
     return table
 
 
 def solution_data(solution: Solution) -> dict[str, Any]:
     """Return the solution as plain data for JSON, without the curve."""
-    found = solution.found
+    found, exits = solution.found, len(solution.found.shares)
     data: dict[str, Any] = plain(
         {
             "goal": solution.goal.given,
             "policy": found.policy,
-            "thresholds": thresholds(found.policy, len(found.temperatures)),
-            "temperatures": found.temperatures,
+            "thresholds": thresholds(found.policy, exits),
+            "temperatures": temperatures(found.policy, exits),
             "method": found.method,
             "notes": solution.notes,
             "calibration": solution.calibration,
@@ -85,9 +101,15 @@ def measured_data(solution: Solution, data: str) -> dict[str, Any]:
         solution: The solution.
         data: The images, in words.
     """
+    crossed = solution.cross_fitted
+    in_words = {  # a list of two numbers would look like one for each of two exits
+        "accuracy_interval": "{:.1%} to {:.1%}, at 95 %".format(*crossed.accuracy_interval),
+        "difference_interval": "{:+.1%} to {:+.1%}, at 95 %".format(*crossed.difference_interval),
+    }
     return {
         "data": data,
-        **plain(solution.cross_fitted),
+        **plain(crossed),
+        **in_words,
         "goal": str(solution.goal),
         "protocol": solution.protocol,
         **({"notes": "; ".join(solution.notes)} if solution.notes else {}),

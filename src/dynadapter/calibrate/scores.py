@@ -1,6 +1,7 @@
 """The scores of samples at the early exits, which thresholds are compared with."""
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,7 +19,6 @@ from dynadapter.exits.policies import (
     margin,
     route,
 )
-from dynadapter.exits.temperature import tempered
 
 
 class Rule(NamedTuple):
@@ -34,6 +34,10 @@ RULES: dict[type[Policy], Rule] = {
     Margin: Rule(margin, 1),
 }
 """The kinds of policy with thresholds."""
+
+
+SATURATED = 1e-7
+"""Certainties this close to 0 or 1 count as equal where log-odds are compared."""
 
 
 def thresholded(kind: type[Policy]) -> type[Thresholded]:
@@ -66,59 +70,57 @@ class Scores:
         self.kind = thresholded(kind)
         score, self.sign = RULES[kind]
         self.laxest, self.strictest = (0.0, 1.0) if self.sign > 0 else (-1.0, 0.0)
-        logits = tempered(data.logits, data.temperatures)
-        self.sure = logits.new_full((data.exits - 1, data.samples), -torch.inf)
-        for k in range(data.exits - 1):
-            finite = data.logits[k].isfinite().all(-1) & logits[k].isfinite().all(-1)
-            values = self.sign * score(logits[k])
-            self.sure[k] = values.where(finite & ~values.isnan(), -torch.inf)
+        early = data.predicted[:-1]
+        values = self.sign * score(early)
+        self.sure = values.where(early.isfinite().all(-1) & ~values.isnan(), -torch.inf)
 
-    def exit_index(self, cuts: Sequence[float]) -> Tensor:
-        """Return the exit indices (samples,) under one cut per early exit."""
-        return first_exit(self.sure >= torch.tensor(cuts, dtype=self.sure.dtype, device=self.sure.device)[:, None])
-
-    def cuts(self, policy: Thresholded) -> list[float]:
-        """Return the cuts of a policy of this kind, one per early exit."""
-        return [self.sign * policy.threshold_at(k) for k in range(len(self.sure))]
+    def cuts(self, policies: Sequence[Policy]) -> Tensor:
+        """Return the cuts of policies of this kind (policies, early exits)."""
+        each = [[self.sign * p.threshold_at(k) for k in range(len(self.sure))] for p in policies]  # type: ignore[attr-defined]
+        return torch.tensor(each, dtype=self.sure.dtype, device=self.sure.device).reshape(len(policies), len(self.sure))
 
     def threshold(self, cut: float) -> float:
         """Return the threshold that belongs to a cut."""
         return self.sign * cut + 0.0  # + 0.0 turns -0.0 into 0.0
+
+    def log_odds(self, slope: float) -> Tensor:
+        """Return log-odds of the certainties, raised by a slope from exit to exit: (early exits, samples) float64."""
+        certain = (self.sure.double() - self.laxest).clamp(SATURATED, 1 - SATURATED).logit()
+        steps = slope * torch.arange(len(certain), dtype=torch.float64, device=certain.device)
+        return torch.where(self.sure > -torch.inf, certain + steps[:, None], -torch.inf)
+
+    def thresholds(self, cut: float, slope: float) -> tuple[float, ...]:
+        """Return the threshold of each early exit that belongs to a cut through :meth:`log_odds`."""
+        odds = (cut - slope * k for k in range(len(self.sure)))
+        return tuple(self.threshold(self.laxest + (1 + math.tanh(x / 2)) / 2) for x in odds)
 
     def between(self, above: Tensor, below: Tensor) -> Tensor:
         """Return cuts between scores ``above``, which exit, and the lesser scores ``below``, which do not."""
         middle = below + (above - below) / 2
         return torch.where(middle > below, middle, above)  # neighbouring floats have no middle
 
-    def cut(self, falling: Tensor, count: int) -> float:
-        """Return the cut where the first ``count`` of falling scores exit, together with scores equal to the last."""
-        if count == 0:
-            return self.strictest
-        least = falling[count - 1]
-        rest = falling[falling < least]
-        return self.between(least, rest[0]).item() if len(rest) else self.laxest
 
-    def order(self) -> list[Tensor]:
-        """Return the samples in the order of their scores at each early exit, highest first."""
-        return [row.argsort(descending=True, stable=True) for row in self.sure]
+def exit_indices(policies: Sequence[Policy], data: Stacked, scores: Scores | None = None) -> Tensor:
+    """Return the exit indices (policies, samples) of policies without temperatures and combination.
 
-
-def first_exit(exits: Tensor) -> Tensor:
-    """Return the first exit where a sample exits, else the last: (early exits, samples) bool to (samples,) int64."""
-    index = torch.full(exits.shape[1:], len(exits), device=exits.device)
-    for k in reversed(range(len(exits))):
-        index[exits[k]] = k
-    return index
-
-
-def exit_indices(policies: Sequence[Policy], data: Stacked) -> Iterator[Tensor]:
-    """Yield the exit indices (samples,) of each policy; the scores of a kind are computed once."""
-    scores: dict[type[Policy], Scores] = {}
-    for policy in policies:
-        kind = type(policy)
-        if kind in RULES and isinstance(policy, Thresholded):
-            policy.check(data.exits)
-            scores[kind] = scores.get(kind) or Scores(kind, data)
-            yield scores[kind].exit_index(scores[kind].cuts(policy))
+    Args:
+        policies: The policies.
+        data: The samples.
+        scores: Their scores, if they are known already.
+    """
+    index = torch.full((len(policies), data.samples), data.exits - 1, device=data.logits.device)
+    places: dict[type[Thresholded], list[int]] = {}
+    for place, policy in enumerate(policies):
+        policy.check(data.exits)
+        if isinstance(policy, Thresholded) and type(policy) in RULES:
+            places.setdefault(type(policy), []).append(place)
         else:
-            yield route(data.complete(policy), data.logits)
+            index[place] = route(policy, data.predicted)
+    for kind, rows in places.items():
+        known = scores if scores is not None and scores.kind is kind else Scores(kind, data)
+        cuts = known.cuts([policies[row] for row in rows])
+        found = index[rows]
+        for k in reversed(range(data.exits - 1)):  # the earliest exit writes last
+            found[known.sure[k] >= cuts[:, k, None]] = k
+        index[rows] = found
+    return index

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dynadapter.exits.policies import Never, Patience, Policy, route
-from dynadapter.exits.temperature import Scaled, check_logits, check_targets
+from dynadapter.exits.combining import with_decision
+from dynadapter.exits.policies import Never, Policy, route
+from dynadapter.exits.temperature import check_logits, check_targets
 
 
 @dataclass(frozen=True)
@@ -33,15 +34,13 @@ class Calibrated(Outcome):
     """A calibrated policy with its result on the samples that it was chosen on; :func:`evaluate` it on others.
 
     Args:
-        policy: Routes raw logits: it includes the temperatures where they matter.
-        temperatures: One per exit; 1 if none were given.
+        policy: Routes raw logits: it includes temperatures and combination.
         method: How the policy was found, in words.
         notes: Remarks for the user, such as the guarantee in full, or why there is none.
         risk: Mean loss on these samples, if one was bounded; see :func:`with_guarantee`.
     """
 
     policy: Policy
-    temperatures: tuple[float, ...]
     method: str
     notes: tuple[str, ...] = ()
     risk: float | None = None
@@ -55,11 +54,13 @@ class Stacked:
         targets: (samples,), or None.
         costs: (exits,), cumulative.
         static: Cost of the static network; None for that of the last exit.
-        temperatures: (exits,), or None.
+        view: A policy whose temperatures and combination the predictions have.
 
     Attributes:
+        predicted: What each exit predicts, as logits (exits, samples, classes).
         predictions: Classes (exits, samples), -1 for logits with NaN.
         right: (exits, samples) bool, True for a right prediction; all False without targets.
+        last: Classes of the last exit by its own logits (samples,), -1 for logits with NaN.
     """
 
     def __init__(
@@ -68,25 +69,26 @@ class Stacked:
         targets: Tensor | None,
         costs: Sequence[float] | Tensor,
         static: float | None = None,
-        temperatures: Sequence[float] | None = None,
+        view: Policy | None = None,
     ) -> None:
         check_logits(logits)
         self.logits = logits.detach()
         self.exits, self.samples, _ = logits.shape
-        self.predictions = torch.where(self.logits.isnan().any(-1), -1, self.logits.argmax(-1))
+        self.view = view or Never()
+        self.view.check(self.exits)
+        self.predicted = self.view.combine(self.logits)
+        self.predictions, self.last = classes(self.predicted), classes(self.logits[-1])
         self.labelled = targets is not None
         self.right = torch.zeros_like(self.predictions, dtype=torch.bool)
+        self.right_last = torch.zeros_like(self.last, dtype=torch.bool)
         if targets is not None:
-            self.right = self.predictions == check_targets(logits, targets)
+            targets = check_targets(logits, targets)
+            self.right, self.right_last = self.predictions == targets, self.last == targets
         self.costs, self.static = _check_costs(costs, static, self.exits)
-        self.temperatures = (1.0,) * self.exits if temperatures is None else tuple(float(t) for t in temperatures)
-        Scaled(Never(), self.temperatures).check(self.exits)
 
     def complete(self, policy: Policy) -> Policy:
-        """Add the temperatures to a policy whose decisions depend on them."""
-        if isinstance(policy, (Patience, Never)) or all(t == 1 for t in self.temperatures):
-            return policy
-        return Scaled(policy, self.temperatures)
+        """Add temperatures and combination to a policy."""
+        return with_decision(self.view, policy)
 
     def counts(self, exit_index: Tensor) -> Tensor:
         """Count the samples at each exit: exit indices (samples,) to (exits,) int64 on the CPU."""
@@ -110,19 +112,18 @@ class Stacked:
         )
 
     def calibrated(self, policy: Policy, method: str, *notes: str, risk: float | None = None) -> Calibrated:
-        """Return the result of a policy, completed with the temperatures, on these samples."""
+        """Return the result of a policy, completed with temperatures and combination, on these samples."""
         policy = self.complete(policy)
         nonfinite = (~self.logits[:-1].isfinite().all(-1)).any(0).sum().item()
         if nonfinite:
             notes += (f"{nonfinite} of {self.samples} samples have logits that are not finite at an early exit",)
-        return Calibrated(
-            **vars(self.outcome(route(policy, self.logits))),
-            policy=policy,
-            temperatures=self.temperatures,
-            method=method,
-            notes=notes,
-            risk=risk,
-        )
+        exit_index = route(policy, self.logits)
+        return Calibrated(**vars(self.outcome(exit_index)), policy=policy, method=method, notes=notes, risk=risk)
+
+
+def classes(logits: Tensor) -> Tensor:
+    """Return the predicted classes of logits (..., classes), -1 for logits with NaN."""
+    return torch.where(logits.isnan().any(-1), -1, logits.argmax(-1))
 
 
 def _check_costs(costs: Sequence[float] | Tensor, static: float | None, exits: int) -> tuple[list[float], float]:
@@ -164,7 +165,7 @@ def evaluate(
     Raises:
         ValueError: If the policy does not fit the number of exits, or arguments do not fit.
     """
-    data = Stacked(policy.combine(logits), targets, costs, static)
+    data = Stacked(logits, targets, costs, static, policy)
     return data.outcome(route(policy, logits.detach()))
 
 

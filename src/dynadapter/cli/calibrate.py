@@ -1,4 +1,4 @@
-"""``dynadapter calibrate``: find thresholds on validation images, measure them by cross-fitting, and write a bundle."""
+"""``dynadapter calibrate``: choose exits on validation images, measure the choice by cross-fitting, write a bundle."""
 
 import contextlib
 import copy
@@ -17,10 +17,17 @@ from torch import Tensor
 
 import dynadapter
 from dynadapter.adapters import adapter_layers
-from dynadapter.calibrate import KINDS, Goal, Search, Solution, curve_rows, solve
+from dynadapter.calibrate import AUTO, COMBINES, KINDS, Goal, Solution, curve_rows, solve
 from dynadapter.calibrate.report import draw_curve, measured_data, solution_data, solution_table
 from dynadapter.calibrate.stored import RESULT, beside
-from dynadapter.cli.calibration_images import WORDS, Split, check_images, some_images, stack_logits
+from dynadapter.cli.calibration_images import (
+    WORDS,
+    Split,
+    check_images,
+    reference_classes,
+    some_images,
+    stack_logits,
+)
 from dynadapter.cli.errors import Mistake, one_line
 from dynadapter.cli.policies import policy_from
 from dynadapter.cli.runs import create_run_folder
@@ -38,6 +45,8 @@ from dynadapter.training.checkpoints import read as read_checkpoint
 from dynadapter.training.module import ExitClassifier
 
 Kind = Literal["confidence", "entropy", "margin", "patience"]
+Search = Literal["auto", "one_exit", "one_threshold", "thresholds"]
+Combine = Literal["auto", "own", "mean", "geometric"]
 
 RESULTS = (RESULT, "curve.csv", "curve.png")
 OPTIMISTIC = {
@@ -45,13 +54,24 @@ OPTIMISTIC = {
     "train": "a network is more confident and more accurate on its training images than on new ones",
 }
 ARGUMENTS: dict[str, tuple[Any, Any, str]] = {
-    "policy": (Kind, "confidence", "Kind of exit policy."),
+    "policy": (Kind, "confidence", "What thresholds are compared with; patience is a number of exits that agree."),
     "temperatures": (
         bool | None,
         None,
         "Fit a temperature to each exit first; by default not for goal.risk, which then certifies on all images.",
     ),
-    "search": (Search, "shared", "One threshold for all exits, or one for each, for goal.cost and goal.accuracy_drop."),
+    "search": (
+        Search,
+        "auto",
+        "Choose one exit for all images, one threshold for all exits, or thresholds by exit; auto: one exit or "
+        "thresholds by exit, whichever is best. goal.risk has one threshold.",
+    ),
+    "combine": (
+        Combine,
+        "auto",
+        "Exits predict by their own logits, or by the mean or the geometric mean of the exits so far; auto: whichever "
+        "is best.",
+    ),
     "seed": (int, 0, "Random seed of the folds of the cross-fitting."),
     "bundle": (str | None, None, "Write the deployable folder here."),
     "merge": (bool, False, "Merge the adapters into the backbone of the bundle; it then needs no backbone file."),
@@ -77,7 +97,8 @@ class Settings:
     ckpt_path: str
     policy: Kind = "confidence"
     temperatures: bool | None = None
-    search: Search = "shared"
+    search: Search = "auto"
+    combine: Combine = "auto"
     seed: int = 0
     bundle: str | None = None
     merge: bool = False
@@ -96,9 +117,13 @@ class Settings:
         """
         goal = _goal(config)
         settings = cls(goal, config.ckpt_path, **{name: config[name] for name in ARGUMENTS})
-        if goal is not None and settings.search == "refined" and (goal.name == "risk" or settings.policy == "patience"):
-            why = "a guarantee tests policies that are fixed beforehand" if goal.name == "risk" else "patience has none"
-            raise Mistake(f"search=refined looks for one threshold per exit, but {why}; give --search shared")
+        if goal is not None and goal.name == "risk" and settings.search not in ("auto", "one_threshold"):
+            raise Mistake(
+                f"search={settings.search} does not fit goal.risk: a guarantee tests policies that are fixed "
+                "beforehand, here those with one threshold; leave it out"
+            )
+        if settings.search == "thresholds" and settings.policy == "patience":
+            raise Mistake("search=thresholds does not fit policy=patience, which has none; leave one of them out")
         if not 0 <= settings.seed < 2**63:
             raise Mistake(f"seed={settings.seed} must be at least 0 and below 2^63")
         if settings.data_split != "val" and not settings.accept_optimistic_numbers:
@@ -153,7 +178,8 @@ def add_arguments(parser: LightningArgumentParser) -> None:
     goal = parser.add_argument_group("goal: what to calibrate for; give one of cost, accuracy_drop and risk")
     helps = {
         "cost": "Greatest average cost, as a fraction of the static network's, such as 0.5.",
-        "accuracy_drop": "Percentage points that the accuracy may be below the last exit's, such as 0.5.",
+        "accuracy_drop": "Percentage points that the accuracy may be below the last exit's, or the reference's, such "
+        "as 0.5.",
         "risk": "Fraction of all images, such as 0.02, where routing may be wrong and the last exit right, with a "
         "finite-sample guarantee for future images.",
     }
@@ -161,6 +187,8 @@ def add_arguments(parser: LightningArgumentParser) -> None:
         goal.add_argument(f"--goal.{name}", type=float | None, help=words)
     words = "Probability that the guarantee of goal.risk holds; 0.9 if not given."
     goal.add_argument("--goal.confidence", "--confidence", type=float | None, help=words)
+    words = "Compare with another network on the same images: its checkpoint or bundle, such as the static network's."
+    goal.add_argument("--goal.reference", type=str | None, help=words)
     for name, (kind, default, words) in ARGUMENTS.items():
         parser.add_argument(f"--{name}", type=kind, default=default, help=words)
 
@@ -200,8 +228,10 @@ def _calibrate(trainer: Trainer, model: ExitClassifier, data: ImageData, setting
     risk = settings.goal is not None and settings.goal.name == "risk"
     notes = check_images(data, settings.data_split, settings.ckpt_path, risk)
     logits, targets = stack_logits(trainer, model, data, settings.data_split, settings.ckpt_path)
-    costs = _costs(model, data, settings)
-    solution = solved(logits, targets, costs, settings, notes)
+    costs, reference = _costs(model, data, settings), None
+    if settings.goal is not None and settings.goal.reference is not None:
+        reference = reference_classes(settings.goal.reference, data, settings.data_split, model.class_names, targets)
+    solution = solved(logits, targets, costs, settings, notes, reference)
     _print(solution, model, settings)
     folder = _folder(trainer, settings)
     table = io.StringIO(newline="")
@@ -209,8 +239,8 @@ def _calibrate(trainer: Trainer, model: ExitClassifier, data: ImageData, setting
     write(folder / "curve.csv", table.getvalue().encode())
     with replacing(folder / "curve.png") as file:
         draw_curve(file, solution, model.backbone_name)
-    content: dict[str, Any] = {"kind": settings.policy, "search": settings.search, "seed": settings.seed}
-    content |= {"data_split": settings.data_split, "costs": plain(costs)}
+    content: dict[str, Any] = {"kind": settings.policy, "search": settings.search, "combine": settings.combine}
+    content |= {"seed": settings.seed, "data_split": settings.data_split, "costs": plain(costs)}
     _write(folder, solution_data(solution) | content, model, settings)
     if settings.bundle:
         words = f"{WORDS[settings.data_split]} images, cross-fitted"
@@ -263,7 +293,12 @@ def _check_mergeable(model: ExitClassifier) -> None:
 
 
 def solved(
-    logits: Tensor, targets: Tensor, costs: ExitCosts, settings: Settings, notes: tuple[str, ...] = ()
+    logits: Tensor,
+    targets: Tensor,
+    costs: ExitCosts,
+    settings: Settings,
+    notes: tuple[str, ...] = (),
+    reference: Tensor | None = None,
 ) -> Solution:
     """Solve the goal of the settings, and add notes.
 
@@ -279,10 +314,12 @@ def solved(
             costs.macs,
             goal,
             kind=KINDS[settings.policy],
-            search=settings.search,
+            searches=AUTO if settings.search == "auto" else (settings.search,),
+            combines=COMBINES if settings.combine == "auto" else (settings.combine,),
             with_temperatures=settings.temperatures,
             seed=settings.seed,
             static=costs.static,
+            reference=reference,
             samples=f"{WORDS[split]} images",
         )
     except ValueError as error:

@@ -1,6 +1,8 @@
 """The images of a calibration: check that the network was not trained on them, and run them through it once."""
 
+from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -8,8 +10,10 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 
 from dynadapter.cli.errors import Mistake
+from dynadapter.cli.networks import check_network, load_bundle, load_checkpoint
 from dynadapter.data import ImageData
 from dynadapter.data.dataset import ImageDataset, collate
+from dynadapter.exits.policies import Never
 from dynadapter.training.callbacks.stacked_logits import StackedLogits
 from dynadapter.training.module import ExitClassifier
 
@@ -129,3 +133,40 @@ def some_images(data: ImageData, split: Split, most: int = 64) -> Tensor:
     images = ImageDataset(data.dataset(split).samples, data.preprocess)
     count = min(most, len(images))
     return collate([images[k * len(images) // count] for k in range(count)])[0]
+
+
+def reference_classes(place: str, data: ImageData, split: Split, class_names: Sequence[str], targets: Tensor) -> Tensor:
+    """Run the images of a split through another network, such as a static one, to compare the accuracy with.
+
+    Args:
+        place: Its checkpoint or bundle. It reads the images by its own preprocessing.
+        data: The images.
+        split: val, test or train.
+        class_names: The classes, in the order of their indices; those of the other network are matched by name.
+        targets: Of the images that were run (samples,): the first ones of the split.
+
+    Returns:
+        The classes that its last exit predicts (samples,).
+
+    Raises:
+        Mistake: It cannot be loaded, has other classes, or was trained on these images.
+    """
+    folder = Path(place).expanduser().is_dir()
+    check_network(place if folder else None, None if folder else place)
+    images = data.dataset(split)
+    if not folder and (known := _images_of_the_training(str(Path(place).expanduser()))) is not None:
+        both = int(torch.isin(images.image_keys(known[0])[1], known[1]).sum())
+        if both:
+            raise Mistake(
+                f"goal.reference={place} was trained on {both} of the {len(images)} {WORDS[split]} images; give a "
+                "network that was trained with the same split"
+            )
+    network = load_bundle(place, None, None) if folder else load_checkpoint(place, None, None)[0]
+    if set(network.class_names) != set(class_names):
+        raise Mistake(f"goal.reference={place} has other classes; give a network that was trained for the same ones")
+    samples = images.samples[: len(targets)]
+    if [label for _, label in samples] != targets.tolist():
+        raise Mistake(f"goal.reference={place}: the {WORDS[split]} images were not run in their order; report this bug")
+    number = {name: index for index, name in enumerate(class_names)}
+    found = network.predict([source for source, _ in samples], policy=Never())
+    return torch.tensor([number[one.label] for one in found])

@@ -118,23 +118,21 @@ def chosen_policy(stored: "Policy", policy: dict[str, Any] | str | None, thresho
     Raises:
         ValueError: There is no such policy, or it has no threshold.
     """
-    from dynadapter.exits.combining import Combined
+    from dynadapter.exits.combining import decision, with_decision
     from dynadapter.exits.policies import Policy, Thresholded
-    from dynadapter.exits.temperature import Scaled
     from dynadapter.spec import restore
 
-    if isinstance(stored, Scaled | Combined):
-        return replace(stored, policy=chosen_policy(stored.policy, policy, threshold))
     value = tuple(threshold) if isinstance(threshold, list) else threshold
     if policy is not None:
         settings = {} if value is None else {"threshold": value}
         spec: dict[str, Any] = policy if isinstance(policy, dict) else {"class_path": policy}
-        return restore({**spec, "init_args": {**spec.get("init_args", {}), **settings}}, Policy, "--policy")
+        given = restore({**spec, "init_args": {**spec.get("init_args", {}), **settings}}, Policy, "--policy")
+        return with_decision(stored, given)
     if value is None:
         return stored
-    if not isinstance(stored, Thresholded):
+    if not isinstance(before := decision(stored), Thresholded):
         raise ValueError(f"--threshold {threshold}: the policy {stored.name} has none; give --policy Confidence, too")
-    return replace(stored, threshold=value)
+    return with_decision(stored, replace(before, threshold=value))
 
 
 def _weights(given: str | None) -> Path | None:

@@ -1,12 +1,17 @@
 """Combine the exits that a sample has passed: its prediction, and the scores of the exit policy, read all of them."""
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from dynadapter.exits.policies import Confidence, Policy
+from dynadapter.exits.policies import Confidence, Never, Policy, wide
+from dynadapter.exits.temperature import Scaled
+
+Combine = Literal["own", "mean", "geometric"]
+"""What an exit predicts by: its own logits, or a combination with the exits before it."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +28,7 @@ class Combined(Policy):
     tensor([0.8808, 0.5749])
 
     Args:
-        policy: The other policy. Its temperatures apply to the combined logits.
+        policy: The other policy. Temperatures apply before: ``Scaled(Combined(...), temperatures)``.
         by: ``mean``, the running mean of the probabilities; or ``geometric``, their geometric mean weighted by depth:
             exit k has weight k.
 
@@ -36,8 +41,11 @@ class Combined(Policy):
     def __post_init__(self) -> None:
         if self.by not in ("mean", "geometric"):
             raise ValueError(f"by={self.by!r} is unknown; choose 'mean' or 'geometric'")
-        if isinstance(self.policy, Combined):
-            raise ValueError("policy is Combined already; combine the exits once")
+        if type(self.policy).combine is not Policy.combine:
+            raise ValueError(
+                "policy changes what exits predict already; combine the exits once, after temperatures: "
+                "Scaled(Combined(...), temperatures)"
+            )
 
     @property
     def name(self) -> str:
@@ -51,16 +59,40 @@ class Combined(Policy):
         self.policy.check(exits)
 
     def combine(self, history: Tensor) -> Tensor:
-        wide = history if history.dtype == torch.float64 else history.float()
-        finite = wide.isfinite().all(-1, keepdim=True)  # (exits so far, batch, 1)
-        log_p = torch.where(finite, wide, 0).log_softmax(-1)
+        own = wide(history)
+        finite = own.isfinite().all(-1, keepdim=True)  # (exits so far, batch, 1)
+        log_p = torch.where(finite, own, 0).log_softmax(-1)
         if self.by == "mean":
             sums = torch.where(finite, log_p, -torch.inf).logcumsumexp(0)
-            combined = sums - finite.cumsum(0).to(wide.dtype).log()
+            combined = sums - finite.cumsum(0).to(own.dtype).log()
         else:
-            weights = torch.arange(1, len(wide) + 1, dtype=wide.dtype, device=wide.device)[:, None, None] * finite
+            weights = torch.arange(1, len(own) + 1, dtype=own.dtype, device=own.device)[:, None, None] * finite
             combined = (weights * log_p).cumsum(0) / weights.cumsum(0)
-        return torch.where(finite, combined, wide)  # routing and its callers see that the newest exit is not finite
+        return torch.where(finite, combined, own)  # routing and its callers see that the newest exit is not finite
 
     def meets_condition(self, history: Tensor) -> Tensor:
         return self.policy.should_exit(self.combine(history))
+
+
+def predicting(by: Combine, temperatures: Sequence[float] | None = None) -> Policy:
+    """Return a policy without early exits whose predictions are of this kind; see :func:`with_decision`.
+
+    >>> with_decision(predicting("mean", (2.0, 1.0)), Confidence(0.8)).name
+    'confidence_0.8_mean_scaled'
+    """
+    policy = Never() if by == "own" else Combined(Never(), by)
+    return policy if all(t == 1 for t in temperatures or ()) else Scaled(policy, tuple(temperatures or ()))
+
+
+def with_decision(policy: Policy, decision: Policy) -> Policy:
+    """Return a policy with another decision; temperatures and combination stay."""
+    if isinstance(policy, Scaled | Combined):
+        return replace(policy, policy=with_decision(policy.policy, decision))
+    return decision
+
+
+def decision(policy: Policy) -> Policy:
+    """Return the policy inside temperatures and combination."""
+    while isinstance(policy, Scaled | Combined):
+        policy = policy.policy
+    return policy

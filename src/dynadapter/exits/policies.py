@@ -12,9 +12,9 @@ from torch import Tensor
 from dynadapter.spec import Spec
 
 
-def _wide(logits: Tensor) -> Tensor:
+def wide(logits: Tensor) -> Tensor:
     """Return half-precision logits as float32; a bfloat16 softmax has no values between 0.996 and 1."""
-    return logits if logits.dtype == torch.float64 else logits.float()
+    return logits if logits.dtype.itemsize > 2 else logits.float()
 
 
 def confidence(logits: Tensor) -> Tensor:
@@ -26,7 +26,7 @@ def confidence(logits: Tensor) -> Tensor:
     Returns:
         (...), float32, or float64 for float64 logits.
     """
-    return _wide(logits).softmax(-1).amax(-1)
+    return wide(logits).softmax(-1).amax(-1)
 
 
 def entropy(logits: Tensor) -> Tensor:
@@ -38,7 +38,7 @@ def entropy(logits: Tensor) -> Tensor:
     Returns:
         (...), float32, or float64 for float64 logits.
     """
-    log_p = _wide(logits).log_softmax(-1)
+    log_p = wide(logits).log_softmax(-1)
     maximum = math.log(max(logits.shape[-1], 2))  # a single class has entropy 0
     return (-(log_p.exp() * log_p).sum(-1) / maximum).clamp(0, 1)
 
@@ -52,7 +52,7 @@ def margin(logits: Tensor) -> Tensor:
     Returns:
         (...), float32, or float64 for float64 logits.
     """
-    p = _wide(logits).softmax(-1)
+    p = wide(logits).softmax(-1)
     if p.shape[-1] == 1:
         return p[..., 0]
     first, second = p.topk(2, -1).values.unbind(-1)
@@ -86,6 +86,9 @@ class Policy(Spec):
 
     def combine(self, history: Tensor) -> Tensor:
         """Return what each exit predicts, as logits; most policies leave each exit's own logits as they are.
+
+        :class:`~dynadapter.exits.temperature.Scaled` divides them by temperatures, then
+        :class:`~dynadapter.exits.combining.Combined` combines each exit with those before it.
 
         Args:
             history: Logits (exits so far, batch, classes), the newest last.
@@ -256,6 +259,41 @@ class Never(Policy):
 
     def meets_condition(self, history: Tensor) -> Tensor:
         return torch.zeros(history.shape[1], dtype=torch.bool, device=history.device)
+
+
+@dataclass(frozen=True)
+class AtExit(Policy):
+    """Every sample exits at one early exit, or at the next one where its logits are finite.
+
+    >>> AtExit(2).name
+    'at_exit_2'
+
+    Args:
+        exit: The exit, counted from 1; the last exit is :class:`Never`.
+    """
+
+    exit: int = 1
+
+    def __post_init__(self) -> None:
+        if isinstance(self.exit, bool) or not isinstance(self.exit, int) or self.exit < 1:
+            raise ValueError(f"exit={self.exit!r} must be a whole number of at least 1; exits count from 1")
+
+    @property
+    def name(self) -> str:
+        return f"at_exit_{self.exit}"
+
+    def check(self, exits: int) -> None:
+        if self.exit >= exits:
+            early = f"give 1 to {exits - 1}, or Never()" if exits > 1 else "give Never()"
+            raise ValueError(f"exit={self.exit} is no early exit of this network ({exits} exits); {early}")
+
+    def meets_condition(self, history: Tensor) -> Tensor:
+        return torch.full((history.shape[1],), len(history) >= self.exit, device=history.device)
+
+
+def at_exit(exit: int, exits: int) -> Policy:
+    """Return the policy by which every sample takes one exit (index from 0), the last one included."""
+    return AtExit(exit + 1) if exit < exits - 1 else Never()
 
 
 class Routed(NamedTuple):

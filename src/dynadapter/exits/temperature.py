@@ -1,4 +1,4 @@
-"""A temperature for each exit: fitted on validation logits, applied before the exit policy."""
+"""A temperature for each exit: fitted on validation logits, applied before exits are combined and a policy decides."""
 
 import math
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from dynadapter.exits.policies import Confidence, Policy, confidence
+from dynadapter.exits.policies import Confidence, Policy, wide
 
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.1, 10.0
 """Range of a fitted temperature; beyond it a few samples decide and confidences saturate."""
@@ -116,50 +116,15 @@ def tempered(logits: Tensor, temperatures: Sequence[float]) -> Tensor:
     Returns:
         (exits so far, samples, classes).
     """
-    wide = logits if logits.dtype == torch.float64 else logits.float()
-    return torch.stack([exit_logits / t for exit_logits, t in zip(wide, temperatures, strict=False)])
-
-
-def tempered_at_exit(policy: Policy, logits: Tensor, exit_index: Tensor) -> Tensor:
-    """Divide each sample's logits by the temperature of the exit at which it stopped.
-
-    Args:
-        policy: Its temperatures count; a policy without any leaves the logits alone.
-        logits: At those exits (batch, classes).
-        exit_index: Zero-based exits (batch,).
-
-    Returns:
-        (batch, classes), float32, or float64 for float64 logits.
-    """
-    wide = logits if logits.dtype == torch.float64 else logits.float()
-    inner: Policy | None = policy
-    while inner is not None:
-        if isinstance(inner, Scaled):
-            heat = torch.tensor(inner.temperatures, device=logits.device)
-            wide = wide / (heat[exit_index, None] if heat.ndim else heat)
-        inner = getattr(inner, "policy", None)
-    return wide
-
-
-def tempered_confidence(policy: Policy, logits: Tensor, exit_index: Tensor) -> Tensor:
-    """Return the largest softmax probability of each sample after the temperature of the exit at which it stopped.
-
-    Args:
-        policy: Its temperatures count; a policy without any leaves the logits alone.
-        logits: At those exits (batch, classes).
-        exit_index: Zero-based exits (batch,).
-
-    Returns:
-        (batch,), in [1 / classes, 1].
-    """
-    return confidence(tempered_at_exit(policy, logits, exit_index))
+    return torch.stack([exit_logits / t for exit_logits, t in zip(wide(logits), temperatures, strict=False)])
 
 
 @dataclass(frozen=True)
 class Scaled(Policy):
-    """Apply another policy to logits divided by each exit's temperature.
+    """Apply another policy to logits divided by each exit's temperature; the divided logits are the prediction, too.
 
-    A sample with non-finite logits, before or after the division, continues.
+    This comes before anything else: exits are combined after it. A sample with non-finite logits, before or after the
+    division, continues.
 
     >>> policy = Scaled(Confidence(0.8), temperatures=(2.0, 1.0))
     >>> policy.name
@@ -178,8 +143,6 @@ class Scaled(Policy):
     temperatures: float | tuple[float, ...] = 1.0
 
     def __post_init__(self) -> None:
-        if type(self.policy).combine is not Policy.combine:
-            raise ValueError("temperatures apply after exits are combined; give Combined(Scaled(...)) instead")
         given = self.temperatures
         values = tuple(given) if isinstance(given, (tuple, list)) else (given,)
         for value in values:
@@ -206,6 +169,14 @@ class Scaled(Policy):
             )
         self.policy.check(exits)
 
+    def combine(self, history: Tensor) -> Tensor:
+        return self.policy.combine(self._tempered(history))
+
     def meets_condition(self, history: Tensor) -> Tensor:
+        return self.policy.should_exit(self._tempered(history))
+
+    def _tempered(self, history: Tensor) -> Tensor:
         each = self.temperatures if isinstance(self.temperatures, tuple) else (self.temperatures,) * len(history)
-        return self.policy.should_exit(tempered(history, each))
+        if not self.uses_early_exits:  # then routing runs no early head, and the last exits alone are here
+            each = each[-len(history) :]
+        return tempered(history, each)

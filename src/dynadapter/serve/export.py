@@ -148,15 +148,15 @@ def policy_settings(policy: Policy, num_exits: int) -> tuple[dict[str, Any], lis
         ValueError: The exported runtime does not know this kind of policy.
     """
     temperatures, combined = None, {}
-    if isinstance(policy, Combined):
-        combined, policy = {"combine": policy.by}, policy.policy
     if isinstance(policy, Scaled):
         own, policy = policy.temperatures, policy.policy
         temperatures = list(own) if isinstance(own, tuple) else [own] * num_exits
+    if isinstance(policy, Combined):
+        combined, policy = {"combine": policy.by}, policy.policy
     kind = type(policy).__name__
     if kind not in FIELDS or type(policy) is not getattr(policies, kind):
         raise ValueError(
-            f"policy {kind} cannot be exported; choose {', '.join(FIELDS)}, or one of these in Scaled or Combined"
+            f"policy {kind} cannot be exported; choose {', '.join(FIELDS)}, alone, in Combined, or in Scaled outside"
         )
     return plain({"kind": kind, **dataclasses.asdict(policy), **combined}), temperatures
 

@@ -6,15 +6,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dynadapter.exits.policies import wide
 from dynadapter.spec import Spec
 
 IGNORED = -100
 """Padding label, ignored: cross-entropy leaves such samples out, and so do all measures."""
-
-
-def wide(logits: Tensor) -> Tensor:
-    """Return half-precision values in float32, and others as they are."""
-    return logits if logits.dtype.itemsize > 2 else logits.float()
 
 
 def exit_losses(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:

@@ -14,8 +14,7 @@ from dynadapter.adapters import AdapterSpec, LoRA, inject
 from dynadapter.backbones import create_backbone, cut_depth, fingerprint, own_preprocessing
 from dynadapter.exits.heads import Balanced, Heads
 from dynadapter.exits.net import ExitNet
-from dynadapter.exits.policies import Never, Policy, Routed, read_off
-from dynadapter.exits.temperature import tempered_confidence
+from dynadapter.exits.policies import Never, Policy, Routed, confidence, read_off, wide
 from dynadapter.exits.token_merging import TokenMerging
 from dynadapter.training.batches import named_images, require_classes
 from dynadapter.training.callbacks.finite_check import FiniteCheck, require_finite_weights
@@ -30,7 +29,7 @@ from dynadapter.training.contents import (
     trainable_only,
 )
 from dynadapter.training.loading import CheckedLoading
-from dynadapter.training.losses import IGNORED, Distillation, exit_losses, wide
+from dynadapter.training.losses import IGNORED, Distillation, exit_losses
 from dynadapter.training.meeting import common_classes, describe_images, meet, take_from_data, take_from_loader
 from dynadapter.training.metrics import metrics_of_exits
 from dynadapter.training.mixing import Mixing, mix
@@ -301,7 +300,7 @@ class ExitClassifier(CheckedLoading):
         return {
             "files": [files[row] for row in known],
             "classes": [self.class_names[c] for c in logits.argmax(-1).tolist()],
-            "confidence": tempered_confidence(self.policy, logits, exit_index),
+            "confidence": confidence(logits),
             "exit_index": exit_index,
         }
 

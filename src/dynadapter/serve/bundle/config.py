@@ -15,11 +15,9 @@ from dynadapter.adapters import AdapterSpec, inject
 from dynadapter.backbones import DrawFrom, create_backbone, cut_depth
 from dynadapter.backbones.stored import check_arguments, check_name
 from dynadapter.cost import ExitCosts
-from dynadapter.exits.combining import Combined
 from dynadapter.exits.heads import Heads
 from dynadapter.exits.net import ExitNet
 from dynadapter.exits.policies import Policy
-from dynadapter.exits.temperature import Scaled
 from dynadapter.exits.token_merging import TokenMerging
 from dynadapter.files import checksum
 from dynadapter.images.preprocess import Preprocess
@@ -94,7 +92,7 @@ class Config:
         exit_depths: After how many blocks the exits stand.
         num_classes: Number of classes.
         class_names: In the order of their indices.
-        policy: Decides at which exit a sample stops; temperatures are inside
+        policy: Decides at which exit a sample stops, and what it predicts there; temperatures are inside
             (:class:`~dynadapter.exits.temperature.Scaled`).
         preprocessing: From a decoded image to the tensor; None for a bundle that takes tensors alone.
         costs: Cost up to each exit; None if it was not counted.
@@ -140,13 +138,6 @@ class Config:
             )
         if self.merged and not self.whole:
             raise ValueError("a merged network has a backbone of its own: merged is true, so whole must be, too")
-
-    @property
-    def temperatures(self) -> tuple[float, ...]:
-        """The temperature of each exit; 1 if the policy has none."""
-        policy = self.policy.policy if isinstance(self.policy, Combined) else self.policy
-        given = policy.temperatures if isinstance(policy, Scaled) else 1.0
-        return given if isinstance(given, tuple) else (given,) * len(self.exit_depths)
 
     def stamped(self, sha256: str) -> "Config":
         """Return a copy with the versions of the installed packages and the hash of the tensors."""

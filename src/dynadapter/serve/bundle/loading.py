@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from dynadapter.backbones import built_for, fingerprint
 from dynadapter.cost import ExitCosts
 from dynadapter.exits.net import ExitNet
-from dynadapter.exits.policies import Policy, Routed, confidence
-from dynadapter.exits.temperature import tempered_at_exit
+from dynadapter.exits.policies import Policy, Routed, confidence, wide
 from dynadapter.images.preprocess import Preprocess
 from dynadapter.images.reading import SOURCES, is_source
 from dynadapter.images.reading import Source as ImageSource
@@ -128,11 +127,11 @@ class Bundle:
 
     @torch.inference_mode()
     def route(self, images: Tensor, policy: Policy | None = None) -> Routed:
-        """Route preprocessed images and return their logits after the temperature of the exit where they stop.
+        """Route preprocessed images; return what the exit predicts where each stops.
 
         Args:
             images: (batch, 3, size, size).
-            policy: Instead of the bundle's own; the temperatures are always the bundle's.
+            policy: Instead of the bundle's own, temperatures included.
 
         Returns:
             Logits (batch, classes), in float32 or wider, and the zero-based exits (batch,).
@@ -145,7 +144,7 @@ class Bundle:
         self._check(images[0] if len(images) else images.new_zeros(images.shape[1:]))
         like = next(self.net.backbone.parameters())
         routed = self.net.early(images.to(like.device, like.dtype), policy or self.policy)
-        return Routed(tempered_at_exit(self.policy, routed.logits, routed.exit_index), routed.exit_index)
+        return Routed(wide(routed.logits), routed.exit_index)
 
     def _tensor(self, source: Source) -> Tensor:
         """Return one image as the network takes it, (channels, height, width)."""

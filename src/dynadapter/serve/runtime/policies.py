@@ -54,7 +54,7 @@ SCORES: dict[str, tuple[Score, Callable[..., Any]]] = {
     "Entropy": (entropy, np.less_equal),
     "Margin": (margin, np.greater_equal),
 }
-FIELDS = {**dict.fromkeys(SCORES, "threshold"), "Patience": "patience", "Never": None}
+FIELDS = {**dict.fromkeys(SCORES, "threshold"), "Patience": "patience", "AtExit": "exit", "Never": None}
 """The kinds of policies, each with its field."""
 
 
@@ -66,8 +66,9 @@ class Policy:
     array([ True, False])
 
     Args:
-        settings: The kind and its field: ``threshold``, one number or one for each early exit, or ``patience``. And
-            ``combine``, where predictions combine the exits passed: ``mean`` or ``geometric``.
+        settings: The kind and its field: ``threshold``, one number or one for each early exit, ``patience``, or
+            ``exit``, counted from 1. And ``combine``, where predictions combine the exits passed: ``mean`` or
+            ``geometric``.
         num_exits: Number of exits, the last one included.
         temperatures: One divisor of the logits for each exit; None to leave logits as they are.
 
@@ -90,29 +91,34 @@ class Policy:
         self.thresholds = np.empty(0, np.float32)
         if field == "threshold":
             self.thresholds = _thresholds(settings["threshold"], num_exits)
-        self.patience = settings.get("patience", 1)
-        if isinstance(self.patience, bool) or not isinstance(self.patience, int) or self.patience < 1:
-            raise ValueError(f"patience={self.patience!r} must be a whole number of at least 1")
+        self.patience, self.exit = settings.get("patience", 1), settings.get("exit", 1)
+        for name, value in (("patience", self.patience), ("exit", self.exit)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
+        if "exit" in settings and self.exit >= num_exits:
+            raise ValueError(f"exit={self.exit} is no early exit of {num_exits}")
         self.temperatures = _temperatures(temperatures, num_exits)
 
     def combine(self, history: Floats) -> Floats:
-        """Return what each exit predicts: its own logits, or those of a combination with the exits before it.
+        """Return what each exit predicts: its logits after its temperature, alone or with the exits before it.
 
         Args:
             history: Logits (exits so far, batch, classes).
         """
+        with np.errstate(over="ignore", invalid="ignore"):
+            own: Floats = history / self.temperatures[: len(history), None, None]
         if self.by is None:
-            return history
-        finite = np.isfinite(history).all(-1, keepdims=True)
-        log_p = _log_softmax(np.where(finite, history, np.float32(0)))
+            return own
+        finite = np.isfinite(own).all(-1, keepdims=True)
+        log_p = _log_softmax(np.where(finite, own, np.float32(0)))
         with np.errstate(divide="ignore", invalid="ignore"):  # a sample of which no exit so far is finite
             if self.by == "mean":
                 sums = np.logaddexp.accumulate(np.where(finite, log_p, np.float32(-np.inf)))
                 combined = sums - np.log(finite.cumsum(0, dtype=np.float32))
             else:
-                weights = np.arange(1, len(history) + 1, dtype=np.float32)[:, None, None] * finite
+                weights = np.arange(1, len(own) + 1, dtype=np.float32)[:, None, None] * finite
                 combined = (weights * log_p).cumsum(0) / weights.cumsum(0)
-        predicted: Floats = np.where(finite, combined, history)
+        predicted: Floats = np.where(finite, combined, own)
         return predicted
 
     def stops(self, history: Floats) -> NDArray[np.bool_]:
@@ -127,16 +133,16 @@ class Policy:
         """
         k = len(history) - 1
         with np.errstate(over="ignore", invalid="ignore"):  # `finite` excludes whatever is not finite
-            tempered = self.combine(history) / self.temperatures[: k + 1, None, None]
-            finite = np.isfinite(tempered).all(-1)  # (exits so far, batch)
+            predicted = self.combine(history)
+            finite = np.isfinite(predicted).all(-1)  # (exits so far, batch)
             if self.kind in SCORES:
                 score, beyond = SCORES[self.kind]
-                sure = beyond(score(tempered[-1]), self.thresholds[k])
+                sure = beyond(score(predicted[-1]), self.thresholds[k])
             elif self.kind == "Patience" and len(history) >= self.patience:
-                classes = tempered[-self.patience :].argmax(-1)
+                classes = predicted[-self.patience :].argmax(-1)
                 sure = ((classes == classes[-1]) & finite[-self.patience :]).all(0)
             else:
-                sure = np.zeros(history.shape[1], bool)
+                sure = np.full(history.shape[1], self.kind == "AtExit" and len(history) >= self.exit)
         stopping: NDArray[np.bool_] = sure & finite[-1]
         return stopping
 

@@ -255,7 +255,7 @@ class Runner:
                 "images' values, are broken"
             )
         with np.errstate(over="ignore", invalid="ignore"):
-            sure = confidence(logits / self.policy.temperatures[exit_index, None]).tolist()
+            sure = confidence(logits).tolist()
         best = logits.argmax(-1).tolist()
         names = [self.class_names[index] for index in best]
         return [Prediction(*row) for row in zip(files, names, best, sure, exit_index.tolist(), strict=True)]

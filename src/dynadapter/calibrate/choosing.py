@@ -1,0 +1,343 @@
+"""Choose a setting on held-out samples: how exits are combined, and thresholds or one exit for all.
+
+A candidate's thresholds follow from scores alone: they are the strictest for a given cost. Labels only decide between
+candidates. A few hundred labels are noisy, so each label shares its weight with the prediction of all exits together;
+see :func:`beliefs`. The numbers that are reported count labels alone, on samples that did not choose; see
+:mod:`dynadapter.calibrate.solve`. docs/method.md says what these rules were compared with.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dynadapter.calibrate.goal import Goal
+from dynadapter.calibrate.guarantee import with_guarantee
+from dynadapter.calibrate.ladder import Ladder, ladder
+from dynadapter.calibrate.scores import RULES, Scores, exit_indices
+from dynadapter.calibrate.stacked import Calibrated, Stacked, classes, split_folds
+from dynadapter.exits.combining import Combine, predicting
+from dynadapter.exits.policies import Confidence, Patience, Policy, at_exit, route, wide
+from dynadapter.exits.temperature import fit_temperatures
+
+Search = Literal["one_exit", "one_threshold", "thresholds"]
+SEARCHES: tuple[Search, ...] = ("one_exit", "one_threshold", "thresholds")
+"""What is chosen: one exit for all samples, one threshold for all exits, or one for each; fewest numbers first."""
+AUTO: tuple[Search, ...] = ("one_exit", "thresholds")
+"""The default: with one threshold among the settings, worse ones are chosen on average; see docs/method.md."""
+COMBINES: tuple[Combine, ...] = ("own", "mean", "geometric")
+
+LEVELS = 21
+"""Costs, evenly spaced up to the greatest, for which thresholds are tried."""
+
+SLOPES = (1.0, 2.0)
+"""Slopes of thresholds by exit; see :mod:`dynadapter.calibrate.ladder`."""
+
+PRIOR = 200
+"""A label has the weight samples / (samples + ``PRIOR``); the rest has the most likely prediction of the network."""
+
+SAFETY = 0.5
+"""Standard errors by which an accuracy must be within the goal."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to choose among.
+
+    Args:
+        kind: Confidence, Entropy, Margin or Patience.
+        searches: Some of :data:`SEARCHES`; ``thresholds`` is one number for Patience and for a single early exit.
+        combines: Some of :data:`COMBINES`.
+        temperatures: Whether to fit a temperature to each exit first; None for yes, except for a risk, whose
+            certificate would have to do without the samples that the temperatures are fitted on.
+        seed: Random seed of the folds.
+    """
+
+    kind: type[Policy] = Confidence
+    searches: Sequence[Search] = AUTO
+    combines: Sequence[Combine] = COMBINES
+    temperatures: bool | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Samples to choose on.
+
+    Args:
+        logits: (exits, samples, classes).
+        targets: (samples,).
+        costs: (exits,), cumulative.
+        static: Cost of the static network; None for that of the last exit.
+        reference: Classes (samples,) to compare the accuracy with; None for those of the last exit.
+        options: What to choose among.
+    """
+
+    logits: Tensor
+    targets: Tensor
+    costs: Sequence[float] | Tensor
+    static: float | None = None
+    reference: Tensor | None = None
+    options: Options = field(default_factory=Options)
+
+    def part(self, rows: Tensor) -> "Samples":
+        """Return some of the samples."""
+        reference = None if self.reference is None else self.reference[rows]
+        return replace(self, logits=self.logits[:, rows], targets=self.targets[rows], reference=reference)
+
+    def temperatures(self, goal: Goal) -> tuple[float, ...] | None:
+        """Fit the temperatures, if there are to be any."""
+        wanted = goal.name != "risk" if self.options.temperatures is None else self.options.temperatures
+        return fit_temperatures(self.logits, self.targets) if wanted else None
+
+    def stacked(self, by: Combine = "own", temperatures: Sequence[float] | None = None) -> Stacked:
+        """Return the samples with the predictions of one way of combining."""
+        return Stacked(self.logits, self.targets, self.costs, self.static, predicting(by, temperatures))
+
+    def compared(self) -> Tensor:
+        """Return the classes (samples,) that the accuracy is compared with."""
+        return classes(self.logits[-1]) if self.reference is None else self.reference.to(self.logits.device)
+
+
+class Candidate(NamedTuple):
+    """A setting to choose: a policy, what it predicts by, and how it was found.
+
+    ``policy`` has neither temperatures nor combination; ``data`` are the samples with both.
+    """
+
+    data: Stacked
+    policy: Policy
+    by: Combine
+    search: Search
+    slope: float
+
+
+class Candidates(NamedTuple):
+    """Settings, with what each has on every sample.
+
+    ``credit`` (candidates, samples) is how far a prediction is believed to be right, ``cost`` (candidates, samples) the
+    relative cost, and ``compared`` (samples,) the credit of the predictions that the accuracy is compared with.
+    """
+
+    settings: list[Candidate]
+    credit: Tensor
+    cost: Tensor
+    compared: Tensor
+
+
+class Chosen(NamedTuple):
+    """A calibrated policy, and the slope of its thresholds."""
+
+    found: Calibrated
+    slope: float = 0.0
+
+
+def choose(data: Samples, goal: Goal) -> Chosen:
+    """Choose a setting for a goal.
+
+    Raises:
+        ValueError: If the goal cannot be reached (the message names what can), or arguments do not fit.
+    """
+    if goal.name == "risk":
+        return Chosen(_certified(data, goal))
+    tried = candidates(data, goal)
+    best = tried.settings[most_accurate(tried) if goal.name == "cost" else cheapest(tried, goal)]
+    method = f"chosen among {len(tried.settings)} settings: {describe(best)}"
+    return Chosen(best.data.calibrated(best.policy, method), best.slope)
+
+
+def candidates(data: Samples, goal: Goal) -> Candidates:
+    """Try every setting that the options allow, within the budget of a cost.
+
+    Raises:
+        ValueError: If the budget is below the lowest cost, or the options fit no setting.
+    """
+    heat = data.temperatures(goal)
+    belief = beliefs(data, heat)
+    budget = goal.amount if goal.name == "cost" else math.inf
+    settings: list[Candidate] = []
+    credit: list[Tensor] = []
+    cost: list[Tensor] = []
+    for by in data.options.combines:
+        stacked = data.stacked(by, heat)
+        within = _reachable(budget, stacked)
+        costs = torch.tensor(stacked.costs, dtype=torch.float64, device=data.logits.device) / stacked.static
+        right = credits_of(belief, stacked.predictions)
+        for search, slope, policies, index in _paths(stacked, data.options, within):
+            settings += [Candidate(stacked, policy, by, search, slope) for policy in policies]
+            credit.append(right.gather(0, index))
+            cost.append(costs[index])
+    compared = credits_of(belief, data.compared()[None])[0]
+    return Candidates(settings, torch.cat(credit), torch.cat(cost), compared)
+
+
+def beliefs(data: Samples, temperatures: Sequence[float] | None) -> Tensor:
+    """Return how far each class is believed to be right: (samples, classes) float64, adding up to 1.
+
+    Labels share their weight with the network's own probabilities: of the last exit, or of a combination of all exits,
+    whichever has the greatest likelihood after a temperature of its own.
+    """
+    label = F.one_hot(data.targets.long(), data.logits.shape[-1]).double()
+    own = temperatures or fit_temperatures(data.logits, data.targets)
+    last = torch.stack([wide(predicting(by, own).combine(data.logits)[-1]) for by in COMBINES])
+    heats = torch.tensor(fit_temperatures(last, data.targets), dtype=torch.float64, device=last.device)
+    belief = (last.double() / heats[:, None, None]).log_softmax(-1)
+    finite = belief.isfinite().all(-1)
+    likelihood = torch.where(finite, (belief * label).sum(-1), 0).sum(1)
+    best = int(likelihood.argmax())
+    weight = torch.where(finite[best], PRIOR / (len(label) + PRIOR), 0)[:, None]
+    return (1 - weight) * label + weight * torch.where(finite[best, :, None], belief[best], 0).exp()
+
+
+def credits_of(belief: Tensor, predictions: Tensor) -> Tensor:
+    """Return the belief in predicted classes (exits, samples); 0 for the class -1."""
+    known = belief.gather(1, predictions.T.clamp(min=0)).T
+    return torch.where(predictions < 0, 0, known)
+
+
+def _paths(data: Stacked, options: Options, budget: float) -> Iterator[tuple[Search, float, list[Policy], Tensor]]:
+    """Yield each kind of setting within the budget: search, slope, policies, and exit indices (policies, samples)."""
+    scores = Scores(options.kind, data) if options.kind in RULES else None
+    sloped = scores is not None and data.exits > 2
+    for search in options.searches:
+        for slope in SLOPES if search == "thresholds" and sloped else (0.0,):
+            if search == "one_exit":
+                policies = [at_exit(k, data.exits) for k in range(data.exits)]
+            else:
+                policies = levels(ladder(options.kind, data, slope, scores), budget)
+            index = exit_indices(policies, data, scores)
+            fits = _fits(data, index, budget)
+            yield search, slope, [policies[k] for k in fits], index[fits]
+
+
+def _fits(data: Stacked, index: Tensor, budget: float) -> list[int]:
+    """Return the rows of exit indices (rows, samples) whose average cost is within the budget."""
+    if budget == math.inf:
+        return list(range(len(index)))
+    costs = [data.cost(data.counts(row)).item() for row in index]
+    return [k for k, cost in enumerate(costs) if cost <= budget or math.isclose(cost, budget, rel_tol=1e-9)]
+
+
+def levels(steps: Ladder, budget: float) -> list[Policy]:
+    """Return the strictest policy within each of ``LEVELS`` costs, from the lowest cost to the budget."""
+    cheapest, dearest = steps.cost[-1].item(), steps.cost[0].item()
+    most = max(cheapest, min(budget, dearest))
+    levels = torch.linspace(cheapest, most, LEVELS, dtype=torch.float64).clamp(cheapest, most)
+    levels[-1] = most
+    within = torch.searchsorted(steps.cost.flip(0).contiguous(), levels, right=True)  # how many steps cost no more
+    return [steps.policy(step) for step in (len(steps.cost) - within).unique().flip(0).tolist()]
+
+
+# ---- the best candidate
+
+
+def most_accurate(tried: Candidates) -> int:
+    """Return the candidate with the most credit, of equal ones the cheapest, then the one with the fewest numbers."""
+    credit, cost = tried.credit.mean(1).tolist(), tried.cost.mean(1).tolist()
+    return min(
+        range(len(credit)),
+        key=lambda i: (round(-credit[i], 12), round(cost[i], 12), freedom(tried.settings[i])),
+    )
+
+
+def cheapest(tried: Candidates, goal: Goal) -> int:
+    """Return the cheapest candidate whose credit is at most the goal below that of the compared predictions.
+
+    Half a standard error is added to the difference, which is taken sample by sample. Within one standard error of the
+    lowest cost the candidate with the fewest numbers is taken.
+
+    Raises:
+        ValueError: If there is none; the message names the best.
+    """
+    drop = tried.compared - tried.credit
+    doubt = drop.mean(1) + SAFETY * _standard_error(drop)
+    within = (doubt <= goal.amount / 100 + 1e-9).nonzero()[:, 0].tolist()
+    if not within:
+        best = 100 * doubt.min().item()
+        raise ValueError(
+            f"goal.accuracy_drop={goal.amount:g} cannot be reached: on these {drop.shape[1]} samples the best setting "
+            f"is {best:.3g} points below, half a standard error included; give at least {math.ceil(best * 1e3) / 1e3:g}"
+        )
+    cost = tried.cost.mean(1)
+    least = min(within, key=lambda i: cost[i].item())
+    near = cost - cost[least] <= _standard_error(tried.cost - tried.cost[least]) + 1e-9
+    return min((i for i in within if near[i]), key=lambda i: (freedom(tried.settings[i]), cost[i].item()))
+
+
+_PREDICTS = {
+    "own": "each exit predicts by its own logits",
+    "mean": "each exit predicts by the mean of the exits so far",
+    "geometric": "each exit predicts by the weighted geometric mean of the exits so far",
+}
+
+
+def describe(one: Candidate) -> str:
+    """Return a setting in words."""
+    what = {
+        "one_exit": f"all at exit {getattr(one.policy, 'exit', one.data.exits)}",
+        "one_threshold": "one threshold",
+        "thresholds": "a threshold for each exit" if one.slope else "one threshold",
+    }
+    return f"{what[one.search]}; {_PREDICTS[one.by]}"
+
+
+def _standard_error(values: Tensor) -> Tensor:
+    """Return the standard error of the mean of each row (rows, samples)."""
+    return values.std(1, correction=0) / values.shape[1] ** 0.5
+
+
+def freedom(one: Candidate) -> tuple[int, bool]:
+    """Return how much was chosen: one exit, one threshold, thresholds by exit; own logits before combinations."""
+    return SEARCHES.index(one.search), one.by != "own"
+
+
+# ---- a risk
+
+
+def _certified(data: Samples, goal: Goal) -> Calibrated:
+    """Return the cheapest policy of those that are certified, one for each way of combining.
+
+    The probability that a certificate is wrong is shared equally among the ways, so all hold together.
+    """
+    ways = data.options.combines
+    heat, certify = None, data
+    if data.options.temperatures and data.options.kind is not Patience:
+        first, second = split_folds(len(data.targets), 2, data.options.seed)
+        certify, heat = data.part(first), data.part(second).temperatures(goal)
+    found = [
+        with_guarantee(
+            certify.logits,
+            certify.targets,
+            data.costs,
+            goal.amount,
+            goal.confidence or 0.9,
+            kind=data.options.kind,
+            view=predicting(by, heat),
+            ways=len(ways),
+            static=data.static,
+        )
+        for by in ways
+    ]
+    best = min(range(len(ways)), key=lambda i: found[i].cost)
+    return replace(found[best], method=f"{found[best].method}; {_PREDICTS[ways[best]]}")
+
+
+def _reachable(budget: float, data: Stacked) -> float:
+    """Return the budget, raised to the lowest cost where only rounding separates them.
+
+    Raises:
+        ValueError: If the budget is below the lowest cost.
+    """
+    lowest = data.cost(data.counts(route(at_exit(0, data.exits), data.predicted))).item()
+    if budget >= lowest or math.isclose(budget, lowest, rel_tol=1e-9):
+        return max(budget, lowest)
+    nonfinite = int((~data.logits[0].isfinite().all(-1)).sum())
+    without = f" (but {nonfinite}, whose logits there are not finite)" if nonfinite and data.exits > 1 else ""
+    raise ValueError(
+        f"goal.cost={budget:g} cannot be reached: with all samples at exit 1{without} the average cost is "
+        f"{math.ceil(lowest * 1e4) / 1e4:g} of static; give that or more, or put the first exit earlier"
+    )
