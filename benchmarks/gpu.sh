@@ -24,7 +24,7 @@
 # `tasks` reads every task of $TASKS, a folder NAME or an archive NAME.tar.xz, and every backbone of $WEIGHTS,
 # NAME.safetensors (or its pieces) with NAME.json. It works in runs/gpu_tasks_NAME and leaves the finished runs in
 # $OUT/gpu_tasks_NAME.tar.gz; a fresh machine continues from that file in benchmarks/results. git ignores these folders, so
-# name $TASKS and $WEIGHTS to whatever copies the tree. FRESH="NAME NAME" marks tasks on which nothing was chosen.
+# name $TASKS and $WEIGHTS to whatever copies the tree.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 WHEELS="fvcore==0.1.5.post20221221 iopath yacs termcolor jsonargparse>=4.42,<5 docstring-parser typeshed-client importlib-resources rich"
@@ -78,7 +78,7 @@ timing() {
 learn() {
   local name="$1" run="${tiny:+$OUT/}runs/gpu_$1"
   shift
-  [ -z "$tiny" ] || set -- "$@" --epochs 1 --width 16 --heads 2 --classes 2 --batch 8 --device cpu
+  [ -z "$tiny" ] || set -- "$@" --epochs 1 --width 16 --heads 2 --depth 8 --classes 2 --batch 8 --device cpu
   timeout 570 python3 -m tools.pretrain --data "$DATA" --out "$run" --name "$name" "$@"
 }
 
@@ -104,13 +104,12 @@ pretrain_micro() {
   deliver micro_plain
 }
 
-# Train three arms of transfer.yaml on each task and backbone, as far as ten minutes go.
+# Train the tasks on each backbone, as far as ten minutes go.
 tasks() {
-  local archive file name run status list names=()
+  local archive file name run status
   for archive in "$TASKS"/*.tar.xz; do
     [ ! -e "$archive" ] || tar xf "$archive" -C "$TASKS" --skip-old-files
   done
-  for list in "$TASKS"/*/train800.txt; do names+=("$(basename "$(dirname "$list")")"); done
   for file in "$WEIGHTS"/*.json; do
     name="$(basename "$file" .json)" status=0
     run="${tiny:+$OUT/}runs/gpu_tasks_$name"
@@ -118,11 +117,9 @@ tasks() {
     resume "gpu_tasks_$name.tar.gz"
     mkdir -p "$run"
     [ -e "$run/results.jsonl" ] || [ ! -e "$OUT/gpu_tasks_$name.tar.gz" ] || tar xzf "$OUT/gpu_tasks_$name.tar.gz" -C "$run"
-    # shellcheck disable=SC2086 # FRESH holds several names
-    timeout $((560 - SECONDS)) python3 benchmarks/transfer.py --data "$TASKS" --tasks "${names[@]}" --fresh ${FRESH:-} \
-      --backbone "$file" --adapters lora --recipes static "static, tokens merged" dynamic --out "$run" --results "$run" \
-      --processes "${PROCESSES:-4}" ${tiny:+--tiny} || status=$?
-    find "$run" \( -name results.jsonl -o -name '*.md' -o -name predictions.npz \) -printf '%P\0' |
+    timeout $((560 - SECONDS)) python3 benchmarks/gpu_tasks.py --data "$TASKS" --weights "$WEIGHTS/$name.safetensors" \
+      --out "$run" ${tiny:+--tiny --processes 1} || status=$?
+    find "$run" \( -name results.jsonl -o -name table.md -o -name predictions.npz \) -printf '%P\0' |
       tar czf "$OUT/gpu_tasks_$name.tar.gz" -C "$run" --null -T -
     [ "$status" = 0 ] || [ "$status" = 124 ] || exit "$status" # 124: the time is over
   done

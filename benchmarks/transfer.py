@@ -1,16 +1,18 @@
 """Measure accuracy with ``dynadapter sweep``: every arm of ``transfer.yaml`` on one backbone.
 
     python benchmarks/transfer.py --data TASKS --processes 2
+    python benchmarks/transfer.py --data TASKS --sweep recipes --processes 2
+
+The second command compares the recipes of ``recipes.yaml`` on development tasks (``fresh.py``) and reads no test images.
 
 Scale and policies are chosen on val200 with networks trained on train800; the final networks are trained on
 train800val200 and measured on the test images once. The same command continues an interrupted sweep.
 
-``--backbone`` takes ``micro``, which ships with the package; a file of weights for the same architecture; the JSON file
-that tools/pretrain or tools/dinov2_onnx.py writes beside weights; or a YAML file with the settings of another one, such
-as ``{model: {backbone: NAME, weights: FILE}, data: {init_args: {image_size: 70}}}``. The lines and tables are kept as
-``results/transfer_NAME.*``, NAME without folder and ending, and ``report.py --claims`` reads them. ``--tiny`` tries
-every arm on 64 images of one task and keeps nothing. Further arguments, such as ``--dry_run`` or ``--engine ray``, go
-to ``dynadapter sweep``.
+``--backbone`` takes ``micro``, which ships with the package; a file of weights for the same architecture; or a YAML
+file with the settings of another one, such as ``{model: {backbone: NAME, weights: FILE}, data: {init_args:
+{image_size: 70}}}``. The lines and tables are kept as ``results/transfer_NAME.*``, NAME without folder and ending, and
+``report.py --claims`` reads them. ``--tiny`` tries every arm on 64 images of one task and keeps nothing. Further
+arguments, such as ``--dry_run`` or ``--engine ray``, go to ``dynadapter sweep``.
 """
 
 import argparse
@@ -36,19 +38,20 @@ def main(argv: list[str] | None = None) -> None:
     """Run the sweep and keep its lines and tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="folder that holds the tasks, in the layout of VTAB-1k")
-    parser.add_argument("--backbone", default="micro", help="micro, weights for it, or a JSON or YAML file")
-    parser.add_argument("--tasks", nargs="*", help="by default those of transfer.yaml")
+    parser.add_argument("--sweep", default="transfer", choices=["transfer", "recipes"], help="the file of the sweep")
+    parser.add_argument("--backbone", default="micro", help="micro, a file of weights for it, or a YAML file")
+    parser.add_argument("--tasks", nargs="*", help="by default those of the file")
     parser.add_argument(
         "--fresh", nargs="*", default=[], help="further tasks, on which no choice was made; they decide"
     )
-    parser.add_argument("--adapters", nargs="+", help="by default those of transfer.yaml")
-    parser.add_argument("--recipes", nargs="+", help="by default those of transfer.yaml")
+    parser.add_argument("--adapters", nargs="+", help="by default those of the file")
+    parser.add_argument("--recipes", nargs="+", help="by default those of the file")
     parser.add_argument("--out", help="folder of the sweep, by default runs/transfer_NAME")
     parser.add_argument("--results", type=Path, default=HERE / "results", help="folder that keeps lines and tables")
     parser.add_argument("--tiny", action="store_true", help="every arm, once, for an epoch of 64 images")
     args, others = parser.parse_known_args(argv)
     name = Path(args.backbone).stem
-    out = Path(args.out or f"runs/{'tiny' if args.tiny else 'transfer'}_{name}")
+    out = Path(args.out or f"runs/{'tiny' if args.tiny else args.sweep}_{name}")
     out.mkdir(parents=True, exist_ok=True)
     file = out / "transfer.yaml"
     sweep = plan(args)
@@ -56,12 +59,12 @@ def main(argv: list[str] | None = None) -> None:
     file.write_text(yaml.safe_dump(sweep | {"root": str(root), "out": str(out)}, sort_keys=False), encoding="utf-8")
     dynadapter(["sweep", str(file), *others])
     if not args.tiny and "--dry_run" not in others:
-        keep(file, sweep, args.results / f"transfer_{name}")
+        keep(file, sweep, args.results / f"{args.sweep}_{name}")
 
 
 def plan(args: argparse.Namespace) -> dict[str, Any]:
     """Return the file of the sweep without the folders of this machine."""
-    sweep: dict[str, Any] = yaml.safe_load((HERE / "transfer.yaml").read_text(encoding="utf-8"))
+    sweep: dict[str, Any] = yaml.safe_load((HERE / f"{args.sweep}.yaml").read_text(encoding="utf-8"))
     known = sweep["tasks"]
     names = list(known) if args.tasks is None else args.tasks
     fresh = {task: {"group": known.get(task), "fresh": True} for task in args.fresh}
@@ -69,8 +72,6 @@ def plan(args: argparse.Namespace) -> dict[str, Any]:
     settings = sweep["settings"]
     if args.backbone.endswith((".yaml", ".yml")):
         settings |= yaml.safe_load(Path(args.backbone).read_text(encoding="utf-8"))
-    elif args.backbone.endswith(".json"):
-        settings |= described(Path(args.backbone))
     else:
         settings |= MICRO
         if args.backbone != "micro":
@@ -84,17 +85,6 @@ def plan(args: argparse.Namespace) -> dict[str, Any]:
         settings["trainer"] = settings["trainer"] | {"max_epochs": 1}
     _fit(sweep)
     return sweep
-
-
-def described(file: Path) -> dict[str, Any]:
-    """Return the settings of a backbone from the JSON file beside its weights."""
-    about = json.loads(file.read_text(encoding="utf-8"))
-    shape = {name: value for name, value in about["timm_args"].items() if name != "img_size"}
-    weights = {"weights": str(file.with_suffix(".safetensors").absolute()), "pretrained": False}
-    return {
-        "model": {"backbone": about["architecture"], **weights, "backbone_args": shape},
-        "data": {"init_args": about["preprocess"]},
-    }
 
 
 def shorten(root: Path, place: Path, tasks: Iterable[str]) -> Path:
@@ -122,7 +112,7 @@ def _fit(sweep: dict[str, Any]) -> None:
             kept[name] = recipe
     sweep["recipes"] = kept
     sweep["choices"] = {
-        name: choice for name, choice in sweep["choices"].items() if set(choice["among"]) <= set(sweep["recipes"])
+        name: choice for name, choice in sweep.get("choices", {}).items() if set(choice["among"]) <= set(sweep["recipes"])
     }
 
 

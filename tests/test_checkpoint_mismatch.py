@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CLASSES, SWIN, VIT
+from conftest import CLASSES, VIT
 from saved import fitted, read
 from tiny import FAMILIES, loader, make_classifier, trainer
 
@@ -60,7 +60,7 @@ ABC = [f"class {k}" for k in range(CLASSES)]
             {"backbone_seed": 1},
             r"trained on backbone 'vit_tiny_patch16_224' with weights \w{12}, this model has 'vit_tiny",
         ),
-        ({"backbone": FAMILIES["swin"]["backbone"], "backbone_args": SWIN}, "this model has 'swin_tiny"),
+        (FAMILIES["swin"], "this model has 'swin_tiny"),
         ({"backbone_args": VIT | {"depth": 3}}, "give the backbone, weights, backbone_args and depth of"),
         ({"num_classes": 9, "class_names": None}, "the checkpoint knows 5 classes, this model 9"),
         ({"class_names": [*ABC[:4], "other"]}, "class 4 is 'class 4' in the checkpoint and 'other' in this model"),

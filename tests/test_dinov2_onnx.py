@@ -148,6 +148,6 @@ def test_package_features_are_onnxruntimes(tmp_path):
     images = torch.randn(1, 3, 518, 518, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         torch.testing.assert_close(net.forward_features(images), features(whole, images), rtol=1e-3, atol=1e-4)
-    small = create_backbone(about["architecture"], 0, weights=weights, image_size=about["preprocess"]["image_size"])
+    small = create_backbone(about["architecture"], 0, weights=weights, image_size=70)
     assert small.pos_embed.shape == (1, 26, 384)
     assert about["parameters"] == sum(one.numel() for one in safetensors.torch.load_file(weights).values())

@@ -51,8 +51,8 @@ def network(adapter=LoRA(rank=2), heads=ExitTokens(count=3, rank=2), merging=Non
     net = ExitNet(vit, heads, every=2, token_merging=merging)
     if net.beside is not None:
         for updates in net.beside.updates:
-            nn.init.normal_(updates.attention.up, std=0.2)
-            nn.init.normal_(updates.mlp.up, std=0.2)
+            nn.init.normal_(updates.query.up, std=0.2)
+            nn.init.normal_(updates.hidden.up, std=0.2)
     return net
 
 
@@ -66,16 +66,17 @@ def test_other_tokens_do_not_see_them(adapter, merging):
 
 
 def test_block_equals_masked_attention():
-    """One attention over all tokens, in which a mask hides the exit tokens from the others."""
+    """One attention over all tokens, in which a mask hides the exit tokens from all."""
     block = make_vit().double().blocks[0]
-    update, more = nn.Linear(48, 144, bias=False).double(), nn.Linear(48, 192).double()
+    update, more = nn.Linear(48, 48, bias=False).double(), nn.Linear(48, 192).double()
     x, beside = torch.randn(2, 7, 48, dtype=torch.float64), torch.randn(2, 3, 48, dtype=torch.float64)
     bias = torch.rand(2, 7, dtype=torch.float64)
     attention, both = block.attn, block.norm1(torch.cat([x, beside], 1))
-    qkv = attention.qkv(both) + torch.cat([torch.zeros(2, 7, 144), update(both[:, 7:])], 1)
+    added = torch.cat([update(both[:, 7:]), torch.zeros(2, 3, 96)], -1)
+    qkv = attention.qkv(both) + torch.cat([torch.zeros(2, 7, 144), added], 1)
     q, k, v = qkv.view(2, 10, 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4)
     mask = torch.zeros(2, 1, 10, 10, dtype=torch.float64)
-    mask[:, 0, :7, 7:] = -torch.inf
+    mask[:, 0, :, 7:] = -torch.inf
     mask[:, 0, :, :7] += bias[:, None]
     mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).reshape(2, 10, 48)
     y = torch.cat([x, beside], 1) + attention.proj(mixed)
@@ -176,18 +177,14 @@ def test_static_cost_has_no_exit_tokens(merging):
 
 def test_cost_by_formula():
     count, rank, width, tokens, blocks, exits = 3, 2, 48, 17, 4, 2
-    nets = [network(None, heads) for heads in (ExitTokens(count, rank), Attentive())]
+    nets = [network(None, heads) for heads in (ExitTokens(count, rank), LinearHeads())]
     assert nets[0].exit_depths == (2, 4, 6)
     ours, plain = (exit_costs(net) for net in nets)
     products = [whole - light for whole, light in zip(ours.macs, ours.light, strict=True)]
     others = [whole - light for whole, light in zip(plain.macs, plain.light, strict=True)]
     hidden = nets[0].backbone.blocks[0].mlp.fc1.out_features
-    block = (
-        count * width * (4 * width + 2 * hidden)
-        + count * rank * (5 * width + hidden)
-        + 2 * count * (tokens + count) * width
-    )
-    head = count * width * CLASSES
+    block = count * width * (2 * width + 2 * hidden) + count * rank * (3 * width + hidden) + 2 * count * tokens * width
+    head = (count - 1) * width * CLASSES
     assert products[-1] - others[-1] == blocks * block + exits * head
     assert products[0] - others[0] == 2 * block + head
 

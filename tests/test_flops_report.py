@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from dynadapter.cost import exit_costs
+from dynadapter.exits.heads import Balanced
 from dynadapter.exits.policies import Confidence, Never, Patience, Policy, Routed
 from dynadapter.training.callbacks import EarlyExit, FlopsReport
 
@@ -110,7 +111,7 @@ def test_without_policies_costs_are_shown() -> None:
 
 
 def test_tables_show_the_measurements() -> None:
-    module, early = make_classifier(), EarlyExit([Alternating(), Patience(2)])
+    module, early = make_classifier(heads=Balanced()), EarlyExit([Alternating(), Patience(2)])
     report = FlopsReport(show=False)
     run = trainer(report, early)
     (logged,) = run.test(module, data(), verbose=False)
@@ -195,7 +196,7 @@ def test_the_image_size() -> None:
 
 
 def test_class_token_first() -> None:
-    module, report = make_classifier(), FlopsReport(class_first=True, show=False)
+    module, report = make_classifier(heads=Balanced()), FlopsReport(class_first=True, show=False)
     run = trainer(report)
     run.test(module, data(), verbose=False)
     assert report.costs == exit_costs(module.net, class_first=True)

@@ -243,7 +243,9 @@ def test_auto_of_packaged_and_given_sizes() -> None:
 
 
 def test_micro_costs_what_it_was_made_for(tmp_path, capsys):
-    main(["flops", "-c", "vtab", "--data=Shapes", "--model.backbone=micro", "--model.adapter=null"])
+    main(
+        ["flops", "-c", "vtab", "-c", "linear_heads", "--data=Shapes", "--model.backbone=micro", "--model.adapter=null"]
+    )
     last = next(line for line in capsys.readouterr().out.splitlines() if "│    4 │" in line)
     assert float(last.split("│")[3]) < 0.1
 

@@ -219,7 +219,7 @@ def test_optimizer_gets_trained_tensors_only(adapter: Any) -> None:
     names = {id(p): name for name, p in module.named_parameters()}
     got = [names[id(p)] for p in taken]
     assert len(set(got)) == len(got)
-    ours = [name for name in names.values() if name.startswith(("net.heads.", "net.backbone.head."))]
+    ours = [name for name in names.values() if name.startswith(("net.heads.", "net.beside.", "net.backbone.head."))]
     theirs = [
         f"net.backbone.{name}.{own}"
         for name, layer in module.net.backbone.named_modules()

@@ -77,7 +77,8 @@ def test_sharded_run_writes_plain_files(tmp_path):
         assert done.returncode == 0, done.stderr
 
     two = ["--trainer.strategy=fsdp2", "--trainer.devices=2"]
-    run("fit", "-c", TINY, *two, "--sparsity=null", "--data.batch_size=24", f"--trainer.default_root_dir={tmp_path}")
+    plain = ["--sparsity=null", "--model.heads=Attentive"]
+    run("fit", "-c", TINY, *two, *plain, "--data.batch_size=24", f"--trainer.default_root_dir={tmp_path}")
     run("fit", "--resume", str(tmp_path / "version_0"), "--trainer.max_epochs=2")
     for version, steps in ((0, 2), (1, 4)):
         saved = tmp_path / f"version_{version}" / "checkpoints"

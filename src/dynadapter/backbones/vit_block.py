@@ -129,11 +129,11 @@ def run_beside(
     block: Any,
     x: Tensor,
     beside: Tensor,
-    to_attention: Callable[[Tensor], Tensor],
+    to_query: Callable[[Tensor], Tensor],
     to_hidden: Callable[[Tensor], Tensor],
     bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Apply a block to its tokens and to exit tokens, which attend to all tokens while the others do not see them.
+    """Apply a block to its tokens and to exit tokens, which attend to the others; no token sees an exit token.
 
     Exit tokens pass the block's own layers with their adapters, except for adapters around the whole MLP. Their
     gradients end there: they reach neither the adapters nor the other tokens, so both train as if there were no exit
@@ -143,10 +143,9 @@ def run_beside(
         block: A block for which :func:`takes_exit_tokens` holds.
         x: Its input (batch, tokens, width).
         beside: Exit tokens (batch, count, width).
-        to_attention: Maps normalised exit tokens to what is added to their queries, keys and values,
-            (batch, count, 3 * inner).
+        to_query: Maps normalised exit tokens to what is added to their queries, (batch, count, inner).
         to_hidden: Maps normalised exit tokens to what is added to the MLP's hidden channels, (batch, count, hidden).
-        bias: (batch, tokens), as in :func:`run`; an exit token counts once.
+        bias: (batch, tokens), as in :func:`run`.
 
     Returns:
         The block's output for the tokens, and for the exit tokens, in the shapes of the inputs.
@@ -157,11 +156,9 @@ def run_beside(
     query, keys_values = qkv[..., :inner], qkv[..., inner:]
     with _constant(block):
         normed = block.norm1(beside)
-        own = attention.qkv(normed) + to_attention(normed)
-        every = torch.cat([keys_values.detach(), own[..., inner:]], 1)
-        wide = None if bias is None else nn.functional.pad(bias, (0, beside.shape[1]))
-        mixed = attention.proj_drop(attention.proj(attention.norm(_attend(attention, own[..., :inner], every, wide))))
-        beside = beside + block.drop_path1(block.ls1(mixed))
+        own = _some(attention.qkv, normed, 0, inner) + to_query(normed)
+        mixed = attention.norm(_attend(attention, own, keys_values.detach(), bias))
+        beside = beside + block.drop_path1(block.ls1(attention.proj_drop(attention.proj(mixed))))
         beside = beside + block.drop_path2(block.ls2(_mlp_of_exit_tokens(block, beside, to_hidden)))
     return _after_attention(block, x, _attend(attention, query, keys_values, bias)), beside
 

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from dynadapter import backbones as cut
 from dynadapter.adapters.base import check_size, matrices, unwrapped
-from dynadapter.exits.attentive import AttentiveHead
 from dynadapter.exits.heads import Heads, linear
 
 
@@ -37,7 +36,7 @@ class Update(nn.Module):
 
 
 class Updates(nn.Module):
-    """The updates of the exit tokens in one block: of queries, keys and values, and of the MLP's hidden channels.
+    """The updates of the exit tokens in one block: of their queries, and of the MLP's hidden channels.
 
     Args:
         block: The block.
@@ -49,8 +48,8 @@ class Updates(nn.Module):
         super().__init__()
         attention, mlp = block.attn, unwrapped(block.mlp)
         hidden, width = matrices(mlp)[0].weight.shape
-        self.attention = Update(width, 3 * attention.num_heads * attention.head_dim, rank, scale)
-        self.mlp = Update(width, hidden, rank, scale)
+        self.query = Update(width, attention.num_heads * attention.head_dim, rank, scale)
+        self.hidden = Update(width, hidden, rank, scale)
 
 
 class Beside(nn.Module):
@@ -95,48 +94,44 @@ class Beside(nn.Module):
         """Run the block after ``place`` blocks; see :func:`dynadapter.backbones.run_beside`."""
         (block,) = cut.blocks(backbone)[place]
         updates: Any = self.updates[place]
-        return cut.run_beside(block, x, beside, updates.attention, updates.mlp, bias)
+        return cut.run_beside(block, x, beside, updates.query, updates.hidden, bias)
 
 
 class ExitTokenHead(nn.Module):
-    """A linear layer over the exit tokens, plus an :class:`~dynadapter.exits.attentive.AttentiveHead` over all others.
-
-    No gradient reaches the other tokens.
+    """LayerNorm, then a linear layer over the exit tokens.
 
     Args:
         width: Channels of a token.
         num_classes: Classes to tell apart.
         count: Number of exit tokens.
-        class_token: Whether the attentive head also reads the first token by itself.
 
     Attributes:
-        reads_class_token: False: the head needs every token.
+        reads_class_token: False: the exit tokens of the last block have read every token.
     """
 
     reads_class_token = False
 
-    def __init__(self, width: int, num_classes: int, count: int, class_token: bool) -> None:
+    def __init__(self, width: int, num_classes: int, count: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.classify = linear(count * width, num_classes)
-        self.others = AttentiveHead(width, num_classes, queries=2, parts=min(3, width), class_token=class_token)
 
     def forward(self, tokens: Tensor, logs: Tensor | None, beside: Tensor) -> Tensor:
-        """Map tokens to logits (batch, classes).
+        """Map exit tokens to logits (batch, classes).
 
         Args:
-            tokens: (batch, tokens, width).
-            logs: (batch, tokens), the logarithms of the numbers of tokens that each stands for; None for one each.
+            tokens: (batch, tokens, width), not read.
+            logs: Not read.
             beside: Exit tokens (batch, count, width).
         """
-        return self.classify(self.norm(beside).flatten(1)) + self.others(tokens.detach(), logs)
+        return self.classify(self.norm(beside).flatten(1))
 
 
 @dataclass(frozen=True)
 class ExitTokens(Heads):
     """Early heads with tokens of their own, which pass the blocks beside the backbone's tokens (ours).
 
-    Exit tokens attend to the backbone's tokens, which do not see them. They pass the frozen blocks with low-rank
+    Exit tokens attend to the backbone's tokens, and no token sees them. They pass the frozen blocks with low-rank
     updates of their own. The early losses train exit tokens, updates and early heads, and nothing else: the adapters
     and the last exit train as in the static network. For ViTs with timm's plain blocks.
 
@@ -145,13 +140,13 @@ class ExitTokens(Heads):
 
     Args:
         count: Exit tokens, from 1 to 64; each adds to a block's cost what one more token does.
-        rank: Rank of the updates of their queries, keys and values, and of the MLPs' hidden channels.
+        rank: Rank of the updates of their queries and of the MLPs' hidden channels.
         scale: Factor of the updates, above 0.
     """
 
     count: int = 4
     rank: int = 8
-    scale: float = 2.0
+    scale: float = 4.0
 
     def __post_init__(self) -> None:
         check_size("rank", self.rank)
@@ -166,4 +161,4 @@ class ExitTokens(Heads):
     def build(
         self, exit: int, exits: int, width: int, num_classes: int, prefix_tokens: int, class_token: bool
     ) -> ExitTokenHead:
-        return ExitTokenHead(width, num_classes, self.count, class_token)
+        return ExitTokenHead(width, num_classes, self.count)

@@ -217,9 +217,7 @@ def _by_reading(table: Sequence[Row], sweep: Sweep) -> list[str]:
     columns = [what for what in (*sweep.tasks, mean) if any(row.what == what for row in table)]
     cells = {(row.adapter, row.recipe, row.reading, row.what): _cell(row) for row in table}
     lines = ["| | " + " | ".join(columns) + " |", "|---|" + "---:|" * len(columns)]
-    several = {(row.adapter, row.recipe) for row in table if row.reading == "exit 2"}
-    shown = (row for row in table if (row.adapter, row.recipe) in several or row.reading == "exit 1")  # else all equal
-    for arm in dict.fromkeys((row.adapter, row.recipe, row.reading) for row in shown):
+    for arm in dict.fromkeys((row.adapter, row.recipe, row.reading) for row in table):
         lines.append(f"| {', '.join(arm)} | " + " | ".join(cells.get((*arm, what), "") for what in columns) + " |")
     return lines
 
