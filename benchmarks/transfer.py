@@ -3,7 +3,7 @@
     python benchmarks/transfer.py --data TASKS --processes 2
     python benchmarks/transfer.py --data TASKS --sweep recipes --processes 2
 
-The second command compares the recipes of ``recipes.yaml`` on development tasks (``fresh.py``) and reads no test images.
+The second command compares the recipes of ``recipes.yaml`` on development tasks (``fresh.py``).
 
 Scale and policies are chosen on val200 with networks trained on train800; the final networks are trained on
 train800val200 and measured on the test images once. The same command continues an interrupted sweep.
@@ -112,7 +112,9 @@ def _fit(sweep: dict[str, Any]) -> None:
             kept[name] = recipe
     sweep["recipes"] = kept
     sweep["choices"] = {
-        name: choice for name, choice in sweep.get("choices", {}).items() if set(choice["among"]) <= set(sweep["recipes"])
+        name: choice
+        for name, choice in sweep.get("choices", {}).items()
+        if set(choice["among"]) <= set(sweep["recipes"])
     }
 
 
