@@ -59,7 +59,7 @@ def test_score_on_the_threshold_stops() -> None:
         (
             {"kind": "Random"},
             None,
-            "unknown policy 'Random'; choose from: Confidence, Entropy, Margin, Patience, Never",
+            "unknown policy 'Random'; choose from: Confidence, Entropy, Margin, Patience, AtExit, Never",
         ),
         ({}, None, "unknown policy ''"),
         ({"kind": "Confidence"}, None, "policy Confidence has kind; it takes kind, threshold"),

@@ -84,7 +84,7 @@ def test_commands_use_the_training_policies(checkpoint, photo, tmp_path, capsys)
 
 def test_calibrated_policy_is_used(checkpoint, photo, tmp_path, capsys, recwarn):
     out = tmp_path / "out"
-    main(["calibrate", "--ckpt_path", str(checkpoint), *QUIET, "--goal.cost=0.7", f"--out={out}"])
+    main(["calibrate", "--ckpt_path", str(checkpoint), *QUIET, "--goal.cost=0.9", f"--out={out}"])
     near = checkpoint.with_name("last.calibration.json")
     assert near.read_bytes() == (out / "calibration.json").read_bytes()
     policy = restore(json.loads(near.read_text())["policy"], Policy)
@@ -112,7 +112,7 @@ def test_calibrated_policy_is_used(checkpoint, photo, tmp_path, capsys, recwarn)
 def test_policy_from_its_twin(checkpoint, tmp_path, capsys):
     """The twin was trained on the validation images too, which cannot calibrate it."""
     first = tmp_path / "first"
-    main(["calibrate", "--ckpt_path", str(checkpoint), *QUIET, "--goal.cost=0.7", f"--bundle={first}"])
+    main(["calibrate", "--ckpt_path", str(checkpoint), *QUIET, "--goal.cost=0.9", f"--bundle={first}"])
     policy = load(first).policy
     twin = checkpoint.with_name("twin.ckpt")
     held = torch.load(checkpoint, weights_only=True)

@@ -9,7 +9,8 @@ if TYPE_CHECKING:
     from dynadapter.adapters import Adapter, AdapterSpec, AdaptFormer, LoRA, RepAdapter, inject, merge
     from dynadapter.backbones import create_backbone
     from dynadapter.backbones.layout import lay_out_for_cpu
-    from dynadapter.calibrate import Calibrated, Goal, evaluate, policy_for, solve, with_guarantee
+    from dynadapter.calibrate import Calibrated, Goal, evaluate, with_guarantee
+    from dynadapter.calibrate.solve import policy_for, solve
     from dynadapter.cost import ExitCosts, exit_costs
     from dynadapter.data import ImageData, ImageFolder, ImagesToPredict, Shapes, VTAB1k
     from dynadapter.exits.attentive import Attentive

@@ -6,7 +6,7 @@ import shutil
 import statistics
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -245,7 +245,7 @@ def _policies(
     unit: Unit,
     val200: tuple[Tensor, Tensor],
     done: Mapping[Unit, Line],
-    macs: list[float],
+    macs: Sequence[float],
     static: float,
 ) -> tuple[dict[str, Policy], dict[str, dict[str, Any]]]:
     """Calibrate to every goal on logits and targets of val200, of this run or of the train800 twin of a final one.

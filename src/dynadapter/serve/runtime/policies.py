@@ -134,7 +134,7 @@ class Policy:
         k = len(history) - 1
         with np.errstate(over="ignore", invalid="ignore"):  # `finite` excludes whatever is not finite
             predicted = self.combine(history)
-            finite = np.isfinite(predicted).all(-1)  # (exits so far, batch)
+            finite: NDArray[np.bool_] = np.asarray(np.isfinite(predicted).all(-1))  # (exits so far, batch)
             if self.kind in SCORES:
                 score, beyond = SCORES[self.kind]
                 sure = beyond(score(predicted[-1]), self.thresholds[k])
