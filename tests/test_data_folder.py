@@ -84,7 +84,8 @@ def test_unknown_class_lists_both_splits(tmp_path):
 def test_missing_folder_is_named(tmp_path):
     fails(f"root {tmp_path / 'no'} does not exist", lambda: ImageFolder(tmp_path / "no"))
     fails(
-        f"{tmp_path / 'train'} does not exist; expected train/CLASS/image.png, but root contains: no folder",
+        f"{tmp_path / 'train'} does not exist; expected train/CLASS/image.png or {tmp_path.name}/CLASS/image.png, "
+        "but root contains: no folder",
         lambda: ImageFolder(tmp_path),
     )
     make(tmp_path, cats={"a": 1}, dogs={"b": 1})
@@ -104,3 +105,23 @@ def test_class_without_images_is_named(tmp_path):
 @pytest.mark.parametrize("fraction", [-0.1, 1.0])
 def test_val_fraction_out_of_range(tmp_path, fraction):
     fails("val_fraction must lie in [0, 1)", lambda: ImageFolder(make(tmp_path, train={"a": 1}), val_fraction=fraction))
+
+
+def test_root_of_classes_is_train(tmp_path):
+    flat = make(tmp_path / "one", **{".": {"a": 10, "b": 20}})
+    split = make(tmp_path / "two", train={"a": 10, "b": 20})
+    one, two = ImageFolder(flat), ImageFolder(split)
+    assert one.class_names == ["a", "b"]
+    for name in ("train", "val"):  # the same images are held out
+        assert listed(one, name) == [(path.removeprefix("train/"), label) for path, label in listed(two, name)]
+    fails("test does not exist; expected test/CLASS/image.png", lambda: ImageFolder(flat).setup("test"))
+    make(flat, c={"deep": 1})  # a folder without an image of its own: this may be a folder of data sets
+    fails(f"expected train/CLASS/image.png or {flat.name}/CLASS/image.png", lambda: ImageFolder(flat))
+
+
+def test_test_alone_can_be_measured(tmp_path):
+    data = ImageFolder(make(tmp_path, test={"b": 2, "d": 1}), image_size=4)
+    data.take_classes(["a", "b", "c", "d"])
+    assert listed(data, "test") == [("test/b/0.png", 1), ("test/b/1.png", 1), ("test/d/0.png", 3)]
+    fails("train does not exist; expected train/CLASS/image.png, but root contains: test", lambda: data.setup("fit"))
+    fails("train does not exist", lambda: data.setup("validate"))

@@ -33,7 +33,7 @@ ESSENTIAL = {
     "model.lr_schedule": "A factor on the learning rate over training: Constant, Linear, Cosine, Cubic, Step, Warmup.",
     "model.label_smoothing": "Share of the target spread over all classes.",
     "model.mixing": "Mixing mixes pairs of images (mixup, cutmix).",
-    "data": "Shapes, ImageFolder, VTAB1k or a class of your own; --data.help CLASS lists its settings.",
+    "data": "Shapes, ImageFolder, ImageTable, VTAB1k or a class of your own; --data.help CLASS lists its settings.",
     "early_exit.policies": "A list of Confidence, Entropy, Margin, Patience and Never.",
     "exit_weights.weighting": "EarlyToLate, LateToEarly, LinearInDepth, PerExit or Uniform.",
     "sparsity.shallow": "Dropout in the first block, a schedule.",

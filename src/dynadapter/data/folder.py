@@ -8,20 +8,23 @@ from dynadapter.data.dataset import Sample
 from dynadapter.data.splits import MissingSplit, hold_out
 from dynadapter.images.reading import SUFFIXES, image_files, shown
 
-SPLITS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
+SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
 """The names of the splits' folders."""
 
 
 class ImageFolder(ImageData):
     """Images in ``root/train/CLASS/``, ``root/val/CLASS/`` and ``root/test/CLASS/``, at any depth below the class.
 
-    ``val`` may also be called ``valid`` or ``validation``; case does not matter. Classes are the subfolders of
-    ``train``, sorted. Those of ``val`` and ``test`` are matched by name. Without ``val``, a fraction of each class of
-    ``train`` is held out: each image by a hash of its path below the class, so that no other image moves when images
-    are added.
+    They may also be called ``training``, ``valid``, ``validation`` or ``testing``; case does not matter. Classes are
+    the subfolders of ``train``, sorted. Those of ``val`` and ``test`` are matched by name. Without ``val``, a fraction
+    of each class of ``train`` is held out: each image by a hash of its path below the class, so that no other image
+    moves when images are added.
+
+    A root without these folders, whose folders all hold images, is read as ``train``: ``root/CLASS/``. A root with
+    ``val`` or ``test`` alone can be measured, not trained on.
 
     Args:
-        root: Folder with ``train`` and, where they exist, ``val`` and ``test``.
+        root: Folder with ``train``, ``val`` and ``test``, as far as they exist, or with the classes.
         val_fraction: Probability that a training image is held out where ``val`` is missing, in [0, 1); 0 for no
             validation.
         split_seed: Part of the hashes; another seed holds out other images.
@@ -39,7 +42,10 @@ class ImageFolder(ImageData):
         if not self.root.is_dir():
             raise ValueError(f"root {self.root} does not exist or is not a folder")
         self._folders = find_splits(self.root)
-        self.class_names = self._list_classes("train")
+        if not self._folders and _holds_classes(self.root):
+            self._folders = {"train": self.root}
+        measured = sorted({name for folder in self._folders.values() for name in _subfolders(folder)})
+        self.class_names = self._list_classes("train") if "train" in self._folders or not measured else measured
         if not self.class_names:
             raise ValueError(f"{self._folder('train')} holds no class folder; expected train/CLASS/image.png")
 
@@ -49,7 +55,7 @@ class ImageFolder(ImageData):
         return self.root
 
     def samples(self, split: Split) -> list[Sample]:
-        if split == "test" or (split == "val" and "val" in self._folders):
+        if split == "test" or split in self._folders.keys() - {"train"}:
             return self._list_samples(split)
         train = self._list_samples("train")
         if "val" in self._folders:
@@ -66,7 +72,10 @@ class ImageFolder(ImageData):
         folder = self._folder(split)
         if not folder.is_dir():
             there = _join(_subfolders(self.root)) or "no folder"
-            raise MissingSplit(f"{folder} does not exist; expected {split}/CLASS/image.png, but root contains: {there}")
+            flat = f" or {self.root.name}/CLASS/image.png" if not self._folders else ""
+            raise MissingSplit(
+                f"{folder} does not exist; expected {split}/CLASS/image.png{flat}, but root contains: {there}"
+            )
         return _subfolders(folder)
 
     def _list_samples(self, split: str) -> list[Sample]:
@@ -103,6 +112,15 @@ def find_splits(root: Path) -> dict[str, Path]:
             raise ValueError(f"{root} has two folders for {split}: {found[split].name} and {name}; keep one of them")
         found[split] = root / name
     return found
+
+
+def _holds_classes(root: Path) -> bool:
+    """Check whether each folder in a root holds an image, not counting those in its own folders."""
+    folders = [root / name for name in _subfolders(root)]
+    return bool(folders) and all(
+        any(file.suffix.lower() in SUFFIXES and not file.name.startswith(".") for file in folder.iterdir())
+        for folder in folders
+    )
 
 
 def _subfolders(folder: Path) -> list[str]:

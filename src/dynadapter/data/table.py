@@ -1,0 +1,242 @@
+"""Read images from a table with their paths and labels: a CSV or Parquet file."""
+
+import csv
+import importlib.util
+import io
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dynadapter.data.base import ImageData, Split
+from dynadapter.data.dataset import Sample
+from dynadapter.data.folder import SPLITS
+from dynadapter.data.lists import LABEL, PathCheck, read_text
+from dynadapter.data.splits import MissingSplit, hold_out
+from dynadapter.images.reading import shown
+
+COLUMNS = {
+    "path": ("path", "file", "filename", "file_name", "image", "image_path"),
+    "label": ("label", "class", "category", "target"),
+    "split": ("split", "set", "subset"),
+}
+"""The names of columns that are found without being given; case does not matter."""
+SEPARATORS = "|;,"
+"""What stands between the labels of an image that has several."""
+ONE_LABEL = "an image has one label, multi-label tables cannot be used"
+Table = tuple[list[str], Callable[[list[str]], Iterator[tuple[int, dict[str, Any]]]]]
+"""The names of the columns, and a function that reads some of them as rows with their numbers."""
+
+
+class Row(NamedTuple):
+    """A row of a table.
+
+    Attributes:
+        path: Of the image, as in the table.
+        label: Its class.
+        split: ``train``, ``val`` or ``test``.
+        place: File and number of the row, for messages. The header of a CSV file is row 1.
+    """
+
+    path: str
+    label: str
+    split: Split
+    place: str
+
+
+class ImageTable(ImageData):
+    """Images that a CSV or Parquet file lists, one a row, with their paths and labels.
+
+    A column of splits has ``train``, ``val`` (or ``valid``, ``validation``) and ``test``; case does not matter. Without
+    it all images are for training. Without images of ``val`` a fraction of each class of ``train`` is held out: each
+    image by a hash of its path in the table, so that no other image moves when rows are added.
+
+    Classes are the labels in the order of the alphabet, or of their values if all are whole numbers. An image has one
+    label.
+
+    Args:
+        file: ``.csv`` with a header, or ``.parquet`` (needs the extra ``parquet``).
+        root: Folder that holds all images, and to which paths are relative; None for the folder of the table.
+        path_column: Name of the column of paths; None finds ``path``, ``file``, ``filename``, ``image`` and the like.
+        label_column: Name of the column of labels; None finds ``label``, ``class``, ``category`` or ``target``.
+        split_column: Name of the column of splits; None finds ``split``, ``set`` or ``subset``, if there is one.
+        val_fraction: Probability that a training image is held out where no row is for ``val``, in [0, 1); 0 for no
+            validation.
+        split_seed: Part of the hashes; another seed holds out other images.
+    """
+
+    validation_switch = "val_fraction above 0, or add rows for val"
+
+    def __init__(
+        self,
+        file: str | Path,
+        root: str | Path | None = None,
+        path_column: str | None = None,
+        label_column: str | None = None,
+        split_column: str | None = None,
+        val_fraction: float = 0.2,
+        split_seed: int = 0,
+        **kwargs: Any,
+    ):
+        super().__init__(**kwargs)
+        if not 0 <= val_fraction < 1:
+            raise ValueError(f"val_fraction must lie in [0, 1), not {val_fraction}")
+        self.file = Path(file).expanduser()
+        self.folder = self.file.parent if root is None else Path(root).expanduser()
+        self.val_fraction = val_fraction
+        self.split_seed = split_seed
+        if not self.file.is_file():
+            raise ValueError(f"{self.file} does not exist or is not a file; give a .csv or .parquet file")
+        if not self.folder.is_dir():
+            raise ValueError(f"root {self.folder} does not exist or is not a folder")
+        given = {"path": path_column, "label": label_column, "split": split_column}
+        self.rows = read_rows(self.file, given)
+        self.class_names = _sorted({row.label for row in self.rows})
+        _require_one_label(self.rows, self.class_names)
+
+    def samples(self, split: Split) -> list[Sample]:
+        rows = [row for row in self.rows if row.split == split]
+        if not rows and split == "val":
+            rows = self._halves()[1]
+        elif split == "train" and not any(row.split == "val" for row in self.rows):
+            rows = self._halves()[0]
+        if not rows and split != "val":
+            there = ", ".join(sorted({row.split for row in self.rows}))
+            raise MissingSplit(f"{self.file} has no row for {split}; it has rows for: {there}")
+        check, index = PathCheck(self.folder), {name: label for label, name in enumerate(self.class_names)}
+        files = [self.folder / row.path for row in rows]
+        states = [check.state(file) for file in files]
+        if "outside" in states:
+            row = rows[states.index("outside")]
+            raise ValueError(
+                f"{row.place}: image {shown(row.path)} leads out of {self.folder}; set root to the folder that holds "
+                "all images"
+            )
+        if self.on_error == "raise" and "missing" in states:
+            row = rows[states.index("missing")]
+            raise ValueError(
+                f"{row.place}: image {shown(row.path)} does not exist in {self.folder} ({states.count('missing')} of "
+                f"the {len(rows)} images for {split} are missing); set root to the folder that paths are relative to"
+            )
+        return [(file, index[row.label]) for file, row in zip(files, rows, strict=True)]
+
+    def listed(self) -> list[Path]:
+        return [self.folder / row.path for row in self.rows]
+
+    def _halves(self) -> tuple[list[Row], list[Row]]:
+        """Return the rows of ``train`` that are kept and those that are held out."""
+        train = [row for row in self.rows if row.split == "train"]
+        kept, held = hold_out([(row.label, row.path) for row in train], self.val_fraction, self.split_seed)
+        return [train[k] for k in kept], [train[k] for k in held]
+
+
+def read_rows(file: Path, given: dict[str, str | None]) -> list[Row]:
+    """Read the rows of a table.
+
+    Args:
+        file: ``.csv`` or ``.parquet``.
+        given: The names of the columns ``path``, ``label`` and ``split``; None finds them by :data:`COLUMNS`.
+
+    Raises:
+        ValueError: The file is no table, a column is missing, or a row lacks a value or has an unknown split.
+    """
+    suffix = file.suffix.lower()
+    if suffix not in (".csv", ".parquet"):
+        raise ValueError(f"{file} is no table; give a file that ends in .csv or .parquet")
+    names, read = _open_csv(file) if suffix == ".csv" else _open_parquet(file)
+    columns = {part: _column(file, part, name, names) for part, name in given.items()}
+    rows = []
+    for number, row in read([column for column in columns.values() if column is not None]):
+        place = f"{file}:{number}"
+        texts = {part: _text(row[column], place, column) for part, column in columns.items() if column is not None}
+        if lacking := [str(columns[part]) for part in ("path", "label") if not texts[part]]:
+            raise ValueError(f"{place}: there is nothing in column {lacking[0]!r}")
+        rows.append(Row(texts["path"], texts["label"], _split(texts.get("split", "train"), place), place))
+    if not rows:
+        raise ValueError(f"{file} lists no image")
+    return rows
+
+
+def _open_csv(file: Path) -> Table:
+    reader = csv.DictReader(io.StringIO(read_text(file), newline=""), restkey="")
+
+    def rows(columns: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+        try:
+            for row in reader:
+                yield reader.line_num, row
+        except csv.Error as error:
+            raise ValueError(f"{file}:{reader.line_num}: {error}") from error
+
+    return list(reader.fieldnames or []), rows
+
+
+def _open_parquet(file: Path) -> Table:
+    if importlib.util.find_spec("pyarrow") is None:
+        raise ValueError(f"{file} needs pyarrow; install it by pip install 'dynadapter[parquet]', or give a .csv")
+    from pyarrow import ArrowException
+    from pyarrow.parquet import read_schema, read_table
+
+    def rows(columns: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+        return iter(enumerate(read_table(file, columns=columns).to_pylist(), start=1))
+
+    try:
+        return read_schema(file).names, rows
+    except (ArrowException, OSError) as error:
+        raise ValueError(f"{file} is no Parquet file: {str(error).splitlines()[0]}") from error
+
+
+def _column(file: Path, part: str, given: str | None, names: Sequence[str]) -> str | None:
+    """Return the name of a column; None for that of splits where there is none."""
+    there = ", ".join(names) or "none"
+    if given is not None:
+        if given not in names:
+            raise ValueError(f"{file} has no column {given!r}; its columns are: {there}")
+        return given
+    found = next((name for word in COLUMNS[part] for name in names if name.strip().lower() == word), None)
+    if found is None and part != "split":
+        raise ValueError(
+            f"{file} has no column called {' or '.join(COLUMNS[part][:2])}; set {part}_column to one of: {there}"
+        )
+    return found
+
+
+def _text(value: Any, place: str, column: str) -> str:
+    if isinstance(value, list | tuple | dict):
+        raise ValueError(f"{place}: {column} holds several values; {ONE_LABEL}")
+    return "" if value is None else str(value).strip()
+
+
+def _split(word: str, place: str) -> Split:
+    for split, names in SPLITS.items():
+        if word.lower() in names:
+            return split  # type: ignore[return-value]
+    raise ValueError(f"{place}: unknown split {word!r:.40}; use train, val or test")
+
+
+def _sorted(names: Iterable[str]) -> list[str]:
+    """Return class names in the order of their values if all are whole numbers, else of the alphabet."""
+    found = sorted(names)
+    return sorted(found, key=lambda name: (int(name), name)) if all(map(LABEL.fullmatch, found)) else found
+
+
+def _require_one_label(rows: Sequence[Row], names: Sequence[str]) -> None:
+    """Raise a ValueError for an image with several labels, or in several splits."""
+    known = set(names)
+    for row in rows:
+        for separator in SEPARATORS:
+            parts = [part.strip() for part in row.label.split(separator)]
+            if len(parts) > 1 and known.issuperset(parts):
+                raise ValueError(f"{row.place}: {row.label!r:.100} names {len(parts)} classes; {ONE_LABEL}")
+    first: dict[str, Row] = {}
+    for row in rows:
+        other = first.setdefault(os.path.normpath(row.path), row)
+        if other.label != row.label:
+            raise ValueError(
+                f"{row.place}: image {shown(row.path)} is {shown(row.label)} here and {shown(other.label)} in "
+                f"{other.place}; {ONE_LABEL}"
+            )
+        if other.split != row.split:
+            raise ValueError(
+                f"{row.place}: image {shown(row.path)} is for {row.split} here and for {other.split} in {other.place}; "
+                "an image belongs to one split"
+            )
