@@ -134,3 +134,49 @@ def test_help_names_no_unknown_key(capsys):
     assert {key for key in ESSENTIAL if f"--{key}" not in text} == set()
     assert "--trainer.num_sanity_val_steps" in text
     assert "dynadapter.LoRA" in text  # by the name that a config may use
+
+
+# ---- short options
+
+
+@pytest.mark.parametrize(
+    ("short", "long"),
+    [
+        ("--epochs 7", "--trainer.max_epochs 7"),
+        ("--lr=3e-3 --batch_size 5", "--model.optimizer.lr=3e-3 --data.batch_size 5"),
+        ("--threshold 0.8", '--early_exit.policies=[{"class_path":"Confidence","init_args":{"threshold":0.8}}]'),
+        (
+            "--threshold=[0.9,0.8,0.7]",
+            '--early_exit.policies=[{"class_path":"Confidence","init_args":{"threshold":[0.9,0.8,0.7]}}]',
+        ),
+    ],
+)
+def test_short_options_are_long_ones(short, long, capsys):
+    printed = []
+    for line in (short, long):
+        with pytest.raises(SystemExit):
+            main(["fit", "--data=Shapes", *line.split(), "--print_config"])
+        printed.append(yaml.safe_load(capsys.readouterr().out))
+    assert printed[0] == printed[1]
+    defaults = ["fit", "--data=Shapes", "--print_config"]
+    with pytest.raises(SystemExit):
+        main(defaults)
+    assert printed[0] != yaml.safe_load(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        (
+            "fit --data=Shapes --threshold high",
+            "early_exit.policies.threshold: expected a number or a list, not 'high'",
+        ),
+        ("fit --data=Shapes --epochs", "--trainer.max_epochs needs a value"),
+        ("flops --data=Shapes --epochs 3", "there is no key 'epochs'"),
+    ],
+)
+def test_wrong_short_options_are_one_line(line, words, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(line.split())
+    assert ended.value.code == 2
+    assert words in capsys.readouterr().err

@@ -22,6 +22,7 @@ from dynadapter.cli.layers import (
     assignments,
     checkpoint_path,
     checkpoint_settings,
+    expand_short,
     inline,
     overridden,
     switched_off,
@@ -103,7 +104,8 @@ class DynCLI(LightningCLI):
         if {"-h", "--help"} & {*args}:
             print(short_help(self.command, arguments.DESCRIPTIONS[self.command], parser))
             raise SystemExit(0)
-        files, rest = config_files(["--help" if arg == "--help_all" else arg for arg in args])
+        args = expand_short(["--help" if arg == "--help_all" else arg for arg in args], self.command)
+        files, rest = config_files(args)
         require_no_file(dict(assignments(rest)), SECTIONS, "")
         log = None
         if self.command == "fit":

@@ -58,6 +58,14 @@ ESSENTIAL = {
 }
 """The keys of the sections that ``--help`` explains; ``--help_all`` shows every key."""
 
+SHORT: dict[str, tuple[str, tuple[str, ...]]] = {
+    "epochs": ("trainer.max_epochs", ("fit",)),
+    "lr": ("model.optimizer.lr", ("fit",)),
+    "batch_size": ("data.batch_size", ("fit", "validate", "test", "calibrate")),
+    "threshold": ("early_exit.policies", ("fit", "validate", "test")),
+}
+"""Short options: the key that each stands for, and the commands that take it."""
+
 FIT_ONLY = ("exit_weights", "sparsity", "checkpoint")
 """Sections that the help of other commands leaves out."""
 
@@ -75,6 +83,10 @@ def short_help(command: str, description: str, parser: ArgumentParser) -> str:
     for action in own:
         name = next((option for option in action.option_strings if option.startswith("--")), action.option_strings[0])
         lines += _entry(name, str(action.help or ""), defaults.get(action.dest), width)
+    for name, (key, commands) in SHORT.items():
+        if command in commands:
+            what = " with one Confidence of this threshold" if name == "threshold" else ""
+            lines += _entry(f"--{name}", f"Short for --{key}{what}.", None, width)
     dests = {action.dest for action in parser._actions}
     for section, title in TITLES.items():
         if section in FIT_ONLY and command != "fit":

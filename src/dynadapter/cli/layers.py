@@ -1,5 +1,6 @@
 """The layers of a configuration: defaults < checkpoint < config files < command line, as one list of arguments."""
 
+import json
 from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from dynadapter.cli.errors import Mistake
+from dynadapter.cli.help import SHORT
 from dynadapter.cli.safety import check_saved, check_sizes, data_class
 from dynadapter.spec import plain, restore
 from dynadapter.training.checkpoints import read
@@ -40,6 +42,42 @@ def assignments(args: Sequence[str]) -> Iterator[tuple[str, str]]:
         key, equals, value = arg.partition("=")
         if arg.startswith("--"):
             yield key.removeprefix("--"), value if equals else following
+
+
+def expand_short(args: Sequence[str], command: str) -> list[str]:
+    """Replace short options by the keys that they stand for.
+
+    >>> expand_short(["--lr", "1e-3", "--threshold=0.8"], "fit")[:2]
+    ['--model.optimizer.lr', '1e-3']
+
+    Args:
+        args: The command line without the command.
+        command: A command that takes a whole configuration.
+    """
+    long: list[str] = []
+    waiting = False  # the threshold is the next argument
+    for arg in args:
+        name, equals, value = arg.removeprefix("--").partition("=")
+        key, commands = SHORT.get(name, ("", ()))
+        if waiting:
+            long[-1] += _one_policy(arg)
+            waiting = False
+        elif not arg.startswith("--") or command not in commands:
+            long.append(arg)
+        elif name == "threshold":
+            long.append(f"--{key}={_one_policy(value) if equals else ''}")
+            waiting = not equals
+        else:
+            long.append(f"--{key}{equals}{value}")
+    return long
+
+
+def _one_policy(threshold: str) -> str:
+    try:
+        value = yaml.safe_load(threshold)
+    except yaml.YAMLError:
+        value = threshold
+    return json.dumps([{"class_path": "Confidence", "init_args": {"threshold": value}}])
 
 
 def checkpoint_path(contents: Iterable[Mapping[str, Any]], rest: Sequence[str]) -> str | None:
