@@ -41,7 +41,7 @@ def data(task: str, *names: str, more: str = "") -> Row:
 TABLE = [
     # the command
     Row("fti", ("'fti'", "did you mean 'fit'")),
-    Row(f"-c {TINY} fit", ("command comes first", "fit, validate, test, flops, calibrate, predict")),
+    Row(f"-c {TINY} fit", ("command comes first", "fit, validate, test, flops, calibrate, train, predict")),
     Row("fit -c vtabb", ("'vtabb'", "did you mean 'vtab'", "vtab, ")),
     Row("fit", ("data is missing", "--data Shapes")),
     Row("test", ("data is missing", "--ckpt_path")),

@@ -24,7 +24,7 @@ from dynadapter.training.schedules import Constant, Cosine, Linear, Warmup
 from dynadapter.training.weighting import EarlyToLate
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-ALONE = ("quickstart", "vtab")
+ALONE = ("own_images", "quickstart", "vtab")
 KINDS = ("adapter", "adaptformer", "lora", "repadapter")
 EXTRAS = ("token_merging", "linear_heads", "distillation", "static")
 FAMILIES = {
@@ -58,6 +58,17 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return [f"--data.root={root}", "--data.task=colours", "--data.image_size=32"]
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder of plain-coloured images of two classes."""
+    root = tmp_path_factory.mktemp("own")
+    for name, value in (("dark", 30), ("light", 200)):
+        (root / name).mkdir()
+        for k in range(10):
+            Image.new("RGB", (20, 24), (value, 3 * k, 60)).save(root / name / f"{k}.png")
+    return root
+
+
 @pytest.fixture
 def built(monkeypatch: pytest.MonkeyPatch) -> Callable[..., DynCLI]:
     """Return a function that builds all parts of a command line and runs nothing."""
@@ -85,10 +96,13 @@ def test_every_file_is_tested():
 
 
 @pytest.mark.parametrize("name", [*ALONE, *KINDS, *EXTRAS, "paper", "swin", "convnext"])
-def test_file_trains(name, task, recwarn):
+def test_file_trains(name, task, folder, recwarn):
     names = [name] if name in ALONE else ["vtab", name]
     family = name if name in FAMILIES else "vit"
-    main(["fit", *stacked(*names), *small(family), *(task if "vtab" in names else ["--data.image_size=32"])])
+    data = task if "vtab" in names else ["--data.image_size=32"]
+    if name == "own_images":
+        data.append(f"--data.root={folder}")
+    main(["fit", *stacked(*names), *small(family), *data])
     assert not [str(warning.message) for warning in recwarn if "discard" in str(warning.message)]
 
 
@@ -100,7 +114,7 @@ def test_file_starts_with_a_sentence(path):
     assert first.startswith("# ")
     assert first.endswith(".")
     if path.stem != "vtab_scales":
-        names = ["vtab"] if path.stem == "vtab" else ["vtab", path.stem]
+        names = [path.stem] if path.stem in ALONE else ["vtab", path.stem]
         assert others[0].startswith("#   dynadapter fit " + " ".join(f"-c {name}" for name in names))
 
 

@@ -24,6 +24,7 @@ BELOW = {
     "calibrate": {"files", "spec", "exits"},
     "sweep": {"files", "spec", "exits", "calibrate"},
     "serve": {"files", "limits", "spec", "backbones", "adapters", "exits", "cost", "images"},
+    "report": {"exits", "images", "calibrate"},
     "bench": {"spec", "backbones", "adapters", "exits", "cost", "images", "serve"},
     # ---- above this line nothing imports lightning
     "training": {"files", "limits", "printing", "spec", "backbones", "adapters", "exits", "cost", "calibrate", "serve"},

@@ -16,11 +16,13 @@ usage: dynadapter COMMAND [--config FILE ...] [--KEY VALUE ...]
 Early exits and small adapters on a frozen timm backbone.
 
 commands:
+  train       from a folder of your images to a bundle and a report, in one command
   fit         train adapters and exits on a task
   validate    measure a checkpoint on the validation images
   test        measure a checkpoint on the test images
   predict     classify a folder of images, by a checkpoint or a bundle
   flops       count the GMACs up to each exit
+  report      draw a run as one HTML page: accuracy over cost, exits, confusion, images; or compare runs
   calibrate   find thresholds for a cost, an accuracy or a guarantee, and write the bundle: the folder to deploy
   sweep       train tasks, adapters, recipes, scales and seeds from one YAML file to one table
   export      write ONNX graphs of a bundle, one a stage
@@ -35,11 +37,13 @@ options:
   --version                 print the version
 
 examples:
+  dynadapter train FOLDER
   dynadapter fit --config quickstart
   dynadapter fit --resume runs/quickstart/version_0
   dynadapter sweep SWEEP.yaml --dry_run
   dynadapter fit --config vtab --config repadapter --data.root DATA --data.task cifar
   dynadapter test --ckpt_path runs/quickstart/version_0/checkpoints/last.ckpt
+  dynadapter report runs/quickstart/version_0
   dynadapter predict --ckpt_path .../last.ckpt --images FOLDER --out out.csv
   dynadapter calibrate --ckpt_path .../last.ckpt --goal.cost 0.5 --bundle FOLDER
   dynadapter predict --bundle FOLDER --images FOLDER --out out.csv
@@ -52,7 +56,7 @@ command line.
 """
 TRAINER = ("fit", "validate", "test", "flops", "calibrate")
 """Commands with a whole configuration: model, data, trainer."""
-OWN = ("predict", "sweep", "export", "bench", "verify", "configs")
+OWN = ("train", "predict", "report", "sweep", "export", "bench", "verify", "configs")
 """Commands with a handful of settings; each is a module here with a ``run(args)``."""
 COMMANDS = (*TRAINER, *OWN)
 

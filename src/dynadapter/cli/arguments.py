@@ -13,7 +13,7 @@ import dynadapter
 from dynadapter.cli import calibrate
 from dynadapter.cli.errors import Mistake
 from dynadapter.cli.explain import explain
-from dynadapter.cli.help import TITLES
+from dynadapter.cli.help import SHORT, TITLES
 from dynadapter.cli.layers import LINKED, Trained
 from dynadapter.data import ImageData
 from dynadapter.training.callbacks import BidirectionalSparsity, EarlyExit, ExitWeights, FlopsReport
@@ -77,6 +77,7 @@ class ConfigParser(LightningArgumentParser):
         if not self.command:  # the parser of a class inside: the parser outside knows the key
             super().error(message, ex)
         keys = [action.dest for action in self._actions if action.dest not in ("help", argparse.SUPPRESS)]
+        keys += [name for name, (_, commands) in SHORT.items() if self.command in commands]
         raise Mistake(explain(message, SECTIONS, keys)) from ex
 
 

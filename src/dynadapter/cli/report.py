@@ -1,0 +1,274 @@
+"""``dynadapter report``: pictures of a run in one HTML page, or a page that compares runs."""
+
+import importlib.util
+from argparse import HelpFormatter
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from rich.console import Console
+from rich.progress import track
+
+from dynadapter.cli.errors import Mistake, one_line
+from dynadapter.cli.parser import CommandParser
+from dynadapter.files import read_bytes, write
+
+if TYPE_CHECKING:  # torch takes seconds to load, and invalid input is answered without it
+    from torch import Tensor
+
+    from dynadapter.data import ImageData
+    from dynadapter.report import Measured, Run
+    from dynadapter.serve.bundle import Bundle
+
+PAGE = "report.html"
+MARK = b"<title>dynadapter: "
+"""Every page has it; another file is not replaced."""
+CHECKPOINTS = ("best.ckpt", "last.ckpt", "weights.ckpt")
+OPTIONS: dict[str, tuple[Any, Any, str]] = {
+    "split": (Literal["val", "test"], "val", "The images that are measured."),
+    "out": (str | None, None, "Folder of the page and the figures, by default RUN/report; for several runs the page."),
+    "weights": (str | None, None, "File of the backbone's weights, where the network needs one."),
+    "pretrained": (bool | None, None, "Whether timm may fetch the backbone's weights; default: as in training."),
+    "device": (Literal["auto", "cpu", "cuda"], "auto", "Where the network runs; auto takes a GPU if there is one."),
+}
+
+
+class Given(NamedTuple):
+    """A run on the command line.
+
+    Args:
+        folder: Of the run.
+        checkpoint: Its checkpoint; None if it saved none.
+    """
+
+    folder: Path
+    checkpoint: Path | None
+
+
+def parser() -> CommandParser:
+    """Return the parser of the command."""
+    made = CommandParser(
+        "report",
+        "Measure the network of a run, draw its exits, and write an HTML page; or compare several runs on one page.",
+        usage="dynadapter report RUN [RUN ...] [--KEY VALUE ...]",
+        formatter_class=partial(HelpFormatter, max_help_position=22, width=100),
+    )
+    words = "Folder of a run, such as runs/quickstart/version_0, or a checkpoint in it."
+    made.add_argument("runs", nargs="+", type=str, help=words)
+    for name, (kind, default, words) in OPTIONS.items():
+        made.add_argument(f"--{name}", type=kind, default=default, help=words)
+    words = "Other settings of the images than in the training, such as --data.root FOLDER."
+    made.add_argument("--data", type=dict[str, Any], default={}, help=words)
+    return made
+
+
+def run(args: list[str]) -> None:
+    """Run the command."""
+    if {"-h", "--help"} & set(args):
+        parser().print_help()
+        return
+    given = parser().parse_args(args)
+    runs = [find_run(place) for place in given.runs]
+    if len(runs) == 1:
+        out = Path(given.out).expanduser() if given.out else runs[0].folder / "report"
+        check_page(out / PAGE)
+        one_run(runs[0], out, given)
+    else:
+        out = Path(given.out or PAGE).expanduser()
+        check_page(out)
+        compare(runs, out, given)
+
+
+def find_run(place: str) -> Given:
+    """Return the run at a place: its folder, or a checkpoint in it.
+
+    Raises:
+        Mistake: There is no run.
+    """
+    path = Path(place).expanduser()
+    if path.is_file() and path.suffix == ".ckpt":
+        return Given(path.parent.parent if path.parent.name == "checkpoints" else path.parent, path)
+    if not path.is_dir():
+        raise Mistake(f"{place} does not exist; give the folder of a run, such as runs/quickstart/version_0")
+    if not any((path / name).is_file() for name in ("run.json", "config.yaml", "metrics.csv")):
+        inside = sorted(one.name for one in path.glob("version_*") if one.is_dir())
+        hint = f", such as {path / inside[-1]}" if inside else ""
+        raise Mistake(f"{place} is not the folder of a run; give one that fit wrote{hint}")
+    saved = [path / "checkpoints" / name for name in CHECKPOINTS]
+    return Given(path, next((file for file in saved if file.is_file()), None))
+
+
+def check_page(page: Path) -> None:
+    """Raise a :class:`Mistake` if something else than a report is in the page's place."""
+    if page.is_dir() or (page.exists() and MARK not in read_bytes(page, 2**30)[:4000]):
+        raise Mistake(f"{page} exists and is no report; give another --out")
+    if not page.parent.is_dir() and page.parent.exists():
+        raise Mistake(f"{page.parent} is no folder; give another --out")
+
+
+def one_run(place: Given, out: Path, given: Any) -> None:
+    """Write the page and the figures of one run."""
+    from dynadapter.report import figures_of, run_page
+    from dynadapter.report.figures import png
+
+    run, notes = read_run(place.folder), []
+    measured, why = measure(place, given)
+    if why:
+        notes.append(f"the network is not measured: {why}")
+    figures = figures_of(run, measured)
+    files = {name: png(figure) for name, figure in figures.items()}
+    out.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        write(out / f"{name}.png", content)
+    write(out / PAGE, run_page(run, measured, files, notes).encode())
+    for note in notes:
+        print(note)
+    _to_tensorboard(place.folder, figures, run.epochs)
+    print(f"the report is in {out / PAGE}")
+
+
+def compare(places: Sequence[Given], out: Path, given: Any) -> None:
+    """Write the page that compares runs."""
+    from dynadapter.report import comparison_page
+    from dynadapter.report.figures import compared, png
+
+    runs, notes = [], []
+    for place in places:
+        measured, why = measure(place, given)
+        run = read_run(place.folder)
+        runs.append((run, measured))
+        if why:
+            notes.append(f"{run.name} is not measured: {why}")
+    known = [(run.name, one) for run, one in runs if one is not None]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write(out, comparison_page(runs, png(compared(known)) if known else None, notes).encode())
+    for note in notes:
+        print(note)
+    print(f"the comparison is in {out}")
+
+
+def read_run(folder: Path) -> "Run":
+    """Read what a run's folder says; what is missing or damaged is left out."""
+    from dynadapter.cli.resume import read_record
+    from dynadapter.cli.runs import read_lines
+    from dynadapter.report import Run
+
+    def text(name: str) -> str:
+        try:
+            return read_bytes(folder / name, 2**24).decode("utf-8", "replace")
+        except (OSError, ValueError):
+            return ""
+
+    try:
+        lines = read_lines(folder / "metrics.csv")
+    except (OSError, ValueError):
+        lines = []
+    resolved = folder.resolve()
+    return Run(f"{resolved.parent.name}/{resolved.name}", read_record(folder), text("config.yaml"), lines)
+
+
+def measure(place: Given, given: Any) -> "tuple[Measured | None, str]":
+    """Run the images of a split through the network of a run; or return why that is not possible, in one line."""
+    from dynadapter.cli.networks import load_checkpoint
+    from dynadapter.cost import exit_costs
+    from dynadapter.report import Measured
+
+    if place.checkpoint is None:
+        return None, "the run saved no checkpoint"
+    try:
+        bundle, origin = load_checkpoint(str(place.checkpoint), given.weights, given.pretrained)
+        bundle.to(_device(given.device))
+        data = images(place.checkpoint, given.data)
+        parts = list(stacked(bundle, data, given.split))
+    except (Mistake, ValueError, OSError) as error:
+        return None, one_line(error)
+    import torch
+
+    logits, targets = torch.cat([part[0] for part in parts], 1), torch.cat([part[1] for part in parts])
+    costs = exit_costs(bundle.net, data.image_size)
+    return (
+        Measured(
+            given.split,
+            logits,
+            targets,
+            tuple(cost / costs.static for cost in costs.macs),
+            bundle.policy,
+            origin,
+            tuple(bundle.class_names),
+            [source for source, _ in data.dataset(given.split).samples],
+            tuple(bundle.net.exit_depths),
+            sum(p.numel() for p in bundle.net.parameters() if p.requires_grad),
+        ),
+        "",
+    )
+
+
+def _device(wanted: str) -> str:
+    import torch
+
+    there = torch.cuda.is_available()
+    if wanted == "cuda" and not there:
+        raise Mistake("--device cuda, but torch finds no GPU here; give --device cpu, or leave it out")
+    return "cuda" if there and wanted != "cpu" else "cpu"
+
+
+def images(checkpoint: Path, changes: dict[str, Any]) -> "ImageData":
+    """Build the data module of a training from its checkpoint.
+
+    Args:
+        checkpoint: The file.
+        changes: Other settings than in the training.
+
+    Raises:
+        Mistake: The checkpoint names no data module that is known, or its images are gone.
+    """
+    from dynadapter.cli.layers import checkpoint_settings
+    from dynadapter.cli.safety import check_config
+    from dynadapter.data import ImageData
+
+    section = checkpoint_settings(str(checkpoint))[0].get("data")
+    if section is None:
+        raise Mistake("the checkpoint names no data module of this package")
+    section = {**section, "init_args": {**section.get("init_args", {}), **changes}}
+    made = CommandParser("report")
+    made.add_subclass_arguments(ImageData, "data", required=True)
+    given = made.parse_object({"data": section})
+    check_config(given)
+    return made.instantiate(given).data
+
+
+def stacked(bundle: "Bundle", data: "ImageData", split: Any) -> "Iterator[tuple[Tensor, Tensor]]":
+    """Yield the logits of all exits (exits, batch, classes) and the targets (batch,), batch by batch, on the CPU.
+
+    Raises:
+        ValueError: The data have no images for the split, or a class that the network does not know.
+    """
+    import torch
+
+    from dynadapter.backbones import set_image_size
+
+    assert bundle.preprocess is not None
+    data.take_preprocessing(vars(bundle.preprocess), trained=True)
+    set_image_size(bundle.net.backbone, data.image_size)
+    data.take_classes(bundle.class_names)
+    data.setup("test" if split == "test" else "validate")
+    loader = data.test_dataloader() if split == "test" else data.val_dataloader()
+    like = next(bundle.net.backbone.parameters())
+    with torch.inference_mode():
+        for batch, targets in track(loader, "images", console=Console(stderr=True), transient=True):
+            yield bundle.net(batch.to(like.device, like.dtype)).float().cpu(), targets.cpu()
+
+
+def _to_tensorboard(folder: Path, figures: dict[str, Any], step: int) -> None:
+    """Add the figures to a run that logs to TensorBoard."""
+    if not any(folder.rglob("events.out.tfevents.*")):
+        return
+    if importlib.util.find_spec("tensorboard") is None:
+        print("the figures are not in TensorBoard, which is not installed: pip install 'dynadapter[tensorboard]'")
+        return
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(str(folder)) as writer:
+        for name, figure in figures.items():
+            writer.add_figure(f"report/{name}", figure, step, close=False)

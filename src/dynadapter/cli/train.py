@@ -1,0 +1,252 @@
+"""``dynadapter train FOLDER``: from images to a bundle and a report, by the commands fit, calibrate and report."""
+
+import argparse
+import math
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dynadapter.cli.configs import config_files, read_config
+from dynadapter.cli.errors import Mistake, Stopped, one_line
+
+if TYPE_CHECKING:  # Lightning takes seconds to import
+    from dynadapter.data import ImageData
+
+USAGE = """\
+usage: dynadapter train FOLDER [--out OUT] [--cost X] [--epochs N] [--lr X] [--batch_size N] [--KEY VALUE ...]
+
+Train on your own images, choose exits on held-out ones, and write the bundle to deploy and a report.
+
+  FOLDER                FOLDER/CLASS/*.jpg, FOLDER/train/CLASS/*.jpg with val and test beside it, or a CSV or Parquet
+                        file with the columns path and label. Without val, a fifth of the images is held out.
+  --out                 The folder of the results. [runs/NAME, NAME as of FOLDER]
+  --cost                Greatest average cost, as a fraction of the static network's; or another goal of dynadapter
+                        calibrate, such as --goal.accuracy_drop 1. [0.5]
+  --backbone            A timm model or a packaged one. [on a GPU ViT-B/16, else ViT-Ti/16; without access to the
+                        hub micro, which comes with the package]
+  --epochs              Passes through the training images. [10 to 40: more for fewer images]
+  --lr, --batch_size    Learning rate and images in a step. [those of configs/own_images.yaml]
+  --KEY VALUE, -c FILE  Any other setting of dynadapter fit, such as -c repadapter or --data.augment none.
+
+The same command continues an interrupted training. dynadapter fit has every setting.
+"""
+GPU, CPU, OFFLINE = "vit_base_patch16_224.orig_in21k", "vit_tiny_patch16_224.augreg_in21k", "micro"
+STEPS, FEWEST, MOST = 600, 10, 40
+"""Without ``--epochs``: optimiser steps to aim at, and the least and the greatest number of epochs."""
+TABLES = (".csv", ".parquet")
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What the command line asks for.
+
+    Args:
+        place: The folder of images, or the table.
+        out: The folder of the results.
+        goal: Arguments of calibrate.
+        settings: Arguments of fit.
+        line: The command line.
+    """
+
+    place: Path
+    out: Path
+    goal: tuple[str, ...]
+    settings: tuple[str, ...]
+    line: str
+
+
+def run(args: list[str]) -> None:
+    """Run the command."""
+    if not args or {"-h", "--help"} & set(args):
+        print(USAGE, end="")
+        return
+    wanted = read(args)
+    from dynadapter.cli import quiet
+
+    with quiet():
+        train(wanted)
+
+
+def read(args: Sequence[str]) -> Wanted:
+    """Read the command line.
+
+    Raises:
+        Mistake: There is no such folder or table, or a value is missing.
+    """
+    if args[0].startswith("-"):
+        raise Mistake("train needs the images first, as in: dynadapter train FOLDER --epochs 20")
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for name in ("--out", "--cost", "--backbone"):
+        parser.add_argument(name)
+    try:
+        given, rest = parser.parse_known_args(args[1:])
+    except argparse.ArgumentError as error:
+        raise Mistake(f"{error.argument_name} needs a value") from error
+    place = Path(args[0]).expanduser()
+    if not place.is_dir() and not (place.is_file() and place.suffix.lower() in TABLES):
+        what = "is neither a folder nor a .csv or .parquet file" if place.exists() else "does not exist"
+        raise Mistake(f"{args[0]} {what}; give the folder of your images, with a folder for each class")
+    goal, settings = ([f"--goal.cost={given.cost}"] if given.cost is not None else []), []
+    arguments = iter(rest)
+    for arg in arguments:
+        if arg.startswith("--goal."):
+            goal.append(arg if "=" in arg else f"{arg}={next(arguments, '')}")
+        else:
+            settings.append(arg)
+    if given.backbone is not None:
+        settings.append(f"--model.backbone={given.backbone}")
+    goal = goal or ["--goal.cost=0.5"]
+    _check_goal(goal)
+    out = Path("runs", place.resolve().stem) if given.out is None else Path(given.out).expanduser()
+    line = shlex.join(["dynadapter", "train", *args])
+    return Wanted(place, out, tuple(goal), tuple(settings), line)
+
+
+def _check_goal(goal: Sequence[str]) -> None:
+    """Raise a :class:`Mistake` for a goal that calibrate would refuse, before hours of training."""
+    from dynadapter.calibrate import Goal
+
+    given: dict[str, Any] = {}
+    for arg in goal:
+        key, _, value = arg.removeprefix("--goal.").partition("=")
+        if key not in Goal.__dataclass_fields__:
+            raise Mistake(f"there is no goal {key!r}; choose from {', '.join(Goal.__dataclass_fields__)}")
+        try:
+            given[key] = value if key == "reference" else float(value)
+        except ValueError as error:
+            raise Mistake(f"goal.{key}: expected a number, not {value!r:.40}") from error
+    try:
+        Goal(**given)
+    except ValueError as error:
+        raise Mistake(one_line(error)) from error
+
+
+def train(wanted: Wanted) -> None:
+    """Run fit, calibrate and report, and print the next command.
+
+    Raises:
+        Mistake: The images cannot be used, or the folder of the results holds another training.
+    """
+    from dynadapter.cli import report
+    from dynadapter.cli.app import DynCLI
+
+    bundle = wanted.out / "bundle"
+    if bundle.exists():
+        raise Mistake(f"{bundle} exists: {_next(bundle, wanted)}; to train again, give another --out")
+    run_folder = _trained(wanted, _fit_arguments(wanted))
+    checkpoint = run_folder / "checkpoints" / "last.ckpt"
+    DynCLI(["calibrate", f"--ckpt_path={checkpoint}", *wanted.goal, f"--bundle={bundle}", *_devices(wanted)])
+    report.run([str(run_folder)])
+    print(f"\nthe network is in {bundle}; {_next(bundle, wanted)}")
+
+
+def _next(bundle: Path, wanted: Wanted) -> str:
+    return "classify images with: " + shlex.join(
+        ["dynadapter", "predict", "--bundle", str(bundle), "--images", "FOLDER", "--out", "labels.csv"]
+    )
+
+
+def _trained(wanted: Wanted, arguments: list[str]) -> Path:
+    """Return the folder of the finished training: continue one that is there, or train."""
+    from dynadapter.cli.app import DynCLI
+    from dynadapter.cli.resume import read_record
+
+    runs = sorted(wanted.out.glob("version_*"), key=lambda run: int(f"0{run.name.removeprefix('version_')}"))
+    lines = [shlex.split(str(read_record(run).get("command_line", ""))) for run in runs]
+    begun = [line for line in lines if line and "--resume" not in line]
+    if begun and begun[-1] != ["dynadapter", *arguments]:
+        raise Mistake(f"{wanted.out} holds a training with other settings: {shlex.join(begun[-1])}; give another --out")
+    newest = runs[-1] if begun else None
+    if newest is not None and read_record(newest).get("how") == "finished":
+        print(f"the training in {newest} is finished")
+        return newest
+    saved = newest is not None and any((newest / "checkpoints").glob("*.ckpt"))
+    try:
+        cli = DynCLI(["fit", "--resume", str(newest)] if saved else arguments)
+    except Stopped as stop:
+        raise Stopped(f"{str(stop).partition(';')[0]}; continue with: {wanted.line}", stop.code) from stop
+    assert cli.run_folder is not None
+    return cli.run_folder
+
+
+def _fit_arguments(wanted: Wanted) -> list[str]:
+    """Return the arguments of fit, with what the images and the machine decide.
+
+    Raises:
+        Mistake: The images cannot be used.
+    """
+    from dynadapter.cli.layers import assignments
+
+    files, rest = config_files(wanted.settings)
+    data = _data(wanted.place, dict(assignments(rest)))
+    train, held_out = len(data.samples("train")), len(data.samples("val"))
+    if held_out < 2:
+        raise Mistake(
+            f"{wanted.place} has {held_out} images to choose exits on; {data.validation_switch}, or add images"
+        )
+    named = [arg.partition("=")[0] for arg in rest]
+    contents = [read_config(file, ()) for file in files]
+    chosen = []
+    if "--model.backbone" not in named and not any("backbone" in (one.get("model") or {}) for one in contents):
+        chosen.append(f"--model.backbone={choose_backbone()}")
+    steps = {"--epochs", "--trainer.max_epochs", "--trainer.max_steps"}
+    if not steps & {*named} and not any("max_epochs" in (one.get("trainer") or {}) for one in contents):
+        chosen.append(f"--trainer.max_epochs={epochs(train)}")
+    place = f"--data.root={wanted.place}"
+    if wanted.place.is_file():
+        chosen.append("--data=ImageTable")
+        place = f"--data.file={wanted.place}"
+    print(f"{train:,} images of {data.num_classes} classes to train on, {held_out:,} held out", flush=True)
+    root = f"--trainer.default_root_dir={wanted.out}"
+    configs = [f"--config={file}" for file in ("own_images", *files)]
+    return ["fit", *configs, *chosen, place, root, *_devices(wanted), *rest]
+
+
+def _data(place: Path, given: dict[str, str]) -> "ImageData":
+    """Return the images, to count them before fit begins; fit reads the other settings of data."""
+    from dynadapter.data import ImageFolder, ImageTable
+
+    try:
+        fraction = float(given.get("data.val_fraction", 0.2))
+    except ValueError:
+        fraction = 0.2  # fit says what is wrong
+    names = {key: value for key, value in given.items() if key.startswith("data.") and key.endswith("_column")}
+    columns = {key.removeprefix("data."): value for key, value in names.items()}
+    root = given.get("data.root")
+    if place.is_file():
+        return ImageTable(place, root, val_fraction=fraction, **columns)
+    return ImageFolder(place, val_fraction=fraction)
+
+
+def _devices(wanted: Wanted) -> list[str]:
+    """Return the argument for one device, unless another number is given: other processes would train, too."""
+    given = any(arg.partition("=")[0] == "--trainer.devices" for arg in wanted.settings)
+    return [] if given else ["--trainer.devices=1"]
+
+
+def epochs(images: int, batch_size: int = 32) -> int:
+    """Return the number of epochs for a number of training images.
+
+    >>> epochs(80), epochs(1000), epochs(10_000)
+    (40, 19, 10)
+    """
+    return min(max(round(STEPS / math.ceil(images / batch_size)), FEWEST), MOST)
+
+
+def choose_backbone() -> str:
+    """Return the backbone that fits this machine, and say so where it is only the packaged one."""
+    import torch
+
+    from dynadapter.backbones.at_hand import is_at_hand
+
+    name = GPU if torch.cuda.is_available() else CPU
+    if is_at_hand(name):
+        return name
+    print(
+        f"the hub does not answer, and {name} is not in its cache: training {OFFLINE}, a small research backbone of "
+        "the package; better ones are --backbone NAME with network access, or with --model.weights FILE",
+        flush=True,
+    )
+    return OFFLINE

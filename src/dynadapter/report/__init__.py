@@ -1,0 +1,17 @@
+"""The report of a run: what is measured, figures, and one HTML page that holds them."""
+
+from dynadapter.report.figures import figures_of
+from dynadapter.report.measured import Measured, confusion, recall, reliability
+from dynadapter.report.page import comparison_page, run_page
+from dynadapter.report.run import Run
+
+__all__ = [
+    "Measured",
+    "Run",
+    "comparison_page",
+    "confusion",
+    "figures_of",
+    "recall",
+    "reliability",
+    "run_page",
+]

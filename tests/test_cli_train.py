@@ -1,0 +1,169 @@
+"""``dynadapter train``: from images to a bundle, again after an interruption, and what it refuses."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+from PIL import Image
+
+from dynadapter import load
+from dynadapter.backbones.at_hand import is_at_hand
+from dynadapter.cli import main, train
+from dynadapter.training.module import ExitClassifier
+
+TINY = [
+    "--backbone=vit_tiny_patch16_224",
+    "--model.pretrained=false",
+    "--model.backbone_args={patch_size: 8, embed_dim: 24, depth: 4, num_heads: 3}",
+    "--model.every=1",
+    "--data.image_size=32",
+    "--trainer.accelerator=cpu",
+    "--epochs=2",
+]
+COLOURS = {"blue": (20, 30, 200), "red": (200, 30, 20)}
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def photos(tmp_path) -> Path:
+    """A folder of 2 x 20 images, ``photos/CLASS/NUMBER.png``."""
+    for name, colour in COLOURS.items():
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for k in range(20):
+            Image.new("RGB", (20, 24), tuple(part + 2 * k for part in colour)).save(
+                tmp_path / "photos" / name / f"{k}.png"
+            )
+    return tmp_path / "photos"
+
+
+def train_on(place: object, *more: str) -> list[str]:
+    return [
+        "train",
+        str(place),
+        *TINY,
+        *(more if any("goal" in one or "cost" in one for one in more) else [*more, "--cost=0.8"]),
+    ]
+
+
+def fails(line: list[str], words: str, capsys: pytest.CaptureFixture[str], code: int = 2) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(line)
+    assert ended.value.code == code
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert words in error
+
+
+def test_folder_becomes_a_bundle(photos, capsys):
+    main(train_on(photos))
+    out = capsys.readouterr().out
+    assert "32 images of 2 classes to train on, 8 held out" in out
+    assert "dynadapter predict --bundle runs/photos/bundle --images FOLDER --out labels.csv" in out
+    bundle = load("runs/photos/bundle")
+    assert bundle.class_names == ("blue", "red")
+    assert Path("runs/photos/version_0/report/report.html").is_file()
+    main(["predict", "--bundle=runs/photos/bundle", f"--images={photos}", "--out=labels.csv"])
+    assert len(Path("labels.csv").read_text().splitlines()) == 41
+    fails(train_on(photos), "runs/photos/bundle exists: classify images with", capsys)
+
+
+def test_table_becomes_a_bundle(photos, tmp_path):
+    rows = [f"photos/{name}/{k}.png,{name}" for name in COLOURS for k in range(20)]
+    (tmp_path / "list.csv").write_text("\n".join(["path,label", *rows]))
+    main(train_on("list.csv", "--out=out", "--goal.accuracy_drop=5"))
+    assert load("out/bundle").class_names == ("blue", "red")
+
+
+def test_same_command_continues(photos, monkeypatch, capsys):
+    """A signal after the first epoch, then the same command, then one whose goal cannot be reached."""
+    after_epoch = ExitClassifier.on_train_epoch_end
+    monkeypatch.setattr(ExitClassifier, "on_train_epoch_end", lambda self: os.kill(os.getpid(), signal.SIGTERM))
+    line = train_on(photos)
+    fails(line, f"continue with: dynadapter train {photos} --backbone", capsys, code=143)
+    monkeypatch.setattr(ExitClassifier, "on_train_epoch_end", after_epoch)
+    fails([*line, "--lr=1e-4"], "runs/photos holds a training with other settings: dynadapter fit", capsys)
+    fails([*line, "--cost=0.001"], "goal.cost=0.001 cannot be reached", capsys)
+    assert "continuing after step 1" in capsys.readouterr().out or Path("runs/photos/version_1").is_dir()
+    begun = time.time()
+    main(line)
+    assert "the training in runs/photos/version_1 is finished" in capsys.readouterr().out
+    assert Path("runs/photos/version_1/checkpoints/last.ckpt").stat().st_mtime < begun
+    assert not Path("runs/photos/version_2").exists()
+
+
+MISTAKES = [
+    (["--epochs=3"], "train needs the images first, as in: dynadapter train FOLDER"),
+    (["no"], "no does not exist; give the folder of your images, with a folder for each class"),
+    (["file.txt"], "file.txt is neither a folder nor a .csv or .parquet file"),
+    (["photos", "--epoch=3"], "there is no key 'epoch'; did you mean"),
+    (["photos", "--out"], "--out needs a value"),
+    (["photos", "--cost=2"], "goal.cost"),
+    (["photos", "--cost=half"], "goal.cost: expected a number, not 'half'"),
+    (["photos", "--goal.cost=0.5", "--goal.risk=0.1"], "are 2 goals"),
+    (["photos", "--goal.speed=2"], "there is no goal 'speed'; choose from cost"),
+    (["photos", "--data.val_fraction=0"], "photos has 0 images to choose exits on; val_fraction above 0"),
+    (["photos/red"], "photos/red/train does not exist; expected train/CLASS/image.png or red/CLASS/image.png"),
+    (["photos", "--backbone=vit_tyny_patch16_224", "--model.pretrained=false"], "timm has no model"),
+]
+
+
+@pytest.mark.parametrize(("args", "words"), MISTAKES)
+def test_mistakes_are_one_line(args, words, photos, capsys):
+    Path("file.txt").write_text("x")
+    fails(["train", *args, *(TINY[1:] if len(args) > 1 else [])], words, capsys)
+    assert not Path("runs").exists() or not list(Path("runs").rglob("*.ckpt"))
+
+
+def test_too_few_images_are_refused_at_once(tmp_path, capsys):
+    for name in COLOURS:
+        (tmp_path / "few" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "few" / name / "0.png")
+    fails(["train", "few"], "few has 0 images to choose exits on;", capsys)
+
+
+def test_help_names_what_it_writes(capsys):
+    main(["train", "--help"])
+    out = capsys.readouterr().out
+    assert "usage: dynadapter train FOLDER" in out
+    assert f"[{train.FEWEST} to {train.MOST}:" in out
+
+
+# ---- the backbone
+
+
+def test_packaged_backbone_is_at_hand():
+    assert is_at_hand("micro")
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"), [(lambda: None, True), (lambda: time.sleep(30), False), (lambda: 1 / 0, False)]
+)
+def test_hub_is_asked_for_a_while(answer, expected, monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_: None)
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", lambda *_, **__: answer())
+    begun = time.monotonic()
+    assert is_at_hand(train.CPU, seconds=0.3) is expected
+    assert time.monotonic() - begun < 2
+
+
+def test_cached_weights_are_at_hand(monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_: "/some/file")
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", lambda *_, **__: pytest.fail("asked"))
+    assert is_at_hand(train.CPU)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "hub", "expected"),
+    [(True, True, train.GPU), (False, True, train.CPU), (True, False, "micro"), (False, False, "micro")],
+)
+def test_backbone_fits_the_machine(gpu, hub, expected, monkeypatch, capsys):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
+    monkeypatch.setattr("dynadapter.backbones.at_hand.is_at_hand", lambda name: hub)
+    assert train.choose_backbone() == expected
+    assert ("micro" in capsys.readouterr().out) is (not hub)
