@@ -70,7 +70,7 @@ def folder(tmp_path: Path) -> Path:
         ({"global_batch_size": 0}, "global_batch_size must be at least 1, not 0"),
         ({"num_workers": -1}, "num_workers must be at least 0, not -1"),
         ({"max_skipped": -1}, "max_skipped must be at least 0, not -1"),
-        ({"augment": "mixup"}, "unknown augment 'mixup'; choose from: none, flip"),
+        ({"augment": "mixup"}, "unknown augment 'mixup'; choose from: none, flip, Augment"),
         ({"on_error": "ignore"}, "unknown on_error 'ignore'; choose from: raise, skip"),
     ],
 )

@@ -28,7 +28,7 @@ BELOW = {
     "bench": {"spec", "backbones", "adapters", "exits", "cost", "images", "serve"},
     # ---- above this line nothing imports lightning
     "training": {"files", "limits", "printing", "spec", "backbones", "adapters", "exits", "cost", "calibrate", "serve"},
-    "data": {"files", "images", "training"},
+    "data": {"files", "images", "spec", "training"},
 }
 LIGHTNING = {"training", "data", "cli"}
 

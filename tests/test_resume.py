@@ -31,6 +31,14 @@ EPOCHS = ["--trainer.max_epochs=3", "--trainer.limit_train_batches=4"]
 CASES = {
     "plain": EPOCHS,
     "augmented": [*EPOCHS, "--data.augment=flip", "--model.mixing=Mixing"],
+    "strongly augmented": [
+        *EPOCHS,
+        "--data.num_workers=2",
+        "--data.augment=Augment",
+        "--data.augment.auto=rand-m9-mstd0.5-inc1",
+        "--data.augment.erasing=0.5",
+        "--data.augment.repeats=2",
+    ],
     "without validation": [*EPOCHS, "--trainer.limit_val_batches=0"],
     "validation twice an epoch": [*EPOCHS, "--trainer.val_check_interval=0.5"],
     "steps": ["--trainer.max_epochs=-1", "--trainer.max_steps=10", "--trainer.limit_train_batches=4"],

@@ -15,6 +15,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
 
+from dynadapter import spec
 from dynadapter.bench.timing import machine
 from dynadapter.cli.errors import one_line
 from dynadapter.cli.resume import Earlier
@@ -208,7 +209,7 @@ def protocol(trainer: Trainer, module: ExitClassifier, data: ImageData) -> dict[
     return {
         "backbone": module.backbone_name,
         "preprocessing": data.preprocessing,
-        "augment": data.augment,
+        "augment": spec.plain(data.augment),
         "data": settings,
         "epochs": trainer.max_epochs,
         "steps": None if trainer.max_steps == -1 else trainer.max_steps,

@@ -1,5 +1,6 @@
 """Data modules: VTAB-1k, folders and tables of images, and drawn shapes that need no download."""
 
+from dynadapter.data.augment import Augment
 from dynadapter.data.base import ImageData, ImageDataset
 from dynadapter.data.folder import ImageFolder
 from dynadapter.data.predict import ImagesToPredict
@@ -11,6 +12,7 @@ from dynadapter.images.reading import UnreadableImage
 
 __all__ = [
     "VTAB_TASKS",
+    "Augment",
     "ImageData",
     "ImageDataset",
     "ImageFolder",

@@ -17,6 +17,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, DistributedSampler, Sampler
 
 from dynadapter.data.account import account_of
+from dynadapter.data.augment import Augment, Augmentation
 from dynadapter.data.classes import is_numbered, match_classes, renumbered
 from dynadapter.data.dataset import ImageDataset, Padded, Sample, collate, room_on
 from dynadapter.data.preprocessing import Auto, Wanted, differences
@@ -57,7 +58,8 @@ class ImageData(LightningDataModule, ABC):
             stretches in training.
         value_range: The values (low, high) that become 0 and 255 in images of more than 8 bits, such as (0, 4095);
             None for all that 16 bits can hold, which ``auto`` means in training.
-        augment: ``none``, as in VTAB-1k, or ``flip`` to mirror each training image with probability 0.5.
+        augment: ``none``, as in VTAB-1k; ``flip`` to mirror each training image with probability 0.5; or
+            :class:`~dynadapter.data.augment.Augment` for timm's transforms.
         cache: Decode training and validation images once and keep them as one uint8 tensor (147 MiB for 1000 images of
             224 px): on the GPU if they take at most a quarter of its free memory, else in main memory.
         on_error: ``raise`` at the first image that cannot be read, or ``skip``: read every image once before use, leave
@@ -81,7 +83,7 @@ class ImageData(LightningDataModule, ABC):
         interpolation: Interpolation | Auto = "auto",
         resize: Resize | Auto = "auto",
         value_range: Range | Auto | None = "auto",
-        augment: Literal["none", "flip"] = "none",
+        augment: Literal["none", "flip"] | Augment = "none",
         cache: bool = False,
         on_error: Literal["raise", "skip"] = "raise",
         max_skipped: int = 10,
@@ -96,9 +98,14 @@ class ImageData(LightningDataModule, ABC):
         ):
             if value < least:
                 raise ValueError(f"{name} must be at least {least}, not {value}")
-        for name, word, choices in (("augment", augment, ("none", "flip")), ("on_error", on_error, ("raise", "skip"))):
-            if word not in choices:
-                raise ValueError(f"unknown {name} {word!r}; choose from: {', '.join(choices)}")
+        if not isinstance(augment, Augment) and augment not in ("none", "flip"):
+            raise ValueError(f"unknown augment {augment!r}; choose from: none, flip, Augment")
+        if isinstance(augment, Augment) and cache:
+            raise ValueError(
+                "cache keeps resized images, and Augment needs whole ones; set cache: false, or augment: flip"
+            )
+        if on_error not in ("raise", "skip"):
+            raise ValueError(f"unknown on_error {on_error!r}; choose from: raise, skip")
         # The run's record holds the protocol. A logger would refuse names that the model has too.
         self.save_hyperparameters(logger=False)
         self.hparams.update({name: _plain(value) for name, value in self.hparams.items()})
@@ -163,8 +170,14 @@ class ImageData(LightningDataModule, ABC):
             if self.on_error == "skip":
                 samples = self._readable(split, samples)
             fitting = split in ("train", "val")  # read many times
-            flip = split == "train" and self.augment == "flip"
-            dataset = ImageDataset(samples, self.preprocess, flip=flip, cache=self.cache and fitting)
+            changes = self.augment if split == "train" else "none"
+            dataset = ImageDataset(
+                samples,
+                self.preprocess,
+                flip=changes == "flip",
+                augment=Augmentation(changes, self.preprocess) if isinstance(changes, Augment) else None,
+                cache=self.cache and fitting,
+            )
             dataset.classes, dataset.folder = self.class_names, getattr(self, "folder", None)
             self._datasets[split] = dataset
         return self._datasets[split]
@@ -248,7 +261,16 @@ class ImageData(LightningDataModule, ABC):
         batch_size = self._train_batch_size(processes, accumulated)
         if self.global_batch_size is None:
             accumulated = 1  # use every batch; the last step takes those that are left
-        order = EpochOrder(dataset, batch_size, seed=seed, processes=processes, rank=rank, accumulated=accumulated)
+        repeats = self.augment.repeats if isinstance(self.augment, Augment) else 1
+        order = EpochOrder(
+            dataset,
+            batch_size,
+            seed=seed,
+            processes=processes,
+            rank=rank,
+            accumulated=accumulated,
+            repeats=repeats,
+        )
         loader = self._train_loader = self.loader(dataset, batch_size=batch_size, sampler=order)
         loader.load_state_dict(self._restored)
         self._restored = {}

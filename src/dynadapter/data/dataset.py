@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from dynadapter.data.augment import Augmentation
 from dynadapter.data.identity import image_keys
 from dynadapter.data.normalize import normalize
 from dynadapter.images.preprocess import Preprocess
@@ -36,6 +37,7 @@ class ImageDataset(Dataset[Item]):
         samples: Pairs (file or image, class index or path).
         preprocess: From image to tensor.
         flip: Mirror the images that come with an odd number.
+        augment: From a source and its number to an augmented image; for images that are not kept in memory.
         cache: Keep all resized images in memory as bytes: 147 MiB for 1000 images of 224 px.
 
     Attributes:
@@ -44,10 +46,17 @@ class ImageDataset(Dataset[Item]):
     """
 
     def __init__(
-        self, samples: Sequence[Sample], preprocess: Preprocess, *, flip: bool = False, cache: bool = False
+        self,
+        samples: Sequence[Sample],
+        preprocess: Preprocess,
+        *,
+        flip: bool = False,
+        augment: Augmentation | None = None,
+        cache: bool = False,
     ) -> None:
         self.preprocess = preprocess
         self.flip = flip
+        self.augment = augment
         self.classes: list[str] = []
         self.folder: Path | None = None
         self._cache = cache and bool(samples)
@@ -114,11 +123,13 @@ class ImageDataset(Dataset[Item]):
         return len(self.samples)
 
     def __getitem__(self, item: int | tuple[int, int]) -> Item:
-        index, number = item if isinstance(item, tuple) else (item, 0)
+        index, number = item if isinstance(item, tuple) else (item, None)
         source, target = self.samples[index]
+        if self.augment is not None and number is not None:
+            return self.augment(source, number), target
         cached = self.cached
         pixels = self.pixels(source) if cached is None else cached[index]
-        if self.flip and number % 2:
+        if self.flip and number is not None and number % 2:
             pixels = pixels.flip(-1)
         return normalize(pixels, self.preprocess), target
 

@@ -32,6 +32,7 @@ class EpochOrder(DistributedSampler):
         processes: Number of processes that share the images.
         rank: Index of this process, from 0.
         accumulated: Batches of an optimiser step. An epoch ends with a whole step if it has at least one.
+        repeats: How often an epoch has each of its images, with another random number each time. Its length stays.
 
     Attributes:
         start: Batches to skip at the beginning of the epoch, because they were seen before a resume.
@@ -41,10 +42,19 @@ class EpochOrder(DistributedSampler):
     """
 
     def __init__(
-        self, dataset: Any, batch_size: int, *, seed: int, processes: int = 1, rank: int = 0, accumulated: int = 1
+        self,
+        dataset: Any,
+        batch_size: int,
+        *,
+        seed: int,
+        processes: int = 1,
+        rank: int = 0,
+        accumulated: int = 1,
+        repeats: int = 1,
     ) -> None:
         super().__init__(dataset, num_replicas=processes, rank=rank, seed=seed)
         self.batch_size = batch_size
+        self.repeats = repeats
         self.start = 0
         self.count = count = len(dataset)
         together = batch_size * processes
@@ -67,17 +77,20 @@ class EpochOrder(DistributedSampler):
         return len(range(self.rank, self.images, self.num_replicas))
 
     def _shuffled(self, epoch: int) -> tuple[Tensor, Tensor]:
-        """Return all image indices of an epoch in order, and a random number for each image of the dataset."""
+        """Return all image indices of an epoch in order, and their random numbers."""
         generator = torch.Generator().manual_seed((self.seed + epoch) % 2**63)
-        order = torch.randperm(self.count, generator=generator)[: self.images]
-        return order, torch.randint(2**62, (self.count,), generator=generator)
+        order = torch.randperm(self.count, generator=generator)
+        numbers = torch.randint(2**62, (self.count,), generator=generator)
+        if self.repeats == 1:
+            return order[: self.images], numbers[order[: self.images]]
+        return order.repeat_interleave(self.repeats)[: self.images], numbers[: self.images]
 
     def next_epoch(self) -> tuple[Tensor, Tensor]:
         """Return this process's image indices of the epoch and their random numbers, then advance to the next epoch."""
-        order, numbers = self._shuffled(self.epoch)
-        indices = order[self.rank :: self.num_replicas][self.start * self.batch_size :]
+        done = self.start * self.batch_size
+        indices, numbers = (part[self.rank :: self.num_replicas][done:] for part in self._shuffled(self.epoch))
         self.epoch += 1
-        return indices, numbers[indices]
+        return indices, numbers
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         indices, numbers = self.next_epoch()

@@ -4,6 +4,8 @@ This file imports Pillow and numpy alone: an exported folder holds a copy of it,
 """
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, get_args
@@ -82,7 +84,13 @@ class Preprocess:
         return STATISTICS[self.normalization] if isinstance(self.normalization, str) else self.normalization
 
     def read(self, source: Source) -> NDArray[np.uint8]:
-        """Decode an image and return its resized bytes ``(3, size, size)``.
+        """Decode an image and return its resized bytes ``(3, size, size)``; see :meth:`opened`."""
+        with self.opened(source) as image:
+            return self.pixels(image)
+
+    @contextmanager
+    def opened(self, source: Source) -> Iterator[Image.Image]:
+        """Decode an image, and hold the memory that it takes while it is used.
 
         What a file holds and is not used is a warning, once for each kind (`UnusedRange`, `UnreadPages`).
 
@@ -94,7 +102,7 @@ class Preprocess:
                 if type(remark) not in self._warned:
                     self._warned.add(type(remark))
                     warnings.warn(remark, stacklevel=2)
-            return self.pixels(image)
+            yield image
 
     @cached_property
     def _warned(self) -> set[type[UserWarning]]:

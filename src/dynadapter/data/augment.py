@@ -1,0 +1,183 @@
+"""Augmentation of training images, by timm's and torchvision's transforms."""
+
+import random
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms import v2
+
+from dynadapter.data.normalize import normalize
+from dynadapter.images.preprocess import Preprocess
+from dynadapter.images.reading import Source
+from dynadapter.spec import Spec
+
+Change = Callable[[Any], Any]
+PART = re.compile(r"(mstd|mmax|inc|[mnwptdab])\d+(\.\d+)?")
+"""A part of the name of timm's policies, such as ``m9``."""
+
+
+@dataclass(frozen=True)
+class Augment(Spec):
+    """Random changes of training images, by timm's own transforms.
+
+    The image is cropped and resized, mirrored, changed by the policy or in its colours, changed by `transforms`,
+    normalised, and a rectangle of it is erased. All random numbers of an image follow from seed, epoch and image.
+
+    Args:
+        scale: Least and greatest area of the crop, as fractions of the image; null for the whole image, resized as in
+            evaluation.
+        ratio: Least and greatest ratio of the crop's width to its height.
+        hflip: Probability to mirror left and right.
+        vflip: Probability to mirror top and bottom.
+        auto: A policy of timm: RandAugment as in ``rand-m9-mstd0.5-inc1``, AutoAugment as in ``original``, 3-Augment
+            (``3a``), or AugMix as in ``augmix-m5-w4-d2``.
+        color_jitter: Strength of random changes of brightness, contrast and saturation. A policy replaces them, except
+            ``3a``.
+        erasing: Probability to fill a rectangle with random pixels.
+        repeats: How often an epoch has each of its images (Hoffer et al. 2020). An epoch keeps its length: it has that
+            many fewer different images.
+        transforms: Transforms of torchvision.transforms.v2 in their order, each a name with its arguments, as in
+            ``[{RandomPerspective: {p: 0.3}}]``. They take and return Pillow images.
+
+    Raises:
+        ValueError: A value is out of range, or a policy or transform is unknown.
+    """
+
+    scale: tuple[float, float] | None = (0.08, 1.0)
+    ratio: tuple[float, float] = (0.75, 4 / 3)
+    hflip: float = 0.5
+    vflip: float = 0.0
+    auto: str | None = None
+    color_jitter: float | None = None
+    erasing: float = 0.0
+    repeats: int = 1
+    transforms: tuple[dict[str, dict[str, Any]], ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.scale is not None and not 0 < self.scale[0] <= self.scale[1] <= 1:
+            raise ValueError(f"scale={list(self.scale)} must be two rising fractions in (0, 1]")
+        if not 0 < self.ratio[0] <= self.ratio[1]:
+            raise ValueError(f"ratio={list(self.ratio)} must be two rising numbers above 0")
+        for name in ("hflip", "vflip", "erasing"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be in [0, 1]")
+        if self.color_jitter is not None and not 0 <= self.color_jitter <= 1:
+            raise ValueError(f"color_jitter={self.color_jitter} must be in [0, 1]")
+        if self.repeats < 1:
+            raise ValueError(f"repeats={self.repeats} must be at least 1")
+        Augmentation(self, Preprocess(image_size=8))  # says at once what is wrong
+
+
+class Augmentation:
+    """The transforms of an :class:`Augment` for images of one preprocessing.
+
+    Args:
+        augment: The settings.
+        preprocess: How images are read in evaluation: their size, interpolation and normalization are the same here.
+
+    Raises:
+        ValueError: A policy or a transform is unknown, or has wrong arguments.
+    """
+
+    def __init__(self, augment: Augment, preprocess: Preprocess) -> None:
+        from timm.data.random_erasing import RandomErasing
+        from timm.data.transforms import RandomResizedCropAndInterpolation
+
+        self.preprocess = preprocess
+        size, interpolation = preprocess.image_size, preprocess.interpolation
+        self.crop: Change | None = None
+        if augment.scale is not None:
+            self.crop = RandomResizedCropAndInterpolation(size, augment.scale, augment.ratio, interpolation)
+        self.changes = [
+            v2.RandomHorizontalFlip(augment.hflip),
+            v2.RandomVerticalFlip(augment.vflip),
+            *_changes_of_timm(augment, preprocess),
+            *map(_named, augment.transforms),
+        ]
+        self.erase = RandomErasing(augment.erasing, mode="pixel", device="cpu")
+
+    def __call__(self, source: Source, number: int) -> Tensor:
+        """Return an image, changed and normalised, ``(3, size, size)`` float32.
+
+        Args:
+            source: The image.
+            number: Decides all random numbers.
+
+        Raises:
+            ValueError: The image has another size after the transforms.
+        """
+        size = self.preprocess.image_size
+        with self.preprocess.opened(source) as image, drawing(number):
+            if self.crop is not None:
+                image = self.crop(image.convert("RGB"))
+            else:
+                image = Image.fromarray(self.preprocess.pixels(image).transpose(1, 2, 0))
+            for change in self.changes:
+                image = change(image)
+            if not isinstance(image, Image.Image) or image.size != (size, size):
+                found = image.size if isinstance(image, Image.Image) else type(image).__name__
+                raise ValueError(f"augment.transforms must give images of {size} x {size} pixels, not {found}")
+            pixels = torch.from_numpy(np.asarray(image.convert("RGB")).transpose(2, 0, 1).copy())
+            return self.erase(normalize(pixels, self.preprocess))
+
+
+def _changes_of_timm(augment: Augment, preprocess: Preprocess) -> list[Change]:
+    """Return the transforms of the policy and of the colours."""
+    from timm.data.transforms_factory import transforms_imagenet_train
+
+    parts = (augment.auto or "").split("-")[1:]
+    try:
+        if not all(map(PART.fullmatch, parts)):
+            raise ValueError  # timm ignores a part that it does not know
+        _, changes, _ = transforms_imagenet_train(
+            preprocess.image_size,
+            color_jitter=augment.color_jitter,  # type: ignore[arg-type]
+            auto_augment=augment.auto,
+            interpolation=preprocess.interpolation,
+            mean=preprocess.statistics[0],
+            separate=True,
+        )
+    except (AssertionError, ValueError, KeyError, IndexError) as error:
+        raise ValueError(
+            f"auto={augment.auto!r} is no policy of timm; give one such as rand-m9-mstd0.5-inc1, original, 3a or "
+            "augmix-m5-w4-d2"
+        ) from error
+    return list(changes.transforms)
+
+
+def _named(given: Mapping[str, Mapping[str, Any]]) -> Change:
+    """Build a transform of torchvision from its name and arguments."""
+    if not isinstance(given, Mapping) or len(given) != 1:
+        raise ValueError(
+            f"transforms: {given!r:.80} must be a name with arguments, as in {{RandomRotation: {{degrees: 9}}}}"
+        )
+    [(name, args)] = given.items()
+    kind = getattr(v2, name, None)
+    if not (isinstance(kind, type) and issubclass(kind, v2.Transform)) or kind is v2.Lambda:
+        raise ValueError(f"transforms: torchvision.transforms.v2 has no transform {name!r:.80} for images")
+    try:
+        return kind(**(args or {}))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"transforms: {name}: {str(error).splitlines()[0]}") from error
+
+
+@contextmanager
+def drawing(number: int) -> Iterator[None]:
+    """Seed the global random numbers of Python, numpy and torch inside, and restore them afterwards."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002 - timm draws from it
+    random.seed(number)
+    np.random.seed(number % 2**32)  # noqa: NPY002
+    torch.manual_seed(number)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])  # noqa: NPY002
+        torch.set_rng_state(states[2])
