@@ -46,6 +46,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--adapters", nargs="+", help="by default those of the file")
     parser.add_argument("--recipes", nargs="+", help="by default those of the file")
+    parser.add_argument("--validation", action="store_true", help="compare on val200, and read no test image")
     parser.add_argument("--out", help="folder of the sweep, by default runs/transfer_NAME")
     parser.add_argument("--results", type=Path, default=HERE / "results", help="folder that keeps lines and tables")
     parser.add_argument("--tiny", action="store_true", help="every arm, once, for an epoch of 64 images")
@@ -80,6 +81,8 @@ def plan(args: argparse.Namespace) -> dict[str, Any]:
         sweep["adapters"] = args.adapters
     if args.recipes:
         sweep["recipes"] = {recipe: sweep["recipes"][recipe] for recipe in args.recipes}
+    if args.validation:
+        sweep |= {"seeds": [], "search_seeds": sweep.get("search_seeds", [0])}
     if args.tiny:
         sweep |= {"tasks": dict(list(sweep["tasks"].items())[:1]), "adapters": ["lora"], "scales": [10], "seeds": [0]}
         settings["trainer"] = settings["trainer"] | {"max_epochs": 1}

@@ -25,7 +25,6 @@ from tiny import make_classifier, trainer
 from dynadapter.adapters import LoRA
 from dynadapter.data import ImageData, ImagesToPredict
 from dynadapter.data.dataset import ImageDataset
-from dynadapter.exits.attentive import Attentive
 from dynadapter.exits.heads import LinearHeads
 from dynadapter.exits.policies import Confidence, Patience
 from dynadapter.exits.temperature import Scaled
@@ -332,10 +331,6 @@ def a_global_batch_that_does_not_divide(where: Where) -> Any:
 # ---- sharded: two processes
 
 
-def shardable(**changes: Any) -> ExitClassifier:
-    return make_classifier(heads=Attentive(), **changes)  # exit tokens cannot be sharded
-
-
 def sharded_trainer(where: Where, *callbacks: Callback, **options: Any) -> Any:
     strategy: Any = "auto"
     if where.processes > 1:
@@ -352,7 +347,7 @@ def sharded_trainer(where: Where, *callbacks: Callback, **options: Any) -> Any:
 def sharded(where: Where) -> Any:
     path = where.folder / f"sharded.{where.processes}.ckpt"
     torch.manual_seed(0)
-    module = shaken(shardable())
+    module = shaken(make_classifier())
     early, flops = EarlyExit(policies()), FlopsReport(show=False)
     run = sharded_trainer(where, early, flops, gradient_clip_val=0.5)
     run.fit(module, datamodule=Noise())
@@ -365,7 +360,7 @@ def sharded(where: Where) -> Any:
 @of_two
 def sharded_resumed(where: Where) -> Any:
     run = sharded_trainer(where, max_epochs=3)
-    run.fit(shardable(), datamodule=Noise(), ckpt_path=where.folder / "sharded.2.ckpt")
+    run.fit(make_classifier(), datamodule=Noise(), ckpt_path=where.folder / "sharded.2.ckpt")
     run.save_checkpoint(where.folder / f"sharded_resumed.{where.processes}.ckpt")
     return {"steps": run.global_step}
 
@@ -379,11 +374,11 @@ def sharded_files(where: Where) -> Any:
             trainer.should_stop = True
 
     if where.processes == 1:
-        return where.fit(module=shaken(shardable()))[0]
+        return where.fit(module=shaken(make_classifier()))[0]
     folder, state = where.folder / "parts.ckpt", {}
     for stop, checkpoint in (([Stop()], None), ([], folder)):
         torch.manual_seed(0)
-        module = shardable() if checkpoint else shaken(shardable())
+        module = make_classifier() if checkpoint else shaken(make_classifier())
         run = sharded_trainer(where, *stop, strategy=ModelParallelStrategy(2, 1, process_group_backend="gloo"))
         run.fit(module, datamodule=Noise(), ckpt_path=checkpoint)
         run.save_checkpoint(folder)
@@ -396,7 +391,7 @@ def sharded_predicted(where: Where) -> Any:
     output = where.folder / f"sharded.{where.processes}.csv"
     files = sorted(map(str, (where.folder / "pictures").iterdir()))[:11]
     run = sharded_trainer(where, PredictionWriter(output), EarlyExit(policies()))
-    module = shaken(shardable(class_names=NAMES))
+    module = shaken(make_classifier(class_names=NAMES))
     data = ImagesToPredict(NAMES, files, image_size=32, batch_size=3)
     run.predict(module, datamodule=data, return_predictions=False)
     return output.read_bytes()
@@ -406,7 +401,7 @@ def sharded_predicted(where: Where) -> Any:
 def sharded_mistakes(where: Where) -> Any:
     def fit(*callbacks: Callback, strategy: Any = None) -> None:
         run = trainer(*callbacks, devices=2, strategy=strategy) if strategy else sharded_trainer(where, *callbacks)
-        run.fit(shardable(), datamodule=Noise())
+        run.fit(make_classifier(), datamodule=Noise())
 
     if where.processes != 2:
         return None
@@ -422,7 +417,7 @@ def sharded_mistakes(where: Where) -> Any:
         message(lambda: fit(BidirectionalSparsity())),
         message(lambda: fit(WeightAverage())),
         message(lambda: fit(strategy=tensors)),
-        message(lambda: run.test(shardable(), datamodule=Noise(), ckpt_path=changed)).replace(name, "NAME"),
+        message(lambda: run.test(make_classifier(), datamodule=Noise(), ckpt_path=changed)).replace(name, "NAME"),
     ]
 
 

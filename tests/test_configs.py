@@ -26,7 +26,7 @@ from dynadapter.training.weighting import EarlyToLate
 CONFIGS = Path(__file__).parents[1] / "configs"
 ALONE = ("own_images", "quickstart", "vtab")
 KINDS = ("adapter", "adaptformer", "lora", "repadapter")
-EXTRAS = ("augment", "token_merging", "linear_heads", "distillation", "static")
+EXTRAS = ("augment", "exit_tokens", "token_merging", "linear_heads", "distillation", "static")
 FAMILIES = {
     "vit": ("vit_tiny_patch16_224", "{patch_size: 16, embed_dim: 24, depth: 5, num_heads: 3}"),
     "swin": (

@@ -199,4 +199,4 @@ def test_a_config_builds_it() -> None:
     parser.add_class_arguments(ExitWeights, "weights")
     config = parser.parse_args(["--weights.weighting=LateToEarly", "--weights.weighting.floor=0.2"])
     built = (getattr(parser, "instantiate", None) or parser.instantiate_classes)(config).weights
-    assert built.weighting == LateToEarly(0.2, last=0.25)
+    assert built.weighting == LateToEarly(0.2)

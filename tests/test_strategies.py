@@ -77,7 +77,7 @@ def test_sharded_run_writes_plain_files(tmp_path):
         assert done.returncode == 0, done.stderr
 
     two = ["--trainer.strategy=fsdp2", "--trainer.devices=2"]
-    plain = ["--sparsity=null", "--model.heads=Attentive"]
+    plain = ["--sparsity=null"]
     run("fit", "-c", TINY, *two, *plain, "--data.batch_size=24", f"--trainer.default_root_dir={tmp_path}")
     run("fit", "--resume", str(tmp_path / "version_0"), "--trainer.max_epochs=2")
     for version, steps in ((0, 2), (1, 4)):

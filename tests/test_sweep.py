@@ -505,7 +505,7 @@ def test_line_holds_what_a_number_needs(finished):
         static = unit.recipe == "static"
         assert [entry["after_block"] for entry in line["exits"]] == ([2] if static else [1, 2])
         cost = line["exits"][-1]["percent_of_static"]
-        assert cost == 100 if static else 100 < cost < 140  # exit tokens beside few patches
+        assert cost == 100 if static else 100 < cost < 140  # heads beside few patches
         policy = line["policies"][GOAL.name]
         right, routed = lines.right_of(line)
         for way, key in enumerate(("accuracy", "mean", "geometric")):

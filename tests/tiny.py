@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from dynadapter.adapters import AdapterLayer, LoRA, inject
-from dynadapter.exits.attentive import Attentive
 from dynadapter.exits.heads import LinearHeads
 from dynadapter.exits.net import ExitNet
 from dynadapter.training.losses import joint_loss
@@ -64,11 +63,10 @@ class TinyModule(LightningModule):
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "vit": {"backbone": "vit_tiny_patch16_224", "backbone_args": VIT},
-    "swin": {"backbone": "swin_tiny_patch4_window7_224", "backbone_args": SWIN, "heads": Attentive()},
+    "swin": {"backbone": "swin_tiny_patch4_window7_224", "backbone_args": SWIN},
     "convnext": {
         "backbone": "convnext_tiny",
         "backbone_args": CONVNEXT,
-        "heads": Attentive(),
         "adapter": LoRA(rank=2, targets=("*.mlp.fc1",)),
     },
 }

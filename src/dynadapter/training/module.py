@@ -12,8 +12,8 @@ from torch import Tensor
 
 from dynadapter.adapters import AdapterSpec, LoRA, inject
 from dynadapter.backbones import create_backbone, cut_depth, fingerprint, own_preprocessing
-from dynadapter.exits.attentive import Attentive  # noqa: F401  # a name for configs
-from dynadapter.exits.exit_tokens import ExitTokens
+from dynadapter.exits.attentive import Attentive
+from dynadapter.exits.exit_tokens import ExitTokens  # noqa: F401  # a name for configs
 from dynadapter.exits.heads import Heads
 from dynadapter.exits.net import ExitNet
 from dynadapter.exits.policies import Never, Policy, Routed, confidence, read_off, wide
@@ -114,7 +114,7 @@ class ExitClassifier(CheckedLoading):
         backbone_seed: int = 0,
         depth: int | None = None,
         adapter: AdapterSpec | None = LoRA(rank=8),  # noqa: B008 - frozen, as the other defaults
-        heads: Heads = ExitTokens(),  # noqa: B008
+        heads: Heads = Attentive(),  # noqa: B008
         every: int = 3,
         exit_depths: list[int] | None = None,
         token_merging: TokenMerging | None = None,

@@ -25,7 +25,7 @@ def shard(net: ExitNet, mesh: "DeviceMesh") -> None:
         ValueError: If the network has exit tokens, which pass the layers of a block one by one.
     """
     if net.beside is not None:
-        raise ValueError("ExitTokens cannot be trained sharded; use other heads, such as Attentive, or strategy: ddp")
+        raise ValueError("ExitTokens cannot be trained sharded; use Attentive, or strategy: ddp")
     from torch.distributed.fsdp import fully_shard
 
     for unit in cut.blocks(net.backbone):

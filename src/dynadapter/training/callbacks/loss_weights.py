@@ -27,7 +27,7 @@ class ExitWeights(Callback):
             training has no known end.
     """
 
-    def __init__(self, weighting: Weighting = LateToEarly(last=0.25), every_n_steps: int = 1) -> None:  # noqa: B008 - frozen
+    def __init__(self, weighting: Weighting = LateToEarly(), every_n_steps: int = 1) -> None:  # noqa: B008 - frozen
         super().__init__()
         if every_n_steps < 1:
             raise ValueError(f"every_n_steps={every_n_steps} must be at least 1")
