@@ -15,26 +15,27 @@ from dynadapter.exits.token_merging import TokenMerging
 WIDTH, CLASSES, TOKENS = 24, 5, 10
 
 
-def head(queries: int = 2, parts: int = 3, class_token: bool = True) -> AttentiveHead:
+def head(queries: int = 3, class_token: bool = True) -> AttentiveHead:
     torch.manual_seed(0)
-    built = AttentiveHead(WIDTH, CLASSES, queries, parts, class_token)
+    built = AttentiveHead(WIDTH, CLASSES, queries, class_token)
     for parameter in built.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     return built.double()
 
 
 @pytest.mark.parametrize("class_token", [True, False])
-@pytest.mark.parametrize(("queries", "parts"), [(1, 1), (2, 3), (3, 4), (1, 7)])
-def test_equals_multi_head_attention(queries, parts, class_token):
-    built, size = head(queries, parts, class_token), WIDTH // parts
+@pytest.mark.parametrize("queries", [1, 3])
+def test_equals_attention_with_projections(queries, class_token):
+    built = head(queries, class_token)
     tokens = torch.randn(3, TOKENS, WIDTH, dtype=torch.float64)
     x = F.layer_norm(tokens, (WIDTH,), built.norm.weight, built.norm.bias, eps=1e-6)
-    # Split each learned vector into a query and a key projection, as attention is usually written
-    keys = torch.randn(parts, WIDTH, WIDTH, dtype=torch.float64)
-    query = torch.linalg.solve(keys, built.queries.unflatten(0, (parts, queries)).mT).mT * WIDTH**0.5
-    read = F.scaled_dot_product_attention(query.expand(3, -1, -1, -1), x[:, None] @ keys, x[:, None] @ built.values)
-    assert read.shape == (3, parts, queries, size)
-    features = torch.cat([x[:, 0]] * class_token + [read.flatten(1)], -1)
+    # Split each learned vector into a query and a key projection, as attention is usually written, and the classifier
+    # into a value projection and the rest
+    keys, values = torch.randn(2, WIDTH, WIDTH, dtype=torch.float64)
+    query = torch.linalg.solve(keys, built.queries.T).T * WIDTH**0.5
+    read = F.scaled_dot_product_attention(query.expand(3, -1, -1), x @ keys, x @ values)
+    assert read.shape == (3, queries, WIDTH)
+    features = torch.cat([x[:, 0]] * class_token + [torch.linalg.solve(values.T, read.mT).mT.flatten(1)], -1)
     torch.testing.assert_close(built(tokens), built.classify(features))
 
 
@@ -60,24 +61,15 @@ def test_routing_equals_stacked_logits(kind):
 
 @pytest.mark.parametrize("merging", [None, TokenMerging((0,), 0.25)])
 def test_cost_by_formula(merging):
-    nets = [ExitNet(make_vit(), heads, every=2, token_merging=merging) for heads in (Attentive(2, 3), LinearHeads())]
+    nets = [ExitNet(make_vit(), heads, every=2, token_merging=merging) for heads in (Attentive(6), LinearHeads())]
     attentive, linear = (exit_costs(net).macs for net in nets)
     width = nets[0].backbone.embed_dim
     tokens = 1 + (16 if merging is None else 12)
-    maps, features = 6, 2 * 3 * (width // 3)
-    more = 2 * maps * tokens * width + maps * width * (width // 3) + features * nets[0].num_classes
+    more = 2 * 6 * tokens * width + 6 * width * nets[0].num_classes
     norm = 5 * (tokens - 1) * width  # of the tokens that a linear head on the class token does not read
     assert attentive[0] - linear[0] == more + norm
 
 
-@pytest.mark.parametrize(
-    ("build", "message"),
-    [
-        (lambda: Attentive(queries=0), "queries=0 must be at least 1"),
-        (lambda: Attentive(parts=-1), "parts=-1 must be at least 1"),
-        (lambda: Attentive(parts=25).build(0, 4, 24, 5, 1, True), "parts=25 exceeds the backbone's width of 24"),
-    ],
-)
-def test_mistakes(build, message):
-    with pytest.raises(ValueError, match=message):
-        build()
+def test_mistakes():
+    with pytest.raises(ValueError, match="queries=0 must be at least 1"):
+        Attentive(queries=0)

@@ -11,15 +11,14 @@ from dynadapter.exits.heads import Heads, linear
 class AttentiveHead(nn.Module):
     """LayerNorm, attention of learned queries over all tokens, then a linear layer over what they read.
 
-    This is multi-head attention with learned queries. Its key projection is part of the queries, because a learned
-    query times a learned projection is one learned vector. Its value projection follows the weighted mean over the
-    tokens, because both are linear. So no projection runs for each token.
+    This is attention with learned queries. Its key projection is part of the queries, because a learned query times a
+    learned projection is one learned vector. Its value projection is part of the linear layer, because both are linear.
+    So no projection runs for each token.
 
     Args:
         width: Channels of a token.
         num_classes: Classes to tell apart.
         queries: Number of queries.
-        parts: Attention heads of a query.
         class_token: Whether the linear layer also reads the first token.
 
     Attributes:
@@ -28,15 +27,13 @@ class AttentiveHead(nn.Module):
 
     reads_class_token = False
 
-    def __init__(self, width: int, num_classes: int, queries: int, parts: int, class_token: bool) -> None:
+    def __init__(self, width: int, num_classes: int, queries: int, class_token: bool) -> None:
         super().__init__()
         self.class_token = class_token
         self.norm = nn.LayerNorm(width, eps=1e-6)
-        self.queries = nn.Parameter(torch.empty(parts * queries, width))
-        self.values = nn.Parameter(torch.empty(parts, width, width // parts))
+        self.queries = nn.Parameter(torch.empty(queries, width))
         nn.init.trunc_normal_(self.queries, std=0.02)  # at first nearly the mean of all tokens
-        nn.init.trunc_normal_(self.values, std=width**-0.5)
-        self.classify = linear(queries * parts * (width // parts) + (width if class_token else 0), num_classes)
+        self.classify = linear((queries + class_token) * width, num_classes)
 
     def forward(self, tokens: Tensor, logs: Tensor | None = None) -> Tensor:
         """Map tokens to logits (batch, classes).
@@ -46,13 +43,10 @@ class AttentiveHead(nn.Module):
             logs: (batch, tokens), the logarithms of the numbers of tokens that each stands for; None for one each.
         """
         x = self.norm(tokens)
-        scores = x @ self.queries.T  # (batch, tokens, parts * queries)
+        scores = x @ self.queries.T  # (batch, tokens, queries)
         if logs is not None:
             scores = scores + logs[..., None]
-        read = scores.softmax(1).transpose(1, 2) @ x  # (batch, parts * queries, width)
-        parts = len(self.values)
-        values = read.unflatten(1, (parts, -1)) @ self.values  # (batch, parts, queries, width // parts)
-        features = values.flatten(1)
+        features = (scores.softmax(1).transpose(1, 2) @ x).flatten(1)  # (batch, queries * width)
         if self.class_token:
             features = torch.cat([x[:, 0], features], -1)
         return self.classify(features)
@@ -67,20 +61,15 @@ class Attentive(Heads):
 
     Args:
         queries: Learned queries of a head, at least 1.
-        parts: Attention heads of a query, from 1 to the width of the backbone.
     """
 
-    queries: int = 2
-    parts: int = 3
+    queries: int = 6
 
     def __post_init__(self) -> None:
-        for name in ("queries", "parts"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.queries < 1:
+            raise ValueError(f"queries={self.queries} must be at least 1")
 
     def build(
         self, exit: int, exits: int, width: int, num_classes: int, prefix_tokens: int, class_token: bool
     ) -> AttentiveHead:
-        if self.parts > width:
-            raise ValueError(f"parts={self.parts} exceeds the backbone's width of {width}; use at most {width}")
-        return AttentiveHead(width, num_classes, self.queries, self.parts, class_token)
+        return AttentiveHead(width, num_classes, self.queries, class_token)
