@@ -32,6 +32,7 @@ ESSENTIAL = {
     "model.optimizer": "An optimizer of torch; --model.optimizer.lr VALUE.",
     "model.lr_schedule": "A factor on the learning rate over training: Constant, Linear, Cosine, Cubic, Step, Warmup.",
     "model.label_smoothing": "Share of the target spread over all classes.",
+    "model.class_weights": "auto weighs rare classes more in the loss; or {NAME: WEIGHT}.",
     "model.mixing": "Mixing mixes pairs of images (mixup, cutmix).",
     "data": "Shapes, ImageFolder, ImageTable, VTAB1k or a class of your own; --data.help CLASS lists its settings.",
     "early_exit.policies": "A list of Confidence, Entropy, Margin, Patience and Never.",

@@ -4,9 +4,7 @@ import os
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -21,11 +19,12 @@ from dynadapter.data.augment import Augment, Augmentation
 from dynadapter.data.classes import is_numbered, match_classes, renumbered
 from dynadapter.data.dataset import ImageDataset, Padded, Sample, collate, room_on
 from dynadapter.data.preprocessing import Auto, Wanted, differences
+from dynadapter.data.readable import readable
 from dynadapter.data.samplers import CachedLoader, EpochOrder, ResumableLoader
 from dynadapter.data.workers import TIMEOUT, check_shared_memory
 from dynadapter.images.accounting import Account
 from dynadapter.images.preprocess import Interpolation, Normalization, Resize
-from dynadapter.images.reading import find_images, why_unreadable
+from dynadapter.images.reading import find_images
 from dynadapter.images.values import Range
 
 Split = Literal["train", "val", "test"]
@@ -60,6 +59,7 @@ class ImageData(LightningDataModule, ABC):
             None for all that 16 bits can hold, which ``auto`` means in training.
         augment: ``none``, as in VTAB-1k; ``flip`` to mirror each training image with probability 0.5; or
             :class:`~dynadapter.data.augment.Augment` for timm's transforms.
+        balanced: Draw training images with replacement, each class equally likely, instead of each image once an epoch.
         cache: Decode training and validation images once and keep them as one uint8 tensor (147 MiB for 1000 images of
             224 px): on the GPU if they take at most a quarter of its free memory, else in main memory.
         on_error: ``raise`` at the first image that cannot be read, or ``skip``: read every image once before use, leave
@@ -84,6 +84,7 @@ class ImageData(LightningDataModule, ABC):
         resize: Resize | Auto = "auto",
         value_range: Range | Auto | None = "auto",
         augment: Literal["none", "flip"] | Augment = "none",
+        balanced: bool = False,
         cache: bool = False,
         on_error: Literal["raise", "skip"] = "raise",
         max_skipped: int = 10,
@@ -115,6 +116,7 @@ class ImageData(LightningDataModule, ABC):
         self.wanted = Wanted(image_size, interpolation, resize, normalization, value_range)
         self.preprocess = self.wanted.resolve(self.without_model)
         self.augment = augment
+        self.balanced = balanced
         self.cache = cache
         self.on_error = on_error
         self.max_skipped = max_skipped
@@ -168,7 +170,8 @@ class ImageData(LightningDataModule, ABC):
         if split not in self._datasets:
             samples = self.predict_samples() if split == "predict" else self._labelled(split)  # type: ignore[arg-type]
             if self.on_error == "skip":
-                samples = self._readable(split, samples)
+                value_range = self.preprocess.value_range
+                samples = readable(split, samples, value_range, self.skipped, self.max_skipped)
             fitting = split in ("train", "val")  # read many times
             changes = self.augment if split == "train" else "none"
             dataset = ImageDataset(
@@ -270,6 +273,7 @@ class ImageData(LightningDataModule, ABC):
             rank=rank,
             accumulated=accumulated,
             repeats=repeats,
+            classes=[int(label) for _, label in dataset.samples] if self.balanced else None,
         )
         loader = self._train_loader = self.loader(dataset, batch_size=batch_size, sampler=order)
         loader.load_state_dict(self._restored)
@@ -380,27 +384,6 @@ class ImageData(LightningDataModule, ABC):
             raise ValueError("predict needs predict_images: a folder of images or a list of files")
         return [(path, str(path)) for path in find_images(self.predict_images)]
 
-    def _readable(self, split: str, samples: list[Sample]) -> list[Sample]:
-        """Decode every image once and return the samples that can be read.
-
-        This happens before any worker process starts, so that the list of unreadable images is complete.
-        """
-        with ThreadPoolExecutor() as pool:
-            why = partial(why_unreadable, value_range=self.preprocess.value_range)
-            reasons = list(pool.map(why, [source for source, _ in samples]))
-        broken = {str(source): why for (source, _), why in zip(samples, reasons, strict=True) if why}
-        self.skipped |= broken
-        if len(self.skipped) > self.max_skipped:
-            raise ValueError(
-                f"{len(self.skipped)} images cannot be read, more than max_skipped={self.max_skipped}: "
-                + _shortened(self.skipped)
-            )
-        if len(broken) == len(samples) > 0:
-            raise ValueError(f"no image of {split} can be read: {_shortened(broken)}")
-        if broken:
-            rank_zero_warn(f"{split}: skipped {len(broken)} unreadable image(s): {_shortened(broken)}")
-        return [sample for sample, why in zip(samples, reasons, strict=True) if not why]
-
 
 def _named(index: int, source: Path | Image.Image) -> str:
     return f"image {index}" if isinstance(source, Image.Image) else str(source)
@@ -411,9 +394,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list):
         return [_plain(part) for part in value]
     return os.fspath(value) if isinstance(value, os.PathLike) else value
-
-
-def _shortened(broken: dict[str, str], most: int = 20) -> str:
-    lines = [f"{path} ({why})" for path, why in broken.items()]
-    rest = [f"and {len(lines) - most} more"] if len(lines) > most else []
-    return "; ".join(lines[:most] + rest)

@@ -1,6 +1,6 @@
 """The order of the training images and loaders that keep it: equal for any number of processes and after a resume."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -33,6 +33,8 @@ class EpochOrder(DistributedSampler):
         rank: Index of this process, from 0.
         accumulated: Batches of an optimiser step. An epoch ends with a whole step if it has at least one.
         repeats: How often an epoch has each of its images, with another random number each time. Its length stays.
+        classes: Class index of each image: draw images with replacement, each class equally likely. None draws each
+            image once.
 
     Attributes:
         start: Batches to skip at the beginning of the epoch, because they were seen before a resume.
@@ -51,10 +53,15 @@ class EpochOrder(DistributedSampler):
         rank: int = 0,
         accumulated: int = 1,
         repeats: int = 1,
+        classes: Sequence[int] | None = None,
     ) -> None:
         super().__init__(dataset, num_replicas=processes, rank=rank, seed=seed)
         self.batch_size = batch_size
         self.repeats = repeats
+        self.chances: Tensor | None = None  # of each image
+        if classes is not None:
+            labels = torch.tensor(classes)
+            self.chances = 1 / torch.bincount(labels)[labels].double()
         self.start = 0
         self.count = count = len(dataset)
         together = batch_size * processes
@@ -79,9 +86,12 @@ class EpochOrder(DistributedSampler):
     def _shuffled(self, epoch: int) -> tuple[Tensor, Tensor]:
         """Return all image indices of an epoch in order, and their random numbers."""
         generator = torch.Generator().manual_seed((self.seed + epoch) % 2**63)
-        order = torch.randperm(self.count, generator=generator)
+        if self.chances is None:
+            order = torch.randperm(self.count, generator=generator)
+        else:
+            order = torch.multinomial(self.chances, self.count, replacement=True, generator=generator)
         numbers = torch.randint(2**62, (self.count,), generator=generator)
-        if self.repeats == 1:
+        if self.repeats == 1 and self.chances is None:
             return order[: self.images], numbers[order[: self.images]]
         return order.repeat_interleave(self.repeats)[: self.images], numbers[: self.images]
 

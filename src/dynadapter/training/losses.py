@@ -13,13 +13,18 @@ IGNORED = -100
 """Padding label, ignored: cross-entropy leaves such samples out, and so do all measures."""
 
 
-def exit_losses(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
+def exit_losses(
+    logits: Tensor, targets: Tensor, label_smoothing: float = 0.0, class_weights: Tensor | None = None
+) -> Tensor:
     """Return each exit's cross-entropy, the mean over the batch; half-precision logits are converted to float32.
 
     Args:
         logits: ``(exits, batch, classes)``.
         targets: Class indices ``(batch,)`` int64, or probabilities ``(batch, classes)`` as mixup produces them.
         label_smoothing: Probability spread evenly over all classes, in [0, 1].
+        class_weights: ``(classes,)``, factors of the images' cross-entropies by their classes; mixed images have the
+            mean of their classes' weights. The sum is divided by the number of images and not of the weights, so the
+            mean over processes is that of the whole batch.
 
     Returns:
         ``(exits,)``.
@@ -33,7 +38,11 @@ def exit_losses(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -
             f"targets {tuple(targets.shape)} do not fit logits {tuple(logits.shape)} (exits, batch, classes); "
             f"give classes {(batch,)} or probabilities {(batch, classes)}"
         )
-    return torch.stack([F.cross_entropy(one, targets, label_smoothing=label_smoothing) for one in wide(logits)])
+    if class_weights is None:
+        return torch.stack([F.cross_entropy(one, targets, label_smoothing=label_smoothing) for one in wide(logits)])
+    factors = class_weights[targets] if targets.dim() == 1 else targets @ class_weights.to(targets.dtype)
+    each = [F.cross_entropy(one, targets, reduction="none", label_smoothing=label_smoothing) for one in wide(logits)]
+    return torch.stack([(factors * losses).mean() for losses in each])
 
 
 def joint_loss(logits: Tensor, targets: Tensor, weights: Tensor, label_smoothing: float = 0.0) -> Tensor:

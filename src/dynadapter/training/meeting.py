@@ -6,6 +6,7 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_info
 
 from dynadapter.backbones import built_for, set_image_size
+from dynadapter.training.class_weights import without_images
 from dynadapter.training.contents import different_class
 
 
@@ -91,6 +92,8 @@ def take_from_data(module: Any, data: Any) -> None:
         module.images = _images(data.dataset("train"), data.dataset("val"))
     if hasattr(data, "account") and (counted := data.account()) is not None:
         rank_zero_info(str(counted))
+    if line := without_images(data):
+        rank_zero_info(line)
     module.preprocessing = dict(getattr(data, "preprocessing", {}))
     module.data_config = {
         "class_path": f"{type(data).__module__}.{type(data).__qualname__}",

@@ -1,6 +1,7 @@
 """Metrics of evaluation, exact in every precision: counts are integers and sums have 64 bits."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +10,8 @@ from torchmetrics import Metric
 
 BINS = 15
 """Bins of the calibration error."""
+KINDS = ("acc", "balanced_acc", "macro_f1", "ece", "loss")
+"""What is measured at each exit: accuracy, balanced accuracy, macro-F1, calibration error and loss."""
 
 
 class ExactMetric(Metric):
@@ -98,6 +101,68 @@ class Accuracy(ExactMetric):
         return self.right.to(self.real) / self.samples.clamp(min=1)
 
 
+class ClassCounts(ExactMetric):
+    """Counts of samples by class; the base of measures in which each class counts the same.
+
+    Args:
+        classes: Number of classes.
+    """
+
+    samples: Tensor
+    right: Tensor
+    predicted: Tensor
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        for name in ("samples", "right", "predicted"):
+            self._add_sum(name, classes)
+
+    def update(self, predicted: Tensor, targets: Tensor) -> None:
+        """Add a batch.
+
+        Args:
+            predicted: Class indices ``(batch,)``; -1 is always wrong.
+            targets: Class indices ``(batch,)``.
+        """
+        classes = len(self.samples)
+        self.samples += torch.bincount(targets, minlength=classes)
+        self.right += torch.bincount(targets[predicted == targets], minlength=classes)
+        self.predicted += torch.bincount(predicted[predicted >= 0], minlength=classes)
+
+
+class BalancedAccuracy(ClassCounts):
+    """The mean over classes of the fraction of their samples that are right; classes without samples do not count.
+
+    >>> balanced = BalancedAccuracy(classes=3)
+    >>> balanced.update(torch.tensor([0, 0, 0, 0]), torch.tensor([0, 0, 0, 1]))
+    >>> balanced.compute().item()
+    0.5
+    """
+
+    def compute(self) -> Tensor:
+        """Return the balanced accuracy, a float64 scalar; 0 if there was no sample."""
+        recall = self.right.to(self.real) / self.samples.clamp(min=1)
+        return recall.sum() / (self.samples > 0).sum().clamp(min=1)
+
+
+class MacroF1(ClassCounts):
+    """The mean over classes of F1, the harmonic mean of precision and recall.
+
+    Classes that occur neither among targets nor predictions do not count, as in scikit-learn.
+
+    >>> f1 = MacroF1(classes=3)
+    >>> f1.update(torch.tensor([0, 0, 0, 0]), torch.tensor([0, 0, 0, 1]))
+    >>> round(f1.compute().item(), 4)
+    0.4286
+    """
+
+    def compute(self) -> Tensor:
+        """Return the macro-F1, a float64 scalar; 0 if there was no sample."""
+        both = self.samples + self.predicted
+        f1 = 2 * self.right.to(self.real) / both.clamp(min=1)
+        return f1.sum() / (both > 0).sum().clamp(min=1)
+
+
 class CalibrationError(ExactMetric):
     """Expected calibration error: |accuracy - confidence|, averaged over bins of confidence by their sizes.
 
@@ -180,7 +245,13 @@ class ExitUse(ExactMetric):
         return self.counts.to(self.real) / self.counts.sum().clamp(min=1)
 
 
-def metrics_of_exits(exits: int) -> dict[str, nn.ModuleList]:
-    """Return new metrics, one for each exit: ``acc`` (accuracy), ``ece`` (calibration error) and ``loss``."""
-    kinds: dict[str, Callable[[], Metric]] = {"acc": Accuracy, "ece": CalibrationError, "loss": SampleMean}
-    return {kind: nn.ModuleList(metric() for _ in range(exits)) for kind, metric in kinds.items()}
+def metrics_of_exits(exits: int, classes: int) -> dict[str, nn.ModuleList]:
+    """Return new metrics of each of the :data:`KINDS`, one for each exit."""
+    kinds: dict[str, Callable[[], Metric]] = {
+        "acc": Accuracy,
+        "balanced_acc": partial(BalancedAccuracy, classes),
+        "macro_f1": partial(MacroF1, classes),
+        "ece": CalibrationError,
+        "loss": SampleMean,
+    }
+    return {kind: nn.ModuleList(kinds[kind]() for _ in range(exits)) for kind in KINDS}

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback
@@ -20,6 +20,7 @@ from dynadapter.exits.policies import Never, Policy, Routed, confidence, read_of
 from dynadapter.exits.token_merging import TokenMerging
 from dynadapter.training.batches import named_images, require_classes
 from dynadapter.training.callbacks.finite_check import FiniteCheck, require_finite_weights
+from dynadapter.training.class_weights import ClassWeights, check_class_weights, class_weights, count_classes
 from dynadapter.training.contents import (
     compare_backbones,
     compare_token_merging,
@@ -33,7 +34,7 @@ from dynadapter.training.contents import (
 from dynadapter.training.loading import CheckedLoading
 from dynadapter.training.losses import IGNORED, Distillation, exit_losses
 from dynadapter.training.meeting import common_classes, describe_images, meet, take_from_data, take_from_loader
-from dynadapter.training.metrics import metrics_of_exits
+from dynadapter.training.metrics import KINDS, metrics_of_exits
 from dynadapter.training.mixing import Mixing, mix
 from dynadapter.training.processes import is_distributed, mean_over_processes
 from dynadapter.training.progress import progress, start_progress
@@ -76,6 +77,8 @@ class ExitClassifier(CheckedLoading):
         optimizer: Function of the trainable parameters. It is not saved: give it again to resume from a checkpoint.
         lr_schedule: Factor on the optimiser's learning rate over the progress of training, step by step.
         label_smoothing: Probability spread evenly over all classes, in [0, 1).
+        class_weights: Weights of the classes in the training's loss: ``auto`` for those that balance the numbers of
+            training images, or a weight by class name. See :func:`~dynadapter.training.class_weights.class_weights`.
         mixing: Mixup and CutMix; None leaves images as they are.
         distillation: How the early exits learn from the last one; None trains them with the labels alone.
         class_names: Names of the classes, in the order of their indices; saved with the model, and read from
@@ -101,6 +104,7 @@ class ExitClassifier(CheckedLoading):
     data_config: dict[str, Any] | None = None
     seed: int = 0  # of the training's random numbers; set when it starts
     step_losses: tuple[Tensor, Tensor] | None = None
+    _class_weights: Tensor | None = None  # by class index, once the training images are known
     _batches: int | None = None  # of an epoch, in the training that is resumed
 
     def __init__(
@@ -121,6 +125,7 @@ class ExitClassifier(CheckedLoading):
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-3, weight_decay=1e-4),
         lr_schedule: Schedule = Warmup(fraction=0.1, start=1e-3, then=Cosine(start=1.0, end=1e-2)),  # noqa: B008
         label_smoothing: float = 0.0,
+        class_weights: Literal["auto"] | dict[str, float] | None = None,
         mixing: Mixing | None = None,
         distillation: Distillation | None = None,
         class_names: list[str] | None = None,
@@ -128,7 +133,7 @@ class ExitClassifier(CheckedLoading):
     ) -> None:
         super().__init__()
         self.save_hyperparameters(ignore="optimizer")
-        _check_settings(num_classes, label_smoothing, class_names)
+        _check_settings(num_classes, label_smoothing, class_names, class_weights)
         model = create_backbone(
             backbone,
             num_classes,
@@ -153,11 +158,12 @@ class ExitClassifier(CheckedLoading):
         self.optimizer_callable = optimizer
         self.lr_schedule = lr_schedule
         self.label_smoothing = label_smoothing
+        self.class_weights = class_weights
         self.mixing = None if mixing is None else mixing.mixer(num_classes, label_smoothing)
         self.distillation = distillation
         self.full_checkpoint = full_checkpoint
         for split in ("val", "test"):
-            for kind, metrics in metrics_of_exits(self.net.num_exits).items():
+            for kind, metrics in metrics_of_exits(self.net.num_exits, num_classes).items():
                 self.add_module(f"{split}_{kind}", metrics)
         trainable_only(self)
 
@@ -212,6 +218,9 @@ class ExitClassifier(CheckedLoading):
         if self._datamodule is not None:
             self.meet_data(self._datamodule)
             take_from_data(self, self._datamodule)
+        if self.class_weights is not None:
+            counts = count_classes(self._datamodule, self.net.num_classes)
+            self._class_weights = class_weights(self.class_weights, self.class_names, counts).to(self.device)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Return the joint loss of all exits on a batch of images and class indices."""
@@ -225,7 +234,7 @@ class ExitClassifier(CheckedLoading):
                 images, targets = mix(self.mixing, images, targets)
                 smoothing = 0.0  # timm smooths while it mixes
             logits = self.net(images)
-        losses = exit_losses(logits, targets, smoothing)
+        losses = exit_losses(logits, targets, smoothing, self._class_weights)
         if self.distillation is not None:
             losses = self.distillation.mix(losses, logits)
         # 1 unless the processes have different numbers of images
@@ -264,16 +273,18 @@ class ExitClassifier(CheckedLoading):
         losses = exit_losses(logits, classes) if len(classes) else logits.new_zeros(len(logits))
         on_epoch: dict[str, Any] = {"on_step": False, "on_epoch": True, "batch_size": len(targets)}
         for k, (exit_logits, exit_loss) in enumerate(zip(wide(logits), losses, strict=True)):
-            accuracy, calibration, loss = (getattr(self, f"{split}_{kind}")[k] for kind in ("acc", "ece", "loss"))
+            metrics = {kind: getattr(self, f"{split}_{kind}")[k] for kind in KINDS}
             finite = exit_logits.isfinite().all(-1)  # other logits count as wrong and have no confidence
-            right = (exit_logits.argmax(-1) == classes) & finite
-            accuracy.update(right)
-            calibration.update(exit_logits[finite].softmax(-1).amax(-1), right[finite])
-            loss.update(exit_loss, len(classes))
-            self.log(f"{split}/acc_exit{k + 1}", accuracy, **on_epoch)
-            self.log(f"{split}/ece_exit{k + 1}", calibration, **on_epoch)
-            self.log(f"{split}/loss_exit{k + 1}", loss, **on_epoch)
-        self.log(f"{split}/acc", accuracy, prog_bar=True, **on_epoch)
+            predicted = exit_logits.argmax(-1).masked_fill(~finite, -1)
+            metrics["acc"].update(predicted == classes)
+            metrics["balanced_acc"].update(predicted, classes)
+            metrics["macro_f1"].update(predicted, classes)
+            metrics["ece"].update(exit_logits[finite].softmax(-1).amax(-1), (predicted == classes)[finite])
+            metrics["loss"].update(exit_loss, len(classes))
+            for kind, metric in metrics.items():
+                self.log(f"{split}/{kind}_exit{k + 1}", metric, **on_epoch)
+        for kind in ("acc", "balanced_acc", "macro_f1"):
+            self.log(f"{split}/{kind}", metrics[kind], prog_bar=kind == "acc", **on_epoch)
         return {"logits": stacked, "targets": targets}
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Tensor]:
@@ -374,7 +385,10 @@ class ExitClassifier(CheckedLoading):
         return self
 
 
-def _check_settings(num_classes: int, label_smoothing: float, class_names: list[str] | None) -> None:
+def _check_settings(
+    num_classes: int, label_smoothing: float, class_names: list[str] | None, weights: ClassWeights | None
+) -> None:
+    check_class_weights(weights)
     if num_classes < 2:
         raise ValueError(f"num_classes={num_classes} leaves nothing to tell apart; give at least 2 classes")
     if not 0 <= label_smoothing < 1:

@@ -12,7 +12,7 @@ from dynadapter.exits.net import ExitNet
 from dynadapter.exits.policies import Confidence, Policy, read_off
 from dynadapter.training.callbacks._common import exit_net
 from dynadapter.training.losses import IGNORED
-from dynadapter.training.metrics import ExitUse
+from dynadapter.training.metrics import BalancedAccuracy, ExitUse
 from dynadapter.training.sharding import is_sharded
 
 
@@ -23,12 +23,14 @@ class PolicyResult:
     Args:
         name: The policy's short name.
         accuracy: Fraction of the samples that were classified right, in [0, 1].
+        balanced: The mean over classes of this fraction, in [0, 1].
         shares: Exit shares ``(exits,)``, which sum to 1.
         nonfinite: Samples whose logits were not finite; they never exit early and count as wrong.
     """
 
     name: str
     accuracy: float
+    balanced: float
     shares: Tensor
     nonfinite: int
 
@@ -38,13 +40,15 @@ class PolicyUse(ExitUse):
 
     Args:
         exits: Number of all exits, the last included.
+        classes: Number of classes.
     """
 
     right: Tensor
     nonfinite: Tensor
 
-    def __init__(self, exits: int) -> None:
+    def __init__(self, exits: int, classes: int) -> None:
         super().__init__(exits)
+        self.balanced = BalancedAccuracy(classes)
         self._add_sum("right")
         self._add_sum("nonfinite")
 
@@ -58,8 +62,10 @@ class PolicyUse(ExitUse):
         """
         super().update(exit_index)
         finite = logits.isfinite().all(-1)
-        self.right += ((logits.argmax(-1) == targets) & finite).sum()
+        predicted = logits.argmax(-1).masked_fill(~finite, -1)
+        self.right += (predicted == targets).sum()
         self.nonfinite += (~finite).sum()
+        self.balanced.update(predicted, targets)
 
     def compute(self) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
         """Return the exit shares ``(exits,)``, the accuracy, and the number of samples with non-finite logits."""
@@ -103,7 +109,8 @@ class EarlyExit(Callback):
         results = []
         for name, use in self._uses.items():
             shares, accuracy, nonfinite = use.compute()  # torchmetrics makes one share a scalar
-            results.append(PolicyResult(name, float(accuracy), shares.cpu().reshape(-1), int(nonfinite)))
+            balanced = float(use.balanced.compute())
+            results.append(PolicyResult(name, float(accuracy), balanced, shares.cpu().reshape(-1), int(nonfinite)))
         return results
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -142,8 +149,9 @@ class EarlyExit(Callback):
         self._log(pl_module, "test")
 
     def _reset(self, pl_module: LightningModule) -> None:
-        exits = exit_net(pl_module, self).num_exits
-        self._uses = {policy.name: PolicyUse(exits).to(pl_module.device) for policy in self.policies}
+        net = exit_net(pl_module, self)
+        made = {policy.name: PolicyUse(net.num_exits, net.num_classes) for policy in self.policies}
+        self._uses = {name: use.to(pl_module.device) for name, use in made.items()}
 
     def _read_off(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, step: str
@@ -163,6 +171,7 @@ class EarlyExit(Callback):
     def _log(self, pl_module: LightningModule, split: str) -> None:
         for result in self.results:
             values = {f"{split}/{result.name}/acc": result.accuracy}
+            values[f"{split}/{result.name}/balanced_acc"] = result.balanced
             for k, share in enumerate(result.shares.tolist(), start=1):
                 values[f"{split}/{result.name}/share_exit{k}"] = share
             pl_module.log_dict(values, sync_dist=True)  # equal in all processes; Lightning warns without sync_dist

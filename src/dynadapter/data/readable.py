@@ -1,0 +1,47 @@
+"""Leave out images that cannot be read, and say which."""
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+from lightning.pytorch.utilities import rank_zero_warn
+
+from dynadapter.data.dataset import Sample
+from dynadapter.images.reading import why_unreadable
+from dynadapter.images.values import Range
+
+
+def readable(
+    split: str, samples: Sequence[Sample], value_range: Range | None, skipped: dict[str, str], most: int
+) -> list[Sample]:
+    """Decode every image once and return the samples that can be read.
+
+    This happens before any worker process starts, so that the list of unreadable images is complete.
+
+    Args:
+        split: Of the samples, for messages.
+        samples: Pairs (image, class).
+        value_range: As in :class:`~dynadapter.images.preprocess.Preprocess`.
+        skipped: The reasons of unreadable images by path, to which those of this split are added.
+        most: More of them are an error.
+
+    Raises:
+        ValueError: No image of the split can be read, or too many cannot.
+    """
+    with ThreadPoolExecutor() as pool:
+        reasons = list(pool.map(partial(why_unreadable, value_range=value_range), [source for source, _ in samples]))
+    broken = {str(source): why for (source, _), why in zip(samples, reasons, strict=True) if why}
+    skipped |= broken
+    if len(skipped) > most:
+        raise ValueError(f"{len(skipped)} images cannot be read, more than max_skipped={most}: {_shortened(skipped)}")
+    if len(broken) == len(samples) > 0:
+        raise ValueError(f"no image of {split} can be read: {_shortened(broken)}")
+    if broken:
+        rank_zero_warn(f"{split}: skipped {len(broken)} unreadable image(s): {_shortened(broken)}")
+    return [sample for sample, why in zip(samples, reasons, strict=True) if not why]
+
+
+def _shortened(broken: Mapping[str, str], most: int = 20) -> str:
+    lines = [f"{path} ({why})" for path, why in broken.items()]
+    rest = [f"and {len(lines) - most} more"] if len(lines) > most else []
+    return "; ".join(lines[:most] + rest)

@@ -1,0 +1,79 @@
+"""Weights of the classes in the loss, for classes with different numbers of images."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+ClassWeights = Literal["auto"] | Mapping[str, float]
+
+
+def check_class_weights(given: Any) -> None:
+    """Raise a ValueError unless class weights are ``auto``, null, or a mapping of names to numbers of at least 0."""
+    if given is None or given == "auto":
+        return
+    if not isinstance(given, Mapping) or not given:
+        raise ValueError(f"class_weights={given!r} must be auto, or a number for each class name, as in {{cat: 2.0}}")
+    for name, value in given.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
+            raise ValueError(f"class_weights: {name}: {value!r} must be a finite number of at least 0")
+
+
+def class_weights(given: ClassWeights, names: Sequence[str], counts: Sequence[int] | None) -> Tensor:
+    """Return the weight of each class in the loss.
+
+    ``auto`` weighs class c by ``N / (K n_c)``, with N training images, n_c of them of class c, and K classes that have
+    images (scikit-learn's ``balanced``). A mapping gives weights by name, 1 to the classes that it leaves out. Both are
+    scaled so that the mean over the training images is 1: the learning rate keeps its meaning.
+
+    Args:
+        given: ``auto``, or weights by class name.
+        names: Class names in the order of their indices.
+        counts: Training images of each class; None where they are not known.
+
+    Returns:
+        ``(classes,)`` float32.
+
+    Raises:
+        ValueError: A name is no class, all weights of the training images are 0, or ``auto`` has no counts.
+    """
+    images = None if counts is None else torch.tensor(counts, dtype=torch.float64)
+    if given == "auto":
+        if images is None:
+            raise ValueError("class_weights=auto needs a data module that lists its images; give weights by class name")
+        weights = images.sum() / ((images > 0).sum() * images.clamp(min=1))
+    else:
+        assert isinstance(given, Mapping)
+        if unknown := [name for name in given if name not in names]:
+            few = ", ".join(names[:8]) + (" ..." if len(names) > 8 else "")
+            raise ValueError(f"class_weights: {unknown[0]} is no class; the classes are {few}")
+        weights = torch.tensor([float(given.get(name, 1.0)) for name in names], dtype=torch.float64)
+    if images is not None:
+        mean = (images * weights).sum() / images.sum()
+        if not mean:
+            raise ValueError("class_weights: all training images have the weight 0")
+        weights = weights / mean
+    return weights.float()
+
+
+def count_classes(data: Any, classes: int) -> list[int] | None:
+    """Return the training images of each class; None for data that do not say."""
+    if not hasattr(data, "dataset"):
+        return None
+    counts = [0] * classes
+    for _, label in data.dataset("train").samples:
+        counts[label] += 1
+    return counts
+
+
+def without_images(data: Any) -> str:
+    """Return a line that names the classes without validation images; empty if there are none, or no validation."""
+    if not hasattr(data, "dataset") or not len(data.dataset("val")):
+        return ""
+    there = {label for _, label in data.dataset("val").samples}
+    missing = [name for label, name in enumerate(data.class_names) if label not in there]
+    if not missing:
+        return ""
+    more = f" and {len(missing) - 8:,} more" if len(missing) > 8 else ""
+    return f"no validation image of: {', '.join(missing[:8])}{more}"
