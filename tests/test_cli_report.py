@@ -243,6 +243,19 @@ def test_what_is_missing_is_said(run, capsys):
     assert page_of(run).images == []
 
 
+def test_network_that_fails_is_one_line(run, monkeypatch, capsys):
+    main(["report", str(run)])
+    assert (run / "report" / "cost.png").exists()
+
+    def broken(*_):
+        raise RuntimeError("out of memory\nTraceback")
+
+    monkeypatch.setattr("dynadapter.cli.report.stacked", broken)
+    main(["report", str(run)])
+    assert "the network is not measured: out of memory" in capsys.readouterr().out
+    assert {path.name for path in (run / "report").iterdir()} == {"report.html", "learning.png"}
+
+
 def test_images_may_be_gone(folder, run, capsys):
     main(["report", str(run), "--data.root", str(run)])
     assert re.search(r"not measured: .*train/CLASS/image.png", capsys.readouterr().out)

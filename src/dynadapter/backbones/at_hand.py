@@ -24,14 +24,15 @@ def is_at_hand(name: str, seconds: float = SECONDS) -> bool:
     config = get_pretrained_cfg(name)
     if config is None or not config.hf_hub_id:
         return False
+    place = str(config.hf_hub_id)
     file = config.hf_hub_filename or SAFETENSORS_SINGLE_FILE
-    if isinstance(huggingface_hub.try_to_load_from_cache(config.hf_hub_id, file), str):
+    if isinstance(huggingface_hub.try_to_load_from_cache(place, file), str):
         return True
     answered: list[bool] = []
 
     def ask() -> None:
         try:
-            huggingface_hub.get_hf_file_metadata(huggingface_hub.hf_hub_url(config.hf_hub_id, file), timeout=seconds)
+            huggingface_hub.get_hf_file_metadata(huggingface_hub.hf_hub_url(place, file), timeout=seconds)
         except Exception:  # of many libraries: no network, no such file, offline mode
             return
         answered.append(True)

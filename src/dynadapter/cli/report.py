@@ -3,6 +3,7 @@
 import importlib.util
 from argparse import HelpFormatter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -111,6 +112,7 @@ def one_run(place: Given, out: Path, given: Any) -> None:
     """Write the page and the figures of one run."""
     from dynadapter.report import figures_of, run_page
     from dynadapter.report.figures import png
+    from dynadapter.report.page import CAPTIONS
 
     run, notes = read_run(place.folder), []
     measured, why = measure(place, given)
@@ -119,8 +121,11 @@ def one_run(place: Given, out: Path, given: Any) -> None:
     figures = figures_of(run, measured)
     files = {name: png(figure) for name, figure in figures.items()}
     out.mkdir(parents=True, exist_ok=True)
-    for name, content in files.items():
-        write(out / f"{name}.png", content)
+    for name in CAPTIONS:
+        if name in files:
+            write(out / f"{name}.png", files[name])
+        else:
+            (out / f"{name}.png").unlink(missing_ok=True)  # of an earlier report
     write(out / PAGE, run_page(run, measured, files, notes).encode())
     for note in notes:
         print(note)
@@ -136,7 +141,7 @@ def compare(places: Sequence[Given], out: Path, given: Any) -> None:
     runs, notes = [], []
     for place in places:
         measured, why = measure(place, given)
-        run = read_run(place.folder)
+        run = replace(read_run(place.folder), name=str(place.folder))
         runs.append((run, measured))
         if why:
             notes.append(f"{run.name} is not measured: {why}")
@@ -181,8 +186,8 @@ def measure(place: Given, given: Any) -> "tuple[Measured | None, str]":
         bundle.to(_device(given.device))
         data = images(place.checkpoint, given.data)
         parts = list(stacked(bundle, data, given.split))
-    except (Mistake, ValueError, OSError) as error:
-        return None, one_line(error)
+    except (Mistake, ValueError, OSError, RuntimeError, KeyError, TypeError, MemoryError) as error:
+        return None, one_line(error) or type(error).__name__
     import torch
 
     logits, targets = torch.cat([part[0] for part in parts], 1), torch.cat([part[1] for part in parts])

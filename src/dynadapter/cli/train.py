@@ -213,7 +213,7 @@ def _data(place: Path, given: dict[str, str]) -> "ImageData":
     except ValueError:
         fraction = 0.2  # fit says what is wrong
     names = {key: value for key, value in given.items() if key.startswith("data.") and key.endswith("_column")}
-    columns = {key.removeprefix("data."): value for key, value in names.items()}
+    columns: dict[str, Any] = {key.removeprefix("data."): value for key, value in names.items()}
     root = given.get("data.root")
     if place.is_file():
         return ImageTable(place, root, val_fraction=fraction, **columns)

@@ -321,6 +321,8 @@ def compared(runs: Sequence[tuple[str, Measured]]) -> Figure:
         axes = figure.subplots()
         for number, (name, one) in enumerate(runs):
             style: dict[str, Any] = {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)]}
+            if one.exits == 1:  # a static network
+                axes.axhline(one.accuracies[0], linewidth=0.9, linestyle=":", color=style["color"])
             hull = mixtures(one.costs, one.accuracies)
             axes.plot(*zip(*hull, strict=True), linewidth=0.9, color=style["color"])
             axes.plot(one.costs, one.accuracies, linestyle="none", markersize=4, **style)

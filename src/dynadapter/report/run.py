@@ -42,7 +42,7 @@ class Run:
     @property
     def exits(self) -> int:
         """Number of exits that were measured in validation; 0 if there was none."""
-        found = [re.fullmatch(r"val/acc_exit(\d{1,4})", key) for line in self.lines for key in line]
+        found = [re.fullmatch(r"val/acc_exit(\d{1,2})", key) for line in self.lines for key in line]
         return max((int(one[1]) for one in found if one), default=0)
 
     @property
