@@ -263,7 +263,8 @@ def test_images_may_be_gone(folder, run, capsys):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "epoch,step\n", "epoch,val/acc_exit1,train/loss\n0,nan,inf\nx,0.5,0.2\n1,0.5,", "\x00"]
+    "text",
+    ["", "epoch,step\n", "epoch,val/acc_exit1,train/loss\n0,nan,inf\nx,0.5,0.2\n1,0.5,", "\x00", "a" * 200_000 + "\n"],
 )
 def test_damaged_metrics_are_left_out(run, text):
     (run / "metrics.csv").write_text(text)
@@ -271,6 +272,11 @@ def test_damaged_metrics_are_left_out(run, text):
     figures_of(found, None)
     assert found.series("val/acc_exit1")[1] in ([], [0.5])
     assert run_page(found, None, {}).endswith("</html>\n")
+
+
+def test_dates_of_two_kinds_give_no_time():
+    assert Run("a", {"started": "2026-01-01T00:00:00", "ended": "2026-01-01T00:01:00+00:00"}).seconds is None
+    assert Run("a", {"started": "2026-01-01T00:00:00", "ended": "2026-01-01T00:01:00"}).seconds == 60
 
 
 def test_series_have_the_steps_of_an_epoch():

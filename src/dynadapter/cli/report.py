@@ -1,5 +1,6 @@
 """``dynadapter report``: pictures of a run in one HTML page, or a page that compares runs."""
 
+import csv
 import importlib.util
 from argparse import HelpFormatter
 from collections.abc import Iterator, Sequence
@@ -167,7 +168,7 @@ def read_run(folder: Path) -> "Run":
 
     try:
         lines = read_lines(folder / "metrics.csv")
-    except (OSError, ValueError):
+    except (OSError, ValueError, csv.Error):
         lines = []
     resolved = folder.resolve()
     return Run(f"{resolved.parent.name}/{resolved.name}", read_record(folder), text("config.yaml"), lines)

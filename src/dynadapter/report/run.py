@@ -56,9 +56,9 @@ class Run:
         """Time from the start to the end of the run; None if it did not end."""
         try:
             start, end = (datetime.fromisoformat(str(self.record.get(key))) for key in ("started", "ended"))
-        except ValueError:
+            return (end - start).total_seconds()
+        except (ValueError, TypeError):  # TypeError: only one of them has a time zone
             return None
-        return (end - start).total_seconds()
 
     def described(self) -> list[tuple[str, str]]:
         """Return what the record says of the run, as pairs of a name and a text."""
