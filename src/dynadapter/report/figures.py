@@ -89,6 +89,7 @@ def learning(run: Run) -> Figure:
     right.set(xlabel="epoch", ylabel="accuracy", title="Validation accuracy")
     right.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     for axes in (left, right):
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         _tidy(axes)
     _legend_below(figure)
     return figure
