@@ -240,6 +240,7 @@ def test_what_is_missing_is_said(run, capsys):
     (run / "metrics.csv").unlink()
     (run / "run.json").write_text("[3]")
     main(["report", str(run)])
+    assert "there are no learning curves: metrics.csv is missing" in capsys.readouterr().out
     assert page_of(run).images == []
 
 
@@ -295,7 +296,7 @@ def test_runs_are_compared(folder, run, tmp_path, monkeypatch, capsys):
     assert len(page.images) == 1
     [head, first, second] = page.rows
     logged = last_values(run)
-    assert head[1:5] == ["exit 1", "exit 2", "exit 3", "exit 4"]
+    assert head[1:5] == ["exit 1 (val)", "exit 2 (val)", "exit 3 (val)", "exit 4 (val)"]
     assert first[1] == f"{logged['val/acc_exit1']:.1%}"
     assert first[5] == "confidence_0.9"
     assert second[1:4] == ["", "", ""]

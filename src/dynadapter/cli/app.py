@@ -275,6 +275,7 @@ class DynCLI(LightningCLI):
             self.trainer.save_checkpoint(path, weights_only=True)
             if self.trainer.is_global_zero:
                 print(f"the trained part is in {path} ({path.stat().st_size / 1e6:.2f} MB)")
+                print(f"pictures of the run: {shlex.join(['dynadapter', 'report', str(self.run_folder)])}")
         if self.config.test_after:
             if self.record is not None:
                 self.record.keep(self.trainer)

@@ -119,6 +119,8 @@ def one_run(place: Given, out: Path, given: Any) -> None:
     measured, why = measure(place, given)
     if why:
         notes.append(f"the network is not measured: {why}")
+    if not run.lines:
+        notes.append("there are no learning curves: metrics.csv is missing, empty or damaged")
     figures = figures_of(run, measured)
     files = {name: png(figure) for name, figure in figures.items()}
     out.mkdir(parents=True, exist_ok=True)

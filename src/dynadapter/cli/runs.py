@@ -17,10 +17,13 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities import rank_zero_only
 
-from dynadapter.files import append, write
+from dynadapter.files import append, read_bytes, write
 
 RUN_FOLDERS = {"fit": "version", "validate": "validate", "test": "test"}
 """The name of a run's folder below ``trainer.default_root_dir``; the other commands create none."""
+
+MOST = 2**30
+"""A larger ``metrics.csv`` is not read."""
 
 RUN_VARIABLE = "DYNADAPTER_RUN"
 """The environment variable that passes the first process's folder to those that Lightning starts beside it."""
@@ -174,7 +177,7 @@ def _csv(lines: Iterable[dict[str, Any]], keys: Sequence[str]) -> bytes:
 
 def read_lines(path: Path) -> list[dict[str, str]]:
     """Read the whole lines of a ``metrics.csv``, without empty cells. A line that a kill cut off is left out."""
-    text = path.read_text(encoding="utf-8")
+    text = read_bytes(path, MOST).decode("utf-8")
     reader = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1], newline=""), restkey="")
     whole = [line for line in reader if "" not in line and None not in line.values()]
     return [{key: value for key, value in line.items() if value} for line in whole]

@@ -146,7 +146,9 @@ def recall_table(measured: Measured) -> Table:
 def comparison_table(runs: Sequence[tuple[Run, Measured | None]]) -> Table:
     """Return the table that compares runs."""
     exits = max((one.exits for _, one in runs if one is not None), default=0)
-    heads = ["run", *(f"exit {k + 1}" for k in range(exits)), "policy", "accuracy", "cost, % of static"]
+    split = next((one.split for _, one in runs if one is not None), "val")
+    heads = ["run", *(f"exit {k + 1} ({split})" for k in range(exits)), "policy", f"accuracy ({split})"]
+    heads += ["cost, % of static"]
     heads += ["trained parameters", "epochs", "minutes"]
     rows = []
     for run, one in runs:
