@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from distributed_runs import MOST, NAMES, PROCESSES, SCENARIOS, policies, shardable
+from distributed_runs import MOST, NAMES, PROCESSES, SCENARIOS, policies
 from tiny import make_classifier
 
 import dynadapter.training.module  # noqa: F401  (what a checkpoint may hold)
@@ -193,7 +193,7 @@ def test_sharded_checkpoint_equals_a_single(name: str, folder: Path) -> None:
     assert one.keys() == two.keys()
     assert str(one["dynadapter"]) == str(two["dynadapter"])  # one of its values is a tensor
     assert difference(two["state_dict"], one["state_dict"]) <= 1e-6
-    module = shardable()
+    module = make_classifier()
     module.load_state_dict(two["state_dict"])  # strictly
     moments, same = (
         dict(enumerate(state["exp_avg"] for _, state in sorted(held["optimizer_states"][0]["state"].items())))

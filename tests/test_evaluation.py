@@ -43,7 +43,7 @@ def test_metrics_equal_the_whole_split(split: str) -> None:
         assert got[f"{split}/ece_exit{k + 1}"] == pytest.approx(calibration_error(logits[k], targets), rel=1e-4)
         assert got[f"{split}/loss_exit{k + 1}"] == pytest.approx(cross_entropy(logits[k], targets, 0.0), rel=1e-4)
     assert got[f"{split}/acc"] == got[f"{split}/acc_exit3"]
-    assert len(got) == 3 * 3 + 1
+    assert len(got) == 3 * 5 + 3
     assert len({got[f"{split}/acc_exit{k}"] for k in (1, 2, 3)}) > 1
 
 

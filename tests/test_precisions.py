@@ -40,6 +40,17 @@ def softmax(row: list[float]) -> list[float]:
     return [power / sum(powers) for power in powers]
 
 
+def class_measures(predicted: list[int], targets: list[int]) -> tuple[float, float]:
+    """Return balanced accuracy and macro-F1, class by class."""
+    recalls, f1 = [], []
+    for name in {*targets, *predicted}:
+        right = sum(p == t == name for p, t in zip(predicted, targets, strict=True))
+        f1.append(2 * right / (predicted.count(name) + targets.count(name)))
+        if name in targets:
+            recalls.append(right / targets.count(name))
+    return sum(recalls) / len(recalls), sum(f1) / len(f1)
+
+
 def plain_counts(logits: Tensor, targets: list[int], threshold: float, costs: tuple[float, ...]) -> dict[str, float]:
     """Return what a test should log; accuracy, loss, calibration error, exit shares and costs sample by sample."""
     found: dict[str, float] = {}
@@ -47,6 +58,8 @@ def plain_counts(logits: Tensor, targets: list[int], threshold: float, costs: tu
     for k, one in enumerate(rows, start=1):
         right = [row.index(max(row)) == target for row, target in zip(one, targets, strict=True)]
         found[f"test/acc_exit{k}"] = sum(right) / SAMPLES
+        balanced, f1 = class_measures([row.index(max(row)) for row in one], targets)
+        found |= {f"test/balanced_acc_exit{k}": balanced, f"test/macro_f1_exit{k}": f1}
         found[f"test/loss_exit{k}"] = -sum(math.log(r[t]) for r, t in zip(one, targets, strict=True)) / SAMPLES
         bins: list[float] = [0.0] * 15
         for row, hit in zip(one, right, strict=True):
@@ -56,9 +69,11 @@ def plain_counts(logits: Tensor, targets: list[int], threshold: float, costs: tu
     name = f"test/confidence_{threshold:g}"
     for k in range(EXITS):
         found[f"{name}/share_exit{k + 1}"] = stops.count(k) / SAMPLES
-    found[f"{name}/acc"] = sum(rows[k][i].index(max(rows[k][i])) == targets[i] for i, k in enumerate(stops)) / SAMPLES
+    predicted = [rows[k][i].index(max(rows[k][i])) for i, k in enumerate(stops)]
+    found[f"{name}/acc"] = sum(p == t for p, t in zip(predicted, targets, strict=True)) / SAMPLES
+    found[f"{name}/balanced_acc"] = class_measures(predicted, targets)[0]
     found[f"{name}/gmacs"] = sum(costs[k] for k in stops) / SAMPLES
-    return found | {"test/acc": found[f"test/acc_exit{EXITS}"]}
+    return found | {f"test/{kind}": found[f"test/{kind}_exit{EXITS}"] for kind in ("acc", "balanced_acc", "macro_f1")}
 
 
 @pytest.fixture(scope="module")

@@ -84,7 +84,7 @@ def test_commands_use_the_training_policies(checkpoint, photo, tmp_path, capsys)
 
 def test_calibrated_policy_is_used(checkpoint, photo, tmp_path, capsys, recwarn):
     out = tmp_path / "out"
-    main(["calibrate", "--ckpt_path", str(checkpoint), *QUIET, "--goal.cost=0.9", f"--out={out}"])
+    main(["calibrate", "--ckpt_path", str(checkpoint), *QUIET, "--goal.cost=0.9", "--combine=own", f"--out={out}"])
     near = checkpoint.with_name("last.calibration.json")
     assert near.read_bytes() == (out / "calibration.json").read_bytes()
     policy = restore(json.loads(near.read_text())["policy"], Policy)
