@@ -63,7 +63,7 @@ def test_all_scenarios_ran(folder: Path) -> None:
         ("a_weight_of_zero", 1e-6),
         ("accumulated_and_clipped", 1e-6),
         ("one_batch_that_does_not_divide", 1e-6),
-        ("masked", 1e-6),
+        ("masked", 5e-6),  # Adam enlarges rounding where a gradient is small
         ("averaged", 1e-6),
         ("resumed", 1e-6),
         ("bfloat16", 1e-2),  # sums of 8 bits, in another order
@@ -126,7 +126,7 @@ def test_metrics_equal_one_process(name: str, folder: Path) -> None:
 def test_every_sample_counts_once(folder: Path) -> None:
     for name, samples in (("measured_on_twentythree", 23), ("measured_on_two", 2)):
         for result in results(folder, name).values():
-            shares = [value * samples for key, value in result.items() if re.search("share|acc", key)]
+            shares = [value * samples for key, value in result.items() if re.search("/share|/acc", key)]
             assert len(shares) == 2 * (4 + 2 * 4)
             assert all(value == pytest.approx(round(value), abs=1e-4) for value in shares)
 
