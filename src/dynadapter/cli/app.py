@@ -43,6 +43,7 @@ from dynadapter.training.entries import ADVICE
 from dynadapter.training.meeting import meet
 from dynadapter.training.module import ExitClassifier
 from dynadapter.training.restoring import StoredPolicies, stored_policies
+from dynadapter.training.starting import start_from
 
 
 class DynCLI(LightningCLI):
@@ -257,6 +258,8 @@ class DynCLI(LightningCLI):
         if self.command == "fit":
             if config.test_after:  # look for the test images now, not after hours of training
                 self.datamodule.setup("test")
+            if config.init_from is not None and config.ckpt_path is None:  # a resumed training has all of it
+                self._start_from(config.init_from)
             trainer.fit(**parts, ckpt_path=config.ckpt_path)
             self.after_fit()
         elif self.command == "flops":
@@ -266,6 +269,14 @@ class DynCLI(LightningCLI):
         else:
             measure = trainer.test if self.command == "test" else trainer.validate
             measure(**parts, ckpt_path=config.ckpt_path, verbose=config.verbose)
+
+    def _start_from(self, path: str) -> None:
+        try:
+            line = start_from(self.model, path)
+        except ValueError as error:
+            raise Mistake(one_line(error)) from error
+        if self.trainer.is_global_zero:
+            print(line)
 
     def after_fit(self) -> None:
         """Save the trained part once more without the optimiser, a third of the size, and test it on request."""

@@ -93,6 +93,8 @@ def add_command_arguments(parser: LightningArgumentParser, command: str) -> None
     if command == "fit":
         what = "Folder of an interrupted run: continue from its newest whole checkpoint, with its settings."
         parser.add_argument("--resume", type=str | None, help=what)
+        what = "Checkpoint of another training to start from: its adapters, and its heads if it had the same classes."
+        parser.add_argument("--init_from", type=str | None, help=what)
         what = "Measure the final weights on the test images, too."
         parser.add_argument("--test_after", type=bool, default=False, help=what)
     elif command == "flops":

@@ -39,6 +39,8 @@ BASES = (*HARMLESS, Logger, CheckpointIO, ClusterEnvironment, LayerSync, Profile
 send requests."""
 REFUSED = (LambdaCallback,)
 """Classes that call any function."""
+READ = ("ckpt_path", "init_from")
+"""Keys of checkpoints, which are only read."""
 LIBRARIES = ("torch", "lightning")
 """Packages whose dataclasses hold settings of strategies."""
 PLACES = ("dirpath", "save_dir", "root_dir", "log_dir", "output_dir")
@@ -96,7 +98,7 @@ def check_run(file: Path, content: Mapping[str, Any], trusted: Iterable[Any], gi
     model = content.get("model") or {}
     named = {value for config in trusted for _, value in _texts(config)}
     try:
-        sections = {name: section for name, section in content.items() if name != "ckpt_path"}  # which is only read
+        sections = {name: section for name, section in content.items() if name not in READ}
         if any(isinstance(section, str) for section in sections.values()) or any("." in key for key in content):
             raise ValueError("it is not as fit writes it")
         if "backbone" not in given and "backbone" in model:
