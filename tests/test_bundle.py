@@ -21,14 +21,15 @@ from conftest import CLASSES
 from PIL import Image
 from torch import Tensor, nn
 
+import dynadapter
 from dynadapter import files as folder
 from dynadapter.adapters import Adapter, AdapterLayer, AdapterSpec, LoRA, RepAdapter, adapter_layers, inject
 from dynadapter.backbones import create_backbone, fingerprint
 from dynadapter.calibrate import Calibrated, Outcome
 from dynadapter.cost import exit_costs
-from dynadapter.exits.heads import Balanced, LinearHeads
+from dynadapter.exits.heads import Balanced, Heads, LinearHeads
 from dynadapter.exits.net import ExitNet
-from dynadapter.exits.policies import Confidence, Never, Patience, confidence, route
+from dynadapter.exits.policies import Confidence, Never, Patience, Policy, confidence, route
 from dynadapter.exits.temperature import Scaled
 from dynadapter.images.preprocess import Preprocess
 from dynadapter.images.reading import load_image
@@ -1134,3 +1135,25 @@ def test_hub_refusals(hub, whole):
     hub.kept.mkdir()
     with pytest.raises(ValueError, match=r"could not be uploaded to 'me/flowers' \("):
         push_to_hub(whole, "me/flowers")
+
+
+def test_every_kind_is_known_in_a_new_process():
+    """A file names heads, policies and adapters by their classes, which must be loaded with the reader."""
+    code = """
+import dynadapter.serve.bundle
+def names(base):
+    return {base.__name__}.union(*map(names, base.__subclasses__()))
+from dynadapter.spec import Spec
+print(*sorted(names(Spec)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    there = set(done.stdout.split())
+    for name in dynadapter.__all__:  # loads all of the package
+        getattr(dynadapter, name)
+    for base in (Heads, Policy, AdapterSpec):
+        kinds = {kind.__name__ for kind in subclasses(base) if kind.__module__.startswith("dynadapter.")}
+        assert kinds <= there, kinds - there
+
+
+def subclasses(base: type) -> set[type]:
+    return {base}.union(*map(subclasses, base.__subclasses__()))

@@ -1,5 +1,5 @@
 """Early exits: heads, policies, temperatures, token merging, and the network that routes each sample."""
 
-from dynadapter.exits import combining  # with temperature and policies: files find each kind of policy by its name
+from dynadapter.exits import attentive, combining, exit_tokens  # files find each kind of head and policy by its name
 
-__all__ = ["combining"]
+__all__ = ["attentive", "combining", "exit_tokens"]
