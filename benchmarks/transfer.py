@@ -46,6 +46,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--adapters", nargs="+", help="by default those of the file")
     parser.add_argument("--recipes", nargs="+", help="by default those of the file")
+    parser.add_argument("--scales", nargs="+", type=float, help="by default those of the file")
     parser.add_argument("--validation", action="store_true", help="compare on val200, and read no test image")
     parser.add_argument("--out", help="folder of the sweep, by default runs/transfer_NAME")
     parser.add_argument("--results", type=Path, default=HERE / "results", help="folder that keeps lines and tables")
@@ -79,6 +80,8 @@ def plan(args: argparse.Namespace) -> dict[str, Any]:
             settings["model"] = MICRO["model"] | {"weights": args.backbone}
     if args.adapters:
         sweep["adapters"] = args.adapters
+    if args.scales:
+        sweep["scales"] = args.scales
     if args.recipes:
         sweep["recipes"] = {recipe: sweep["recipes"][recipe] for recipe in args.recipes}
     if args.validation:
