@@ -35,6 +35,7 @@ options:
   COMMAND --print_config    the configuration that a command line gives
   --debug                   show where an error comes from
   --version                 print the version
+  --print_shtab=bash        print a script that completes commands and keys in the shell (bash or zsh)
 
 examples:
   dynadapter train FOLDER
@@ -100,6 +101,9 @@ def _run(args: list[str]) -> None:
     from dynadapter.cli.configs import config_files, find_config
     from dynadapter.cli.errors import Mistake, nearest
 
+    if any(arg.partition("=")[0] == "--print_shtab" for arg in args):
+        import_module("dynadapter.cli.completion").run(args)
+        return
     command = args[0]
     if command not in COMMANDS:
         what = "the command comes first" if command.startswith("-") else f"there is no command {command!r}"

@@ -81,6 +81,14 @@ class ConfigParser(LightningArgumentParser):
         raise Mistake(explain(message, SECTIONS, keys)) from ex
 
 
+def full_parser(command: str) -> ConfigParser:
+    """Return the parser of a command with all its arguments, for what needs no command line of its own."""
+    parser = ConfigParser(command)
+    add_command_arguments(parser, command)
+    add_sections(parser)
+    return parser
+
+
 def add_command_arguments(parser: LightningArgumentParser, command: str) -> None:
     """Add the config files and what one command takes beside the sections."""
     what = "A config file, or the name of a packaged one; later files win, and the command line wins over all."

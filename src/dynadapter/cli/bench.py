@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from dynadapter.bench.settings import ARMS, Settings
 from dynadapter.cli.errors import Mistake, nearest
+from dynadapter.cli.networks import BUNDLE
 from dynadapter.cli.parser import CommandParser
 from dynadapter.files import write
 
@@ -58,18 +59,22 @@ def run(args: list[str]) -> None:
     print(f"all numbers are in {settings.place}")
 
 
+def parser() -> CommandParser:
+    """Return the parser of the command."""
+    made = CommandParser("bench", DESCRIPTION)
+    made.add_argument("--bundle", type=str, required=True, help=f"The network: {BUNDLE}.")
+    for name, (kind, default, words) in ARGUMENTS.items():
+        made.add_argument(f"--{name}", type=kind, default=default, help=words)
+    return made
+
+
 def read(args: list[str]) -> Settings:
     """Return the settings of a command line.
 
     Raises:
         Mistake: If one of them is invalid.
     """
-    parser = CommandParser("bench", DESCRIPTION)
-    words = "Folder that calibrate or save_bundle wrote, or hf-hub:NAME."
-    parser.add_argument("--bundle", type=str, required=True, help=words)
-    for name, (kind, default, words) in ARGUMENTS.items():
-        parser.add_argument(f"--{name}", type=kind, default=default, help=words)
-    given = {name: value for name, value in vars(parser.parse_args(args)).items() if name in ("bundle", *ARGUMENTS)}
+    given = {name: value for name, value in vars(parser().parse_args(args)).items() if name in ("bundle", *ARGUMENTS)}
     try:
         settings = Settings(**given | {"arms": _arms(given["arms"])})
     except ValueError as error:

@@ -22,7 +22,7 @@ def run(args: list[str]) -> None:
     if args:
         print(find_config(args[0]).read_text(encoding="utf-8"), end="")
         return
-    files = _packaged()
+    files = packaged()
     width = max(map(len, files), default=0)
     for name, file in files.items():
         print(f"{name:{width}}  {_first_comment(file)}")
@@ -60,21 +60,21 @@ def find_config(name: str) -> Path:
     Raises:
         Mistake: If there is none; with the names that exist, the most similar first.
     """
-    packaged = _packaged()
-    for path in (Path(name), Path(f"{name}.yaml"), packaged.get(name.removesuffix(".yaml"))):
+    ours = packaged()
+    for path in (Path(name), Path(f"{name}.yaml"), ours.get(name.removesuffix(".yaml"))):
         if path is not None and path.is_file():
             return path
     if Path(name).exists():
         raise Mistake(f"config file {name} cannot be read: it is not a file")
     folder = Path(name).parent
     beside = [str(path) for path in sorted(folder.glob("*.y*ml"))] if folder.is_dir() else []
-    hint = nearest(name, beside) or nearest(name.removesuffix(".yaml"), packaged)
-    similarity = {key: difflib.SequenceMatcher(None, name, key).ratio() for key in packaged}
-    names = ", ".join(sorted(packaged, key=lambda key: -similarity[key]))
+    hint = nearest(name, beside) or nearest(name.removesuffix(".yaml"), ours)
+    similarity = {key: difflib.SequenceMatcher(None, name, key).ratio() for key in ours}
+    names = ", ".join(sorted(ours, key=lambda key: -similarity[key]))
     raise Mistake(f"there is no config file {name!r}{hint or ';'} configs that come with the package: {names}")
 
 
-def _packaged() -> dict[str, Path]:
+def packaged() -> dict[str, Path]:
     """Return the configs of the installed package, or of the source checkout, by name."""
     package = Path(dynadapter.__file__).parent
     for folder in (package / "configs", package.parents[1] / "configs"):

@@ -216,11 +216,11 @@ def bases(key: str, sections: Sections) -> Iterator[type]:
     if section in sections and not rest:
         yield sections[section]
     elif section in sections:
-        yield from _classes_in(_hints(sections[section]).get(rest.rpartition(".")[2]))
+        yield from classes_in(_hints(sections[section]).get(rest.rpartition(".")[2]))
     elif key:  # an argument of a class inside another's
-        yield from {cls for home in subclasses(Spec) for cls in _classes_in(_hints(home).get(key))}
+        yield from {cls for home in subclasses(Spec) for cls in classes_in(_hints(home).get(key))}
     else:
-        yield from {cls for home in sections.values() for hint in _hints(home).values() for cls in _classes_in(hint)}
+        yield from {cls for home in sections.values() for hint in _hints(home).values() for cls in classes_in(hint)}
         if "data" in sections:
             yield sections["data"]
 
@@ -229,12 +229,12 @@ def _hints(cls: type) -> dict[str, Any]:
     return get_type_hints(cls.__init__)  # type: ignore[misc]  # of this very class
 
 
-def _classes_in(hint: Any) -> Iterator[type]:
+def classes_in(hint: Any) -> Iterator[type]:
     """Yield the classes of configuration objects in a type hint."""
     parts = hint if isinstance(hint, list) else get_args(hint)
     if parts:
         for part in parts:
-            yield from _classes_in(part)
+            yield from classes_in(part)
     elif isinstance(hint, type) and hint.__module__.partition(".")[0] in ("dynadapter", "lightning", "torch"):
         yield hint
 

@@ -11,6 +11,10 @@ if TYPE_CHECKING:  # torch takes seconds to load, and invalid input is answered 
     from dynadapter.serve.bundle import Bundle
 
 
+BUNDLE = "a folder that calibrate wrote, or hf-hub:OWNER/NAME on the Hugging Face Hub (@REVISION if not the newest)"
+"""What ``--bundle`` may be, for the help of the commands."""
+
+
 def check_network(bundle: str | None, checkpoint: str | None = None) -> None:
     """Refuse a place that holds no network, before anything heavy is loaded.
 

@@ -14,6 +14,24 @@ from dynadapter.sweep.table import as_csv, as_markdown, draw, rows
 TABLE = ("table.md", "table.csv", "table.png")
 
 
+def parser() -> CommandParser:
+    """Return the parser of the command."""
+    made = CommandParser(
+        "sweep",
+        "Train every combination that a YAML file names, choose scales and thresholds on val200, and measure the "
+        "final networks on the test images once. The same command continues an interrupted sweep. Several processes "
+        "may run it at the same time.",
+    )
+    made.add_argument("file", type=str, help="YAML file of the sweep.")
+    made.add_argument("--dry_run", action="store_true", help="Print the runs, their estimated time and disk space.")
+    made.add_argument("--processes", type=int, default=1, help="Processes that share the work on this machine.")
+    made.add_argument("--engine", type=str, default="local", help="local, or ray (RAY_ADDRESS names a cluster).")
+    made.add_argument("--cpus", type=float, default=1.0, help="Processors of a run under Ray.")
+    made.add_argument("--gpus", type=float, default=0.0, help="GPUs of a run under Ray, such as 0.25.")
+    made.add_argument("--no_table", action="store_true", help="Do the runs and write no table.")
+    return made
+
+
 def run(args: list[str]) -> None:
     """Run the command.
 
@@ -24,20 +42,7 @@ def run(args: list[str]) -> None:
         Mistake: An argument or the file is wrong.
         Failed: Runs failed.
     """
-    parser = CommandParser(
-        "sweep",
-        "Train every combination that a YAML file names, choose scales and thresholds on val200, and measure the "
-        "final networks on the test images once. The same command continues an interrupted sweep. Several processes "
-        "may run it at the same time.",
-    )
-    parser.add_argument("file", type=str, help="YAML file of the sweep.")
-    parser.add_argument("--dry_run", action="store_true", help="Print the runs, their estimated time and disk space.")
-    parser.add_argument("--processes", type=int, default=1, help="Processes that share the work on this machine.")
-    parser.add_argument("--engine", type=str, default="local", help="local, or ray (RAY_ADDRESS names a cluster).")
-    parser.add_argument("--cpus", type=float, default=1.0, help="Processors of a run under Ray.")
-    parser.add_argument("--gpus", type=float, default=0.0, help="GPUs of a run under Ray, such as 0.25.")
-    parser.add_argument("--no_table", action="store_true", help="Do the runs and write no table.")
-    config = parser.parse_args(args)
+    config = parser().parse_args(args)
     if config.engine not in ("local", "ray"):
         raise Mistake(f"engine={config.engine} is unknown; choose from: local, ray")
     if config.processes < 1 or config.cpus < 0 or config.gpus < 0:

@@ -69,6 +69,14 @@ def run(args: list[str]) -> None:
         train(wanted)
 
 
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of what this command reads itself; the rest belongs to fit and calibrate."""
+    made = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for name in ("--out", "--cost", "--backbone"):
+        made.add_argument(name)
+    return made
+
+
 def read(args: Sequence[str]) -> Wanted:
     """Read the command line.
 
@@ -77,11 +85,8 @@ def read(args: Sequence[str]) -> Wanted:
     """
     if args[0].startswith("-"):
         raise Mistake("train needs the images first, as in: dynadapter train FOLDER --epochs 20")
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    for name in ("--out", "--cost", "--backbone"):
-        parser.add_argument(name)
     try:
-        given, rest = parser.parse_known_args(args[1:])
+        given, rest = parser().parse_known_args(args[1:])
     except argparse.ArgumentError as error:
         raise Mistake(f"{error.argument_name} needs a value") from error
     place = Path(args[0]).expanduser()

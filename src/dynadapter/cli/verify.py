@@ -26,26 +26,26 @@ CLASSES = 20
 """With more classes than this, the screen shows no table of images per class."""
 
 
-def make_parser() -> CommandParser:
+def parser() -> CommandParser:
     """Create the command's parser; its keys ``data.*`` are those of every other command."""
     from dynadapter.data import ImageData
 
     class Parser(CommandParser):  # jsonargparse creates more parsers of this class, which need the sections, too
         sections: Sections = MappingProxyType({"data": ImageData})
 
-    parser = Parser(
+    made = Parser(
         "verify",
         "Decode every image of a data set, count images and classes, and find duplicates. "
         "The exit code is 0 for data without errors, 1 for errors in the data, and 2 for invalid input.",
         usage="dynadapter verify --data CLASS --data.root FOLDER [--KEY VALUE ...]",
     )
     words = "Config file whose data section is checked, or its name; the command line wins over it."
-    parser.add_argument("--config", "-c", type=str | None, help=words)  # read by `config_files`, here for the help
-    parser.add_subclass_arguments(ImageData, "data", required=True)
-    parser.add_argument("--out", type=str | None, help="File for the whole report, as JSON.")
+    made.add_argument("--config", "-c", type=str | None, help=words)  # read by `config_files`, here for the help
+    made.add_subclass_arguments(ImageData, "data", required=True)
+    made.add_argument("--out", type=str | None, help="File for the whole report, as JSON.")
     words = "Images decoded at once; by default a few more than there are cores."
-    parser.add_argument("--threads", type=int | None, help=words)
-    return parser
+    made.add_argument("--threads", type=int | None, help=words)
+    return made
 
 
 def run(args: list[str]) -> None:
@@ -61,15 +61,15 @@ def run(args: list[str]) -> None:
 
     files, rest = config_files(args)
     sections = [data_section(file) for file in files]
-    parser = make_parser()
-    given = parser.parse_args([*(f"--data={section}" for section in sections), *rest])
+    made = parser()
+    given = made.parse_args([*(f"--data={section}" for section in sections), *rest])
     check_config(given)
     if given.threads is not None and given.threads < 1:
         raise Mistake(f"threads={given.threads} must be at least 1")
     out = Path(given.out).expanduser() if given.out is not None else None
     if out is not None:
         _check_out(out)
-    data = parser.instantiate(given).data
+    data = made.instantiate(given).data
     with progress_bar() as progress:
         report = verify(data, threads=given.threads, progress=progress)
     print_report(report)
