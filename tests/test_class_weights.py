@@ -136,7 +136,8 @@ def test_it_is_a_setting_of_the_command(folder, tmp_path, caplog):
     )
     assert "no validation image of: cat" in caplog.text
     header = (tmp_path / "runs" / "version_0" / "metrics.csv").read_text().splitlines()[0].split(",")
-    for key in ("balanced_acc", "macro_f1", "balanced_acc_exit1", "macro_f1_exit2", "confidence_0.9/balanced_acc"):
+    policy = ("confidence_0.9/balanced_acc", "confidence_0.9/macro_f1")
+    for key in ("balanced_acc", "macro_f1", "balanced_acc_exit1", "macro_f1_exit2", *policy):
         assert f"val/{key}" in header
 
 

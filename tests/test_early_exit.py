@@ -15,7 +15,18 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from dynadapter.backbones import blocks
-from dynadapter.exits.policies import Confidence, Entropy, Margin, Never, Patience, Policy, confidence, entropy, margin
+from dynadapter.exits.policies import (
+    Confidence,
+    Entropy,
+    Margin,
+    Never,
+    Patience,
+    Policy,
+    confidence,
+    entropy,
+    margin,
+    read_off,
+)
 from dynadapter.training.callbacks import EarlyExit
 from dynadapter.training.module import ExitClassifier
 
@@ -86,6 +97,26 @@ def test_results_equal_single_samples(family: str) -> None:
             assert [logged[f"{split}/{policy.name}/share_exit{k}"] for k in (1, 2, 3)] == pytest.approx(shares)
             if isinstance(policy, Confidence | Entropy | Margin) and policy != Confidence(0.0):
                 assert 0.4 < shares[0] < 0.6
+
+
+def test_accuracy_by_class() -> None:
+    """Each class that occurs has its own; F1 is counted by hand from the same predictions."""
+    module, batches = spread("vit"), data()
+    policy = Confidence(middle(module, confidence))
+    early = EarlyExit([policy], by_class=True)
+    (logged,) = trainer(early).test(module, batches, verbose=False)
+    images, targets = batches.dataset.tensors
+    with torch.no_grad():
+        predicted = read_off(policy, module.net(images)).logits.argmax(-1)
+    accuracies, scores = {}, []
+    for c, name in enumerate(module.class_names):
+        of, said = targets == c, predicted == c
+        if of.any():
+            accuracies[f"test/{policy.name}/acc_of/{name}"] = (of & said).sum().item() / of.sum().item()
+        if (of | said).any():
+            scores.append(2 * (of & said).sum().item() / (of.sum() + said.sum()).item())
+    assert {key: value for key, value in logged.items() if "acc_of" in key} == pytest.approx(accuracies)
+    assert logged[f"test/{policy.name}/macro_f1"] == pytest.approx(sum(scores) / len(scores))
 
 
 @pytest.mark.parametrize("loop", ["validate", "test"])

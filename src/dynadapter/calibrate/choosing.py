@@ -75,6 +75,7 @@ class Samples:
         static: Cost of the static network; None for that of the last exit.
         reference: Classes (samples,) to compare the accuracy with; None for those of the last exit.
         options: What to choose among.
+        balanced: Whether each class that occurs counts the same.
     """
 
     logits: Tensor
@@ -83,6 +84,7 @@ class Samples:
     static: float | None = None
     reference: Tensor | None = None
     options: Options = field(default_factory=Options)
+    balanced: bool = False
 
     def part(self, rows: Tensor) -> "Samples":
         """Return some of the samples."""
@@ -96,7 +98,7 @@ class Samples:
 
     def stacked(self, by: Combine = "own", temperatures: Sequence[float] | None = None) -> Stacked:
         """Return the samples with the predictions of one way of combining."""
-        return Stacked(self.logits, self.targets, self.costs, self.static, predicting(by, temperatures))
+        return Stacked(self.logits, self.targets, self.costs, self.static, predicting(by, temperatures), self.balanced)
 
     def compared(self) -> Tensor:
         """Return the classes (samples,) that the accuracy is compared with."""
@@ -119,8 +121,9 @@ class Candidate(NamedTuple):
 class Candidates(NamedTuple):
     """Settings, with what each has on every sample.
 
-    ``credit`` (candidates, samples) is how far a prediction is believed to be right, ``cost`` (candidates, samples) the
-    relative cost, and ``compared`` (samples,) the credit of the predictions that the accuracy is compared with.
+    ``credit`` (candidates, samples) is how far a prediction is believed to be right, times what the sample counts for,
+    ``cost`` (candidates, samples) the relative cost, and ``compared`` (samples,) the credit of the predictions that the
+    accuracy is compared with.
     """
 
     settings: list[Candidate]
@@ -162,6 +165,7 @@ def candidates(data: Samples, goal: Goal) -> Candidates:
     settings: list[Candidate] = []
     credit: list[Tensor] = []
     cost: list[Tensor] = []
+    weights = data.stacked().weights
     for by in data.options.combines:
         stacked = data.stacked(by, heat)
         within = _reachable(budget, stacked)
@@ -172,7 +176,7 @@ def candidates(data: Samples, goal: Goal) -> Candidates:
             credit.append(right.gather(0, index))
             cost.append(costs[index])
     compared = credits_of(belief, data.compared()[None])[0]
-    return Candidates(settings, torch.cat(credit), torch.cat(cost), compared)
+    return Candidates(settings, torch.cat(credit) * weights, torch.cat(cost), compared * weights)
 
 
 def beliefs(data: Samples, temperatures: Sequence[float] | None) -> Tensor:

@@ -47,6 +47,7 @@ def curve(
     view: Policy | None = None,
     slope: float = 0.0,
     static: float | None = None,
+    balanced: bool = False,
     points: int = 200,
 ) -> Curve:
     """Compute accuracy and cost for every shared threshold that makes a difference, thinned evenly in cost.
@@ -59,6 +60,7 @@ def curve(
         view: A policy whose temperatures and combination count.
         slope: See :func:`dynadapter.calibrate.ladder.ladder`.
         static: Cost of the static network; None for that of the last exit.
+        balanced: Whether accuracies are balanced.
         points: Greatest number of routed points; both ends are always among them.
 
     Raises:
@@ -66,7 +68,7 @@ def curve(
     """
     if points < 2:
         raise ValueError(f"points={points} must be at least 2, for both ends of the curve")
-    data = Stacked(logits, targets, costs, static, view)
+    data = Stacked(logits, targets, costs, static, view, balanced)
     steps = ladder(kind, data, slope)
     kept = torch.arange(len(steps.cost)).flip(0)  # cheapest first
     if len(kept) > points:

@@ -1,6 +1,9 @@
 """What to calibrate for."""
 
 from dataclasses import dataclass
+from typing import Literal
+
+Metric = Literal["accuracy", "balanced_accuracy"]
 
 
 @dataclass(frozen=True)
@@ -18,6 +21,8 @@ class Goal:
         confidence: Probability that the guarantee of ``risk`` holds; None for 0.9.
         reference: Another network whose accuracy on the same samples ours is compared with, such as the checkpoint of a
             static one; None for the last exit by its own logits.
+        metric: What counts as accuracy: ``balanced_accuracy`` is the mean over the classes that occur of the fraction
+            of their samples that are right. None for ``accuracy``, the fraction of all samples.
 
     Raises:
         ValueError: If not exactly one is given, or a number is out of range.
@@ -28,6 +33,7 @@ class Goal:
     risk: float | None = None
     confidence: float | None = None
     reference: str | None = None
+    metric: Metric | None = None
 
     def __post_init__(self) -> None:
         given = [name for name in ("cost", "accuracy_drop", "risk") if getattr(self, name) is not None]
@@ -50,6 +56,13 @@ class Goal:
             raise ValueError(f"goal.confidence belongs to goal.risk, not to goal.{self.name}; leave it out")
         if self.reference is not None and self.name == "risk":
             raise ValueError("goal.risk is against the last exit; leave goal.reference out, or give goal.accuracy_drop")
+        if self.metric not in (None, "accuracy", "balanced_accuracy"):
+            raise ValueError(f"goal.metric={self.metric} must be accuracy or balanced_accuracy")
+        if self.balanced and self.name == "risk":
+            raise ValueError(
+                "goal.risk is a fraction of all images, for which goal.metric=balanced_accuracy has no guarantee; "
+                "leave goal.metric out, or give goal.accuracy_drop"
+            )
         if self.confidence is not None and not 0 < self.confidence < 1:
             raise ValueError(f"goal.confidence={self.confidence} must be between 0 and 1, both excluded, e.g. 0.9")
 
@@ -65,14 +78,25 @@ class Goal:
         return amount
 
     @property
+    def balanced(self) -> bool:
+        """Whether each class counts the same."""
+        return self.metric == "balanced_accuracy"
+
+    @property
+    def measure(self) -> str:
+        """What counts as accuracy, in words."""
+        return "balanced accuracy" if self.balanced else "accuracy"
+
+    @property
     def given(self) -> dict[str, float | str]:
         """The goal as it was given, with the confidence of a risk."""
         more: dict[str, float | str] = {"confidence": self.confidence or 0.9} if self.name == "risk" else {}
-        return {self.name: self.amount, **more, **({"reference": self.reference} if self.reference else {})}
+        named = {"reference": self.reference, "metric": self.metric}
+        return {self.name: self.amount, **more, **{name: value for name, value in named.items() if value}}
 
     def __str__(self) -> str:
         if self.name == "cost":
-            return f"cost at most {self.amount:g} of static"
+            return f"cost at most {self.amount:g} of static" + (", by balanced accuracy" if self.balanced else "")
         if self.name == "accuracy_drop":
-            return f"accuracy at most {self.amount:g} points below {self.reference or 'the last exit'}"
+            return f"{self.measure} at most {self.amount:g} points below {self.reference or 'the last exit'}"
         return f"risk at most {self.amount:g} against the last exit, with confidence {self.confidence or 0.9:g}"

@@ -1,5 +1,6 @@
-"""Intervals of 95 % for an accuracy, and for the difference of two accuracies on the same samples."""
+"""Intervals of 95 % for an accuracy, for the difference of two accuracies on the same samples, and for their means."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 Z = 1.959963984540054
@@ -41,3 +42,18 @@ def difference_interval(gained: int, lost: int, samples: int) -> Interval:
     mean = (gained - lost) / total
     half = Z * ((gained + lost + 1) / total - mean**2) ** 0.5 / total**0.5
     return Interval(max(-1.0, mean - half), min(1.0, mean + half))
+
+
+def mean_interval(estimates: Sequence[float], intervals: Sequence[Interval]) -> Interval:
+    """Return the interval of the mean of independent estimates, such as the accuracies of classes.
+
+    Args:
+        estimates: The estimates.
+        intervals: Their intervals, of 95 % as well; each holds its estimate.
+
+    Source: Zou and Donner 2008, Construction of confidence limits about effect measures: a general approach (MOVER).
+    """
+    mean, number = sum(estimates) / len(estimates), len(estimates)
+    below = sum((one - ends.low) ** 2 for one, ends in zip(estimates, intervals, strict=True)) ** 0.5 / number
+    above = sum((ends.high - one) ** 2 for one, ends in zip(estimates, intervals, strict=True)) ** 0.5 / number
+    return Interval(mean - below, mean + above)

@@ -27,8 +27,9 @@ KINDS: dict[str, type[Policy]] = {
 class Ladder(NamedTuple):
     """Every number that makes a difference, from no early exit to all samples at exit 1; costs fall step by step.
 
-    ``counts`` (steps, exits) are the samples at each exit, ``right`` (steps,) the right predictions, ``cost`` (steps,)
-    the average relative costs. ``policy`` maps a step to its policy, without temperatures and combination.
+    ``counts`` (steps, exits) are the samples at each exit, ``right`` (steps,) the weights of the right predictions,
+    ``cost`` (steps,) the average relative costs. ``policy`` maps a step to its policy, without temperatures and
+    combination.
     """
 
     counts: Tensor
@@ -66,7 +67,7 @@ def _patiences(data: Stacked) -> Ladder:
             policies.append(policy)
             indices.append(exit_index)
     counts = torch.stack([data.counts(exit_index) for exit_index in indices])
-    right = torch.stack([data.right.gather(0, exit_index[None]).sum() for exit_index in indices]).cpu()
+    right = torch.stack([(data.right.gather(0, index[None])[0] * data.weights).sum() for index in indices]).cpu()
     return Ladder(counts, right, data.cost(counts), policies.__getitem__)
 
 
@@ -79,19 +80,20 @@ def _thresholds(scores: Scores, data: Stacked, slope: float) -> Ladder:
     sure = scores.log_odds(slope) if slope else scores.sure
     greatest = sure.cummax(0).values if len(sure) else sure  # (early exits, samples)
     values = greatest[greatest > -torch.inf].unique().flip(0)  # falling; step i + 1 cuts at values[i]
-    right = data.right[-1].sum().expand(len(values)).clone()
-    exited = [torch.zeros_like(right)]
+    credit = data.right * data.weights
+    right = credit[-1].sum().expand(len(values)).clone()
+    exited = [torch.zeros_like(right, dtype=torch.int64)]
     for k, row in enumerate(greatest):
         rising, order = row.sort()
         reach = data.samples - torch.searchsorted(rising, values)  # samples that reach each value
-        gain = data.right[k].long() - data.right[k + 1].long()
+        gain = credit[k] - credit[k + 1]
         right += torch.cat([gain.new_zeros(1), gain[order.flip(0)].cumsum(0)])[reach]
         exited.append(reach)
-    exited.append(torch.full_like(right, data.samples))
+    exited.append(torch.full_like(exited[0], data.samples))
 
     none_early = torch.tensor([[0] * (data.exits - 1) + [data.samples]])
     counts = torch.cat([none_early, torch.stack(exited, -1).diff(dim=-1).cpu()])
-    right = torch.cat([data.right[-1].sum()[None], right]).cpu()
+    right = torch.cat([credit[-1].sum()[None], right]).cpu()
     cuts = [*scores.between(values[:-1], values[1:]).tolist(), -math.inf if slope else scores.laxest]
 
     def policy(step: int) -> Policy:

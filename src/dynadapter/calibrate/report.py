@@ -53,11 +53,12 @@ def solution_table(solution: Solution, exit_depths: Sequence[int], title: str) -
     table.add_row("cost, % of static", *(f"{one.cost:.2%}" for one in both))
     crossed = solution.cross_fitted
     low, high = crossed.accuracy_interval
-    table.add_row("accuracy", *(f"{one.accuracy:.2%}" for one in both))
+    measure = solution.goal.measure
+    table.add_row(measure, *(f"{one.accuracy:.2%}" for one in both))
     table.add_row("its interval of 95 %", "", f"{low:.2%} to {high:.2%}")
-    table.add_row("accuracy of the last exit", *(f"{one.accuracy_last_exit:.2%}" for one in both))
+    table.add_row(f"{measure} of the last exit", *(f"{one.accuracy_last_exit:.2%}" for one in both))
     if solution.goal.reference:
-        table.add_row("accuracy of the reference", *(f"{one.accuracy_reference:.2%}" for one in both))
+        table.add_row(f"{measure} of the reference", *(f"{one.accuracy_reference:.2%}" for one in both))
     low, high = (100 * end for end in crossed.difference_interval)
     gains = (100 * (one.accuracy - one.accuracy_reference) for one in both)
     against = "the reference" if solution.goal.reference else "the last exit"
@@ -106,10 +107,12 @@ def measured_data(solution: Solution, data: str) -> dict[str, Any]:
         "accuracy_interval": "{:.1%} to {:.1%}, at 95 %".format(*crossed.accuracy_interval),
         "difference_interval": "{:+.1%} to {:+.1%}, at 95 %".format(*crossed.difference_interval),
     }
+    measured = plain(crossed) | in_words
+    if solution.goal.balanced:
+        measured = {f"balanced_{name}" if name.startswith("accuracy") else name: measured[name] for name in measured}
     return {
         "data": data,
-        **plain(crossed),
-        **in_words,
+        **measured,
         "goal": str(solution.goal),
         "protocol": solution.protocol,
         **({"notes": "; ".join(solution.notes)} if solution.notes else {}),
@@ -135,6 +138,6 @@ def draw_curve(file: BinaryIO, solution: Solution, title: str) -> None:
     ):
         x, y = [100 * point.cost for point in points], [100 * point.accuracy for point in points]
         axes.plot(x, y, style, label=label, markersize=14 if style == "*" else None)
-    axes.set(xlabel="cost in % of static", ylabel="accuracy in %", title=title)
+    axes.set(xlabel="cost in % of static", ylabel=f"{solution.goal.measure} in %", title=title)
     axes.legend()
     figure.savefig(file, dpi=150, format="png")

@@ -21,7 +21,7 @@ from dynadapter.calibrate.choosing import (
 )
 from dynadapter.calibrate.curves import Curve, curve
 from dynadapter.calibrate.goal import Goal
-from dynadapter.calibrate.intervals import Interval, difference_interval, share_interval
+from dynadapter.calibrate.intervals import Interval, difference_interval, mean_interval, share_interval
 from dynadapter.calibrate.stacked import Calibrated, Outcome, classes, split_folds
 from dynadapter.exits.combining import Combine
 from dynadapter.exits.policies import Confidence, Never, Policy, read_off
@@ -53,7 +53,7 @@ class CrossFitted(Measured):
     """The result of routing each sample by a policy that was chosen without it, with intervals of 95 %.
 
     Args:
-        accuracy_interval: Of the accuracy.
+        accuracy_interval: Of the accuracy; of the mean over classes if it is balanced.
         difference_interval: Of the accuracy minus that of the reference on the same samples.
     """
 
@@ -124,12 +124,8 @@ def solve(
             arguments do not fit.
     """
     options = Options(kind, tuple(searches), tuple(combines), with_temperatures, seed)
-    data = Samples(logits, targets, costs, static, reference, options)
-    data.stacked()  # checks the arguments
-    if not logits[-1].isfinite().all(-1).any():
-        raise ValueError(f"the last exit has finite logits for none of {len(targets)} {samples}; the network is broken")
-    if reference is not None and reference.shape != targets.shape:
-        raise ValueError(f"reference has shape {tuple(reference.shape)}; give one class for each of {len(targets)}")
+    data = Samples(logits, targets, costs, static, reference, options, goal.balanced)
+    _check(data, samples)
     folds = _folds(data, goal)
     found, slope = choose(data, goal)
     index, predicted, missed = _crossed(data, goal, folds)
@@ -140,11 +136,22 @@ def solve(
         found=found,
         calibration=_measured(data, *_routed(found.policy, logits)),
         cross_fitted=_with_intervals(data, index, predicted),
-        curve=curve(logits, targets, costs, kind, view=found.policy, slope=slope, static=static),
+        curve=curve(
+            logits, targets, costs, kind, view=found.policy, slope=slope, static=static, balanced=goal.balanced
+        ),
         notes=tuple(notes),
         nonfinite=nonfinite,
         protocol=_protocol(data, goal, samples, len(folds)),
     )
+
+
+def _check(data: Samples, samples: str) -> None:
+    data.stacked()  # checks the arguments
+    count = len(data.targets)
+    if not data.logits[-1].isfinite().all(-1).any():
+        raise ValueError(f"the last exit has finite logits for none of {count} {samples}; the network is broken")
+    if data.reference is not None and data.reference.shape != data.targets.shape:
+        raise ValueError(f"reference has shape {tuple(data.reference.shape)}; give one class for each of {count}")
 
 
 def policy_for(
@@ -157,7 +164,8 @@ def policy_for(
     Raises:
         ValueError: As :func:`solve`.
     """
-    return Never() if len(logits) == 1 else choose(Samples(logits, targets, costs, static), goal).found.policy
+    data = Samples(logits, targets, costs, static, balanced=goal.balanced)
+    return Never() if len(logits) == 1 else choose(data, goal).found.policy
 
 
 def _folds(data: Samples, goal: Goal) -> tuple[Tensor, ...]:
@@ -196,22 +204,29 @@ def _measured(data: Samples, index: Tensor, predicted: Tensor) -> Measured:
     outcome = whole.outcome(index)
     return Measured(
         cost=outcome.cost,
-        accuracy=right.sum().item() / whole.samples,
+        accuracy=whole.accuracy(right),
         shares=outcome.shares,
         samples=whole.samples,
-        accuracy_last_exit=whole.right_last.sum().item() / whole.samples,
+        accuracy_last_exit=whole.accuracy(whole.right_last),
         lost=(whole.right_last & ~right).sum().item() / whole.samples,
-        accuracy_reference=(data.compared() == data.targets).sum().item() / whole.samples,
+        accuracy_reference=whole.accuracy(data.compared() == data.targets),
     )
 
 
 def _with_intervals(data: Samples, index: Tensor, predicted: Tensor) -> CrossFitted:
     right, theirs = predicted == data.targets, data.compared() == data.targets
-    gained, lost = int((right & ~theirs).sum()), int((theirs & ~right).sum())
+    groups = [data.targets == c for c in data.targets.unique()] if data.balanced else [torch.ones_like(right)]
+    accuracies, gains, ofs, differences = [], [], [], []
+    for ours, their in ((right[group], theirs[group]) for group in groups):
+        count, gained, lost = len(ours), int((ours & ~their).sum()), int((their & ~ours).sum())
+        accuracies.append(int(ours.sum()) / count)
+        ofs.append(share_interval(int(ours.sum()), count))
+        gains.append((gained - lost) / count)
+        differences.append(difference_interval(gained, lost, count))
     return CrossFitted(
         **vars(_measured(data, index, predicted)),
-        accuracy_interval=share_interval(int(right.sum()), len(right)),
-        difference_interval=difference_interval(gained, lost, len(right)),
+        accuracy_interval=mean_interval(accuracies, ofs),
+        difference_interval=mean_interval(gains, differences),
     )
 
 

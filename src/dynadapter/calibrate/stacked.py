@@ -18,7 +18,8 @@ class Outcome:
 
     Args:
         cost: Average cost as a fraction of static.
-        accuracy: Fraction of right predictions, in [0, 1]; NaN without targets.
+        accuracy: Fraction of right predictions, in [0, 1], or the balanced accuracy if that was asked for; NaN without
+            targets.
         shares: Exit shares (exits,), adding up to 1.
         samples: Number of samples.
     """
@@ -55,11 +56,13 @@ class Stacked:
         costs: (exits,), cumulative.
         static: Cost of the static network; None for that of the last exit.
         view: A policy whose temperatures and combination the predictions have.
+        balanced: Whether accuracies are balanced: each class that occurs counts the same.
 
     Attributes:
         predicted: What each exit predicts, as logits (exits, samples, classes).
         predictions: Classes (exits, samples), -1 for logits with NaN.
         right: (exits, samples) bool, True for a right prediction; all False without targets.
+        weights: What each sample counts for in an accuracy (samples,) float64; 1 on average.
         last: Classes of the last exit by its own logits (samples,), -1 for logits with NaN.
     """
 
@@ -70,6 +73,7 @@ class Stacked:
         costs: Sequence[float] | Tensor,
         static: float | None = None,
         view: Policy | None = None,
+        balanced: bool = False,
     ) -> None:
         check_logits(logits)
         self.logits = logits.detach()
@@ -84,7 +88,14 @@ class Stacked:
         if targets is not None:
             targets = check_targets(logits, targets)
             self.right, self.right_last = self.predictions == targets, self.last == targets
+        self.weights = torch.ones(self.samples, dtype=torch.float64, device=logits.device)
+        if balanced and targets is not None:
+            self.weights = balancing(targets)
         self.costs, self.static = _check_costs(costs, static, self.exits)
+
+    def accuracy(self, right: Tensor) -> float:
+        """Return the accuracy, from booleans (samples,)."""
+        return (right * self.weights).sum().item() / self.samples
 
     def complete(self, policy: Policy) -> Policy:
         """Add temperatures and combination to a policy."""
@@ -106,7 +117,7 @@ class Stacked:
         counts = self.counts(exit_index)
         return Outcome(
             cost=self.cost(counts).item(),
-            accuracy=self.right.gather(0, exit_index[None]).sum().item() / self.samples if self.labelled else math.nan,
+            accuracy=self.accuracy(self.right.gather(0, exit_index[None])[0]) if self.labelled else math.nan,
             shares=tuple(count / self.samples for count in counts.tolist()),
             samples=self.samples,
         )
@@ -119,6 +130,16 @@ class Stacked:
             notes += (f"{nonfinite} of {self.samples} samples have logits that are not finite at an early exit",)
         exit_index = route(policy, self.logits)
         return Calibrated(**vars(self.outcome(exit_index)), policy=policy, method=method, notes=notes, risk=risk)
+
+
+def balancing(targets: Tensor) -> Tensor:
+    """Return weights (samples,) float64 with a mean of 1, with which each class that occurs counts the same.
+
+    >>> balancing(torch.tensor([0, 0, 0, 2])).tolist()
+    [0.666..., 0.666..., 0.666..., 2.0]
+    """
+    counts = torch.bincount(targets)
+    return len(targets) / ((counts > 0).sum() * counts[targets]).double()
 
 
 def classes(logits: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor
 import dynadapter
 from dynadapter.adapters import adapter_layers
 from dynadapter.calibrate import AUTO, COMBINES, KINDS, Goal, Solution, curve_rows, solve
+from dynadapter.calibrate.goal import Metric
 from dynadapter.calibrate.report import draw_curve, measured_data, solution_data, solution_table
 from dynadapter.calibrate.stored import RESULT, beside
 from dynadapter.cli.calibration_images import (
@@ -189,6 +190,8 @@ def add_arguments(parser: LightningArgumentParser) -> None:
     goal.add_argument("--goal.confidence", "--confidence", type=float | None, help=words)
     words = "Compare with another network on the same images: its checkpoint or bundle, such as the static network's."
     goal.add_argument("--goal.reference", type=str | None, help=words)
+    words = "What counts as accuracy; balanced_accuracy is the mean over classes, and suits classes of unequal size."
+    goal.add_argument("--goal.metric", type=Metric | None, help=words)
     for name, (kind, default, words) in ARGUMENTS.items():
         parser.add_argument(f"--{name}", type=kind, default=default, help=words)
 

@@ -88,6 +88,8 @@ def goals_of(given: Sequence[dict[str, Any]]) -> tuple[SweepGoal, ...]:
             goals.append(SweepGoal(Goal(**{k: v for k, v in one.items() if k != "reference"}), one.get("reference")))
         except (TypeError, ValueError) as error:
             raise ValueError(f"goal={one}: {error}") from error
+        if goals[-1].goal.balanced:
+            raise ValueError(f"goal={one}: a sweep compares by accuracy; leave metric out")
     if not goals or goals[0].reference is not None:
         raise ValueError("the first goal chooses the scale; give one without reference there, such as {cost: 0.5}")
     if len({goal.name for goal in goals}) < len(goals):

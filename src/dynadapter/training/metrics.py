@@ -139,10 +139,13 @@ class BalancedAccuracy(ClassCounts):
     0.5
     """
 
+    def recall(self) -> Tensor:
+        """Return the fraction of each class that is right ``(classes,)``; NaN for a class without samples."""
+        return self.right.to(self.real) / self.samples
+
     def compute(self) -> Tensor:
         """Return the balanced accuracy, a float64 scalar; 0 if there was no sample."""
-        recall = self.right.to(self.real) / self.samples.clamp(min=1)
-        return recall.sum() / (self.samples > 0).sum().clamp(min=1)
+        return self.recall().nansum() / (self.samples > 0).sum().clamp(min=1)
 
 
 class MacroF1(ClassCounts):

@@ -127,7 +127,7 @@ def _measured(config: Config) -> Iterable[str]:
     ]
     if rows:
         yield _table([f"under {escape(config.policy.name)}", ""], rows)
-    if missing := [words for name, words in UNMEASURED.items() if name not in given]:
+    if missing := [words for name, words in UNMEASURED.items() if not {name, f"balanced_{name}"} & given.keys()]:
         yield f"Not measured: {', '.join(missing)}."
     if given and "data" not in given:
         yield "The data of these measurements are not recorded."
@@ -174,7 +174,7 @@ def _title(name: str) -> str:
 
 def _number(name: str, value: Any) -> str:
     if isinstance(value, float):
-        return f"{value:.1%}" if name in ("accuracy", "shares", "cost") else f"{value:.4g}"
+        return f"{value:.1%}" if name in ("accuracy", "balanced_accuracy", "shares", "cost") else f"{value:.4g}"
     if isinstance(value, list | tuple):
         return ", ".join(_number(name, part) for part in value)
     return escape(str(value))

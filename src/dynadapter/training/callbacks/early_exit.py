@@ -12,7 +12,7 @@ from dynadapter.exits.net import ExitNet
 from dynadapter.exits.policies import Confidence, Policy, read_off
 from dynadapter.training.callbacks._common import exit_net
 from dynadapter.training.losses import IGNORED
-from dynadapter.training.metrics import BalancedAccuracy, ExitUse
+from dynadapter.training.metrics import BalancedAccuracy, ExitUse, MacroF1
 from dynadapter.training.sharding import is_sharded
 
 
@@ -24,6 +24,8 @@ class PolicyResult:
         name: The policy's short name.
         accuracy: Fraction of the samples that were classified right, in [0, 1].
         balanced: The mean over classes of this fraction, in [0, 1].
+        macro_f1: The mean over classes of F1, in [0, 1].
+        by_class: The fraction of each class ``(classes,)``; NaN for a class without samples.
         shares: Exit shares ``(exits,)``, which sum to 1.
         nonfinite: Samples whose logits were not finite; they never exit early and count as wrong.
     """
@@ -31,6 +33,8 @@ class PolicyResult:
     name: str
     accuracy: float
     balanced: float
+    macro_f1: float
+    by_class: Tensor
     shares: Tensor
     nonfinite: int
 
@@ -49,6 +53,7 @@ class PolicyUse(ExitUse):
     def __init__(self, exits: int, classes: int) -> None:
         super().__init__(exits)
         self.balanced = BalancedAccuracy(classes)
+        self.macro_f1 = MacroF1(classes)
         self._add_sum("right")
         self._add_sum("nonfinite")
 
@@ -66,6 +71,7 @@ class PolicyUse(ExitUse):
         self.right += (predicted == targets).sum()
         self.nonfinite += (~finite).sum()
         self.balanced.update(predicted, targets)
+        self.macro_f1.update(predicted, targets)
 
     def compute(self) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
         """Return the exit shares ``(exits,)``, the accuracy, and the number of samples with non-finite logits."""
@@ -76,8 +82,8 @@ class EarlyExit(Callback):
     """Apply exit policies in validation, test and prediction.
 
     Validation and test run the network once and read every policy off the logits of all exits, which the step returns.
-    Predictions are routed by the first policy. Each policy logs ``<split>/<policy>/acc`` and
-    ``<split>/<policy>/share_exit<k>``, with k from 1.
+    Predictions are routed by the first policy. Each policy logs ``<split>/<policy>/acc``, ``balanced_acc``,
+    ``macro_f1`` and ``share_exit<k>``, with k from 1.
 
     Several processes give the same results as one. Padding samples (class -100) are ignored.
 
@@ -89,15 +95,19 @@ class EarlyExit(Callback):
         policies: The policies to apply, each with its own thresholds; null is ``Confidence(0.9)``.
         verify_routing: Route every batch of a validation or test as well, and compare exits and classes with those
             read off. Batches must start with the images. A sharded network cannot be routed and is not compared.
+        by_class: Also log the accuracy of each class that occurs, ``<split>/<policy>/acc_of/<class>``.
 
     Raises:
         ValueError: A policy is given twice; before anything runs, if thresholds do not fit the exits; with
             `verify_routing`, if routing gives another exit or class.
     """
 
-    def __init__(self, policies: Sequence[Policy] | None = None, verify_routing: bool = False) -> None:
+    def __init__(
+        self, policies: Sequence[Policy] | None = None, verify_routing: bool = False, by_class: bool = False
+    ) -> None:
         self.policies = list(policies) if policies is not None else [Confidence(0.9)]
         self.verify_routing = verify_routing
+        self.by_class = by_class
         names = [policy.name for policy in self.policies]
         if len(set(names)) < len(names):
             raise ValueError(f"each policy may be given once; got {', '.join(names)}")
@@ -109,8 +119,17 @@ class EarlyExit(Callback):
         results = []
         for name, use in self._uses.items():
             shares, accuracy, nonfinite = use.compute()  # torchmetrics makes one share a scalar
-            balanced = float(use.balanced.compute())
-            results.append(PolicyResult(name, float(accuracy), balanced, shares.cpu().reshape(-1), int(nonfinite)))
+            results.append(
+                PolicyResult(
+                    name,
+                    float(accuracy),
+                    balanced=float(use.balanced.compute()),
+                    macro_f1=float(use.macro_f1.compute()),
+                    by_class=use.balanced.recall().cpu(),
+                    shares=shares.cpu().reshape(-1),
+                    nonfinite=int(nonfinite),
+                )
+            )
         return results
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -172,6 +191,11 @@ class EarlyExit(Callback):
         for result in self.results:
             values = {f"{split}/{result.name}/acc": result.accuracy}
             values[f"{split}/{result.name}/balanced_acc"] = result.balanced
+            values[f"{split}/{result.name}/macro_f1"] = result.macro_f1
+            if self.by_class:
+                names = getattr(pl_module, "class_names", range(len(result.by_class)))
+                recalls = zip(names, result.by_class.tolist(), strict=True)
+                values |= {f"{split}/{result.name}/acc_of/{c}": recall for c, recall in recalls if recall == recall}
             for k, share in enumerate(result.shares.tolist(), start=1):
                 values[f"{split}/{result.name}/share_exit{k}"] = share
             pl_module.log_dict(values, sync_dist=True)  # equal in all processes; Lightning warns without sync_dist
