@@ -318,7 +318,7 @@ def test_mistake_is_one_line(args, names, checkpoint, tmp_path, capsys):
 def test_invalid_settings_raise(goal, changes, words):
     """Checked without the command line, which takes long to start."""
     settings = {name: default for name, (_, default, _) in ARGUMENTS.items()} | {"ckpt_path": "last.ckpt"} | changes
-    none = dict.fromkeys(("cost", "accuracy_drop", "risk", "confidence", "reference"))
+    none = dict.fromkeys(Goal.__dataclass_fields__)
     with pytest.raises(Mistake, match=re.escape(words)):
         Settings.read(Namespace(**settings, goal=Namespace(**{**none, **goal})))
 

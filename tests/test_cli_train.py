@@ -76,8 +76,10 @@ def test_folder_becomes_a_bundle(photos, capsys):
 def test_table_becomes_a_bundle(photos, tmp_path):
     rows = [f"photos/{name}/{k}.png,{name}" for name in COLOURS for k in range(20)]
     (tmp_path / "list.csv").write_text("\n".join(["path,label", *rows]))
-    main(train_on("list.csv", "--out=out", "--goal.accuracy_drop=5"))
-    assert load("out/bundle").class_names == ("blue", "red")
+    main(train_on("list.csv", "--out=out", "--goal.accuracy_drop=5", "--goal.metric=balanced_accuracy"))
+    bundle = load("out/bundle")
+    assert bundle.class_names == ("blue", "red")
+    assert bundle.config.measured["goal"].startswith("balanced accuracy at most 5 points below")
 
 
 def test_same_command_continues(photos, monkeypatch, capsys):
@@ -106,6 +108,7 @@ MISTAKES = [
     (["photos", "--cost=2"], "goal.cost"),
     (["photos", "--cost=half"], "goal.cost: expected a number, not 'half'"),
     (["photos", "--goal.cost=0.5", "--goal.risk=0.1"], "are 2 goals"),
+    (["photos", "--goal.metric=f1"], "goal.metric=f1 must be accuracy or balanced_accuracy"),
     (["photos", "--goal.speed=2"], "there is no goal 'speed'; choose from cost"),
     (["photos", "--data.val_fraction=0"], "photos has 0 images to choose exits on; val_fraction above 0"),
     (["photos/red"], "photos/red/train does not exist; expected train/CLASS/image.png or red/CLASS/image.png"),

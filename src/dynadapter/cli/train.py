@@ -102,7 +102,8 @@ def read(args: Sequence[str]) -> Wanted:
             settings.append(arg)
     if given.backbone is not None:
         settings.append(f"--model.backbone={given.backbone}")
-    goal = goal or ["--goal.cost=0.5"]
+    if all(arg.startswith(("--goal.metric", "--goal.reference")) for arg in goal):
+        goal.append("--goal.cost=0.5")
     _check_goal(goal)
     out = Path("runs", place.resolve().stem) if given.out is None else Path(given.out).expanduser()
     line = shlex.join(["dynadapter", "train", *args])
@@ -119,7 +120,7 @@ def _check_goal(goal: Sequence[str]) -> None:
         if key not in Goal.__dataclass_fields__:
             raise Mistake(f"there is no goal {key!r}; choose from {', '.join(Goal.__dataclass_fields__)}")
         try:
-            given[key] = value if key == "reference" else float(value)
+            given[key] = value if key in ("reference", "metric") else float(value)
         except ValueError as error:
             raise Mistake(f"goal.{key}: expected a number, not {value!r:.40}") from error
     try:
