@@ -1,10 +1,10 @@
 """Compare rules that choose exits: choose on some images, measure on the others, over many random splits.
 
-    python benchmarks/choosing.py LOGITS... --images 200 --splits 10
+    python benchmarks/choosing.py SWEEP... --images 200 --splits 5
 
-Each file holds the stacked logits of one network on images that it was not trained on, as ``torch.save`` writes them: a
-mapping with ``logits`` (exits, images, classes), ``targets`` (images,) and ``costs`` (exits,) in % of static. A row has
-the accuracy in points above the last exit and the cost in % of static, means over networks and splits, for each goal;
+SWEEP is the folder of a sweep on development tasks, such as ``runs/recipes_micro``. Its final networks with early exits
+take part, on their test images. A row has the accuracy in points above the last exit and the cost in % of static, means
+over networks and splits, for each goal;
 for accuracy drops also the points by which the goal is missed, averaged over splits, then over networks. The rules are
 those of :mod:`dynadapter.calibrate.choosing` with other constants or fewer candidates. "learned" exits by a logistic
 regression (scikit-learn) on confidence, margin, entropy and agreement with the exit before, instead of by confidence.
@@ -27,6 +27,8 @@ from dynadapter.calibrate.ladder import ladder
 from dynadapter.calibrate.stacked import Stacked
 from dynadapter.exits.combining import predicting
 from dynadapter.exits.policies import Confidence, Never, confidence, entropy, margin
+from dynadapter.sweep import lines
+from dynadapter.sweep.plan import FINAL
 
 COSTS = [Goal(cost=cost) for cost in (0.35, 0.51, 0.65)]
 GOALS = [*COSTS, *(Goal(accuracy_drop=points) for points in (0.0, 1.0, 2.0))]
@@ -123,18 +125,28 @@ def compared(
             )
 
 
+def networks(sweep: Path) -> Iterator[tuple[str, Tensor, Tensor, list[float]]]:
+    """Yield name, logits (exits, images, classes), targets (images,) and costs in % of static of the final networks."""
+    for unit, line in lines.read(sweep).items():
+        costs = [one["percent_of_static"] for one in line.get("exits", [])]
+        if unit.split != FINAL or len(costs) < 2:
+            continue
+        place = sweep / "runs" / unit.name
+        logits, targets = np.load(place / "logits.npz")["logits"], np.load(place / "predictions.npz")["targets"]
+        yield unit.name, torch.from_numpy(logits).float(), torch.from_numpy(targets).long(), costs
+
+
 def main(argv: list[str] | None = None) -> None:
     """Compare the rules and print a table in Markdown."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", nargs="+", type=Path, help="stacked logits, one network a file")
+    parser.add_argument("sweeps", nargs="+", type=Path, help="folders of sweeps")
     parser.add_argument("--images", type=int, default=200, help="images to choose on")
     parser.add_argument("--splits", type=int, default=10, help="random splits of each file")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     tables = []
-    for file in args.files:
-        one = torch.load(file, weights_only=True)
-        logits, targets, costs = one["logits"].float(), one["targets"], [float(cost) for cost in one["costs"]]
+    for name, logits, targets, costs in (one for sweep in args.sweeps for one in networks(sweep)):
+        print(name)
         splits = []
         for seed in range(args.splits):
             order = torch.randperm(len(targets), generator=torch.Generator().manual_seed(seed))

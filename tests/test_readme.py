@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -52,7 +53,12 @@ def test_it_is_short():
 
 @pytest.mark.slow
 def test_commands_run_as_pasted(tmp_path):
-    """All blocks but the installation and the test command, in a folder that holds nothing but photographs."""
+    """All blocks but the installation and the test command, from a built wheel, in a folder that holds photographs."""
+    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", str(tmp_path)]
+    subprocess.run([*build, str(ROOT)], check=True)
+    [wheel] = tmp_path.glob("*.whl")
+    zipfile.ZipFile(wheel).extractall(tmp_path / "installed")
+    wheel.unlink()
     for label, name in enumerate(("cups", "forks", "knives")):
         (tmp_path / "my_photos" / name).mkdir(parents=True)
         for k in range(12):
@@ -61,7 +67,11 @@ def test_commands_run_as_pasted(tmp_path):
     lines = [line for block in blocks for line in block.strip().splitlines() if "pytest" not in line]
     lines = [line.removeprefix("pip install -e . && ") for line in lines]
     assert len(lines) >= 8
-    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    scripts = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = os.environ | {"PATH": scripts, "PYTHONPATH": str(tmp_path / "installed")}
+    where = "import dynadapter; print(dynadapter.__file__)"
+    found = subprocess.run([sys.executable, "-c", where], env=environment, capture_output=True, text=True, check=True)
+    assert found.stdout.startswith(str(tmp_path / "installed"))
     for line in lines:
         done = subprocess.run(
             ["bash", "-c", line], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False

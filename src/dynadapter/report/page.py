@@ -21,10 +21,11 @@ table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabul
 th, td { padding: .25rem .7rem; border-bottom: 1px solid var(--line); text-align: right; }
 th:first-child, td:first-child { text-align: left; }
 table.pairs td { text-align: left; vertical-align: top; overflow-wrap: anywhere; }
+table.pairs td:first-child { white-space: nowrap; }
 div.wide { overflow-x: auto; }
 pre { overflow-x: auto; font-size: .82rem; border: 1px solid var(--line); padding: .8rem; }
 @media print { body { max-width: none; margin: 0; }
-               details:not([open]) { display: none; } figure { break-inside: avoid; } }
+               details::details-content { content-visibility: visible; } figure { break-inside: avoid; } }
 """
 CAPTIONS = {
     "learning": ("Training", "Losses and validation accuracy of each exit by its own logits, over epochs."),
