@@ -1,6 +1,6 @@
 """The project's tasks: ``nox -s NAME``; ``nox -l`` lists them.
 
-CI runs ``.ci/run``, which does what ``lint``, ``types`` and ``tests`` do in one environment.
+CI runs ``.ci/run``, which does what ``lint``, ``types``, ``docs`` and ``tests`` do in one environment.
 """
 
 import nox

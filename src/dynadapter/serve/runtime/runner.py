@@ -41,7 +41,7 @@ class Runner:
 
     The files are checked at once. The session of a stage is created when the first image needs it. Several threads may
     use one runner. On a CPU, large batches are split, and all stages allocate from one arena, so that a stage finds
-    the memory that the stage before used in the caches.
+    the memory that the stage before used in the caches::
 
         runner = Runner("exported")
         for prediction in runner.predict("photos", batch_size=8):
