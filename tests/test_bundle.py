@@ -37,10 +37,8 @@ from dynadapter.serve.bundle import (
     BackboneSource,
     Bundle,
     bundle_from_classifier,
-    from_pretrained,
     load,
     merged_copy,
-    push_to_hub,
     save_bundle,
 )
 from dynadapter.spec import kinds, plain
@@ -1072,69 +1070,6 @@ def test_origin_in_a_full_checkpoint(tmp_path, images):
         load(place)
     drawn = classifier(full_checkpoint=True)
     same(load(bundle_from_classifier(drawn, tmp_path / "d", policy=POLICY, whole=False)), drawn.net, images)
-
-
-# ---- the hub
-
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path) -> SimpleNamespace:
-    """A hub that keeps one repository in a folder."""
-    import huggingface_hub
-
-    calls = SimpleNamespace(made=[], kept=tmp_path / "kept", asked=[])
-
-    class Api:
-        def __init__(self, token=None):
-            calls.token = token
-
-        def create_repo(self, repo_id, *, private=None, exist_ok=False):
-            assert exist_ok
-            calls.made.append((repo_id, private))
-
-        def upload_folder(self, *, repo_id, folder_path, allow_patterns, revision=None, commit_message=None):
-            calls.kept.mkdir()
-            for name in allow_patterns:
-                shutil.copy(Path(folder_path) / name, calls.kept / name)
-            return f"https://hub/{repo_id}/commit/1"
-
-    def snapshot_download(repo_id, *, revision=None, allow_patterns=None):
-        calls.asked.append((repo_id, revision))
-        if not calls.kept.exists():
-            raise OSError("no network\nat all")
-        return str(calls.kept)
-
-    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    return calls
-
-
-def test_to_the_hub_and_back(hub, whole, images):
-    (whole / "private.txt").write_text("stays here")
-    assert push_to_hub(whole, "me/flowers", private=True, token="t") == "https://hub/me/flowers/commit/1"
-    assert hub.made == [("me/flowers", True)]
-    assert hub.token == "t"
-    assert sorted(path.name for path in hub.kept.iterdir()) == ["README.md", "config.json", "model.safetensors"]
-    net = made("vit")[0]
-    same(from_pretrained("me/flowers", revision="v1", device="cpu"), net, images)
-    same(load("hf-hub:me/flowers"), net, images)
-    assert hub.asked == [("me/flowers", "v1"), ("me/flowers", None)]
-
-
-def test_hub_refusals(hub, whole):
-    with pytest.raises(
-        ValueError, match=r"hf-hub:me/flowers could not be fetched \(no network at all\); without a netw"
-    ):
-        load("hf-hub:me/flowers")
-    (whole / "model.safetensors").write_bytes(b"damaged")
-    with pytest.raises(ValueError, match="has SHA-256"):
-        push_to_hub(whole, "me/flowers")
-    assert hub.made == []
-    shutil.rmtree(whole)
-    save(whole)
-    hub.kept.mkdir()
-    with pytest.raises(ValueError, match=r"could not be uploaded to 'me/flowers' \("):
-        push_to_hub(whole, "me/flowers")
 
 
 def test_every_kind_is_known_in_a_new_process():

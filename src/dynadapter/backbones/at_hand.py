@@ -1,6 +1,7 @@
-"""Find out quickly whether the weights of a backbone can be loaded: packaged, cached, or on a hub that answers."""
+"""Find out where the pretrained weights of a backbone are, and quickly whether they can be loaded from there."""
 
 import threading
+from typing import NamedTuple
 
 import huggingface_hub
 from huggingface_hub.constants import SAFETENSORS_SINGLE_FILE
@@ -12,6 +13,32 @@ SECONDS = 5.0
 """How long to wait for the hub."""
 
 
+class Published(NamedTuple):
+    """Pretrained weights that somebody has published.
+
+    Args:
+        repo: Their repository on the Hugging Face Hub; None if they have none.
+        license: Its short name, such as ``apache-2.0``; None if it is not known.
+    """
+
+    repo: str | None
+    license: str | None
+
+
+def published(name: str) -> Published:
+    """Return where the pretrained weights of a backbone come from, by its name.
+
+    >>> published("vit_tiny_patch16_224.augreg_in21k")
+    Published(repo='timm/vit_tiny_patch16_224.augreg_in21k', license='apache-2.0')
+    """
+    if find(name) is not None:
+        return Published(None, "apache-2.0")  # as this package
+    config = get_pretrained_cfg(name)
+    if config is None:
+        return Published(None, None)
+    return Published(config.hf_hub_id or None, config.license or None)
+
+
 def is_at_hand(name: str, seconds: float = SECONDS) -> bool:
     """Check whether the pretrained weights of a backbone are packaged, in the hub's cache, or offered by the hub now.
 
@@ -21,10 +48,9 @@ def is_at_hand(name: str, seconds: float = SECONDS) -> bool:
     """
     if find(name) is not None:
         return True
-    config = get_pretrained_cfg(name)
-    if config is None or not config.hf_hub_id:
+    place, config = published(name).repo, get_pretrained_cfg(name)
+    if place is None or config is None:
         return False
-    place = str(config.hf_hub_id)
     file = config.hf_hub_filename or SAFETENSORS_SINGLE_FILE
     if isinstance(huggingface_hub.try_to_load_from_cache(place, file), str):
         return True

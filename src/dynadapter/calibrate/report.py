@@ -95,11 +95,12 @@ def solution_data(solution: Solution) -> dict[str, Any]:
     return data
 
 
-def measured_data(solution: Solution, data: str) -> dict[str, Any]:
+def measured_data(solution: Solution, split: str, data: str) -> dict[str, Any]:
     """Return the measured accuracy and cost for a bundle, as plain data.
 
     Args:
         solution: The solution.
+        split: Of the images: val, test or train.
         data: The images, in words.
     """
     crossed = solution.cross_fitted
@@ -112,6 +113,7 @@ def measured_data(solution: Solution, data: str) -> dict[str, Any]:
         measured = {f"balanced_{name}" if name.startswith("accuracy") else name: measured[name] for name in measured}
     return {
         "data": data,
+        "split": split,
         **measured,
         "goal": str(solution.goal),
         "protocol": solution.protocol,

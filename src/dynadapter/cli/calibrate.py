@@ -247,7 +247,8 @@ def _calibrate(trainer: Trainer, model: ExitClassifier, data: ImageData, setting
     _write(folder, solution_data(solution) | content, model, settings)
     if settings.bundle:
         words = f"{WORDS[settings.data_split]} images, cross-fitted"
-        _write_bundle(solution.found.policy, measured_data(solution, words), costs, model, data, settings)
+        measured = measured_data(solution, settings.data_split, words)
+        _write_bundle(solution.found.policy, measured, costs, model, data, settings)
     return solution
 
 

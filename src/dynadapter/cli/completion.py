@@ -42,7 +42,7 @@ def run(args: Sequence[str]) -> None:
         "zsh": f"{name}() {{ _alternative 'configs:config:({configs})' 'files:file:_files' }}",
     }
     with quiet():
-        print(shtab.complete(program(), shell, preamble=preamble))
+        print(shtab.complete(program(), shell, preamble=preamble[shell]))
 
 
 def program() -> argparse.ArgumentParser:

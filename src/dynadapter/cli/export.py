@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dynadapter.cli.errors import Mistake, Stopped, Terminated, one_line, stoppable
-from dynadapter.cli.networks import check_bundle, load_bundle
+from dynadapter.cli.networks import BUNDLE, check_bundle, load_bundle
 from dynadapter.cli.parser import CommandParser
 
 if TYPE_CHECKING:  # torch takes seconds to load, and invalid settings are reported without it
@@ -23,7 +23,7 @@ def parser() -> CommandParser:
     """Return the command's parser."""
     parser = CommandParser("export", "Write a bundle as ONNX graphs that run without this package, one a stage.")
     add = parser.add_argument
-    add("--bundle", type=str, required=True, help="The bundle, as calibrate wrote it.")
+    add("--bundle", type=str, required=True, help=f"The bundle: {BUNDLE}.")
     add("--out", type=str, required=True, help="The folder to create.")
     add("--overwrite", type=bool, default=False, help="Replace an exported folder.")
     add("--weights", type=str | None, help="File of the backbone's weights, if the bundle needs one.")

@@ -10,14 +10,18 @@ def policy_from(place: str) -> Calibration:
     """Return the policy of a place, and the network that it was calibrated for.
 
     Args:
-        place: A folder that calibrate wrote, its ``calibration.json``, a bundle, a calibrated checkpoint, or the run of
-            one.
+        place: A folder that calibrate wrote, its ``calibration.json``, a bundle (also ``hf-hub:``), a calibrated
+            checkpoint, or the run of one.
 
     Raises:
         Mistake: There is none, or it is damaged.
     """
+    from dynadapter.serve.bundle.hub import HUB, local
+
     path = Path(place).expanduser()
     try:
+        if place.startswith(HUB):
+            return _of_bundle(local(place))
         if (path / "config.json").is_file():
             return _of_bundle(path)
         runs = sorted(path.glob(f"checkpoints/*.{RESULT}"), key=lambda file: file.stat().st_mtime)

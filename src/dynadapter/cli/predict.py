@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from dynadapter.cli.errors import Failed, Mistake, Stopped, Terminated, one_line, stoppable
-from dynadapter.cli.networks import check_network, load_network
+from dynadapter.cli.networks import BUNDLE, check_network, load_network
 from dynadapter.cli.parser import CommandParser
 from dynadapter.images.accounting import account
 from dynadapter.serve.formats import check_output
@@ -31,7 +31,7 @@ if TYPE_CHECKING:  # torch takes seconds to load, and invalid input is answered 
 WAY_ON = "give what it was begun with, delete it, or start over with --overwrite true"
 FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
 OPTIONS: dict[str, tuple[Any, Any, str]] = {
-    "bundle": (str | None, None, "The network: a bundle, as calibrate writes it."),
+    "bundle": (str | None, None, f"The network: {BUNDLE}."),
     "ckpt_path": (
         str | None,
         None,

@@ -8,7 +8,7 @@ from rich.table import Table
 
 from dynadapter.cli.configs import config_files
 from dynadapter.cli.errors import Mistake, one_line
-from dynadapter.cli.networks import check_network, load_network
+from dynadapter.cli.networks import BUNDLE, check_network, load_network
 from dynadapter.cli.parser import CommandParser
 from dynadapter.cli.verify import data_section
 from dynadapter.printing import print_tables
@@ -33,7 +33,7 @@ def parser() -> CommandParser:
     from dynadapter.data import ImageData
 
     made = CommandParser("test", "Measure a bundle on the test images of a data module.")
-    made.add_argument("--bundle", type=str, required=True, help="The bundle: what calibrate wrote.")
+    made.add_argument("--bundle", type=str, required=True, help=f"The bundle: {BUNDLE}.")
     words = "Where the images come from; its settings are --data.NAME VALUE. Or -c FILE with a data section."
     made.add_subclass_arguments(ImageData, "data", required=True, help=words)
     for name, (kind, default, words) in OPTIONS.items():

@@ -1,12 +1,14 @@
 """The card of a bundle, ``README.md``: what it is, what was measured and what was not, and how to use it."""
 
 import json
+import math
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from dynadapter.backbones.at_hand import published
 from dynadapter.backbones.packaged import find
 from dynadapter.images.reading import shown
 from dynadapter.serve.bundle.config import MODEL, Config
@@ -21,11 +23,10 @@ UNMEASURED = {
 SHOWN_CLASSES = 20
 PLAIN = re.compile(r"[\w ,.;%+()/='-]*")
 """What a name may hold to stand in the card as it is; ``:`` and ``@`` could begin a link."""
-DATA = ModelCardData(
-    library_name="dynadapter",
-    pipeline_tag="image-classification",
-    tags=["early-exit", "timm", "dynadapter"],
-)
+PLACE = "path/of/this/folder"
+"""The bundle in the card's commands, until an upload puts the name of its repository there."""
+LICENSES = ["apache-2.0", "mit", "bsd-3-clause", "cc-by-4.0", "cc-by-nc-4.0", "apple-ascl", "apple-amlr", "gemma"]
+"""Licenses of timm's weights that the hub knows by this name; others are named beside ``other``."""
 
 
 def card(config: Config, size: int) -> str:
@@ -50,7 +51,50 @@ def card(config: Config, size: int) -> str:
         "## Use",
         _use(config),
     ]
-    return ModelCard("\n\n".join([f"---\n{DATA.to_yaml()}\n---", *parts]) + "\n").content
+    return ModelCard("\n\n".join([f"---\n{_data(config).to_yaml()}\n---", *parts]) + "\n").content
+
+
+def _data(config: Config) -> ModelCardData:
+    """Return the metadata: of the backbone as far as timm names its weights, and the numbers of the bundle."""
+    found = published(config.backbone.name) if config.backbone.origin == "pretrained" else None
+    more: dict[str, Any] = {}
+    if found is not None and found.license not in (None, "unknown"):
+        known = found.license in LICENSES
+        more = {"license": found.license} if known else {"license": "other", "license_name": found.license}
+    if found is not None and found.repo is not None:
+        more |= {"base_model": found.repo, "base_model_relation": "finetune" if config.whole else "adapter"}
+    return ModelCardData(
+        library_name="dynadapter",
+        pipeline_tag="image-classification",
+        tags=["early-exit", "timm", "dynadapter", *([type(config.adapter).__name__.lower()] if config.adapter else ())],
+        model_name=f"{config.backbone.name} with {len(config.exit_depths)} exits",
+        eval_results=list(_results(config)) or None,
+        **more,
+    )
+
+
+def _results(config: Config) -> Iterable[EvalResult]:
+    """Yield accuracy and cost under the exit policy for the model index of the hub, where they were measured."""
+    measured = config.measured or {}
+    images, split = measured.get("data", "not recorded"), measured.get("split")
+    samples = measured.get("samples")
+    for kind, title, unit in (
+        ("accuracy", "accuracy", 1),
+        ("balanced_accuracy", "balanced accuracy", 1),
+        ("cost", "cost in % of static", 100),
+    ):
+        value = measured.get(kind)
+        if isinstance(value, int | float) and math.isfinite(value):
+            yield EvalResult(
+                task_type="image-classification",
+                dataset_type="unknown",
+                dataset_name=shown(" ".join(str(images).split())),
+                dataset_split={"val": "validation"}.get(split, split) if isinstance(split, str) else None,
+                dataset_args={"samples": samples} if isinstance(samples, int) else None,
+                metric_type=kind,
+                metric_name=f"{title}, under {shown(config.policy.name)}",
+                metric_value=round(unit * value, 6),
+            )
 
 
 def escape(text: str) -> str:
@@ -146,18 +190,20 @@ def _proof(config: Config) -> Iterable[str]:
 
 
 def _use(config: Config) -> str:
-    arguments, comment = '"path/of/this/folder"', ""
+    arguments, options, comment = f'"{PLACE}"', "", ""
     if not config.whole and config.backbone.origin == "file":
         file = json.dumps(f"path/of/{config.backbone.file or 'backbone.safetensors'}")  # as a literal of Python, too
         arguments += f", weights={file}"
+        options = " --weights BACKBONE_FILE"
     elif not config.whole and config.backbone.origin == "pretrained" and find(config.backbone.name) is None:
         comment = "  # fetches the backbone; offline: weights='path/of/its/file'"
+    command = f"```bash\ndynadapter predict --bundle {PLACE}{options} --images my_photos --out labels.csv\n```\n\n"
     images, note = '["a.jpg", "b.jpg"]', ""
     if config.preprocessing is None:
-        images = "images"
+        images, command = "images", ""
         note = "\n\n`images` are preprocessed tensors (batch, channels, height, width)."
     return (
-        f"```python\nfrom dynadapter import load\n\nbundle = load({arguments}){comment}\n"
+        f"{command}```python\nfrom dynadapter import load\n\nbundle = load({arguments}){comment}\n"
         f"for label, confidence, exit_index in bundle.predict({images}):\n"
         f"    print(label, confidence, exit_index)  # exits count from 0\n```{note}"
     )

@@ -19,7 +19,7 @@ from dynadapter.images.preprocess import Preprocess
 from dynadapter.images.reading import SOURCES, is_source
 from dynadapter.images.reading import Source as ImageSource
 from dynadapter.serve.bundle.config import MODEL, Config
-from dynadapter.serve.bundle.hub import HUB, fetch
+from dynadapter.serve.bundle.hub import HUB, local
 from dynadapter.serve.bundle.reading import read
 from dynadapter.serve.bundle.rebuilding import stem
 
@@ -204,12 +204,13 @@ def load(
     Raises:
         ValueError: There is no bundle, it is damaged, its backbone is missing, or another backbone is given.
     """
-    if str(folder).startswith(HUB):
-        folder = fetch(str(folder).removeprefix(HUB))
-    place = Path(folder).expanduser()
-    config, tensors = read(place, check_finite=check_finite)
-    backbone = _backbone(config, place, weights, pretrained)
-    net = config.assemble(backbone, tensors, str(place / MODEL))
+    place = local(folder)
+    try:
+        config, tensors = read(place, check_finite=check_finite)
+        backbone = _backbone(config, place, weights, pretrained)
+        net = config.assemble(backbone, tensors, str(place / MODEL))
+    except ValueError as error:
+        raise ValueError(str(error).replace(str(place), str(folder))) from error  # not as a folder of the hub's cache
     return Bundle(net.to(device), config.policy, config)
 
 

@@ -25,7 +25,8 @@ def read(folder: Path, *, check_finite: bool = True) -> tuple[Config, dict[str, 
         old = left_over(folder)
         hint = f"; an interrupted overwriting has left the bundle that was there as {old}: rename it" if old else ""
         raise ValueError(
-            f"{folder} is no folder{' but a file' if folder.is_file() else ''}; give a bundle's folder{hint}"
+            f"{folder} is no folder{' but a file' if folder.is_file() else ''}; give a bundle's folder, or "
+            f"hf-hub:OWNER/NAME for one on the Hugging Face Hub{hint}"
         )
     for name in (CONFIG, MODEL):
         if not (folder / name).is_file():
