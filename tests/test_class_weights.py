@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -143,8 +144,18 @@ def test_it_is_a_setting_of_the_command(folder, tmp_path, caplog):
 
 def test_classes_without_validation_images_are_named(folder):
     data = ImageFolder(folder, image_size=8)
-    assert without_images(data) == "no validation image of: cat"
-    assert without_images(ImageFolder(folder / "train", val_fraction=0)) == ""
+    assert without_images(data) == ["no validation image of: cat"]
+    assert without_images(ImageFolder(folder / "train", val_fraction=0)) == []
+    data.dataset("train").samples = [sample for sample in data.dataset("train").samples if sample[1] != 1]
+    assert without_images(data) == ["no training image of: bee", "no validation image of: cat"]
+
+
+@pytest.mark.parametrize(("weights", "refused"), [("auto", True), ({"cat": 2.0}, False), (None, False)])
+def test_classes_are_not_corrected_twice(weights, refused, folder):
+    model = make_classifier(num_classes=3, class_weights=weights)
+    data = ImageFolder(folder, batch_size=4, image_size=32, balanced=True)
+    with pytest.raises(ValueError, match=r"correct twice.*data.balanced: false") if refused else nullcontext():
+        trainer(max_steps=1).fit(model, datamodule=data)
 
 
 # ---- measures

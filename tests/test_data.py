@@ -3,6 +3,7 @@
 import re
 from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
 from tiny import make_classifier, trainer
 
-from dynadapter.data import ImageData, ImageFolder, ImagesToPredict, Shapes, UnreadableImage, VTAB1k
+from dynadapter.data import Augment, ImageData, ImageFolder, ImagesToPredict, Shapes, UnreadableImage, VTAB1k
 from dynadapter.data.dataset import ImageDataset, Padded
 from dynadapter.data.samplers import CachedLoader, EpochOrder
 from dynadapter.images.reading import find_images, load_image
@@ -485,12 +486,50 @@ def test_other_data_cannot_resume_mid_epoch(tmp_path, monkeypatch):
         tmp_path / "ended", tmp_path / "step=3.ckpt", batch_size=11
     )  # between epochs other batches are allowed
     assert [batch for _, batch, *_ in rest] == [0, 1, 0, 1]
-    with pytest.raises(ValueError, match=r"in the middle of epoch 1, which had 6 images in a batch .* now there are 7"):
-        fitted(tmp_path / "no", tmp_path / "step=4.ckpt", batch_size=7)
     monkeypatch.setattr(Noise, "samples", lambda self, split, samples=Noise.samples: samples(self, split)[:21])
-    with pytest.raises(ValueError, match="which had 22 training images, and now there are 21; give the same") as error:
-        fitted(tmp_path / "neither", tmp_path / "step=4.ckpt")
+    with pytest.raises(ValueError, match=r"middle of epoch 1 with 22 training images, and .* go on with 21 training"):
+        fitted(tmp_path / "no", tmp_path / "step=4.ckpt")
+
+
+OTHER_ORDERS = {
+    "batches": ({}, {"batch_size": 7}, "batches of 6 images, and it would go on with batches of 7"),
+    "balanced": ({}, {"balanced": True}, "balanced=False, and it would go on with balanced=True"),
+    "unbalanced": ({"balanced": True}, {}, "balanced=True"),
+    "repeats": ({"augment": Augment(repeats=2)}, {"augment": Augment(repeats=3)}, "augment.repeats=3"),
+    "no repeats": ({"augment": Augment(repeats=2)}, {}, "augment.repeats=1"),
+    "labels": ({}, {"shift": 1}, "the list of images and labels"),
+    "steps": ({"global_batch_size": 6}, {"accumulated": 2, "global_batch_size": 12}, "12 images in an epoch"),
+}
+
+
+@pytest.mark.parametrize("case", OTHER_ORDERS)
+def test_other_order_cannot_resume(case):
+    first, second, words = OTHER_ORDERS[case]
+
+    def loader(shift: int = 0, accumulated: int = 1, **options):
+        data = Noise(**options)
+        data.samples = lambda split: [(image, (k + shift) % 3) for image, k in Noise.samples(data, split)]
+        data.trainer = SimpleNamespace(
+            accumulate_grad_batches=accumulated,
+            strategy=SimpleNamespace(broadcast=lambda seed: seed),
+            distributed_sampler_kwargs=None,
+            num_devices=1,
+        )
+        return data.train_dataloader()
+
+    stopped, again, same = loader(**first), loader(**second), loader(**first)
+    next(iter(stopped))
+    for one in (again, same):
+        one.load_state_dict(stopped.state_dict())
+    assert len(list(same)) == len(stopped) - 1
+    with pytest.raises(ValueError, match=re.escape(words)) as error:
+        next(iter(again))
     assert "\n" not in str(error.value)
+    finished = loader(**first)
+    assert len(list(finished)) == len(finished)
+    again = loader(**second)
+    again.load_state_dict(finished.state_dict() | {"epoch": 1, "batches": 0})  # as at the start of the next epoch
+    assert len(list(again)) == len(again)
 
 
 @elsewhere

@@ -127,7 +127,7 @@ class ImageData(LightningDataModule, ABC):
         self._index: list[int] = []  # then the model's index of each of these
         self._warned = ""
         self._train_loader: ResumableLoader | None = None
-        self._restored: dict[str, int] = {}
+        self._restored: dict[str, Any] = {}
 
     @property
     def num_classes(self) -> int:
@@ -283,11 +283,11 @@ class ImageData(LightningDataModule, ABC):
     # Lightning restores a loader's state by itself, but not if a module counts the batches for its schedules: then the
     # loader exists before the state does.
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, Any]:
         """Return the place in the epoch of training, which Lightning saves in a checkpoint."""
         return self._train_loader.state_dict() if self._train_loader is not None else {}
 
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue in the middle of an epoch; ignored outside fit."""
         if self.trainer is not None and self.trainer.state.fn != "fit":
             return

@@ -8,7 +8,18 @@ from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
 from dynadapter.data.dataset import ImageDataset, Padded
+from dynadapter.data.identity import list_hash
 from dynadapter.data.workers import too_late
+
+DECISIVE = {
+    "images": "{} training images",
+    "listing": "the list of images and labels {}",
+    "global_batch": "batches of {} images",
+    "epoch_images": "{} images in an epoch",
+    "repeats": "augment.repeats={}",
+    "balanced": "balanced={}",
+}
+"""What the order and the number of an epoch's batches depend on, beside the seed and the epoch, for a message."""
 
 
 class EpochOrder(DistributedSampler):
@@ -116,7 +127,8 @@ class ResumableLoader(DataLoader):
     """A loader that saves its place in the epoch: a training resumed there sees exactly the remaining batches."""
 
     _seen: tuple[int, int] | None = None  # the epoch, and how many of its batches were seen
-    _restored: dict[str, int] | None = None
+    _restored: dict[str, Any] | None = None
+    _listing: str | None = None
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         # A generator starts with the first batch. Lightning asks for an iterator before it sets the epoch or restores
@@ -140,36 +152,42 @@ class ResumableLoader(DataLoader):
                 raise
             raise late from error
 
-    def _batches_seen(self, state: dict[str, int]) -> int:
+    def _batches_seen(self, state: dict[str, Any]) -> int:
         """Return how many batches of this epoch a saved state has seen."""
-        for key, what in (("images", "training images"), ("global_batch", "images in a batch of all processes")):
-            if state["batches"] and state[key] != (now := self.state_dict()[key]):
+        for key, now in self.state_dict().items():
+            if state["batches"] and key in DECISIVE and state.get(key) != now:
+                then, now = DECISIVE[key].format(state.get(key)), DECISIVE[key].format(now)
                 raise ValueError(
-                    f"the checkpoint was saved in the middle of epoch {state['epoch']}, which had {state[key]} {what}, "
-                    f"and now there are {now}; give the same again, or a checkpoint from the end of an epoch"
+                    f"the checkpoint was saved in the middle of epoch {state['epoch']} with {then}, and it would "
+                    f"go on with {now}; give the same again, or a checkpoint from the end of an epoch"
                 )
         return state["batches"]
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, Any]:
         """Return the place in the epoch, and what it depends on; empty if the order is not an `EpochOrder`."""
         order = self.sampler
         if self._restored is not None or not isinstance(order, EpochOrder):
             return self._restored or {}
         epoch, batches = self._seen or (order.epoch, 0)
-        together = order.batch_size * order.num_replicas
+        if self._listing is None:
+            self._listing = list_hash(getattr(self.dataset, "samples", ()), getattr(self.dataset, "folder", None))
         return {
             "epoch": epoch,
             "batches": batches,
             "seed": order.seed,
             "images": order.count,
-            "global_batch": together,
+            "listing": self._listing,
+            "global_batch": order.batch_size * order.num_replicas,
+            "epoch_images": order.images,
+            "repeats": order.repeats,
+            "balanced": order.chances is not None,
         }
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue at the saved place of another loader.
 
-        The first batch raises a ValueError if that place is in the middle of an epoch with other images or another
-        global batch size.
+        The first batch raises a ValueError if that place is in the middle of an epoch whose order or number of batches
+        would be another now.
         """
         if state and isinstance(self.sampler, EpochOrder):
             self._restored = state

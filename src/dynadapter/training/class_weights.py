@@ -67,13 +67,22 @@ def count_classes(data: Any, classes: int) -> list[int] | None:
     return counts
 
 
-def without_images(data: Any) -> str:
-    """Return a line that names the classes without validation images; empty if there are none, or no validation."""
-    if not hasattr(data, "dataset") or not len(data.dataset("val")):
-        return ""
-    there = {label for _, label in data.dataset("val").samples}
-    missing = [name for label, name in enumerate(data.class_names) if label not in there]
-    if not missing:
-        return ""
-    more = f" and {len(missing) - 8:,} more" if len(missing) > 8 else ""
-    return f"no validation image of: {', '.join(missing[:8])}{more}"
+def require_one_correction(given: ClassWeights | None, data: Any) -> None:
+    """Raise a ValueError if ``auto`` weights meet training images that are drawn equally from each class."""
+    if given == "auto" and getattr(data, "balanced", False):
+        raise ValueError(
+            "class_weights=auto and balanced=True correct twice for unbalanced classes; set data.balanced: false, or "
+            "model.class_weights: null"
+        )
+
+
+def without_images(data: Any) -> list[str]:
+    """Return a line for training and one for validation that name the classes without images, where there are some."""
+    lines = []
+    for split, word in (("train", "training"), ("val", "validation")) if hasattr(data, "dataset") else ():
+        there = {label for _, label in data.dataset(split).samples}
+        missing = [name for label, name in enumerate(data.class_names) if label not in there]
+        if there and missing:
+            more = f" and {len(missing) - 8:,} more" if len(missing) > 8 else ""
+            lines.append(f"no {word} image of: {', '.join(missing[:8])}{more}")
+    return lines

@@ -6,7 +6,7 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_info
 
 from dynadapter.backbones import built_for, set_image_size
-from dynadapter.training.class_weights import without_images
+from dynadapter.training.class_weights import require_one_correction, without_images
 from dynadapter.training.contents import different_class
 
 
@@ -25,8 +25,10 @@ def meet(module: Any, data: Any, stage: str) -> None:
         stage: ``fit``, ``validate``, ``test`` or ``predict``.
 
     Raises:
-        ValueError: The classes do not fit, or the backbone cannot take the images.
+        ValueError: The classes do not fit, the backbone cannot take the images, or classes are balanced twice.
     """
+    if stage == "fit":
+        require_one_correction(getattr(module, "class_weights", None), data)
     trained = bool(module.preprocessing)
     if hasattr(data, "take_preprocessing"):
         data.take_preprocessing(module.preprocessing or module.own_preprocessing, trained)
@@ -92,7 +94,7 @@ def take_from_data(module: Any, data: Any) -> None:
         module.images = _images(data.dataset("train"), data.dataset("val"))
     if hasattr(data, "account") and (counted := data.account()) is not None:
         rank_zero_info(str(counted))
-    if line := without_images(data):
+    for line in without_images(data):
         rank_zero_info(line)
     module.preprocessing = dict(getattr(data, "preprocessing", {}))
     module.data_config = {
