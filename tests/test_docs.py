@@ -1,5 +1,6 @@
 """The documents are true: public names are in the reference, links lead somewhere, and commands can be parsed."""
 
+import ast
 import re
 import shlex
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ import pytest
 
 import dynadapter
 from dynadapter.cli import TRAINER, app, arguments, main, train
+from dynadapter.cli.completion import program
 from dynadapter.cli.configs import config_files, find_config
 from dynadapter.cli.errors import Mistake
 from dynadapter.cli.parser import CommandParser
@@ -17,6 +19,8 @@ ROOT = Path(__file__).parents[1]
 PAGES = sorted(
     [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/*.md"), *ROOT.glob("tools/**/*.md")]
 )
+OF_OTHERS = {"--shm-size", "--claims", "--exit_every"}
+"""Options of Docker, and of the programs in benchmarks/ and tools/."""
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
@@ -51,6 +55,24 @@ def test_links_lead_somewhere(page):
         target = page.parent / place if place else page
         assert target.exists(), place
         assert not anchor or anchor in anchors(target), f"{place}#{anchor}"
+
+
+# ---- messages
+
+
+def test_messages_are_the_programs():
+    """Each part of a message between the dots stands in the source."""
+    texts = set()
+    for path in (ROOT / "src").rglob("*.py"):
+        nodes = ast.walk(ast.parse(path.read_text()))
+        texts |= {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    source = "\n".join(texts)
+    rows = re.findall(r"^\| `([^|]+)` \|", (ROOT / "docs" / "troubleshooting.md").read_text(), re.MULTILINE)
+    assert len(rows) > 20
+    for message in rows:
+        parts = [part.strip(" ;:") for part in message.split("…")]
+        assert max(map(len, parts)) > 9, message
+        assert [part for part in parts if part not in source] == [], message
 
 
 # ---- commands
@@ -121,6 +143,17 @@ def test_command_can_be_parsed(command, parse_alone):
     else:
         with pytest.raises(Parsed):
             main(words)
+
+
+def test_options_among_words_exist():
+    known = set(program()._option_string_actions)
+    for action in program()._actions:
+        for parser in (action.choices or {}).values() if isinstance(action.choices, dict) else ():
+            known |= {option for one in parser._actions for option in one.option_strings}
+    for page in (ROOT / "docs").glob("*.md"):
+        text = BLOCK.sub("", page.read_text())
+        named = {re.sub(r"\+?=.*", "", words.split()[0]) for words in re.findall(r"`(--[a-z][^`]*)`", text)}
+        assert sorted(named - known - OF_OTHERS) == [], page.name
 
 
 @pytest.mark.parametrize("command", ["fit --trainer.epochs 3", "predict --picture a", "calibrate --goal.price 1"])

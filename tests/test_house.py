@@ -11,7 +11,7 @@ SOURCES = [
     path for folder in ("src", "benchmarks", "tools", "examples") for path in sorted((ROOT / folder).rglob("*.py"))
 ]
 DOCUMENTS = [
-    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted(page for page in (ROOT / "docs").rglob("*.md") if "_build" not in page.parts),
     *sorted(ROOT.glob("*.md")),
     *sorted((ROOT / "configs").glob("*.yaml")),
 ]
