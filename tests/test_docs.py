@@ -2,11 +2,13 @@
 
 import ast
 import re
+import runpy
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 import dynadapter
 from dynadapter.cli import TRAINER, app, arguments, main, train
@@ -55,6 +57,15 @@ def test_links_lead_somewhere(page):
         target = page.parent / place if place else page
         assert target.exists(), place
         assert not anchor or anchor in anchors(target), f"{place}#{anchor}"
+
+
+# ---- figures
+
+
+def test_method_figure_is_drawn(tmp_path):
+    runpy.run_path(str(ROOT / "tools" / "method_figure.py"))["draw"]().savefig(tmp_path / "method.png", dpi=110)
+    with Image.open(tmp_path / "method.png") as drawn, Image.open(ROOT / "docs" / "figures" / "method.png") as shown:
+        assert drawn.size == shown.size
 
 
 # ---- messages
