@@ -12,7 +12,17 @@ if TYPE_CHECKING:
     from dynadapter.calibrate import Calibrated, Goal, evaluate, with_guarantee
     from dynadapter.calibrate.solve import policy_for, solve
     from dynadapter.cost import ExitCosts, exit_costs
-    from dynadapter.data import Augment, ImageData, ImageFolder, ImagesToPredict, ImageTable, Shapes, VTAB1k
+    from dynadapter.data import (
+        Augment,
+        HubDataset,
+        ImageData,
+        ImageFolder,
+        ImagesToPredict,
+        ImageTable,
+        Shapes,
+        TorchVisionDataset,
+        VTAB1k,
+    )
     from dynadapter.exits.attentive import Attentive
     from dynadapter.exits.combining import Combined
     from dynadapter.exits.exit_tokens import ExitTokens
@@ -63,7 +73,7 @@ _HOMES = {
     "backbones.layout": "lay_out_for_cpu",
     "calibrate": "Calibrated Goal evaluate policy_for solve with_guarantee",
     "cost": "ExitCosts exit_costs",
-    "data": "Augment Shapes ImageData ImageFolder ImageTable ImagesToPredict VTAB1k",
+    "data": "Augment Shapes ImageData ImageFolder ImageTable HubDataset TorchVisionDataset ImagesToPredict VTAB1k",
     "exits.attentive": "Attentive",
     "exits.combining": "Combined",
     "exits.exit_tokens": "ExitTokens",

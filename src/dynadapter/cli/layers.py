@@ -212,6 +212,8 @@ def _settings(checkpoint: dict[str, Any], path: Path, given: Collection[str]) ->
     if data is not None and data_class(data["class_path"]):
         check_saved(data)
         check_sizes(data)
+        if "download" in data["init_args"]:  # only the user lets data be fetched
+            data = {**data, "init_args": {**data["init_args"], "download": False}}
         settings["data"] = plain(data)
     names = restore(ours["class_names"], list[str], "class_names")
     return settings, Trained(names, dict(ours["preprocessing"]), stored.get("image_size"))

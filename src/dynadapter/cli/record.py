@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from PIL import Image
 
 from dynadapter import spec
 from dynadapter.bench.timing import machine
@@ -190,10 +189,9 @@ def described(data: ImageData, split: str) -> dict[str, Any]:
 
 def _hash(samples: Any) -> str | None:
     try:
-        from dynadapter.data.identity import HASHED_BYTES, data_hash
+        from dynadapter.data.identity import HASHED_BYTES, data_hash, size_of
 
-        files = [source for source, _ in samples if not isinstance(source, Image.Image)]
-        if sum(path.stat().st_size for path in files) > HASHED_BYTES:
+        if sum(size_of(source) for source, _ in samples) > HASHED_BYTES:
             return None
         return data_hash(samples)
     except (ImportError, OSError):  # an image that cannot be read is named when it is needed

@@ -84,6 +84,8 @@ def expand_resume(files: list[str], rest: list[str]) -> tuple[list[str], list[st
     run = Path(folder)
     root = (run if run.name not in ("", "..") else run.resolve()).parent
     own = [f"--ckpt_path={found.checkpoint}", f"--trainer.default_root_dir={root}"]
+    if "download" in _data_settings(found.config):  # only the user lets data be fetched
+        own.append("--data.download=false")
     return [str(found.config), *files], [*own, *left], found.log
 
 
@@ -125,6 +127,11 @@ def to_resume(folder: str, nothing_new: bool) -> ToResume:
     if not Path(before).is_file():
         raise Mistake(f"{run} saved nothing of its own, and the checkpoint that it continued is missing: {before}")
     return ToResume(config, Path(before), Path(before).parent.parent)
+
+
+def _data_settings(config: Path) -> Any:
+    data = read_yaml(config).get("data")
+    return (data.get("init_args") if isinstance(data, dict) else None) or {}
 
 
 def _checkpoint_folder(run: Path, config: Path) -> Path:

@@ -1,11 +1,13 @@
-"""Data modules: VTAB-1k, folders and tables of images, and drawn shapes that need no download."""
+"""Data modules: VTAB-1k, folders and tables of images, data sets of other libraries, and drawn shapes."""
 
 from dynadapter.data.augment import Augment
 from dynadapter.data.base import ImageData, ImageDataset
 from dynadapter.data.folder import ImageFolder
+from dynadapter.data.hub import HubDataset
 from dynadapter.data.predict import ImagesToPredict
 from dynadapter.data.shapes import Shapes
 from dynadapter.data.table import ImageTable
+from dynadapter.data.torchvision_sets import TorchVisionDataset
 from dynadapter.data.vtab import VTAB_TASKS, VTAB1k, VTABTask, vtab_task
 from dynadapter.images.preprocess import Preprocess
 from dynadapter.images.reading import UnreadableImage
@@ -13,6 +15,7 @@ from dynadapter.images.reading import UnreadableImage
 __all__ = [
     "VTAB_TASKS",
     "Augment",
+    "HubDataset",
     "ImageData",
     "ImageDataset",
     "ImageFolder",
@@ -20,6 +23,7 @@ __all__ = [
     "ImagesToPredict",
     "Preprocess",
     "Shapes",
+    "TorchVisionDataset",
     "UnreadableImage",
     "VTAB1k",
     "VTABTask",

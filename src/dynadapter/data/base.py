@@ -385,7 +385,7 @@ class ImageData(LightningDataModule, ABC):
         return [(path, str(path)) for path in find_images(self.predict_images)]
 
 
-def _named(index: int, source: Path | Image.Image) -> str:
+def _named(index: int, source: Any) -> str:
     return f"image {index}" if isinstance(source, Image.Image) else str(source)
 
 

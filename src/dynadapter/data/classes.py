@@ -1,8 +1,9 @@
 """Match the classes of data with those of a model, by name or by number."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from dynadapter.data.dataset import Sample
+from dynadapter.data.lists import LABEL
 from dynadapter.images.reading import shown
 
 
@@ -52,6 +53,12 @@ def match_classes(own: Sequence[str], names: Sequence[str]) -> list[int]:
         f"the data have classes that the model does not know: {listed(unknown)}; the model has {listed(names)}; the "
         f"data have {listed(own)}"
     )
+
+
+def sorted_names(names: Iterable[str]) -> list[str]:
+    """Return class names in the order of their values if all are whole numbers, else of the alphabet."""
+    found = sorted(names)
+    return sorted(found, key=lambda name: (int(name), name)) if all(map(LABEL.fullmatch, found)) else found
 
 
 def is_numbered(names: Sequence[str]) -> bool:

@@ -13,12 +13,13 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from dynadapter.data.augment import Augmentation
+from dynadapter.data.held import Held
 from dynadapter.data.identity import image_keys
 from dynadapter.data.normalize import normalize
 from dynadapter.images.preprocess import Preprocess
 from dynadapter.training.losses import IGNORED
 
-Sample = tuple[Path | Image.Image, int | str]
+Sample = tuple[Path | Image.Image | Held, int | str]
 """Where the pixels are, and the class index; for predict the path instead of a class."""
 
 Item = tuple[Tensor, int | str]
@@ -91,7 +92,7 @@ class ImageDataset(Dataset[Item]):
         device = None if self._cached is None else self._cached.device
         self._targets = torch.tensor(labels, dtype=torch.int64, device=device)
 
-    def pixels(self, source: Path | Image.Image) -> Tensor:
+    def pixels(self, source: Path | Image.Image | Held) -> Tensor:
         """Return the resized bytes of one image, ``(3, size, size)`` uint8."""
         return torch.from_numpy(self.preprocess.read(source))
 

@@ -12,13 +12,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from dynadapter.data.held import Held
 from dynadapter.files import open_regular
 
+Source = Path | Image.Image | Held
+"""Where the pixels of an image are."""
 HASHED_BYTES = 4 * 2**30
 """Larger sets of images are not read only to be hashed: a run would wait too long."""
 
 
-def data_hash(samples: Sequence[tuple[Path | Image.Image, int | str]]) -> str:
+def data_hash(samples: Sequence[tuple[Source, int | str]]) -> str:
     """Hash the images of a split and their labels, in their order, without decoding them.
 
     A file counts by its content, not by its path; an image in memory by its mode, size, palette and bytes. The same
@@ -42,7 +45,7 @@ def data_hash(samples: Sequence[tuple[Path | Image.Image, int | str]]) -> str:
 
 
 def image_keys(
-    sources: Sequence[Path | Image.Image], by: Literal["content", "path"] | None = None, folder: Path | None = None
+    sources: Sequence[Source], by: Literal["content", "path"] | None = None, folder: Path | None = None
 ) -> tuple[Literal["content", "path"], Tensor]:
     """Return a number for each image, to tell later whether a network was trained on it.
 
@@ -57,12 +60,12 @@ def image_keys(
     """
     with ThreadPoolExecutor() as pool:
         if by is None:
-            by = "content" if sum(pool.map(_size, sources)) <= HASHED_BYTES else "path"
+            by = "content" if sum(pool.map(size_of, sources)) <= HASHED_BYTES else "path"
         keys = list(pool.map(partial(_key, by=by, folder=folder), sources))
     return by, torch.tensor(keys, dtype=torch.int64)
 
 
-def list_hash(samples: Sequence[tuple[Path | Image.Image, int | str]], folder: Path | None) -> str:
+def list_hash(samples: Sequence[tuple[Source, int | str]], folder: Path | None) -> str:
     """Hash the labels of a split and the names of its files in `folder`, in their order, without reading a file."""
     whole, start = hashlib.sha256(), "" if folder is None else str(folder)
     for source, label in samples:
@@ -71,21 +74,24 @@ def list_hash(samples: Sequence[tuple[Path | Image.Image, int | str]], folder: P
     return whole.hexdigest()[:16]
 
 
-def _size(source: Path | Image.Image) -> int:
+def size_of(source: Source) -> int:
+    """Return the bytes to be read of an image, about; 0 for one in memory, or that is missing."""
     try:
+        if isinstance(source, Held):
+            return source.images.size
         return 0 if isinstance(source, Image.Image) else source.stat().st_size
     except OSError:
         return 0
 
 
-def _key(source: Path | Image.Image, by: str, folder: Path | None) -> int:
+def _key(source: Source, by: str, folder: Path | None) -> int:
     if by == "content" or isinstance(source, Image.Image):
         try:
             digest = bytes.fromhex(image_hash(source))
         except OSError:
             return 0
     else:
-        place = os.path.relpath(source, folder) if folder is not None else str(source)
+        place = str(source) if isinstance(source, Held) or folder is None else os.path.relpath(source, folder)
         digest = hashlib.sha256(Path(place).as_posix().encode("utf-8", "surrogateescape")).digest()
     return int.from_bytes(digest[:8], signed=True)
 
@@ -105,8 +111,8 @@ def combine_hashes(images: Iterable[tuple[str, int | str]]) -> str:
     return whole.hexdigest()
 
 
-def image_hash(source: Path | Image.Image) -> str:
-    """Hash the bytes of a file, or the pixels of an image in memory.
+def image_hash(source: Source) -> str:
+    """Hash the bytes of a file, or the pixels of an image in memory; a data set may hold either.
 
     Returns:
         SHA-256 in hexadecimal.
@@ -114,8 +120,12 @@ def image_hash(source: Path | Image.Image) -> str:
     Raises:
         OSError: The file cannot be read, or is a pipe, a device or a folder.
     """
-    if not isinstance(source, Image.Image):
-        return file_hash(source)
+    content = source.fetch() if isinstance(source, Held) else source
+    if isinstance(content, bytes):
+        return hashlib.sha256(content).hexdigest()
+    if isinstance(content, Path):
+        return file_hash(content)
+    source = content
     width, height = source.size
     head = f"{source.mode} {width} {height} {source.getpalette() if source.mode in ('P', 'PA') else ''}"
     return hashlib.sha256(head.encode() + b"\n" + source.tobytes()).hexdigest()

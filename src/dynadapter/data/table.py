@@ -4,14 +4,15 @@ import csv
 import importlib.util
 import io
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from dynadapter.data.base import ImageData, Split
+from dynadapter.data.classes import sorted_names
 from dynadapter.data.dataset import Sample
 from dynadapter.data.folder import SPLITS
-from dynadapter.data.lists import LABEL, PathCheck, read_text
+from dynadapter.data.lists import PathCheck, read_text
 from dynadapter.data.splits import MissingSplit, hold_out
 from dynadapter.images.reading import shown
 
@@ -23,7 +24,7 @@ COLUMNS = {
 """The names of columns that are found without being given; case does not matter."""
 SEPARATORS = "|;,"
 """What stands between the labels of an image that has several."""
-ONE_LABEL = "an image has one label, multi-label tables cannot be used"
+ONE_LABEL = "an image has one label, multi-label data cannot be used"
 Table = tuple[list[str], Callable[[list[str]], Iterator[tuple[int, dict[str, Any]]]]]
 """The names of the columns, and a function that reads some of them as rows with their numbers."""
 
@@ -91,7 +92,7 @@ class ImageTable(ImageData):
             raise ValueError(f"root {self.folder} does not exist or is not a folder")
         given = {"path": path_column, "label": label_column, "split": split_column}
         self.rows = read_rows(self.file, given)
-        self.class_names = _sorted({row.label for row in self.rows})
+        self.class_names = sorted_names({row.label for row in self.rows})
         _require_one_label(self.rows, self.class_names)
 
     def samples(self, split: Split) -> list[Sample]:
@@ -211,12 +212,6 @@ def _split(word: str, place: str) -> Split:
         if word.lower() in names:
             return split  # type: ignore[return-value]
     raise ValueError(f"{place}: unknown split {word!r:.40}; use train, val or test")
-
-
-def _sorted(names: Iterable[str]) -> list[str]:
-    """Return class names in the order of their values if all are whole numbers, else of the alphabet."""
-    found = sorted(names)
-    return sorted(found, key=lambda name: (int(name), name)) if all(map(LABEL.fullmatch, found)) else found
 
 
 def _require_one_label(rows: Sequence[Row], names: Sequence[str]) -> None:

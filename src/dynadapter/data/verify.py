@@ -15,7 +15,8 @@ from typing import Any, Literal, NamedTuple
 from PIL import Image
 
 from dynadapter.data.base import ImageData, Split
-from dynadapter.data.identity import combine_hashes, image_hash
+from dynadapter.data.held import Held
+from dynadapter.data.identity import Source, combine_hashes, image_hash
 from dynadapter.data.splits import MissingSplit
 from dynadapter.data.vtab import VTAB1k
 from dynadapter.images.accounting import Account
@@ -105,7 +106,7 @@ class _Entry(NamedTuple):
     """An image of a split after a look at it; `reason` is empty if it could be decoded."""
 
     split: Split
-    source: Path | Image.Image
+    source: Source
     name: str
     label: int
     hash: str
@@ -130,7 +131,7 @@ def verify(
     data.on_error = "skip"  # missing files are reported together with the unreadable ones
     folder: Path | None = getattr(data, "folder", None)
     findings: list[Finding] = []
-    listed: list[tuple[Split, Path | Image.Image, int]] = []
+    listed: list[tuple[Split, Source, int]] = []
     for split in SPLITS:
         try:
             listed += [(split, source, int(label)) for source, label in data.samples(split)]
@@ -154,7 +155,7 @@ def verify(
 
 
 def _look_at_all(
-    listed: list[tuple[Split, Path | Image.Image, int]],
+    listed: list[tuple[Split, Source, int]],
     folder: Path | None,
     threads: int | None,
     progress: Callable[[int, int], None],
@@ -175,7 +176,7 @@ def _look_at_all(
     return entries
 
 
-def _look(source: Path | Image.Image, value_range: Range | None = None) -> tuple[str, tuple[int, int], str]:
+def _look(source: Source, value_range: Range | None = None) -> tuple[str, tuple[int, int], str]:
     """Return an image's hash, its size, and why it cannot be decoded."""
     try:
         size = load_image(
@@ -188,10 +189,10 @@ def _look(source: Path | Image.Image, value_range: Range | None = None) -> tuple
         return "", (0, 0), error.strerror or str(error)
 
 
-def _name(source: Path | Image.Image, folder: Path | None, index: int) -> str:
+def _name(source: Source, folder: Path | None, index: int) -> str:
     if isinstance(source, Image.Image):
         return f"image {index}"
-    return os.path.relpath(source, folder) if folder else str(source)
+    return str(source) if isinstance(source, Held) or not folder else os.path.relpath(source, folder)
 
 
 def _summarise(split: Split, entries: list[_Entry], class_names: list[str]) -> SplitReport:

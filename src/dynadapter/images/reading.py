@@ -37,7 +37,8 @@ ABSENT |= {errno.ENODEV, errno.EACCES, errno.EPERM}
 """Errors of a file that is missing, forbidden or no file. Others are the machine's: the image may be good."""
 
 Source = str | os.PathLike[str] | bytes | bytearray | memoryview | BinaryIO | Image.Image | NDArray[Any]
-"""A path, the bytes of a file, an open file, or pixels in memory, see :func:`load_image`."""
+"""A path, the bytes of a file, an open file, or pixels in memory, see :func:`load_image`; or an object with a
+method ``fetch`` that returns one of these, and a ``name``."""
 
 
 class UnreadableImage(ValueError):
@@ -113,7 +114,7 @@ def decoded(source: Source, value_range: Range | None = None) -> Iterator[tuple[
 def is_source(source: object) -> bool:
     """Check whether something may be an image, without a look at its content."""
     kinds = (str, os.PathLike, bytes, bytearray, memoryview, Image.Image, np.ndarray)
-    return isinstance(source, kinds) or hasattr(source, "read")
+    return isinstance(source, kinds) or hasattr(source, "read") or hasattr(source, "fetch")
 
 
 SOURCES = "a file, its bytes, an open file, a Pillow image, or an array (height, width, channels)"
@@ -123,6 +124,8 @@ def _decode(
     source: Any, value_range: Range | None, stack: contextlib.ExitStack
 ) -> tuple[Image.Image, list[UserWarning]]:
     """Decode an image; the stack keeps its file open and its memory reserved."""
+    if hasattr(source, "fetch"):
+        source = source.fetch()
     if isinstance(source, np.ndarray):
         stack.enter_context(BUDGET.reserved(BYTES_PER_PIXEL * source.size))
         image, remark = from_array(source, value_range)

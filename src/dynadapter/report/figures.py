@@ -4,7 +4,6 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from io import BytesIO
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from PIL import Image
 
 from dynadapter.calibrate.curves import curve
-from dynadapter.images.reading import UnreadableImage, load_image
+from dynadapter.images.reading import UnreadableImage, is_source, load_image
 from dynadapter.report.measured import Measured, confusion, recall, reliability
 from dynadapter.report.run import Run
 
@@ -289,7 +288,7 @@ def _show(axes: Any, measured: Measured, index: int, confidence: torch.Tensor) -
 
 
 def _thumbnail(source: Any) -> Image.Image:
-    if not isinstance(source, Image.Image | Path | str):
+    if not is_source(source):
         return Image.new("RGB", (THUMBNAIL, THUMBNAIL), "white")
     try:
         image = load_image(source)

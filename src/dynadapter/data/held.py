@@ -1,0 +1,79 @@
+"""Images inside a data set of another library, which are fetched one by one when they are read."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+
+class HeldImages(ABC):
+    """The images of one split with their labels.
+
+    Args:
+        place: Name of the data set and the split, for messages.
+        labels: Class index of each image.
+    """
+
+    def __init__(self, place: str, labels: list[int]) -> None:
+        self.place = place
+        self.labels = labels
+        self.size = self._size_of_first()
+
+    @abstractmethod
+    def fetch(self, index: int) -> Path | bytes | Image.Image:
+        """Return an image: its file, the bytes of its file, or its pixels.
+
+        Raises:
+            ValueError: There is something else.
+        """
+
+    def images(self) -> list["Held"]:
+        """Return an object for each image."""
+        return [Held(self, index) for index in range(len(self.labels))]
+
+    def _size_of_first(self) -> int:
+        """Return the bytes of the first image, from which those of all are estimated; 0 where it cannot be read."""
+        try:
+            first = self.fetch(0)
+            return (
+                first.stat().st_size
+                if isinstance(first, Path)
+                else len(first if isinstance(first, bytes) else first.tobytes())
+            )
+        except Exception:  # whoever reads it reports why
+            return 0
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """An image inside a data set.
+
+    Args:
+        images: The split that holds it.
+        index: Its place there, from 0.
+    """
+
+    images: HeldImages
+    index: int
+
+    @property
+    def name(self) -> str:
+        """Data set, split and index, for messages and lists."""
+        return f"{self.images.place}[{self.index}]"
+
+    def __str__(self) -> str:
+        return self.name
+
+    def fetch(self) -> Path | bytes | Image.Image:
+        """Return its file, the bytes of its file, or its pixels.
+
+        Raises:
+            OSError: The data set cannot read it; without a number where the image is at fault.
+        """
+        try:
+            return self.images.fetch(self.index)
+        except (OSError, MemoryError):
+            raise
+        except Exception as error:  # of any library
+            raise OSError(" ".join(str(error).split()) or type(error).__name__) from error

@@ -1,0 +1,167 @@
+"""Images of the data sets that torchvision has."""
+
+import inspect
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torchvision.datasets
+from PIL import Image
+
+from dynadapter.data.base import Split
+from dynadapter.data.held import HeldImages
+from dynadapter.data.mapped import MappedData
+from dynadapter.data.table import ONE_LABEL
+
+OURS = ("root", "transform", "target_transform", "transforms", "loader", "is_valid_file", "download")
+"""Arguments that are settings of their own, or functions."""
+REFUSED = ("LSUN", "LSUNClass", "DatasetFolder", "VisionDataset")
+"""LSUN reads an unchecked pickle; the others are bases."""
+ONE_AT_A_TIME = threading.Lock()
+"""The data sets are not written for threads: FakeData sets the global random state."""
+
+
+class TorchVisionDataset(MappedData):
+    """A data set for classification of ``torchvision.datasets``, such as ``CIFAR100`` or ``Flowers102``.
+
+    Splits follow the arguments of its class: ``train`` (true and false), or ``split`` with ``train``, ``val`` and
+    ``test``; `splits` names others. A class with neither has images for training alone. An image has one label.
+
+    torchvision reads its own files; their settings in a checkpoint or a run's folder cannot switch `download` on.
+
+    Args:
+        dataset: Name of the class in ``torchvision.datasets``.
+        root: Folder of the data sets.
+        download: Fetch the files that are missing in `root`.
+        args: Arguments of the class beside root and transforms, such as ``{target_type: category}``.
+        splits: Arguments of each of our splits, such as ``{train: {split: trainval}, test: {split: test}}``; None
+            follows the class.
+        kwargs: As for :class:`~dynadapter.data.mapped.MappedData`.
+    """
+
+    def __init__(
+        self,
+        dataset: str,
+        root: str | Path = "data",
+        download: bool = False,
+        args: dict[str, Any] | None = None,
+        splits: dict[str, dict[str, Any]] | None = None,
+        **kwargs: Any,
+    ):
+        super().__init__(**kwargs)
+        self.kind = _kind(dataset)
+        self.root = Path(root).expanduser()
+        self.download = download
+        self.args = dict(args or {})
+        self.splits = _splits(self.kind) if splits is None else splits
+        if unknown := self.splits.keys() - {"train", "val", "test"}:
+            raise ValueError(f"splits names {min(unknown)!r:.40}; it may name train, val and test")
+        for given in (self.args, *self.splits.values()):
+            _check_args(self.kind, given)
+        first = next((part for split in ("train", "val", "test") if (part := self.part(split)) is not None), None)
+        if first is None:
+            raise ValueError(f"{dataset} has no images for train, val or test; give splits")
+        self.class_names = first.class_names()
+
+    def open_part(self, split: Split) -> "_Items | None":
+        if split not in self.splits:
+            return None
+        options: dict[str, Any] = {**self.args, **self.splits[split]}
+        known = _parameters(self.kind)
+        options |= {name: value for name, value in (("root", self.root), ("download", self.download)) if name in known}
+        place = f"{self.kind.__name__}/{split}"
+        try:
+            return _Items(place, self.kind(**options))
+        except Exception as error:  # of any data set
+            if split == "val" and self.hparams["splits"] is None and isinstance(error, ValueError):
+                return None  # its argument `split` has no such value
+            advice = "" if self.download or "download" not in known else "; --data.download true fetches it"
+            raise ValueError(f"{place} cannot be opened: {' '.join(str(error).split())[:300]}{advice}") from error
+
+
+class _Items(HeldImages):
+    """The items of a data set."""
+
+    def __init__(self, place: str, items: Any) -> None:
+        self.items = items
+        super().__init__(place, _labels(place, items))
+
+    def fetch(self, index: int) -> Path | bytes | Image.Image:
+        with ONE_AT_A_TIME:
+            image = self.items[index][0]
+        if not isinstance(image, Image.Image):
+            raise ValueError(f"it is a {type(image).__name__}, not an image")
+        return image
+
+    def class_names(self) -> list[str]:
+        """Return the names that the data set has for its labels, else the numbers up to the highest label."""
+        names = getattr(self.items, "classes", None)
+        count = max(self.labels, default=0) + 1
+        if isinstance(names, list | tuple) and len(names) >= count and all(isinstance(name, str) for name in names):
+            return list(names)
+        known = getattr(self.items, "num_classes", count)
+        return [str(label) for label in range(max(count, known if isinstance(known, int) else 0))]
+
+
+def _kind(name: str) -> Any:
+    """Return the class of a name.
+
+    Raises:
+        ValueError: torchvision has no such class for images.
+    """
+    short = name.removeprefix("torchvision.datasets.")
+    kind = getattr(torchvision.datasets, short, None) if short in torchvision.datasets.__all__ else None
+    base = torchvision.datasets.VisionDataset
+    if not (isinstance(kind, type) and issubclass(kind, base)) or short in REFUSED:
+        raise ValueError(f"torchvision.datasets has no data set {name!r:.80} for classes of images, such as CIFAR100")
+    return kind
+
+
+def _splits(kind: Any) -> dict[str, dict[str, Any]]:
+    known = _parameters(kind)
+    if "train" in known:
+        return {"train": {"train": True}, "test": {"train": False}}
+    return {name: {"split": name} for name in ("train", "val", "test")} if "split" in known else {"train": {}}
+
+
+def _parameters(kind: Any) -> list[str]:
+    """Return the names of a class's arguments; those of its bases too, where it passes arguments on."""
+    names: list[str] = []
+    for cls in kind.__mro__:
+        parameters = inspect.signature(cls).parameters
+        names += [name for name, one in parameters.items() if one.kind is not one.VAR_KEYWORD]
+        if len(names) and all(one.kind is not one.VAR_KEYWORD for one in parameters.values()):
+            break
+    return names
+
+
+def _check_args(kind: Any, given: Any) -> None:
+    """Raise a ValueError for arguments that are unknown, functions, or settings of their own."""
+    known = [name for name in _parameters(kind) if name not in OURS]
+    if not isinstance(given, dict):
+        raise ValueError(f"arguments of {kind.__name__} are names with values, not {given!r:.80}")
+    for name, value in given.items():
+        if name not in known:
+            raise ValueError(f"{kind.__name__} has no argument {name!r:.40} to set; it has: {', '.join(known)}")
+        parts = value if isinstance(value, list | tuple) else [value]
+        if not all(part is None or isinstance(part, str | int | float | bool) for part in parts):
+            raise ValueError(f"{kind.__name__}: {name}={value!r:.80} must be plain values")
+
+
+def _labels(place: str, items: Any) -> list[int]:
+    """Return the label of each item: as the data set lists them, else from the items themselves."""
+    for name in ("targets", "labels", "_labels"):
+        given = getattr(items, name, None)
+        if given is not None and len(given) == len(items):
+            return [_label(place, label) for label in (given.tolist() if hasattr(given, "tolist") else given)]
+    with ONE_AT_A_TIME:
+        if len(items) and (not isinstance(first := items[0], tuple) or len(first) != 2):
+            raise ValueError(f"{place} has no pairs of image and label; it is no data set for classes of images")
+        return [_label(place, items[index][1]) for index in range(len(items))]
+
+
+def _label(place: str, label: Any) -> int:
+    if np.ndim(label) or isinstance(label, dict | str | bool) or label is None or int(label) != label:
+        raise ValueError(f"{place}: a label is {' '.join(str(label).split()):.60}, not a class index; {ONE_LABEL}")
+    return int(label)
