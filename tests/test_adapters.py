@@ -545,21 +545,30 @@ def test_depth_counts_the_whole_backbone(vit):
     assert adapter_layers(vit)[name].depth == pytest.approx(0.8)
 
 
-def test_adaptformer_needs_norm_before():
+def test_adaptformer_finds_the_norm():
     model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, block_fn=ResPostBlock)
-    untouched(
-        model, AdaptFormer(), r"none of norms=\('norm2', 'norm'\) before blocks.0.mlp; .*attn, norm1, .*mlp, norm2"
-    )
+    untouched(model, AdaptFormer(norms=("ln",)), r"none of norms=\('ln',\) beside blocks.0.mlp; .*norm1, .*mlp, norm2")
+    block = copy.deepcopy(model.blocks[0]).eval()
+    inject(model, AdaptFormer(bottleneck=4))
+    adapted = scramble(model).eval().blocks[0]
+    x = torch.randn(2, 17, 192)
+    with torch.no_grad():  # the norm after the MLP stays in its place
+        y = x + block.norm1(block.attn(x))
+        update = torch.relu(y @ adapted.mlp.down.T + adapted.mlp.down_bias) @ adapted.mlp.up.T + adapted.mlp.up_bias
+        torch.testing.assert_close(adapted(x), y + adapted.norm2(block.mlp(y) + 0.1 * update))
 
 
 def test_repadapter_groups_and_biases():
     untouched(
         make_vit(), RepAdapter(bottleneck=9, groups=9), "groups=9 must divide the 48 channels that blocks.0.attn.qkv"
     )
-    untouched(make_vit(qkv_bias=False), RepAdapter(), "blocks.0.attn.qkv has no bias, .* use bias=False")
     model = make_vit(qkv_bias=False)
-    inject(model, RepAdapter(bias=False))
-    merge(scramble(model))
+    inject(model, RepAdapter())
+    found = {name: layer.down_bias is not None for name, layer in adapter_layers(model).items()}
+    assert found == {name: name.endswith("fc1") for name in found}
+    before = scramble(model)(torch.ones(1, 3, 32, 32))
+    merge(model)
+    torch.testing.assert_close(model(torch.ones(1, 3, 32, 32)), before)
 
 
 def test_injection_follows_the_mode(vit):

@@ -16,6 +16,7 @@ import timm
 import torch
 from conftest import BACKBONES, CLASSES, make_convnext, make_swin, make_vit
 from packaging.version import Version
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
@@ -40,8 +41,15 @@ ARCHITECTURES = [
     ("flexivit_small", VIT, (1, True)),
     ("deit_tiny_distilled_patch16_224", VIT, (2, True)),
     ("deit3_small_patch16_224", VIT, (1, True)),
+    ("eva02_tiny_patch14_224", VIT, (1, False)),  # a bias of q and v alone
+    ("eva02_base_patch14_224", VIT, (1, False)),  # separate projections, a SwiGLU with a norm
+    ("eva_giant_patch14_224", VIT, (1, False)),  # no rotary embedding
+    ("vit_small_plus_patch16_dinov3", VIT, (5, False)),  # any image size
+    ("vit_base_patch16_rope_mixed_224", VIT, (1, True)),  # rotary embeddings of each block
+    ("vit_pe_core_tiny_patch16_384", VIT, (1, False)),  # attention pooling
     ("swin_tiny_patch4_window7_224", SWIN, (0, False)),
     ("swin_tiny_patch4_window7_224", SWIN | {"strict_img_size": False, "img_size": 24}, (0, False)),
+    ("swinv2_tiny_window8_256", SWIN, (0, False)),
     ("swin_s3_tiny_224", SWIN | {"window_size": (4, 4, 8)}, (0, False)),
     ("convnext_atto", CONVNEXT, (0, False)),  # 1x1 convolutions as MLP
     ("convnext_atto_ols", CONVNEXT, (0, False)),  # overlapping stem
@@ -65,8 +73,9 @@ def run(model: nn.Module, images: torch.Tensor) -> list[torch.Tensor]:
     """Gives the output of every block, as the family lays it out."""
     x, outputs = cut.embed(model, images), []
     for unit in cut.blocks(model):
+        given = cut.arguments(model, unit, x)
         for module in unit:
-            x = module(x)
+            x = module(x, **given)
         outputs.append(x)
     return outputs
 
@@ -110,7 +119,7 @@ def test_blocks_equal_timms_intermediates(case, images):
     outputs = run(model, images)
     read = [cut.tokens(model, x) for x in outputs]
     assert cut.widths(model) == [x.shape[-1] for x in read]
-    if isinstance(model, VisionTransformer):
+    if isinstance(model, VisionTransformer | Eva):
         expected = model.forward_intermediates(
             images, output_fmt="NLC", return_prefix_tokens=True, intermediates_only=True
         )

@@ -113,7 +113,7 @@ class ParallelLayer(BottleneckLayer):
     Args:
         base_layer: The layer of the backbone.
         norm: The norm that the block applies before this layer.
-        norm_name: The norm's full name in the model.
+        norm_name: The norm's full name in the model; empty if the layer's input is not normalised.
         spec: The adapter's configuration.
         bottleneck: Channels of the bottleneck.
     """
@@ -131,7 +131,8 @@ class ParallelLayer(BottleneckLayer):
     def install(self, model: nn.Module, name: str) -> None:
         """Replace the layer with this wrapper and the norm with an identity."""
         super().install(model, name)
-        model.set_submodule(self.norm_name, nn.Identity())
+        if self.norm_name:
+            model.set_submodule(self.norm_name, nn.Identity())
 
     def forward(self, x: Tensor) -> Tensor:
         """Map the norm's input to the adapted output of the base layer."""
@@ -143,11 +144,12 @@ class AdaptFormer(AdapterSpec):
     """Parallel adapter: a bottleneck with ReLU beside the norm and the MLP, on tokens that are not normalised.
 
     Source: Chen et al. 2022, AdaptFormer (arXiv 2205.13535). If the block scales its MLP's output (LayerScale in
-    DINOv2, gamma in ConvNeXt), the update is scaled too (ours).
+    DINOv2, gamma in ConvNeXt) or normalises it (Swin v2), so it does with the update (ours).
 
     Args:
         bottleneck: Channels of the bottleneck.
-        norms: Possible names of the norm; the first one that the block has before its target is used.
+        norms: Possible names of the norm; the first one that the block has before its target is used. One after the
+            target normalises the output, and tokens reach the target as they are.
         targets: Patterns of layers that directly follow their norm; empty means the blocks' MLPs.
     """
 
@@ -176,18 +178,18 @@ class AdaptFormer(AdapterSpec):
         """Build the wrapper of one layer.
 
         Raises:
-            ValueError: If the block has no norm of these names before the layer.
+            ValueError: If the block has no norm of these names.
         """
         block_name, _, key = name.rpartition(".")
         children = [child for child, _ in model.get_submodule(block_name).named_children()]
-        # A block that normalises after its MLP (timm's ResPostBlock) has that norm after it
-        before = children[: children.index(key)]
+        layer, before = model.get_submodule(name), children[: children.index(key)]
         norm = next((norm for norm in self.norms if norm in before), None)
+        if norm is None and any(norm in children for norm in self.norms):  # a block that normalises after its MLP
+            return ParallelLayer(layer, nn.Identity(), "", self, self.bottleneck)
         if norm is None:
             raise ValueError(
-                f"AdaptFormer finds none of norms={self.norms} before {name}; its block holds, in this order, "
-                f"{', '.join(children)}; name the norm that feeds it, if there is one"
+                f"AdaptFormer finds none of norms={self.norms} beside {name}; its block holds {', '.join(children)}; "
+                "name the norm that feeds it, if there is one"
             )
         norm_name = f"{block_name}.{norm}".lstrip(".")
-        layer, norm_layer = model.get_submodule(name), model.get_submodule(norm_name)
-        return ParallelLayer(layer, norm_layer, norm_name, self, self.bottleneck)
+        return ParallelLayer(layer, model.get_submodule(norm_name), norm_name, self, self.bottleneck)

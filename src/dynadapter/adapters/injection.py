@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable, Iterator
 from fnmatch import fnmatchcase
+from typing import Any
 
 from torch import nn
 
@@ -53,10 +54,22 @@ def inject(model: nn.Module, spec: AdapterSpec, freeze: bool = True) -> list[str
     # Inner layers first: wrapping a module changes the paths of the layers inside it
     for path in reversed(wrappers):
         wrappers[path].install(model, path)
+        set_called(model, path, True)
     if freeze:
         freeze_backbone(model)
     added = set(map(id, wrappers.values()))
     return [name for name, layer in adapter_layers(model).items() if id(layer) in added]
+
+
+def set_called(model: nn.Module, path: str, called: bool) -> None:
+    """Make timm's attention call its qkv layer, or read its weight as it does by default.
+
+    Attentions with a bias for q and v alone (EVA-02, Swin v2, BEiT) read the weight, and a wrapper around the layer
+    would have no effect.
+    """
+    attention: Any = model.get_submodule(path.rpartition(".")[0])
+    if path.endswith("qkv") and hasattr(attention, "qkv_bias_separate"):
+        attention.qkv_bias_separate = called
 
 
 def _present(places: tuple[str, ...], names: Iterable[str]) -> tuple[str, ...]:

@@ -77,8 +77,8 @@ class LoRA(AdapterSpec):
         rank: Rank r of each update.
         split: ``fused`` uses one pair of matrices for the whole layer. ``qv`` uses one pair for q and one for v of a
             fused qkv, and none for k; on other layers it equals ``fused``.
-        targets: Patterns of linear layers or 1x1 convolutions; empty means ``*.qkv``, or
-            ``stages.*.mlp.fc1`` on a ConvNeXt, which has no attention.
+        targets: Patterns of linear layers or 1x1 convolutions; empty means ``*.qkv``; the three projections where they
+            are separate; or ``stages.*.mlp.fc1`` on a ConvNeXt, which has no attention.
     """
 
     rank: int = 8
@@ -91,8 +91,8 @@ class LoRA(AdapterSpec):
 
     @property
     def places(self) -> tuple[str, ...]:
-        """The fused q, k and v of each attention, or the first matrix of each MLP in a ConvNeXt."""
-        return ("*.qkv", "stages.*.mlp.fc1")
+        """The q, k and v of each attention, or the first matrix of each MLP in a ConvNeXt."""
+        return ("*.qkv", "*.q_proj", "*.k_proj", "*.v_proj", "stages.*.mlp.fc1")
 
     def wrap(self, model: nn.Module, name: str) -> LoRALayer:
         """Build the wrapper of one layer."""

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from dynadapter.adapters.base import AdapterLayer, matrices
-from dynadapter.adapters.injection import adapter_layers
+from dynadapter.adapters.injection import adapter_layers, set_called
 
 
 def merge(model: nn.Module, tolerance: float = 1e-5) -> None:
@@ -33,6 +33,7 @@ def merge(model: nn.Module, tolerance: float = 1e-5) -> None:
             )
     for name, plain in merged.items():
         model.set_submodule(name, plain)
+        set_called(model, name, False)
 
 
 def exact(tensor: Tensor) -> Tensor:

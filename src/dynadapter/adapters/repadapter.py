@@ -1,6 +1,6 @@
 """RepAdapter: a linear adapter before a frozen matrix, which can be merged into that matrix."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -78,7 +78,7 @@ class RepAdapter(AdapterSpec):
     Args:
         bottleneck: Channels of the bottleneck.
         groups: Groups of the up-projection; divides ``bottleneck`` and the layer's width.
-        bias: Whether both projections have biases; the wrapped layers must then have a bias for the merge.
+        bias: Whether both projections have biases, where the wrapped layer has one; without, they could not be merged.
         placement: ``block`` for both places, ``attn`` for the place before attention only.
         targets: Patterns of linear layers or 1x1 convolutions; empty means the layers of ``placement``.
     """
@@ -99,15 +99,16 @@ class RepAdapter(AdapterSpec):
 
     @property
     def places(self) -> tuple[str, ...]:
-        """The first matrix of each attention, and that of each block's MLP."""
-        before_mlp = ("*blocks.*.mlp.fc1",) if self.placement == "block" else ()
-        return ("*.attn.qkv", *before_mlp)
+        """What reads the tokens first in each attention, and in each block's MLP (two matrices in a SwiGLU)."""
+        attention = ("*.attn.qkv", "*.attn.q_proj", "*.attn.k_proj", "*.attn.v_proj")
+        mlp = ("*blocks.*.mlp.fc1", "*blocks.*.mlp.fc1_g", "*blocks.*.mlp.fc1_x")
+        return (*attention, *mlp) if self.placement == "block" else attention
 
     def wrap(self, model: nn.Module, name: str) -> RepAdapterLayer:
         """Build the wrapper of one layer.
 
         Raises:
-            ValueError: If the groups do not divide its width, or if ``bias`` is set and the layer has no bias.
+            ValueError: If the groups do not divide its width.
         """
         layer = model.get_submodule(name)
         matrix = matrices(layer)[0]
@@ -115,6 +116,4 @@ class RepAdapter(AdapterSpec):
             raise ValueError(
                 f"groups={self.groups} must divide the {matrix.weight.shape[1]} channels that {name} takes"
             )
-        if self.bias and matrix.bias is None:
-            raise ValueError(f"{name} has no bias, so a RepAdapter with biases could not be merged; use bias=False")
-        return RepAdapterLayer(layer, self)
+        return RepAdapterLayer(layer, replace(self, bias=self.bias and matrix.bias is not None))

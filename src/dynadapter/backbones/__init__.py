@@ -3,9 +3,10 @@
 Importing this package registers the families. A family from outside the package registers itself the same way.
 """
 
-from dynadapter.backbones import convnext, swin, vit  # noqa: F401  # each registers its family
+from dynadapter.backbones import convnext, eva, swin, vit  # noqa: F401  # each registers its family
 from dynadapter.backbones.create import built_for, create_backbone, fingerprint
 from dynadapter.backbones.cut import (
+    arguments,
     blocks,
     classifier,
     classify,
@@ -32,6 +33,7 @@ from dynadapter.backbones.vit_block import class_row, other_rows, run, run_besid
 
 __all__ = [
     "DrawFrom",
+    "arguments",
     "blocks",
     "built_for",
     "class_row",

@@ -6,8 +6,8 @@ modules of the model run, adapters included. ``finish`` of all blocks of ``embed
 ``forward_features``, and ``classify`` of that to the model's own output.
 
 The functions dispatch on the model's class. A new family registers ``embed``, ``blocks``, ``finish``, ``tokens`` and
-``widths``, and ``prefix_tokens``, ``has_class_token``, ``reads_class_row``, ``pools_mean``, ``needs_all_tokens``,
-``classify``, ``checkpointing`` and ``convert`` where the defaults do not fit.
+``widths``, and ``arguments``, ``prefix_tokens``, ``has_class_token``, ``reads_class_row``, ``pools_mean``,
+``needs_all_tokens``, ``classify``, ``checkpointing`` and ``convert`` where the defaults do not fit.
 """
 
 from functools import singledispatch
@@ -90,6 +90,12 @@ def widths(model: nn.Module) -> list[int]:
 def prefix_tokens(model: nn.Module) -> int:
     """Count the tokens in front of the patch tokens: class, distillation and register tokens."""
     return 0
+
+
+@singledispatch
+def arguments(model: nn.Module, unit: tuple[nn.Module, ...], x: Tensor) -> dict[str, Any]:
+    """Return what the modules of one of :func:`blocks`' units take beside ``x``, such as rotary embeddings."""
+    return {}
 
 
 @singledispatch

@@ -4,7 +4,7 @@ import torch
 from timm.models import vision_transformer
 from torch import Tensor, nn
 
-from dynadapter.backbones.cut import checkpointing
+from dynadapter.backbones.cut import arguments, checkpointing
 from dynadapter.backbones.vit_block import run
 
 
@@ -22,11 +22,12 @@ def run_unit(model: nn.Module, unit: tuple[nn.Module, ...], x: Tensor, bias: Ten
     """
     if torch.is_grad_enabled() and checkpointing(model):
         # A reentrant pass would give no gradients to adapters whose input needs none
-        return vision_transformer.checkpoint(_run_all, unit, x, bias, use_reentrant=False)
-    return _run_all(unit, x, bias)
+        return vision_transformer.checkpoint(_run_all, model, unit, x, bias, use_reentrant=False)
+    return _run_all(model, unit, x, bias)
 
 
-def _run_all(unit: tuple[nn.Module, ...], x: Tensor, bias: Tensor | None) -> Tensor:
+def _run_all(model: nn.Module, unit: tuple[nn.Module, ...], x: Tensor, bias: Tensor | None) -> Tensor:
+    given = arguments(model, unit, x)
     for module in unit:
-        x = run(module, x, bias)
+        x = module(x, **given) if given else run(module, x, bias)
     return x

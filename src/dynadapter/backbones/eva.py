@@ -1,0 +1,101 @@
+"""Vision Transformers with rotary embeddings: timm's Eva, with EVA-02, DINOv3, Perception Encoder and RoPE-ViT."""
+
+import math
+from typing import Any
+
+from timm.models import eva
+from timm.models.eva import Eva
+from torch import Tensor, nn
+
+from dynadapter.backbones.cut import (
+    _same_forward,
+    arguments,
+    blocks,
+    convert,
+    embed,
+    finish,
+    has_class_token,
+    pools_mean,
+    prefix_tokens,
+    tokens,
+    widths,
+)
+
+
+@embed.register
+def _(model: Eva, images: Tensor) -> Tensor:
+    _same_forward(model, Eva)
+    return model.norm_pre(model._pos_embed(model.patch_embed(images))[0])
+
+
+@blocks.register
+def _(model: Eva) -> list[tuple[nn.Module, ...]]:
+    _same_forward(model, Eva)
+    if model.patch_drop is not None:
+        raise TypeError("Eva with patch_drop_rate drops other positions for each image; leave patch_drop_rate out")
+    return [(block,) for block in model.blocks]
+
+
+@arguments.register
+def _(model: Eva, unit: tuple[nn.Module, ...], x: Tensor) -> dict[str, Any]:
+    """Return the rotary embedding of the block, which depends on the grid of patches alone."""
+    rope: Any = model.rope
+    if rope is None:
+        return {}
+    if hasattr(rope, "feat_shape") and not model.dynamic_img_size:
+        rotary = rope.get_embed()
+    else:
+        rotary = rope.get_embed(shape=_grid(model, x.shape[1] - model.num_prefix_tokens))
+    if model.rope_mixed:  # each block has its own
+        rotary = rotary[next(k for k, block in enumerate(model.blocks) if block is unit[0])]
+    return {"rope": rotary}
+
+
+def _grid(model: Eva, patches: int) -> tuple[int, int]:
+    """Return rows and columns of the patches.
+
+    Raises:
+        ValueError: The images are neither square nor of the model's own size.
+    """
+    rows, columns = model.patch_embed.grid_size
+    if rows * columns == patches:
+        return rows, columns
+    side = math.isqrt(patches)
+    if side * side != patches:
+        raise ValueError(f"{patches} patches are no square; give square images")
+    return side, side
+
+
+@finish.register
+def _(model: Eva, x: Tensor) -> Tensor:
+    return model.norm(x)
+
+
+@tokens.register
+def _(model: Eva, x: Tensor) -> Tensor:
+    return x
+
+
+@widths.register
+def _(model: Eva) -> list[int]:
+    return [model.embed_dim] * len(model.blocks)
+
+
+@prefix_tokens.register
+def _(model: Eva) -> int:
+    return model.num_prefix_tokens
+
+
+@has_class_token.register
+def _(model: Eva) -> bool:
+    return model.global_pool == "token"
+
+
+@pools_mean.register
+def _(model: Eva) -> bool:
+    return model.global_pool in ("avg", "avgmax")
+
+
+@convert.register
+def _(model: Eva, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return eva.checkpoint_filter_fn(state, model)

@@ -1,0 +1,111 @@
+"""Kinds of adapter × families of backbone × properties, with every kind in its default places."""
+
+import copy
+
+import pytest
+import torch
+from test_backbones import ARCHITECTURES
+from torch import Tensor, nn
+
+from dynadapter import Adapter, AdaptFormer, Confidence, ExitNet, LoRA, RepAdapter, exit_costs, inject
+from dynadapter.adapters import AdapterSpec, adapter_layers
+from dynadapter.backbones import create_backbone
+from dynadapter.exits.policies import read_off
+
+NAMES = (
+    "eva02_tiny_patch14_224",
+    "eva02_base_patch14_224",
+    "vit_small_plus_patch16_dinov3",
+    "vit_base_patch16_rope_mixed_224",
+    "swinv2_tiny_window8_256",
+    "convnext_tiny",
+)
+KINDS: list[AdapterSpec] = [LoRA(rank=2), RepAdapter(bottleneck=2), Adapter(bottleneck=2), AdaptFormer(bottleneck=2)]
+SIZE = 32
+
+
+def shaken(model: nn.Module, parameters: list[nn.Parameter]) -> None:
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for one in parameters:
+            one.add_(torch.randn(one.shape, generator=generator), alpha=0.1)
+
+
+def images(count: int = 4) -> Tensor:
+    return torch.randn(count, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
+
+
+def network(name: str, spec: AdapterSpec) -> ExitNet:
+    """Return a network whose backbone has no zeros that would hide a mistake."""
+    options = next(options for other, options, _ in ARCHITECTURES if other == name)
+    backbone = create_backbone(name, num_classes=5, pretrained=False, **options)
+    shaken(backbone, list(backbone.parameters()))
+    backbone.eval()
+    with torch.no_grad():
+        before = backbone(images())
+    inject(backbone, spec)
+    with torch.no_grad():
+        torch.testing.assert_close(backbone(images()), before)  # the identity at the start
+    return ExitNet(backbone, every=1)
+
+
+@pytest.mark.parametrize("spec", KINDS, ids=lambda spec: type(spec).__name__)
+@pytest.mark.parametrize("name", NAMES)
+def test_every_kind_in_every_family(name: str, spec: AdapterSpec) -> None:
+    net = network(name, spec)
+    static = exit_costs(copy.deepcopy(net), SIZE)
+
+    adapters = [p for layer in adapter_layers(net.backbone).values() for p in layer.parameters() if p.requires_grad]
+    trained = [p for p in net.parameters() if p.requires_grad]
+    heads = {id(p) for p in (*net.heads.parameters(), *net.backbone.get_classifier().parameters())}
+    assert {id(p) for p in trained} == {id(p) for p in adapters} | heads
+    shaken(net, trained)  # beside the start, where half of the adapters' tensors have no gradient
+    net.train()
+    net(images()).pow(2).sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in adapters)
+    net.eval()
+
+    with torch.no_grad():
+        logits = net(images())
+        policy = Confidence(logits[0].softmax(-1).amax(-1).median().item())
+        routed, expected = net.early(images(), policy), read_off(policy, logits)
+    assert routed.exit_index.equal(expected.exit_index)
+    torch.testing.assert_close(routed.logits, expected.logits, rtol=1e-4, atol=1e-5)
+    costs = exit_costs(net, SIZE)
+    assert costs.macs == static.macs
+    assert costs.relative[-1] > 1
+
+    if all(layer.mergeable for layer in adapter_layers(net.backbone).values()):
+        merged = copy.deepcopy(net).merge(1e-4)
+        assert not adapter_layers(merged.backbone)
+        with torch.no_grad():
+            torch.testing.assert_close(merged(images()), logits, rtol=1e-3, atol=1e-4)
+        assert exit_costs(merged, SIZE).macs[-1] < costs.macs[-1]
+
+
+@pytest.mark.parametrize("name", ["vit_small_plus_patch16_dinov3", "vit_base_patch16_rope_mixed_224"])
+def test_gradient_checkpointing_changes_nothing(name: str) -> None:
+    net = network(name, LoRA(rank=2)).train()
+    gradients = []
+    for on in (False, True):
+        net.backbone.set_grad_checkpointing(on)
+        net.zero_grad()
+        net(images()).pow(2).sum().backward()
+        gradients.append([p.grad for p in net.parameters() if p.grad is not None])
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_dinov3_takes_any_square() -> None:
+    net = network("vit_small_plus_patch16_dinov3", LoRA(rank=2))
+    for size in (32, 48, 80):
+        x = torch.randn(2, 3, size, size)
+        with torch.no_grad():
+            torch.testing.assert_close(net(x)[-1], net.backbone(x))
+    with pytest.raises(ValueError, match="24 patches are no square; give square images"):
+        net(torch.randn(1, 3, 32, 48))
+
+
+def test_patch_dropout_is_refused() -> None:
+    with pytest.raises((TypeError, ValueError), match=r"leave (patch_drop_rate|it) out"):
+        create_backbone("eva02_tiny_patch14_224", num_classes=5, pretrained=False, img_size=28, patch_drop_rate=0.5)
