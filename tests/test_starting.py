@@ -69,7 +69,7 @@ def test_other_parts_are_named(saved, changes, words):
 
 
 def test_other_files_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"no\.ckpt does not exist; give the checkpoint"):
+    with pytest.raises(ValueError, match=r"no\.ckpt is not a file; give a checkpoint"):
         start_from(make_classifier(), tmp_path / "no.ckpt")
     torch.save({"state_dict": {}}, tmp_path / "b.ckpt")
     with pytest.raises(ValueError, match=r"b\.ckpt"):
@@ -91,4 +91,4 @@ def test_it_is_an_option_of_fit(tmp_path, capsys):
     assert "starting from" not in capsys.readouterr().out
     with pytest.raises(SystemExit):
         main([*common, "--init_from=no.ckpt"])
-    assert "init_from=no.ckpt does not exist" in capsys.readouterr().err
+    assert "init_from=no.ckpt is not a file" in capsys.readouterr().err

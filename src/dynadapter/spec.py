@@ -123,9 +123,9 @@ def _restore_spec(value: Any, base: type[Spec], where: str) -> Spec:
     name = path.rpartition(".")[2] if "." not in path or _ours(path) else path
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = f"; did you mean {near[0]!r}? There" if near else "; there"
         raise ValueError(
-            _said(where, f"there is no {base.__name__} {path!r}{hint}; known: {', '.join(sorted(known))}; ")
+            _said(where, f"there is no {base.__name__} {path!r}{hint} are {', '.join(sorted(known))}; ")
             + "a class of your own is known once its module is imported"
         )
     return _built(known[name], settings, where)

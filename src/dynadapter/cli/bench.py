@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from dynadapter.bench.settings import ARMS, Settings
 from dynadapter.cli.errors import Mistake, nearest
-from dynadapter.cli.networks import BUNDLE
+from dynadapter.cli.networks import BUNDLE, check_network
 from dynadapter.cli.parser import CommandParser
 from dynadapter.files import write
 
@@ -79,6 +79,7 @@ def read(args: list[str]) -> Settings:
         settings = Settings(**given | {"arms": _arms(given["arms"])})
     except ValueError as error:
         raise Mistake(str(error)) from error
+    check_network(settings.bundle)
     _check_out(settings.place, settings.overwrite)
     return settings
 

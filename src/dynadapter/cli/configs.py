@@ -65,7 +65,7 @@ def find_config(name: str) -> Path:
         if path is not None and path.is_file():
             return path
     if Path(name).exists():
-        raise Mistake(f"config file {name} cannot be read: it is not a file")
+        raise Mistake(f"config file {name!r} cannot be read: it is not a file; give a YAML file, or -c quickstart")
     folder = Path(name).parent
     beside = [str(path) for path in sorted(folder.glob("*.y*ml"))] if folder.is_dir() else []
     hint = nearest(name, beside) or nearest(name.removesuffix(".yaml"), ours)

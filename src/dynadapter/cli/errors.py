@@ -7,6 +7,8 @@ import signal
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
 
 
 class Mistake(Exception):
@@ -81,11 +83,8 @@ def one_line(error: BaseException | str) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def nearest(given: str, names: Iterable[str], cutoff: float = 0.7) -> str:
-    """Return a question with the name nearest to a wrong one, or an empty string where none is similar.
-
-    >>> nearest("LoRa", ["LoRA", "Adapter"])
-    "; did you mean 'LoRA'?"
+def closest(given: str, names: Iterable[str], cutoff: float = 0.7) -> str | None:
+    """Return the name that a wrong or shortened one most likely means; None where none is similar.
 
     Args:
         given: The wrong name; case is ignored.
@@ -94,7 +93,32 @@ def nearest(given: str, names: Iterable[str], cutoff: float = 0.7) -> str:
     """
     lower = {name.lower(): name for name in names}
     near = difflib.get_close_matches(given.lower(), lower, n=1, cutoff=cutoff)
-    return f"; did you mean {lower[near[0]]!r}?" if near else ""
+    begun = [name for name in lower if len(given) > 3 and name.startswith(given.lower())]
+    near = near or (begun if len(begun) == 1 else [])
+    return lower[near[0]] if near else None
+
+
+def nearest(given: str, names: Iterable[str], cutoff: float = 0.7) -> str:
+    """Return a question with the :func:`closest` name, or an empty string where none is similar.
+
+    >>> nearest("LoRa", ["LoRA", "Adapter"])
+    "; did you mean 'LoRA'?"
+    """
+    return meant(closest(given, names, cutoff))
+
+
+def meant(name: str | None) -> str:
+    """Return the question whether a name is meant; an empty string for None."""
+    return f"; did you mean {name!r}?" if name is not None else ""
+
+
+def nearest_place(given: str) -> str:
+    """Return the same question for a path that does not exist, from the names beside it."""
+    path = Path(given).expanduser()
+    if path.exists():
+        return ""
+    beside = path.parent.iterdir() if path.parent.is_dir() else ()
+    return nearest(str(path), (str(other) for other in islice(beside, 1000)))
 
 
 OUTAGES = {

@@ -4,9 +4,11 @@ import inspect
 import re
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple, get_args, get_type_hints
 
-from dynadapter.cli.errors import nearest, one_line
+from dynadapter.cli.errors import closest, meant, nearest, one_line
+from dynadapter.cli.help import SHORT
 
 Sections = Mapping[str, type]
 """The class whose arguments each section of a config holds."""
@@ -73,7 +75,7 @@ def explain(message: str, sections: Sections, keys: Iterable[str]) -> str:
         sections: The class behind each section.
         keys: All keys of the parser, sections included, such as ``model.every``.
     """
-    error, keys = innermost(message), list(keys)
+    error, keys = innermost(message), [key for key in keys if not key.endswith(".help")]
     text = re.sub(r"^Group '(.+?)' does not accept option '(.+?)'.*", r"unrecognized arguments: --\1.\2", error.text)
     if not error.key:
         text = re.sub(r"^Option '(.+?)' is not accepted.*", r"unrecognized arguments: --\1", text)
@@ -93,24 +95,43 @@ def _about(error: ParserError) -> str:
 
 def _unknown_key(error: ParserError, given: str, sections: Sections, keys: list[str]) -> str:
     if not given.startswith("--"):
-        return f"{given!r} belongs to no setting; settings are given as --KEY VALUE"
+        return _stray(given, keys)
     key = given.removeprefix("--").partition("=")[0]
+    if key in SHORT and key in keys:  # on the command line it has become the long key
+        return f"{key!r} is short for {SHORT[key][0]!r} on the command line; give the long key in a config file"
     section, _, rest = key.partition(".")
     inside = [name for name in keys if name.startswith(f"{section}.")]
-    similar = [name for name in inside if name.startswith(f"{section}.{rest[:4]}")]  # wrong only at the end
-    deeper = [f"{name}.{rest}" for name in inside if rest in _settings_of(bases(name, sections))]
-    longer = [name for name in keys if name.startswith(key) and len(key) > 2]  # cut short
-    hints = [nearest(key, similar), *map(_meant, deeper[:1]), nearest(key, keys)]
-    hints += map(_meant, longer if len(longer) == 1 else [])
-    if hint := next(filter(None, hints), ""):
-        return f"there is no key {key!r}{hint}"
+    last = rest or key
+    similar = closest(rest, [name.partition(".")[2] for name in inside])
+    near = closest(section, sections) if rest and not inside else None
+    begun = [name for name in keys if name.startswith(f"{key}_") and "." not in name]
+    exact = [name for name in keys if name.rpartition(".")[2] == key]
+    homes = inside or [name for name in keys if name.startswith("model.")]
+    deeper = [f"{name}.{last}" for name in homes if last in _settings_of(bases(name, sections))]
+    found = [*([f"{section}.{similar}"] if similar else []), *([f"{near}.{rest}"] if near else []), *begun, *exact]
+    if name := next(iter([*found, *deeper]), None if inside else closest(key, keys)):
+        return f"there is no key {key!r}{meant(name)}"
     if inside:
         return f"there is no key {key!r}; {section} has: {', '.join(name.partition('.')[2] for name in inside)}"
     return f"there is no key {key!r}; choose from {', '.join(sections or keys)}"
 
 
-def _meant(name: str) -> str:
-    return f"; did you mean {name!r}?"
+def _stray(given: str, keys: list[str]) -> str:
+    """Explain a value without a key, by what it looks like."""
+    name, path, way = given.lstrip("-").partition("=")[0], Path(given), "settings are given as --KEY VALUE"
+    if near := closest(name, keys):
+        way = f"did you mean '--{near}'?"
+    elif path.suffix in (".yaml", ".yml") and "config" in keys:
+        way = f"a config file is given as -c {given}"
+    elif path.suffix == ".ckpt" and "ckpt_path" in keys:
+        way = f"a checkpoint is given as --ckpt_path {given}"
+    elif (path / "config.json").is_file() and "bundle" in keys:
+        way = f"a bundle is given as --bundle {given}"
+    elif path.is_dir() and "images" in keys:
+        way = f"a folder of images is given as --images {given}"
+    elif path.is_dir() and "data" in keys:
+        way = f"a folder of images is given as --data ImageFolder --data.root {given}"
+    return f"{given!r} belongs to no setting; {way}"
 
 
 def _unknown_setting(error: ParserError, given: str, sections: Sections, keys: list[str]) -> str:
@@ -124,8 +145,15 @@ def _unknown_setting(error: ParserError, given: str, sections: Sections, keys: l
     if named and chosen:
         hint = nearest(given, settings) or f"; it has: {', '.join(settings)}"
         return f"{_about(error)}{named[1]} has no setting {given!r}{hint}"
-    hint = nearest(given, [name for name in (*settings, "class_path", "init_args") if name != given])
-    return f"{_about(error)}there is no setting {given!r}{hint}"
+    owners = [cls.__name__ for cls in classes if given in parameters(cls)]
+    if owners:
+        return f"{_about(error)}the class given has no setting {given!r}; {', '.join(owners[:5])} {_has(owners)}"
+    hint = nearest(given, (*settings, "class_path", "init_args"))
+    return f"{_about(error)}there is no setting {given!r}{hint or f'; --{error.key}.help CLASS lists those of a class'}"
+
+
+def _has(owners: list[str]) -> str:
+    return "has it" if len(owners) == 1 else "have it"
 
 
 def _unknown_class(error: ParserError, given: str, sections: Sections, keys: list[str]) -> str:
@@ -134,6 +162,8 @@ def _unknown_class(error: ParserError, given: str, sections: Sections, keys: lis
     if "Constant" in choices and re.fullmatch(r"-?[\d.]+(e-?\d+)?", given):
         hint = f"; a fixed number is {{class_path: Constant, init_args: {{value: {given}}}}}."
     line = f"{error.key or 'a class'} cannot be {given!r}{hint}"
+    if len(choices) == 1:
+        return line if hint else f"{line}; the only one is {choices[0]}"
     if hint and len(choices) > 20:
         return line
     return f"{line}{' There' if hint else '; there'} are {', '.join(choices)}"
@@ -143,8 +173,9 @@ def _missing(error: ParserError, given: str, sections: Sections, keys: list[str]
     names = [name.partition(".")[2] or name for name in given.split(", ")]
     if names == ["data"]:
         way = "give a config file with a data section, or --data, such as --data Shapes"
-        return f"data is missing; {way}; every command except fit also takes it from --ckpt_path"
-    line = f"{' and '.join(names)} must be given"
+        also = "; every command except fit also takes it from --ckpt_path" if "ckpt_path" in keys else ""
+        return f"data is missing; {way}{also}"
+    line = f"{' and '.join(f'--{name}' if name in keys else name for name in names)} must be given"
     return (
         f"{error.key}: {line}, as in {' '.join(f'--{error.key}.{name} ...' for name in names)}" if error.key else line
     )
@@ -160,7 +191,7 @@ def _no_value(error: ParserError, given: str, sections: Sections, keys: list[str
 
 def _no_section_file(error: ParserError, given: str, sections: Sections, keys: list[str]) -> str:
     line = f"there is no config file {given!r} with that section; one setting is --{error.key}.NAME VALUE"
-    return _about(error) + line
+    return f"{_about(error)}{line}, and null switches off what can be switched off"
 
 
 def _wrong_type(error: ParserError, given: str, sections: Sections, keys: list[str]) -> str:
@@ -199,7 +230,7 @@ RULES: tuple[tuple[str, Callable[[ParserError, str, Sections, list[str]], str]],
     (r"^the following arguments are required: (.+)", _missing),
     (r'^Linked "(.+?)"', _linked),
     (r"^argument (\S+): expected one argument", _no_value),
-    (r'^Unable to load config "(.*)"', _no_section_file),
+    (r"""^Unable to load config ["'](.*?)["']""", _no_section_file),
     (_TYPE, _wrong_type),
 )
 """A pattern in the innermost message, and the rule that explains its first group."""

@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dynadapter.cli.errors import Mistake, one_line
+from dynadapter.cli.errors import Mistake, nearest_place, one_line
 
 if TYPE_CHECKING:  # torch takes seconds to load, and invalid input is answered without it
     from dynadapter.exits.policies import Policy
@@ -21,8 +21,11 @@ def check_network(bundle: str | None, checkpoint: str | None = None) -> None:
     Raises:
         Mistake: The checkpoint does not exist, or the bundle is something else.
     """
-    if checkpoint is not None and not Path(checkpoint).expanduser().is_file():
-        raise Mistake(f"--ckpt_path {checkpoint} does not exist; give the file that fit wrote, such as last.ckpt")
+    if checkpoint is not None and not (path := Path(checkpoint).expanduser()).is_file():
+        saved = next(iter(sorted(path.glob("checkpoints/*.ckpt"))), "last.ckpt")
+        what = "is a folder" if path.is_dir() else "does not exist"
+        way = nearest_place(checkpoint) or f"; give the file that fit wrote, such as {saved}"
+        raise Mistake(f"--ckpt_path {checkpoint} {what}{way}")
     if bundle is not None:
         check_bundle(bundle)
 
@@ -30,8 +33,17 @@ def check_network(bundle: str | None, checkpoint: str | None = None) -> None:
 def check_bundle(place: str) -> None:
     """Refuse an exported folder or a checkpoint that is given as a bundle."""
     folder = Path(place).expanduser()
-    if (folder / "config.json").exists() or not folder.exists():
+    if (folder / "config.json").exists() or (not folder.exists() and not nearest_place(place)):
         return  # load reports what is wrong with it
+    if not folder.exists():
+        raise Mistake(f"there is no bundle {place}{nearest_place(place)}")
+    if (folder / "bundle" / "config.json").exists():
+        raise Mistake(f"{place} is not the bundle itself; give {folder / 'bundle'}")
+    if saved := sorted(folder.glob("checkpoints/*.ckpt")):
+        raise Mistake(
+            f"{place} is a run, not a bundle; make one with dynadapter calibrate --ckpt_path {saved[0]} "
+            "--goal.cost 0.5 --bundle FOLDER"
+        )
     if (folder / "manifest.json").is_file():
         raise Mistake(f"{place} is an exported folder, not a bundle; run it with python {place}/predict.py IMAGES")
     if folder.is_file() and folder.suffix == ".ckpt":

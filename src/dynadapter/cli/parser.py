@@ -15,22 +15,25 @@ class CommandParser(ArgumentParser):
     Args:
         command: The name on the command line.
         description: What the command does, in one sentence.
-        **kwargs: Passed to jsonargparse.
-
-    Attributes:
         sections: The class behind each key that takes a class.
+        **kwargs: Passed to jsonargparse.
     """
 
-    sections: Sections = MappingProxyType({})
-
-    def __init__(self, command: str = "", description: str = "", **kwargs: Any) -> None:
+    def __init__(
+        self, command: str = "", description: str = "", sections: Sections = MappingProxyType({}), **kwargs: Any
+    ) -> None:
         # jsonargparse creates parsers of this class for its own use, without a command.
         own = {"prog": f"dynadapter {command}", "usage": f"dynadapter {command} [--KEY VALUE ...]"} if command else {}
         # An abbreviated key would be read as the long one, and a typing error would pass unnoticed.
         super().__init__(**{**own, "description": description, "allow_abbrev": False, **kwargs})
+        self.command, self.sections = command, sections
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise a :class:`Mistake`."""
+        if not self.command:  # the parser of a class inside: the parser outside knows the key
+            super().error(message, ex)
         hidden = ("help", "print_shtab", "==SUPPRESS==")
-        keys = [action.dest for action in self._actions if action.dest not in hidden]
-        raise Mistake(explain(message, self.sections, keys)) from ex
+        keys = [action.dest for action in self._actions if action.option_strings and action.dest not in hidden]
+        places = [action.dest for action in self._actions if not action.option_strings]
+        usage = f", as in: {self.usage}" if places and message.startswith("the following arguments are req") else ""
+        raise Mistake(explain(message, self.sections, keys) + usage) from ex

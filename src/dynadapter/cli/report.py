@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from rich.console import Console
 from rich.progress import track
 
-from dynadapter.cli.errors import Mistake, one_line
+from dynadapter.cli.errors import Mistake, nearest_place, one_line
 from dynadapter.cli.parser import CommandParser
 from dynadapter.files import read_bytes, write
 
@@ -92,7 +92,8 @@ def find_run(place: str) -> Given:
     if path.is_file() and path.suffix == ".ckpt":
         return Given(path.parent.parent if path.parent.name == "checkpoints" else path.parent, path)
     if not path.is_dir():
-        raise Mistake(f"{place} does not exist; give the folder of a run, such as runs/quickstart/version_0")
+        way = nearest_place(place) or "; give the folder of a run, such as runs/quickstart/version_0"
+        raise Mistake(f"{place} does not exist{way}")
     if not any((path / name).is_file() for name in ("run.json", "config.yaml", "metrics.csv")):
         inside = sorted(one.name for one in path.glob("version_*") if one.is_dir())
         hint = f", such as {path / inside[-1]}" if inside else ""

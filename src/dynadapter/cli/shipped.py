@@ -32,7 +32,7 @@ def parser() -> CommandParser:
     """Return the parser of the command."""
     from dynadapter.data import ImageData
 
-    made = CommandParser("test", "Measure a bundle on the test images of a data module.")
+    made = CommandParser("test", "Measure a bundle on the test images of a data module.", {"data": ImageData})
     made.add_argument("--bundle", type=str, required=True, help=f"The bundle: {BUNDLE}.")
     words = "Where the images come from; its settings are --data.NAME VALUE. Or -c FILE with a data section."
     made.add_subclass_arguments(ImageData, "data", required=True, help=words)

@@ -21,6 +21,7 @@ def parser() -> CommandParser:
         "Train every combination that a YAML file names, choose scales and thresholds on val200, and measure the "
         "final networks on the test images once. The same command continues an interrupted sweep. Several processes "
         "may run it at the same time.",
+        usage="dynadapter sweep FILE [--KEY VALUE ...]",
     )
     made.add_argument("file", type=str, help="YAML file of the sweep.")
     made.add_argument("--dry_run", action="store_true", help="Print the runs, their estimated time and disk space.")

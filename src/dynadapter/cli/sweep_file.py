@@ -153,7 +153,7 @@ def read(path: str) -> SweepFile:
 
 def _parsed(kind: type[Any], content: dict[str, Any]) -> Any:
     """Return a dataclass filled with the keys of a mapping, each checked."""
-    parser = CommandParser()
+    parser = CommandParser("sweep")
     parser.add_class_arguments(kind, None)
     return kind(**parser.parse_object(content).as_dict())
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dynadapter.cli.configs import config_files, read_config
-from dynadapter.cli.errors import Mistake, Stopped, one_line
+from dynadapter.cli.errors import Mistake, Stopped, nearest, nearest_place, one_line
 
 if TYPE_CHECKING:  # Lightning takes seconds to import
     from dynadapter.data import ImageData
@@ -92,10 +92,13 @@ def read(args: Sequence[str]) -> Wanted:
     place = Path(args[0]).expanduser()
     if not place.is_dir() and not (place.is_file() and place.suffix.lower() in TABLES):
         what = "is neither a folder nor a .csv or .parquet file" if place.exists() else "does not exist"
-        raise Mistake(f"{args[0]} {what}; give the folder of your images, with a folder for each class")
+        way = nearest_place(args[0]) or "; give the folder of your images, with a folder for each class"
+        raise Mistake(f"{args[0]} {what}{way}")
     goal, settings = ([f"--goal.cost={given.cost}"] if given.cost is not None else []), []
     arguments = iter(rest)
     for arg in arguments:
+        if "." not in arg and (hint := nearest(arg.partition("=")[0], ("--out", "--cost", "--backbone"), 0.75)):
+            raise Mistake(f"there is no option {arg!r}{hint}")
         if arg.startswith("--goal."):
             goal.append(arg if "=" in arg else f"{arg}={next(arguments, '')}")
         else:
@@ -118,7 +121,8 @@ def _check_goal(goal: Sequence[str]) -> None:
     for arg in goal:
         key, _, value = arg.removeprefix("--goal.").partition("=")
         if key not in Goal.__dataclass_fields__:
-            raise Mistake(f"there is no goal {key!r}; choose from {', '.join(Goal.__dataclass_fields__)}")
+            hint = nearest(key, Goal.__dataclass_fields__)
+            raise Mistake(f"there is no goal {key!r}{hint or ';'} choose from {', '.join(Goal.__dataclass_fields__)}")
         try:
             given[key] = value if key in ("reference", "metric") else float(value)
         except ValueError as error:

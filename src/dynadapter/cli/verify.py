@@ -5,12 +5,10 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from dynadapter.cli.configs import config_files, read_config
 from dynadapter.cli.errors import Mistake
-from dynadapter.cli.explain import Sections
 from dynadapter.cli.parser import CommandParser
 from dynadapter.files import write
 from dynadapter.images.reading import shown
@@ -30,13 +28,11 @@ def parser() -> CommandParser:
     """Create the command's parser; its keys ``data.*`` are those of every other command."""
     from dynadapter.data import ImageData
 
-    class Parser(CommandParser):  # jsonargparse creates more parsers of this class, which need the sections, too
-        sections: Sections = MappingProxyType({"data": ImageData})
-
-    made = Parser(
+    made = CommandParser(
         "verify",
         "Decode every image of a data set, count images and classes, and find duplicates. "
         "The exit code is 0 for data without errors, 1 for errors in the data, and 2 for invalid input.",
+        {"data": ImageData},
         usage="dynadapter verify --data CLASS --data.root FOLDER [--KEY VALUE ...]",
     )
     words = "Config file whose data section is checked, or its name; the command line wins over it."

@@ -24,7 +24,7 @@ def start_from(module: Any, path: str | Path) -> str:
         ValueError: The file is no checkpoint, or belongs to another backbone, adapter or depth.
     """
     if not Path(path).is_file():
-        raise ValueError(f"init_from={path} does not exist; give the checkpoint of another training")
+        raise ValueError(f"init_from={path} is not a file; give a checkpoint, such as RUN/checkpoints/last.ckpt")
     checkpoint = read(path)
     try:
         saved = saved_contents(checkpoint)
