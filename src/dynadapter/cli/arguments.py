@@ -93,6 +93,8 @@ def add_command_arguments(parser: LightningArgumentParser, command: str) -> None
     """Add the config files and what one command takes beside the sections."""
     what = "A config file, or the name of a packaged one; later files win, and the command line wins over all."
     parser.add_argument("-c", "--config", action=ActionConfigFile, help=what)
+    printing = next(action for action in parser._actions if "--print_config" in action.option_strings)
+    printing.help = "Print the configuration that results, and exit."
     what = {
         "fit": "Checkpoint from which a training continues, with --config of that run; --resume is short for both.",
         "flops": "Checkpoint that gives the model's settings; its weights are not needed.",
