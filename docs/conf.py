@@ -17,7 +17,9 @@ autodoc_preserve_defaults = True  # LoRA() in a signature, not the repr of its f
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
 napoleon_numpy_docstring = False
+napoleon_use_ivar = True  # attributes as one list
 html_theme = "furo"
+html_show_copyright = False  # LICENSE has it
 html_title = f"dynadapter {release}"
 exclude_patterns = ["_build"]
 
