@@ -16,7 +16,7 @@ from tiny import make_classifier, trainer
 
 from dynadapter.data import Augment, ImageData, ImageFolder, ImagesToPredict, Shapes, UnreadableImage, VTAB1k
 from dynadapter.data.dataset import ImageDataset, Padded
-from dynadapter.data.samplers import CachedLoader, EpochOrder
+from dynadapter.data.samplers import CachedLoader, EpochOrder, share_batch
 from dynadapter.images.reading import find_images, load_image
 from dynadapter.training.callbacks import BidirectionalSparsity
 from dynadapter.training.losses import IGNORED
@@ -193,14 +193,14 @@ def test_padding_for_several_processes(folder):
 )
 def test_a_global_batch_is_divided(given, processes, accumulated, expected, monkeypatch):
     said: list[str] = []
-    monkeypatch.setattr("dynadapter.data.base.rank_zero_info", said.append)
+    monkeypatch.setattr("dynadapter.data.samplers.rank_zero_info", said.append)
     data = Shapes(batch_size=5, global_batch_size=given)
     if isinstance(expected, str):
         with pytest.raises(ValueError, match=re.escape(expected)):
-            data._train_batch_size(processes, accumulated)
+            share_batch(data.batch_size, data.global_batch_size, processes, accumulated)
         return
     size, line = expected
-    assert data._train_batch_size(processes, accumulated) == size
+    assert share_batch(data.batch_size, data.global_batch_size, processes, accumulated) == size
     assert said == ([line] if line else [])
 
 

@@ -258,6 +258,7 @@ class DynCLI(LightningCLI):
         if self.command == "fit":
             if config.test_after:  # look for the test images now, not after hours of training
                 self.datamodule.setup("test")
+                self.datamodule.further_tests()
             if config.init_from is not None and config.ckpt_path is None:  # a resumed training has all of it
                 self._start_from(config.init_from)
             trainer.fit(**parts, ckpt_path=config.ckpt_path)
@@ -269,6 +270,8 @@ class DynCLI(LightningCLI):
         else:
             measure = trainer.test if self.command == "test" else trainer.validate
             measure(**parts, ckpt_path=config.ckpt_path, verbose=config.verbose)
+            if self.command == "test":
+                self._test_further(config.verbose)
 
     def _start_from(self, path: str) -> None:
         try:
@@ -291,6 +294,14 @@ class DynCLI(LightningCLI):
             if self.record is not None:
                 self.record.keep(self.trainer)
             self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
+            self._test_further()
+
+    def _test_further(self, verbose: bool = False) -> None:
+        for data in self.datamodule.further_tests():
+            if self.record is not None:
+                self.record.keep(self.trainer)
+            meet(self.model, data, "test")
+            self.trainer.test(self.model, datamodule=data, verbose=verbose)
 
     def _end_record(self, how: str, message: str | None = None) -> None:
         if self.record is not None:

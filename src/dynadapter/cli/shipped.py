@@ -57,7 +57,7 @@ def run(args: list[str]) -> None:
     data: ImageData = made.instantiate(given).data
     bundle = load_network(given)
     try:
-        tables = measure(bundle, data)
+        tables = [table for one in (data, *data.further_tests()) for table in measure(bundle, one)]
     except ValueError as error:
         raise Mistake(one_line(error)) from error
     print_tables(*tables)
@@ -99,8 +99,8 @@ def measure(bundle: "Bundle", data: "ImageData") -> list[Table]:
     counted = bundle.costs if data.image_size == bundle.preprocess.image_size else None
     costs = counted or exit_costs(bundle.net, data.image_size)
     table = cost_table(costs, accuracy=_percent(right / samples), share=_percent(shares))
-    table.title = f"Exits (test, shares under {bundle.policy.name})"
-    routing = Table(title="Early exits (test)")
+    table.title = f"Exits ({data.test_label}, shares under {bundle.policy.name})"
+    routing = Table(title=f"Early exits ({data.test_label})")
     for heading in ("policy", "accuracy", "GMACs", "% of static", "exit shares"):
         routing.add_column(heading, justify="left" if heading == "policy" else "right")
     average = costs.average(shares)

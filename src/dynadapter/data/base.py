@@ -20,7 +20,7 @@ from dynadapter.data.classes import is_numbered, match_classes, renumbered
 from dynadapter.data.dataset import ImageDataset, Padded, Sample, collate, room_on
 from dynadapter.data.preprocessing import Auto, Wanted, differences
 from dynadapter.data.readable import readable
-from dynadapter.data.samplers import CachedLoader, EpochOrder, ResumableLoader
+from dynadapter.data.samplers import CachedLoader, EpochOrder, ResumableLoader, share_batch
 from dynadapter.data.workers import TIMEOUT, check_shared_memory
 from dynadapter.images.accounting import Account
 from dynadapter.images.preprocess import Interpolation, Normalization, Resize
@@ -69,6 +69,7 @@ class ImageData(LightningDataModule, ABC):
     """
 
     class_names: list[str]
+    test_label: str = "test"  # where the metrics of a test are logged
     validation_switch: ClassVar[str] = ""  # the setting to name when there are no validation images
     without_model: ClassVar[dict[str, Any]] = {}  # what ``auto`` means then, if not the defaults of `Preprocess`
 
@@ -147,6 +148,10 @@ class ImageData(LightningDataModule, ABC):
     @abstractmethod
     def samples(self, split: Split) -> list[Sample]:
         """List the images of a split with their class indices; empty for ``val`` when nothing is held out."""
+
+    def further_tests(self) -> list["ImageData"]:
+        """Return a data module for each further test set, whose test images are those to measure."""
+        return []
 
     def listed(self) -> list[Path]:
         """List the files that the data's lists name, in any split."""
@@ -261,7 +266,7 @@ class ImageData(LightningDataModule, ABC):
         if self.trainer is not None:
             accumulated = self.trainer.accumulate_grad_batches
             seed = self.trainer.strategy.broadcast(seed)  # a launcher may have started each process without a seed
-        batch_size = self._train_batch_size(processes, accumulated)
+        batch_size = share_batch(self.batch_size, self.global_batch_size, processes, accumulated)
         if self.global_batch_size is None:
             accumulated = 1  # use every batch; the last step takes those that are left
         repeats = self.augment.repeats if isinstance(self.augment, Augment) else 1
@@ -300,21 +305,6 @@ class ImageData(LightningDataModule, ABC):
         """Return how many processes share the images, and the index of this one."""
         shares = (self.trainer and self.trainer.distributed_sampler_kwargs) or {"num_replicas": 1, "rank": 0}
         return shares["num_replicas"], shares["rank"]
-
-    def _train_batch_size(self, processes: int, accumulated: int) -> int:
-        """Return the batch size of one process, and print how the images of a step are divided."""
-        size, rest = self.batch_size, 0
-        if self.global_batch_size is not None:
-            size, rest = divmod(self.global_batch_size, processes * accumulated)
-        if rest or not size:
-            raise ValueError(
-                f"global_batch_size={self.global_batch_size} does not divide by {processes} process(es) x "
-                f"{accumulated} accumulated batch(es); give a multiple of {processes * accumulated}"
-            )
-        if self.global_batch_size is not None or processes * accumulated > 1:
-            parts = f"{processes} process{'es' if processes > 1 else ''} x {size} (x {accumulated} accumulated)"
-            rank_zero_info(f"batches: {processes * accumulated * size} images = {parts}")
-        return size
 
     def files(self, epoch: int, batch: int) -> list[str]:
         """Return the names of the images in a training batch of this process; empty if they are not known."""

@@ -6,6 +6,7 @@ from typing import Any
 from dynadapter.data.base import ImageData, Split
 from dynadapter.data.dataset import Sample
 from dynadapter.data.splits import MissingSplit, hold_out
+from dynadapter.data.test_sets import check_test_sets, open_test_sets
 from dynadapter.images.reading import SUFFIXES, image_files, shown
 
 SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
@@ -28,17 +29,28 @@ class ImageFolder(ImageData):
         val_fraction: Probability that a training image is held out where ``val`` is missing, in [0, 1); 0 for no
             validation.
         split_seed: Part of the hashes; another seed holds out other images.
+        test_sets: Further test sets by name: folders like `root`. Each is measured after the first as
+            ``test/NAME/...``, by its test split, or by all of its images if it has none. Its classes must be among
+            those of the training.
     """
 
     validation_switch = "val_fraction above 0, or make a folder 'val'"
 
-    def __init__(self, root: str | Path, val_fraction: float = 0.2, split_seed: int = 0, **kwargs: Any):
+    def __init__(
+        self,
+        root: str | Path,
+        val_fraction: float = 0.2,
+        split_seed: int = 0,
+        test_sets: dict[str, str] | None = None,
+        **kwargs: Any,
+    ):
         super().__init__(**kwargs)
         if not 0 <= val_fraction < 1:
             raise ValueError(f"val_fraction must lie in [0, 1), not {val_fraction}")
         self.root = Path(root).expanduser()
         self.val_fraction = val_fraction
         self.split_seed = split_seed
+        self.test_sets = check_test_sets(test_sets)
         if not self.root.is_dir():
             raise ValueError(f"root {self.root} does not exist or is not a folder")
         self._folders = find_splits(self.root)
@@ -64,6 +76,15 @@ class ImageFolder(ImageData):
         images = [(place.parts[0], "/".join(place.parts[1:])) for place in places]
         kept, held = hold_out(images, self.val_fraction, self.split_seed)
         return [train[i] for i in (kept if split == "train" else held)]
+
+    def further_tests(self) -> list[ImageData]:
+        def build(settings: dict[str, Any], place: str) -> ImageFolder:
+            other = ImageFolder(**{**settings, "root": place})
+            if "test" not in other._folders and "train" in other._folders:
+                other._folders = {"test": other._folders["train"]}
+            return other
+
+        return open_test_sets(self, self.test_sets, build)
 
     def _folder(self, split: str) -> Path:
         return self._folders.get(split, self.root / split)

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
@@ -121,6 +122,32 @@ class EpochOrder(DistributedSampler):
         """Return the image indices of a batch of this process."""
         indices = self._shuffled(epoch)[0][self.rank :: self.num_replicas]
         return indices[step * self.batch_size : (step + 1) * self.batch_size].tolist()
+
+
+def share_batch(size: int, together: int | None, processes: int, accumulated: int) -> int:
+    """Return the batch size of one process, and print how the images of a step are divided.
+
+    Args:
+        size: Images in a batch of one process, where `together` is None.
+        together: Images in a step over all processes and accumulated batches.
+        processes: Number of processes.
+        accumulated: Batches of a step.
+
+    Raises:
+        ValueError: `together` cannot be divided.
+    """
+    rest = 0
+    if together is not None:
+        size, rest = divmod(together, processes * accumulated)
+    if rest or not size:
+        raise ValueError(
+            f"global_batch_size={together} does not divide by {processes} process(es) x {accumulated} accumulated "
+            f"batch(es); give a multiple of {processes * accumulated}"
+        )
+    if together is not None or processes * accumulated > 1:
+        parts = f"{processes} process{'es' if processes > 1 else ''} x {size} (x {accumulated} accumulated)"
+        rank_zero_info(f"batches: {processes * accumulated * size} images = {parts}")
+    return size
 
 
 class ResumableLoader(DataLoader):

@@ -14,6 +14,7 @@ from dynadapter.data.dataset import Sample
 from dynadapter.data.folder import SPLITS
 from dynadapter.data.lists import PathCheck, read_text
 from dynadapter.data.splits import MissingSplit, hold_out
+from dynadapter.data.test_sets import check_test_sets, open_test_sets
 from dynadapter.images.reading import shown
 
 COLUMNS = {
@@ -64,6 +65,9 @@ class ImageTable(ImageData):
         val_fraction: Probability that a training image is held out where no row is for ``val``, in [0, 1); 0 for no
             validation.
         split_seed: Part of the hashes; another seed holds out other images.
+        test_sets: Further test sets by name: tables in their folders. Each is measured after the first as
+            ``test/NAME/...``, by its test split, or by all of its images if it has none. Its classes must be among
+            those of the training.
     """
 
     validation_switch = "val_fraction above 0, or add rows for val"
@@ -77,6 +81,7 @@ class ImageTable(ImageData):
         split_column: str | None = None,
         val_fraction: float = 0.2,
         split_seed: int = 0,
+        test_sets: dict[str, str] | None = None,
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
@@ -86,6 +91,7 @@ class ImageTable(ImageData):
         self.folder = self.file.parent if root is None else Path(root).expanduser()
         self.val_fraction = val_fraction
         self.split_seed = split_seed
+        self.test_sets = check_test_sets(test_sets)
         if not self.file.is_file():
             raise ValueError(f"{self.file} does not exist or is not a file; give a .csv or .parquet file")
         if not self.folder.is_dir():
@@ -120,6 +126,15 @@ class ImageTable(ImageData):
                 f"the {len(rows)} images for {split} are missing); set root to the folder that paths are relative to"
             )
         return [(file, index[row.label]) for file, row in zip(files, rows, strict=True)]
+
+    def further_tests(self) -> list[ImageData]:
+        def build(settings: dict[str, Any], place: str) -> ImageTable:
+            other = ImageTable(**{**settings, "file": place, "root": None})
+            if not any(row.split == "test" for row in other.rows):
+                other.rows = [row._replace(split="test") for row in other.rows]
+            return other
+
+        return open_test_sets(self, self.test_sets, build)
 
     def listed(self) -> list[Path]:
         return [self.folder / row.path for row in self.rows]

@@ -19,6 +19,7 @@ from dynadapter.exits.net import ExitNet
 from dynadapter.exits.policies import Never, Policy, Routed, confidence, read_off, wide
 from dynadapter.exits.token_merging import TokenMerging
 from dynadapter.training.batches import named_images, require_classes
+from dynadapter.training.callbacks._common import test_label
 from dynadapter.training.callbacks.finite_check import FiniteCheck, require_finite_weights
 from dynadapter.training.class_weights import ClassWeights, check_class_weights, class_weights, count_classes
 from dynadapter.training.contents import (
@@ -264,6 +265,7 @@ class ExitClassifier(CheckedLoading):
 
     def _evaluate(self, split: str, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
         images, targets = batch
+        label = test_label(self._trainer) if split == "test" else split
         stacked = self.net(images)
         logits, classes = stacked, targets
         if is_distributed():  # then the batch may contain padding samples
@@ -282,9 +284,9 @@ class ExitClassifier(CheckedLoading):
             metrics["ece"].update(exit_logits[finite].softmax(-1).amax(-1), (predicted == classes)[finite])
             metrics["loss"].update(exit_loss, len(classes))
             for kind, metric in metrics.items():
-                self.log(f"{split}/{kind}_exit{k + 1}", metric, **on_epoch)
+                self.log(f"{label}/{kind}_exit{k + 1}", metric, **on_epoch)
         for kind in ("acc", "balanced_acc", "macro_f1"):
-            self.log(f"{split}/{kind}", metrics[kind], prog_bar=kind == "acc", **on_epoch)
+            self.log(f"{label}/{kind}", metrics[kind], prog_bar=kind == "acc", **on_epoch)
         return {"logits": stacked, "targets": targets}
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Tensor]:

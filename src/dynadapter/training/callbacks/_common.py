@@ -19,3 +19,8 @@ def exit_net(module: LightningModule, caller: object) -> ExitNet:
             "make it an attribute in __init__, as in self.net = ExitNet(backbone)"
         )
     return nets[0]
+
+
+def test_label(trainer: object) -> str:
+    """Return where the metrics of a test are logged: ``test``, or ``test/NAME`` for a further test set."""
+    return getattr(getattr(trainer, "datamodule", None), "test_label", "test")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dynadapter.exits.net import ExitNet
 from dynadapter.exits.policies import Confidence, Policy, read_off
-from dynadapter.training.callbacks._common import exit_net
+from dynadapter.training.callbacks._common import exit_net, test_label
 from dynadapter.training.losses import IGNORED
 from dynadapter.training.metrics import BalancedAccuracy, ExitUse, MacroF1
 from dynadapter.training.sharding import is_sharded
@@ -165,7 +165,7 @@ class EarlyExit(Callback):
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the results of each policy."""
-        self._log(pl_module, "test")
+        self._log(pl_module, test_label(trainer))
 
     def _reset(self, pl_module: LightningModule) -> None:
         net = exit_net(pl_module, self)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dynadapter.cost import ExitCosts, cost_table, exit_costs, exit_parameters
 from dynadapter.printing import print_tables
-from dynadapter.training.callbacks._common import exit_net
+from dynadapter.training.callbacks._common import exit_net, test_label
 from dynadapter.training.callbacks.early_exit import EarlyExit, PolicyResult
 from dynadapter.training.metrics import ExitUse
 from dynadapter.training.sharding import is_sharded
@@ -128,7 +128,7 @@ class FlopsReport(Callback):
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the average cost of an image."""
-        self._log(pl_module, "test")
+        self._log(pl_module, test_label(trainer))
 
     def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Gather the counts of all processes; Lightning logs nothing in predict."""
@@ -184,7 +184,7 @@ class FlopsReport(Callback):
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the tables."""
-        self._print(trainer, pl_module, "test")
+        self._print(trainer, pl_module, test_label(trainer))
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the tables."""

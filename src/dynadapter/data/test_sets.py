@@ -1,0 +1,50 @@
+"""Further test sets: each is a data module like the first, at another place, with a name for its metrics."""
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from dynadapter.data.base import ImageData
+from dynadapter.data.classes import match_classes
+
+NAME = re.compile(r"[\w-][\w.-]*")
+
+
+def check_test_sets(given: Mapping[str, str] | None) -> dict[str, str]:
+    """Return the places of further test sets by name.
+
+    Raises:
+        ValueError: A name cannot be a part of a metric's name.
+    """
+    for name in given or {}:
+        if not NAME.fullmatch(name):
+            raise ValueError(f"test_sets names {name!r:.40}; a name has letters, digits, dots, - and _ only")
+    return dict(given or {})
+
+
+def open_test_sets(
+    data: ImageData, places: Mapping[str, str], build: Callable[[dict[str, Any], str], ImageData]
+) -> list[ImageData]:
+    """Return a data module for each further test set.
+
+    Args:
+        data: The data module that names them.
+        places: Folders or files by name.
+        build: From the settings of `data` and a place to its data module.
+
+    Raises:
+        ValueError: A set cannot be read, or has a class that `data` does not have; with its name.
+    """
+    found: list[ImageData] = []
+    settings = {name: value for name, value in data.hparams.items() if not name.startswith("_")}
+    settings |= {"test_sets": None, "augment": "none", "predict_images": None}
+    for name, place in places.items():
+        try:
+            other = build(settings, place)
+            match_classes(other.class_names, data.class_names)
+            other.samples("test")
+        except ValueError as error:
+            raise ValueError(f"test_sets.{name}: {error}") from error
+        other.test_label = f"test/{name}"
+        found.append(other)
+    return found

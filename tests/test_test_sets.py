@@ -1,0 +1,128 @@
+"""Several test sets: each has metrics of its own name, equal to those of a test on it alone."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from tiny import make_classifier, trainer
+
+from dynadapter.cli import main
+from dynadapter.cli.shipped import measure
+from dynadapter.data import ImageFolder, ImageTable
+from dynadapter.exits.policies import Confidence
+from dynadapter.serve.bundle import in_memory
+from dynadapter.training.callbacks import EarlyExit, FlopsReport
+
+NAMES = ("ant", "bee", "cat")
+
+
+def images(folder: Path, counts: dict[str, int], seed: int = 0) -> Path:
+    """Write images of noise, a folder for each class."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, count in counts.items():
+        (folder / name).mkdir(parents=True)
+        for k in range(count):
+            pixels = torch.randint(256, (32, 32, 3), generator=generator, dtype=torch.uint8)
+            Image.fromarray(pixels.numpy()).save(folder / name / f"{k}.png")
+    return folder
+
+
+@pytest.fixture
+def places(tmp_path: Path) -> Path:
+    """A root with its own test split; a flat folder without cat in another order; one with all splits; one unknown."""
+    images(tmp_path / "root" / "train", dict.fromkeys(NAMES, 6))
+    images(tmp_path / "root" / "test", dict.fromkeys(NAMES, 2), seed=1)
+    images(tmp_path / "flat", {"cat": 4, "bee": 3}, seed=2)
+    images(tmp_path / "split" / "train", dict.fromkeys(NAMES, 1), seed=3)
+    images(tmp_path / "split" / "test", {"ant": 5, "cat": 1}, seed=4)
+    images(tmp_path / "other", {"ant": 1, "dog": 2}, seed=5)
+    return tmp_path
+
+
+def table(folder: Path, name: str, split: str = "") -> Path:
+    """Write a table of the images of a folder with their classes, and a split where one is given."""
+    rows = [f"{file.relative_to(folder.parent)},{file.parent.name}{split}" for file in sorted(folder.rglob("*.png"))]
+    file = folder.parent / name
+    file.write_text("\n".join(["path,label" + (",split" if split else ""), *rows]) + "\n")
+    return file
+
+
+def both(kind: str, places: Path, **options):
+    """Return the data with a further set, and the further set's images as a data set of their own."""
+    if kind == "folder":
+        (places / "alone").mkdir()
+        (places / "alone" / "test").symlink_to(places / "flat")
+        data = ImageFolder(places / "root", test_sets={"wild": str(places / "flat")}, **options)
+        return data, ImageFolder(places / "alone", **options)
+    first, second = table(places / "root" / "train", "train.csv"), table(places / "flat", "flat.csv")
+    data = ImageTable(first, root=first.parent, test_sets={"wild": str(second)}, **options)
+    return data, ImageTable(table(places / "flat", "alone.csv", ",test"), **options)
+
+
+@pytest.mark.parametrize("kind", ["folder", "table"])
+def test_further_set_is_measured_as_alone(kind, places):
+    data, alone = both(kind, places, image_size=32, batch_size=4)
+    model, run = make_classifier(num_classes=3, class_names=list(NAMES)), trainer(EarlyExit(), FlopsReport(show=False))
+    [further] = data.further_tests()
+    run.test(model, datamodule=further, verbose=False)
+    named = dict(run.callback_metrics)
+    run.test(model, datamodule=alone, verbose=False)
+    assert {key.replace("test/wild/", "test/"): value for key, value in named.items()} == run.callback_metrics
+    assert all(key.startswith("test/wild/") for key in named)
+    assert [NAMES[label] for _, label in further.dataset("test").samples] == ["bee"] * 3 + ["cat"] * 4
+
+
+def test_a_test_split_comes_first(places):
+    data = ImageFolder(places / "root", test_sets={"a": str(places / "split"), "b": str(places / "flat")})
+    assert [len(one.samples("test")) for one in data.further_tests()] == [6, 7]
+    assert [one.test_label for one in (data, *data.further_tests())] == ["test", "test/a", "test/b"]
+    assert ImageFolder(places / "root").further_tests() == []
+
+
+@pytest.mark.parametrize(
+    ("sets", "words"),
+    [
+        ({"wild": "other"}, "test_sets.wild: the data have classes that the model does not know: dog"),
+        ({"wild": "nowhere"}, "test_sets.wild: root .*nowhere does not exist"),
+        ({"a/b": "flat"}, "test_sets names 'a/b'"),
+    ],
+)
+def test_wrong_further_sets_are_one_line(sets, words, places):
+    given = {name: str(places / place) for name, place in sets.items()}
+    with pytest.raises(ValueError, match=words) as error:
+        ImageFolder(places / "root", test_sets=given).further_tests()
+    assert "\n" not in str(error.value)
+
+
+def test_commands_measure_every_set(places, capsys):
+    net = "{patch_size: 8, embed_dim: 24, depth: 2, num_heads: 3}"
+    model = ["--model.backbone=vit_tiny_patch16_224", "--model.pretrained=false", f"--model.backbone_args={net}"]
+    data = ["--data=ImageFolder", f"--data.root={places / 'root'}", "--data.batch_size=6", "--model.every=1"]
+    sets = json.dumps({"wild": str(places / "flat"), "cold": str(places / "split")})
+    common = ["--trainer.accelerator=cpu", f"--trainer.default_root_dir={places / 'runs'}", "--data.image_size=32"]
+    rest = ["--epochs=1", "--trainer.log_every_n_steps=1", "--test_after=true", f"--data.test_sets={sets}"]
+    main(["fit", *model, *data, *common, *rest])
+    run = places / "runs" / "version_0"
+    after = {k: v for k, v in json.loads((run / "run.json").read_text())["results"].items() if k.startswith("test/")}
+    capsys.readouterr()
+    main(["test", f"--ckpt_path={run}/checkpoints/last.ckpt", "--trainer.accelerator=cpu"])
+    titles = capsys.readouterr().out
+    [record] = (places / "runs").glob("test_*/run.json")
+    again = json.loads(record.read_text())["results"]
+    for label in ("test", "test/wild", "test/cold"):
+        assert f"Exits ({label}, shares" in titles
+        for key in ("acc", "acc_exit1", "confidence_0.9/acc", "confidence_0.9/gmacs"):
+            assert again[f"{label}/{key}"] == pytest.approx(after[f"{label}/{key}"])
+    header = (run / "metrics.csv").read_text().splitlines()[0].split(",")
+    assert {"test/acc", "test/wild/acc", "test/cold/acc"} <= {*header}
+
+
+def test_bundle_measures_further_sets(places):
+    data = ImageFolder(places / "root", image_size=32, test_sets={"wild": str(places / "flat")})
+    model = make_classifier(num_classes=3, class_names=list(NAMES))
+    model.preprocessing = data.preprocessing
+    bundle = in_memory(model, Confidence(0.9))
+    titles = [found.title for one in (data, *data.further_tests()) for found in measure(bundle, one)]
+    assert titles[2:] == ["Exits (test/wild, shares under confidence_0.9)", "Early exits (test/wild)"]
