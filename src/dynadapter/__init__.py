@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from dynadapter.adapters import Adapter, AdapterSpec, AdaptFormer, LoRA, RepAdapter, inject, merge
+    from dynadapter.adapters import Adapter, AdapterLayer, AdapterSpec, AdaptFormer, LoRA, RepAdapter, inject, merge
     from dynadapter.backbones import create_backbone
     from dynadapter.backbones.layout import lay_out_for_cpu
     from dynadapter.calibrate import Calibrated, Goal, evaluate, with_guarantee
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
         Patience,
         Policy,
         Routed,
+        Thresholded,
         read_off,
         route,
     )
@@ -68,7 +69,7 @@ if TYPE_CHECKING:
     from dynadapter.training.weighting import EarlyToLate, LateToEarly, LinearInDepth, PerExit, Uniform, Weighting
 
 _HOMES = {
-    "adapters": "AdaptFormer Adapter AdapterSpec LoRA RepAdapter inject merge",
+    "adapters": "AdaptFormer Adapter AdapterLayer AdapterSpec LoRA RepAdapter inject merge",
     "backbones": "create_backbone",
     "backbones.layout": "lay_out_for_cpu",
     "calibrate": "Calibrated Goal evaluate policy_for solve with_guarantee",
@@ -79,7 +80,7 @@ _HOMES = {
     "exits.exit_tokens": "ExitTokens",
     "exits.heads": "Balanced Heads LinearHeads MLPHeads",
     "exits.net": "ExitNet",
-    "exits.policies": "AtExit Confidence Entropy Margin Never Patience Policy Routed read_off route",
+    "exits.policies": "AtExit Confidence Entropy Margin Never Patience Policy Routed Thresholded read_off route",
     "exits.temperature": "Scaled fit_temperatures",
     "exits.token_merging": "TokenMerging",
     "serve.bundle": "BackboneSource Bundle bundle_from_classifier from_pretrained load push_to_hub save_bundle",

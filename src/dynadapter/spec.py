@@ -17,6 +17,9 @@ import dynadapter
 
 T = TypeVar("T")
 
+IMPORT_FIRST = "a class of your own is known once its module is imported (--import MODULE on the command line)"
+"""What a message about an unknown class advises."""
+
 
 class Spec(ABC):
     """Base of every configuration object (an adapter kind, a policy, a schedule ...).
@@ -63,6 +66,17 @@ def _class_path(cls: type) -> str:
     """Return the name of a class in files; a public class keeps its name when its module moves."""
     public = _ours(cls.__module__) and cls.__qualname__ in dynadapter.__all__
     return f"{'dynadapter' if public else cls.__module__}.{cls.__qualname__}"
+
+
+def returned(value: Any) -> str:
+    """Describe what a method of a user's class returned, for a message.
+
+    >>> returned(torch.zeros(2, 3))
+    'torch.float32 (2, 3)'
+    """
+    if isinstance(value, torch.Tensor):
+        return f"{value.dtype} {tuple(value.shape)}"
+    return f"an object of type {type(value).__name__}"
 
 
 def restore(value: Any, hint: Any, where: str = "") -> Any:
@@ -126,7 +140,7 @@ def _restore_spec(value: Any, base: type[Spec], where: str) -> Spec:
         hint = f"; did you mean {near[0]!r}? There" if near else "; there"
         raise ValueError(
             _said(where, f"there is no {base.__name__} {path!r}{hint} are {', '.join(sorted(known))}; ")
-            + "a class of your own is known once its module is imported"
+            + IMPORT_FIRST
         )
     return _built(known[name], settings, where)
 

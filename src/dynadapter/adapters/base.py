@@ -18,6 +18,9 @@ MAX_SIZE = 4096
 class AdapterLayer(nn.Module):
     """A wrapper around a layer of the backbone: that layer and the adapter's own tensors.
 
+    A subclass defines ``forward``, which starts as the base layer's own (the update is zero) and treats each token by
+    itself, and :meth:`merged` if the update can be merged.
+
     Args:
         base_layer: The layer of the backbone.
         spec: The adapter's configuration.
@@ -27,9 +30,10 @@ class AdapterLayer(nn.Module):
         scale: Factor of the update.
         dropout: Dropout in the adapter's bottleneck.
         depth: The layer's rank among the layers of its name, from 0 (first block) to 1 (last block).
-        kind: Name of the :class:`AdapterSpec` that it belongs to.
-        mergeable: Whether the update can be merged into the base layer.
+        kind: Name of the :class:`AdapterSpec` that it belongs to; by default the class's own without ``Layer``.
+        mergeable: Whether the class defines :meth:`merged`.
         base_parts: Names of the children that belong to the backbone.
+        channels_first: Whether tokens are (batch, width, rows, columns), as a 1x1 convolution takes them.
     """
 
     kind: ClassVar[str]
@@ -37,14 +41,20 @@ class AdapterLayer(nn.Module):
     mergeable: ClassVar[bool] = False
     depth: float
 
+    def __init_subclass__(cls, **kwargs: object) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.kind = cls.__dict__.get("kind", cls.__name__.removesuffix("Layer"))
+        cls.mergeable = cls.merged is not AdapterLayer.merged
+
     def __init__(self, base_layer: nn.Module, spec: "AdapterSpec") -> None:
         super().__init__()
-        matrix = matrices(base_layer)[-1]
+        last = next(reversed(matrices(base_layer)), None)
+        first = next(base_layer.parameters(), None)
         self.base_layer = base_layer
         self.scale = spec.scale
         self.depth = 0.0
-        self.channels_first = isinstance(matrix, nn.Conv2d)
-        self.dropout = DropRate(spec.dropout).to(matrix.weight.device)
+        self.channels_first = isinstance(last, nn.Conv2d)
+        self.dropout = DropRate(spec.dropout).to(None if first is None else first.device)
         self.training = self.dropout.training = base_layer.training
 
     def install(self, model: nn.Module, name: str) -> None:

@@ -9,6 +9,7 @@ from torch import nn
 
 from dynadapter.adapters.base import AdapterLayer, AdapterSpec, unwrapped
 from dynadapter.backbones import freeze as freeze_backbone
+from dynadapter.spec import returned
 
 
 def inject(model: nn.Module, spec: AdapterSpec, freeze: bool = True) -> list[str]:
@@ -28,8 +29,11 @@ def inject(model: nn.Module, spec: AdapterSpec, freeze: bool = True) -> list[str
     Raises:
         ValueError: If a pattern matches no layer, a wrapped layer, or a layer that the kind cannot wrap. The model is
             then unchanged.
+        TypeError: If the spec is no adapter kind, or does not return an :class:`AdapterLayer`. The model is unchanged.
     """
     kind = type(spec).__name__
+    if not isinstance(spec, AdapterSpec):
+        raise TypeError(f"{spec!r:.100} is no adapter kind; give an object of AdapterSpec's, such as LoRA(rank=8)")
     layers = {name: (path, layer) for name, path, layer in _layers(model)}
     patterns = spec.targets or _present(spec.places, layers)
     for pattern in patterns:
@@ -49,7 +53,7 @@ def inject(model: nn.Module, spec: AdapterSpec, freeze: bool = True) -> list[str
             raise ValueError(f"{name} has an adapter already, {layer.kind}; choose other targets for {kind}")
         if not spec.fits(layer):
             raise ValueError(f"{kind} cannot wrap {name}, {_described(layer)}; it takes {spec.takes}")
-        wrappers[path] = spec.wrap(model, path)
+        wrappers[path] = _wrapped(spec, model, path)
         wrappers[path].depth = _depth(name, layers)
     # Inner layers first: wrapping a module changes the paths of the layers inside it
     for path in reversed(wrappers):
@@ -70,6 +74,21 @@ def set_called(model: nn.Module, path: str, called: bool) -> None:
     attention: Any = model.get_submodule(path.rpartition(".")[0])
     if path.endswith("qkv") and hasattr(attention, "qkv_bias_separate"):
         attention.qkv_bias_separate = called
+
+
+def _wrapped(spec: AdapterSpec, model: nn.Module, path: str) -> AdapterLayer:
+    """Return the wrapper of one layer, checked."""
+    wrapper = spec.wrap(model, path)
+    if not isinstance(wrapper, AdapterLayer):
+        raise TypeError(
+            f"{type(spec).__name__}.wrap returned {returned(wrapper)}; return an AdapterLayer around {path}"
+        )
+    if wrapper.base_layer is not model.get_submodule(path):
+        raise ValueError(
+            f"{type(spec).__name__}.wrap returned a {type(wrapper).__name__} around another layer than {path}; give "
+            "model.get_submodule(name) to it"
+        )
+    return wrapper
 
 
 def _present(places: tuple[str, ...], names: Iterable[str]) -> tuple[str, ...]:

@@ -26,9 +26,6 @@ class LoRALayer(AdapterLayer):
         lora_b: (out, rank), or (2 * out / 3, rank) for q above v.
     """
 
-    kind = "LoRA"
-    mergeable = True
-
     def __init__(self, base_layer: nn.Module, spec: AdapterSpec, rank: int, split: bool) -> None:
         super().__init__(base_layer, spec)
         weight = matrices(base_layer)[0].weight

@@ -60,8 +60,10 @@ def rebuilt(layer: nn.Module, weight: Tensor, bias: Tensor | None = None) -> nn.
 @torch.no_grad()
 def _error(layer: AdapterLayer, merged: nn.Module) -> float:
     """Return the relative difference between the outputs of a wrapper and its merged layer on random tokens."""
-    weight = matrices(merged)[0].weight
-    shape = (4, weight.shape[1], 8, 8) if layer.channels_first else (256, weight.shape[1])
+    plain = matrices(merged)
+    weight = plain[0].weight if plain else next(merged.parameters())  # of a norm, (width,)
+    width = weight.shape[1] if plain else weight.shape[-1]
+    shape = (4, width, 8, 8) if layer.channels_first else (256, width)
     generator = torch.Generator().manual_seed(0)  # leaves the global random state unchanged
     tokens = torch.randn(shape, generator=generator).to(weight)
     training = layer.dropout.training

@@ -26,9 +26,6 @@ class RepAdapterLayer(AdapterLayer):
         up_bias: (width,) or None.
     """
 
-    kind = "RepAdapter"
-    mergeable = True
-
     def __init__(self, base_layer: nn.Module, spec: "RepAdapter") -> None:
         super().__init__(base_layer, spec)
         weight = matrices(base_layer)[0].weight

@@ -8,6 +8,8 @@ from dynadapter.backbones.create import built_for, create_backbone, fingerprint
 from dynadapter.backbones.cut import (
     arguments,
     blocks,
+    check_family,
+    checkpointing,
     classifier,
     classify,
     convert,
@@ -24,7 +26,7 @@ from dynadapter.backbones.cut import (
     tokens,
     widths,
 )
-from dynadapter.backbones.depth import cut_depth
+from dynadapter.backbones.depth import cut_depth, remove_last_blocks
 from dynadapter.backbones.draws import DrawFrom
 from dynadapter.backbones.frozen import freeze, set_mode
 from dynadapter.backbones.input import own_preprocessing, set_image_size
@@ -36,6 +38,8 @@ __all__ = [
     "arguments",
     "blocks",
     "built_for",
+    "check_family",
+    "checkpointing",
     "class_row",
     "classifier",
     "classify",
@@ -56,6 +60,7 @@ __all__ = [
     "pools_mean",
     "prefix_tokens",
     "reads_class_row",
+    "remove_last_blocks",
     "run",
     "run_beside",
     "run_unit",

@@ -5,9 +5,8 @@ and ``classify``, so that a network can stop, read or route between any two bloc
 modules of the model run, adapters included. ``finish`` of all blocks of ``embed`` is bit-equal to timm's
 ``forward_features``, and ``classify`` of that to the model's own output.
 
-The functions dispatch on the model's class. A new family registers ``embed``, ``blocks``, ``finish``, ``tokens`` and
-``widths``, and ``arguments``, ``prefix_tokens``, ``has_class_token``, ``reads_class_row``, ``pools_mean``,
-``needs_all_tokens``, ``classify``, ``checkpointing`` and ``convert`` where the defaults do not fit.
+The functions dispatch on the model's class. A new family, of this package or of any other, registers those in
+``REQUIRED``, and of those in ``OPTIONAL`` the ones whose defaults do not fit.
 """
 
 from functools import singledispatch
@@ -196,7 +195,76 @@ def _same_forward(model: nn.Module, family: type[nn.Module]) -> None:
             _unknown(model, f", whose {method} is not {family.__name__}'s")
 
 
+REQUIRED: tuple[Any, ...] = (embed, blocks, finish, tokens, widths)
+"""What a family must register."""
+
+
+def _register_once(question: Any) -> None:
+    """Let no second module register a question for the same class; a notebook's cell may run twice."""
+    plain = question.register
+
+    def register(family: Any, function: Any = None) -> Any:
+        if function is None and isinstance(family, type):
+            return lambda given: register(family, given)
+        before = dict(question.registry)
+        result = plain(family, function)
+        for known, old in before.items():
+            new = question.registry[known]
+            if new.__module__ != old.__module__:
+                plain(known, old)
+                raise ValueError(
+                    f"{new.__module__} registers {question.__name__} of {known.__name__}, which {old.__module__} has "
+                    f"registered; register a subclass of {known.__name__}, or import one of the two modules"
+                )
+        return result
+
+    question.register = register
+
+
+OPTIONAL: tuple[Any, ...] = (
+    arguments,
+    prefix_tokens,
+    checkpointing,
+    pools_mean,
+    needs_all_tokens,
+    has_class_token,
+    reads_class_row,
+    convert,
+    classify,
+)
+"""What a family may register where the default does not fit."""
+for _question in (*REQUIRED, *OPTIONAL):
+    _register_once(_question)
+
+
+def _is_default(question: Any, model: nn.Module) -> bool:
+    return question.dispatch(type(model)) is question.dispatch(object)
+
+
+def check_family(model: nn.Module) -> None:
+    """Check that a family is whole: it registers what it must, and its answers fit each other.
+
+    Raises:
+        TypeError: If no cut is known for the model's class, or a block is no tuple of modules.
+        ValueError: If there is not one width for each block.
+    """
+    if any(_is_default(question, model) for question in REQUIRED):
+        _unknown(model)
+    found, channels, name = blocks(model), widths(model), type(model).__name__
+    for block in found:
+        if not isinstance(block, tuple) or not all(isinstance(part, nn.Module) for part in block):
+            raise TypeError(f"blocks of {name} has a {type(block).__name__}; give a tuple of modules for each block")
+    if len(channels) != len(found):
+        raise ValueError(f"widths of {name} has {len(channels)} values for {len(found)} blocks; give one for each")
+
+
 def _unknown(model: nn.Module, why: str = "") -> NoReturn:
+    lacking = [question.__name__ for question in REQUIRED if _is_default(question, model)]
+    if 0 < len(lacking) < len(REQUIRED):
+        raise TypeError(
+            f"the family of {type(model).__name__} is not whole; also register {', '.join(lacking)} of "
+            "dynadapter.backbones"
+        )
     known = sorted(family.__name__ for family in blocks.registry if family is not object)
     raise TypeError(
         f"no cut is known for {type(model).__name__}{why}; known: {known}. Choose a timm model of these classes, "

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from dynadapter.calibrate.goal import Goal
 from dynadapter.calibrate.guarantee import with_guarantee
 from dynadapter.calibrate.ladder import Ladder, ladder
-from dynadapter.calibrate.scores import RULES, Scores, exit_indices
+from dynadapter.calibrate.scores import Scores, exit_indices, has_thresholds
 from dynadapter.calibrate.stacked import Calibrated, Stacked, classes, split_folds
 from dynadapter.exits.combining import Combine, predicting
 from dynadapter.exits.policies import Confidence, Patience, Policy, at_exit, route, wide
@@ -205,7 +205,7 @@ def credits_of(belief: Tensor, predictions: Tensor) -> Tensor:
 
 def _paths(data: Stacked, options: Options, budget: float) -> Iterator[tuple[Search, float, list[Policy], Tensor]]:
     """Yield each kind of setting within the budget: search, slope, policies, and exit indices (policies, samples)."""
-    scores = Scores(options.kind, data) if options.kind in RULES else None
+    scores = Scores(options.kind, data) if has_thresholds(options.kind) else None
     sloped = scores is not None and data.exits > 2
     for search in options.searches:
         for slope in SLOPES if search == "thresholds" and sloped else (0.0,):

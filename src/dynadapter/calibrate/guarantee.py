@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from dynadapter.calibrate.risk import Bound, p_value, samples_needed, upper_bound
-from dynadapter.calibrate.scores import RULES, exit_indices, thresholded
+from dynadapter.calibrate.scores import exit_indices, thresholded
 from dynadapter.calibrate.stacked import Calibrated, Stacked
 from dynadapter.exits.policies import Confidence, Never, Patience, Policy, route
 
@@ -126,7 +126,7 @@ def candidates(kind: type[Policy], exits: int) -> tuple[Policy, ...]:
         return tuple(Patience(patience) for patience in range(exits - 1, 0, -1))
     known = thresholded(kind)
     values = [1.0, *torch.linspace(16, -4, 201, dtype=torch.float64).sigmoid().tolist(), 0.0]
-    return tuple(known(value if RULES[kind].sign > 0 else 1 - value) for value in values)
+    return tuple(known(value if known.certain_above else 1 - value) for value in values)
 
 
 def with_guarantee(

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dynadapter.calibrate.scores import RULES, Scores
+from dynadapter.calibrate.scores import Scores, has_thresholds
 from dynadapter.calibrate.stacked import Stacked
 from dynadapter.exits.policies import Confidence, Entropy, Margin, Never, Patience, Policy, route
 
@@ -52,10 +52,13 @@ def ladder(kind: type[Policy], data: Stacked, slope: float = 0.0, scores: Scores
     """
     if kind is Patience:
         return _patiences(data)
-    if kind in RULES:
+    if has_thresholds(kind):
         return _thresholds(scores or Scores(kind, data), data, slope)
     names = [known.__name__ for known in KINDS.values()]
-    raise ValueError(f"kind={getattr(kind, '__name__', kind)} cannot be calibrated; choose one of {names}")
+    raise ValueError(
+        f"kind={getattr(kind, '__name__', kind)} cannot be calibrated; choose one of {names}, or your own subclass of "
+        "Thresholded"
+    )
 
 
 def _patiences(data: Stacked) -> Ladder:

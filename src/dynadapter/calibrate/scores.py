@@ -1,43 +1,23 @@
 """The scores of samples at the early exits, which thresholds are compared with."""
 
 import math
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
 
 from dynadapter.calibrate.stacked import Stacked
-from dynadapter.exits.policies import (
-    Confidence,
-    Entropy,
-    Margin,
-    Policy,
-    Thresholded,
-    confidence,
-    entropy,
-    margin,
-    route,
-)
-
-
-class Rule(NamedTuple):
-    """How a kind of policy decides: a sample exits where ``sign * score >= sign * threshold``."""
-
-    score: Callable[[Tensor], Tensor]
-    sign: int
-
-
-RULES: dict[type[Policy], Rule] = {
-    Confidence: Rule(confidence, 1),
-    Entropy: Rule(entropy, -1),
-    Margin: Rule(margin, 1),
-}
-"""The kinds of policy with thresholds."""
-
+from dynadapter.exits.policies import Policy, Thresholded, route
+from dynadapter.spec import kinds
 
 SATURATED = 1e-7
 """Certainties this close to 0 or 1 count as equal where log-odds are compared."""
+
+
+def has_thresholds(kind: object) -> TypeGuard[type[Thresholded]]:
+    """Check whether a kind of policy has thresholds to choose."""
+    return isinstance(kind, type) and issubclass(kind, Thresholded)
 
 
 def thresholded(kind: type[Policy]) -> type[Thresholded]:
@@ -46,9 +26,12 @@ def thresholded(kind: type[Policy]) -> type[Thresholded]:
     Raises:
         ValueError: If it has none.
     """
-    if kind not in RULES or not issubclass(kind, Thresholded):
-        names = [known.__name__ for known in RULES]
-        raise ValueError(f"kind={getattr(kind, '__name__', kind)} has no thresholds to choose; choose one of {names}")
+    if not has_thresholds(kind):
+        names = [known.__name__ for known in kinds(Thresholded)]  # type: ignore[type-abstract]
+        raise ValueError(
+            f"kind={getattr(kind, '__name__', kind)} has no thresholds to choose; choose one of {names}, or your own "
+            "subclass of Thresholded"
+        )
     return kind
 
 
@@ -68,10 +51,10 @@ class Scores:
 
     def __init__(self, kind: type[Policy], data: Stacked) -> None:
         self.kind = thresholded(kind)
-        score, self.sign = RULES[kind]
+        self.sign = 1 if self.kind.certain_above else -1
         self.laxest, self.strictest = (0.0, 1.0) if self.sign > 0 else (-1.0, 0.0)
         early = data.predicted[:-1]
-        values = self.sign * score(early)
+        values = self.sign * self.kind.score(early)
         self.sure = values.where(early.isfinite().all(-1) & ~values.isnan(), -torch.inf)
 
     def cuts(self, policies: Sequence[Policy]) -> Tensor:
@@ -112,7 +95,7 @@ def exit_indices(policies: Sequence[Policy], data: Stacked, scores: Scores | Non
     places: dict[type[Thresholded], list[int]] = {}
     for place, policy in enumerate(policies):
         policy.check(data.exits)
-        if isinstance(policy, Thresholded) and type(policy) in RULES:
+        if isinstance(policy, Thresholded):
             places.setdefault(type(policy), []).append(place)
         else:
             index[place] = route(policy, data.predicted)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dynadapter.exits.combining import with_decision
-from dynadapter.exits.policies import Never, Policy, route
+from dynadapter.exits.policies import Never, Policy, combined, route
 from dynadapter.exits.temperature import check_logits, check_targets
 
 
@@ -80,7 +80,7 @@ class Stacked:
         self.exits, self.samples, _ = logits.shape
         self.view = view or Never()
         self.view.check(self.exits)
-        self.predicted = self.view.combine(self.logits)
+        self.predicted = combined(self.view, self.logits)
         self.predictions, self.last = classes(self.predicted), classes(self.logits[-1])
         self.labelled = targets is not None
         self.right = torch.zeros_like(self.predictions, dtype=torch.bool)

@@ -36,6 +36,7 @@ options:
   COMMAND --print_config    the configuration that a command line gives
   --debug                   show where an error comes from
   --version                 print the version
+  --import MODULE           import a module of yours first, whose classes configs, checkpoints and bundles may name
   --print_shtab=bash        print a script that completes commands and keys in the shell (bash or zsh)
 
 examples:
@@ -102,15 +103,18 @@ def main(args: list[str] | None = None) -> None:
 def _run(args: list[str]) -> None:
     from dynadapter.cli.configs import config_files, find_config
     from dynadapter.cli.errors import Mistake, nearest
+    from dynadapter.cli.imports import import_own, take_imports
 
+    args = take_imports(args)
     if any(arg.partition("=")[0] == "--print_shtab" for arg in args):
         import_module("dynadapter.cli.completion").run(args)
         return
-    command = args[0]
+    command = args[0] if args else ""
     if command not in COMMANDS:
         what = "the command comes first" if command.startswith("-") else f"there is no command {command!r}"
         hint = nearest(command, COMMANDS, cutoff=0.5)
         raise Mistake(f"{what}{hint + ' There' if hint else '; there'} are {', '.join(COMMANDS)}")
+    import_own()
     for file in config_files(args[1:])[0]:  # torch and Lightning take seconds to load: look for the files first
         find_config(file)
     if command == "test" and any(arg.partition("=")[0] == "--bundle" for arg in args):

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from dynadapter.cli.errors import Failed, Mistake, Stopped, Terminated, one_line, stoppable
+from dynadapter.cli.imports import import_own
 from dynadapter.cli.networks import BUNDLE, check_network, load_network
 from dynadapter.cli.parser import CommandParser
 from dynadapter.images.accounting import account
@@ -261,6 +262,7 @@ def helpers(given: Any, args: list[str]) -> Iterator[None]:
 
 def help_out(number: int, args: list[str]) -> None:
     """Fill a share of a table that another process has begun."""
+    import_own()
     given = parser().parse_args(args)
     with suppress(KeyboardInterrupt, Terminated), stoppable(), prepared(given, number) as (bundle, table):
         fill(bundle, table, given)

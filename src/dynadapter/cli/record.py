@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from dynadapter import spec
 from dynadapter.bench.timing import machine
+from dynadapter.cli import imports
 from dynadapter.cli.errors import one_line
 from dynadapter.cli.resume import Earlier
 from dynadapter.data import ImageData
@@ -63,7 +64,7 @@ class Record(Callback):
         self.earlier = {name: float(value) for line in lines for name, value in line.items()}
         self.content: dict[str, Any] = {
             "command": args[0],
-            "command_line": shlex.join(["dynadapter", *args]),
+            "command_line": shlex.join(["dynadapter", *args, *imports.given()]),
             "started": now(),
             "ended": None,
             "how": None,

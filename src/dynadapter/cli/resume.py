@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only
 
+from dynadapter.cli import imports
 from dynadapter.cli.errors import Mistake
 from dynadapter.cli.runs import Metrics, is_first_process, read_lines
 from dynadapter.files import Busy, locked, write
@@ -55,7 +56,7 @@ class ToResume(NamedTuple):
 
 def resume_command(run: Path) -> str:
     """Return the command line that continues a run."""
-    return shlex.join(["dynadapter", "fit", "--resume", str(run)])
+    return shlex.join(["dynadapter", "fit", "--resume", str(run), *imports.given()])
 
 
 def expand_resume(files: list[str], rest: list[str]) -> tuple[list[str], list[str], Path | None]:

@@ -154,7 +154,9 @@ def do_unit(file: SweepFile, unit: Unit) -> bool:
         Whether it was done here.
     """
     from dynadapter.cli import quiet
+    from dynadapter.cli.imports import import_own
     from dynadapter.cli.sweep_unit import run_unit
 
+    import_own()
     with quiet():
         return run_unit(file, unit)

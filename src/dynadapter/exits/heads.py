@@ -5,13 +5,13 @@ Those that learn where to look are in :mod:`dynadapter.exits.attentive`.
 
 from abc import abstractmethod
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from dynadapter.adapters.base import MAX_SIZE
 from dynadapter.backbones import mean_tokens
-from dynadapter.spec import Spec
+from dynadapter.spec import Spec, returned
 
 
 class ExitHead(nn.Module):
@@ -62,6 +62,34 @@ def linear(inputs: int, outputs: int) -> nn.Linear:
     return layer
 
 
+def build_head(heads: "Heads", **place: Any) -> nn.Module:
+    """Build the head of one early exit, with the arguments of :meth:`Heads.build`.
+
+    Raises:
+        TypeError: If that is no configuration of heads, or it builds something else than a module.
+    """
+    if not isinstance(heads, Heads):
+        raise TypeError(f"heads={heads!r:.100} is no configuration of heads; give an object such as Balanced()")
+    head = heads.build(**place)
+    if not isinstance(head, nn.Module):
+        raise TypeError(f"{type(heads).__name__}.build returned {returned(head)}; return an nn.Module")
+    return head
+
+
+def check_logits(logits: object, head: nn.Module, batch: int, classes: int) -> Tensor:
+    """Return the logits of a head.
+
+    Raises:
+        ValueError: If they have another shape.
+    """
+    if not isinstance(logits, Tensor) or logits.shape != (batch, classes):
+        raise ValueError(
+            f"the head {type(head).__name__} returned {returned(logits)}; return logits (batch, classes), here "
+            f"({batch}, {classes})"
+        )
+    return logits
+
+
 @dataclass(frozen=True)
 class Heads(Spec):
     """Configuration of the early heads; the last exit is the backbone's own head."""
@@ -82,7 +110,10 @@ class Heads(Spec):
     def build(
         self, exit: int, exits: int, width: int, num_classes: int, prefix_tokens: int, class_token: bool
     ) -> nn.Module:
-        """Build the head of one early exit: a module that is called as :class:`ExitHead` is and has its attribute.
+        """Build the head of one early exit: a module from tokens (batch, tokens, width) to logits (batch, classes).
+
+        With token merging it is called with the second argument of :meth:`ExitHead.forward`, too. A true attribute
+        ``reads_class_token`` says that it reads the first token alone, which lets an image stop before the block ends.
 
         Args:
             exit: Exit index, from 0 to ``exits - 2``.

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from dynadapter import backbones as cut
 from dynadapter.adapters import merge
 from dynadapter.exits.depths import exit_blocks
-from dynadapter.exits.heads import Balanced, Heads
-from dynadapter.exits.policies import Policy, Routed
+from dynadapter.exits.heads import Balanced, Heads, build_head, check_logits
+from dynadapter.exits.policies import Policy, Routed, combined
 from dynadapter.exits.token_merging import TokenMerging
 from dynadapter.exits.truncated import Truncated
 
@@ -47,7 +47,7 @@ class ExitNet(nn.Module):
         in_chans: Channels of an image.
 
     Raises:
-        TypeError: If no cut is known for the backbone's class.
+        TypeError: If no cut is known for the backbone's class, or the heads are none.
         ValueError: If the exits or the token merging do not fit the backbone, or it has no classifier.
     """
 
@@ -63,11 +63,11 @@ class ExitNet(nn.Module):
         freeze: bool = True,
     ) -> None:
         super().__init__()
-        blocks = cut.blocks(backbone)
+        cut.check_family(backbone)
         self.num_classes = int(backbone.num_classes)  # type: ignore[arg-type]
         if self.num_classes < 1:
             raise ValueError("the backbone has no classifier; create it with num_classes of at least 1")
-        self.depth = len(blocks)
+        self.depth = len(cut.blocks(backbone))
         self.exit_depths = exit_blocks(self.depth, every, exit_depths)
         self.backbone = backbone
         self.in_chans = cut.in_chans(backbone)
@@ -92,7 +92,8 @@ class ExitNet(nn.Module):
         widths, heads = cut.widths(backbone), heads or Balanced()
         self._width = widths[0]
         self.heads = nn.ModuleList(
-            heads.build(
+            build_head(
+                heads,
                 exit=k,
                 exits=self.num_exits,
                 width=widths[blocks_so_far - 1],
@@ -224,7 +225,11 @@ class ExitNet(nn.Module):
         if last:
             return cut.classify(self.backbone, cut.finish(self.backbone, x), logs)
         x = cut.tokens(self.backbone, x)
-        return self.heads[k](x, logs) if beside is None else self.heads[k](x, logs, beside)
+        more = (logs, beside) if beside is not None else () if logs is None else (logs,)
+        logits = self.heads[k](x, *more)
+        if torch.jit.is_tracing() or torch.compiler.is_compiling():
+            return logits
+        return check_logits(logits, self.heads[k], len(x), self.num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
         """Run every exit.
@@ -291,7 +296,7 @@ class ExitNet(nn.Module):
             seen, held = self.begin(k, x, class_first)
             logits = self.head(k, seen)
             history = logits[None] if history is None else torch.cat([history, logits[None]])
-            logits, stay = policy.combine(history)[-1], None
+            logits, stay = combined(policy, history)[-1], None
             if k < self.num_exits - 1:
                 stay = (~policy.should_exit(history)).nonzero()[:, 0]
                 if len(stay) == len(logits):
@@ -368,7 +373,7 @@ class ExitNet(nn.Module):
         """Check whether the head of exit ``k`` reads only the class token."""
         if k == self.num_exits - 1:
             return cut.reads_class_row(self.backbone)
-        return self.heads[k].reads_class_token  # type: ignore[return-value]
+        return bool(getattr(self.heads[k], "reads_class_token", False))
 
     def at(self, k: int) -> Truncated:
         """Return the static network that ends at exit ``k``; it shares its modules with this network."""

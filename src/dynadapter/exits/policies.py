@@ -9,7 +9,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from dynadapter.spec import Spec
+from dynadapter.spec import Spec, returned
 
 
 def wide(logits: Tensor) -> Tensor:
@@ -106,10 +106,19 @@ class Policy(Spec):
 
         Returns:
             (batch,) bool.
+
+        Raises:
+            ValueError: If :meth:`meets_condition` returned something else.
         """
+        meets = self.meets_condition(history)
+        if not isinstance(meets, Tensor) or meets.dtype != torch.bool or meets.shape != history.shape[1:2]:
+            raise ValueError(
+                f"{type(self).__name__}.meets_condition returned {returned(meets)}; return torch.bool (batch,), here "
+                f"({history.shape[1]},)"
+            )
         # NaN and infinity give NaN here. isfinite takes twice as many steps, which shows for one image on a CPU.
         finite = (history[-1] * 0).sum(-1) == 0
-        return self.meets_condition(history) & finite
+        return meets & finite
 
     def check(self, exits: int) -> None:
         """Check that the policy fits a network with this number of exits, the last one included.
@@ -123,15 +132,27 @@ class Policy(Spec):
 class Thresholded(Policy):
     """Base of the policies that compare a score in [0, 1] with a threshold.
 
+    A subclass defines :meth:`score`. Its thresholds can be calibrated.
+
     Args:
         threshold: One value for all early exits, or one per early exit; in [0, 1].
     """
 
     threshold: float | tuple[float, ...]
 
-    label: ClassVar[str]
-    beyond: ClassVar[str]
+    certain_above: ClassVar[bool] = True
+    """Whether a greater score means a more certain sample; the others exit at scores of at most the threshold."""
+    beyond: ClassVar[str] = "its score"
     """The range of the score and the alternative, for the error message of a threshold out of range."""
+
+    @staticmethod
+    @abstractmethod
+    def score(logits: Tensor) -> Tensor:
+        """Return the score of each sample (...), in [0, 1], from the logits (..., classes) of one exit."""
+
+    def meets_condition(self, history: Tensor) -> Tensor:
+        score, threshold = self.score(history[-1]), self.threshold_at(len(history) - 1)
+        return score >= threshold if self.certain_above else score <= threshold
 
     def __post_init__(self) -> None:
         given = self.threshold
@@ -147,7 +168,7 @@ class Thresholded(Policy):
     @property
     def name(self) -> str:
         values = self.threshold if isinstance(self.threshold, tuple) else (self.threshold,)
-        return "_".join([self.label, *(f"{value:g}" for value in values)])
+        return "_".join([type(self).__name__.lower(), *(f"{value:g}" for value in values)])
 
     def check(self, exits: int) -> None:
         if isinstance(self.threshold, tuple) and len(self.threshold) != exits - 1:
@@ -175,11 +196,8 @@ class Confidence(Thresholded):
 
     threshold: float | tuple[float, ...] = 0.9
 
-    label = "confidence"
     beyond = "a probability; use Never() for no early exits"
-
-    def meets_condition(self, history: Tensor) -> Tensor:
-        return confidence(history[-1]) >= self.threshold_at(len(history) - 1)
+    score = staticmethod(confidence)
 
 
 @dataclass(frozen=True)
@@ -192,11 +210,9 @@ class Entropy(Thresholded):
 
     threshold: float | tuple[float, ...] = 0.3
 
-    label = "entropy"
+    certain_above = False
     beyond = "an entropy normalised by log(classes); use Never() for no early exits"
-
-    def meets_condition(self, history: Tensor) -> Tensor:
-        return entropy(history[-1]) <= self.threshold_at(len(history) - 1)
+    score = staticmethod(entropy)
 
 
 @dataclass(frozen=True)
@@ -209,11 +225,8 @@ class Margin(Thresholded):
 
     threshold: float | tuple[float, ...] = 0.5
 
-    label = "margin"
     beyond = "a difference of two probabilities; use Never() for no early exits"
-
-    def meets_condition(self, history: Tensor) -> Tensor:
-        return margin(history[-1]) >= self.threshold_at(len(history) - 1)
+    score = staticmethod(margin)
 
 
 @dataclass(frozen=True)
@@ -296,6 +309,21 @@ def at_exit(exit: int, exits: int) -> Policy:
     return AtExit(exit + 1) if exit < exits - 1 else Never()
 
 
+def combined(policy: Policy, history: Tensor) -> Tensor:
+    """Return what a policy's exits predict, checked; see :meth:`Policy.combine`.
+
+    Raises:
+        ValueError: If :meth:`Policy.combine` returned another shape.
+    """
+    logits = policy.combine(history)
+    if not isinstance(logits, Tensor) or logits.shape != history.shape:
+        raise ValueError(
+            f"{type(policy).__name__}.combine returned {returned(logits)}; return logits (exits so far, batch, "
+            f"classes), here {tuple(history.shape)}"
+        )
+    return logits
+
+
 class Routed(NamedTuple):
     """Result of routing a batch, in the order of its input.
 
@@ -325,7 +353,7 @@ def read_off(policy: Policy, logits: Tensor) -> Routed:
     """
     exit_index = route(policy, logits)
     rows = torch.arange(len(exit_index), device=logits.device)
-    return Routed(policy.combine(logits)[exit_index, rows], exit_index)
+    return Routed(combined(policy, logits)[exit_index, rows], exit_index)
 
 
 def route(policy: Policy, logits: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dynadapter.backbones import built_for
 from dynadapter.exits.net import ExitNet
-from dynadapter.exits.policies import Policy
+from dynadapter.exits.policies import Policy, combined
 
 
 class Answer(NamedTuple):
@@ -217,7 +217,7 @@ class Stream:
         logits = self.net.head(k, seen)
         history = logits[None] if now.history is None else torch.cat([now.history, logits[None]])
         stops = [True] * len(logits) if last else self.policy.should_exit(history).tolist()
-        logits = self.policy.combine(history)[-1]
+        logits = combined(self.policy, history)[-1]
         finite = logits.isfinite().all(-1).tolist()
         rows = list(zip(now.tickets, stops, finite, strict=True))
         answers = [

@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 
 from dynadapter.files import PARTIAL, locked, open_regular, write
+from dynadapter.spec import IMPORT_FIRST
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -260,11 +261,24 @@ def read(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
         checkpoint = torch.load(path, map_location=map_location, weights_only=True)
     except Exception as error:  # a damaged file can raise anything
         foreign = "weights_only" in str(error).lower()
-        why = "it holds more than numbers, text and tensors" if foreign else "it was not written by torch"
+        why = (
+            f"it holds more than numbers, text and tensors{_foreign(path)}"
+            if foreign
+            else "it was not written by torch"
+        )
         raise ValueError(f"{path} is no checkpoint that can be read: {why}") from error
     if not isinstance(checkpoint, dict):
         raise ValueError(f"{path} is no checkpoint: it holds a {type(checkpoint).__name__}")
     return checkpoint
+
+
+def _foreign(path: str | Path) -> str:
+    """Return what a checkpoint names that is not known, and how a class of the user's own becomes known."""
+    try:
+        names = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    except Exception:  # a damaged file can raise anything
+        return ""
+    return f", {', '.join(names)!r:.200}; {IMPORT_FIRST}" if names else ""
 
 
 def check(path: str | Path) -> None:

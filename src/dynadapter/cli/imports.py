@@ -1,0 +1,61 @@
+"""``--import MODULE``: import a module of the user's own before a command, so that files may name its classes.
+
+Checkpoints, run folders and bundles may name classes that are loaded already, and import none. By this option, which
+only the command line or the environment can give, a user says which modules of his own he trusts.
+"""
+
+import os
+import sys
+from importlib import import_module
+
+from dynadapter.cli.errors import Mistake, one_line
+
+OPTION = "--import"
+VARIABLE = "DYNADAPTER_IMPORT"
+"""The same for all commands: names with commas between them. Further processes of a command find them here."""
+
+
+def take_imports(args: list[str]) -> list[str]:
+    """Move the modules that ``--import`` names into the environment, and return the other arguments.
+
+    Raises:
+        Mistake: No name follows.
+    """
+    left: list[str] = []
+    names = [name for name in os.environ.get(VARIABLE, "").split(",") if name]
+    arguments = iter(args)
+    for arg in arguments:
+        key, equals, value = arg.partition("=")
+        if key != OPTION:
+            left.append(arg)
+            continue
+        value = value if equals else next(arguments, "")
+        if not value or value.startswith("-"):
+            raise Mistake(f"{OPTION} needs the name of a module, as in {OPTION} my_parts")
+        names += [name for name in value.split(",") if name not in names]
+    if names:
+        os.environ[VARIABLE] = ",".join(names)
+    return left
+
+
+def import_own() -> None:
+    """Import the modules; the working folder is searched after all other places.
+
+    Raises:
+        Mistake: One cannot be imported.
+    """
+    names = [name for name in os.environ.get(VARIABLE, "").split(",") if name]
+    if names and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    for name in names:
+        try:
+            import_module(name)
+        except Exception as error:  # the module can raise anything
+            hint = "; give its name without .py" if name.endswith(".py") or "/" in name else ""
+            raise Mistake(f"{OPTION} {name}: {type(error).__name__}: {one_line(error)}{hint}") from error
+
+
+def given() -> list[str]:
+    """Return the arguments by which another command line imports the same modules."""
+    names = os.environ.get(VARIABLE, "")
+    return [f"{OPTION}={names}"] if names else []
