@@ -9,7 +9,7 @@ from abc import ABC
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from types import NoneType, UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Self, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import torch
 
@@ -28,6 +28,11 @@ class Spec(ABC):
     and a checkpoint that holds it loads under ``torch.load(..., weights_only=True)``. The base is an ABC because
     jsonargparse offers no subclasses for a pure dataclass.
     """
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        if "__dataclass_fields__" not in cls.__dict__:  # its settings would be lost in files
+            raise TypeError(f"{cls.__name__} is no dataclass of its own; put @dataclass(frozen=True) above the class")
+        return super().__new__(cls)
 
     def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
