@@ -6,6 +6,8 @@ from random import Random
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch import LightningModule
+from tiny import trainer
 
 from dynadapter.data import ImageFolder, Shapes, VTAB1k
 from dynadapter.data.shapes import CLASSES, KINDS, draw_shape, draw_split, write_shapes
@@ -112,3 +114,18 @@ def test_written_shapes_are_read_again(layout, tmp_path):
             for image, label in read.dataset(split)
         }
         assert items == pixels
+
+
+class Labels(LightningModule):
+    def predict_step(self, batch, batch_idx):
+        return batch[1]
+
+
+def test_cached_images_in_a_prediction():
+    """Lightning makes the loader again for a prediction, without its batch size."""
+    data = Shapes(image_size=16, batch_size=6, cache=True, normalization="half", **FEW)
+    data.setup("fit")
+    loader = data.val_dataloader()
+    found = trainer().predict(Labels(), loader)
+    assert [len(part) for part in found] == [6, 6, 4]
+    assert torch.equal(torch.cat(found), torch.cat([labels for _, labels in loader]))

@@ -232,9 +232,10 @@ class CachedLoader(ResumableLoader):
     dataset: ImageDataset | Padded
 
     def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        cached, size = self.dataset.cached, self.batch_size
+        cached = self.dataset.cached
+        batches: Any = self.batch_sampler  # Lightning's own in predict, which leaves batch_size out
+        size = self.batch_size or batches.batch_size
         assert cached is not None
-        assert size is not None
         if isinstance(self.sampler, EpochOrder):
             indices, numbers = self.sampler.next_epoch()
         else:
