@@ -30,7 +30,7 @@ class Spec(ABC):
     """
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        if "__dataclass_fields__" not in cls.__dict__:  # its settings would be lost in files
+        if "__init__" in vars(cls) and "__dataclass_fields__" not in vars(cls):  # its settings would be lost in files
             raise TypeError(f"{cls.__name__} is no dataclass of its own; put @dataclass(frozen=True) above the class")
         return super().__new__(cls)
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dynadapter.cli import imports
 from dynadapter.cli.configs import config_files, read_config
 from dynadapter.cli.errors import Mistake, Stopped, nearest, nearest_place, one_line
 
@@ -109,7 +110,7 @@ def read(args: Sequence[str]) -> Wanted:
         goal.append("--goal.cost=0.5")
     _check_goal(goal)
     out = Path("runs", place.resolve().stem) if given.out is None else Path(given.out).expanduser()
-    line = shlex.join(["dynadapter", "train", *args])
+    line = shlex.join(["dynadapter", "train", *args, *imports.given()])
     return Wanted(place, out, tuple(goal), tuple(settings), line)
 
 
