@@ -144,8 +144,7 @@ def _restore_spec(value: Any, base: type[Spec], where: str) -> Spec:
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"; did you mean {near[0]!r}? There" if near else "; there"
         raise ValueError(
-            _said(where, f"there is no {base.__name__} {path!r}{hint} are {', '.join(sorted(known))}; ")
-            + IMPORT_FIRST
+            _said(where, f"there is no {base.__name__} {path!r}{hint} are {', '.join(sorted(known))}; ") + IMPORT_FIRST
         )
     return _built(known[name], settings, where)
 
