@@ -1,5 +1,6 @@
 """The network of a command: a bundle, or a checkpoint as a bundle in memory."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -7,6 +8,9 @@ from typing import TYPE_CHECKING, Any
 from dynadapter.cli.errors import Mistake, nearest_place, one_line
 
 if TYPE_CHECKING:  # torch takes seconds to load, and invalid input is answered without it
+    from torch import Tensor
+
+    from dynadapter.data import ImageData
     from dynadapter.exits.policies import Policy
     from dynadapter.serve.bundle import Bundle
 
@@ -161,3 +165,27 @@ def _weights(given: str | None) -> Path | None:
 
 def _as_typed(error: Exception) -> str:
     return one_line(error).replace("weights='...'", "--weights FILE").replace("pretrained=True", "--pretrained true")
+
+
+def stacked(bundle: "Bundle", data: "ImageData", split: Any) -> "Iterator[tuple[Tensor, Tensor]]":
+    """Yield the logits of all exits (exits, batch, classes) and the targets (batch,), batch by batch, on the CPU.
+
+    Raises:
+        ValueError: The data have no images for the split, or a class that the network does not know.
+    """
+    import torch
+    from rich.console import Console
+    from rich.progress import track
+
+    from dynadapter.backbones import set_image_size
+
+    assert bundle.preprocess is not None
+    data.take_preprocessing(vars(bundle.preprocess), trained=True)
+    set_image_size(bundle.net.backbone, data.image_size)
+    data.take_classes(bundle.class_names)
+    data.setup("test" if split == "test" else "validate")
+    loader = data.test_dataloader() if split == "test" else data.val_dataloader()
+    like = next(bundle.net.backbone.parameters())
+    with torch.inference_mode():
+        for batch, targets in track(loader, "images", console=Console(stderr=True), transient=True):
+            yield bundle.net(batch.to(like.device, like.dtype)).float().cpu(), targets.cpu()

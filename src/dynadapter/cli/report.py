@@ -3,25 +3,19 @@
 import csv
 import importlib.util
 from argparse import HelpFormatter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
-
-from rich.console import Console
-from rich.progress import track
 
 from dynadapter.cli.errors import Mistake, nearest_place, one_line
 from dynadapter.cli.parser import CommandParser
 from dynadapter.files import read_bytes, write
 
 if TYPE_CHECKING:  # torch takes seconds to load, and invalid input is answered without it
-    from torch import Tensor
-
     from dynadapter.data import ImageData
     from dynadapter.report import Measured, Run
-    from dynadapter.serve.bundle import Bundle
 
 PAGE = "report.html"
 MARK = b"<title>dynadapter: "
@@ -179,7 +173,7 @@ def read_run(folder: Path) -> "Run":
 
 def measure(place: Given, given: Any) -> "tuple[Measured | None, str]":
     """Run the images of a split through the network of a run; or return why that is not possible, in one line."""
-    from dynadapter.cli.networks import load_checkpoint
+    from dynadapter.cli.networks import load_checkpoint, stacked
     from dynadapter.cost import exit_costs
     from dynadapter.report import Measured
 
@@ -245,28 +239,6 @@ def images(checkpoint: Path, changes: dict[str, Any]) -> "ImageData":
     given = made.parse_object({"data": section})
     check_config(given)
     return made.instantiate(given).data
-
-
-def stacked(bundle: "Bundle", data: "ImageData", split: Any) -> "Iterator[tuple[Tensor, Tensor]]":
-    """Yield the logits of all exits (exits, batch, classes) and the targets (batch,), batch by batch, on the CPU.
-
-    Raises:
-        ValueError: The data have no images for the split, or a class that the network does not know.
-    """
-    import torch
-
-    from dynadapter.backbones import set_image_size
-
-    assert bundle.preprocess is not None
-    data.take_preprocessing(vars(bundle.preprocess), trained=True)
-    set_image_size(bundle.net.backbone, data.image_size)
-    data.take_classes(bundle.class_names)
-    data.setup("test" if split == "test" else "validate")
-    loader = data.test_dataloader() if split == "test" else data.val_dataloader()
-    like = next(bundle.net.backbone.parameters())
-    with torch.inference_mode():
-        for batch, targets in track(loader, "images", console=Console(stderr=True), transient=True):
-            yield bundle.net(batch.to(like.device, like.dtype)).float().cpu(), targets.cpu()
 
 
 def _to_tensorboard(folder: Path, figures: dict[str, Any], step: int) -> None:

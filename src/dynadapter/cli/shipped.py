@@ -2,8 +2,6 @@
 
 from typing import TYPE_CHECKING, Any, Literal
 
-from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
 from dynadapter.cli.configs import config_files
@@ -74,26 +72,19 @@ def measure(bundle: "Bundle", data: "ImageData") -> list[Table]:
     """
     import torch
 
-    from dynadapter.backbones import set_image_size
+    from dynadapter.cli.networks import stacked
     from dynadapter.cost import cost_table, exit_costs
     from dynadapter.exits.policies import read_off
 
     assert bundle.preprocess is not None
-    data.take_preprocessing(vars(bundle.preprocess), trained=True)
-    set_image_size(bundle.net.backbone, data.image_size)
-    data.take_classes(bundle.class_names)
-    data.setup("test")
     exits = bundle.net.num_exits
     right, routed_right, counts = torch.zeros(exits), 0.0, torch.zeros(exits)
-    like = next(bundle.net.backbone.parameters())
-    with torch.inference_mode():
-        for images, targets in track(data.test_dataloader(), "images", console=Console(stderr=True), transient=True):
-            logits = bundle.net(images.to(like.device, like.dtype)).float().cpu()  # (exits, batch, classes)
-            correct = (logits.argmax(-1) == targets) & logits.isfinite().all(-1)
-            right += correct.sum(-1)
-            routed = read_off(bundle.policy, logits)
-            counts += routed.exit_index.bincount(minlength=exits)
-            routed_right += float(((routed.logits.argmax(-1) == targets) & routed.logits.isfinite().all(-1)).sum())
+    for logits, targets in stacked(bundle, data, "test"):
+        correct = (logits.argmax(-1) == targets) & logits.isfinite().all(-1)
+        right += correct.sum(-1)
+        routed = read_off(bundle.policy, logits)
+        counts += routed.exit_index.bincount(minlength=exits)
+        routed_right += float(((routed.logits.argmax(-1) == targets) & routed.logits.isfinite().all(-1)).sum())
     samples = float(counts.sum())
     shares = counts / samples
     counted = bundle.costs if data.image_size == bundle.preprocess.image_size else None

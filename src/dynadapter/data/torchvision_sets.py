@@ -62,6 +62,7 @@ class TorchVisionDataset(MappedData):
         first = next((part for split in ("train", "val", "test") if (part := self.part(split)) is not None), None)
         if first is None:
             raise ValueError(f"{dataset} has no images for train, val or test; give splits")
+        assert isinstance(first, _Items)
         self.class_names = first.class_names()
 
     def open_part(self, split: Split) -> "_Items | None":

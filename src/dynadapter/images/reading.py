@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,9 +36,20 @@ ABSENT = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOO
 ABSENT |= {errno.ENODEV, errno.EACCES, errno.EPERM}
 """Errors of a file that is missing, forbidden or no file. Others are the machine's: the image may be good."""
 
-Source = str | os.PathLike[str] | bytes | bytearray | memoryview | BinaryIO | Image.Image | NDArray[Any]
-"""A path, the bytes of a file, an open file, or pixels in memory, see :func:`load_image`; or an object with a
-method ``fetch`` that returns one of these, and a ``name``."""
+
+class Fetched(Protocol):
+    """An image that is fetched when it is read, such as one inside a data set."""
+
+    @property
+    def name(self) -> str:
+        """Its name in messages."""
+
+    def fetch(self) -> str | os.PathLike[str] | bytes | Image.Image:
+        """Return its file, the bytes of its file, or its pixels."""
+
+
+Source = str | os.PathLike[str] | bytes | bytearray | memoryview | BinaryIO | Image.Image | NDArray[Any] | Fetched
+"""A path, the bytes of a file, an open file, pixels in memory, see :func:`load_image`, or an image to be fetched."""
 
 
 class UnreadableImage(ValueError):
