@@ -1,6 +1,7 @@
 """``dynadapter train``: from images to a bundle, again after an interruption, and what it refuses."""
 
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -63,13 +64,17 @@ def fails(line: list[str], words: str, capsys: pytest.CaptureFixture[str], code:
 def test_folder_becomes_a_bundle(photos, capsys):
     main(train_on(photos))
     out = capsys.readouterr().out
-    assert "32 images of 2 classes to train on, 8 held out" in out
+    assert re.search(r"32 images of 2 classes to train on, 8 held out \(\d to \d of a class\)", out)
     assert "dynadapter predict --bundle runs/photos/bundle --images FOLDER --out labels.csv" in out
     bundle = load("runs/photos/bundle")
     assert bundle.class_names == ("blue", "red")
     assert Path("runs/photos/version_0/report/report.html").is_file()
     main(["predict", "--bundle=runs/photos/bundle", f"--images={photos}", "--out=labels.csv"])
     assert len(Path("labels.csv").read_text().splitlines()) == 41
+    fails(train_on(photos), "runs/photos/bundle exists: classify images with", capsys)
+    Path("runs/photos/version_0/report/report.html").unlink()  # interrupted after the bundle was written
+    main(train_on(photos))
+    assert Path("runs/photos/version_0/report/report.html").is_file()
     fails(train_on(photos), "runs/photos/bundle exists: classify images with", capsys)
 
 

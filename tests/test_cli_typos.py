@@ -44,7 +44,7 @@ TYPOS = [
     (f"{FIT} --model.adapter=lora", "did you mean 'LoRA'?"),
     (f"{FIT} --model.adapter=RepAdapter --model.adapter.rank=4", "no setting 'rank'; LoRA has it"),
     (f"{FIT} --model.optimizer.learning_rate=1", "--model.optimizer.help CLASS"),
-    (f"{FIT} --data.val_fraction=0.1", "ImageFolder, ImageTable have it"),
+    (f"{FIT} --data.val_fraction=0.1", "no setting 'val_fraction'; ImageFolder"),
     (f"{FIT} --data.augment=randaug", "the only one is Augment"),
     (f"{FIT} --sparsity=off", "'off' with that section; one setting is --sparsity.NAME VALUE"),
     (f"{FIT} --early_exit.policies=Confidence", "early_exit.policies: expected a list"),

@@ -117,6 +117,7 @@ def test_root_of_classes_is_train(tmp_path):
     fails("test does not exist; expected test/CLASS/image.png", lambda: ImageFolder(flat).setup("test"))
     make(flat, c={"deep": 1})  # a folder without an image of its own: this may be a folder of data sets
     fails(f"expected train/CLASS/image.png or {flat.name}/CLASS/image.png", lambda: ImageFolder(flat))
+    fails("root contains: a, b, c; no image in: c", lambda: ImageFolder(flat))
 
 
 def test_test_alone_can_be_measured(tmp_path):

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 import dynadapter
-from dynadapter.cli import TRAINER, app, arguments, main, train
+from dynadapter.cli import TRAINER, app, arguments, imports, main, train
 from dynadapter.cli.completion import program
 from dynadapter.cli.configs import config_files, find_config
 from dynadapter.cli.errors import Mistake
@@ -141,7 +141,8 @@ def arguments_of(command: str) -> list[str]:
         except Mistake:
             Path(file).write_text("data: Shapes")
     if {"--ckpt_path", "--resume"} & {*words} and words[0] in TRAINER and "--data" not in words:
-        words.append("--data=Shapes")
+        sets = any("test_sets" in word for word in words)
+        words[1:1] = ["--data=ImageFolder", "--data.root=images"] if sets else ["--data=Shapes"]
     if words[0] == "train":  # it gives most of its options to fit
         Path(words[1]).mkdir()
         words = ["fit", "-c", "own_images", f"--data.root={words[1]}", *train.read(words[1:]).settings]
@@ -159,7 +160,7 @@ def test_command_can_be_parsed(command, parse_alone):
 
 
 def test_options_among_words_exist():
-    known = set(program()._option_string_actions)
+    known = {*program()._option_string_actions, imports.OPTION}
     for action in program()._actions:
         for parser in (action.choices or {}).values() if isinstance(action.choices, dict) else ():
             known |= {option for one in parser._actions for option in one.option_strings}

@@ -71,7 +71,7 @@ def plain_counts(logits: Tensor, targets: list[int], threshold: float, costs: tu
         found[f"{name}/share_exit{k + 1}"] = stops.count(k) / SAMPLES
     predicted = [rows[k][i].index(max(rows[k][i])) for i, k in enumerate(stops)]
     found[f"{name}/acc"] = sum(p == t for p, t in zip(predicted, targets, strict=True)) / SAMPLES
-    found[f"{name}/balanced_acc"] = class_measures(predicted, targets)[0]
+    found[f"{name}/balanced_acc"], found[f"{name}/macro_f1"] = class_measures(predicted, targets)
     found[f"{name}/gmacs"] = sum(costs[k] for k in stops) / SAMPLES
     return found | {f"test/{kind}": found[f"test/{kind}_exit{EXITS}"] for kind in ("acc", "balanced_acc", "macro_f1")}
 

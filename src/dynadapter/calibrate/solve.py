@@ -130,7 +130,8 @@ def solve(
     found, slope = choose(data, goal)
     index, predicted, missed = _crossed(data, goal, folds)
     nonfinite = int((~logits.isfinite().all(-1)).any(0).sum())
-    notes = [*found.notes, *_remarks(found, goal), *_doubts(samples, len(targets), nonfinite, missed, len(folds))]
+    notes = [*found.notes, *_remarks(found, data, goal)]
+    notes += _doubts(samples, len(targets), nonfinite, missed, len(folds))
     return Solution(
         goal=goal,
         found=found,
@@ -233,12 +234,16 @@ def _with_intervals(data: Samples, index: Tensor, predicted: Tensor) -> CrossFit
 # ---- words
 
 
-def _remarks(found: Calibrated, goal: Goal) -> list[str]:
-    """Return a note if no sample exits early, unless the certificate of a risk has said so."""
-    exits = len(found.shares)
-    if found.shares[-1] < 1 or exits == 1 or goal.name == "risk":
-        return []
-    return [f"no image exits early under this policy; each of them costs {found.cost:.1%} of static"]
+def _remarks(found: Calibrated, data: Samples, goal: Goal) -> Iterator[str]:
+    """Yield notes about classes that a balanced accuracy leaves out, and if no sample exits early.
+
+    The certificate of a risk has said the latter.
+    """
+    classes, there = data.logits.shape[-1], len(data.targets.unique())
+    if goal.balanced and there < classes:
+        yield f"{classes - there} of {classes} classes have no image here; the balanced accuracy is over the others"
+    if found.shares[-1] == 1 and len(found.shares) > 1 and goal.name != "risk":
+        yield f"no image exits early under this policy; each of them costs {found.cost:.1%} of static"
 
 
 def _doubts(samples: str, count: int, nonfinite: int, missed: int, folds: int) -> Iterator[str]:

@@ -118,7 +118,8 @@ def nearest_place(given: str) -> str:
     if path.exists():
         return ""
     beside = path.parent.iterdir() if path.parent.is_dir() else ()
-    return nearest(str(path), (str(other) for other in islice(beside, 1000)))
+    near = closest(path.name, (other.name for other in islice(beside, 1000)))
+    return meant(str(path.with_name(near)) if near is not None else None)
 
 
 OUTAGES = {

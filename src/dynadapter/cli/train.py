@@ -3,6 +3,7 @@
 import argparse
 import math
 import shlex
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,13 +145,30 @@ def train(wanted: Wanted) -> None:
     from dynadapter.cli.app import DynCLI
 
     bundle = wanted.out / "bundle"
-    if bundle.exists():
+    if bundle.exists() and not _lacks_report(wanted.out):
         raise Mistake(f"{bundle} exists: {_next(bundle, wanted)}; to train again, give another --out")
     run_folder = _trained(wanted, _fit_arguments(wanted))
     checkpoint = run_folder / "checkpoints" / "last.ckpt"
-    DynCLI(["calibrate", f"--ckpt_path={checkpoint}", *wanted.goal, f"--bundle={bundle}", *_devices(wanted)])
+    if not bundle.exists():
+        DynCLI(["calibrate", f"--ckpt_path={checkpoint}", *wanted.goal, f"--bundle={bundle}", *_devices(wanted)])
     report.run([str(run_folder)])
     print(f"\nthe network is in {bundle}; {_next(bundle, wanted)}")
+
+
+def _runs(out: Path) -> list[Path]:
+    """List the run folders, the oldest first."""
+    return sorted(out.glob("version_*"), key=lambda run: int(f"0{run.name.removeprefix('version_')}"))
+
+
+def _lacks_report(out: Path) -> bool:
+    """Check whether the newest run is finished but has no report, because the command was interrupted there."""
+    from dynadapter.cli.report import PAGE
+    from dynadapter.cli.resume import read_record
+
+    newest = next(reversed(_runs(out)), None)
+    return (
+        newest is not None and read_record(newest).get("how") == "finished" and not (newest / "report" / PAGE).exists()
+    )
 
 
 def _next(bundle: Path, wanted: Wanted) -> str:
@@ -164,7 +182,7 @@ def _trained(wanted: Wanted, arguments: list[str]) -> Path:
     from dynadapter.cli.app import DynCLI
     from dynadapter.cli.resume import read_record
 
-    runs = sorted(wanted.out.glob("version_*"), key=lambda run: int(f"0{run.name.removeprefix('version_')}"))
+    runs = _runs(wanted.out)
     lines = [shlex.split(str(read_record(run).get("command_line", ""))) for run in runs]
     begun = [line for line in lines if line and "--resume" not in line]
     if begun and begun[-1] != ["dynadapter", *arguments]:
@@ -209,7 +227,13 @@ def _fit_arguments(wanted: Wanted) -> list[str]:
     if wanted.place.is_file():
         chosen.append("--data=ImageTable")
         place = f"--data.file={wanted.place}"
-    print(f"{train:,} images of {data.num_classes} classes to train on, {held_out:,} held out", flush=True)
+    by_class = Counter(label for _, label in data.samples("val"))
+    each = [by_class[label] for label in range(data.num_classes)]
+    print(
+        f"{train:,} images of {data.num_classes} classes to train on, {held_out:,} held out "
+        f"({min(each)} to {max(each)} of a class)",
+        flush=True,
+    )
     root = f"--trainer.default_root_dir={wanted.out}"
     configs = [f"--config={file}" for file in ("own_images", *files)]
     return ["fit", *configs, *chosen, place, root, *_devices(wanted), *rest]

@@ -54,7 +54,7 @@ class ImageFolder(ImageData):
         if not self.root.is_dir():
             raise ValueError(f"root {self.root} does not exist or is not a folder")
         self._folders = find_splits(self.root)
-        if not self._folders and _holds_classes(self.root):
+        if not self._folders and _subfolders(self.root) and not _without_images(self.root):
             self._folders = {"train": self.root}
         measured = sorted({name for folder in self._folders.values() for name in _subfolders(folder)})
         self.class_names = self._list_classes("train") if "train" in self._folders or not measured else measured
@@ -93,9 +93,11 @@ class ImageFolder(ImageData):
         folder = self._folder(split)
         if not folder.is_dir():
             there = _join(_subfolders(self.root)) or "no folder"
-            flat = f" or {self.root.name}/CLASS/image.png" if not self._folders else ""
+            flat, bare = f" or {self.root.name}/CLASS/image.png" if not self._folders else "", ""
+            if flat and len(empty := _without_images(self.root)) < len(_subfolders(self.root)):
+                bare = f"; no image in: {_join(empty)}" if empty else ""
             raise MissingSplit(
-                f"{folder} does not exist; expected {split}/CLASS/image.png{flat}, but root contains: {there}"
+                f"{folder} does not exist; expected {split}/CLASS/image.png{flat}, but root contains: {there}{bare}"
             )
         return _subfolders(folder)
 
@@ -135,13 +137,15 @@ def find_splits(root: Path) -> dict[str, Path]:
     return found
 
 
-def _holds_classes(root: Path) -> bool:
-    """Check whether each folder in a root holds an image, not counting those in its own folders."""
-    folders = [root / name for name in _subfolders(root)]
-    return bool(folders) and all(
-        any(file.suffix.lower() in SUFFIXES and not file.name.startswith(".") for file in folder.iterdir())
-        for folder in folders
-    )
+def _without_images(root: Path) -> list[str]:
+    """Return the folders in a root that hold no image, not counting those in their own folders."""
+    return [
+        name
+        for name in _subfolders(root)
+        if not any(
+            file.suffix.lower() in SUFFIXES and not file.name.startswith(".") for file in (root / name).iterdir()
+        )
+    ]
 
 
 def _subfolders(folder: Path) -> list[str]:
