@@ -671,6 +671,7 @@ def test_fingerprint_layouts_and_types(any_backbone, convnext):
     assert fingerprint(convnext.to(memory_format=torch.channels_last)) == mark
 
 
+@pytest.mark.slow
 def test_fingerprint_in_another_process(vit):
     code = """
 from dynadapter.backbones import create_backbone, fingerprint

@@ -193,6 +193,7 @@ def test_merged_bundle_or_no_adapters(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_other_families_and_half_precision(tmp_path):
     for family in ("swin", "convnext"):
         _, place = save(tmp_path / family, family)

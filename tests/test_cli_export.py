@@ -112,6 +112,7 @@ def test_adapters_that_cannot_be_merged_stay(merge, images, tmp_path, capsys, gi
     assert given["check_images"] is None  # noise
 
 
+@pytest.mark.slow
 def test_int8_with_labels(bundle, images, tmp_path, capsys):
     out = run(bundle, tmp_path / "int8", "--int8=true", f"--images={images}", "--max_images=20")
     content, shown = manifest(out), capsys.readouterr().out

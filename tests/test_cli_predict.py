@@ -447,6 +447,7 @@ while True:
 """
 
 
+@pytest.mark.slow
 def test_killed_at_every_moment(bundle, damaged, tmp_path):
     """Before and in the middle of each write and whatever else touches the disk; and without Lightning."""
     for name in NAMES[1:]:  # three batches will do

@@ -14,6 +14,7 @@ def test_every_example_has_a_test() -> None:
     assert {path.name for path in EXAMPLES.glob("*.py")} == {"exits_by_difficulty.py", "parts_in_your_own_module.py"}
 
 
+@pytest.mark.slow
 def test_parts_in_your_own_module(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
