@@ -251,7 +251,7 @@ def test_network_that_fails_is_one_line(run, monkeypatch, capsys):
     def broken(*_):
         raise RuntimeError("out of memory\nTraceback")
 
-    monkeypatch.setattr("dynadapter.cli.report.stacked", broken)
+    monkeypatch.setattr("dynadapter.cli.networks.stacked", broken)
     main(["report", str(run)])
     assert "the network is not measured: out of memory" in capsys.readouterr().out
     assert {path.name for path in (run / "report").iterdir()} == {"report.html", "learning.png"}
