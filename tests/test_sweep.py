@@ -590,6 +590,23 @@ def test_training_without_a_line_is_not_repeated(data, finished, tmp_path):
     assert table_of(tmp_path / "out") == table_of(finished)
 
 
+def test_terminated_within_an_epoch(data, finished, tmp_path, monkeypatch):
+    """The checkpoint lies within an epoch, whose start the resumed process does not see."""
+
+    def terminate(self, trainer, *_):
+        if trainer.global_step == 1:
+            signal.raise_signal(signal.SIGTERM)
+
+    command = ["sweep", str(write_sweep(tmp_path, data))]
+    with monkeypatch.context() as patch:
+        patch.setattr(sweep_unit.EpochSeconds, "on_train_batch_end", terminate)
+        with pytest.raises(SystemExit):
+            main(command)
+    assert not lines.read(tmp_path / "out")
+    main(command)
+    assert table_of(tmp_path / "out") == table_of(finished)
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"), [(59, "59 seconds"), (90, "1.5 minutes"), (7200, "2.0 hours"), (2e5, "2.3 days")]
 )

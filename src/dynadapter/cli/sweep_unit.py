@@ -104,20 +104,23 @@ class EpochSeconds(Callback):
     def __init__(self) -> None:
         self.wall: list[float] = []
         self.cpu: list[float] = []
+        self._start: tuple[float, float] | None = None
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clocks."""
         self._start = time.perf_counter(), time.process_time()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop the clocks; the checkpoint is saved after that."""
-        self.wall.append(time.perf_counter() - self._start[0])
-        self.cpu.append(time.process_time() - self._start[1])
+        """Stop the clocks; the checkpoint is saved after that. An epoch that was resumed within is not counted."""
+        if self._start is not None:
+            self.wall.append(time.perf_counter() - self._start[0])
+            self.cpu.append(time.process_time() - self._start[1])
+            self._start = None
 
     def medians(self) -> dict[str, float]:
         """Return the median epoch in wall-clock and in CPU seconds of the process; the first one also decodes images.
 
-        A resumed training counts the epochs that it did itself.
+        A resumed training counts the epochs that it did whole.
         """
         return {
             name: round(statistics.median(times[1:] or times), 4)
