@@ -142,7 +142,7 @@ def test_offline_uses_the_cache(bundle, images, tmp_path, monkeypatch, capsys):
         line = refusal(capsys, *args)
         assert "the bundle hf-hub:me/other could not be fetched" in line
         assert way in line
-        assert "check the network, or give a local folder" in line
+        assert "only bundles in the cache can be used; check the network" in line
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert "HF_HUB_OFFLINE is set" in refusal(capsys, "push", "me/tiny", "--bundle", str(bundle))
 

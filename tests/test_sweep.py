@@ -80,6 +80,7 @@ def test_run_starts_after_what_it_needs():
         seen.append(unit)
         done[unit] = make_line(unit, 0.5)
     assert len(seen) == len(set(seen)) == 4 * (2 + 1 + 2)  # scales, the second seed's thresholds, final runs
+    assert [unit.seed for unit in seen] == [0] * 12 + [1] * 8  # an interrupted sweep has whole seeds
     assert sum(sweep.remaining(done).values()) == 0
     assert set(seen) == sweep.planned(done)
 

@@ -61,7 +61,8 @@ def run(args: list[str]) -> None:
         print(write_table(file))
     if failed:
         unit, reason = next(iter(failed.items()))
-        raise Failed(f"{len(failed)} runs failed, {unit.name} among them: {reason}; the same command runs them again")
+        runs = "1 run" if len(failed) == 1 else f"{len(failed)} runs"
+        raise Failed(f"{runs} failed, {unit.name} among them: {reason}; the same command repeats what failed")
 
 
 def _work(file: SweepFile, config: Any) -> dict[Unit, str]:

@@ -219,7 +219,7 @@ class Sweep:
         seeds = dict.fromkeys([*self.search_seeds, *(seed for several in self.seeds.values() for seed in several)])
         order = {seed: place for place, seed in enumerate(seeds)}
         left = [unit for unit in dict.fromkeys(found) if unit not in done]
-        return sorted(left, key=lambda unit: (unit.split == FINAL, order[unit.seed]))
+        return sorted(left, key=lambda unit: (order[unit.seed], unit.split == FINAL))
 
     def remaining(self, done: Mapping[Unit, Line]) -> dict[Split, int]:
         """Count the runs that are still to do, by split, the ones that cannot start yet included."""

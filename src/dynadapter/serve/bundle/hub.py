@@ -135,7 +135,7 @@ def _explained(error: Exception) -> str:
         return _one_line(error)
     offline = any(isinstance(one, errors.OfflineModeIsEnabled) for one in chain)
     what = "HF_HUB_OFFLINE is set" if offline else f"the hub does not answer ({_one_line(chain[-1])})"
-    return f"{what}, and without it only what is in its cache can be used; check the network, or give a local folder"
+    return f"{what}; without it nothing is uploaded, and only bundles in the cache can be used; check the network"
 
 
 def _one_line(error: BaseException) -> str:
