@@ -16,7 +16,7 @@ import timm
 import torch
 from conftest import BACKBONES, CLASSES, make_convnext, make_swin, make_vit
 from packaging.version import Version
-from timm.models.eva import Eva
+from timm.models.maxxvit import MaxxVit
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
@@ -26,6 +26,10 @@ from dynadapter.backbones import create_backbone, fingerprint
 VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3}
 SWIN = {"img_size": 32, "patch_size": 2, "window_size": 4, "embed_dim": 16, "depths": (2, 3, 1), "num_heads": (2, 2, 4)}
 CONVNEXT = {"dims": (16, 24, 32, 48), "depths": (2, 1, 2, 1)}
+NAFLEX = {"patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3}
+HIERA = {"img_size": 32, "embed_dim": 16, "stages": (1, 2), "q_pool": 1, "mask_unit_attn": (True, False)}
+MAXVIT = {"img_size": 32, "embed_dim": (32, 64), "depths": (1, 2), "stem_width": 16}
+WINDOWS = {"block_type": ("M", "T"), "transformer_window_size": (2, 2), "transformer_grid_size": (2, 2)}
 
 # name, arguments, (prefix tokens, whether the own head reads a class token)
 ARCHITECTURES = [
@@ -47,6 +51,15 @@ ARCHITECTURES = [
     ("vit_small_plus_patch16_dinov3", VIT, (5, False)),  # any image size
     ("vit_base_patch16_rope_mixed_224", VIT, (1, True)),  # rotary embeddings of each block
     ("vit_pe_core_tiny_patch16_384", VIT, (1, False)),  # attention pooling
+    ("beitv2_base_patch16_224", VIT, (1, False)),  # a bias of relative positions in each block
+    ("beit_base_patch16_224", VIT | {"use_shared_rel_pos_bias": True, "global_pool": "token"}, (1, True)),
+    ("naflexvit_base_patch16_par_gap", NAFLEX, (4, False)),  # any image size
+    ("naflexvit_base_patch16_map", NAFLEX | {"rope_type": "mixed"}, (1, False)),
+    ("hiera_tiny_224", HIERA, (0, False)),
+    ("hiera_small_abswin_256", HIERA, (0, False)),
+    ("maxvit_rmlp_pico_rw_256", MAXVIT | WINDOWS, (0, False)),  # windows and grids
+    ("coatnet_0_rw_224", MAXVIT | {"block_type": ("C", "T")}, (0, False)),  # attention over the whole map
+    ("maxxvitv2_nano_rw_256", MAXVIT | WINDOWS | {"block_type": ("M", "C")}, (0, False)),  # ConvNeXt blocks
     ("swin_tiny_patch4_window7_224", SWIN, (0, False)),
     ("swin_tiny_patch4_window7_224", SWIN | {"strict_img_size": False, "img_size": 24}, (0, False)),
     ("swinv2_tiny_window8_256", SWIN, (0, False)),
@@ -58,6 +71,11 @@ ARCHITECTURES = [
     ("convnext_large_mlp", CONVNEXT, (0, False)),  # hidden layer in the head
     ("convnextv2_atto", CONVNEXT, (0, False)),
 ]
+if timm.is_model("qwen3_vit_88m"):  # not in older releases of timm
+    ARCHITECTURES += [
+        ("qwen3_vit_88m", NAFLEX, (0, False)),
+        ("qwen3_vit_88m_merge", NAFLEX, (0, False)),  # with the projector to the language model
+    ]
 
 
 def shake(model: nn.Module) -> nn.Module:
@@ -115,21 +133,21 @@ def test_cut_is_bit_equal_to_timm(case, images):
 
 @torch.no_grad()
 def test_blocks_equal_timms_intermediates(case, images):
-    model, (prefix, _) = case
+    model, _ = case
     outputs = run(model, images)
     read = [cut.tokens(model, x) for x in outputs]
     assert cut.widths(model) == [x.shape[-1] for x in read]
-    if isinstance(model, VisionTransformer | Eva):
+    if len(set(cut.widths(model))) == 1:
         expected = model.forward_intermediates(
             images, output_fmt="NLC", return_prefix_tokens=True, intermediates_only=True
         )
-        expected = [torch.cat([pair[1], pair[0]], 1) if prefix else pair for pair in expected]
+        expected = [torch.cat(pair[::-1], 1) if isinstance(pair, tuple) else pair for pair in expected]
         ends = range(len(outputs))
     else:
         expected = model.forward_intermediates(images, intermediates_only=True)
+        expected = expected[isinstance(model, MaxxVit) :]  # without the stem
         expected = [torch.stack([image.flatten(1).T for image in x]) for x in expected]  # NCHW, image by image
-        stages = model.layers if hasattr(model, "layers") else model.stages
-        ends = np.cumsum([len(stage.blocks) for stage in stages]) - 1
+        ends = np.flatnonzero(np.diff([*cut.widths(model), 0]))  # the last block of each stage
         assert ends[-1] == len(outputs) - 1
     assert len(ends) == len(expected)
     for end, features in zip(ends, expected, strict=True):
@@ -167,6 +185,22 @@ def test_other_image_sizes(images):
     wide = torch.cat([images, images], dim=-1)
     for model in (make_vit(dynamic_img_size=True), make_swin(strict_img_size=False), make_convnext()):
         assert torch.equal(cut.finish(model, run(model, wide)[-1]), model.forward_features(wide))
+
+
+@pytest.mark.parametrize("name", ["beitv2", "hiera_tiny", "hiera_small", "coatnet", "naflexvit", "qwen3"])
+@torch.no_grad()
+def test_second_image_size(name):
+    found = [(other, options) for other, options, _ in ARCHITECTURES if other.startswith(name)]
+    if not found:
+        pytest.skip("not in this release of timm")
+    size, (other, options) = 64, found[0]
+    options = {key: value for key, value in options.items() if key != "img_size"}
+    model = shake(create_backbone(other, CLASSES, image_size=size, **options))
+    assert cut.built_for(model) in (None, size)
+    images = torch.randn(2, 3, size, size)
+    features = cut.finish(model, run(model, images)[-1])
+    assert torch.equal(features, model.forward_features(images))
+    assert torch.equal(cut.classify(model, features), model(images))
 
 
 @torch.no_grad()
@@ -683,5 +717,5 @@ print(fingerprint(create_backbone("vit_tiny_patch16_224", 5, **options)))
 
 
 def test_image_size_not_multiple_of_patch():
-    with pytest.raises(ValueError, match=r"image_size=30 does not fit patch size 8 .*; use 24 or 32"):
+    with pytest.raises(ValueError, match=r"image_size=30 is no multiple of 8 pixels.*; use 24 or 32"):
         create_backbone("vit_tiny_patch16_224", 5, image_size=30, patch_size=8, depth=1)

@@ -17,6 +17,11 @@ NAMES = (
     "eva02_base_patch14_224",
     "vit_small_plus_patch16_dinov3",
     "vit_base_patch16_rope_mixed_224",
+    "beitv2_base_patch16_224",
+    "naflexvit_base_patch16_map",
+    "hiera_tiny_224",
+    "maxvit_rmlp_pico_rw_256",
+    *(name for name, _, _ in ARCHITECTURES if name == "qwen3_vit_88m"),
     "swinv2_tiny_window8_256",
     "convnext_tiny",
 )

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 from fnmatch import fnmatchcase
 from typing import Any
 
+from timm.layers import RelPosMlp
 from torch import nn
 
 from dynadapter.adapters.base import AdapterLayer, AdapterSpec, unwrapped
@@ -104,6 +105,8 @@ def adapter_layers(model: nn.Module) -> dict[str, AdapterLayer]:
 def _layers(module: nn.Module, name: str = "", path: str = "") -> Iterator[tuple[str, str, nn.Module]]:
     """Yield each layer, or its wrapper, with its name without adapters and its path in the model."""
     for key, child in module.named_children():
+        if isinstance(child, RelPosMlp):  # maps pairs of positions to a bias and sees no token
+            continue
         child_name, child_path = f"{name}{key}", f"{path}{key}"
         yield child_name, child_path, child
         inside = f"{child_path}.base_layer." if isinstance(child, AdapterLayer) else f"{child_path}."

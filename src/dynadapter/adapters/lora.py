@@ -92,6 +92,13 @@ class LoRA(AdapterSpec):
         return ("*.qkv", "*.q_proj", "*.k_proj", "*.v_proj", "stages.*.mlp.fc1")
 
     def wrap(self, model: nn.Module, name: str) -> LoRALayer:
-        """Build the wrapper of one layer."""
-        split = self.split == "qv" and name.rpartition(".")[2] == "qkv"
+        """Build the wrapper of one layer.
+
+        Raises:
+            ValueError: If q and v are to be adapted in a layer where they alternate by head, as in MaxViT.
+        """
+        block, _, key = name.rpartition(".")
+        split = self.split == "qv" and key == "qkv"
+        if split and getattr(model.get_submodule(block), "head_first", False):
+            raise ValueError(f"split='qv' does not fit {name}, whose q, k and v alternate by head; use split='fused'")
         return LoRALayer(model.get_submodule(name), self, self.rank, split)

@@ -3,11 +3,14 @@
 Importing this package registers the families. A family from outside the package registers itself the same way.
 """
 
-from dynadapter.backbones import convnext, eva, swin, vit  # noqa: F401  # each registers its family
-from dynadapter.backbones.create import built_for, create_backbone, fingerprint
+from importlib.util import find_spec
+
+from dynadapter.backbones import beit, convnext, eva, hiera, maxvit, naflex, swin, vit  # noqa: F401  # they register
+from dynadapter.backbones.create import create_backbone, fingerprint
 from dynadapter.backbones.cut import (
     arguments,
     blocks,
+    built_for,
     check_family,
     checkpointing,
     classifier,
@@ -15,6 +18,7 @@ from dynadapter.backbones.cut import (
     convert,
     embed,
     finish,
+    fixed_size,
     has_class_token,
     in_chans,
     mean_tokens,
@@ -23,6 +27,7 @@ from dynadapter.backbones.cut import (
     pools_mean,
     prefix_tokens,
     reads_class_row,
+    size_step,
     tokens,
     widths,
 )
@@ -32,6 +37,9 @@ from dynadapter.backbones.frozen import freeze, set_mode
 from dynadapter.backbones.input import own_preprocessing, set_image_size
 from dynadapter.backbones.unit import run_unit
 from dynadapter.backbones.vit_block import class_row, other_rows, run, run_beside, splits, takes_exit_tokens
+
+if find_spec("timm.models.qwen3_vit") is not None:  # older releases of timm have none
+    from dynadapter.backbones import qwen3  # noqa: F401
 
 __all__ = [
     "DrawFrom",
@@ -49,6 +57,7 @@ __all__ = [
     "embed",
     "fingerprint",
     "finish",
+    "fixed_size",
     "freeze",
     "has_class_token",
     "in_chans",
@@ -66,6 +75,7 @@ __all__ = [
     "run_unit",
     "set_image_size",
     "set_mode",
+    "size_step",
     "splits",
     "takes_exit_tokens",
     "tokens",

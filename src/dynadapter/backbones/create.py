@@ -13,7 +13,7 @@ import torch
 from timm.models import get_pretrained_cfg
 from torch import nn
 
-from dynadapter.backbones.cut import _classifier_layers, blocks
+from dynadapter.backbones.cut import _classifier_layers, blocks, built_for, size_step
 from dynadapter.backbones.draws import DrawFrom
 from dynadapter.backbones.frozen import freeze, remove_stochastic_depth
 from dynadapter.backbones.packaged import find
@@ -114,11 +114,12 @@ def _require_finite(model: nn.Module, name: str) -> None:
 
 def _check_image_size(model: nn.Module, name: str, image_size: int) -> None:
     """Raise a ValueError if the patches do not cover the image: pixels at the border would be lost."""
-    patch = model.patch_embed.patch_size[0]  # type: ignore[union-attr, index]
-    if image_size % patch:
-        below = image_size // patch * patch
+    step = size_step(model)
+    if image_size % step:
+        below = image_size // step * step or step
         raise ValueError(
-            f"image_size={image_size} does not fit patch size {patch} of {name!r}; use {below} or {below + patch}"
+            f"image_size={image_size} is no multiple of {step} pixels, the patch size of {name!r} or what its windows "
+            f"need; use {below} or {below + step}"
         )
 
 
@@ -134,12 +135,6 @@ def _check_memory(model: nn.Module, name: str) -> None:
             f"{name!r} with these arguments takes {needed / 1e9:,.1f} GB, this machine has {there / 1e9:,.1f} GB; give "
             "smaller sizes"
         )
-
-
-def built_for(model: nn.Module) -> int | None:
-    """Return the height in pixels that the model was built for, or None if it takes any size."""
-    size = getattr(getattr(model, "patch_embed", None), "img_size", None)
-    return size[0] if size else None
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -9,6 +9,7 @@ The functions dispatch on the model's class. A new family, of this package or of
 ``REQUIRED``, and of those in ``OPTIONAL`` the ones whose defaults do not fit.
 """
 
+import math
 from functools import singledispatch
 from typing import Any, NoReturn
 
@@ -133,10 +134,28 @@ def convert(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
     return state
 
 
+@singledispatch
+def built_for(model: nn.Module) -> int | None:
+    """Return the height in pixels that the model was built for, or None if it takes any size."""
+    size = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    return size[0] if size else None
+
+
+@singledispatch
+def size_step(model: nn.Module) -> int:
+    """Return what the height that a model is built for must be a multiple of: its patch size."""
+    return model.patch_embed.patch_size[0]  # type: ignore[union-attr, index]
+
+
+def fixed_size(model: nn.Module) -> int | None:
+    """Return the height and width in pixels that images must have, or None where the model takes several."""
+    return built_for(model) if getattr(getattr(model, "patch_embed", None), "strict_img_size", True) else None
+
+
 def in_chans(model: nn.Module) -> int | None:
-    """Return the channels of the images that the model takes; None if it has no convolution to tell."""
+    """Return the channels of the images that the model takes; None if nothing tells."""
     stem = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
-    return None if stem is None else stem.in_channels
+    return getattr(model, "in_chans", None) if stem is None else stem.in_channels  # NaFlexVit's stem is a linear layer
 
 
 def pool(model: nn.Module, features: Tensor) -> Tensor:
@@ -188,6 +207,18 @@ def _staged_widths(model: nn.Module, stages: nn.Sequential) -> list[int]:
     return [info["num_chs"] for info, depth in zip(infos, depths, strict=True) for _ in range(depth)]
 
 
+def _square(patches: int) -> tuple[int, int]:
+    """Return rows and columns of the patches of a square image.
+
+    Raises:
+        ValueError: The patches are no square.
+    """
+    side = math.isqrt(patches)
+    if side * side != patches:
+        raise ValueError(f"{patches} patches are no square; give square images")
+    return side, side
+
+
 def _same_forward(model: nn.Module, family: type[nn.Module]) -> None:
     """Raise a TypeError if a subclass has its own forward pass, which the family's cut would drop silently."""
     for method in ("forward", "forward_features"):
@@ -229,6 +260,8 @@ OPTIONAL: tuple[Any, ...] = (
     needs_all_tokens,
     has_class_token,
     reads_class_row,
+    built_for,
+    size_step,
     convert,
     classify,
 )

@@ -3,8 +3,14 @@
 from functools import singledispatch
 from typing import Any
 
+from timm.models.beit import Beit
 from timm.models.convnext import ConvNeXt
+from timm.models.eva import Eva
+from timm.models.hiera import Hiera
+from timm.models.maxxvit import MaxxVit
+from timm.models.naflexvit import NaFlexVit
 from timm.models.swin_transformer import SwinTransformer
+from timm.models.swin_transformer_v2 import SwinTransformerV2
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
@@ -53,21 +59,21 @@ def remove_last_blocks(model: nn.Module, count: int) -> None:
 
 
 @remove_last_blocks.register
-def _(model: VisionTransformer, count: int) -> None:
+def _(model: VisionTransformer | Eva | Beit | Hiera | NaFlexVit, count: int) -> None:
     model.blocks = _without_last(model.blocks, count)
 
 
 @remove_last_blocks.register
-def _(model: SwinTransformer, count: int) -> None:
+def _(model: SwinTransformer | SwinTransformerV2, count: int) -> None:
     last: Any = model.layers[-1]
     last.blocks = _without_last(last.blocks, count)
 
 
 @remove_last_blocks.register
-def _(model: ConvNeXt, count: int) -> None:
+def _(model: ConvNeXt | MaxxVit, count: int) -> None:
     last: Any = model.stages[-1]
     last.blocks = _without_last(last.blocks, count)
 
 
-def _without_last(modules: nn.Sequential, count: int) -> nn.Sequential:
+def _without_last(modules: Any, count: int) -> Any:
     return modules[: len(modules) - count]

@@ -1,6 +1,5 @@
 """Vision Transformers with rotary embeddings: timm's Eva, with EVA-02, DINOv3, Perception Encoder and RoPE-ViT."""
 
-import math
 from typing import Any
 
 from timm.models import eva
@@ -9,6 +8,7 @@ from torch import Tensor, nn
 
 from dynadapter.backbones.cut import (
     _same_forward,
+    _square,
     arguments,
     blocks,
     convert,
@@ -60,10 +60,7 @@ def _grid(model: Eva, patches: int) -> tuple[int, int]:
     rows, columns = model.patch_embed.grid_size
     if rows * columns == patches:
         return rows, columns
-    side = math.isqrt(patches)
-    if side * side != patches:
-        raise ValueError(f"{patches} patches are no square; give square images")
-    return side, side
+    return _square(patches)
 
 
 @finish.register

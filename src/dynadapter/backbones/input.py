@@ -2,9 +2,11 @@
 
 from typing import Any
 
+from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from dynadapter.backbones.create import built_for
+from dynadapter.backbones.cut import built_for, fixed_size, size_step
 from dynadapter.backbones.packaged import find
 
 
@@ -40,18 +42,18 @@ def set_image_size(model: nn.Module, image_size: int) -> None:
     Raises:
         ValueError: The family cannot change its size, or the patches do not cover the image.
     """
-    built = built_for(model)
-    if built in (None, image_size) or not getattr(model.patch_embed, "strict_img_size", True):
+    built = fixed_size(model)
+    if built in (None, image_size):
         return
     own: Any = getattr(model, "_own_position", None) or (built, getattr(model, "pos_embed", None))
-    patch = model.patch_embed.patch_size[0]  # type: ignore[union-attr, index]
-    if image_size % patch or own[1] is None or not hasattr(model, "set_input_size"):
+    # Other families have further tensors of one size, such as biases of relative positions
+    if not isinstance(model, VisionTransformer | Eva) or image_size % size_step(model) or own[1] is None:
         raise ValueError(
             f"image_size={image_size} does not fit the backbone, which was built for {own[0]} pixels; give that, or "
             "leave it out"
         )
     model._own_position = own
-    model.patch_embed.set_input_size(img_size=(own[0], own[0]))  # type: ignore[operator, union-attr]
+    model.set_input_size(img_size=(own[0], own[0]))
     model.pos_embed = own[1]
     if image_size != own[0]:
-        model.set_input_size(img_size=(image_size, image_size))  # type: ignore[operator]
+        model.set_input_size(img_size=(image_size, image_size))

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from dynadapter.backbones import in_chans
+from dynadapter.backbones import built_for, in_chans
 from dynadapter.cost.meters import CannotTrace, Counts, Parts, count_by_fvcore, count_by_torch
 from dynadapter.cost.operators import Handle, NoCount
 from dynadapter.exits.net import ExitNet
@@ -193,7 +193,8 @@ def _image(backbone: nn.Module, image_size: int | tuple[int, int] | None) -> Ten
     """
     if image_size is None:
         built = getattr(getattr(backbone, "patch_embed", None), "img_size", None)
-        image_size = built or (getattr(backbone, "pretrained_cfg", None) or {}).get("input_size", (None,))[1:]
+        config = getattr(backbone, "pretrained_cfg", None) or {}
+        image_size = built or built_for(backbone) or config.get("input_size", (None,))[1:]
         if not image_size:
             raise ValueError("the image size of the backbone is unknown; pass image_size=224, for example")
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size

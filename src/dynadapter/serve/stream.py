@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from dynadapter.backbones import built_for
+from dynadapter.backbones import fixed_size, in_chans
 from dynadapter.exits.net import ExitNet
 from dynadapter.exits.policies import Policy, combined
 
@@ -150,9 +150,9 @@ class Stream:
     def _check(self, images: Tensor) -> None:
         """Raise a ValueError for images that the network, or the batch in which they would run, cannot take."""
         like = next(self.net.backbone.parameters())
-        size = _fixed_size(self.net.backbone)
+        size = fixed_size(self.net.backbone)
         waiting = self._shape if self.returned + len(self._answers) < self.arrived else None
-        channels = next(m.in_channels for m in self.net.backbone.modules() if isinstance(m, nn.Conv2d))
+        channels = in_chans(self.net.backbone)
         if not isinstance(images, Tensor):
             given: str | None = type(images).__name__
         elif images.ndim != 4 or images.shape[1] != channels or (size and images.shape[2:] != (size, size)):
@@ -245,8 +245,3 @@ def _release_tensors(error: BaseException | None) -> None:
         error.__traceback__ = ended
         traceback.clear_frames(ended)
         _release_tensors(error.__cause__ or error.__context__)
-
-
-def _fixed_size(backbone: nn.Module) -> int | None:
-    """Return the height and width in pixels that the images must have, or None where the network takes several."""
-    return built_for(backbone) if getattr(getattr(backbone, "patch_embed", None), "strict_img_size", True) else None

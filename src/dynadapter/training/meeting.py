@@ -5,7 +5,7 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info
 
-from dynadapter.backbones import built_for, set_image_size
+from dynadapter.backbones import fixed_size, set_image_size
 from dynadapter.training.class_weights import require_one_correction, without_images
 from dynadapter.training.contents import different_class
 
@@ -43,10 +43,10 @@ def meet(module: Any, data: Any, stage: str) -> None:
 
 
 def _meet_size(module: Any, size: int, stage: str) -> None:
-    built = built_for(module.net.backbone)
+    built = fixed_size(module.net.backbone)
     if stage != "fit":
         set_image_size(module.net.backbone, size)
-    elif built not in (None, size) and getattr(module.net.backbone.patch_embed, "strict_img_size", True):
+    elif built not in (None, size):
         raise ValueError(
             f"the data give images of {size} pixels, and the backbone was built for {built}; leave out the data's "
             f"image_size, or give the model image_size={size} too"

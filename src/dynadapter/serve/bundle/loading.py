@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dynadapter.backbones import built_for, fingerprint
+from dynadapter.backbones import built_for, fingerprint, in_chans
 from dynadapter.cost import ExitCosts
 from dynadapter.exits.net import ExitNet
 from dynadapter.exits.policies import Policy, Routed, confidence, wide
@@ -21,7 +21,6 @@ from dynadapter.images.reading import Source as ImageSource
 from dynadapter.serve.bundle.config import MODEL, Config
 from dynadapter.serve.bundle.hub import HUB, local
 from dynadapter.serve.bundle.reading import read
-from dynadapter.serve.bundle.rebuilding import stem
 
 Source = ImageSource | Tensor
 T = TypeVar("T")
@@ -161,7 +160,7 @@ class Bundle:
 
     def _check(self, image: Tensor) -> None:
         """Raise ValueError unless the network takes a preprocessed image."""
-        channels = stem(self.net.backbone).in_channels
+        channels = in_chans(self.net.backbone)
         size = self.preprocess.image_size if self.preprocess else built_for(self.net.backbone)
         sides = (size, size) if size else image.shape[1:]
         if image.shape != (channels, *sides) or image.ndim != 3 or not image.is_floating_point():

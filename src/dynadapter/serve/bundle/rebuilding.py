@@ -4,9 +4,9 @@ import copy
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from dynadapter.backbones import built_for, fingerprint
+from dynadapter.backbones import built_for, fingerprint, in_chans
 from dynadapter.exits.net import ExitNet
 from dynadapter.serve.bundle.config import Config
 from dynadapter.serve.bundle.tensors import frozen_names
@@ -54,11 +54,6 @@ def check_rebuilt(net: ExitNet, config: Config, tensors: dict[str, Tensor]) -> N
             )
 
 
-def stem(backbone: nn.Module) -> nn.Conv2d:
-    """Return the first convolution, which takes the image."""
-    return next(module for module in backbone.modules() if isinstance(module, nn.Conv2d))
-
-
 def tensor_type(net: ExitNet) -> torch.dtype:
     """Return the type of the backbone's tensors."""
     return next(net.backbone.parameters()).dtype
@@ -69,4 +64,4 @@ def _noise(net: ExitNet, config: Config) -> Tensor:
     size = config.preprocessing.image_size if config.preprocessing else built_for(backbone)
     height, width = (size, size) if size else backbone.pretrained_cfg["input_size"][1:]
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(1, stem(backbone).in_channels, height, width, generator=generator).to(tensor_type(net))
+    return torch.randn(1, in_chans(backbone) or 3, height, width, generator=generator).to(tensor_type(net))

@@ -9,7 +9,7 @@ from typing import Any, NotRequired, TypedDict, Unpack
 from torch import nn
 
 from dynadapter.adapters import AdapterSpec, adapter_layers
-from dynadapter.backbones import built_for
+from dynadapter.backbones import built_for, in_chans
 from dynadapter.backbones.stored import check_name
 from dynadapter.cost import ExitCosts
 from dynadapter.exits.heads import Heads
@@ -21,7 +21,7 @@ from dynadapter.serve.bundle.card import card
 from dynadapter.serve.bundle.config import CARD, CONFIG, FILES, MODEL, BackboneSource, Config
 from dynadapter.serve.bundle.place import check_place
 from dynadapter.serve.bundle.proof import MergeProof
-from dynadapter.serve.bundle.rebuilding import check_rebuilt, stem, tensor_type
+from dynadapter.serve.bundle.rebuilding import check_rebuilt, tensor_type
 from dynadapter.serve.bundle.tensors import check_finite as refuse_nonfinite
 from dynadapter.serve.bundle.tensors import saved_tensors, to_bytes
 from dynadapter.spec import plain, restore
@@ -132,7 +132,7 @@ def as_preprocess(given: Preprocessing | None, backbone: nn.Module) -> Preproces
         preprocess = restore(dict(given), Preprocess, "preprocessing")
     else:
         return None
-    built, size, channels = built_for(backbone), preprocess.image_size, stem(backbone).in_channels
+    built, size, channels = built_for(backbone), preprocess.image_size, in_chans(backbone)
     if built is not None and size != built:
         raise ValueError(
             f"preprocessing gives images of {size} pixels, the backbone was built for {built}; give the same"
