@@ -602,13 +602,13 @@ def test_overwriting_replaces_bundles_alone(whole, tmp_path):
         (
             ("adapter", "class_path"),
             "dynadapter.LoRB",
-            "adapter: there is no AdapterSpec 'dynadapter.LoRB'; did you mean 'L",
+            "adapter: there is no Adapters 'dynadapter.LoRB'; did you mean 'L",
         ),
-        (("adapter", "class_path"), "os.system", "there is no AdapterSpec 'os.system'"),
+        (("adapter", "class_path"), "os.system", "there is no Adapters 'os.system'"),
         (
             ("adapter", "class_path"),
             "dynadapter.exits.policies.Never",
-            "there is no AdapterSpec 'dynadapter.exits.policies.Never'",
+            "there is no Adapters 'dynadapter.exits.policies.Never'",
         ),
         (("adapter", "init_args", "rank"), "8", "adapter.rank: '8' is not a whole number"),
         (("adapter", "init_args", "rank"), 0, "adapter: rank=0 must be a whole number of at least 1"),

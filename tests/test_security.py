@@ -193,7 +193,7 @@ def test_class_named_by_a_checkpoint(what, where, content, mark, capsys, monkeyp
     torch.save(held, path)
     line = refused(["test", "--ckpt_path", str(path)], capsys)
     words = {
-        "adapter": f"adapter: there is no AdapterSpec {what!r}",
+        "adapter": f"adapter: there is no Adapters {what!r}",
         "heads": f"heads: there is no Heads {what!r}",
         "lr_schedule": f"lr_schedule: there is no Schedule {what!r}",
         "backbone_args": "the argument 'class_path', which is none of the architecture's",

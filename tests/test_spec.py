@@ -32,6 +32,7 @@ class Own(Policy):
 
 
 EXAMPLES: dict[str, dict] = {
+    "ByBlocks": {"ranges": {"1-3": LoRA(), "4": None}},
     "Constant": {"value": 1.0},
     "Linear": {"start": 0.0, "end": 1},
     "Cosine": {"start": 0.0, "end": 1.0},

@@ -6,7 +6,18 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from dynadapter.adapters import Adapter, AdapterLayer, AdapterSpec, AdaptFormer, LoRA, RepAdapter, inject, merge
+    from dynadapter.adapters import (
+        Adapter,
+        AdapterLayer,
+        Adapters,
+        AdapterSpec,
+        AdaptFormer,
+        ByBlocks,
+        LoRA,
+        RepAdapter,
+        inject,
+        merge,
+    )
     from dynadapter.backbones import create_backbone
     from dynadapter.backbones.layout import lay_out_for_cpu
     from dynadapter.calibrate import Calibrated, Goal, evaluate, with_guarantee
@@ -69,7 +80,7 @@ if TYPE_CHECKING:
     from dynadapter.training.weighting import EarlyToLate, LateToEarly, LinearInDepth, PerExit, Uniform, Weighting
 
 _HOMES = {
-    "adapters": "AdaptFormer Adapter AdapterLayer AdapterSpec LoRA RepAdapter inject merge",
+    "adapters": "AdaptFormer Adapter AdapterLayer AdapterSpec Adapters ByBlocks LoRA RepAdapter inject merge",
     "backbones": "create_backbone",
     "backbones.layout": "lay_out_for_cpu",
     "calibrate": "Calibrated Goal evaluate policy_for solve with_guarantee",

@@ -1,7 +1,8 @@
 """Adapters on the named layers of a frozen backbone: the kinds, injection and merging."""
 
-from dynadapter.adapters.base import AdapterLayer, AdapterSpec
+from dynadapter.adapters.base import AdapterLayer, Adapters, AdapterSpec
 from dynadapter.adapters.bottleneck import Adapter, AdaptFormer
+from dynadapter.adapters.by_blocks import ByBlocks
 from dynadapter.adapters.injection import adapter_layers, inject
 from dynadapter.adapters.lora import LoRA
 from dynadapter.adapters.merging import merge
@@ -12,6 +13,8 @@ __all__ = [
     "Adapter",
     "AdapterLayer",
     "AdapterSpec",
+    "Adapters",
+    "ByBlocks",
     "LoRA",
     "RepAdapter",
     "adapter_layers",

@@ -76,12 +76,28 @@ class AdapterLayer(nn.Module):
             f"{self.kind} cannot be merged into the backbone; the kinds that can: {', '.join(sorted(kinds))}"
         )
 
+    def own_parameters(self) -> dict[str, nn.Parameter]:
+        """Return the adapter's own tensors by name, without those of the backbone."""
+        return {name: p for name, p in self.named_parameters() if name.partition(".")[0] not in self.base_parts}
+
     def extra_repr(self) -> str:
         return f"scale={self.scale:g}, depth={self.depth:.2f}"
 
 
+class Adapters(Spec):
+    """Configuration of a backbone's adapters: one kind, a kind for each range of blocks, or a method of peft.
+
+    :func:`~dynadapter.adapters.injection.wrap` is registered for each subclass.
+    """
+
+    @property
+    def label(self) -> str:
+        """Its name for people."""
+        return type(self).__name__
+
+
 @dataclass(frozen=True, kw_only=True)
-class AdapterSpec(Spec):
+class AdapterSpec(Adapters):
     """Configuration of an adapter kind: its size and the layers that it wraps.
 
     A new kind is one subclass of this and one of :class:`AdapterLayer`.

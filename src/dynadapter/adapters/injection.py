@@ -1,19 +1,23 @@
 """Inject adapters: wrap the layers of a backbone whose names match a pattern."""
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
+from functools import singledispatch
 from typing import Any
 
 from timm.layers import RelPosMlp
 from torch import nn
 
-from dynadapter.adapters.base import AdapterLayer, AdapterSpec, unwrapped
+from dynadapter.adapters.base import AdapterLayer, Adapters, AdapterSpec, unwrapped
 from dynadapter.backbones import freeze as freeze_backbone
 from dynadapter.spec import returned
 
+Layers = Mapping[str, tuple[str, nn.Module]]
+"""Layers, or their wrappers, by their names without adapters: each with its path in the model."""
 
-def inject(model: nn.Module, spec: AdapterSpec, freeze: bool = True) -> list[str]:
+
+def inject(model: nn.Module, spec: Adapters, freeze: bool = True) -> list[str]:
     """Wrap the layers that match the patterns of an adapter kind; the model's output stays exactly the same.
 
     Patterns match the names of the backbone without adapters, also after an earlier injection. The model is frozen
@@ -21,7 +25,7 @@ def inject(model: nn.Module, spec: AdapterSpec, freeze: bool = True) -> list[str
 
     Args:
         model: A timm model; it is changed in place.
-        spec: The kind of adapter.
+        spec: The kind of adapter, or kinds :class:`ByBlocks`, or a method of :class:`Peft`.
         freeze: False leaves ``requires_grad`` of the model's own tensors as it is.
 
     Returns:
@@ -32,10 +36,41 @@ def inject(model: nn.Module, spec: AdapterSpec, freeze: bool = True) -> list[str
             then unchanged.
         TypeError: If the spec is no adapter kind, or does not return an :class:`AdapterLayer`. The model is unchanged.
     """
-    kind = type(spec).__name__
-    if not isinstance(spec, AdapterSpec):
-        raise TypeError(f"{spec!r:.100} is no adapter kind; give an object of AdapterSpec's, such as LoRA(rank=8)")
     layers = {name: (path, layer) for name, path, layer in _layers(model)}
+    wrappers = wrap(spec, model, layers)
+    # Inner layers first: wrapping a module changes the paths of the layers inside it
+    for name in reversed([name for name in layers if name in wrappers]):
+        path, wrapper = layers[name][0], wrappers[name]
+        wrapper.depth = _depth(name, layers)
+        wrapper.install(model, path)
+        set_called(model, path, True)
+    if freeze:
+        freeze_backbone(model)
+    added = set(map(id, wrappers.values()))
+    return [name for name, layer in adapter_layers(model).items() if id(layer) in added]
+
+
+@singledispatch
+def wrap(spec: Any, model: nn.Module, layers: Layers) -> dict[str, AdapterLayer]:
+    """Build the wrappers of a configuration without changing the model.
+
+    Args:
+        spec: The configuration; each subclass of :class:`Adapters` registers this function.
+        model: The backbone.
+        layers: The layers among which to choose.
+
+    Returns:
+        The wrappers by the names of their layers.
+
+    Raises:
+        ValueError, TypeError: As :func:`inject`.
+    """
+    raise TypeError(f"{spec!r:.100} is no adapter kind; give an object of AdapterSpec's, such as LoRA(rank=8)")
+
+
+@wrap.register
+def _(spec: AdapterSpec, model: nn.Module, layers: Layers) -> dict[str, AdapterLayer]:
+    kind = type(spec).__name__
     patterns = spec.targets or _present(spec.places, layers)
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in layers):
@@ -50,20 +85,17 @@ def inject(model: nn.Module, spec: AdapterSpec, freeze: bool = True) -> list[str
     for name, (path, layer) in layers.items():
         if not any(fnmatchcase(name, pattern) for pattern in patterns):
             continue
-        if isinstance(layer, AdapterLayer):
-            raise ValueError(f"{name} has an adapter already, {layer.kind}; choose other targets for {kind}")
+        require_bare(name, layer, kind)
         if not spec.fits(layer):
             raise ValueError(f"{kind} cannot wrap {name}, {_described(layer)}; it takes {spec.takes}")
-        wrappers[path] = _wrapped(spec, model, path)
-        wrappers[path].depth = _depth(name, layers)
-    # Inner layers first: wrapping a module changes the paths of the layers inside it
-    for path in reversed(wrappers):
-        wrappers[path].install(model, path)
-        set_called(model, path, True)
-    if freeze:
-        freeze_backbone(model)
-    added = set(map(id, wrappers.values()))
-    return [name for name, layer in adapter_layers(model).items() if id(layer) in added]
+        wrappers[name] = _wrapped(spec, model, path)
+    return wrappers
+
+
+def require_bare(name: str, layer: nn.Module, kind: str) -> None:
+    """Raise a ValueError if a layer has an adapter already."""
+    if isinstance(layer, AdapterLayer):
+        raise ValueError(f"{name} has an adapter already, {layer.kind}; choose other targets for {kind}")
 
 
 def set_called(model: nn.Module, path: str, called: bool) -> None:

@@ -48,7 +48,7 @@ def frozen_keys(module: nn.Module) -> set[str]:
         if isinstance(net, ExitNet):
             ours = {id(p) for head in classifier(net.backbone) for p in head.parameters()}
             for layer in adapter_layers(net.backbone).values():
-                ours |= {id(p) for name, p in layer.named_parameters() if not name.startswith("base_layer.")}
+                ours |= set(map(id, layer.own_parameters().values()))
             for name, tensor in net.backbone.state_dict(keep_vars=True).items():
                 if id(tensor) not in ours and not tensor.requires_grad:
                     keys.add(f"{path}.backbone.{name}" if path else f"backbone.{name}")

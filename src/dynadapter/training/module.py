@@ -10,7 +10,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
-from dynadapter.adapters import AdapterSpec, LoRA, inject
+from dynadapter.adapters import Adapters, LoRA, inject
 from dynadapter.backbones import create_backbone, cut_depth, fingerprint, own_preprocessing
 from dynadapter.exits.attentive import Attentive
 from dynadapter.exits.exit_tokens import ExitTokens  # noqa: F401  # a name for configs
@@ -69,7 +69,8 @@ class ExitClassifier(CheckedLoading):
         backbone_args: Further arguments of timm's ``create_model``, e.g. ``{patch_size: 4}``.
         backbone_seed: Seed of the backbone's weights if neither ``pretrained`` nor ``weights`` is given.
         depth: Keep only the first so many blocks, with the backbone's own norm and head behind them; None keeps all.
-        adapter: Kind of adapter; None trains the heads alone (a linear probe with exits).
+        adapter: Kind of adapter, or one for each range of blocks; None trains the heads alone (a linear probe with
+            exits).
         heads: Kind of the early heads.
         every: An exit after every so many blocks; the backbone's end is always the last exit.
         exit_depths: An explicit list of block counts instead of the interval; an empty list is the static network.
@@ -118,7 +119,7 @@ class ExitClassifier(CheckedLoading):
         backbone_args: dict[str, Any] | None = None,
         backbone_seed: int = 0,
         depth: int | None = None,
-        adapter: AdapterSpec | None = LoRA(rank=8),  # noqa: B008 - frozen, as the other defaults
+        adapter: Adapters | None = LoRA(rank=8),  # noqa: B008 - frozen, as the other defaults
         heads: Heads = Attentive(),  # noqa: B008
         every: int = 3,
         exit_depths: list[int] | None = None,

@@ -118,7 +118,7 @@ def _parts(config: Config, size: int) -> Iterable[list[str]]:
     backbone = config.backbone
     arguments = dict(backbone.timm_args) | ({"image_size": backbone.image_size} if backbone.image_size else {})
     told = ", ".join(f"{name}={value}" for name, value in arguments.items()) or "timm's own arguments"
-    kind = type(config.adapter).__name__ if config.adapter else "no adapter"
+    kind = config.adapter.label if config.adapter else "no adapter"
     yield ["backbone", f"{code(backbone.name)}, frozen; {escape(told)}"]
     yield ["its weights", f"{_origin(config)}; fingerprint before adapters `{backbone.fingerprint[:12]}`"]
     yield ["adapter", f"{kind}{', merged into the backbone' if config.merged and config.adapter else ''}"]

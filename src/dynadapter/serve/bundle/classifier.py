@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dynadapter.adapters import AdapterSpec
+from dynadapter.adapters import Adapters
 from dynadapter.backbones import fingerprint
 from dynadapter.cost import ExitCosts, exit_costs
 from dynadapter.exits.heads import Heads
@@ -115,7 +115,7 @@ def _fields(classifier: Classifier) -> dict[str, Any]:
     settings = classifier.hparams
     return {
         "backbone": _source(classifier),
-        "adapter": restore(settings["adapter"], AdapterSpec | None, "adapter"),
+        "adapter": restore(settings["adapter"], Adapters | None, "adapter"),
         "heads": restore(settings["heads"], Heads, "heads"),
         "class_names": classifier.class_names,
     }

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import dynadapter
-from dynadapter.adapters import AdapterSpec, inject
+from dynadapter.adapters import Adapters, inject
 from dynadapter.backbones import DrawFrom, create_backbone, cut_depth
 from dynadapter.backbones.stored import check_arguments, check_name
 from dynadapter.cost import ExitCosts
@@ -108,7 +108,7 @@ class Config:
     """
 
     backbone: BackboneSource
-    adapter: AdapterSpec | None
+    adapter: Adapters | None
     heads: Heads
     exit_depths: tuple[int, ...]
     num_classes: int

@@ -171,7 +171,7 @@ class Bundle:
             )
 
     def __repr__(self) -> str:
-        kind = type(self.config.adapter).__name__ if self.config.adapter else "no adapter"
+        kind = self.config.adapter.label if self.config.adapter else "no adapter"
         merged = " merged" if self.config.merged else ""
         return (
             f"Bundle({self.config.backbone.name}, {kind}{merged}, {len(self.class_names)} classes, "

@@ -8,7 +8,7 @@ from typing import Any, NotRequired, TypedDict, Unpack
 
 from torch import nn
 
-from dynadapter.adapters import AdapterSpec, adapter_layers
+from dynadapter.adapters import Adapters, adapter_layers
 from dynadapter.backbones import built_for, in_chans
 from dynadapter.backbones.stored import check_name
 from dynadapter.cost import ExitCosts
@@ -33,7 +33,7 @@ class Parts(TypedDict):
     """The fields of :class:`~dynadapter.serve.bundle.Config` that the writer of a bundle names."""
 
     backbone: BackboneSource
-    adapter: AdapterSpec | None
+    adapter: Adapters | None
     heads: Heads
     policy: Policy
     class_names: Sequence[str]

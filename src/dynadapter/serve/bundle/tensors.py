@@ -16,7 +16,7 @@ def frozen_names(net: ExitNet) -> set[str]:
     """Return the state-dict keys of the frozen backbone: all but adapters, its classifier and what else is trained."""
     ours = {id(p) for head in classifier(net.backbone) for p in head.parameters()}
     for layer in adapter_layers(net.backbone).values():
-        ours |= {id(p) for name, p in layer.named_parameters() if not name.startswith("base_layer.")}
+        ours |= set(map(id, layer.own_parameters().values()))
     state = net.backbone.state_dict(keep_vars=True)
     return {f"backbone.{name}" for name, p in state.items() if id(p) not in ours and not p.requires_grad}
 

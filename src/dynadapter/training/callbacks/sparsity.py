@@ -91,7 +91,7 @@ class BidirectionalSparsity(Callback):
                 "BidirectionalSparsity masks whole tensors, and here they are sharded; leave it out "
                 "(sparsity: null), or train with strategy: ddp"
             )
-        self._elements = [element for layer in self._layers for element in _own_parameters(layer)]
+        self._elements = [p for layer in self._layers for p in layer.own_parameters().values() if p.requires_grad]
         for end in (0.0, 1.0):  # an invalid end value is reported before training
             for name, schedule in self._schedules().items():
                 _share(schedule, end, name)
@@ -175,14 +175,6 @@ def _elementwise_state(optimizer: Optimizer, element: Tensor) -> dict[str, Tenso
         for key, value in state.items()
         if key != "step" and isinstance(value, Tensor) and value.shape == element.shape
     }
-
-
-def _own_parameters(layer: AdapterLayer) -> list[nn.Parameter]:
-    return [
-        parameter
-        for name, parameter in layer.named_parameters()
-        if parameter.requires_grad and not name.startswith("base_layer.")
-    ]
 
 
 def _share(schedule: Schedule, now: float, name: str) -> float:
