@@ -7,6 +7,7 @@ answer helped to choose.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ from dynadapter.calibrate.goal import Goal
 from dynadapter.calibrate.intervals import Interval, difference_interval, mean_interval, share_interval
 from dynadapter.calibrate.stacked import Calibrated, Outcome, classes, split_folds
 from dynadapter.exits.combining import Combine
-from dynadapter.exits.policies import Confidence, Never, Policy, read_off
+from dynadapter.exits.policies import Confidence, Never, Policy, confidence, read_off
 
 FEW = 40
 """Below so many samples a note says that the numbers are rough."""
@@ -41,11 +42,15 @@ class Measured(Outcome):
         accuracy_last_exit: Accuracy of the last exit by its own logits, in [0, 1].
         lost: Fraction of the samples where routing is wrong and the last exit right.
         accuracy_reference: Accuracy of the network to compare with; of the last exit if there is none.
+        confidence: Mean confidence of the predictions, over samples with finite logits.
+        confidence_deviation: Standard deviation of the confidence between these samples.
     """
 
     accuracy_last_exit: float
     lost: float
     accuracy_reference: float
+    confidence: float
+    confidence_deviation: float
 
 
 @dataclass(frozen=True)
@@ -128,15 +133,15 @@ def solve(
     _check(data, samples)
     folds = _folds(data, goal)
     found, slope = choose(data, goal)
-    index, predicted, missed = _crossed(data, goal, folds)
+    routed, missed = _crossed(data, goal, folds)
     nonfinite = int((~logits.isfinite().all(-1)).any(0).sum())
     notes = [*found.notes, *_remarks(found, data, goal)]
     notes += _doubts(samples, len(targets), nonfinite, missed, len(folds))
     return Solution(
         goal=goal,
         found=found,
-        calibration=_measured(data, *_routed(found.policy, logits)),
-        cross_fitted=_with_intervals(data, index, predicted),
+        calibration=_measured(data, _routed(found.policy, logits)),
+        cross_fitted=_with_intervals(data, routed),
         curve=curve(
             logits, targets, costs, kind, view=found.policy, slope=slope, static=static, balanced=goal.balanced
         ),
@@ -175,14 +180,17 @@ def _folds(data: Samples, goal: Goal) -> tuple[Tensor, ...]:
     return split_folds(samples, min(FOLDS, samples), data.options.seed, None if goal.name == "risk" else data.targets)
 
 
-def _crossed(data: Samples, goal: Goal, folds: Sequence[Tensor]) -> tuple[Tensor, Tensor, int]:
-    """Route each sample by a policy that was chosen on other folds.
+class _Predicted(NamedTuple):
+    """Exit indices, predicted classes and confidences of samples, each (samples,)."""
 
-    Returns:
-        The exit indices (samples,), the predicted classes (samples,), and how many folds have no policy.
-    """
-    missed = 0
-    index, predicted = torch.zeros_like(data.targets, dtype=torch.int64), torch.zeros_like(data.targets)
+    index: Tensor
+    classes: Tensor
+    confidence: Tensor
+
+
+def _crossed(data: Samples, goal: Goal, folds: Sequence[Tensor]) -> tuple[_Predicted, int]:
+    """Route each sample by a policy that was chosen on other folds; count the folds that have no policy."""
+    missed, parts = 0, []
     for number, fold in enumerate(folds):
         rest = torch.cat([*folds[:number], *folds[number + 1 :]]).sort().values
         policy: Policy = Never()
@@ -190,19 +198,19 @@ def _crossed(data: Samples, goal: Goal, folds: Sequence[Tensor]) -> tuple[Tensor
             policy = choose(data.part(rest), goal).found.policy
         except ValueError:  # reached on all samples, but not on these
             missed += 1
-        index[fold], predicted[fold] = _routed(policy, data.logits[:, fold])
-    return index, predicted, missed
+        parts.append(_routed(policy, data.logits[:, fold]))
+    order = torch.cat(list(folds)).argsort()
+    return _Predicted(*(torch.cat(values)[order] for values in zip(*parts, strict=True))), missed
 
 
-def _routed(policy: Policy, logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the exit indices and the predicted classes of samples, each (samples,)."""
+def _routed(policy: Policy, logits: Tensor) -> _Predicted:
     routed = read_off(policy, logits)
-    return routed.exit_index, classes(routed.logits)
+    return _Predicted(routed.exit_index, classes(routed.logits), confidence(routed.logits).double())
 
 
-def _measured(data: Samples, index: Tensor, predicted: Tensor) -> Measured:
-    whole, right = data.stacked(), predicted == data.targets
-    outcome = whole.outcome(index)
+def _measured(data: Samples, routed: _Predicted) -> Measured:
+    whole, right = data.stacked(), routed.classes == data.targets
+    outcome, sure = whole.outcome(routed.index), routed.confidence[routed.confidence.isfinite()]
     return Measured(
         cost=outcome.cost,
         accuracy=whole.accuracy(right),
@@ -211,11 +219,13 @@ def _measured(data: Samples, index: Tensor, predicted: Tensor) -> Measured:
         accuracy_last_exit=whole.accuracy(whole.right_last),
         lost=(whole.right_last & ~right).sum().item() / whole.samples,
         accuracy_reference=whole.accuracy(data.compared() == data.targets),
+        confidence=sure.mean().item() if len(sure) else 0.0,
+        confidence_deviation=sure.std(correction=0).item() if len(sure) else 0.0,
     )
 
 
-def _with_intervals(data: Samples, index: Tensor, predicted: Tensor) -> CrossFitted:
-    right, theirs = predicted == data.targets, data.compared() == data.targets
+def _with_intervals(data: Samples, routed: _Predicted) -> CrossFitted:
+    right, theirs = routed.classes == data.targets, data.compared() == data.targets
     groups = [data.targets == c for c in data.targets.unique()] if data.balanced else [torch.ones_like(right)]
     accuracies, gains, ofs, differences = [], [], [], []
     for ours, their in ((right[group], theirs[group]) for group in groups):
@@ -225,7 +235,7 @@ def _with_intervals(data: Samples, index: Tensor, predicted: Tensor) -> CrossFit
         gains.append((gained - lost) / count)
         differences.append(difference_interval(gained, lost, count))
     return CrossFitted(
-        **vars(_measured(data, index, predicted)),
+        **vars(_measured(data, routed)),
         accuracy_interval=mean_interval(accuracies, ofs),
         difference_interval=mean_interval(gains, differences),
     )

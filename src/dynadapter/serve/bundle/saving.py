@@ -64,8 +64,9 @@ def save_bundle(
         preprocessing: A :class:`~dynadapter.images.preprocess.Preprocess` or its fields; None or empty for a bundle
             that takes tensors alone.
         measured: An :class:`~dynadapter.calibrate.Outcome`, or a mapping with any of ``data`` (its name), ``samples``,
-            ``accuracy``, ``shares`` (exits,), ``cost`` (fraction of static), ``milliseconds``, and whatever else
-            belongs on the card. Lists with a value for each exit are shown by exit.
+            ``accuracy``, ``shares`` (exits,), ``confidence`` and ``confidence_deviation`` (a server compares with these
+            three), ``cost`` (fraction of static), ``milliseconds``, and whatever else belongs on the card. Lists with a
+            value for each exit are shown by exit.
         overwrite: Replace a bundle that is there. A reader sees the old one or the new one.
         check_finite: Refuse tensors that hold NaN or infinity.
         parts: Fields of :class:`~dynadapter.serve.bundle.Config`: ``backbone``, ``adapter``, ``heads``, ``policy`` and
