@@ -1,7 +1,6 @@
 """The network of a command: a bundle, or a checkpoint as a bundle in memory."""
 
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -138,7 +137,7 @@ def chosen_policy(stored: "Policy", policy: dict[str, Any] | str | None, thresho
     Raises:
         ValueError: There is no such policy, or it has no threshold.
     """
-    from dynadapter.exits.combining import decision, with_decision
+    from dynadapter.exits.combining import decision, with_decision, with_threshold
     from dynadapter.exits.policies import Policy, Thresholded
     from dynadapter.spec import restore
 
@@ -150,9 +149,9 @@ def chosen_policy(stored: "Policy", policy: dict[str, Any] | str | None, thresho
         return with_decision(stored, given)
     if value is None:
         return stored
-    if not isinstance(before := decision(stored), Thresholded):
+    if not isinstance(decision(stored), Thresholded):
         raise ValueError(f"--threshold {threshold}: the policy {stored.name} has none; give --policy Confidence, too")
-    return with_decision(stored, replace(before, threshold=value))
+    return with_threshold(stored, value)
 
 
 def _weights(given: str | None) -> Path | None:

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from dynadapter.exits.policies import Confidence, Never, Policy, wide
+from dynadapter.exits.policies import Confidence, Never, Policy, Thresholded, wide
 from dynadapter.exits.temperature import Scaled
 
 Combine = Literal["own", "mean", "geometric"]
@@ -89,6 +89,21 @@ def with_decision(policy: Policy, decision: Policy) -> Policy:
     if isinstance(policy, Scaled | Combined):
         return replace(policy, policy=with_decision(policy.policy, decision))
     return decision
+
+
+def with_threshold(policy: Policy, threshold: float | tuple[float, ...]) -> Policy:
+    """Return the same policy with another threshold; temperatures and combination stay.
+
+    >>> with_threshold(Combined(Confidence(0.8), by="mean"), 0.5).name
+    'confidence_0.5_mean'
+
+    Raises:
+        ValueError: The policy has no threshold, or the value is none.
+    """
+    before = decision(policy)
+    if not isinstance(before, Thresholded):
+        raise ValueError(f"threshold={threshold}: the policy {policy.name} has none; leave it out")
+    return with_decision(policy, replace(before, threshold=threshold))
 
 
 def decision(policy: Policy) -> Policy:

@@ -2,10 +2,9 @@
 
 import threading
 import time
-import traceback
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 from dynadapter.backbones import fixed_size, in_chans
 from dynadapter.exits.net import ExitNet
 from dynadapter.exits.policies import Policy, combined
+from dynadapter.serve.stages import Waiting, computed, count, entered, nonfinite, release_tensors, take
 
 
 class Answer(NamedTuple):
@@ -28,21 +28,6 @@ class Answer(NamedTuple):
     logits: Tensor | None
     exit_index: int | None
     error: Exception | None = None
-
-
-@dataclass
-class _Waiting:
-    """Samples that wait for one stage; each tensor has one row a sample, the history one column."""
-
-    tickets: list[int]
-    since: float
-    inputs: tuple[Tensor, ...]
-    history: Tensor | None
-
-    def rows(self, rows: slice) -> "_Waiting":
-        """Return some of the samples."""
-        history = None if self.history is None else self.history[:, rows]
-        return _Waiting(self.tickets[rows], self.since, tuple(part[rows] for part in self.inputs), history)
 
 
 class Stream:
@@ -99,7 +84,7 @@ class Stream:
         self.clock = clock
         self.arrived = 0
         self.returned = 0
-        self._queues: list[deque[_Waiting]] = [deque() for _ in range(net.num_exits)]
+        self._queues: list[deque[Waiting[int]]] = [deque() for _ in range(net.num_exits)]
         self._answers: dict[int, Answer] = {}
         self._shape: torch.Size | None = None  # (channels, height, width) of the images that have no answer yet
         self._lock = threading.RLock()
@@ -119,7 +104,7 @@ class Stream:
             if tickets:
                 self.arrived += len(images)
                 self._shape = images.shape[1:]
-                self._queues[0].append(_Waiting(list(tickets), self.clock(), (images.detach().clone(),), None))
+                self._queues[0].append(Waiting(list(tickets), self.clock(), (images.detach().clone(),)))
                 self.poll()
             return tickets
 
@@ -127,7 +112,7 @@ class Stream:
         """Run the stages that are due."""
         with self._lock:
             for k, queue in enumerate(self._queues):
-                while queue and (sum(len(part.tickets) for part in queue) >= self.batch or self._overdue(queue[0])):
+                while queue and (count(queue) >= self.batch or self._overdue(queue[0])):
                     self._run(k)
 
     def pop(self) -> list[Answer]:
@@ -169,36 +154,19 @@ class Stream:
             allowed = f"(batch, {channels}, {size or 'height'}, {size or 'width'})"
             raise ValueError(f"images are {given}; give a tensor {allowed} of {like.dtype} on {like.device}")
 
-    def _overdue(self, waiting: _Waiting) -> bool:
-        if self.arrived - 1 - waiting.tickets[0] >= self.wait:
+    def _overdue(self, waiting: Waiting[int]) -> bool:
+        if self.arrived - 1 - waiting.items[0] >= self.wait:
             return True
         return self.seconds is not None and self.clock() - waiting.since >= self.seconds
 
-    def _take(self, k: int) -> _Waiting:
-        """Remove at most one full batch from a queue, the first arrivals first."""
-        queue, taken, count = self._queues[k], list[_Waiting](), 0
-        while queue and count < self.batch:
-            first, room = queue.popleft(), self.batch - count
-            if len(first.tickets) > room:
-                queue.appendleft(first.rows(slice(room, None)))
-                first = first.rows(slice(room))
-            taken.append(first)
-            count += len(first.tickets)
-        if len(taken) == 1:
-            return taken[0]
-        histories = [part.history for part in taken if part.history is not None]
-        history = torch.cat(histories, dim=1) if histories else None
-        inputs = tuple(torch.cat(parts) for parts in zip(*(part.inputs for part in taken), strict=True))
-        return _Waiting([ticket for part in taken for ticket in part.tickets], taken[0].since, inputs, history)
-
     def _run(self, k: int) -> None:
         """Run one stage on one batch, answer the samples that stop, and queue the others for the next stage."""
-        now = self._take(k)
+        now = take(self._queues[k], self.batch)
         try:
             answers, remaining = self._computed(k, now)
         except Exception as error:
-            _release_tensors(error)
-            answers, remaining = [Answer(ticket, None, None, error) for ticket in now.tickets], None
+            release_tensors(error)
+            answers, remaining = [Answer(ticket, None, None, error) for ticket in now.items], None
         except BaseException:  # Ctrl-C: the samples wait again
             self._queues[k].appendleft(now)
             raise
@@ -207,41 +175,20 @@ class Stream:
             self._queues[k + 1].append(remaining)
 
     @torch.inference_mode()
-    def _computed(self, k: int, now: _Waiting) -> tuple[list[Answer], _Waiting | None]:
+    def _computed(self, k: int, now: Waiting[int]) -> tuple[list[Answer], Waiting[int] | None]:
         """Compute a stage; return the answers, and the samples that go on to the next one."""
-        x = self.net.complete(k - 1, now.inputs) if k else self.net.embed(now.inputs[0])
         last = k == self.net.num_exits - 1
         if not last and not self.policy.uses_early_exits:
-            return [], _Waiting(now.tickets, self.clock(), (self.net.stage(k, x),), None)
-        seen, outputs = self.net.begin(k, x, self.class_first)
-        logits = self.net.head(k, seen)
-        history = logits[None] if now.history is None else torch.cat([now.history, logits[None]])
-        stops = [True] * len(logits) if last else self.policy.should_exit(history).tolist()
-        logits = combined(self.policy, history)[-1]
+            return [], replace(now, since=self.clock(), inputs=(self.net.stage(k, entered(self.net, k, now)),))
+        now = computed(self.net, k, now, self.class_first)
+        assert now.history is not None
+        stops = [True] * len(now.items) if last else self.policy.should_exit(now.history).tolist()
+        logits = combined(self.policy, now.history)[-1]
         finite = logits.isfinite().all(-1).tolist()
-        rows = list(zip(now.tickets, stops, finite, strict=True))
         answers = [
-            Answer(ticket, logits[row], k) if good else Answer(ticket, None, None, _nonfinite(k))
-            for row, (ticket, stop, good) in enumerate(rows)
+            Answer(ticket, logits[row], k) if good else Answer(ticket, None, None, nonfinite(k))
+            for row, (ticket, stop, good) in enumerate(zip(now.items, stops, finite, strict=True))
             if stop
         ]
         stay = [row for row, stop in enumerate(stops) if not stop]
-        if not stay:
-            return answers, None
-        index = torch.tensor(stay, device=logits.device)
-        tickets = [now.tickets[row] for row in stay]
-        parts = tuple(part[index] for part in outputs)
-        return answers, _Waiting(tickets, self.clock(), parts, history[:, index])
-
-
-def _nonfinite(k: int) -> ValueError:
-    return ValueError(f"the logits of exit {k + 1} are not finite; check the image for NaN, and the network's weights")
-
-
-def _release_tensors(error: BaseException | None) -> None:
-    """Clear the frames in the traceback of an error, and of its causes, which would keep the batch alive."""
-    if error is not None:
-        ended = error.__traceback__ and error.__traceback__.tb_next  # the first frame, of _run, still runs
-        error.__traceback__ = ended
-        traceback.clear_frames(ended)
-        _release_tensors(error.__cause__ or error.__context__)
+        return answers, replace(now.chosen(stay), since=self.clock()) if stay else None

@@ -109,7 +109,7 @@ class Bundle:
         sources: Iterable[Source] = [images] if single else images  # type: ignore[assignment, list-item]
         predictions: list[Prediction] = []
         for group in _groups(sources, batch_size):
-            tensors = [self._tensor(source) for source in group]
+            tensors = [self.read(source) for source in group]
             if len({tensor.shape for tensor in tensors}) > 1:
                 raise ValueError("the images have several sizes; give one size, or batch_size=1")
             like = next(self.net.backbone.parameters())
@@ -145,8 +145,14 @@ class Bundle:
         routed = self.net.early(images.to(like.device, like.dtype), policy or self.policy)
         return Routed(wide(routed.logits), routed.exit_index)
 
-    def _tensor(self, source: Source) -> Tensor:
-        """Return one image as the network takes it, (channels, height, width)."""
+    def read(self, source: Source) -> Tensor:
+        """Return one image as the network takes it, (channels, height, width); a tensor is checked.
+
+        Raises:
+            ValueError: It cannot be read, or a tensor has another shape or type.
+            OSError: The machine fails to read a file.
+            TypeError: It is neither an image nor a tensor.
+        """
         if isinstance(source, Tensor):
             self._check(source)
             return source

@@ -1,0 +1,105 @@
+"""Samples that wait for one stage of a network, and the stage itself: what a stream and the serving engine share."""
+
+import traceback
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from dynadapter.exits.net import ExitNet
+
+T = TypeVar("T")
+
+
+@dataclass
+class Waiting(Generic[T]):
+    """Samples that wait for one stage.
+
+    Args:
+        items: What the caller knows each sample by.
+        since: When the first of them began to wait, in seconds.
+        inputs: What :meth:`ExitNet.complete` takes, or before the first stage the images; one row a sample.
+        history: Logits of the exits so far (exits, samples, classes); None before the first exit.
+    """
+
+    items: list[T]
+    since: float
+    inputs: tuple[Tensor, ...]
+    history: Tensor | None = None
+
+    def part(self, rows: slice) -> "Waiting[T]":
+        """Return neighbouring samples; the tensors are views."""
+        history = None if self.history is None else self.history[:, rows]
+        return replace(self, items=self.items[rows], inputs=tuple(part[rows] for part in self.inputs), history=history)
+
+    def chosen(self, rows: Sequence[int]) -> "Waiting[T]":
+        """Return some samples; the tensors are copies unless all are chosen."""
+        if len(rows) == len(self.items):
+            return self
+        index = torch.tensor(rows, dtype=torch.int64, device=self.inputs[0].device)
+        inputs = tuple(part.index_select(0, index) for part in self.inputs)
+        history = None if self.history is None else self.history.index_select(1, index)
+        return replace(self, items=[self.items[row] for row in rows], inputs=inputs, history=history)
+
+
+def count(queue: deque[Waiting[T]]) -> int:
+    """Return how many samples wait."""
+    return sum(len(part.items) for part in queue)
+
+
+def take(queue: deque[Waiting[T]], most: int) -> Waiting[T]:
+    """Remove at most so many samples from a queue that has some, the first arrivals first."""
+    taken, number = list[Waiting[T]](), 0
+    while queue and number < most:
+        first, room = queue.popleft(), most - number
+        if len(first.items) > room:
+            queue.appendleft(first.part(slice(room, None)))
+            first = first.part(slice(room))
+        taken.append(first)
+        number += len(first.items)
+    if len(taken) == 1:
+        return taken[0]
+    histories = [part.history for part in taken if part.history is not None]
+    history = torch.cat(histories, dim=1) if histories else None
+    inputs = tuple(torch.cat(parts) for parts in zip(*(part.inputs for part in taken), strict=True))
+    return Waiting([item for part in taken for item in part.items], taken[0].since, inputs, history)
+
+
+def entered(net: ExitNet, k: int, now: Waiting[T]) -> Tensor:
+    """Return the input of stage ``k``."""
+    return net.complete(k - 1, now.inputs) if k else net.embed(now.inputs[0])
+
+
+def computed(net: ExitNet, k: int, now: Waiting[T], class_first: bool) -> Waiting[T]:
+    """Run stage ``k`` and its head.
+
+    Args:
+        net: The network.
+        k: Exit index, from 0.
+        now: The samples.
+        class_first: See :meth:`ExitNet.early`.
+
+    Returns:
+        The same samples as they wait for the next stage; the new exit is the last in their history.
+    """
+    seen, held = net.begin(k, entered(net, k, now), class_first)
+    logits = net.head(k, seen)
+    history = logits[None] if now.history is None else torch.cat([now.history, logits[None]])
+    return replace(now, inputs=held, history=history)
+
+
+def nonfinite(k: int) -> ValueError:
+    """Return the error of a sample whose logits at exit ``k`` are not finite."""
+    return ValueError(f"the logits of exit {k + 1} are not finite; check the image for NaN, and the network's weights")
+
+
+def release_tensors(error: BaseException | None) -> None:
+    """Clear the frames in the traceback of an error, and of its causes, which would keep the batch alive."""
+    if error is not None:
+        ended = error.__traceback__ and error.__traceback__.tb_next  # the first frame, of the caller, still runs
+        error.__traceback__ = ended
+        traceback.clear_frames(ended)
+        release_tensors(error.__cause__ or error.__context__)
