@@ -63,6 +63,8 @@ if TYPE_CHECKING:
         push_to_hub,
         save_bundle,
     )
+    from dynadapter.serve.engine import Engine
+    from dynadapter.serve.requests import Limits
     from dynadapter.serve.stream import Stream
     from dynadapter.training.callbacks import (
         BidirectionalSparsity,
@@ -95,6 +97,8 @@ _HOMES = {
     "exits.temperature": "Scaled fit_temperatures",
     "exits.token_merging": "TokenMerging",
     "serve.bundle": "BackboneSource Bundle bundle_from_classifier from_pretrained load push_to_hub save_bundle",
+    "serve.engine": "Engine",
+    "serve.requests": "Limits",
     "serve.stream": "Stream",
     "training.callbacks": "BidirectionalSparsity EarlyExit ExitWeights FlopsReport PredictionWriter WeightAverage",
     "training.losses": "Distillation joint_loss",
