@@ -27,6 +27,7 @@ commands:
   sweep       train tasks, adapters, recipes, scales and seeds from one YAML file to one table
   export      write ONNX graphs of a bundle, one a stage
   bench       time a bundle against its static backbone and other ways to serve it
+  serve       answer images over HTTP by one or several bundles
   push        upload a bundle to the Hugging Face Hub
   verify      check a data set before a training
   configs     list the configs that come with the package, or print one
@@ -52,6 +53,7 @@ examples:
   dynadapter predict --bundle FOLDER --images FOLDER --out out.csv
   dynadapter test --bundle FOLDER --data VTAB1k --data.root FOLDER --data.task cifar
   dynadapter export --bundle FOLDER --out FOLDER
+  dynadapter serve --bundle FOLDER
   dynadapter push OWNER/NAME --bundle FOLDER
   dynadapter fit --model.adapter.help LoRA
 
@@ -60,7 +62,7 @@ command line.
 """
 TRAINER = ("fit", "validate", "test", "flops", "calibrate")
 """Commands with a whole configuration: model, data, trainer."""
-OWN = ("train", "predict", "report", "sweep", "export", "bench", "push", "verify", "configs")
+OWN = ("train", "predict", "report", "sweep", "export", "bench", "serve", "push", "verify", "configs")
 """Commands with a handful of settings; each is a module here with a ``run(args)``."""
 COMMANDS = (*TRAINER, *OWN)
 

@@ -1,0 +1,159 @@
+"""``dynadapter serve``: answer images over HTTP by one or several bundles."""
+
+import logging
+import os
+import re
+import signal
+import threading
+from argparse import HelpFormatter
+from contextlib import suppress
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from jsonargparse import Namespace
+
+from dynadapter.cli.errors import Mistake, stopping_signals
+from dynadapter.cli.networks import BUNDLE, check_bundle, load_network
+from dynadapter.cli.parser import CommandParser
+
+if TYPE_CHECKING:  # torch takes seconds to load, and invalid input is answered without it
+    import socket
+
+    from dynadapter.serve.engine import Engine
+
+NEEDED = ("fastapi", "uvicorn", "prometheus_client")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+OPTIONS: dict[str, tuple[Any, Any, str]] = {
+    "host": (str, "127.0.0.1", "Address to listen on; 0.0.0.0 for all of the machine."),
+    "port": (int, 8000, "Port to listen on; 0 for a free one, which is printed."),
+    "batch": (int, 16, "Images in a full batch of a stage."),
+    "queue": (int, 128, "Images of a bundle that are accepted and not answered; more get 429."),
+    "wait_ms": (float, 100.0, "Time that an image waits at most for a full batch, at each stage."),
+    "threads": (int | None, None, "Threads of torch; by default as many as cores."),
+    "readers": (int, 2, "Threads of each bundle that decode images."),
+    "max_bytes": (int, 2**24, "Largest image file."),
+    "max_pixels": (int, 40_000_000, "Largest image."),
+    "upload_seconds": (float, 10.0, "Time in which a body must arrive."),
+    "drift_window": (int, 500, "Images after which exits and confidence are compared with the calibration's."),
+    "weights": (str | None, None, "File of the backbone's weights, where the bundles need one."),
+    "pretrained": (bool | None, None, "Whether timm may fetch the backbone's weights; default: as in training."),
+    "device": (Literal["auto", "cpu", "cuda"], "auto", "Where the networks run; auto takes a GPU if there is one."),
+}
+LEAST = {"batch": 1, "readers": 1, "max_bytes": 1, "max_pixels": 1, "drift_window": 100, "threads": 1, "wait_ms": 0}
+LEAST |= {"port": 0, "upload_seconds": 0.1}
+
+
+def parser() -> CommandParser:
+    """Return the parser of the command."""
+    made = CommandParser(
+        "serve",
+        "Answer images over HTTP: POST the bytes of an image to /v1/NAME/predict. The page / takes a photo by hand.",
+        formatter_class=partial(HelpFormatter, max_help_position=22, width=100),
+    )
+    words = f"{BUNDLE[0].upper()}{BUNDLE[1:]}; one or several, each as PLACE or NAME=PLACE."
+    made.add_argument("--bundle", nargs="+", required=True, help=words)
+    for name, (kind, default, words) in OPTIONS.items():
+        shown = words if default is None else f"{words.rstrip('.')} (default: {default})."
+        made.add_argument(f"--{name}", type=kind, default=default, help=shown)
+    return made
+
+
+def run(args: list[str]) -> None:
+    """Run the command until a signal stops it; what was accepted is answered before.
+
+    Raises:
+        Mistake: A setting is invalid, or a package is missing.
+    """
+    given = parser().parse_args(args)
+    places = read(given)
+    if missing := [name for name in NEEDED if find_spec(name) is None]:
+        raise Mistake(f"serve needs {', '.join(missing)}; install what it needs: pip install 'dynadapter[serve]'")
+    from dynadapter.serve.listening import bound
+
+    try:
+        listening = bound(given.host, given.port)
+    except OSError as error:
+        raise Mistake(
+            f"cannot listen on {given.host}:{given.port} ({error.strerror}); give --host, or --port"
+        ) from error
+    with listening:
+        _serve(given, places, listening)
+
+
+def read(given: Any) -> dict[str, str]:
+    """Return the places of the bundles by name, after a check of all settings.
+
+    Raises:
+        Mistake: One of them is invalid.
+    """
+    for name, least in LEAST.items():
+        if given[name] is not None and not given[name] >= least:
+            raise Mistake(f"{name}={given[name]} must be at least {least}")
+    if given.port > 65535:
+        raise Mistake(f"port={given.port} must be at most 65535")
+    if given.queue <= given.batch:
+        raise Mistake(f"queue={given.queue} must be above batch={given.batch}")
+    places: dict[str, str] = {}
+    for one in given.bundle:
+        name, equals, place = one.partition("=")
+        if not equals or "/" in name:
+            name, place = re.sub(r"@.*", "", Path(one).name.rpartition(":")[2]), one
+        if not NAME.fullmatch(name):
+            raise Mistake(
+                f"{name!r} is no name for a path; give letters, digits, '.', '-' and '_', as in flowers={place}"
+            )
+        if name in places:
+            raise Mistake(f"two bundles have the name {name}; give them as NAME=PLACE, as in {name}2={place}")
+        check_bundle(place)
+        places[name] = place
+    return places
+
+
+def _serve(given: Any, places: dict[str, str], listening: "socket.socket") -> None:
+    import torch
+
+    from dynadapter.serve.listening import server_of
+    from dynadapter.serve.server import Service, Settings
+
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
+    torch.set_num_threads(given.threads or os.cpu_count() or 1)
+    engines = _engines(given, places)
+    settings = Settings(given.max_bytes, given.max_pixels, given.upload_seconds, max(2**28, given.max_bytes))
+    folders = {name: Path(place).expanduser() for name, place in places.items() if not place.startswith("hf-hub:")}
+    server = server_of(Service(engines, settings, folders).app())
+    host, port = listening.getsockname()[:2]
+    address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    for name in engines:
+        print(f"POST an image to {address}/v1/{name}/predict")
+    print(f"or drop one on {address}/", flush=True)
+    if threading.current_thread() is threading.main_thread():
+        for number in stopping_signals():  # all of them stop it gracefully
+            signal.signal(number, server.handle_exit)
+    with suppress(KeyboardInterrupt):  # uvicorn has stopped gracefully, and raises it again
+        server.run(sockets=[listening])
+    answers = sum(sum(engine.counts.exits) for engine in engines.values())
+    print(f"stopped; {answers:,} images were answered, and none that was accepted is left", flush=True)
+
+
+def _engines(given: Any, places: dict[str, str]) -> dict[str, "Engine"]:
+    """Load the bundles; those of one backbone hold its tensors once, and those on a CPU take turns."""
+    from dynadapter.serve.engine import Engine
+    from dynadapter.serve.sharing import share_backbones
+
+    unset = {"ckpt_path": None, "policy": None, "threshold": None}
+    own = {name: given[name] for name in ("weights", "pretrained", "device")}
+    bundles = {name: load_network(Namespace(bundle=place, **own, **unset)) for name, place in places.items()}
+    if saved := share_backbones(bundles.values()):
+        print(f"one backbone serves several bundles: {saved / 1e6:.1f} MB are held once")
+    turns = threading.Lock()
+    sizes = {"batch": given.batch, "queue": given.queue, "readers": given.readers, "window": given.drift_window}
+    engines = {
+        name: Engine(bundle, **sizes, wait=given.wait_ms / 1000, compute=turns, name=name)
+        for name, bundle in bundles.items()
+    }
+    for name, engine in engines.items():
+        if not engine.drift.expected:
+            print(f"{name} stores no calibration of its own to compare with: drift is not watched")
+    return engines

@@ -1,0 +1,39 @@
+"""Hold the frozen tensors of a backbone once, although several bundles use it."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from dynadapter.serve.bundle import Bundle
+from dynadapter.serve.bundle.tensors import frozen_names
+
+
+def share_backbones(bundles: Iterable[Bundle]) -> int:
+    """Replace the frozen tensors of bundles by equal ones of an earlier bundle with the same backbone.
+
+    Two backbones are the same if their fingerprints are. A tensor that differs all the same, such as one of a merged
+    network, stays as it is, so no answer changes. Call it after the bundles are on their device.
+
+    Args:
+        bundles: They are changed in place.
+
+    Returns:
+        The bytes that are no longer needed.
+    """
+    kept: dict[tuple[str, str], Tensor] = {}
+    saved = 0
+    for bundle in bundles:
+        state = bundle.net.state_dict(keep_vars=True)
+        for name in frozen_names(bundle.net):
+            own = state[name]
+            key = (bundle.config.backbone.fingerprint, name.replace(".base_layer.", "."))  # as without adapters
+            first = kept.setdefault(key, own)
+            if first is not own and _equal(first, own):
+                own.data = first.data
+                saved += own.nbytes
+    return saved
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)

@@ -1,0 +1,171 @@
+"""``dynadapter serve``: settings, backbones that are held once, and a process that a signal stops."""
+
+import http.client
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from conftest import VIT, make_vit
+from served import NAMES, make_bundle, make_net, parts_of, photos
+
+from dynadapter.adapters import LoRA, inject
+from dynadapter.backbones import fingerprint
+from dynadapter.backbones.layout import lay_out_for_cpu
+from dynadapter.cli import main, serve
+from dynadapter.exits.heads import Balanced
+from dynadapter.exits.net import ExitNet
+from dynadapter.exits.policies import Never
+from dynadapter.serve.bundle import BackboneSource, Bundle, save_bundle
+from dynadapter.serve.bundle.saving import describe
+from dynadapter.serve.sharing import share_backbones
+
+
+def test_help_and_mistakes_load_no_torch(tmp_path):
+    code = (
+        "import sys\nfrom dynadapter.cli import main\n"
+        "for args in (['--help'], ['--bundle', 'a', '--port', 'x'], ['--bundle', 'a.ckpt']):\n"
+        "    try:\n        main(['serve', *args])\n    except SystemExit:\n        pass\n"
+        "print([name for name in ('torch', 'fastapi', 'uvicorn') if name in sys.modules])"
+    )
+    (tmp_path / "a.ckpt").touch()
+    line = [sys.executable, "-c", code]
+    done = subprocess.run(line, capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert done.stdout.endswith("[]\n")
+    assert "--max_pixels" in done.stdout
+    assert "a.ckpt is a checkpoint, not a bundle" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        ("", "--bundle must be given"),
+        ("--bundle a --batch 0", "batch=0 must be at least 1"),
+        ("--bundle a --port 70000", "port=70000 must be at most 65535"),
+        ("--bundle a --queue 16", "queue=16 must be above batch=16"),
+        ("--bundle x/a y/a", "two bundles have the name a; give them as NAME=PLACE, as in a2=y/a"),
+        ("--bundle ä", "'ä' is no name for a path; give letters"),
+        ("--bundle a --prot 1", "did you mean"),
+    ],
+)
+def test_mistake_is_one_line(args, words, capsys):
+    with pytest.raises(SystemExit) as ending:
+        main(["serve", *args.split()])
+    assert ending.value.code == 2
+    assert words in capsys.readouterr().err
+
+
+def test_names_of_bundles():
+    given = serve.parser().parse_args(["--bundle", "runs/flowers", "hf-hub:me/birds@v1", "old=runs/x=y"])
+    assert serve.read(given) == {
+        "flowers": "runs/flowers",
+        "birds": "hf-hub:me/birds@v1",
+        "old": "runs/x=y",
+    }
+
+
+def test_taken_port_is_one_line(tmp_path, capsys):
+    pytest.importorskip("fastapi")
+    from dynadapter.serve.listening import bound
+
+    with bound("127.0.0.1", 0) as taken:
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(SystemExit):
+            main(["serve", "--bundle", str(tmp_path / "a"), "--port", str(port)])
+    assert f"cannot listen on 127.0.0.1:{port} (Address already in use)" in capsys.readouterr().err
+
+
+def test_missing_package_is_named(capsys, monkeypatch):
+    monkeypatch.setattr(serve, "find_spec", lambda name: None if name == "uvicorn" else 1)
+    with pytest.raises(SystemExit):
+        main(["serve", "--bundle", "a"])
+    assert "serve needs uvicorn; install what it needs: pip install 'dynadapter[serve]'" in capsys.readouterr().err
+
+
+# ---- one backbone for several bundles
+
+
+def task(seed: int) -> Bundle:
+    """A task on the same backbone: LoRA and heads of its own."""
+    backbone = make_vit()
+    source = BackboneSource("vit_tiny_patch16_224", fingerprint(backbone), "seed", VIT)
+    inject(backbone, LoRA(rank=2))
+    net = ExitNet(backbone, Balanced(), every=2).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in net.parameters():
+            if p.requires_grad:
+                p.add_(torch.randn(p.shape, generator=generator) * 0.3)
+    net.requires_grad_(False)
+    parts = {"backbone": source, "adapter": LoRA(rank=2), "heads": Balanced(), "policy": Never(), "class_names": NAMES}
+    return Bundle(net, Never(), describe(net, **parts))
+
+
+def test_bundles_hold_a_backbone_once():
+    tasks, other = [task(seed) for seed in range(3)], make_bundle(net=make_net(5))
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    bundles = [*tasks, other]
+    lay_out_for_cpu(tasks[1].net)
+    with torch.no_grad():
+        before = [bundle.net(images) for bundle in bundles]
+        assert not torch.equal(before[0], before[1])
+        saved = share_backbones(bundles)
+        for bundle, logits in zip(bundles, before, strict=True):
+            torch.testing.assert_close(bundle.net(images), logits, rtol=1e-5, atol=1e-5)
+    frozen = sum(p.nbytes for name, p in make_vit().named_parameters() if not name.startswith("head."))
+    assert saved == 2 * frozen
+    held = {p.data_ptr(): p.nbytes for bundle in tasks for p in bundle.net.parameters()}
+    own = sum(p.nbytes for p in tasks[0].net.parameters()) - frozen
+    assert sum(held.values()) == frozen + 3 * own
+    assert share_backbones([other]) == 0
+
+
+# ---- a process
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_signal_ends_a_process_gracefully(tmp_path, number):
+    pytest.importorskip("fastapi")
+    net = make_net()
+    place = save_bundle(net, tmp_path / "flowers", **parts_of(net, Never()))
+    line = [sys.executable, "-m", "dynadapter.cli", "serve", "--bundle", str(place), "--port", "0", "--threads", "1"]
+    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=dict(os.environ))
+    try:
+        assert process.stdout
+        lines = [process.stdout.readline() for _ in range(4)]
+        found = re.search(r"POST an image to http://127.0.0.1:(\d+)/v1/flowers/predict", "".join(lines))
+        assert found, lines
+        connection = http.client.HTTPConnection("127.0.0.1", int(found[1]), timeout=60)
+        until_answered(connection)
+        connection.request("POST", "/v1/flowers/predict", photos(1)[0])
+        answer = connection.getresponse()
+        assert json.loads(answer.read())["exit"] == 3
+        connection.close()
+        process.send_signal(number)
+        out, err = process.communicate(timeout=60)
+        assert process.returncode == 0, err
+        assert "stopped; 1 images were answered, and none that was accepted is left" in out
+        assert "Traceback" not in err
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def until_answered(connection: http.client.HTTPConnection) -> None:
+    """The port is printed just before the server listens."""
+    for _ in range(200):
+        try:
+            connection.request("GET", "/ready")
+            assert connection.getresponse().read()
+            return
+        except ConnectionRefusedError:
+            connection.close()
+            threading.Event().wait(0.05)
+    raise AssertionError("the server does not listen")
