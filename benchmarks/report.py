@@ -41,6 +41,7 @@ SECTIONS: list[tuple[str, str, str]] = [
     ("Token merging", "token_merging", "token_merging.jsonl"),
     ("A block with an adapter", "adapters", "adapters.jsonl"),
     ("Serving", "serving", "serving.jsonl"),
+    ("Servers under load", "load", "load.jsonl"),
 ]
 """Title, program and file of each section on time."""
 

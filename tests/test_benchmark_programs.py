@@ -72,8 +72,9 @@ PROGRAMS: dict[str, list[str]] = {
     "token_merging": [],
     "adapters": [],
     "serving": ["--batches", "1", "4", "--parts", "stream", "baselines"],
+    "load": ["--clients", "2", "--seconds", "0.2"],
 }
-SLOW = ("stage_compile",)
+SLOW = ("stage_compile", "load")
 NAMES = [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in PROGRAMS]
 IGNORED = ["ignore:`torch.jit.:FutureWarning", "ignore:`torch.jit.:DeprecationWarning"]
 
