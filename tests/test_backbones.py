@@ -16,7 +16,11 @@ import timm
 import torch
 from conftest import BACKBONES, CLASSES, make_convnext, make_swin, make_vit
 from packaging.version import Version
-from timm.models.maxxvit import MaxxVit
+from timm.models.byobnet import ByobNet
+from timm.models.efficientnet import EfficientNet
+from timm.models.mobilenetv3 import MobileNetV3
+from timm.models.regnet import RegNet
+from timm.models.resnet import ResNet
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
@@ -30,6 +34,8 @@ NAFLEX = {"patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3}
 HIERA = {"img_size": 32, "embed_dim": 16, "stages": (1, 2), "q_pool": 1, "mask_unit_attn": (True, False)}
 MAXVIT = {"img_size": 32, "embed_dim": (32, 64), "depths": (1, 2), "stem_width": 16}
 WINDOWS = {"block_type": ("M", "T"), "transformer_window_size": (2, 2), "transformer_grid_size": (2, 2)}
+RESNET = {"layers": (1, 2, 1, 1), "channels": (16, 16, 24, 32)}
+REGNET = {"w0": 8, "wa": 8, "wm": 2.0, "group_size": 8, "depth": 6}
 
 # name, arguments, (prefix tokens, whether the own head reads a class token)
 ARCHITECTURES = [
@@ -70,6 +76,17 @@ ARCHITECTURES = [
     ("convnext_tiny_hnf", CONVNEXT, (0, False)),  # norm before pooling
     ("convnext_large_mlp", CONVNEXT, (0, False)),  # hidden layer in the head
     ("convnextv2_atto", CONVNEXT, (0, False)),
+    ("test_resnet", {}, (0, False)),  # both kinds of block, a deep stem, pooling in the shortcut
+    ("resnet50", RESNET, (0, False)),
+    ("seresnextaa101d_32x8d", RESNET, (0, False)),  # groups, squeeze-and-excitation, filtered downsampling
+    ("regnety_002", REGNET, (0, False)),
+    ("regnetv_064", REGNET, (0, False)),  # the norm comes first
+    ("regnetz_005", REGNET, (0, False)),  # a last convolution after the blocks
+    ("test_efficientnet", {}, (0, False)),
+    ("tf_mobilenetv3_small_minimal_100", {}, (0, False)),  # padding as in TensorFlow
+    ("mobilenetv4_conv_small_035", {}, (0, False)),
+    ("test_byobnet", {}, (0, False)),
+    ("resnetv2_50", RESNET | {"stem_chs": 16}, (0, False)),
 ]
 if timm.is_model("qwen3_vit_88m"):  # not in older releases of timm
     ARCHITECTURES += [
@@ -84,6 +101,9 @@ def shake(model: nn.Module) -> nn.Module:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
+        for name, buffer in model.named_buffers():
+            if name.endswith(("running_mean", "running_var")):
+                buffer.add_(torch.rand(buffer.shape, generator=generator))
     return model
 
 
@@ -110,6 +130,19 @@ def same(a: nn.Module, b: nn.Module, but: tuple[str, ...] = ()) -> bool:
     states = a.state_dict(), b.state_dict()
     assert states[0].keys() == states[1].keys()
     return all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items() if not name.startswith(but))
+
+
+def stage_ends(model: nn.Module) -> list[int]:
+    """Gives the last block of each stage that timm counts."""
+    names = [info["module"] for info in model.feature_info]
+    if isinstance(model, ResNet | RegNet):
+        stages = [list(model.get_submodule(name).children()) for name in names[1:]]
+    elif isinstance(model, EfficientNet | MobileNetV3 | ByobNet):
+        ends = np.cumsum([len(stage) for stage in getattr(model, "blocks", None) or model.stages]) - 1
+        return [int(ends[stage - 1]) for stage in model.stage_ends[1:]]
+    else:
+        return [int(end) for end in np.flatnonzero(np.diff([*cut.widths(model), 0]))]
+    return [int(end) for end in np.cumsum([len(stage) for stage in stages]) - 1]
 
 
 # ---- the cut ---------------------------------------------------------------------------------------------------------
@@ -145,9 +178,9 @@ def test_blocks_equal_timms_intermediates(case, images):
         ends = range(len(outputs))
     else:
         expected = model.forward_intermediates(images, intermediates_only=True)
-        expected = expected[isinstance(model, MaxxVit) :]  # without the stem
         expected = [torch.stack([image.flatten(1).T for image in x]) for x in expected]  # NCHW, image by image
-        ends = np.flatnonzero(np.diff([*cut.widths(model), 0]))  # the last block of each stage
+        ends = stage_ends(model)
+        expected = expected[-len(ends) :]  # without the stem's
         assert ends[-1] == len(outputs) - 1
     assert len(ends) == len(expected)
     for end, features in zip(ends, expected, strict=True):
@@ -183,7 +216,14 @@ def test_classifier_is_all_that_trains(case, images):
 @torch.no_grad()
 def test_other_image_sizes(images):
     wide = torch.cat([images, images], dim=-1)
-    for model in (make_vit(dynamic_img_size=True), make_swin(strict_img_size=False), make_convnext()):
+    others = [case for case in ARCHITECTURES if case[0] in ("test_resnet", "regnety_002", "test_efficientnet")]
+    for model in (
+        make_vit(dynamic_img_size=True),
+        make_swin(strict_img_size=False),
+        make_convnext(),
+        *(create_backbone(name, CLASSES, **options) for name, options, _ in others),
+        create_backbone("tf_mobilenetv3_small_minimal_100", CLASSES),
+    ):
         assert torch.equal(cut.finish(model, run(model, wide)[-1]), model.forward_features(wide))
 
 
@@ -320,7 +360,7 @@ def test_unknown_name_gives_the_nearest(name):
 def test_name_that_is_near_to_nothing():
     with pytest.raises(ValueError, match="timm has no model") as error:
         create_backbone("???", CLASSES)
-    check_message(error, "convnext", "vit")
+    check_message(error, "convnext_tiny", "vit_base_patch16_224")
 
 
 def test_unknown_tag_lists_tags():

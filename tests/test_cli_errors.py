@@ -132,7 +132,7 @@ TABLE = [
     fit("--trainer.strategy=ddpp", "ddpp", "ddp"),
     # backbones
     fit("--model.backbone=vit_tinny_patch16_224", "'vit_tinny_patch16_224'", "vit_tiny_patch16_224"),
-    fit("--model.backbone=resnet18 --model.backbone_args=null", "ResNet", "VisionTransformer"),
+    fit("--model.backbone=vgg11 --model.backbone_args=null", "VGG", "VisionTransformer"),
     fit("--model.backbone_args.dpth=4", "'dpth'", "depth"),
     fit("--model.backbone_args.embed_dim=25", "embed_dim"),
     fit("--model.weights=nowhere.pth", "nowhere.pth", ".safetensors"),

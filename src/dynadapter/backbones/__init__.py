@@ -5,7 +5,21 @@ Importing this package registers the families. A family from outside the package
 
 from importlib.util import find_spec
 
-from dynadapter.backbones import beit, convnext, eva, hiera, maxvit, naflex, swin, vit  # noqa: F401  # they register
+from dynadapter.backbones import (  # noqa: F401  # each registers its family
+    beit,
+    byobnet,
+    convnext,
+    efficientnet,
+    eva,
+    hiera,
+    maxvit,
+    naflex,
+    regnet,
+    resnet,
+    resnetv2,
+    swin,
+    vit,
+)
 from dynadapter.backbones.create import create_backbone, fingerprint
 from dynadapter.backbones.cut import (
     arguments,

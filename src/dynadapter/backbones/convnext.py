@@ -5,6 +5,7 @@ from timm.models.convnext import ConvNeXt
 from torch import Tensor, nn
 
 from dynadapter.backbones.cut import (
+    _map_to_tokens,
     _same_forward,
     _staged_blocks,
     _staged_widths,
@@ -37,7 +38,7 @@ def _(model: ConvNeXt, x: Tensor) -> Tensor:
 
 @tokens.register
 def _(model: ConvNeXt, x: Tensor) -> Tensor:
-    return x.flatten(2).transpose(1, 2)  # (batch, channels, height, width) -> (batch, tokens, width)
+    return _map_to_tokens(x)
 
 
 @widths.register

@@ -20,10 +20,7 @@ from dynadapter.backbones.packaged import find
 from dynadapter.backbones.packaged import names as packaged_names
 from dynadapter.backbones.weight_files import load_weights, one_line
 
-# timm's modules with models of known families; error messages suggest names from them.
-_TIMM_MODULES = ("vision_transformer", "vision_transformer_hybrid", "deit", "swin_transformer", "convnext")
-
-DEAD = ("drop_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate", "attn_drop_rate")
+DEAD = ("drop_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_block_rate")
 """timm's dropout rates, which need a backbone in training mode."""
 
 
@@ -162,11 +159,8 @@ def _check_name(name: str) -> None:
         return
     architecture, _, tag = name.partition(".")
     if not timm.is_model(architecture):
-        names = [model for module in _TIMM_MODULES for model in timm.list_models(module=module)]
-        near = difflib.get_close_matches(architecture, [*packaged_names(), *names], n=3)
-        hint = (
-            f"the nearest are {', '.join(near)}" if near else f"names start with {', '.join(_TIMM_MODULES[2:])} or vit"
-        )
+        near = difflib.get_close_matches(architecture, [*packaged_names(), *timm.list_models()], n=3)
+        hint = f"the nearest are {', '.join(near)}" if near else "such as vit_base_patch16_224, convnext_tiny, resnet50"
         raise ValueError(
             f"timm has no model {name!r}; {hint}; timm.list_models('*part*') lists all, 'hf-hub:owner/name' and "
             "'local-dir:folder' name models elsewhere"

@@ -27,7 +27,7 @@ def embed(model: nn.Module, images: Tensor) -> Tensor:
 
     Returns:
         The family's own layout: ViT (batch, tokens, width), Swin (batch, height, width, channels), ConvNeXt
-        (batch, channels, height, width).
+        and other convolutional networks (batch, channels, height, width).
 
     Raises:
         TypeError: If no cut is known for the model's class.
@@ -189,6 +189,11 @@ def classifier(model: nn.Module) -> list[nn.Module]:
 # Helpers for the families
 
 
+def _map_to_tokens(x: Tensor) -> Tensor:
+    """Convert a map (batch, channels, height, width) into tokens (batch, tokens, width), row by row."""
+    return x.flatten(2).transpose(1, 2)
+
+
 def _staged_blocks(stages: nn.Sequential) -> list[tuple[nn.Module, ...]]:
     """List the blocks of all stages, with each stage's downsampling before its first block."""
     units: list[tuple[nn.Module, ...]] = []
@@ -217,6 +222,14 @@ def _square(patches: int) -> tuple[int, int]:
     if side * side != patches:
         raise ValueError(f"{patches} patches are no square; give square images")
     return side, side
+
+
+def _out_channels(module: Any) -> int:
+    """Return the channels of a module's last convolution, with or without adapters; 0 if it has none."""
+    module = getattr(module, "base_layer", module)
+    if hasattr(module, "out_channels") and not isinstance(module, nn.Conv1d):  # efficient channel attention has one
+        return int(module.out_channels)
+    return next((found for child in reversed(list(module.children())) if (found := _out_channels(child))), 0)
 
 
 def _same_forward(model: nn.Module, family: type[nn.Module]) -> None:

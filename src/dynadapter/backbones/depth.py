@@ -77,3 +77,13 @@ def _(model: ConvNeXt | MaxxVit, count: int) -> None:
 
 def _without_last(modules: Any, count: int) -> Any:
     return modules[: len(modules) - count]
+
+
+def _without_last_of_stages(stages: nn.Sequential, count: int) -> nn.Sequential:
+    """Remove blocks from the end of stages, where neighbouring stages can have the same width."""
+    kept = [list(stage) for stage in stages]  # type: ignore[call-overload]
+    for _ in range(count):
+        kept[-1].pop()
+        if not kept[-1]:
+            kept.pop()
+    return nn.Sequential(*(nn.Sequential(*blocks) for blocks in kept))
