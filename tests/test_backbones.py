@@ -205,7 +205,7 @@ def test_classifier_is_all_that_trains(case, images):
     assert not any(module.training for module in model.modules())
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     layers = cut.classifier(model)
-    assert all(isinstance(layer, nn.Linear) and layer.out_features == CLASSES for layer in layers)
+    assert all(isinstance(layer, nn.Linear | nn.Conv2d) and len(layer.weight) == CLASSES for layer in layers)
     assert {id(p) for p in model.parameters() if p.requires_grad} == {id(p) for m in layers for p in m.parameters()}
     assert len(trainable) == 2 * len(layers)
     assert len(layers) == (2 if hasattr(model, "head_dist") else 1)
