@@ -30,8 +30,10 @@ from dynadapter.sweep.goals import SweepGoal
 from dynadapter.sweep.measure import measure, measure_policy
 from dynadapter.sweep.plan import FINAL, SEARCH, Arm, Choice, Sweep, Unit, as_dict, score
 from dynadapter.sweep.table import as_csv, as_markdown, draw, rows
+from dynadapter.training.callbacks import LearningCheck
 
 GOAL = SweepGoal(Goal(accuracy_drop=0.0))
+ARM = Arm("cifar", "lora", "dynamic")
 
 # ---- the plan
 
@@ -116,6 +118,22 @@ def test_chosen_scale(accuracy, loss, best):
     assert (arm in sweep.diverged(done)) == (best is None)
     losing = {unit.scale for unit in sweep.lost(done)}
     assert losing == (set() if best is None else {1.0, 10.0} - {best})
+
+
+def test_scale_of_a_failed_final_run_loses():
+    """Scale 10 is the best on val200, and its second final training fails: every seed is trained at scale 1 instead."""
+    sweep, done, failed = make_sweep(tasks={"cifar": None}), {}, make_sweep().unit(ARM, 10, 1, FINAL)
+    while ready := sweep.ready(done):
+        unit = ready[0]
+        done[unit] = make_line(unit, 0.5 + unit.scale / 100)
+        if unit == failed:
+            done[unit] = {"run": as_dict(unit), "failed": "the training learned nothing"}
+    assert sweep.chosen_scale(ARM, done) == 1
+    assert {(unit.scale, unit.seed) for unit in done if unit.split == FINAL} == {(10, 0), (10, 1), (1, 0), (1, 1)}
+    assert set(done) - sweep.planned(done) == {replace(failed, seed=0), replace(failed, split=SEARCH)}
+    assert set(sweep.lost(done)) == {unit for unit in done if unit.scale == 10}
+    assert sum(sweep.remaining(done).values()) == 0
+    assert not sweep.diverged(done)
 
 
 def test_score_counts_the_policy_with_exits():
@@ -628,6 +646,23 @@ def test_run_that_diverges_loses(data, tmp_path, monkeypatch):
     done = lines.read(tmp_path / "out")
     assert [unit.scale for unit, line in done.items() if "failed" in line] == [10]
     assert {unit.scale for unit in done if unit.split == FINAL} == {1}
+
+
+@pytest.mark.filterwarnings("ignore:it learned nothing")  # the warning of the callback
+def test_final_run_that_learned_nothing(data, tmp_path, monkeypatch):
+    """It fails at scale 10 alone, after which scale 1 is trained."""
+    at = []
+    train = sweep_unit._fit
+    monkeypatch.setattr(sweep_unit, "_fit", lambda file, unit, folder: at.append(unit) or train(file, unit, folder))
+    nothing = property(lambda self: "it learned nothing" if at[-1].scale == 10 and at[-1].split == FINAL else None)
+    monkeypatch.setattr(LearningCheck, "finding", nothing)
+    monkeypatch.setattr("dynadapter.sweep.plan.score", lambda line, goal: (line["run"]["scale"], 0.0))
+    main(["sweep", str(write_sweep(tmp_path, data, recipes={"static": ["vtab", "static"]}))])
+    done = lines.read(tmp_path / "out")
+    assert {unit.scale: line.get("failed") for unit, line in done.items() if unit.split == FINAL} == {
+        10: "it learned nothing",
+        1: None,
+    }
 
 
 def test_failed_run_does_not_stop_the_others(data, finished, tmp_path, capsys):

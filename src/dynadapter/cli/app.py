@@ -37,7 +37,7 @@ from dynadapter.cli.signals import StopOnSignal
 from dynadapter.cli.strategies import require_known, require_own_processes
 from dynadapter.data import ImageData
 from dynadapter.spec import plain
-from dynadapter.training.callbacks import BidirectionalSparsity, EarlyExit, FlopsReport
+from dynadapter.training.callbacks import BidirectionalSparsity, EarlyExit, FlopsReport, LearningCheck
 from dynadapter.training.checkpoints import RunCheckpoint, newest
 from dynadapter.training.entries import ADVICE
 from dynadapter.training.meeting import meet
@@ -198,7 +198,10 @@ class DynCLI(LightningCLI):
             if isinstance(callback, ModelCheckpoint):
                 place_checkpoints(callback, self.run_folder)
         callbacks.append(self.stopper)
-        if self.command == "fit":  # before all others, which may read the progress
+        if self.command == "fit":
+            self.learning = LearningCheck()
+            callbacks.append(self.learning)
+            # before all others, which may read the progress
             own = config["callbacks"] or []
             config["callbacks"] = [Continue(self.before), *(own if isinstance(own, list) else [own])]
         if self.run_folder is not None:

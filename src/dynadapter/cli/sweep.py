@@ -101,7 +101,7 @@ def write_table(file: SweepFile) -> str:
     text = as_markdown(table, file.sweep)
     diverged = [f"{arm.task}, {arm.adapter}, {arm.recipe}" for arm in file.sweep.diverged(done)]
     if diverged:
-        text += f"\nThe loss was finite at no scale: {'; '.join(diverged)}.\n"
+        text += f"\nA training failed at every scale: {'; '.join(diverged)}.\n"
     figure = draw(table, file.sweep, file.path.stem)
     with lines.claim(file.out, wait=True):  # several processes may end together
         for name, data in zip(TABLE, (text.encode(), as_csv(table).encode()), strict=False):

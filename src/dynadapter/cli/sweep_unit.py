@@ -82,6 +82,8 @@ def measured(file: SweepFile, unit: Unit, folder: Path, done: Mapping[Unit, Line
             if "not finite" not in str(error):
                 raise
             return {**line, "failed": one_line(error), **_about()}
+        if trained.learning.finding is not None:
+            return {**line, "failed": trained.learning.finding, **_about()}
         seconds = time.perf_counter() - start
         line |= _results(file, unit, folder, trained, done)
     line["seconds"] = {"training": round(seconds, 2), "all": round(time.perf_counter() - start, 2)}
@@ -268,7 +270,7 @@ def _policies(
             assert goal.reference is not None
             reference = sweep.reference(unit, goal.reference, done)
             if reference is None or "failed" in done[reference]:
-                about[goal.name] = {"unreached": f"{goal.reference} has no finite loss"}
+                about[goal.name] = {"unreached": f"{goal.reference} could not be trained"}
                 continue
             accuracy = done[reference]["exits"][-1]["accuracy"]
         try:

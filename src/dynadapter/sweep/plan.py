@@ -138,32 +138,44 @@ class Sweep:
     def chosen_scale(self, arm: Arm, done: Mapping[Unit, Line]) -> float | None:
         """Return the scale with the best mean score over the seeds on val200.
 
-        The lower validation loss of the last exit decides between equal scores.
+        The lower validation loss of the last exit decides between equal scores. A scale loses where one of the arm's
+        runs failed, final ones included: at the edge of what can be trained, one seed says little about the next.
 
         Args:
             arm: The arm.
             done: The finished runs.
 
         Returns:
-            The scale; None before all runs of the search are finished, or where the loss was finite at no scale.
+            The scale; None before all runs of the search are finished, or where a run failed at every scale.
         """
         arm = self.source(arm)
         if any(unit not in done for unit in self.search(arm)):
             return None
         scores = {}
+        failed = {unit.scale for unit in self._failed(arm, done)}
         for scale in self.scales[arm.task, arm.adapter]:
+            if float(scale) in failed:
+                continue
             found = [score(done[self.unit(arm, scale, seed, SEARCH)], self.goals[0].name) for seed in self.search_seeds]
             scores[float(scale)] = tuple(statistics.fmean(values) for values in zip(*found, strict=True))
-        best = max(scores, key=lambda scale: scores[scale])
-        return None if scores[best][0] == -math.inf else best
+        return max(scores, key=lambda scale: scores[scale]) if scores else None
+
+    def _failed(self, arm: Arm, done: Mapping[Unit, Line]) -> list[Unit]:
+        """Return the runs of an arm, at any scale and of any split, whose training failed."""
+        return [unit for unit, line in done.items() if "failed" in line and self._is_of(arm, unit)]
+
+    def _is_of(self, arm: Arm, unit: Unit) -> bool:
+        """Check whether a run is one of an arm, with the settings of this sweep."""
+        settings = self.settings[arm.adapter, arm.recipe]
+        return Arm(unit.task, unit.adapter, unit.recipe) == arm and unit.settings == settings
 
     def has_diverged(self, arm: Arm, done: Mapping[Unit, Line]) -> bool:
-        """Check whether the loss was finite at no scale: such an arm has no final runs."""
+        """Check whether a run failed at every scale: such an arm has no final runs."""
         searched = all(unit in done for unit in self.search(self.source(arm)))
         return searched and self.chosen_scale(arm, done) is None
 
     def diverged(self, done: Mapping[Unit, Line]) -> list[Arm]:
-        """Return the arms whose loss was finite at no scale."""
+        """Return the arms of which a run failed at every scale."""
         return [arm for arm in self.arms() if self.has_diverged(arm, done)]
 
     # ---- the runs at the chosen scale
@@ -175,7 +187,7 @@ class Sweep:
     def reference(self, unit: Unit, recipe: str, done: Mapping[Unit, Line]) -> Unit | None:
         """Return the train800 run of another recipe, at its own scale, that a goal of this run refers to.
 
-        None before its scale is chosen, where its loss was finite at no scale, and for a run of that recipe itself.
+        None before its scale is chosen, where a run of it failed at every scale, and for a run of that recipe itself.
         """
         arm = Arm(unit.task, unit.adapter, recipe)
         scale = self.chosen_scale(arm, done)
@@ -239,8 +251,8 @@ class Sweep:
         return left
 
     def planned(self, done: Mapping[Unit, Line]) -> set[Unit]:
-        """Return the runs that belong to the sweep, as far as they are known."""
-        units = {unit for arm in self.arms() for unit in self.search(arm)}
+        """Return the runs that belong to the sweep, as far as they are known, those that failed included."""
+        units = {unit for arm in self.arms() for unit in [*self.search(arm), *self._failed(arm, done)]}
         for arm in self.arms():
             scale = self.chosen_scale(arm, done)
             if scale is not None:
@@ -252,7 +264,8 @@ class Sweep:
         lost = []
         for arm in self.arms():
             scale = self.chosen_scale(arm, done)
-            lost += [unit for unit in self.search(arm) if scale is not None and unit.scale != scale]
+            runs = [unit for unit in done if self._is_of(arm, unit)] if scale is not None else []
+            lost += [unit for unit in runs if unit.scale != scale]
         return lost
 
     def is_complete(self, unit: Unit, line: Line) -> bool:

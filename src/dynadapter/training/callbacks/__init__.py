@@ -4,6 +4,7 @@ from dynadapter.training.callbacks.averaging import WeightAverage
 from dynadapter.training.callbacks.early_exit import EarlyExit
 from dynadapter.training.callbacks.finite_check import FiniteCheck
 from dynadapter.training.callbacks.flops import FlopsReport
+from dynadapter.training.callbacks.learning_check import LearningCheck
 from dynadapter.training.callbacks.loss_weights import ExitWeights
 from dynadapter.training.callbacks.predictions import PredictionWriter
 from dynadapter.training.callbacks.sparsity import BidirectionalSparsity
@@ -14,6 +15,7 @@ __all__ = [
     "ExitWeights",
     "FiniteCheck",
     "FlopsReport",
+    "LearningCheck",
     "PredictionWriter",
     "WeightAverage",
 ]
