@@ -15,10 +15,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dynadapter.adapters import (
+    SSF,
+    VPT,
     Adapter,
     AdapterLayer,
+    AdapterPlus,
     AdapterSpec,
     AdaptFormer,
+    BitFit,
+    Convpass,
+    DoRA,
+    FacT,
     LoRA,
     RepAdapter,
     adapter_layers,
@@ -26,11 +33,14 @@ from dynadapter.adapters import (
     merge,
 )
 from dynadapter.adapters.droprate import DropRate
+from dynadapter.spec import kinds
 
 FAMILIES = BACKBONES | {"convnext_1x1": lambda: make_convnext(conv_mlp=True)}
 
-KINDS = [kind for kind in AdapterSpec.__subclasses__() if kind.__module__.startswith("dynadapter.")]
-VARIANTS = {kind.__name__: kind() for kind in KINDS} | {
+KINDS = [kind for kind in kinds(AdapterSpec) if kind.__module__.startswith("dynadapter.")]
+VARIANTS = {kind.__name__: kind() for kind in KINDS if kind is not VPT} | {  # which has a file of its own
+    "AdapterPlus": AdapterPlus(drop_path=0.0, scale=2.0),
+    "SSF": SSF(std=0.0, scale=0.5),  # without noise it starts as the identity
     "Houlsby": Adapter(placement="houlsby", scale=2.0),
     "LoRA-qv": LoRA(split="qv", scale=0.5),
     "LoRA-wide": LoRA(rank=3, targets=("*blocks.*.qkv", "*blocks.*.fc?"), dropout=0.2),
@@ -41,14 +51,22 @@ VARIANTS = {kind.__name__: kind() for kind in KINDS} | {
 WITHOUT_ATTENTION = {
     "Houlsby": ("*.fc1", "*.mlp"),
     "LoRA": ("*.mlp.fc1", "*.mlp.fc2"),
+    "DoRA": ("*.mlp.fc1", "*.mlp.fc2"),
     "LoRA-qv": ("*.mlp.fc1",),
     "LoRA-wide": ("*.mlp.fc?",),
     "RepAdapter": ("*.mlp.fc1",),
     "RepAdapter-attn": ("*.mlp.fc2",),
     "RepAdapter-ungrouped": ("*.mlp.fc1", "*.mlp.fc2"),
 }
-CASES = [(variant, family) for variant in VARIANTS for family in FAMILIES]
+# The other families of these are in test_kinds_by_family.py
+FEW = dict.fromkeys(("SSF", "BitFit", "DoRA", "FacT", "AdapterPlus", "Convpass"), ("vit", "convnext_1x1"))
+CASES = [(variant, family) for variant in VARIANTS for family in FEW.get(variant, FAMILIES)]
 each = pytest.mark.parametrize(("variant", "family"), CASES, ids=lambda value: value)
+ELSEWHERE = ("LoRA-wide", "AdapterPlus", "Convpass", "FacT")  # their blocks by hand are in test_kinds_by_hand.py
+AFFINE = ("SSF", "BitFit")  # around every layer, without a bottleneck
+with_bottleneck = pytest.mark.parametrize(
+    ("variant", "family"), [case for case in CASES if case[0] not in AFFINE], ids=lambda value: value
+)
 
 
 @pytest.fixture(autouse=True)
@@ -79,6 +97,14 @@ def scramble(model: nn.Module) -> nn.Module:
             spread = 0.5 if tensor.ndim == 1 else tensor.shape[1] ** -0.5
             tensor.copy_(torch.randn(tensor.shape, generator=generator) * spread)
     return model
+
+
+def inputs_of(layer: AdapterLayer, side: int) -> Tensor:
+    """Random inputs of a wrapped layer, as it takes them."""
+    base = next(m for m in layer.base_layer.modules() if getattr(m, "weight", None) is not None)
+    width = getattr(base, "in_channels", base.weight.shape[-1])
+    side *= max(getattr(base, "stride", (1,)))
+    return torch.randn((3, width, side, side) if layer.channels_first else (3, side, width), dtype=torch.float64)
 
 
 def injected(variant: str, family: str) -> nn.Module:
@@ -165,7 +191,7 @@ def test_layers_leave_their_input_alone(variant, family, images):
     assert all(kept)
 
 
-@each
+@with_bottleneck
 def test_dropout_acts_in_training_only(variant, family, images):
     model = scramble(injected(variant, family))
     for layer in adapter_layers(model).values():
@@ -189,17 +215,17 @@ def test_merge_keeps_output_and_timm_keys(variant, family, images):
     if not any(layer.mergeable for layer in adapter_layers(model).values()):
         keys = list(model.state_dict())
         with pytest.raises(
-            ValueError, match=rf"{type(spec).__name__} cannot be merged .*kinds that can: LoRA, RepAdapt"
+            ValueError, match=rf"{type(spec).__name__} cannot be merged .*kinds that can: BitFit, DoRA, "
         ):
             merge(model)
         assert list(model.state_dict()) == keys
         return
     expected = model(images)
     random_numbers = torch.get_rng_state()
+    doubles = adapter_layers(copy.deepcopy(model).double())
     for name, layer in adapter_layers(model).items():
-        width = (layer.lora_a if variant.startswith("LoRA") else layer.down).shape[1]
-        tokens = torch.randn((3, width, 5, 5) if layer.channels_first else (7, 5, width), dtype=torch.float64)
-        double = copy.deepcopy(layer).double()(tokens)
+        tokens = inputs_of(layer, 5)
+        double = doubles[name](tokens)
         error = (layer.merged()(tokens.float()).double() - double).norm() / double.norm()
         assert error < 1e-5, name
     torch.set_rng_state(random_numbers)
@@ -229,7 +255,7 @@ def test_copies_and_pickles(variant, family, images):
     assert torch.equal(fresh(images), expected)
 
 
-@each
+@with_bottleneck
 def test_depth_from_first_to_last_block(variant, family):
     model = injected(variant, family)
     by_place: dict[str, list[float]] = {}
@@ -290,6 +316,14 @@ def test_specs_are_plain_data(variant):
         (RepAdapter(bias=False), 221_184),
         (RepAdapter(), 239_808),
         (RepAdapter(placement="attn"), 239_808 // 2),
+        (SSF(), 205_824),
+        (BitFit(), 102_912),
+        (DoRA(), 294_912 + 12 * 2304),
+        (Convpass(), 327_552),
+        (VPT(), 460_800),
+        (VPT(placement="shallow"), 460_800 // 12),
+        (AdapterPlus(), 12 * (2 * 768 * 8 + 8 + 2 * 768)),
+        (FacT(), 2 * 768 * 16 + 16**3 + 12 * 12 * 16),
     ],
     ids=str,
 )
@@ -329,12 +363,36 @@ def lora(layer: nn.Module, x: Tensor) -> Tensor:
     return torch.cat([q + s * x @ (bq @ aq).T, k, v + s * x @ (bv @ av).T], -1)
 
 
+def block_of_affine_layers(block: nn.Module, plain: Block, spec: AdapterSpec, x: Tensor) -> Tensor:
+    """A ViT block whose layers are each followed by ``g * y + b``, as published; BitFit has b alone."""
+    after = {}
+    for name, layer in adapter_layers(block).items():
+        after[name] = (1 + layer.scale * layer.gain if isinstance(spec, SSF) else 1, layer.scale * layer.shift)
+
+    def call(name: str, x: Tensor) -> Tensor:
+        gain, shift = after[name]
+        return gain * plain.get_submodule(name)(x) + shift
+
+    batch, tokens, width = x.shape
+    heads = plain.attn.num_heads
+    q, k, v = call("attn.qkv", call("norm1", x)).view(batch, tokens, 3, heads, -1).permute(2, 0, 3, 1, 4)
+    mixed = (q @ k.transpose(-2, -1) / math.sqrt(width // heads)).softmax(-1) @ v
+    x = x + call("attn.proj", mixed.transpose(1, 2).reshape(batch, tokens, width))
+    return x + call("mlp.fc2", F.gelu(call("mlp.fc1", call("norm2", x))))
+
+
 def block_by_hand(block: nn.Module, plain: Block, spec: AdapterSpec, x: Tensor) -> Tensor:
     """A ViT block with the adapters' formulas written out; ``plain`` is the block before injection."""
     attn, mlp = block.attn, block.mlp
+    if isinstance(spec, SSF | BitFit):
+        return block_of_affine_layers(block, plain, spec, x)
     u = plain.norm1(x)
     if isinstance(spec, LoRA):
         qkv = lora(attn.qkv, u)
+    elif isinstance(spec, DoRA):
+        own, length = attn.qkv, plain.attn.qkv.weight + attn.qkv.scale * attn.qkv.lora_b @ attn.qkv.lora_a
+        rows = [size * row / row.pow(2).sum().sqrt() for size, row in zip(own.magnitude, length, strict=True)]
+        qkv = u @ torch.stack(rows).T + plain.attn.qkv.bias
     else:
         qkv = plain.attn.qkv(rep(attn.qkv, u) if isinstance(spec, RepAdapter) else u)
     batch, tokens, width = x.shape
@@ -356,7 +414,7 @@ def block_by_hand(block: nn.Module, plain: Block, spec: AdapterSpec, x: Tensor) 
     return x + out
 
 
-@pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "LoRA-wide"])
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if name not in ELSEWHERE])
 def test_a_block_by_hand(variant):
     plain = Block(24, num_heads=2, qkv_bias=True).double().eval()
     model = nn.ModuleDict({"blocks": nn.ModuleList([copy.deepcopy(plain)])})
@@ -371,7 +429,7 @@ def test_a_block_by_hand(variant):
     assert not torch.allclose(expected, plain(x), atol=1e-2)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if name not in ("DoRA", *ELSEWHERE)])  # constant lengths
 @pytest.mark.parametrize("channels_first", [False, True], ids=["tokens", "images"])
 def test_gradients_equal_finite_differences(variant, channels_first):
     """Every layer that the variant wraps, in all of its own tensors and in its input."""
@@ -381,12 +439,11 @@ def test_gradients_equal_finite_differences(variant, channels_first):
         block.attn.qkv, block.attn.proj = nn.Conv2d(4, 12, 1), nn.Conv2d(4, 4, 1)
         block.mlp.fc1, block.mlp.fc2 = nn.Conv2d(4, 8, 1), nn.Conv2d(8, 4, 1)
     model = nn.ModuleDict({"blocks": nn.ModuleList([block])}).eval().requires_grad_(False)
-    inject(model, replace(VARIANTS[variant], **({"rank": 2} if "LoRA" in variant else {"bottleneck": 2})))
+    sizes = {name: 2 for name in ("rank", "bottleneck") if hasattr(VARIANTS[variant], name)}
+    inject(model, replace(VARIANTS[variant], **sizes))
     scramble(model).double()
     for layer in adapter_layers(model).values():
-        first = next(module for module in layer.base_layer.modules() if isinstance(module, nn.Linear | nn.Conv2d))
-        width = first.weight.shape[1]
-        x = torch.randn((2, width, 1, 2) if channels_first else (2, 2, width), dtype=torch.float64, requires_grad=True)
+        x = inputs_of(layer, 1).requires_grad_()
         own = [p for p in layer.parameters() if p.requires_grad]
         assert own
         assert torch.autograd.gradcheck(lambda x, *_, layer=layer: layer(x), (x, *own))
@@ -498,9 +555,9 @@ def test_pattern_without_match_lists_layers(convnext, vit):
     untouched(nn.Sequential(nn.ReLU()), LoRA(), "it can wrap: none")
 
 
-@pytest.mark.parametrize("spec", [LoRA(), RepAdapter(), Adapter(), AdaptFormer()], ids=lambda spec: type(spec).__name__)
-def test_default_places_in_every_family(spec, any_backbone):
-    assert len(inject(any_backbone, spec)) >= 6  # one a block at least
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind is not VPT], ids=lambda kind: kind.__name__)
+def test_default_places_in_every_family(kind, any_backbone):
+    assert len(inject(any_backbone, kind())) >= 6  # one a block at least
 
 
 def test_layers_that_a_kind_cannot_take(vit, convnext):
@@ -596,6 +653,16 @@ def test_injection_follows_the_mode(vit):
         (lambda: AdaptFormer(norms="norm2"), "norms='norm2' must be a tuple"),
         (lambda: RepAdapter(bottleneck=6, groups=4), "groups=4 must divide bottleneck=6"),
         (lambda: RepAdapter(placement="mlp"), "placement='mlp' must be one of 'block', 'attn'"),
+        (lambda: SSF(std=-1.0), "std=-1.0 must be a finite number of at least 0"),
+        (lambda: SSF(dropout=0.1), "dropout=0.1 does not fit SSF, which has no bottleneck; use 0"),
+        (lambda: BitFit(dropout=0.1), "dropout=0.1 does not fit BitFit"),
+        (lambda: DoRA(rank=0), "rank=0 must be"),
+        (lambda: FacT(rank=0), "rank=0 must be"),
+        (lambda: Convpass(bottleneck=0), "bottleneck=0 must be"),
+        (lambda: AdapterPlus(drop_path=1.0), "drop_path=1.0 must be a fraction"),
+        (lambda: VPT(prompts=0), "prompts=0 must be"),
+        (lambda: VPT(placement="last"), "placement='last' must be one of 'deep', 'shallow'"),
+        (lambda: VPT(placement="shallow", targets=("blocks.1",)), "targets=.* do not fit placement='shallow'"),
     ],
 )
 def test_fields_are_checked(make, match):

@@ -425,7 +425,7 @@ def test_merge_that_differs_is_refused(images):
     with pytest.raises(ValueError, match="more than tolerance=1e-12"):
         merged_copy(net, images, POLICY, tolerance=1e-12)
     with pytest.raises(
-        ValueError, match="Adapter cannot be merged into the backbone; the kinds that can: LoRA, RepAdapter"
+        ValueError, match="Adapter cannot be merged into the backbone; the kinds that can: BitFit, DoRA, FacT, LoRA, "
     ):
         merged_copy(made("vit", Adapter)[0], images, POLICY)
     with pytest.raises(ValueError, match=r"shape \(0, 3, 32, 32\); give some of the task's"):

@@ -9,7 +9,19 @@ from cost_references import counting, halved
 from torch import nn
 
 from dynadapter import backbones as cut
-from dynadapter.adapters import Adapter, AdapterSpec, AdaptFormer, LoRA, RepAdapter, inject
+from dynadapter.adapters import (
+    SSF,
+    Adapter,
+    AdapterPlus,
+    AdapterSpec,
+    AdaptFormer,
+    BitFit,
+    DoRA,
+    FacT,
+    LoRA,
+    RepAdapter,
+    inject,
+)
 from dynadapter.backbones import create_backbone
 from dynadapter.cost import exit_costs
 from dynadapter.cost.costs import up_to_each_exit
@@ -29,6 +41,11 @@ ADAPTERS: list[AdapterSpec | None] = [
     LoRA(rank=4, split="qv"),
     RepAdapter(),
     RepAdapter(placement="attn", bias=False),
+    SSF(),
+    BitFit(),
+    DoRA(rank=4),
+    FacT(rank=4),
+    AdapterPlus(),
 ]
 VITS = {
     "plain": {},

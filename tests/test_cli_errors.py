@@ -77,7 +77,11 @@ TABLE = [
     fit("--data=VTAB1k --data.task=cifar", "data", "root must be given", "--data.root"),
     # class names
     fit("--model.adapter=LoRa", "model.adapter", "'LoRa'", "'LoRA'", "RepAdapter"),
-    fit("--model.adapter=Nope", "'Nope'", "AdaptFormer, Adapter, LoRA, RepAdapter"),
+    fit(
+        "--model.adapter=Nope",
+        "'Nope'",
+        "AdaptFormer, Adapter, AdapterPlus, BitFit, Convpass, DoRA, FacT, LoRA, RepAdapter, SSF, VPT",
+    ),
     fit("--model.heads=Blanced", "'Blanced'", "'Balanced'"),
     fit("--data=Shape", "'Shape'", "'Shapes'", "VTAB1k"),
     fit("--model.optimizer=AdmW", "'AdmW'", "'AdamW'"),
@@ -183,7 +187,7 @@ TABLE = [
     ),
     Row("predict --ckpt_path {W}/future.ckpt --out {W}/p.csv --images {W}/images", ("format 99", "update dynadapter")),
     Row("predict --ckpt_path {W}/good.ckpt --images {W}/images --output {W}/tiny.yaml", ("tiny.yaml", "no format")),
-    Row("flops -c {F} --model.adapter=Adapter --merged=true", ("Adapter", "LoRA, RepAdapter")),
+    Row("flops -c {F} --model.adapter=Adapter --merged=true", ("Adapter", "BitFit, DoRA, FacT, LoRA, RepAdapter, SSF")),
 ]
 
 

@@ -17,7 +17,20 @@ from conftest import CLASSES, make_vit
 from exported_networks import NAMES, NETWORKS, POLICY, SIZE, adapted, network, noise, options
 
 import dynadapter
-from dynadapter.adapters import AdapterSpec, AdaptFormer, LoRA, RepAdapter, adapter_layers
+from dynadapter.adapters import (
+    SSF,
+    VPT,
+    AdapterPlus,
+    AdapterSpec,
+    AdaptFormer,
+    BitFit,
+    Convpass,
+    DoRA,
+    FacT,
+    LoRA,
+    RepAdapter,
+    adapter_layers,
+)
 from dynadapter.cost import exit_costs
 from dynadapter.exits.combining import Combined
 from dynadapter.exits.net import ExitNet
@@ -214,12 +227,21 @@ def test_adapters_are_merged_if_possible(spec: AdapterSpec) -> None:
     assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
 
 
-def test_static_network_with_adapters(tmp_path: Path) -> None:
-    kinds = [
-        LoRA(rank=2, targets=("blocks.0.attn.qkv",)),
-        AdaptFormer(bottleneck=4),
-        RepAdapter(bottleneck=4, targets=("blocks.1.attn.qkv",)),
-    ]
+SEVERAL = [
+    LoRA(rank=2, targets=("blocks.0.attn.qkv",)),
+    AdaptFormer(bottleneck=4),
+    RepAdapter(bottleneck=4, targets=("blocks.1.attn.qkv",)),
+    SSF(targets=("patch_embed.proj", "blocks.0.norm1")),
+    BitFit(targets=("norm",)),
+    DoRA(rank=2, targets=("blocks.0.attn.proj",)),
+    FacT(rank=2, targets=("*.mlp.fc1",)),
+    AdapterPlus(bottleneck=4),
+    Convpass(bottleneck=4, targets=("*.attn",)),
+]
+
+
+@pytest.mark.parametrize("kinds", [SEVERAL, [VPT(prompts=3)]], ids=["several", "VPT"])
+def test_static_network_with_adapters(kinds: list[AdapterSpec], tmp_path: Path) -> None:
     net, images, folder = adapted(*kinds, exit_depths=[]), noise(5), tmp_path / "exported"
     content = export_onnx(net, folder, **SMALL, merge=False, opset=18, class_first=False)
     assert content["versions"]["opset"] == 18

@@ -7,10 +7,29 @@ import torch
 from test_backbones import ARCHITECTURES
 from torch import Tensor, nn
 
-from dynadapter import Adapter, AdaptFormer, Confidence, ExitNet, LoRA, RepAdapter, exit_costs, inject
+from dynadapter import (
+    SSF,
+    VPT,
+    Adapter,
+    AdapterPlus,
+    AdaptFormer,
+    BitFit,
+    Confidence,
+    Convpass,
+    DoRA,
+    ExitNet,
+    FacT,
+    LoRA,
+    RepAdapter,
+    exit_costs,
+    inject,
+)
 from dynadapter.adapters import AdapterSpec, adapter_layers
 from dynadapter.backbones import create_backbone
 from dynadapter.exits.policies import read_off
+from dynadapter.serve.bundle.tensors import fill, frozen_names, saved_tensors
+from dynadapter.spec import plain, restore
+from dynadapter.training.contents import frozen_keys
 
 NAMES = (
     "eva02_tiny_patch14_224",
@@ -25,7 +44,21 @@ NAMES = (
     "swinv2_tiny_window8_256",
     "convnext_tiny",
 )
-KINDS: list[AdapterSpec] = [LoRA(rank=2), RepAdapter(bottleneck=2), Adapter(bottleneck=2), AdaptFormer(bottleneck=2)]
+KINDS: list[AdapterSpec] = [
+    LoRA(rank=2),
+    RepAdapter(bottleneck=2),
+    Adapter(bottleneck=2),
+    AdaptFormer(bottleneck=2),
+    SSF(std=0.0),
+    BitFit(),
+    DoRA(rank=2),
+    FacT(rank=2),
+    AdapterPlus(bottleneck=2, drop_path=0.0),
+    Convpass(bottleneck=2),
+    VPT(prompts=3),
+    VPT(prompts=3, placement="shallow"),
+]
+FREE = (SSF, BitFit)  # arithmetic on single elements is not counted
 SIZE = 32
 
 
@@ -50,13 +83,18 @@ def network(name: str, spec: AdapterSpec) -> ExitNet:
         before = backbone(images())
     inject(backbone, spec)
     with torch.no_grad():
-        torch.testing.assert_close(backbone(images()), before)  # the identity at the start
+        if not isinstance(spec, VPT):
+            torch.testing.assert_close(backbone(images()), before)  # the identity at the start
     return ExitNet(backbone, every=1)
 
 
-@pytest.mark.parametrize("spec", KINDS, ids=lambda spec: type(spec).__name__)
+@pytest.mark.parametrize("spec", KINDS, ids=lambda spec: f"{type(spec).__name__} {getattr(spec, 'placement', '')}")
 @pytest.mark.parametrize("name", NAMES)
 def test_every_kind_in_every_family(name: str, spec: AdapterSpec) -> None:
+    if isinstance(spec, VPT) and name.startswith(("swin", "convnext")):
+        with pytest.raises(ValueError, match=r"VPT has no default places in .*; kinds that have: .*SSF"):
+            network(name, spec)
+        return
     net = network(name, spec)
     static = exit_costs(copy.deepcopy(net), SIZE)
 
@@ -80,12 +118,19 @@ def test_every_kind_in_every_family(name: str, spec: AdapterSpec) -> None:
     assert costs.macs == static.macs
     assert costs.relative[-1] > 1
 
+    assert restore(plain(spec), AdapterSpec) == spec
+    fresh, names = network(name, spec), frozen_keys(net)
+    assert frozen_names(net) == names
+    fill(fresh, saved_tensors(net, whole=False), False, "bundle")  # and a checkpoint leaves the same names out
+    with torch.no_grad():
+        torch.testing.assert_close(fresh(images()), logits)
+
     if all(layer.mergeable for layer in adapter_layers(net.backbone).values()):
         merged = copy.deepcopy(net).merge(1e-4)
         assert not adapter_layers(merged.backbone)
         with torch.no_grad():
             torch.testing.assert_close(merged(images()), logits, rtol=1e-3, atol=1e-4)
-        assert exit_costs(merged, SIZE).macs[-1] < costs.macs[-1]
+        assert (exit_costs(merged, SIZE).macs[-1] < costs.macs[-1]) is not isinstance(spec, FREE)
 
 
 @pytest.mark.parametrize("name", ["vit_small_plus_patch16_dinov3", "vit_base_patch16_rope_mixed_224"])

@@ -7,12 +7,19 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from dynadapter.adapters import (
+        SSF,
+        VPT,
         Adapter,
         AdapterLayer,
+        AdapterPlus,
         Adapters,
         AdapterSpec,
         AdaptFormer,
+        BitFit,
         ByBlocks,
+        Convpass,
+        DoRA,
+        FacT,
         LoRA,
         RepAdapter,
         inject,
@@ -82,7 +89,8 @@ if TYPE_CHECKING:
     from dynadapter.training.weighting import EarlyToLate, LateToEarly, LinearInDepth, PerExit, Uniform, Weighting
 
 _HOMES = {
-    "adapters": "AdaptFormer Adapter AdapterLayer AdapterSpec Adapters ByBlocks LoRA RepAdapter inject merge",
+    "adapters": "AdaptFormer Adapter AdapterLayer AdapterPlus AdapterSpec Adapters BitFit ByBlocks Convpass DoRA FacT LoRA "
+    "RepAdapter SSF VPT inject merge",
     "backbones": "create_backbone",
     "backbones.layout": "lay_out_for_cpu",
     "calibrate": "Calibrated Goal evaluate policy_for solve with_guarantee",

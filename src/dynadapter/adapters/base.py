@@ -2,14 +2,17 @@
 
 import math
 from abc import abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from dynadapter.adapters.droprate import DropRate, check_rate
-from dynadapter.spec import Spec
+from dynadapter.backbones import classifier
+from dynadapter.spec import Spec, kinds
 
 MAX_SIZE = 4096
 """Largest rank or width of an adapter."""
@@ -34,11 +37,15 @@ class AdapterLayer(nn.Module):
         mergeable: Whether the class defines :meth:`merged`.
         base_parts: Names of the children that belong to the backbone.
         channels_first: Whether tokens are (batch, width, rows, columns), as a 1x1 convolution takes them.
+        adds_tokens: Whether the base layer gets more tokens than the wrapper.
+        needs_grid: Whether the update reads the neighbours of a token, so that no token may be missing.
     """
 
     kind: ClassVar[str]
     base_parts: ClassVar[tuple[str, ...]] = ("base_layer",)
     mergeable: ClassVar[bool] = False
+    adds_tokens: ClassVar[bool] = False
+    needs_grid: ClassVar[bool] = False
     depth: float
 
     def __init_subclass__(cls, **kwargs: object) -> None:
@@ -67,13 +74,14 @@ class AdapterLayer(nn.Module):
         Raises:
             ValueError: If the kind cannot be merged.
         """
-        layers, kinds = list(AdapterLayer.__subclasses__()), []
+        layers, found = list(AdapterLayer.__subclasses__()), set()
         for layer in layers:
             layers += layer.__subclasses__()  # the list grows while it is walked
             if layer.mergeable:
-                kinds.append(layer.kind)
+                found.add(layer.kind)
+        found &= {cls.__name__ for cls in kinds(AdapterSpec)}  # without what several kinds share
         raise ValueError(
-            f"{self.kind} cannot be merged into the backbone; the kinds that can: {', '.join(sorted(kinds))}"
+            f"{self.kind} cannot be merged into the backbone; the kinds that can: {', '.join(sorted(found))}"
         )
 
     def own_parameters(self) -> dict[str, nn.Parameter]:
@@ -130,6 +138,17 @@ class AdapterSpec(Adapters):
         """Check whether the kind can wrap this layer; ``takes`` describes such layers in words."""
         return is_matrix(layer)
 
+    def defaults(self, model: nn.Module, layers: Mapping[str, nn.Module]) -> list[str]:
+        """Return the names of the layers to wrap without ``targets``: those of ``places`` that fit.
+
+        Args:
+            model: The backbone.
+            layers: Its layers by name, without wrappers.
+        """
+        found = [name for name in layers if any(fnmatchcase(name, pattern) for pattern in self.places)]
+        own = classifier(model)
+        return [name for name in found if self.fits(layers[name]) and layers[name] not in own]
+
     @abstractmethod
     def wrap(self, model: nn.Module, name: str) -> AdapterLayer:
         """Build the wrapper of one layer without changing the model.
@@ -157,6 +176,12 @@ def matrices(layer: nn.Module) -> list[nn.Linear | nn.Conv2d]:
     """List the layer and its direct children that multiply each token by one matrix, without wrappers."""
     members = [unwrapped(member) for member in (layer, *layer.children())]
     return [member for member in members if is_matrix(member)]  # type: ignore[misc]
+
+
+def channels(layer: nn.Module) -> tuple[int, int]:
+    """Return the channels of a token before and after a layer: of its first matrix, and of its last."""
+    found = matrices(layer)
+    return found[0].weight.shape[1], found[-1].weight.shape[0]
 
 
 def unwrapped(layer: nn.Module) -> nn.Module:

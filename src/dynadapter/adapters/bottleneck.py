@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from dynadapter.adapters.base import (
     AdapterLayer,
     AdapterSpec,
+    channels,
     check_choice,
     check_names,
     check_size,
@@ -26,6 +27,7 @@ class BottleneckLayer(AdapterLayer):
         base_layer: The layer of the backbone.
         spec: The adapter's configuration.
         width: Input channels of the down-projection.
+        out: Output channels of the up-projection.
         bottleneck: Output channels of the down-projection.
 
     Attributes:
@@ -35,13 +37,13 @@ class BottleneckLayer(AdapterLayer):
         up_bias: (out,).
     """
 
-    def __init__(self, base_layer: nn.Module, spec: AdapterSpec, width: int, bottleneck: int) -> None:
+    def __init__(self, base_layer: nn.Module, spec: AdapterSpec, width: int, out: int, bottleneck: int) -> None:
         super().__init__(base_layer, spec)
-        last = matrices(base_layer)[-1].weight
-        self.down = parameter(last, bottleneck, width)
-        self.down_bias = parameter(last, bottleneck)
-        self.up = parameter(last, last.shape[0], bottleneck)
-        self.up_bias = parameter(last, last.shape[0])
+        like = next(base_layer.parameters())
+        self.down = parameter(like, bottleneck, width)
+        self.down_bias = parameter(like, bottleneck)
+        self.up = parameter(like, out, bottleneck)
+        self.up_bias = parameter(like, out)
         nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
 
     def project_down(self, x: Tensor) -> Tensor:
@@ -101,7 +103,8 @@ class Adapter(AdapterSpec):
     def wrap(self, model: nn.Module, name: str) -> SequentialLayer:
         """Build the wrapper of one layer."""
         layer = model.get_submodule(name)
-        return SequentialLayer(layer, self, matrices(layer)[-1].weight.shape[0], self.bottleneck)
+        _, out = channels(layer)
+        return SequentialLayer(layer, self, out, out, self.bottleneck)
 
 
 class ParallelLayer(BottleneckLayer):
@@ -124,7 +127,7 @@ class ParallelLayer(BottleneckLayer):
     def __init__(
         self, base_layer: nn.Module, norm: nn.Module, norm_name: str, spec: AdapterSpec, bottleneck: int
     ) -> None:
-        super().__init__(base_layer, spec, matrices(base_layer)[0].weight.shape[1], bottleneck)
+        super().__init__(base_layer, spec, *channels(base_layer), bottleneck)
         self.norm = norm
         self.norm_name = norm_name
 

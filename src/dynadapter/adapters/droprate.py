@@ -4,14 +4,14 @@ import torch
 from torch import Tensor, nn
 
 
-def check_rate(rate: float) -> float:
+def check_rate(rate: float, name: str = "dropout") -> float:
     """Return the rate as a float.
 
     Raises:
         ValueError: If it is not in [0, 1).
     """
     if not 0 <= rate < 1:
-        raise ValueError(f"dropout={rate} must be a fraction of at least 0 and below 1; 0 switches it off")
+        raise ValueError(f"{name}={rate} must be a fraction of at least 0 and below 1; 0 switches it off")
     return float(rate)
 
 

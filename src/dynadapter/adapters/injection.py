@@ -1,5 +1,6 @@
 """Inject adapters: wrap the layers of a backbone whose names match a pattern."""
 
+import contextlib
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
@@ -11,7 +12,7 @@ from torch import nn
 
 from dynadapter.adapters.base import AdapterLayer, Adapters, AdapterSpec, unwrapped
 from dynadapter.backbones import freeze as freeze_backbone
-from dynadapter.spec import returned
+from dynadapter.spec import kinds, returned
 
 Layers = Mapping[str, tuple[str, nn.Module]]
 """Layers, or their wrappers, by their names without adapters: each with its path in the model."""
@@ -38,6 +39,11 @@ def inject(model: nn.Module, spec: Adapters, freeze: bool = True) -> list[str]:
     """
     layers = {name: (path, layer) for name, path, layer in _layers(model)}
     wrappers = wrap(spec, model, layers)
+    both = [*adapter_layers(model).values(), *wrappers.values()]
+    if any(layer.needs_grid for layer in both) and any(layer.adds_tokens for layer in both):
+        raise ValueError(
+            f"{spec.label} does not fit the other adapters: one adds tokens, one needs them in a grid; use one of both"
+        )
     # Inner layers first: wrapping a module changes the paths of the layers inside it
     for name in reversed([name for name in layers if name in wrappers]):
         path, wrapper = layers[name][0], wrappers[name]
@@ -71,20 +77,10 @@ def wrap(spec: Any, model: nn.Module, layers: Layers) -> dict[str, AdapterLayer]
 @wrap.register
 def _(spec: AdapterSpec, model: nn.Module, layers: Layers) -> dict[str, AdapterLayer]:
     kind = type(spec).__name__
-    patterns = spec.targets or _present(spec.places, layers)
-    for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in layers):
-            fitting = dict.fromkeys(
-                _collapsed(name) for name, (_, layer) in layers.items() if spec.fits(unwrapped(layer))
-            )
-            raise ValueError(
-                f"no layer of {type(model).__name__} matches the target {pattern!r} of {kind}; "
-                f"set targets; the layers that it can wrap: {', '.join(fitting) or 'none'}"
-            )
+    plain = {name: unwrapped(layer) for name, (_, layer) in layers.items()}
     wrappers: dict[str, AdapterLayer] = {}
-    for name, (path, layer) in layers.items():
-        if not any(fnmatchcase(name, pattern) for pattern in patterns):
-            continue
+    for name in _chosen(model, spec, plain):
+        path, layer = layers[name]
         require_bare(name, layer, kind)
         if not spec.fits(layer):
             raise ValueError(f"{kind} cannot wrap {name}, {_described(layer)}; it takes {spec.takes}")
@@ -124,14 +120,43 @@ def _wrapped(spec: AdapterSpec, model: nn.Module, path: str) -> AdapterLayer:
     return wrapper
 
 
-def _present(places: tuple[str, ...], names: Iterable[str]) -> tuple[str, ...]:
-    """Return the default places that the model has, or all of them if it has none (for the error message)."""
-    return tuple(p for p in places if any(fnmatchcase(name, p) for name in names)) or places
+def _chosen(model: nn.Module, spec: AdapterSpec, layers: Mapping[str, nn.Module]) -> list[str]:
+    """Return the names of the layers to wrap, in the order of the model."""
+    kind, name = type(spec).__name__, type(model).__name__
+    fitting = ", ".join(dict.fromkeys(_collapsed(name) for name, layer in layers.items() if spec.fits(layer))) or "none"
+    for pattern in spec.targets:
+        if not any(fnmatchcase(name, pattern) for name in layers):
+            raise ValueError(
+                f"no layer of {name} matches the target {pattern!r} of {kind}; set targets; the layers that it can "
+                f"wrap: {fitting}"
+            )
+    if spec.targets:
+        return [name for name in layers if any(fnmatchcase(name, pattern) for pattern in spec.targets)]
+    if chosen := spec.defaults(model, layers):
+        return chosen
+    raise ValueError(
+        f"{kind} has no default places in {name}; kinds that have: {_kinds_for(model, layers)}; or set targets; the "
+        f"layers that it can wrap: {fitting}"
+    )
+
+
+def _kinds_for(model: nn.Module, layers: Mapping[str, nn.Module]) -> str:
+    """Return the kinds that have default places in a model, as text."""
+    found = []
+    for cls in kinds(AdapterSpec):
+        with contextlib.suppress(TypeError, ValueError):  # a kind with settings that must be given
+            found += [cls.__name__] * bool(cls().defaults(model, layers))
+    return ", ".join(sorted(found)) or "none"
 
 
 def adapter_layers(model: nn.Module) -> dict[str, AdapterLayer]:
     """Return the wrappers in a model by name, in the order of the model."""
     return {name: layer for name, layer in model.named_modules() if isinstance(layer, AdapterLayer)}
+
+
+def needs_grid(model: nn.Module) -> str | None:
+    """Return the first kind of adapter that needs every token in its place; None if there is none."""
+    return next((layer.kind for layer in adapter_layers(model).values() if layer.needs_grid), None)
 
 
 def _layers(module: nn.Module, name: str = "", path: str = "") -> Iterator[tuple[str, str, nn.Module]]:

@@ -1,6 +1,7 @@
 """LoRA: a low-rank update of a frozen matrix."""
 
 import math
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,8 +12,44 @@ from dynadapter.adapters.base import AdapterLayer, AdapterSpec, check_choice, ch
 from dynadapter.adapters.lowrank import add_product, project
 from dynadapter.adapters.merging import exact, rebuilt
 
+PLACES = ("*.qkv", "*.q_proj", "*.k_proj", "*.v_proj", "stages.*.mlp.fc1")
+"""The q, k and v of each attention, or the first matrix of each MLP in a ConvNeXt."""
 
-class LoRALayer(AdapterLayer):
+
+class LowRankLayer(AdapterLayer):
+    """``W x + b + s * matrix_up @ drop(matrix_down @ x)``; a subclass defines both matrices."""
+
+    @abstractmethod
+    def matrix_down(self) -> Tensor:
+        """Return the matrix from the layer's input to the low-rank activations, (rank, width)."""
+
+    @abstractmethod
+    def matrix_up(self) -> Tensor:
+        """Return the matrix from the low-rank activations to the layer's output, (out, rank)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map tokens (..., width) to (..., out), or (batch, width, rows, columns) to (batch, out, rows, columns)."""
+        y = self.base_layer(x)
+        hidden = self.dropout(project(x, self.matrix_down(), None, self.channels_first))
+        return add_product(y, hidden, self.matrix_up(), None, self.scale, self.channels_first, own=True)
+
+    def some(self, x: Tensor, start: int, stop: int) -> Tensor:
+        """Compute only the outputs ``start:stop`` for tokens (..., width)."""
+        matrix = matrices(self.base_layer)[0]
+        bias = None if matrix.bias is None else matrix.bias[start:stop]
+        y = project(x, matrix.weight.flatten(1)[start:stop], bias, False)
+        hidden = self.dropout(project(x, self.matrix_down(), None, False))
+        return add_product(y, hidden, self.matrix_up()[start:stop], None, self.scale, False, own=True)
+
+    def merged(self) -> nn.Module:
+        """Return the base layer with ``W + s * matrix_up @ matrix_down``."""
+        weight = matrices(self.base_layer)[0].weight.flatten(1)
+        return rebuilt(
+            self.base_layer, exact(weight) + self.scale * exact(self.matrix_up()) @ exact(self.matrix_down())
+        )
+
+
+class LoRALayer(LowRankLayer):
     """``W x + b + s * lora_b @ drop(lora_a @ x)``.
 
     Args:
@@ -35,32 +72,15 @@ class LoRALayer(AdapterLayer):
         self.lora_b = parameter(weight, 2 * out // 3 if split else out, rank)
         nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
 
-    def up(self) -> Tensor:
-        """Return the matrix from the low-rank activations to the layer's output, (out, rows of ``lora_a``)."""
+    def matrix_down(self) -> Tensor:
+        return self.lora_a
+
+    def matrix_up(self) -> Tensor:
         if not self.split:
             return self.lora_b
         query, value = self.lora_b.chunk(2)
         key = query.new_empty(len(query), 0)  # no columns, so its rows of the block-diagonal matrix are zero
         return torch.block_diag(query, key, value)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map tokens (..., width) to (..., out), or (batch, width, rows, columns) to (batch, out, rows, columns)."""
-        y = self.base_layer(x)
-        hidden = self.dropout(project(x, self.lora_a, None, self.channels_first))
-        return add_product(y, hidden, self.up(), None, self.scale, self.channels_first, own=True)
-
-    def some(self, x: Tensor, start: int, stop: int) -> Tensor:
-        """Compute only the outputs ``start:stop`` for tokens (..., width)."""
-        matrix = matrices(self.base_layer)[0]
-        bias = None if matrix.bias is None else matrix.bias[start:stop]
-        y = project(x, matrix.weight.flatten(1)[start:stop], bias, False)
-        hidden = self.dropout(project(x, self.lora_a, None, False))
-        return add_product(y, hidden, self.up()[start:stop], None, self.scale, False, own=True)
-
-    def merged(self) -> nn.Module:
-        """Return the base layer with ``W + s * lora_b @ lora_a``."""
-        weight = matrices(self.base_layer)[0].weight.flatten(1)
-        return rebuilt(self.base_layer, exact(weight) + self.scale * exact(self.up()) @ exact(self.lora_a))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +109,7 @@ class LoRA(AdapterSpec):
     @property
     def places(self) -> tuple[str, ...]:
         """The q, k and v of each attention, or the first matrix of each MLP in a ConvNeXt."""
-        return ("*.qkv", "*.q_proj", "*.k_proj", "*.v_proj", "stages.*.mlp.fc1")
+        return PLACES
 
     def wrap(self, model: nn.Module, name: str) -> LoRALayer:
         """Build the wrapper of one layer.

@@ -1,8 +1,13 @@
-"""The two matrix products of every adapter kind, for tokens and for images with channels first."""
+"""The products of the adapter kinds, for tokens and for images with channels first."""
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+
+def by_channel(values: Tensor, x: Tensor, channels_first: bool) -> Tensor:
+    """Return values (channels,) in the type of ``x`` and in a shape that broadcasts over it."""
+    return values.to(x.dtype)[:, None, None] if channels_first else values.to(x.dtype)
 
 
 def project(x: Tensor, weight: Tensor, bias: Tensor | None, channels_first: bool) -> Tensor:

@@ -1,6 +1,7 @@
 """Merge adapters into the weights of the backbone, and compare the outputs."""
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,15 +43,15 @@ def exact(tensor: Tensor) -> Tensor:
 
 
 def rebuilt(layer: nn.Module, weight: Tensor, bias: Tensor | None = None) -> nn.Module:
-    """Return a frozen copy of a linear layer or 1x1 convolution with other values.
+    """Return a frozen copy of a linear layer, convolution or norm with other values.
 
     Args:
         layer: The layer to copy.
-        weight: (out, width).
+        weight: The values of its weight, in any shape.
         bias: (out,), or None to keep the layer's own.
     """
     layer = copy.deepcopy(layer).requires_grad_(False)
-    matrix = matrices(layer)[0]
+    matrix: Any = next(iter(matrices(layer)), layer)
     matrix.weight.copy_(weight.view(matrix.weight.shape))
     if bias is not None and matrix.bias is not None:
         matrix.bias.copy_(bias)
@@ -60,10 +61,11 @@ def rebuilt(layer: nn.Module, weight: Tensor, bias: Tensor | None = None) -> nn.
 @torch.no_grad()
 def _error(layer: AdapterLayer, merged: nn.Module) -> float:
     """Return the relative difference between the outputs of a wrapper and its merged layer on random tokens."""
-    plain = matrices(merged)
-    weight = plain[0].weight if plain else next(merged.parameters())  # of a norm, (width,)
-    width = weight.shape[1] if plain else weight.shape[-1]
-    shape = (4, width, 8, 8) if layer.channels_first else (256, width)
+    first: Any = next(iter(matrices(merged)), merged)
+    weight = next(first.parameters())
+    width = getattr(first, "in_channels", weight.shape[-1])  # the latter of a norm too, (width,)
+    side = 8 * max(getattr(first, "stride", (1,)))
+    shape = (4, width, side, side) if layer.channels_first else (256, width)
     generator = torch.Generator().manual_seed(0)  # leaves the global random state unchanged
     tokens = torch.randn(shape, generator=generator).to(weight)
     training = layer.dropout.training

@@ -22,6 +22,7 @@ from dynadapter.backbones import (  # noqa: F401  # each registers its family
 )
 from dynadapter.backbones.create import create_backbone, fingerprint
 from dynadapter.backbones.cut import (
+    add_prefix_tokens,
     arguments,
     blocks,
     built_for,
@@ -42,6 +43,7 @@ from dynadapter.backbones.cut import (
     prefix_tokens,
     reads_class_row,
     size_step,
+    takes_prefix_tokens,
     tokens,
     widths,
 )
@@ -57,6 +59,7 @@ if find_spec("timm.models.qwen3_vit") is not None:  # older releases of timm hav
 
 __all__ = [
     "DrawFrom",
+    "add_prefix_tokens",
     "arguments",
     "blocks",
     "built_for",
@@ -92,6 +95,7 @@ __all__ = [
     "size_step",
     "splits",
     "takes_exit_tokens",
+    "takes_prefix_tokens",
     "tokens",
     "widths",
 ]

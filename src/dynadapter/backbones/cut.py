@@ -111,6 +111,29 @@ def pools_mean(model: nn.Module) -> bool:
 
 
 @singledispatch
+def add_prefix_tokens(model: nn.Module, block: nn.Module | None, count: int) -> None:
+    """Prepare for more tokens between the prefix tokens and the patches: in one block, or in front of all blocks.
+
+    A family registers it if its blocks attend among all tokens, whatever their number.
+
+    Args:
+        model: A timm model of such a family.
+        block: One of its blocks; None for tokens in front of the first block, which pass all of them.
+        count: Number of tokens.
+
+    Raises:
+        TypeError: If the family has not registered it.
+        ValueError: If the model's settings do not allow it.
+    """
+    raise TypeError(f"{type(model).__name__} does not take more tokens than those of its patches")
+
+
+def takes_prefix_tokens(model: nn.Module) -> bool:
+    """Check whether the family has registered :func:`add_prefix_tokens`."""
+    return not _is_default(add_prefix_tokens, model)
+
+
+@singledispatch
 def needs_all_tokens(model: nn.Module) -> str | None:
     """Return the name of the part that needs every patch token in its place; None if tokens can be merged."""
     return type(model).__name__
@@ -174,6 +197,19 @@ def classify(model: nn.Module, features: Tensor, logs: Tensor | None = None) -> 
             pooling counts a token so many times. None counts each token once.
     """
     return model.forward_head(features)  # type: ignore[operator]
+
+
+def _count_prefix_tokens(model: Any, count: int) -> None:
+    """Count more prefix tokens in timm's ViT or Eva.
+
+    Raises:
+        ValueError: If the model would count them among its position embeddings.
+    """
+    if model.dynamic_img_size and model.pos_embed is not None and not model.no_embed_class:
+        raise ValueError(
+            "dynamic_img_size does not fit tokens in front of the first block; leave it out, or add them in each block"
+        )
+    model.num_prefix_tokens += count
 
 
 def mean_tokens(x: Tensor, logs: Tensor | None) -> Tensor:
@@ -268,6 +304,7 @@ def _register_once(question: Any) -> None:
 OPTIONAL: tuple[Any, ...] = (
     arguments,
     prefix_tokens,
+    add_prefix_tokens,
     checkpointing,
     pools_mean,
     needs_all_tokens,

@@ -7,8 +7,10 @@ from timm.models.eva import Eva
 from torch import Tensor, nn
 
 from dynadapter.backbones.cut import (
+    _count_prefix_tokens,
     _same_forward,
     _square,
+    add_prefix_tokens,
     arguments,
     blocks,
     convert,
@@ -81,6 +83,15 @@ def _(model: Eva) -> list[int]:
 @prefix_tokens.register
 def _(model: Eva) -> int:
     return model.num_prefix_tokens
+
+
+@add_prefix_tokens.register
+def _(model: Eva, block: nn.Module | None, count: int) -> None:
+    if block is None:
+        _count_prefix_tokens(model, count)
+    for one in model.blocks if block is None else (block,):
+        attention: Any = one.attn
+        attention.num_prefix_tokens += count  # those without a rotary embedding
 
 
 @has_class_token.register

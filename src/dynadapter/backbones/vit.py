@@ -5,7 +5,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from dynadapter.backbones.cut import (
+    _count_prefix_tokens,
     _same_forward,
+    add_prefix_tokens,
     blocks,
     classify,
     convert,
@@ -55,12 +57,18 @@ def _(model: VisionTransformer) -> int:
     return model.num_prefix_tokens
 
 
+@add_prefix_tokens.register
+def _(model: VisionTransformer, block: nn.Module | None, count: int) -> None:
+    if block is None:
+        _count_prefix_tokens(model, count)
+
+
 @needs_all_tokens.register
 def _(model: VisionTransformer) -> str | None:
     if model.global_pool == "prr":  # its pooling attends among all tokens and cannot count them
         return "prr pooling"
     # timm's own blocks treat tokens as a set; other blocks can use positions, such as rotary embeddings
-    kinds = [type(block) for block in model.blocks]
+    kinds = [type(getattr(block, "base_layer", block)) for block in model.blocks]
     return next((kind.__name__ for kind in kinds if kind.__module__ != vision_transformer.__name__), None)
 
 

@@ -22,9 +22,9 @@ def splits(model: nn.Module, unit: tuple[nn.Module, ...]) -> bool:
     """Check whether :func:`class_row` and :func:`other_rows` can replace a block.
 
     They can if everything except attention works token by token: in timm's plain pre-norm ViT block, with or without
-    adapters on its qkv, output projection or MLP. A hook on the block itself is then not called.
+    adapters on its qkv, output projection, MLP or output. A hook on the block itself is then not called.
     """
-    block = unit[-1]
+    block = _own(unit[-1])
     if type(block) is not vision_transformer.Block or len(unit) > 1 or not isinstance(model, VisionTransformer):
         return False
     attention, mlp = (
@@ -38,12 +38,24 @@ def splits(model: nn.Module, unit: tuple[nn.Module, ...]) -> bool:
         inner.get("gate") is None
         and (isinstance(inner["qkv"], nn.Linear) or hasattr(inner["qkv"], "some"))
         and isinstance(getattr(mlp, "base_layer", mlp), _TOKEN_WISE)
+        and not getattr(mlp, "needs_grid", False)
     )
 
 
 def takes_exit_tokens(model: nn.Module, unit: tuple[nn.Module, ...]) -> bool:
     """Check whether :func:`run_beside` can run a block: timm's plain pre-norm ViT block with timm's plain MLP."""
-    return splits(model, unit) and type(getattr(unit[-1].mlp, "base_layer", unit[-1].mlp)) is timm.layers.Mlp
+    mlp: Any = _own(unit[-1]).mlp if splits(model, unit) else None
+    return type(getattr(mlp, "base_layer", mlp)) is timm.layers.Mlp
+
+
+def _own(block: Any) -> Any:
+    """Return the block inside an adapter that changes its output token by token, as its method ``after`` does."""
+    return block.base_layer if hasattr(block, "after") else block
+
+
+def _after(block: Any, y: Tensor) -> Tensor:
+    """Apply the adapter around a block to some tokens of the block's output."""
+    return block.after(y) if hasattr(block, "after") else y
 
 
 def run(module: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -59,6 +71,8 @@ def run(module: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         x: Its input, not changed.
         bias: (batch, tokens), added to each token's attention score as a key; for timm's ViT blocks.
     """
+    if hasattr(module, "after") and _reuses() and not _changed(module):
+        return _after(module, run(_own(module), x, bias))
     mask = None if bias is None else _mask(bias, x.shape[1])
     if type(module) is not vision_transformer.Block or not _reuses() or _changed(module) or module.training:
         return module(x) if mask is None else module(x, attn_mask=mask)
@@ -97,13 +111,15 @@ def class_row(block: Any, x: Tensor, bias: Tensor | None = None) -> tuple[Tensor
         The output's first row (batch, 1, width), and keys and values (batch, tokens, 2 * attention width) for
         :func:`other_rows`.
     """
+    wrapper, block = block, _own(block)
     attention, normed = block.attn, block.norm1(x)
     inner = attention.num_heads * attention.head_dim
     keys_values = _some(attention.qkv, normed, inner, 3 * inner)
     # Two dimensions give one product with bias; an exported graph keeps three, which int8 quantisation expects
     first = normed[:, 0] if _reuses() else normed[:, :1]
     query = _some(attention.qkv, first, 0, inner).view(-1, 1, inner)
-    return _after_attention(block, x[:, :1], _attend(attention, query, keys_values, bias)), keys_values
+    row = _after_attention(block, x[:, :1], _attend(attention, query, keys_values, bias))
+    return _after(wrapper, row), keys_values
 
 
 def other_rows(block: Any, x: Tensor, keys_values: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -120,9 +136,10 @@ def other_rows(block: Any, x: Tensor, keys_values: Tensor, bias: Tensor | None =
     Returns:
         The block's output (batch, tokens, width).
     """
+    wrapper, block = block, _own(block)
     attention = block.attn
     query = _some(attention.qkv, block.norm1(x), 0, attention.num_heads * attention.head_dim)
-    return _after_attention(block, x, _attend(attention, query, keys_values, bias))
+    return _after(wrapper, _after_attention(block, x, _attend(attention, query, keys_values, bias)))
 
 
 def run_beside(
@@ -135,7 +152,7 @@ def run_beside(
 ) -> tuple[Tensor, Tensor]:
     """Apply a block to its tokens and to exit tokens, which attend to the others; no token sees an exit token.
 
-    Exit tokens pass the block's own layers with their adapters, except for adapters around the whole MLP. Their
+    Exit tokens pass the block's own layers with their adapters, except for adapters around the MLP or the block. Their
     gradients end there: they reach neither the adapters nor the other tokens, so both train as if there were no exit
     tokens.
 
@@ -150,6 +167,7 @@ def run_beside(
     Returns:
         The block's output for the tokens, and for the exit tokens, in the shapes of the inputs.
     """
+    wrapper, block = block, _own(block)
     attention = block.attn
     inner = attention.num_heads * attention.head_dim
     qkv = attention.qkv(block.norm1(x))
@@ -160,7 +178,7 @@ def run_beside(
         mixed = attention.norm(_attend(attention, own, keys_values.detach(), bias))
         beside = beside + block.drop_path1(block.ls1(attention.proj_drop(attention.proj(mixed))))
         beside = beside + block.drop_path2(block.ls2(_mlp_of_exit_tokens(block, beside, to_hidden)))
-    return _after_attention(block, x, _attend(attention, query, keys_values, bias)), beside
+    return _after(wrapper, _after_attention(block, x, _attend(attention, query, keys_values, bias))), beside
 
 
 def _mlp_of_exit_tokens(block: Any, x: Tensor, to_hidden: Callable[[Tensor], Tensor]) -> Tensor:

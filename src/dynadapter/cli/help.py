@@ -23,7 +23,7 @@ ESSENTIAL = {
     "model.backbone": "A timm model, or one that comes with the package, such as micro.",
     "model.pretrained": "Load the pretrained weights.",
     "model.weights": "A local file of the backbone's weights.",
-    "model.adapter": "Adapter, AdaptFormer, LoRA, RepAdapter or null; --model.adapter.help LoRA lists its settings.",
+    "model.adapter": "LoRA, RepAdapter, SSF, ... or null; --model.adapter.help LoRA lists its settings.",
     "model.every": "Exits after every so many blocks.",
     "model.exit_depths": "Exits after these blocks, as in [3, 6, 9], instead.",
     "model.heads": "The kind of early head: Balanced, LinearHeads, MLPHeads, Attentive, ExitTokens.",

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dynadapter import backbones as cut
+from dynadapter.adapters import AdapterLayer, needs_grid
 from dynadapter.adapters.base import check_size, matrices, unwrapped
 from dynadapter.exits.heads import Heads, linear
 
@@ -46,6 +47,7 @@ class Updates(nn.Module):
 
     def __init__(self, block: Any, rank: int, scale: float) -> None:
         super().__init__()
+        block = unwrapped(block)
         attention, mlp = block.attn, unwrapped(block.mlp)
         hidden, width = matrices(mlp)[0].weight.shape
         self.query = Update(width, attention.num_heads * attention.head_dim, rank, scale)
@@ -72,6 +74,8 @@ class Beside(nn.Module):
         other = next((unit[-1] for unit in units if not cut.takes_exit_tokens(backbone, unit)), None)
         if other is not None:
             kind = f"{type(other).__name__} of {type(backbone).__name__}"
+            if isinstance(other, AdapterLayer) or needs_grid(other):
+                kind = f"the adapter {needs_grid(other) or other.kind} on them"
             raise ValueError(
                 f"ExitTokens needs timm's plain ViT blocks with plain MLPs, not {kind}; use other heads, such as "
                 "Attentive"

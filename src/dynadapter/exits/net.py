@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dynadapter import backbones as cut
-from dynadapter.adapters import merge
+from dynadapter.adapters import merge, needs_grid
 from dynadapter.exits.depths import exit_blocks
 from dynadapter.exits.heads import Balanced, Heads, build_head, check_logits
 from dynadapter.exits.policies import Policy, Routed, combined
@@ -83,10 +83,10 @@ class ExitNet(nn.Module):
             )
         if token_merging is not None:
             token_merging.check(self.depth)
-            if needing := cut.needs_all_tokens(backbone):
+            if needing := cut.needs_all_tokens(backbone) or needs_grid(backbone):
                 raise ValueError(
                     f"token_merging does not fit {needing}, which can need every token in its place; leave "
-                    "token_merging out, or use a ViT with timm's own blocks"
+                    "token_merging out, or use a ViT with timm's own blocks and another adapter than Convpass"
                 )
         self.token_merging = token_merging
         widths, heads = cut.widths(backbone), heads or Balanced()

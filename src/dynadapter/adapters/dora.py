@@ -1,0 +1,88 @@
+"""DoRA: a low-rank update of a frozen matrix's directions, and a learned length for each row."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dynadapter.adapters.base import AdapterSpec, check_size, matrices
+from dynadapter.adapters.lora import PLACES, LoRALayer
+from dynadapter.adapters.lowrank import add_product, by_channel, project
+from dynadapter.adapters.merging import exact, rebuilt
+
+
+class DoRALayer(LoRALayer):
+    """``W' x + b``, where each row of W' has the direction of ``W + s * lora_b @ lora_a`` and its own length.
+
+    Args:
+        base_layer: A linear layer or a 1x1 convolution.
+        spec: The adapter's configuration.
+        rank: Rank of the update.
+
+    Attributes:
+        magnitude: (out,), the lengths of the rows.
+    """
+
+    def __init__(self, base_layer: nn.Module, spec: AdapterSpec, rank: int) -> None:
+        super().__init__(base_layer, spec, rank, split=False)
+        self.magnitude = nn.Parameter(self.lengths())
+
+    @torch.no_grad()
+    def lengths(self) -> Tensor:
+        """Return the lengths of the rows of ``W + s * lora_b @ lora_a``, (out,), as constants."""
+        weight = matrices(self.base_layer)[0].weight.flatten(1).to(self.lora_b.dtype)
+        return torch.linalg.vector_norm(weight + self.scale * self.lora_b @ self.lora_a, dim=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map tokens (..., width) to (..., out), or (batch, width, rows, columns) to (batch, out, rows, columns)."""
+        return self._lengthened(self.base_layer(x), x, slice(None), self.channels_first)
+
+    def some(self, x: Tensor, start: int, stop: int) -> Tensor:
+        """Compute only the outputs ``start:stop`` for tokens (..., width)."""
+        matrix, rows = matrices(self.base_layer)[0], slice(start, stop)
+        bias = None if matrix.bias is None else matrix.bias[rows]
+        return self._lengthened(project(x, matrix.weight.flatten(1)[rows], bias, False), x, rows, False)
+
+    def _lengthened(self, y: Tensor, x: Tensor, rows: slice, channels_first: bool) -> Tensor:
+        """Change the base layer's outputs ``rows``: exactly ``y`` while all lengths and directions are its own."""
+        bias = matrices(self.base_layer)[0].bias
+        factor = self.magnitude[rows] / self.lengths()[rows]
+        plain = y if bias is None else y - by_channel(bias[rows], y, channels_first)
+        y = y + plain * by_channel(factor - 1, y, channels_first)
+        hidden = self.dropout(project(x, self.lora_a, None, channels_first))
+        return add_product(y, hidden, factor[:, None] * self.lora_b[rows], None, self.scale, channels_first, own=True)
+
+    def merged(self) -> nn.Module:
+        """Return the base layer with W'."""
+        weight = exact(matrices(self.base_layer)[0].weight.flatten(1))
+        weight = weight + self.scale * exact(self.lora_b) @ exact(self.lora_a)
+        lengths = torch.linalg.vector_norm(weight, dim=1)
+        return rebuilt(self.base_layer, weight * (exact(self.magnitude) / lengths)[:, None])
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoRA(AdapterSpec):
+    """Low-rank update of the directions of a matrix's rows, and their lengths apart.
+
+    Source: Liu et al. 2024, DoRA (arXiv 2402.09353), whose lengths of the updated rows get no gradient, as here. The
+    scale s is ``alpha / r``, as for LoRA. Unmerged, every call computes these lengths from the whole matrix.
+
+    Args:
+        rank: Rank r of each update.
+        targets: Patterns of linear layers or 1x1 convolutions; empty means those of LoRA.
+    """
+
+    rank: int = 8
+
+    def __post_init__(self) -> None:
+        check_size("rank", self.rank)
+        super().__post_init__()
+
+    @property
+    def places(self) -> tuple[str, ...]:
+        """The places of LoRA."""
+        return PLACES
+
+    def wrap(self, model: nn.Module, name: str) -> DoRALayer:
+        """Build the wrapper of one layer."""
+        return DoRALayer(model.get_submodule(name), self, self.rank)

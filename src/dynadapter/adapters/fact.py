@@ -1,0 +1,91 @@
+"""FacT: all updates of a backbone out of one small tensor, factorised; without cost once merged."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dynadapter.adapters.base import AdapterSpec, check_size, matrices, parameter
+from dynadapter.adapters.injection import adapter_layers
+from dynadapter.adapters.lora import LowRankLayer
+
+
+class FacTLayer(LowRankLayer):
+    """``W x + b + s * D x``, where each square tile of D is ``up @ C @ down`` and C weighs the slices of the core.
+
+    Matrices of one tile size share ``up``, ``down`` and ``core``: the first of them in the model holds them, and in the
+    others they are None.
+
+    Args:
+        base_layer: A linear layer or a 1x1 convolution.
+        spec: The adapter's configuration.
+
+    Attributes:
+        down: (rank, tile).
+        up: (tile, rank).
+        core: (rank, rank, rank); the last axis is the one that ``mix`` weighs.
+        mix: (tiles, rank), the layer's own tensor; tiles row by row, as in the matrix.
+    """
+
+    def __init__(self, base_layer: nn.Module, spec: "FacT") -> None:
+        super().__init__(base_layer, spec)
+        weight, rank = matrices(base_layer)[0].weight, spec.rank
+        self.tile = math.gcd(*weight.shape[:2])
+        self.grid = (weight.shape[0] // self.tile, weight.shape[1] // self.tile)
+        self.rank = rank
+        self.mix = nn.init.xavier_uniform_(parameter(weight, self.grid[0] * self.grid[1], rank))
+        self.down: Any = parameter(weight, rank, self.tile)
+        self.up: Any = parameter(weight, self.tile, rank)
+        self.core: Any = nn.init.xavier_uniform_(parameter(weight, rank, rank, rank))
+        nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
+        self._holder = [self]  # a list, so that the holder is no child of this layer
+
+    def install(self, model: nn.Module, name: str) -> None:
+        """Replace the layer, and hold the factors of those installed before, which come later in the model."""
+        super().install(model, name)
+        for layer in adapter_layers(model).values():
+            other: Any = layer
+            alike = isinstance(other, FacTLayer) and (other.tile, other.rank) == (self.tile, self.rank)
+            if alike and other is not self:
+                other.down = other.up = other.core = None
+                other._holder = [self]
+
+    def matrix_down(self) -> Tensor:
+        down = self._holder[0].down
+        return torch.block_diag(*[down] * self.grid[1]) if self.grid[1] > 1 else down
+
+    def matrix_up(self) -> Tensor:
+        up, core = self._holder[0].up, self._holder[0].core
+        weighed = (self.mix @ core.flatten(0, 1).t()).view(*self.grid, self.rank, self.rank)
+        return (up @ weighed).transpose(1, 2).flatten(2).flatten(0, 1)  # (rows of tiles, tile, columns * rank)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FacT(AdapterSpec):
+    """Update every matrix of attention and MLP with factors that all of them share; merged, without cost.
+
+    Source: Jie and Deng 2023, FacT (arXiv 2212.03145), its Tucker form FacT-TK. A matrix is cut into square tiles, such
+    as q, k and v of a fused qkv; a tile has ``rank`` numbers of its own.
+
+    Args:
+        rank: Rank of all three axes.
+        targets: Patterns of linear layers or 1x1 convolutions; empty means all matrices of attention and MLP.
+    """
+
+    rank: int = 16
+
+    def __post_init__(self) -> None:
+        check_size("rank", self.rank)
+        super().__post_init__()
+
+    @property
+    def places(self) -> tuple[str, ...]:
+        """The matrices of attention and MLP in each block."""
+        attention = ("qkv", "q_proj", "k_proj", "v_proj", "proj")
+        return (*(f"*blocks.*.attn.{name}" for name in attention), "*blocks.*.mlp.fc*")
+
+    def wrap(self, model: nn.Module, name: str) -> FacTLayer:
+        """Build the wrapper of one layer."""
+        return FacTLayer(model.get_submodule(name), self)
