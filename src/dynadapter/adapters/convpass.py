@@ -1,7 +1,7 @@
 """Convpass: a small convolution over the grid of tokens beside attention and beside the MLP."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -100,6 +100,10 @@ class Convpass(AdapterSpec):
     def fits(self, layer: nn.Module) -> bool:
         """Check whether the layer or one of its children is a matrix."""
         return bool(matrices(layer))
+
+    def defaults(self, model: nn.Module, layers: Mapping[str, nn.Module]) -> list[str]:
+        """Return the names of the layers at its places; none in a Hiera, whose tokens are not ordered by rows."""
+        return [] if hasattr(model, "unroll") else super().defaults(model, layers)
 
     def wrap(self, model: nn.Module, name: str) -> ConvpassLayer:
         """Build the wrapper of one layer."""

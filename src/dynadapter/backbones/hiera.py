@@ -1,6 +1,7 @@
 """Hiera: a transformer in stages, whose tokens are ordered by mask units and not by rows."""
 
 import math
+from typing import Any
 
 from timm.models import hiera
 from timm.models.hiera import Hiera
@@ -46,7 +47,8 @@ def _(model: Hiera, x: Tensor) -> Tensor:
 
 @widths.register
 def _(model: Hiera) -> list[int]:
-    return [block.dim_out for block in model.blocks]
+    blocks: Any = (getattr(block, "base_layer", block) for block in model.blocks)  # without adapters around them
+    return [block.dim_out for block in blocks]
 
 
 @built_for.register
