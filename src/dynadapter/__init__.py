@@ -89,8 +89,8 @@ if TYPE_CHECKING:
     from dynadapter.training.weighting import EarlyToLate, LateToEarly, LinearInDepth, PerExit, Uniform, Weighting
 
 _HOMES = {
-    "adapters": "AdaptFormer Adapter AdapterLayer AdapterPlus AdapterSpec Adapters BitFit ByBlocks Convpass DoRA FacT LoRA "
-    "RepAdapter SSF VPT inject merge",
+    "adapters": "AdaptFormer Adapter AdapterLayer AdapterPlus AdapterSpec Adapters BitFit ByBlocks Convpass DoRA FacT "
+    "LoRA RepAdapter SSF VPT inject merge",
     "backbones": "create_backbone",
     "backbones.layout": "lay_out_for_cpu",
     "calibrate": "Calibrated Goal evaluate policy_for solve with_guarantee",

@@ -53,7 +53,8 @@ class VPTLayer(AdapterLayer):
         return torch.cat([y[:, : self.prefix], y[:, self.prefix + len(self.prompts) :]], 1)
 
     def _joined(self, x: Tensor) -> Tensor:
-        prompts = self.dropout(self.scale * self.prompts).to(x.dtype).expand(len(x), -1, -1)
+        prompts = self.dropout(self.scale * self.prompts).to(x.dtype)
+        prompts = prompts.expand(x.shape[0], -1, -1)  # len(x) would fix the batch in an exported graph
         return torch.cat([x[:, : self.prefix], prompts, x[:, self.prefix :]], 1)
 
 
@@ -93,7 +94,7 @@ class VPT(BlockSpec):
         """Return the names of all blocks, or of the last layer before the first one; none where prompts do not fit."""
         if not takes_prefix_tokens(model):
             return []
-        return super().defaults(model, layers) if self.placement == "deep" else ["norm_pre"]
+        return super().defaults(model, layers) if self.placement == "deep" else [n for n in layers if n == "norm_pre"]
 
     def wrap(self, model: nn.Module, name: str) -> VPTLayer:
         """Build the wrapper of one layer.
