@@ -59,7 +59,7 @@ class AffineLayer(AdapterLayer):
     def forward(self, x: Tensor) -> Tensor:
         """Map the base layer's input to its changed output."""
         layer: Any = self.base_layer
-        if isinstance(layer, nn.BatchNorm2d) and hasattr(layer, "act"):
+        if isinstance(self.base_layer, nn.BatchNorm2d) and hasattr(layer, "act"):
             return layer.act(layer.drop(self.changed(nn.BatchNorm2d.forward(layer, x))))
         return self.changed(layer(x))
 

@@ -143,7 +143,7 @@ def _chosen(model: nn.Module, spec: AdapterSpec, layers: Mapping[str, nn.Module]
 def _kinds_for(model: nn.Module, layers: Mapping[str, nn.Module]) -> str:
     """Return the kinds that have default places in a model, as text."""
     found = []
-    for cls in kinds(AdapterSpec):
+    for cls in kinds(AdapterSpec):  # type: ignore[type-abstract]
         with contextlib.suppress(TypeError, ValueError):  # a kind with settings that must be given
             found += [cls.__name__] * bool(cls().defaults(model, layers))
     return ", ".join(sorted(found)) or "none"
