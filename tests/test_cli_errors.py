@@ -80,7 +80,8 @@ TABLE = [
     fit(
         "--model.adapter=Nope",
         "'Nope'",
-        "AdaptFormer, Adapter, AdapterPlus, BitFit, Convpass, DoRA, FacT, LoRA, RepAdapter, SSF, VPT",
+        "AdaptFormer, Adapter, AdapterPlus",
+        "LoRA, RepAdapter, SSF, VPT",
     ),
     fit("--model.heads=Blanced", "'Blanced'", "'Balanced'"),
     fit("--data=Shape", "'Shape'", "'Shapes'", "VTAB1k"),
