@@ -46,7 +46,11 @@ FAMILIES = {
         "{patch_size: 2, window_size: 4, embed_dim: 16, depths: [2, 2], num_heads: [2, 2]}",
     ),
     "convnext": ("convnext_tiny", "{patch_size: 2, dims: [16, 24, 32, 48], depths: [2, 1, 2, 1]}"),
+    "resnet": ("test_resnet", "{}"),
+    "regnet": ("regnety_002", "{}"),
+    "efficientnet": ("test_efficientnet", "{}"),
 }
+OVERLAYS = FAMILIES.keys() - {"vit"}
 pytestmark = pytest.mark.filterwarnings("ignore:The number of training batches")
 
 
@@ -104,10 +108,10 @@ def read(name: str) -> dict[str, Any]:
 
 def test_every_file_is_tested():
     names = {path.stem for path in CONFIGS.glob("*.yaml")}
-    assert names == {*ALONE, *KINDS, *EXTRAS, "paper", "swin", "convnext", "vtab_scales"}
+    assert names == {*ALONE, *KINDS, *EXTRAS, *OVERLAYS, "paper", "vtab_scales"}
 
 
-@pytest.mark.parametrize("name", [*ALONE, *KINDS, *EXTRAS, "paper", "swin", "convnext"])
+@pytest.mark.parametrize("name", [*ALONE, *KINDS, *EXTRAS, *sorted(OVERLAYS), "paper"])
 def test_file_trains(name, task, folder, recwarn):
     names = [name] if name in ALONE else ["vtab", name]
     family = name if name in FAMILIES else "vit"

@@ -44,13 +44,16 @@ NAMES = (
     *(name for name, _, _ in ARCHITECTURES if name == "qwen3_vit_88m"),
     "swinv2_tiny_window8_256",
     "convnext_tiny",
+    "test_resnet",
+    "regnetv_064",
+    "test_efficientnet",
 )
 WHOLE = ("eva02_tiny_patch14_224", "convnext_tiny")  # costs and saving do not depend on the family
 KINDS: list[AdapterSpec] = [
     LoRA(rank=2),
     RepAdapter(bottleneck=2),
     Adapter(bottleneck=2),
-    AdaptFormer(bottleneck=2),
+    AdaptFormer(bottleneck=16),
     SSF(std=0.0),
     BitFit(),
     DoRA(rank=2),

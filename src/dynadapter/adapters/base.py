@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dynadapter.adapters.droprate import DropRate, check_rate
+from dynadapter.adapters.places import convolutions
 from dynadapter.backbones import classifier
 from dynadapter.spec import Spec, kinds
 
@@ -32,7 +33,7 @@ class AdapterLayer(nn.Module):
         base_layer: The layer of the backbone, unchanged.
         scale: Factor of the update.
         dropout: Dropout in the adapter's bottleneck.
-        depth: The layer's rank among the layers of its name, from 0 (first block) to 1 (last block).
+        depth: The rank of the layer's block, from 0 (first block) to 1 (last block).
         kind: Name of the :class:`AdapterSpec` that it belongs to; by default the class's own without ``Layer``.
         mergeable: Whether the class defines :meth:`merged`.
         base_parts: Names of the children that belong to the backbone.
@@ -115,13 +116,18 @@ class AdapterSpec(Adapters):
         dropout: Fraction of the bottleneck's activations dropped in training, in [0, 1).
         targets: Shell patterns on the full names of the backbone's layers, such as ``*.qkv``; each must match a layer.
             Empty means the kind's default places.
+
+    Attributes:
+        takes: The layers that :meth:`fits`, in words.
+        once_a_block: Whether the kind wraps the last convolution of a convolutional block alone by default.
     """
 
     scale: float = 1.0
     dropout: float = 0.0
     targets: tuple[str, ...] = ()
 
-    takes: ClassVar[str] = "an nn.Linear or a 1x1 nn.Conv2d"
+    takes: ClassVar[str] = "an nn.Linear or an nn.Conv2d in one group"
+    once_a_block: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.scale) and self.scale > 0):
@@ -136,10 +142,13 @@ class AdapterSpec(Adapters):
 
     def fits(self, layer: nn.Module) -> bool:
         """Check whether the kind can wrap this layer; ``takes`` describes such layers in words."""
-        return is_matrix(layer)
+        return is_dense(layer)
 
     def defaults(self, model: nn.Module, layers: Mapping[str, nn.Module]) -> list[str]:
         """Return the names of the layers to wrap without ``targets``: those of ``places`` that fit.
+
+        A convolutional network has none of these places; there the convolutions of
+        :func:`~dynadapter.adapters.places.convolutions` stand in for them.
 
         Args:
             model: The backbone.
@@ -147,7 +156,8 @@ class AdapterSpec(Adapters):
         """
         found = [name for name in layers if any(fnmatchcase(name, pattern) for pattern in self.places)]
         own = classifier(model)
-        return [name for name in found if self.fits(layers[name]) and layers[name] not in own]
+        found = [name for name in found if self.fits(layers[name]) and layers[name] not in own]
+        return found or convolutions(model, layers, self.fits, self.once_a_block)
 
     @abstractmethod
     def wrap(self, model: nn.Module, name: str) -> AdapterLayer:
@@ -168,14 +178,34 @@ class AdapterSpec(Adapters):
 def is_matrix(layer: nn.Module) -> bool:
     """Check whether a layer multiplies each token by one matrix: a linear layer or a 1x1 convolution."""
     if isinstance(layer, nn.Conv2d):
-        return layer.kernel_size == layer.stride == (1, 1) and layer.padding in ((0, 0), "valid") and layer.groups == 1
+        small = layer.kernel_size == layer.stride == (1, 1) and layer.padding in ((0, 0), "valid")
+        return small and is_dense(layer)
+    return isinstance(layer, nn.Linear)
+
+
+def is_dense(layer: nn.Module) -> bool:
+    """Check whether each output channel reads every input channel: a linear layer or a convolution in one group."""
+    if isinstance(layer, nn.Conv2d):
+        plain = type(layer).forward is nn.Conv2d.forward  # timm's StdConv2d changes the weight, Conv2dSame the padding
+        return plain and layer.groups == 1 and layer.padding_mode == "zeros"
     return isinstance(layer, nn.Linear)
 
 
 def matrices(layer: nn.Module) -> list[nn.Linear | nn.Conv2d]:
-    """List the layer and its direct children that multiply each token by one matrix, without wrappers."""
-    members = [unwrapped(member) for member in (layer, *layer.children())]
-    return [member for member in members if is_matrix(member)]  # type: ignore[misc]
+    """List the layer if it is dense, and its direct children that are matrices, without wrappers."""
+    layer, *children = (unwrapped(member) for member in (layer, *layer.children()))
+    return [layer] * is_dense(layer) + [child for child in children if is_matrix(child)]  # type: ignore[return-value]
+
+
+def keeps_grid(layer: nn.Module) -> bool:
+    """Check whether a layer holds a matrix, or is a dense convolution, that gives as many tokens as it takes."""
+    if not isinstance(layer, nn.Conv2d):
+        return bool(matrices(layer))
+    if isinstance(layer.padding, str):
+        return layer.padding == "same" and is_dense(layer)
+    sizes = zip(layer.kernel_size, layer.padding, layer.dilation, strict=True)
+    same = all(2 * padding == dilation * (size - 1) for size, padding, dilation in sizes)
+    return same and layer.stride == (1, 1) and is_dense(layer)
 
 
 def channels(layer: nn.Module) -> tuple[int, int]:

@@ -14,6 +14,7 @@ from dynadapter.adapters.base import (
     check_choice,
     check_names,
     check_size,
+    keeps_grid,
     matrices,
     parameter,
 )
@@ -83,7 +84,8 @@ class Adapter(AdapterSpec):
     bottleneck: int = 8
     placement: Literal["mlp", "houlsby"] = "mlp"
 
-    takes = "an nn.Linear, a 1x1 nn.Conv2d, or a module that holds some, such as an MLP"
+    takes = "an nn.Linear, an nn.Conv2d in one group, or a module that holds matrices, such as an MLP"
+    once_a_block = True
 
     def __post_init__(self) -> None:
         check_size("bottleneck", self.bottleneck)
@@ -147,7 +149,8 @@ class AdaptFormer(AdapterSpec):
     """Parallel adapter: a bottleneck with ReLU beside the norm and the MLP, on tokens that are not normalised.
 
     Source: Chen et al. 2022, AdaptFormer (arXiv 2205.13535). If the block scales its MLP's output (LayerScale in
-    DINOv2, gamma in ConvNeXt) or normalises it (Swin v2), so it does with the update (ours).
+    DINOv2, gamma in ConvNeXt) or normalises it (Swin v2), so it does with the update (ours). Beside a convolution the
+    bottleneck reads the convolution's own input.
 
     Args:
         bottleneck: Channels of the bottleneck.
@@ -161,7 +164,8 @@ class AdaptFormer(AdapterSpec):
     bottleneck: int = 64
     norms: tuple[str, ...] = ("norm2", "norm")
 
-    takes = Adapter.takes
+    takes = f"{Adapter.takes}; a convolution must keep the number of pixels"
+    once_a_block = True
 
     def __post_init__(self) -> None:
         check_size("bottleneck", self.bottleneck)
@@ -174,8 +178,8 @@ class AdaptFormer(AdapterSpec):
         return ("*blocks.*.mlp",)
 
     def fits(self, layer: nn.Module) -> bool:
-        """Check whether the layer or one of its children is a matrix."""
-        return bool(matrices(layer))
+        """Check whether the layer or one of its children is a matrix, or it is a convolution that keeps the grid."""
+        return keeps_grid(layer)
 
     def wrap(self, model: nn.Module, name: str) -> ParallelLayer:
         """Build the wrapper of one layer.
@@ -187,7 +191,8 @@ class AdaptFormer(AdapterSpec):
         children = [child for child, _ in model.get_submodule(block_name).named_children()]
         layer, before = model.get_submodule(name), children[: children.index(key)]
         norm = next((norm for norm in self.norms if norm in before), None)
-        if norm is None and any(norm in children for norm in self.norms):  # a block that normalises after its MLP
+        after = norm is None and any(norm in children for norm in self.norms)  # a block that normalises after its MLP
+        if after or isinstance(layer, nn.Conv2d):
             return ParallelLayer(layer, nn.Identity(), "", self, self.bottleneck)
         if norm is None:
             raise ValueError(

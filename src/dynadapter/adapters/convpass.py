@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dynadapter.adapters.base import AdapterSpec, channels, check_size, matrices, parameter
-from dynadapter.adapters.bottleneck import Adapter, BottleneckLayer
+from dynadapter.adapters.base import AdapterSpec, channels, check_size, keeps_grid, parameter
+from dynadapter.adapters.bottleneck import AdaptFormer, BottleneckLayer
 from dynadapter.backbones import prefix_tokens
 
 
@@ -86,7 +86,8 @@ class Convpass(AdapterSpec):
     dropout: float = 0.1
     bottleneck: int = 8
 
-    takes = Adapter.takes
+    takes = AdaptFormer.takes
+    once_a_block = True
 
     def __post_init__(self) -> None:
         check_size("bottleneck", self.bottleneck)
@@ -98,8 +99,8 @@ class Convpass(AdapterSpec):
         return ("*blocks.*.attn", "*blocks.*.mlp")
 
     def fits(self, layer: nn.Module) -> bool:
-        """Check whether the layer or one of its children is a matrix."""
-        return bool(matrices(layer))
+        """Check whether the layer or one of its children is a matrix, or it is a convolution that keeps the grid."""
+        return keeps_grid(layer)
 
     def defaults(self, model: nn.Module, layers: Mapping[str, nn.Module]) -> list[str]:
         """Return the names of the layers at its places; none in a Hiera, whose tokens are not ordered by rows."""

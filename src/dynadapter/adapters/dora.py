@@ -15,7 +15,7 @@ class DoRALayer(LoRALayer):
     """``W' x + b``, where each row of W' has the direction of ``W + s * lora_b @ lora_a`` and its own length.
 
     Args:
-        base_layer: A linear layer or a 1x1 convolution.
+        base_layer: A linear layer, or a convolution in one group.
         spec: The adapter's configuration.
         rank: Rank of the update.
 
@@ -49,7 +49,7 @@ class DoRALayer(LoRALayer):
         factor = self.magnitude[rows] / self.lengths()[rows]
         plain = y if bias is None else y - by_channel(bias[rows], y, channels_first)
         y = y + plain * by_channel(factor - 1, y, channels_first)
-        hidden = self.dropout(project(x, self.lora_a, None, channels_first))
+        hidden = self.dropout(self.project_down(x))
         return add_product(y, hidden, factor[:, None] * self.lora_b[rows], None, self.scale, channels_first, own=True)
 
     def merged(self) -> nn.Module:
@@ -69,7 +69,7 @@ class DoRA(AdapterSpec):
 
     Args:
         rank: Rank r of each update.
-        targets: Patterns of linear layers or 1x1 convolutions; empty means those of LoRA.
+        targets: Patterns of linear layers, or convolutions in one group; empty means those of LoRA.
     """
 
     rank: int = 8

@@ -19,7 +19,7 @@ class FacTLayer(LowRankLayer):
     others they are None.
 
     Args:
-        base_layer: A linear layer or a 1x1 convolution.
+        base_layer: A linear layer, or a convolution in one group.
         spec: The adapter's configuration.
 
     Attributes:
@@ -32,8 +32,9 @@ class FacTLayer(LowRankLayer):
     def __init__(self, base_layer: nn.Module, spec: "FacT") -> None:
         super().__init__(base_layer, spec)
         weight, rank = matrices(base_layer)[0].weight, spec.rank
-        self.tile = math.gcd(*weight.shape[:2])
-        self.grid = (weight.shape[0] // self.tile, weight.shape[1] // self.tile)
+        out, width = weight.flatten(1).shape  # a window of pixels side by side
+        self.tile = math.gcd(out, width)
+        self.grid = (out // self.tile, width // self.tile)
         self.rank = rank
         self.mix = nn.init.xavier_uniform_(parameter(weight, self.grid[0] * self.grid[1], rank))
         self.down: Any = parameter(weight, rank, self.tile)
@@ -71,7 +72,7 @@ class FacT(AdapterSpec):
 
     Args:
         rank: Rank of all three axes.
-        targets: Patterns of linear layers or 1x1 convolutions; empty means all matrices of attention and MLP.
+        targets: Patterns of linear layers, or convolutions in one group; empty means all matrices of attention and MLP.
     """
 
     rank: int = 16

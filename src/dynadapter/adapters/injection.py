@@ -44,10 +44,11 @@ def inject(model: nn.Module, spec: Adapters, freeze: bool = True) -> list[str]:
         raise ValueError(
             f"{spec.label} does not fit the other adapters: one adds tokens, one needs them in a grid; use one of both"
         )
+    depths = _depths(layers)
     # Inner layers first: wrapping a module changes the paths of the layers inside it
     for name in reversed([name for name in layers if name in wrappers]):
         path, wrapper = layers[name][0], wrappers[name]
-        wrapper.depth = _depth(name, layers)
+        wrapper.depth = depths[name]
         wrapper.install(model, path)
         set_called(model, path, True)
     if freeze:
@@ -170,18 +171,31 @@ def _layers(module: nn.Module, name: str = "", path: str = "") -> Iterator[tuple
         yield from _layers(unwrapped(child), f"{child_name}.", inside)
 
 
+NUMBERED = re.compile(r"(layer|s|b)?(\d+)")
+"""Parts of a name in which timm counts stages and blocks: 3, and in a ResNet layer3, in a RegNet s3 and b3."""
+
+
 def _numbers(name: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in name.split(".") if part.isdigit())
+    return tuple(int(found[2]) for part in name.split(".") if (found := NUMBERED.fullmatch(part)))
 
 
 def _collapsed(name: str) -> str:
-    return ".".join("*" if part.isdigit() else part for part in name.split("."))
+    return ".".join(NUMBERED.sub(r"\1*", part) if NUMBERED.fullmatch(part) else part for part in name.split("."))
 
 
-def _depth(name: str, names: Iterable[str]) -> float:
-    """Return a layer's rank from 0 to 1 among the layers whose names differ only in numbers."""
-    family = sorted({_numbers(other) for other in names if _collapsed(other) == _collapsed(name)})
-    return family.index(_numbers(name)) / max(1, len(family) - 1)
+def _depths(names: Iterable[str]) -> dict[str, float]:
+    """Return by layer the rank from 0 to 1 of its block, among the blocks whose names differ in numbers alone."""
+    families: dict[str, set[tuple[int, ...]]] = {}
+    for name in names:
+        families.setdefault(_block(name), set()).add(_numbers(name))
+    ranked = {block: sorted(family) for block, family in families.items()}
+    return {name: ranked[_block(name)].index(_numbers(name)) / max(1, len(ranked[_block(name)]) - 1) for name in names}
+
+
+def _block(name: str) -> str:
+    """Return a layer's name up to its last number, which is a star as all others."""
+    head, star, _ = _collapsed(name).rpartition("*")
+    return head + star
 
 
 def _described(layer: nn.Module) -> str:

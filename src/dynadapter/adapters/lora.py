@@ -7,12 +7,13 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from dynadapter.adapters.base import AdapterLayer, AdapterSpec, check_choice, check_size, matrices, parameter
 from dynadapter.adapters.lowrank import add_product, project
 from dynadapter.adapters.merging import exact, rebuilt
 
-PLACES = ("*.qkv", "*.q_proj", "*.k_proj", "*.v_proj", "stages.*.mlp.fc1")
+PLACES = ("*blocks.*.qkv", "*blocks.*.q_proj", "*blocks.*.k_proj", "*blocks.*.v_proj", "stages.*.mlp.fc1")
 """The q, k and v of each attention, or the first matrix of each MLP in a ConvNeXt."""
 
 
@@ -30,8 +31,16 @@ class LowRankLayer(AdapterLayer):
     def forward(self, x: Tensor) -> Tensor:
         """Map tokens (..., width) to (..., out), or (batch, width, rows, columns) to (batch, out, rows, columns)."""
         y = self.base_layer(x)
-        hidden = self.dropout(project(x, self.matrix_down(), None, self.channels_first))
+        hidden = self.dropout(self.project_down(x))
         return add_product(y, hidden, self.matrix_up(), None, self.scale, self.channels_first, own=True)
+
+    def project_down(self, x: Tensor) -> Tensor:
+        """Map the base layer's input to the low-rank activations, in the window and steps of the base layer."""
+        base = matrices(self.base_layer)[0]
+        if isinstance(base, nn.Conv2d):
+            weight = self.matrix_down().to(x.dtype).unflatten(1, base.weight.shape[1:])
+            return F.conv2d(x, weight, None, base.stride, base.padding, base.dilation)
+        return project(x, self.matrix_down(), None, False)
 
     def some(self, x: Tensor, start: int, stop: int) -> Tensor:
         """Compute only the outputs ``start:stop`` for tokens (..., width)."""
@@ -53,20 +62,21 @@ class LoRALayer(LowRankLayer):
     """``W x + b + s * lora_b @ drop(lora_a @ x)``.
 
     Args:
-        base_layer: A linear layer or a 1x1 convolution.
+        base_layer: A linear layer, or a convolution in one group.
         spec: The adapter's configuration.
         rank: Rank of each update.
         split: Whether the layer is a fused qkv in which q and v each get an update.
 
     Attributes:
-        lora_a: (rank, width), or (2 * rank, width) for q above v.
+        lora_a: (rank, width), or (2 * rank, width) for q above v; on a convolution with a window of k pixels
+            (rank, width * k), the weight of a convolution with that window.
         lora_b: (out, rank), or (2 * out / 3, rank) for q above v.
     """
 
     def __init__(self, base_layer: nn.Module, spec: AdapterSpec, rank: int, split: bool) -> None:
         super().__init__(base_layer, spec)
         weight = matrices(base_layer)[0].weight
-        out, width = weight.shape[:2]
+        out, width = weight.flatten(1).shape
         self.split = split
         self.lora_a = parameter(weight, 2 * rank if split else rank, width)
         self.lora_b = parameter(weight, 2 * out // 3 if split else out, rank)
@@ -94,8 +104,9 @@ class LoRA(AdapterSpec):
         rank: Rank r of each update.
         split: ``fused`` uses one pair of matrices for the whole layer. ``qv`` uses one pair for q and one for v of a
             fused qkv, and none for k; on other layers it equals ``fused``.
-        targets: Patterns of linear layers or 1x1 convolutions; empty means ``*.qkv``; the three projections where they
-            are separate; or ``stages.*.mlp.fc1`` on a ConvNeXt, which has no attention.
+        targets: Patterns of linear layers, or convolutions in one group; empty means ``*.qkv``; the three projections
+            where they are separate; ``stages.*.mlp.fc1`` on a ConvNeXt, which has no attention; or the convolutions of
+            another convolutional network that mix channels.
     """
 
     rank: int = 8

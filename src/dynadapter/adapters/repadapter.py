@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from dynadapter.adapters.base import AdapterLayer, AdapterSpec, check_choice, check_size, matrices, parameter
+from dynadapter.adapters.base import AdapterLayer, AdapterSpec, check_choice, check_size, is_matrix, matrices, parameter
 from dynadapter.adapters.lowrank import add_product, project
 from dynadapter.adapters.merging import exact, rebuilt
 
@@ -15,7 +15,7 @@ class RepAdapterLayer(AdapterLayer):
     """``W f(u) + b`` with ``f(u) = u + s * (up @ drop(down @ u + down_bias) + up_bias)``, up in groups.
 
     Args:
-        base_layer: A linear layer or a 1x1 convolution.
+        base_layer: A linear layer, or a convolution in one group.
         spec: The adapter's configuration.
 
     Attributes:
@@ -57,13 +57,15 @@ class RepAdapterLayer(AdapterLayer):
         return project(self.adapted(u), matrix.weight.flatten(1)[start:stop], bias, False)
 
     def merged(self) -> nn.Module:
-        """Return the base layer with ``W M`` and ``b + W c``, where ``f(u) = M u + c``."""
+        """Return the base layer with ``W M`` and ``b + W c``, where ``f(u) = M u + c``; at each pixel of a window."""
         matrix = matrices(self.base_layer)[0]
-        weight, up = exact(matrix.weight.flatten(1)), exact(self.dense())
+        weight, up = exact(matrix.weight).movedim(1, -1), exact(self.dense())  # (out, ..., width)
         bias = None
         if matrix.bias is not None and self.down_bias is not None and self.up_bias is not None:
-            bias = exact(matrix.bias) + self.scale * weight @ (up @ exact(self.down_bias) + exact(self.up_bias))
-        return rebuilt(self.base_layer, weight + self.scale * (weight @ up) @ exact(self.down), bias)
+            constant = up @ exact(self.down_bias) + exact(self.up_bias)
+            bias = exact(matrix.bias) + self.scale * weight.flatten(0, -2) @ constant
+        weight = weight + self.scale * (weight @ up) @ exact(self.down)
+        return rebuilt(self.base_layer, weight.movedim(-1, 1).contiguous(), bias)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,9 +77,11 @@ class RepAdapter(AdapterSpec):
     Args:
         bottleneck: Channels of the bottleneck.
         groups: Groups of the up-projection; divides ``bottleneck`` and the layer's width.
-        bias: Whether both projections have biases, where the wrapped layer has one; without, they could not be merged.
+        bias: Whether both projections have biases, where the wrapped layer is a matrix with one; elsewhere they could
+            not be merged.
         placement: ``block`` for both places, ``attn`` for the place before attention only.
-        targets: Patterns of linear layers or 1x1 convolutions; empty means the layers of ``placement``.
+        targets: Patterns of linear layers, or convolutions in one group; empty means the layers of ``placement``, or
+            the convolutions of a convolutional network that mix channels.
     """
 
     dropout: float = 0.1
@@ -113,4 +117,4 @@ class RepAdapter(AdapterSpec):
             raise ValueError(
                 f"groups={self.groups} must divide the {matrix.weight.shape[1]} channels that {name} takes"
             )
-        return RepAdapterLayer(layer, replace(self, bias=self.bias and matrix.bias is not None))
+        return RepAdapterLayer(layer, replace(self, bias=self.bias and matrix.bias is not None and is_matrix(matrix)))
