@@ -6,11 +6,12 @@ from typing import Any
 import pytest
 import torch
 from conftest import CLASSES
+from cost_references import by_torch
 from test_backbones import REGNET, shake
 from tiny import QUIET, loader, trainer
 from torch import Tensor, nn
 
-from dynadapter import AdaptFormer, ExitClassifier, ExitNet, LoRA, RepAdapter, create_backbone, inject
+from dynadapter import AdaptFormer, ExitClassifier, ExitNet, LoRA, RepAdapter, create_backbone, exit_costs, inject
 from dynadapter.adapters import adapter_layers
 from dynadapter.backbones import blocks, embed, remove_last_blocks
 from dynadapter.exits.policies import Confidence, Never
@@ -151,6 +152,15 @@ def test_cut_model_equals_its_prefix(name: str, options: dict[str, Any], count: 
         found.append(x)
     assert len(blocks(cut)) == len(blocks(whole)) - count
     assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, "tf_mobilenetv3_small_minimal_100"])
+def test_costs_equal_torchs_counter(name: str) -> None:
+    net = ExitNet(create_backbone(name, CLASSES, **FAMILIES.get(name, {})), every=2).eval()
+    costs = exit_costs(net, 64)
+    assert costs.meter == "fvcore"
+    exact = [macs - light for macs, light in zip(costs.macs, costs.light, strict=True)]
+    assert exact == by_torch(net, 64)
 
 
 def test_drop_block_is_refused() -> None:

@@ -13,7 +13,7 @@ from dynadapter.adapters.base import AdapterLayer, AdapterSpec, check_choice, ch
 from dynadapter.adapters.lowrank import add_product, project
 from dynadapter.adapters.merging import exact, rebuilt
 
-PLACES = ("*blocks.*.qkv", "*blocks.*.q_proj", "*blocks.*.k_proj", "*blocks.*.v_proj", "stages.*.mlp.fc1")
+PLACES = ("*.attn.qkv", "*.attn.q_proj", "*.attn.k_proj", "*.attn.v_proj", "stages.*.mlp.fc1")
 """The q, k and v of each attention, or the first matrix of each MLP in a ConvNeXt."""
 
 

@@ -123,7 +123,7 @@ OPERATORS: dict[str, Callable[[list[Any], list[Any]], Any]] = {
 _IGNORED = """
 add add_ sub sub_ rsub mul mul_ div div_ addcmul addcmul_ pow square sqrt rsqrt reciprocal neg abs sign
 exp log sin cos erf sigmoid sigmoid_ tanh tanh_ gelu gelu_ silu silu_ mish elu leaky_relu prelu relu6 hardtanh
-hardsigmoid hardswish hardswish_ softplus softmax log_softmax
+hardsigmoid hardswish hardswish_ softplus softmax log_softmax ceil floor
 clamp_min clamp_max maximum minimum min amax amin argmax argmin max_pool2d sort argsort topk cumsum
 le lt ne any all isfinite nan_to_num logical_and logical_or logical_not __or__ where masked_fill_
 dropout_ feature_dropout bernoulli bernoulli_ rand_like randn_like
