@@ -548,9 +548,13 @@ def test_pattern_without_match_lists_layers(convnext, vit):
     untouched(
         convnext,
         LoRA(targets=("*.qkv",)),
-        r"no layer of ConvNeXt matches the target '\*.qkv' of LoRA; .*: stages.\*.blocks.\*.mlp.fc1",
+        r"no layer of ConvNeXt matches the target '\*.qkv' of LoRA; .*: stem.\*, .*stages.\*.blocks.\*.mlp.fc1",
     )
-    untouched(vit, LoRA(targets=("*.qkv", "*.fc3")), r"'\*.fc3'.*: blocks.\*.attn.qkv, blocks.\*.attn.proj, .*head$")
+    untouched(
+        vit,
+        LoRA(targets=("*.qkv", "*.fc3")),
+        r"'\*.fc3'.*: patch_embed.proj, blocks.\*.attn.qkv, .*head$",
+    )
     untouched(nn.Sequential(nn.ReLU()), LoRA(), "it can wrap: none")
 
 
@@ -563,10 +567,8 @@ def test_layers_that_a_kind_cannot_take(vit, convnext):
     untouched(
         vit, LoRA(targets=("*.mlp",)), "LoRA cannot wrap blocks.0.mlp, a module of type Mlp; it takes an nn.Linear"
     )
-    untouched(
-        vit, RepAdapter(targets=("*.qkv", "patch_embed.proj")), r"cannot wrap patch_embed.proj, Conv2d\(3, 48, kern"
-    )
-    untouched(convnext, LoRA(targets=("*.conv_dw",)), "cannot wrap stages.0.blocks.0.conv_dw, Conv2d.*1x1")
+    untouched(vit, RepAdapter(targets=("*.qkv", "*.norm1")), r"cannot wrap blocks.0.norm1, LayerNorm\(\(48,\)")
+    untouched(convnext, LoRA(targets=("*.conv_dw",)), "cannot wrap stages.0.blocks.0.conv_dw, Conv2d.*in one group")
     untouched(vit, Adapter(targets=("*.norm1",)), "Adapter cannot wrap blocks.0.norm1, LayerNorm")
 
 
