@@ -1,5 +1,7 @@
 """EfficientNet and MobileNetV3, and all that timm builds of these classes: MobileNet V1, V2 and V4, MixNet, FBNet."""
 
+from typing import Any
+
 from timm.models.efficientnet import EfficientNet
 from timm.models.mobilenetv3 import MobileNetV3
 from torch import Tensor, nn
@@ -19,7 +21,8 @@ def _(model: Efficient, images: Tensor) -> Tensor:
 @blocks.register
 def _(model: Efficient) -> list[tuple[nn.Module, ...]]:
     _same_forward(model, _family(model))
-    return [(block,) for stage in model.blocks for block in stage]  # the first block of a stage downsamples
+    stages: Any = model.blocks
+    return [(block,) for stage in stages for block in stage]  # the first block of a stage downsamples
 
 
 @finish.register
@@ -39,7 +42,8 @@ def _(model: Efficient, x: Tensor) -> Tensor:
 
 @widths.register
 def _(model: Efficient) -> list[int]:
-    return [_out_channels(block) for stage in model.blocks for block in stage]
+    stages: Any = model.blocks
+    return [_out_channels(block) for stage in stages for block in stage]
 
 
 @remove_last_blocks.register

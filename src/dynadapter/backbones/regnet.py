@@ -1,5 +1,7 @@
 """RegNet X, Y, Z and V."""
 
+from typing import Any
+
 from timm.models import regnet
 from timm.models.regnet import RegNet
 from torch import Tensor, nn
@@ -42,7 +44,7 @@ def _(model: RegNet, x: Tensor) -> Tensor:
 
 @widths.register
 def _(model: RegNet) -> list[int]:
-    infos = model.feature_info[1:]  # the first is the stem's
+    infos: Any = model.feature_info[1:]  # the first is the stem's
     return [info["num_chs"] for info, stage in zip(infos, _stages(model), strict=True) for _ in stage.children()]
 
 
@@ -53,8 +55,9 @@ def _(model: RegNet) -> bool:
 
 @remove_last_blocks.register
 def _(model: RegNet, count: int) -> None:
-    for name in list(model.s4._modules)[-count:] if count else ():
-        delattr(model.s4, name)
+    last: Any = model.s4
+    for name in list(last._modules)[-count:] if count else ():
+        delattr(last, name)
 
 
 @convert.register
@@ -62,5 +65,5 @@ def _(model: RegNet, state: dict[str, Tensor]) -> dict[str, Tensor]:
     return regnet._filter_fn(state)
 
 
-def _stages(model: RegNet) -> list[regnet.RegStage]:
+def _stages(model: Any) -> list[Any]:
     return [model.s1, model.s2, model.s3, model.s4]

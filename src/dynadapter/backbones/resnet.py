@@ -1,5 +1,7 @@
 """ResNet and all that timm builds of its class: wide ResNet, ResNeXt, SE-ResNet, Res2Net, ResNeSt, SKNet."""
 
+from typing import Any
+
 from timm.models.resnet import ResNet
 from torch import Tensor, nn
 
@@ -31,14 +33,15 @@ def _(model: ResNet, x: Tensor) -> Tensor:
 
 @widths.register
 def _(model: ResNet) -> list[int]:
-    infos = model.feature_info[1:]  # the first is the stem's
+    infos: Any = model.feature_info[1:]  # the first is the stem's
     return [info["num_chs"] for info, stage in zip(infos, _stages(model), strict=True) for _ in stage]
 
 
 @remove_last_blocks.register
 def _(model: ResNet, count: int) -> None:
-    model.layer4 = model.layer4[: len(model.layer4) - count]
+    last: Any = model.layer4
+    model.layer4 = last[: len(last) - count]
 
 
-def _stages(model: ResNet) -> list[nn.Sequential]:
+def _stages(model: Any) -> list[Any]:
     return [model.layer1, model.layer2, model.layer3, model.layer4]

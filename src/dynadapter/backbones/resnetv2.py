@@ -1,5 +1,7 @@
 """ResNet with the norm before each convolution: timm's ResNetV2, with BiT."""
 
+from typing import Any
+
 from timm.models.resnetv2 import ResNetV2
 from torch import Tensor, nn
 
@@ -25,7 +27,8 @@ def _(model: ResNetV2, images: Tensor) -> Tensor:
 @blocks.register
 def _(model: ResNetV2) -> list[tuple[nn.Module, ...]]:
     _same_forward(model, ResNetV2)
-    return [(block,) for stage in model.stages for block in stage.blocks]  # the first block of a stage downsamples
+    stages: Any = model.stages
+    return [(block,) for stage in stages for block in stage.blocks]  # the first block of a stage downsamples
 
 
 @finish.register
@@ -40,8 +43,9 @@ def _(model: ResNetV2, x: Tensor) -> Tensor:
 
 @widths.register
 def _(model: ResNetV2) -> list[int]:
-    infos = model.feature_info[1:]  # the first is the stem's
-    return [info["num_chs"] for info, stage in zip(infos, model.stages, strict=True) for _ in stage.blocks]
+    infos: Any = model.feature_info[1:]  # the first is the stem's
+    stages: Any = model.stages
+    return [info["num_chs"] for info, stage in zip(infos, stages, strict=True) for _ in stage.blocks]
 
 
 @checkpointing.register
@@ -51,5 +55,5 @@ def _(model: ResNetV2) -> bool:
 
 @remove_last_blocks.register
 def _(model: ResNetV2, count: int) -> None:
-    last = model.stages[-1]
+    last: Any = model.stages[-1]
     last.blocks = last.blocks[: len(last.blocks) - count]
