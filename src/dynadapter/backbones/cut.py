@@ -349,8 +349,10 @@ def _unknown(model: nn.Module, why: str = "") -> NoReturn:
             "dynadapter.backbones"
         )
     known = sorted(family.__name__ for family in blocks.registry if family is not object)
+    kind = type(model)
+    name = f"{kind.__module__}.{kind.__name__}" if kind.__name__ in known else kind.__name__  # not timm's class
     raise TypeError(
-        f"no cut is known for {type(model).__name__}{why}; known: {known}. Choose a timm model of these classes, "
+        f"no cut is known for {name}{why}; known: {known}. Choose a timm model of these classes, "
         "or register embed, blocks, finish, tokens and widths of dynadapter.backbones for yours"
     )
 

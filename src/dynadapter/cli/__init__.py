@@ -30,6 +30,7 @@ commands:
   serve       answer images over HTTP by one or several bundles
   push        upload a bundle to the Hugging Face Hub
   verify      check a data set before a training
+  backbones   count the architectures and weights of timm that work as a backbone, or list their names
   configs     list the configs that come with the package, or print one
 
 options:
@@ -62,7 +63,7 @@ command line.
 """
 TRAINER = ("fit", "validate", "test", "flops", "calibrate")
 """Commands with a whole configuration: model, data, trainer."""
-OWN = ("train", "predict", "report", "sweep", "export", "bench", "serve", "push", "verify", "configs")
+OWN = ("train", "predict", "report", "sweep", "export", "bench", "serve", "push", "verify", "backbones", "configs")
 """Commands with a handful of settings; each is a module here with a ``run(args)``."""
 COMMANDS = (*TRAINER, *OWN)
 
