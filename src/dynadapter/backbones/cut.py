@@ -217,9 +217,12 @@ def mean_tokens(x: Tensor, logs: Tensor | None) -> Tensor:
     return x.mean(1) if logs is None else torch.bmm(logs.softmax(1)[:, None], x)[:, 0]
 
 
+@singledispatch
 def classifier(model: nn.Module) -> list[nn.Module]:
     """List the model's final linear layers: one, two for a distilled DeiT, none for a model without classes."""
-    return [layer for layer in _classifier_layers(model).values() if not isinstance(layer, nn.Identity)]
+    layers: Any = model.get_classifier() if hasattr(model, "get_classifier") else ()  # type: ignore[operator]
+    layers = layers if isinstance(layers, tuple | list) else (layers,)
+    return [layer for layer in layers if not isinstance(layer, nn.Identity)]
 
 
 # Helpers for the families
@@ -314,6 +317,7 @@ OPTIONAL: tuple[Any, ...] = (
     size_step,
     convert,
     classify,
+    classifier,
 )
 """What a family may register where the default does not fit."""
 for _question in (*REQUIRED, *OPTIONAL):
@@ -359,6 +363,6 @@ def _unknown(model: nn.Module, why: str = "") -> NoReturn:
 
 def _classifier_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Return the classifier's layers by name, identities included."""
-    layers: Any = model.get_classifier() if hasattr(model, "get_classifier") else ()  # type: ignore[operator]
+    layers: Any = model.get_classifier() if hasattr(model, "get_classifier") else classifier(model)  # type: ignore[operator]
     wanted = set(layers) if isinstance(layers, tuple | list) else {layers}
     return {name: module for name, module in model.named_modules() if module in wanted}

@@ -28,6 +28,7 @@ NUMBERS = {
     "group_size": 16384,
     "bottle_ratio": 64,
     "se_ratio": 64,
+    "stages": 512,
     "num_heads": 1024,
     "head_dim": 4096,
     "window_size": 1024,
@@ -71,9 +72,12 @@ SWITCHES = {
     "replace_stem_pool",
     "conv_bias",
     "use_grn",
+    "use_abs_pos_emb",
+    "use_rel_pos_bias",
+    "use_shared_rel_pos_bias",
 }
 """Arguments that are true or false."""
-WORDS = {"global_pool", "pos_embed", "weight_init", "stem_type", "norm_layer", "act_layer"}
+WORDS = {"rope_type", "encoder_pool", "global_pool", "pos_embed", "weight_init", "stem_type", "norm_layer", "act_layer"}
 """Arguments that are one word, which timm looks up in a table of its own."""
 
 WORD = re.compile("[a-z0-9_]{0,40}")
