@@ -19,7 +19,7 @@ NAMES = ("beitv2_base_patch16_224", "naflexvit_base_patch16_map", "qwen3_vit_88m
 WIDTHS = {"depths": (1, 1, 1, 1), "embed_dim": (32, 32, 64, 64), "stem_width": 16}
 CASES = [
     *(case[:2] for case in ARCHITECTURES if case[0] in NAMES),
-    ("hiera_tiny_224", {"img_size": 32, "embed_dim": 16, "stages": (1, 1, 1, 1)}),
+    ("hiera_tiny_224", {"img_size": 32, "embed_dim": 16, "stages": (1, 1, 1, 2)}),
     ("maxvit_tiny_tf_224", {"img_size": 32, **WIDTHS}),
 ]
 

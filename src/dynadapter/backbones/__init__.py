@@ -50,6 +50,7 @@ from dynadapter.backbones.cut import (
 from dynadapter.backbones.depth import cut_depth, remove_last_blocks
 from dynadapter.backbones.draws import DrawFrom
 from dynadapter.backbones.frozen import freeze, set_mode
+from dynadapter.backbones.hiera import write_out_attention
 from dynadapter.backbones.input import own_preprocessing, set_image_size
 from dynadapter.backbones.unit import run_unit
 from dynadapter.backbones.vit_block import class_row, other_rows, run, run_beside, splits, takes_exit_tokens
@@ -98,4 +99,5 @@ __all__ = [
     "takes_prefix_tokens",
     "tokens",
     "widths",
+    "write_out_attention",
 ]

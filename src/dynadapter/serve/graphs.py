@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from dynadapter.adapters import adapter_layers
+from dynadapter.backbones import write_out_attention
 from dynadapter.exits.net import ExitNet
 
 LARGEST = 2 * 1024**3 - 64 * 1024**2
@@ -50,7 +51,7 @@ def write_graphs(net: ExitNet, folder: Path, images: Tensor, class_first: bool, 
     """Write ``stage0.onnx``, ``stage1.onnx``, ... with their weights inside.
 
     Args:
-        net: The network, on the CPU in evaluation mode.
+        net: A copy of the network, on the CPU in evaluation mode.
         folder: Where to write.
         images: Their shape is that of the input.
         class_first: Compute the class token's row first where a head reads nothing else.
@@ -62,6 +63,7 @@ def write_graphs(net: ExitNet, folder: Path, images: Tensor, class_first: bool, 
     Raises:
         ValueError: A stage is too large for one file.
     """
+    write_out_attention(net.backbone)
     stages = []
     for k, program, tensors in _programs(net, images, class_first):
         file = folder / f"stage{k}.onnx"
