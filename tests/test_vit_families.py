@@ -12,6 +12,8 @@ from tiny import make_classifier, shaken
 
 from dynadapter import Confidence, LoRA, bundle_from_classifier, create_backbone, load
 from dynadapter.backbones import blocks, cut_depth, set_image_size
+from dynadapter.cost.meters import Part
+from dynadapter.cost.operators import OPERATORS
 from dynadapter.serve.export import export_onnx
 from dynadapter.training.module import ExitClassifier
 
@@ -73,6 +75,19 @@ def test_size_that_the_windows_do_not_fit() -> None:
     for name in ("hiera_tiny_224", "coatnet_0_rw_224"):
         with pytest.raises(ValueError, match=r"image_size=240 is no multiple of 32 pixels.*; use 224 or 256"):
             create_backbone(name, 5, image_size=240)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning", "ignore:`torch.jit:DeprecationWarning")
+def test_torchs_attention_is_counted() -> None:
+    from fvcore.nn import FlopCountAnalysis
+
+    layer = torch.nn.MultiheadAttention(8, 2, batch_first=True)
+    part = Part(lambda x: layer(x, x, x, need_weights=False)[0])
+    part.layer = layer  # the trace must know its parameters
+    with torch.no_grad():
+        counted = FlopCountAnalysis(part.eval(), torch.zeros(3, 5, 8))
+        counted.set_op_handle(**{f"aten::{name}": count for name, count in OPERATORS.items()})
+        assert counted.total() == 3 * (4 * 5 * 8 * 8 + 2 * 5 * 5 * 8)
 
 
 def test_split_lora_needs_rows_in_order() -> None:

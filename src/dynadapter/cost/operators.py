@@ -41,6 +41,12 @@ def _attention(inputs: list[Any], outputs: list[Any]) -> int:
     return prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
 
 
+def _multihead_attention(inputs: list[Any], outputs: list[Any]) -> int:
+    """Count the four projections, scores and weighted sum of torch's ``nn.MultiheadAttention`` as one operator."""
+    batch, tokens, width = _shape(inputs[0])
+    return batch * tokens * width * (4 * width + 2 * tokens)
+
+
 def _einsum(inputs: list[Any], outputs: list[Any]) -> int:
     """Count the product over all labels of two factors; fvcore reads a rounded figure off what numpy prints."""
     equation = inputs[0].toIValue().replace(" ", "")
@@ -86,6 +92,7 @@ def _light(count: Handle, inputs: list[Any], outputs: list[Any]) -> Counter[str]
 
 _HEAVY: dict[str, Handle] = {
     "scaled_dot_product_attention": _attention,
+    "_native_multi_head_attention": _multihead_attention,
     "matmul": _matmul,
     "mv": _matmul,
     "dot": _matmul,
