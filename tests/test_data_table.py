@@ -100,10 +100,11 @@ def test_root_holds_the_images(tmp_path):
     lists.mkdir()
     make(images, [("1.png", "a"), ("2.png", "b")])
     file = make(lists, [])
-    for path in ("1.png", str(images / "1.png")):
+    wrong = {"1.png": "paths are relative to that folder", str(images / "1.png"): "to a folder that holds all images"}
+    for path, words in wrong.items():
         file.write_text(f"path,label\n{path},a\n")
         assert listed(ImageTable(file, root=images), "train") == [("1.png", "a")]
-        fails("set root to the folder that", lambda: ImageTable(file).setup("fit"))
+        fails(words, lambda: ImageTable(file).setup("fit"))
     file.write_text("path,label\n../lists/table.csv,a\n")
     fails("leads out of", lambda: ImageTable(file, root=images).setup("fit"))
 

@@ -184,7 +184,7 @@ def test_wrong_class_names_are_refused(tmp_path):
 )
 def test_path_out_of_the_folder_is_refused(tmp_path, path):
     make(tmp_path, test=f"{path} 0\n")
-    fails(f"test.txt:1: path {path!r} leaves the task's folder", lambda: VTAB1k(tmp_path, "toys"))
+    fails(f"test.txt:1: path {path!r} leaves the folder of the images", lambda: VTAB1k(tmp_path, "toys"))
 
 
 def test_missing_image_is_named(tmp_path):

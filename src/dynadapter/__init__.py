@@ -35,6 +35,7 @@ if TYPE_CHECKING:
         HubDataset,
         ImageData,
         ImageFolder,
+        ImageLists,
         ImagesToPredict,
         ImageTable,
         Shapes,
@@ -95,7 +96,8 @@ _HOMES = {
     "backbones.layout": "lay_out_for_cpu",
     "calibrate": "Calibrated Goal evaluate policy_for solve with_guarantee",
     "cost": "ExitCosts exit_costs",
-    "data": "Augment Shapes ImageData ImageFolder ImageTable HubDataset TorchVisionDataset ImagesToPredict VTAB1k",
+    "data": "Augment Shapes ImageData ImageFolder ImageTable ImageLists HubDataset TorchVisionDataset ImagesToPredict "
+    "VTAB1k",
     "exits.attentive": "Attentive",
     "exits.combining": "Combined",
     "exits.exit_tokens": "ExitTokens",

@@ -203,7 +203,7 @@ def protocol(trainer: Trainer, module: ExitClassifier, data: ImageData) -> dict[
     """Return the settings beside the method that change results: how images are read, what was selected on what."""
     saver = trainer.checkpoint_callback
     monitor = saver.monitor if isinstance(saver, ModelCheckpoint) else None
-    chosen = ("task", "split", "val_fraction", "split_seed")
+    chosen = ("task", "split", "val_fraction", "split_seed", "shots", "shots_seed")
     settings = {name: data.hparams[name] for name in chosen if name in data.hparams}
     return {
         "backbone": module.backbone_name,

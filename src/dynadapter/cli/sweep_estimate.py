@@ -64,7 +64,8 @@ def count_images(file: SweepFile, task: str, split: str) -> int:
     from dynadapter.data.lists import read_list
     from dynadapter.data.vtab import find_task
 
-    return len(read_list(find_task(file.root, task) / f"{split}.txt"))
+    folder = find_task(file.root, task)
+    return len(read_list(folder / f"{split}.txt", folder))
 
 
 def probe(file: SweepFile) -> Line:

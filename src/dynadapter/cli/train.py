@@ -210,7 +210,7 @@ def _fit_arguments(wanted: Wanted) -> list[str]:
 
     files, rest = config_files(wanted.settings)
     data = _data(wanted.place, dict(assignments(rest)))
-    train, held_out = len(data.samples("train")), len(data.samples("val"))
+    train, held_out = len(data.used("train")), len(data.samples("val"))
     if held_out < 2:
         raise Mistake(
             f"{wanted.place} has {held_out} images to choose exits on; {data.validation_switch}, or add images"

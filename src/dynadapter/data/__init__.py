@@ -1,9 +1,10 @@
-"""Data modules: VTAB-1k, folders and tables of images, data sets of other libraries, and drawn shapes."""
+"""Data modules: VTAB-1k, folders, tables and lists of images, data sets of other libraries, and drawn shapes."""
 
 from dynadapter.data.augment import Augment
 from dynadapter.data.base import ImageData, ImageDataset
 from dynadapter.data.folder import ImageFolder
 from dynadapter.data.hub import HubDataset
+from dynadapter.data.image_lists import ImageLists
 from dynadapter.data.predict import ImagesToPredict
 from dynadapter.data.shapes import Shapes
 from dynadapter.data.table import ImageTable
@@ -19,6 +20,7 @@ __all__ = [
     "ImageData",
     "ImageDataset",
     "ImageFolder",
+    "ImageLists",
     "ImageTable",
     "ImagesToPredict",
     "Preprocess",

@@ -26,8 +26,11 @@ def account_of(data: "ImageData", predict: bool = False) -> Account | None:
     files: dict[str, list[Path]] = {}
     for split in splits:
         try:
-            samples = data.predict_samples() if predict else data.samples(split)
+            samples = data.predict_samples() if predict else data.used(split)
         except (ValueError, OSError):  # the split is missing or wrong; it is reported where it is used
             samples = []
         files[split] = [source for source, _ in samples if isinstance(source, Path)]
-    return account(Path(folder).expanduser(), files, data.skipped, [] if predict else data.listed())
+    unused: dict[str, list[Path]] = {} if predict else {"in other lists": data.listed()}
+    if data.shots is not None and not predict and files["train"]:
+        unused["beyond the shots"] = [source for source, _ in data.samples("train") if isinstance(source, Path)]
+    return account(Path(folder).expanduser(), files, data.skipped, unused)

@@ -21,6 +21,7 @@ from dynadapter.data.dataset import ImageDataset, Padded, Sample, collate, room_
 from dynadapter.data.preprocessing import Auto, Wanted, differences
 from dynadapter.data.readable import readable
 from dynadapter.data.samplers import CachedLoader, EpochOrder, ResumableLoader, share_batch
+from dynadapter.data.shots import few_shot
 from dynadapter.data.workers import TIMEOUT, check_shared_memory
 from dynadapter.images.accounting import Account
 from dynadapter.images.preprocess import Interpolation, Normalization, Resize
@@ -59,6 +60,9 @@ class ImageData(LightningDataModule, ABC):
             None for all that 16 bits can hold, which ``auto`` means in training.
         augment: ``none``, as in VTAB-1k; ``flip`` to mirror each training image with probability 0.5; or
             :class:`~dynadapter.data.augment.Augment` for timm's transforms.
+        shots: Train on this many images of each class, drawn by a hash of their names, and on all of a class that has
+            fewer; None trains on all.
+        shots_seed: Part of the hashes; another seed draws other images.
         balanced: Draw training images with replacement, each class equally likely, instead of each image once an epoch.
         cache: Decode training and validation images once and keep them as one uint8 tensor (147 MiB for 1000 images of
             224 px): on the GPU if they take at most a quarter of its free memory, else in main memory.
@@ -85,6 +89,8 @@ class ImageData(LightningDataModule, ABC):
         resize: Resize | Auto = "auto",
         value_range: Range | Auto | None = "auto",
         augment: Literal["none", "flip"] | Augment = "none",
+        shots: int | None = None,
+        shots_seed: int = 0,
         balanced: bool = False,
         cache: bool = False,
         on_error: Literal["raise", "skip"] = "raise",
@@ -97,6 +103,7 @@ class ImageData(LightningDataModule, ABC):
             ("global_batch_size", 1 if global_batch_size is None else global_batch_size, 1),
             ("num_workers", num_workers, 0),
             ("max_skipped", max_skipped, 0),
+            ("shots", 1 if shots is None else shots, 1),
         ):
             if value < least:
                 raise ValueError(f"{name} must be at least {least}, not {value}")
@@ -117,6 +124,7 @@ class ImageData(LightningDataModule, ABC):
         self.wanted = Wanted(image_size, interpolation, resize, normalization, value_range)
         self.preprocess = self.wanted.resolve(self.without_model)
         self.augment = augment
+        self.shots, self.shots_seed = shots, shots_seed
         self.balanced = balanced
         self.cache = cache
         self.on_error = on_error
@@ -148,6 +156,11 @@ class ImageData(LightningDataModule, ABC):
     @abstractmethod
     def samples(self, split: Split) -> list[Sample]:
         """List the images of a split with their class indices; empty for ``val`` when nothing is held out."""
+
+    def used(self, split: Split) -> list[Sample]:
+        """List the images of a split that are used: those of `samples`, of ``train`` only the drawn `shots`."""
+        shots = self.shots if split == "train" else None
+        return few_shot(self.samples(split), shots, self.shots_seed, getattr(self, "folder", None))
 
     def further_tests(self) -> list["ImageData"]:
         """Return a data module for each further test set, whose test images are those to measure."""
@@ -233,12 +246,12 @@ class ImageData(LightningDataModule, ABC):
         """Return the samples of a split with the class indices of `class_names`."""
         names, own = self.class_names, self._own_classes
         if own is None:
-            samples = self.samples(split)
+            samples = self.used(split)
             self._require_classes(split, samples)
             return samples
         self.class_names = own  # `samples` of a subclass may read it
         try:
-            samples = self.samples(split)
+            samples = self.used(split)
             self._require_classes(split, samples)
         finally:
             self.class_names = names

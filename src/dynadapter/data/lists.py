@@ -1,11 +1,12 @@
-"""Read the lists of a VTAB-1k task, and check that the files they name lie inside the data's folders."""
+"""Read lists of images and labels, and check that the files they name lie inside the data's folders."""
 
 import os
 import re
 import stat
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path, PureWindowsPath
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from dynadapter.files import open_regular
 from dynadapter.images.reading import shown
@@ -21,7 +22,7 @@ class Line(NamedTuple):
     """A line of a list.
 
     Attributes:
-        path: Of the image, relative to the task's folder.
+        path: Of the image, relative to the folder of the images.
         label: Class index.
         place: List and line number, for messages.
     """
@@ -31,11 +32,11 @@ class Line(NamedTuple):
     place: str
 
 
-def read_list(file: Path) -> list[Line]:
-    """Read a list of lines ``PATH LABEL``.
+def read_list(file: Path, folder: Path) -> list[Line]:
+    """Read a list of lines ``PATH LABEL``, with paths relative to a folder.
 
     Raises:
-        ValueError: A line is malformed, a path leaves the task's folder, or the list is empty.
+        ValueError: A line is malformed, a path leaves the folder, or the list is empty.
     """
     lines = []
     for number, content in enumerate(read_text(file).split("\n"), start=1):
@@ -47,9 +48,7 @@ def read_list(file: Path) -> list[Line]:
             given = content.strip()[:100]
             raise ValueError(f"{place}: {given!r} is not 'PATH LABEL', for example 'images/train800/000000.jpg 12'")
         if _leaves_folder(path):
-            raise ValueError(
-                f"{place}: path {path[:100]!r} leaves the task's folder; paths are relative to {shown(file.parent)}"
-            )
+            raise ValueError(f"{place}: path {path[:100]!r} leaves the folder of the images, {shown(folder)}")
         lines.append(Line(path, int(label[0]), place))
     if not lines:
         raise ValueError(f"{file} lists no image")
@@ -61,6 +60,35 @@ def _leaves_folder(path: str) -> bool:
         return False  # the usual case, without the slow parsing below
     windows = PureWindowsPath(path)  # understands both separators, and drives
     return bool(windows.anchor) or ".." in windows.parts
+
+
+def listed_classes(lines: Sequence[Line], file: Path | None, expected: int | None = None) -> list[str]:
+    """Return the class names of lists: those of a file, or numbers up to the expected or the highest label.
+
+    Args:
+        lines: All lines.
+        file: Of the class names; None, or one that is missing, for numbers.
+        expected: Number of classes, where it is known.
+
+    Raises:
+        ValueError: The file is wrong, or a label is out of range.
+    """
+    if file is not None and file.is_file():
+        names = read_classes(file, expected)
+    else:
+        highest = max(lines, key=lambda line: line.label)
+        if expected is None and highest.label >= len(lines):  # a typing error would create a head of a billion classes
+            raise ValueError(
+                f"{highest.place}: label {highest.label} is higher than the number of listed images; "
+                f"if it is right, name the classes in {file or 'a file, and give it as classes'}"
+            )
+        names = [str(label) for label in range(expected or max(highest.label, 0) + 1)]
+    for line in lines:
+        if not 0 <= line.label < len(names):
+            raise ValueError(
+                f"{line.place}: label {line.label} is out of range; valid labels are 0 to {len(names) - 1}"
+            )
+    return names
 
 
 def read_classes(file: Path, expected: int | None = None) -> list[str]:
@@ -95,6 +123,36 @@ def read_text(file: Path) -> str:
         return content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is not text in UTF-8: {error.reason} at byte {error.start}") from None
+
+
+def listed_files(lines: Sequence[Any], folder: Path, root: Path | None = None, missing: bool = False) -> list[Path]:
+    """Return the files that the lines of a list or the rows of a table name.
+
+    Args:
+        lines: With `path`, and `place` for messages.
+        folder: To which paths are relative.
+        root: Another folder that links may lead into; None for `folder` alone.
+        missing: Files may be missing.
+
+    Raises:
+        ValueError: A path leads out of the folders, or its file is missing.
+    """
+    check = PathCheck(folder, root or folder)
+    files = [folder / line.path for line in lines]
+    states = [check.state(file) for file in files]
+    if "outside" in states:
+        k = states.index("outside")
+        raise ValueError(
+            f"{lines[k].place}: image {shown(lines[k].path)} leads out of {shown(root or folder)}, to "
+            f"{shown(os.path.realpath(files[k]))}; copy the images there, or set root to a folder that holds all images"
+        )
+    if "missing" in states and not missing:
+        k = states.index("missing")
+        raise ValueError(
+            f"{lines[k].place}: image {shown(lines[k].path)} does not exist in {folder} ({states.count('missing')} of "
+            f"the {len(lines)} listed images are missing); paths are relative to that folder"
+        )
+    return files
 
 
 class PathCheck:

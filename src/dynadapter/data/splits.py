@@ -29,7 +29,7 @@ def hold_out(images: Sequence[tuple[str, str]], fraction: float, seed: int) -> t
     """
     by_class: dict[str, list[tuple[float, int]]] = {}
     for index, (name, path) in enumerate(images):
-        by_class.setdefault(name, []).append((_draw(name, path, seed), index))
+        by_class.setdefault(name, []).append((draw(name, path, seed), index))
     held: set[int] = set()
     for drawn in by_class.values():
         drawn.sort()
@@ -40,7 +40,7 @@ def hold_out(images: Sequence[tuple[str, str]], fraction: float, seed: int) -> t
     return [i for i in range(len(images)) if i not in held], sorted(held)
 
 
-def _draw(name: str, path: str, seed: int) -> float:
+def draw(name: str, path: str, seed: int) -> float:
     """Return a number in [0, 1] that depends on the arguments alone; file systems store accents in two ways."""
     text = unicodedata.normalize("NFC", f"{seed}\0{name}\0{path}")
     return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogateescape")).digest()[:8]) / 2**64

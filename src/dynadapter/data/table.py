@@ -12,7 +12,7 @@ from dynadapter.data.base import ImageData, Split
 from dynadapter.data.classes import sorted_names
 from dynadapter.data.dataset import Sample
 from dynadapter.data.folder import SPLITS
-from dynadapter.data.lists import PathCheck, read_text
+from dynadapter.data.lists import listed_files, read_text
 from dynadapter.data.splits import MissingSplit, hold_out
 from dynadapter.data.test_sets import check_test_sets, open_test_sets
 from dynadapter.images.reading import shown
@@ -110,21 +110,8 @@ class ImageTable(ImageData):
         if not rows and split != "val":
             there = ", ".join(sorted({row.split for row in self.rows}))
             raise MissingSplit(f"{self.file} has no row for {split}; it has rows for: {there}")
-        check, index = PathCheck(self.folder), {name: label for label, name in enumerate(self.class_names)}
-        files = [self.folder / row.path for row in rows]
-        states = [check.state(file) for file in files]
-        if "outside" in states:
-            row = rows[states.index("outside")]
-            raise ValueError(
-                f"{row.place}: image {shown(row.path)} leads out of {self.folder}; set root to the folder that holds "
-                "all images"
-            )
-        if self.on_error == "raise" and "missing" in states:
-            row = rows[states.index("missing")]
-            raise ValueError(
-                f"{row.place}: image {shown(row.path)} does not exist in {self.folder} ({states.count('missing')} of "
-                f"the {len(rows)} images for {split} are missing); set root to the folder that paths are relative to"
-            )
+        index = {name: label for label, name in enumerate(self.class_names)}
+        files = listed_files(rows, self.folder, missing=self.on_error == "skip")
         return [(file, index[row.label]) for file, row in zip(files, rows, strict=True)]
 
     def further_tests(self) -> list[ImageData]:

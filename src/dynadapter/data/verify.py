@@ -134,7 +134,7 @@ def verify(
     listed: list[tuple[Split, Source, int]] = []
     for split in SPLITS:
         try:
-            listed += [(split, source, int(label)) for source, label in data.samples(split)]
+            listed += [(split, source, int(label)) for source, label in data.used(split)]
         except (ValueError, OSError) as error:
             level: Level = "warning" if isinstance(error, MissingSplit) and split == "test" else "error"
             findings.append(Finding(level, "split", " ".join(str(error).split())))

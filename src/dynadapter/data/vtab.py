@@ -1,6 +1,5 @@
 """Read VTAB-1k, and any other task in its layout."""
 
-import os
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -8,9 +7,8 @@ from typing import Any, Literal
 
 from dynadapter.data.base import ImageData, Split
 from dynadapter.data.dataset import Sample
-from dynadapter.data.lists import LISTS, Line, PathCheck, read_classes, read_list
+from dynadapter.data.lists import LISTS, Line, listed_classes, listed_files, read_list
 from dynadapter.data.splits import MissingSplit
-from dynadapter.images.reading import shown
 
 Group = Literal["Natural", "Specialized", "Structured"]
 
@@ -101,15 +99,13 @@ class VTAB1k(ImageData):
         self.task = vtab_task(task)
         self.root = Path(root).expanduser()
         self.folder = find_task(self.root, task)
-        self.lists = {name: read_list(self.folder / name) for name in LISTS if (self.folder / name).is_file()}
+        self.lists = {
+            name: read_list(self.folder / name, self.folder) for name in LISTS if (self.folder / name).is_file()
+        }
         if not self.lists:
             raise ValueError(f"{self.folder} has none of the lists {', '.join(LISTS)}")
-        self.class_names = self._read_class_names()
-        for line in self._lines():
-            if not 0 <= line.label < self.num_classes:
-                raise ValueError(
-                    f"{line.place}: label {line.label} is out of range; valid labels are 0 to {self.num_classes - 1}"
-                )
+        known = self.task.classes if self.task else None
+        self.class_names = listed_classes(self._lines(), self.folder / "classes.txt", known)
 
     @property
     def group(self) -> Group | None:
@@ -122,44 +118,15 @@ class VTAB1k(ImageData):
         name = {"train": f"{self.split}.txt", "val": "val200.txt", "test": "test.txt"}[split]
         if name not in self.lists:
             raise MissingSplit(f"{self.folder} has no {name}, which {split} needs; it has: {', '.join(self.lists)}")
-        lines, check = self.lists[name], PathCheck(self.root, self.folder)
-        states = [check.state(self.folder / line.path) for line in lines]
-        if "outside" in states:
-            raise ValueError(self._describe_outside(lines[states.index("outside")]))
-        if self.on_error == "raise" and "missing" in states:
-            first = lines[states.index("missing")]
-            raise ValueError(
-                f"{first.place}: image {first.path} does not exist in {self.folder} "
-                f"({states.count('missing')} of the {len(lines)} listed images are missing)"
-            )
-        return [(self.folder / line.path, line.label) for line in lines]
+        lines = self.lists[name]
+        files = listed_files(lines, self.folder, self.root, missing=self.on_error == "skip")
+        return [(file, line.label) for file, line in zip(files, lines, strict=True)]
 
     def listed(self) -> list[Path]:
         return [self.folder / line.path for line in self._lines()]
 
     def _lines(self) -> list[Line]:
         return [line for lines in self.lists.values() for line in lines]
-
-    def _read_class_names(self) -> list[str]:
-        file = self.folder / "classes.txt"
-        if file.is_file():
-            return read_classes(file, self.task.classes if self.task else None)
-        if self.task:
-            return [str(label) for label in range(self.task.classes)]
-        highest = max(self._lines(), key=lambda line: line.label)
-        if highest.label >= len(self._lines()):  # a typing error would create a head of a billion classes
-            raise ValueError(
-                f"{highest.place}: label {highest.label} is higher than the number of listed images; "
-                f"if it is right, name the classes in {file}"
-            )
-        return [str(label) for label in range(max(highest.label, 0) + 1)]
-
-    def _describe_outside(self, line: Line) -> str:
-        target = shown(os.path.realpath(self.folder / line.path))
-        return (
-            f"{line.place}: image {shown(line.path)} is a link to {target}, outside {shown(self.root)}; copy the "
-            "images there, or set a root that holds both"
-        )
 
 
 def find_task(root: Path, name: str) -> Path:

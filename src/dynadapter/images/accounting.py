@@ -9,7 +9,7 @@ from pathlib import Path
 from dynadapter.images.reading import SUFFIXES, shown
 
 HIDDEN, BROKEN, LINKED, OUTSIDE = "hidden", "broken links", "behind links to folders", "images in no split"
-UNREADABLE, ELSEWHERE = "unreadable", "in other lists"
+UNREADABLE = "unreadable"
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def account(
     folder: Path,
     splits: Mapping[str, Iterable[str | Path]],
     unread: Iterable[str] = (),
-    elsewhere: Iterable[str | Path] = (),
+    unused: Mapping[str, Iterable[str | Path]] | None = None,
 ) -> Account:
     """Count the files of a folder and its subfolders.
 
@@ -49,9 +49,9 @@ def account(
         folder: The folder.
         splits: The files that are read, by the name of their split.
         unread: Those of them that cannot be decoded.
-        elsewhere: Files that other lists name.
+        unused: Other files that are known, by the reason why they are not read; those of a split are left out.
     """
-    groups = {ELSEWHERE: elsewhere, **dict(reversed(list(splits.items()))), UNREADABLE: unread}
+    groups = {**(unused or {}), **dict(reversed(list(splits.items()))), UNREADABLE: unread}
     place = {os.path.normpath(path): group for group, paths in groups.items() for path in paths}
     followed = {parent for path in place for parent in _parents(path, str(folder))}
     read, left_out, items = Counter(dict.fromkeys(splits, 0)), Counter[str](), []

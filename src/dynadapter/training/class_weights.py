@@ -1,5 +1,6 @@
 """Weights of the classes in the loss, for classes with different numbers of images."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -77,12 +78,19 @@ def require_one_correction(given: ClassWeights | None, data: Any) -> None:
 
 
 def without_images(data: Any) -> list[str]:
-    """Return a line for training and one for validation that name the classes without images, where there are some."""
+    """Return lines that name the classes without images of training or validation, or with fewer than the shots."""
     lines = []
     for split, word in (("train", "training"), ("val", "validation")) if hasattr(data, "dataset") else ():
-        there = {label for _, label in data.dataset(split).samples}
-        missing = [name for label, name in enumerate(data.class_names) if label not in there]
-        if there and missing:
-            more = f" and {len(missing) - 8:,} more" if len(missing) > 8 else ""
-            lines.append(f"no {word} image of: {', '.join(missing[:8])}{more}")
+        count = Counter(label for _, label in data.dataset(split).samples)
+        if count and (missing := [name for label, name in enumerate(data.class_names) if not count[label]]):
+            lines.append(f"no {word} image of: {_listed(missing)}")
+        shots = getattr(data, "shots", None) or 0
+        few = [f"{name} ({count[label]})" for label, name in enumerate(data.class_names) if 0 < count[label] < shots]
+        if split == "train" and few:
+            lines.append(f"fewer than {shots} training images, all of them used, of: {_listed(few)}")
     return lines
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 8:,} more" if len(names) > 8 else ""
+    return ", ".join(names[:8]) + more
