@@ -17,7 +17,7 @@ BELOW = {
     "printing": set(),
     "spec": set(),
     "backbones": set(),
-    "adapters": {"spec", "backbones"},
+    "adapters": {"files", "spec", "backbones"},
     "exits": {"spec", "backbones", "adapters"},
     "cost": {"backbones", "adapters", "exits"},
     "images": {"files"},

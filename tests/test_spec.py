@@ -33,6 +33,7 @@ class Own(Policy):
 
 EXAMPLES: dict[str, dict] = {
     "ByBlocks": {"ranges": {"1-3": LoRA(), "4": None}},
+    "Peft": {"config": "LoraConfig", "arguments": {"r": 4}},
     "Constant": {"value": 1.0},
     "Linear": {"start": 0.0, "end": 1},
     "Cosine": {"start": 0.0, "end": 1.0},

@@ -21,9 +21,11 @@ if TYPE_CHECKING:
         DoRA,
         FacT,
         LoRA,
+        Peft,
         RepAdapter,
         inject,
         merge,
+        save_peft,
     )
     from dynadapter.backbones import create_backbone
     from dynadapter.backbones.layout import lay_out_for_cpu
@@ -91,7 +93,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "adapters": "AdaptFormer Adapter AdapterLayer AdapterPlus AdapterSpec Adapters BitFit ByBlocks Convpass DoRA FacT "
-    "LoRA RepAdapter SSF VPT inject merge",
+    "LoRA Peft RepAdapter SSF VPT inject merge save_peft",
     "backbones": "create_backbone",
     "backbones.layout": "lay_out_for_cpu",
     "calibrate": "Calibrated Goal evaluate policy_for solve with_guarantee",

@@ -8,11 +8,13 @@ from dynadapter.adapters.by_blocks import ByBlocks
 from dynadapter.adapters.convpass import Convpass
 from dynadapter.adapters.dora import DoRA
 from dynadapter.adapters.fact import FacT
+from dynadapter.adapters.from_peft import Peft
 from dynadapter.adapters.injection import adapter_layers, inject, needs_grid
 from dynadapter.adapters.lora import LoRA
 from dynadapter.adapters.merging import merge
 from dynadapter.adapters.repadapter import RepAdapter
 from dynadapter.adapters.ssf import SSF
+from dynadapter.adapters.to_peft import save_peft
 from dynadapter.adapters.vpt import VPT
 
 __all__ = [
@@ -30,9 +32,11 @@ __all__ = [
     "DoRA",
     "FacT",
     "LoRA",
+    "Peft",
     "RepAdapter",
     "adapter_layers",
     "inject",
     "merge",
     "needs_grid",
+    "save_peft",
 ]

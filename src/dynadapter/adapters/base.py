@@ -87,7 +87,8 @@ class AdapterLayer(nn.Module):
 
     def own_parameters(self) -> dict[str, nn.Parameter]:
         """Return the adapter's own tensors by name, without those of the backbone."""
-        return {name: p for name, p in self.named_parameters() if name.partition(".")[0] not in self.base_parts}
+        of_backbone = tuple(f"{part}." for part in self.base_parts)
+        return {name: p for name, p in self.named_parameters() if not name.startswith(of_backbone)}
 
     def extra_repr(self) -> str:
         return f"scale={self.scale:g}, depth={self.depth:.2f}"

@@ -25,7 +25,7 @@ commands:
   report      draw a run as one HTML page: accuracy over cost, exits, confusion, images; or compare runs
   calibrate   find thresholds for a cost, an accuracy or a guarantee, and write the bundle: the folder to deploy
   sweep       train tasks, adapters, recipes, scales and seeds from one YAML file to one table
-  export      write ONNX graphs of a bundle, one a stage
+  export      write ONNX graphs of a bundle, one a stage, or its adapters for peft
   bench       time a bundle against its static backbone and other ways to serve it
   serve       answer images over HTTP by one or several bundles
   push        upload a bundle to the Hugging Face Hub

@@ -1,4 +1,4 @@
-"""``dynadapter export``: from a bundle to a folder of ONNX graphs that runs without this package."""
+"""``dynadapter export``: from a bundle to a folder of ONNX graphs, or to an adapter folder of peft."""
 
 import copy
 import math
@@ -6,7 +6,7 @@ import os
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from dynadapter.cli.errors import Mistake, Stopped, Terminated, one_line, stoppable
 from dynadapter.cli.networks import BUNDLE, check_bundle, load_bundle
@@ -26,6 +26,8 @@ def parser() -> CommandParser:
     add("--bundle", type=str, required=True, help=f"The bundle: {BUNDLE}.")
     add("--out", type=str, required=True, help="The folder to create.")
     add("--overwrite", type=bool, default=False, help="Replace an exported folder.")
+    words = "onnx; or peft: the LoRA adapters and the last head alone, for peft.PeftModel.from_pretrained."
+    add("--format", type=Literal["onnx", "peft"], default="onnx", help=words)
     add("--weights", type=str | None, help="File of the backbone's weights, if the bundle needs one.")
     words = "Let timm fetch the backbone's weights; by default as in training."
     add("--pretrained", type=bool | None, help=words)
@@ -79,8 +81,9 @@ def check(given: Any) -> None:
             raise Mistake(f"{given.out} exists and is not a folder; give another --out")
         if not given.overwrite:
             raise Mistake(f"{given.out} exists; give another --out, or --overwrite true to replace an exported folder")
-        if not (out / "manifest.json").is_file():
-            raise Mistake(f"{given.out} holds no manifest.json, so it is not an exported folder to replace")
+        sign = "manifest.json" if given.format == "onnx" else "adapter_config.json"
+        if not (out / sign).is_file():
+            raise Mistake(f"{given.out} holds no {sign}, so it is not an exported folder to replace")
 
 
 def export(given: Any) -> None:
@@ -94,6 +97,9 @@ def export(given: Any) -> None:
 
     files = _files(given.images, given.max_images) if given.images is not None else []
     bundle = load_bundle(given.bundle, given.weights, given.pretrained)
+    if given.format == "peft":
+        _write_for_peft(given, bundle)
+        return
     if bundle.preprocess is None:
         raise Mistake(f"{given.bundle} has no preprocessing, which an exported folder needs; write the bundle with it")
     layers = adapter_layers(bundle.net.backbone).values()
@@ -118,6 +124,22 @@ def export(given: Any) -> None:
     except ValueError as error:
         raise Mistake(one_line(error)) from error
     _print(manifest, bundle, given)
+
+
+def _write_for_peft(given: Any, bundle: "Bundle") -> None:
+    """Write the adapters for peft and print what was written."""
+    from dynadapter.adapters import save_peft
+
+    if bundle.net.token_merging is not None:
+        raise Mistake(f"{given.bundle} merges tokens, which peft does not; export it as onnx")
+    try:
+        save_peft(bundle.net.backbone, given.out, bundle.config.backbone.name, given.overwrite)
+    except ValueError as error:
+        raise Mistake(f"{given.bundle}: {one_line(error)}") from error
+    names = bundle.class_names
+    print(f"{given.out} has the adapters and the last head of {bundle.config.backbone.name}, without early exits")
+    print(f"load it with: peft.PeftModel.from_pretrained(MODEL, {given.out!r})")
+    print(f"MODEL is that backbone with {len(names)} classes: {', '.join(names[:8])}{' ...' if len(names) > 8 else ''}")
 
 
 def _costs(bundle: "Bundle", merge: bool, class_first: bool) -> "ExitCosts":

@@ -51,10 +51,14 @@ def _einsum(inputs: list[Any], outputs: list[Any]) -> int:
     """Count the product over all labels of two factors; fvcore reads a rounded figure off what numpy prints."""
     equation = inputs[0].toIValue().replace(" ", "")
     factors = equation.split("->")[0].split(",")
-    if len(factors) != 2 or "." in equation:
+    if len(factors) != 2:
         raise NoCount(f"no count for einsum {equation!r}; pass handles={{'aten::einsum': count}} to exit_costs")
-    shapes = [_shape(factor) for factor in inputs[1].node().inputs()]
-    sizes = dict(zip("".join(factors), [size for shape in shapes for size in shape], strict=True))
+    sizes: dict[str, int] = {}
+    for factor, value in zip(factors, inputs[1].node().inputs(), strict=True):
+        shape = _shape(value)
+        unnamed = "ABCDEFGH"[8 - (len(shape) - len(factor) + 3) :] if "..." in factor else ""  # the same from the right
+        for label, size in zip(factor.replace("...", unnamed), shape, strict=True):
+            sizes[label] = max(size, sizes.get(label, 1))
     return prod(sizes.values())
 
 
@@ -103,7 +107,7 @@ _HEAVY: dict[str, Handle] = {
     "_convolution_mode": _convolution_mode,
 }
 _REDUCTIONS = """
-mean sum std var norm linalg_vector_norm
+mean sum std var norm linalg_norm linalg_vector_norm
 avg_pool1d avg_pool2d adaptive_avg_pool1d adaptive_avg_pool2d
 """
 _LIGHT: dict[str, Handle] = {
@@ -137,7 +141,7 @@ dropout_ feature_dropout bernoulli bernoulli_ rand_like randn_like
 alias clone lift_fresh pad tile repeat repeat_interleave expand_as view_as reshape_as unflatten swapaxes movedim flip
 squeeze_ transpose_ block_diag numpy_T mT unfold as_strided tensor_split index_select index_copy_ index_put scatter
 scatter_ take_along_dim empty_like ones_like new_ones fill_ zero_ linspace scalar_tensor tril triu one_hot meshgrid
-numel ceil floor
+numel eye ceil floor
 """
 IGNORED = frozenset(_IGNORED.split())
 """Operators, without ``aten::``, that cost 0."""

@@ -1,0 +1,289 @@
+"""Adapters of peft in this package, and LoRA of this package in peft."""
+
+import copy
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import BACKBONES, CLASSES, make_convnext, make_vit
+from exported_networks import NAMES, noise
+from test_configs import small
+from tiny import make_classifier, shaken, trainer
+from torch import nn
+
+from dynadapter import (
+    ByBlocks,
+    Confidence,
+    ExitClassifier,
+    ExitNet,
+    LoRA,
+    Peft,
+    RepAdapter,
+    exit_costs,
+    inject,
+    load,
+    merge,
+    save_peft,
+)
+from dynadapter.adapters import Adapters, adapter_layers
+from dynadapter.cli import main
+from dynadapter.cli.app import DynCLI
+from dynadapter.exits.policies import read_off
+from dynadapter.serve import graphs
+from dynadapter.serve.bundle import bundle_from_classifier
+
+peft = pytest.importorskip("peft")
+
+# On a ViT of 6 blocks, width 48 and MLP 192: the parameters of each method by its paper.
+METHODS: dict[str, tuple[Any, int]] = {
+    "LoRA": (peft.LoraConfig(r=2, target_modules=["qkv"], lora_dropout=0.5), 6 * 2 * (48 + 144)),
+    "DoRA": (peft.LoraConfig(r=2, target_modules=["qkv"], use_dora=True), 6 * (2 * (48 + 144) + 144)),
+    "IA3": (peft.IA3Config(target_modules=["qkv", "fc2"], feedforward_modules=["fc2"]), 6 * (144 + 192)),
+    "OFT": (peft.OFTConfig(r=0, oft_block_size=4, target_modules=["qkv"]), 6 * 12 * 4 * 3 // 2),
+    "VeRA": (peft.VeraConfig(r=4, target_modules=["qkv"]), 6 * (144 + 4)),
+    "LN tuning": (peft.LNTuningConfig(target_modules=["norm1", "norm2"]), 6 * 2 * 2 * 48),
+}
+each = pytest.mark.parametrize("method", METHODS)
+
+
+def spec_of(method: str) -> Peft:
+    return Peft(METHODS[method][0])
+
+
+def own(backbone: nn.Module) -> list[nn.Parameter]:
+    return [p for layer in adapter_layers(backbone).values() for p in layer.own_parameters().values()]
+
+
+@cache
+def bare_macs() -> tuple[int, ...]:
+    return exit_costs(ExitNet(make_vit(), every=2), 32).macs
+
+
+@each
+def test_method_in_every_respect(method, images):
+    spec, count = METHODS[method]
+    backbone = make_vit()
+    bare, expected = bare_macs(), backbone(images)
+    inject(backbone, Peft(spec))
+    assert torch.equal(backbone(images), expected)  # the identity at the start
+    net = ExitNet(backbone, every=2)
+    adapters = own(net.backbone)
+    assert sum(p.numel() for p in adapters) == count
+    heads = {id(p) for p in (*net.heads.parameters(), *backbone.get_classifier().parameters())}
+    assert {id(p) for p in net.parameters() if p.requires_grad} == {*map(id, adapters)} | heads
+
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in net.parameters():
+            if p.requires_grad:
+                p += torch.randn(p.shape, generator=generator) * 0.1
+    net.train()(images).pow(2).sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in adapters)
+    with torch.no_grad():
+        live = not torch.equal(net(images)[-1], net(images)[-1])
+        logits = net.eval()(images)
+        assert torch.equal(net(images), logits)
+        policy = Confidence(logits[0].softmax(-1).amax(-1).median().item())
+        assert net.early(images, policy).exit_index.equal(read_off(policy, logits).exit_index)
+    assert live is (method == "LoRA")
+    assert not torch.allclose(logits[-1], expected, atol=1e-3)
+
+    costs = exit_costs(net, 32).macs
+    more = [17 * 2 * (48 + 144) * blocks for blocks in (2, 4, 6)]
+    if method == "LoRA":
+        assert [cost - plain for cost, plain in zip(costs, bare, strict=True)] == more
+    assert all(cost >= plain for cost, plain in zip(costs, bare, strict=True))
+    merged = copy.deepcopy(net).merge()
+    assert merged.backbone.state_dict().keys() == make_vit().state_dict().keys()
+    if method in ("LoRA", "LN tuning"):
+        assert exit_costs(merged, 32).macs == bare
+    with torch.no_grad():
+        torch.testing.assert_close(merged(images), logits, rtol=1e-4, atol=1e-4)
+
+
+@each
+@pytest.mark.parametrize("family", BACKBONES)
+def test_default_places_in_every_family(method, family, images):
+    spec = spec_of(method)
+    spec = Peft(spec.config, {name: value for name, value in spec.arguments.items() if not name.endswith("modules")})
+    model = BACKBONES[family]()
+    expected = model(images)
+    assert len(inject(model, spec)) >= 6  # one a block at least
+    assert torch.equal(model(images), expected)
+    with torch.no_grad():
+        for p in own(model):
+            p.add_(0.02)
+    expected = model(images)
+    merge(model)
+    torch.testing.assert_close(model(images), expected, rtol=1e-4, atol=1e-4)
+
+
+@each
+@pytest.mark.filterwarnings("ignore:Unsupported layer type")  # peft on timm's LayerNorm
+def test_logits_are_those_of_peft(method, images):
+    ours, theirs = make_vit(), make_vit()
+    inject(ours, spec_of(method))
+    config = METHODS[method][0]
+    theirs = peft.get_peft_model(theirs, copy.deepcopy(config))
+    generator = torch.Generator().manual_seed(0)
+    trained = [p for p in theirs.parameters() if p.requires_grad]
+    with torch.no_grad():
+        for mine, other in zip(own(ours), trained, strict=True):
+            other += torch.randn(other.shape, generator=generator) * 0.1
+            mine.copy_(other)
+    torch.testing.assert_close(ours(images), theirs.eval()(images), rtol=0, atol=0)
+
+
+@each
+def test_checkpoint_and_bundle(method, images, tmp_path):
+    spec = spec_of(method)
+    module = shaken(make_classifier(adapter=spec)).eval()
+    fitting = trainer()
+    fitting.strategy.connect(module)
+    fitting.save_checkpoint(tmp_path / "a.ckpt")
+    saved = torch.load(tmp_path / "a.ckpt", weights_only=True)["state_dict"]
+    assert not [name for name in saved if "base_layer" in name or "vera_A" in name]  # what is trained alone
+    again = ExitClassifier.load_from_checkpoint(tmp_path / "a.ckpt").eval()
+    assert again.hparams["adapter"] == spec
+    assert torch.equal(again(images), module(images))
+    if method == "VeRA":  # whose shared matrices are drawn again
+        module.class_names = NAMES
+        folder = bundle_from_classifier(module, tmp_path / "b", policy=Confidence(0.5), preprocessing={}, costs=None)
+        bundle = load(folder)
+        assert bundle.config.adapter == spec
+        assert torch.equal(bundle.net(images), module(images))
+        assert f"{spec.config} of peft" in (folder / "README.md").read_text()
+
+
+def test_dropout_follows_the_schedule(images):
+    backbone = make_vit()
+    inject(backbone, spec_of("LoRA"))
+    net = shaken_net(ExitNet(backbone, every=2))
+    layers = list(adapter_layers(backbone).values())
+    assert [round(layer.depth, 1) for layer in layers] == [0, 0.2, 0.4, 0.6, 0.8, 1]
+    assert {float(layer.dropout.rate) for layer in layers} == {0.5}
+    for layer in layers:
+        layer.dropout.set(0.0)
+    net.train()
+    with torch.no_grad():
+        torch.testing.assert_close(net(images), net.eval()(images))
+
+
+def shaken_net(net: ExitNet) -> ExitNet:
+    with torch.no_grad():
+        for p in own(net.backbone):
+            p.add_(0.05)
+    return net
+
+
+def test_ranges_of_blocks(images):
+    backbone = make_vit()
+    expected = backbone(images)
+    names = inject(backbone, ByBlocks({"1-2": spec_of("VeRA"), "3-5": RepAdapter(bottleneck=2), "6": spec_of("IA3")}))
+    assert [name for name in names if backbone.get_submodule(name).kind == "Peft"] == [
+        "blocks.0.attn.qkv",
+        "blocks.1.attn.qkv",
+        "blocks.5.attn.qkv",
+        "blocks.5.mlp.fc2",
+    ]
+    torch.testing.assert_close(backbone(images), expected, rtol=0, atol=0)
+    with pytest.raises(
+        ValueError, match=r"blocks.0.attn.qkv has an adapter already, Peft; choose other targets for Lora"
+    ):
+        inject(backbone, spec_of("LoRA"))
+
+
+def test_layers_that_peft_refuses():
+    model = make_vit()
+    for arguments, match in (
+        ({"target_modules": ["nothing"]}, "LoraConfig of peft: .*nothing"),
+        ({"target_modules": ["head"]}, "LoraConfig of peft: .*head"),  # it is trained itself
+        ({"target_modules": ["norm1"]}, "LoraConfig of peft: Target module LayerNorm"),
+        ({"r": 0}, "LoraConfig of peft: .*r"),
+    ):
+        with pytest.raises(ValueError, match=match) as caught:
+            inject(model, Peft("LoraConfig", arguments))
+        assert "\n" not in str(caught.value)
+        assert not adapter_layers(model)
+    assert [p.requires_grad for p in model.parameters()] == [p.requires_grad for p in make_vit().parameters()]
+
+
+def test_unmergeable_values_and_objects():
+    config = peft.LoraConfig(r=4, target_modules=["qkv", "fc1"], task_type="FEATURE_EXTRACTION")
+    assert Peft(config) == Peft("LoraConfig", {"r": 4, "target_modules": ["fc1", "qkv"]})
+    with pytest.raises(ValueError, match="LoraConfig may not have 'bias'"):
+        Peft(peft.LoraConfig(bias="all"))
+    with pytest.raises(ValueError, match=r"Peft has the config PromptTuningConfig.*; give one of LoraConfig"):
+        Peft(peft.PromptTuningConfig(task_type="CAUSAL_LM"))
+
+
+def test_merged_for_onnx():
+    net = shaken_net(ExitNet(make_vit_with("DoRA"), every=2)).eval()
+    reference, merged = graphs.standalone(net, noise(1), merge=True)
+    assert not adapter_layers(merged.backbone)
+    with torch.no_grad():
+        torch.testing.assert_close(merged(noise(3)), reference(noise(3)), rtol=1e-4, atol=1e-4)
+
+
+def make_vit_with(method: str) -> nn.Module:
+    backbone = make_vit()
+    inject(backbone, spec_of(method))
+    return backbone
+
+
+def test_command_line_reads_it(monkeypatch):
+    made: list[DynCLI] = []
+    monkeypatch.setattr(DynCLI, "run", lambda self: made.append(self))
+    options = ["--model.adapter=Peft", "--model.adapter.config=LoraConfig"]
+    main(["flops", *small(), "--data=Shapes", "--data.image_size=32", *options, "--model.adapter.arguments={r: 3}"])
+    assert len(adapter_layers(made[0].model.net.backbone)) == 5
+    assert len(own(made[0].model.net.backbone)[0]) == 3
+
+
+# ---- from here to peft
+
+
+@pytest.mark.parametrize(
+    ("make", "spec"),
+    [
+        (make_vit, LoRA(rank=2, split="qv", targets=("*.qkv", "*.fc1"))),
+        (make_vit, ByBlocks({"1": LoRA(rank=2, scale=3.0), "2-5": LoRA(rank=4), "6": None})),
+        (lambda: make_convnext(conv_mlp=True), LoRA(rank=2)),
+    ],
+    ids=["qv", "ranges", "convolutions"],
+)
+def test_peft_loads_our_lora(make, spec: Adapters, images, tmp_path):
+    backbone = make()
+    inject(backbone, spec)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in backbone.parameters():
+            if p.requires_grad:
+                p += torch.randn(p.shape, generator=generator) * 0.1
+    folder = save_peft(backbone, tmp_path / "adapter")
+    theirs = peft.PeftModel.from_pretrained(make(), folder).eval()
+    assert not torch.allclose(backbone(images), make()(images), atol=1e-2)
+    torch.testing.assert_close(theirs(images), backbone(images), rtol=1e-5, atol=1e-5)
+    with pytest.raises(FileExistsError, match="exists; give another folder"):
+        save_peft(backbone, folder)
+    merge(backbone)
+    for model, match in ((backbone, "merged or missing; peft gets LoRA alone"), (make_vit_with("IA3"), "Peft; peft")):
+        with pytest.raises(ValueError, match=f"the adapters are {match}"):
+            save_peft(model, tmp_path / "other")
+
+
+def test_export_writes_it(tmp_path: Path, images, capsys):
+    module = shaken(make_classifier(adapter=LoRA(rank=2))).eval()
+    module.class_names = [str(k) for k in range(CLASSES)]
+    bundle = bundle_from_classifier(module, tmp_path / "b", policy=Confidence(0.5), preprocessing={}, costs=None)
+    out = tmp_path / "adapter"
+    for more in ([], ["--overwrite=true"]):
+        main(["export", f"--bundle={bundle}", f"--out={out}", "--format=peft", *more])
+    assert f"peft.PeftModel.from_pretrained(MODEL, {str(out)!r})" in capsys.readouterr().out
+    theirs = peft.PeftModel.from_pretrained(make_classifier(adapter=None).net.backbone, out).eval()
+    torch.testing.assert_close(theirs(images), module(images)[-1], rtol=1e-5, atol=1e-5)
+    with pytest.raises(SystemExit):
+        main(["export", f"--bundle={bundle}", f"--out={out}", "--overwrite=true"])
+    assert "holds no manifest.json" in capsys.readouterr().err
