@@ -53,7 +53,7 @@ def save_peft(
         raise FileExistsError(f"{folder} exists; give another folder, or overwrite=True")
     for name, layer in layers.items():
         assert isinstance(layer, LoRALayer)
-        down, up = layer.lora_a, layer.up()
+        down, up = layer.matrix_down(), layer.matrix_up()
         sizes[name] = (len(down), layer.scale * len(down))
         for key, matrix in (("lora_A", down), ("lora_B", up)):
             tensors[f"{PREFIX}{name}.{key}.weight"] = matrix[:, :, None, None] if layer.channels_first else matrix
