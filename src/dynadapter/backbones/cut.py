@@ -167,7 +167,8 @@ def built_for(model: nn.Module) -> int | None:
 @singledispatch
 def size_step(model: nn.Module) -> int:
     """Return what the height that a model is built for must be a multiple of: its patch size."""
-    return model.patch_embed.patch_size[0]  # type: ignore[union-attr, index]
+    patch: Any = model.patch_embed
+    return int(patch.patch_size[0])
 
 
 def fixed_size(model: nn.Module) -> int | None:

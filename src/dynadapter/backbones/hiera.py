@@ -74,4 +74,4 @@ def write_out_attention(model: nn.Module) -> None:
     """Make Hiera's attention in mask units compute its products one by one; ONNX knows it with four axes, not five."""
     for part in model.modules():
         if isinstance(part, MaskUnitAttention):
-            part.fused_attn = False
+            part.fused_attn = False  # type: ignore[misc]  # final for TorchScript alone

@@ -1,5 +1,7 @@
 """MaxViT, CoAtNet and MaxxViT: convolutions, and attention in windows, grids or the whole image."""
 
+from typing import Any
+
 from timm.models import maxxvit
 from timm.models.maxxvit import MaxxVit
 from torch import Tensor, nn
@@ -27,7 +29,7 @@ def _(model: MaxxVit, images: Tensor) -> Tensor:
 @blocks.register
 def _(model: MaxxVit) -> list[tuple[nn.Module, ...]]:
     _same_forward(model, MaxxVit)
-    return [(block,) for stage in model.stages for block in stage.blocks]  # the first block of a stage downsamples
+    return [(block,) for stage in _stages(model) for block in stage.blocks]  # the first block of a stage downsamples
 
 
 @finish.register
@@ -42,13 +44,13 @@ def _(model: MaxxVit, x: Tensor) -> Tensor:
 
 @widths.register
 def _(model: MaxxVit) -> list[int]:
-    infos = model.feature_info[1:]  # the first is the stem's
-    return [info["num_chs"] for info, stage in zip(infos, model.stages, strict=True) for _ in stage.blocks]
+    infos: Any = model.feature_info[1:]  # the first is the stem's
+    return [info["num_chs"] for info, stage in zip(infos, _stages(model), strict=True) for _ in stage.blocks]
 
 
 @checkpointing.register
 def _(model: MaxxVit) -> bool:
-    return any(stage.grad_checkpointing for stage in model.stages)
+    return any(stage.grad_checkpointing for stage in _stages(model))
 
 
 @built_for.register
@@ -65,3 +67,7 @@ def _(model: MaxxVit) -> int:
 @convert.register
 def _(model: MaxxVit, state: dict[str, Tensor]) -> dict[str, Tensor]:
     return maxxvit.checkpoint_filter_fn(state, model)
+
+
+def _stages(model: MaxxVit) -> Any:
+    return model.stages  # timm declares a module or tensor

@@ -36,7 +36,7 @@ def _(model: Qwen3VitClassifier) -> list[tuple[nn.Module, ...]]:
 @arguments.register
 def _(model: Qwen3VitClassifier, unit: tuple[nn.Module, ...], x: Tensor) -> dict[str, Any]:
     """Return the rotary embedding, which depends on the grid of patches alone."""
-    return {"rope": model.encoder.rope.get_embed(shape=_square(x.shape[1]))}
+    return {"rope": model.encoder.rope.get_embed(shape=list(_square(x.shape[1])))}
 
 
 @finish.register

@@ -183,7 +183,7 @@ def _folds(data: Samples, goal: Goal) -> tuple[Tensor, ...]:
 class _Predicted(NamedTuple):
     """Exit indices, predicted classes and confidences of samples, each (samples,)."""
 
-    index: Tensor
+    exits: Tensor
     classes: Tensor
     confidence: Tensor
 
@@ -210,7 +210,7 @@ def _routed(policy: Policy, logits: Tensor) -> _Predicted:
 
 def _measured(data: Samples, routed: _Predicted) -> Measured:
     whole, right = data.stacked(), routed.classes == data.targets
-    outcome, sure = whole.outcome(routed.index), routed.confidence[routed.confidence.isfinite()]
+    outcome, sure = whole.outcome(routed.exits), routed.confidence[routed.confidence.isfinite()]
     return Measured(
         cost=outcome.cost,
         accuracy=whole.accuracy(right),

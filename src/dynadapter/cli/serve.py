@@ -41,7 +41,15 @@ OPTIONS: dict[str, tuple[Any, Any, str]] = {
     "pretrained": (bool | None, None, "Whether timm may fetch the backbone's weights; default: as in training."),
     "device": (Literal["auto", "cpu", "cuda"], "auto", "Where the networks run; auto takes a GPU if there is one."),
 }
-LEAST = {"batch": 1, "readers": 1, "max_bytes": 1, "max_pixels": 1, "drift_window": 100, "threads": 1, "wait_ms": 0}
+LEAST: dict[str, float] = {
+    "batch": 1,
+    "readers": 1,
+    "max_bytes": 1,
+    "max_pixels": 1,
+    "drift_window": 100,
+    "threads": 1,
+    "wait_ms": 0,
+}
 LEAST |= {"port": 0, "upload_seconds": 0.1}
 
 
