@@ -80,8 +80,8 @@ TABLE = [
     fit(
         "--model.adapter=Nope",
         "'Nope'",
-        "AdaptFormer, Adapter, AdapterPlus",
-        "LoRA, RepAdapter, SSF, VPT",
+        "AdaptFormer, Adapter, AdapterPlus, BitFit, ByBlocks",
+        "LoRA, Peft, RepAdapter, SSF",
     ),
     fit("--model.heads=Blanced", "'Blanced'", "'Balanced'"),
     fit("--data=Shape", "'Shape'", "'Shapes'", "VTAB1k"),

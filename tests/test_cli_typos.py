@@ -42,7 +42,7 @@ TYPOS = [
     (f"{FIT} --trainer.gpus 1", "trainer has: accelerator, strategy, devices"),
     # values of fit
     (f"{FIT} --model.adapter=lora", "did you mean 'LoRA'?"),
-    (f"{FIT} --model.adapter=RepAdapter --model.adapter.rank=4", "no setting 'rank'; LoRA has it"),
+    (f"{FIT} --model.adapter=RepAdapter --model.adapter.rank=4", "no setting 'rank'; LoRA, DoRA, FacT have it"),
     (f"{FIT} --model.optimizer.learning_rate=1", "--model.optimizer.help CLASS"),
     (f"{FIT} --data.val_fraction=0.1", "no setting 'val_fraction'; ImageFolder"),
     (f"{FIT} --data.augment=randaug", "the only one is Augment"),

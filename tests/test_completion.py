@@ -37,14 +37,17 @@ def completed(script: str, line: str, folder: Path) -> set[str]:
     return set(done.stdout.split())
 
 
+ADAPTERS = "AdaptFormer Adapter AdapterPlus BitFit ByBlocks Convpass DoRA FacT LoRA Peft RepAdapter SSF VPT"
+
+
 @bash
 @pytest.mark.parametrize(
     ("line", "offered"),
     [
         ("dynadapter f", {"fit", "flops"}),
         ("dynadapter ", {*COMMANDS}),
-        ("dynadapter fit --model.adapter ", {"Adapter", "AdaptFormer", "LoRA", "RepAdapter"}),
-        ("dynadapter fit --model.adapter.ra", {"--model.adapter.rank"}),
+        ("dynadapter fit --model.adapter ", {*ADAPTERS.split()}),
+        ("dynadapter fit --model.adapter.ra", {"--model.adapter.rank", "--model.adapter.ranges"}),
         ("dynadapter fit --model.heads MLP", {"MLPHeads"}),
         ("dynadapter fit --model.pretrained ", {"true", "false"}),
         ("dynadapter fit --sparsity.masked ", {"frozen", "gradient"}),

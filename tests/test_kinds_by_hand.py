@@ -291,7 +291,7 @@ def both(*specs: AdapterSpec) -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: inject(make_swin(), VPT()), r"VPT has no default places in Swin.*; kinds that have: AdaptF.*SSF;"),
+        (lambda: inject(make_swin(), VPT()), r"VPT has no default places in Swin.*; kinds that have: AdaptF.*SSF"),
         (lambda: inject(make_convnext(), VPT(placement="shallow")), "VPT has no default places in ConvNeXt; kinds"),
         (lambda: inject(make_convnext(), LoRA(targets=("*.qkv",))), r"no layer of ConvNeXt matches the target"),
         (lambda: inject(make_vit(), VPT(targets=("*.mlp",))), "VPT cannot wrap blocks.0.mlp, .*; it takes a block of"),

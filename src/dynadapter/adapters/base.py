@@ -101,9 +101,9 @@ class Adapters(Spec):
     """
 
     @property
+    @abstractmethod
     def label(self) -> str:
         """Its name for people."""
-        return type(self).__name__
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,6 +135,11 @@ class AdapterSpec(Adapters):
             raise ValueError(f"scale={self.scale} must be a finite number above 0")
         check_rate(self.dropout)
         check_names("targets", self.targets, "*.qkv")
+
+    @property
+    def label(self) -> str:
+        """The name of the class."""
+        return type(self).__name__
 
     @property
     @abstractmethod
