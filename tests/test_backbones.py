@@ -148,7 +148,7 @@ def stage_ends(model: nn.Module) -> list[int]:
 # ---- the cut ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(params=ARCHITECTURES, ids=lambda case: f"{case[0]}-{len(case[1])}")
+@pytest.fixture(params=ARCHITECTURES, ids=lambda case: f"{case[0]}-{len(case[1])}", scope="module")
 def case(request):
     name, options, reads = request.param
     return shake(create_backbone(name, CLASSES, **options)), reads

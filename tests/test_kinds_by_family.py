@@ -1,6 +1,7 @@
 """Kinds of adapter × families of backbone × properties, with every kind in its default places."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -82,12 +83,18 @@ def images(count: int = 4) -> Tensor:
     return torch.randn(count, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
 
 
-def network(name: str, spec: AdapterSpec) -> ExitNet:
-    """Return a network whose backbone has no zeros that would hide a mistake."""
+@functools.cache
+def whole_backbone(name: str) -> nn.Module:
+    """Return a backbone that has no zeros that would hide a mistake."""
     options = next(options for other, options, _ in ARCHITECTURES if other == name)
     backbone = create_backbone(name, num_classes=5, pretrained=False, **options)
     shaken(backbone, list(backbone.parameters()))
-    backbone.eval()
+    return backbone.eval()
+
+
+def network(name: str, spec: AdapterSpec) -> ExitNet:
+    """Return a network on a copy of this backbone; a copy takes a tenth of the time of a build."""
+    backbone = copy.deepcopy(whole_backbone(name))
     with torch.no_grad():
         before = backbone(images())
     inject(backbone, spec)
