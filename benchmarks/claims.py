@@ -2,21 +2,25 @@
 
     python benchmarks/report.py --claims
 
+Every claim is printed for each reading of fresh tasks: the second four tasks under the rule of choice, which is the
+verdict; the first four under that rule, which was added after their tests were read, so this is none; and the first
+four as planned. ``margins.py`` holds the readings, their protocol and every margin.
+
 Differences are in points of the mean over tasks. The tasks are fixed; a paired bootstrap over test images and seeds
-gives the interval (``paired.py``). Where the sweep has fresh tasks, these decide, and the others stand beside them.
+gives the interval (``paired.py``). The tasks of the reading decide, and others of its sweep stand beside them.
 Settings come from val200: of the goals of the sweep, the claim takes the one with the best mean accuracy there within
-its cost. ``margins.py`` holds every margin. A time is the median epoch of a run, in CPU seconds on a CPU; a ratio of
+its cost. A claim is open until every run of the protocol is finished, and missed where the trainings of Dyn-X failed at
+every scale; each failed training is printed. A time is the median epoch of a run, in CPU seconds on a CPU; a ratio of
 times is one of medians over runs on one machine, which were not interleaved.
 """
 
 import statistics
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import margins
 import numpy as np
-from outcomes import Line, Missing, Outcomes
+from outcomes import Failed, Line, Missing, Outcomes
 from paired import Difference, compare
 
 from dynadapter.sweep.baselines import mixture
@@ -42,7 +46,7 @@ class Claim:
         low: Lower end of the interval, None where there is none.
         high: Upper end.
         margin: What has to hold, in words.
-        verdict: ``held``, ``missed`` or ``open``.
+        verdict: ``held``, ``missed`` or ``open``; ``shown`` where the reading is no verdict.
         note: What stands beside it, or why it is open.
     """
 
@@ -60,39 +64,65 @@ class Claim:
         return f"{self.name:<34} {estimate:>6}  {interval:<16} {self.margin:<52} {self.verdict:<6}  {self.note}"
 
 
-def claims(folder: Path) -> Iterator[Claim]:
+def claims(found: Mapping[str, Outcomes], reading: margins.Reading) -> Iterator[Claim]:
     """Yield the five claims, one or more lines each.
 
     Args:
-        folder: Holds ``transfer_NAME.jsonl`` and ``transfer_NAME.yaml`` of each backbone.
+        found: The sweep of each backbone, from ``Outcomes.read_all``.
+        reading: The one that they belong to.
     """
-    found = Outcomes.read_all(folder)
     main = found.get(MAIN) or Outcomes.nothing(MAIN)
-    for adapter in main.adapters or [FIRST]:
-        yield seed(main, f"seed, {adapter}", adapter)
-    yield elastic(main)
-    yield time_of(main, "elastic, time over X", [], margins.TIME_OF_ONE)
-    yield time_of(main, "elastic, time over all depths", [CUT], margins.TIME_OF_ALL)
-    yield routing(main)
-    yield beyond(main)
-    yield beyond_merged(main)
-    ordinary = [one for name, one in found.items() if name not in margins.KNOW_EXITS]
-    for one in ordinary or [Outcomes.nothing("no such backbone")]:
-        yield seed(one, f"ordinary, {one.name}", FIRST)
+    for adapter in margins.SEEDS:
+        yield _stated(seed(main, f"seed, {adapter}", adapter), main, reading, adapter)
+    for claim in (
+        elastic(main),
+        time_of(main, "elastic, time over X", [], margins.TIME_OF_ONE),
+        time_of(main, "elastic, time over all depths", [CUT], margins.TIME_OF_ALL),
+        routing(main),
+        beyond(main),
+        beyond_merged(main),
+    ):
+        yield _stated(claim, main, reading)
+    for one in ordinary(found):
+        yield _stated(seed(one, f"ordinary, {one.name}", FIRST), one, reading)
 
 
-def aims(folder: Path) -> Iterator[Claim]:
+def aims(found: Mapping[str, Outcomes], reading: margins.Reading) -> Iterator[Claim]:
     """Yield the aim behind the claims; arguments as of :func:`claims`."""
-    found = Outcomes.read_all(folder)
     main = found.get(MAIN) or Outcomes.nothing(MAIN)
     for name, recipe in (("exits", DYN), ("tokens", DYN_MERGED)):
         same, more = margins.AIMS[name]
         for bound, gain in ((same, 0.0), (more, margins.AIM_GAIN)):
             words = f"X{f' {gain:+g}' if gain else ''} at {bound:g} %, {name}"
-            yield policy_against(main, words, FIRST, recipe, X, bound, gain)
-    ordinary = [one for name, one in found.items() if name not in margins.KNOW_EXITS]
-    for one in ordinary or [Outcomes.nothing("no such backbone")]:
-        yield no_natural_below(one)
+            yield _stated(policy_against(main, words, FIRST, recipe, X, bound, gain), main, reading)
+    for one in ordinary(found):
+        yield _stated(no_natural_below(one), one, reading)
+
+
+def ordinary(found: Mapping[str, Outcomes]) -> list[Outcomes]:
+    """Return the sweeps of the backbones whose pre-training knew no exits, or an empty one."""
+    return [one for name, one in found.items() if name not in margins.KNOW_EXITS] or [
+        Outcomes.nothing("no such backbone")
+    ]
+
+
+def failures(found: Mapping[str, Outcomes]) -> Iterator[str]:
+    """Yield the trainings that failed, a line each; their scales were dropped."""
+    for name, one in found.items():
+        for line in one.failures:
+            run = line["run"]
+            words = ", ".join(run[key] for key in ("task", "adapter", "recipe"))
+            where = f"scale {run['scale']:g}, seed {run['seed']}, {run['split']}"
+            yield f"scale dropped: {name}: {words}, {where}: {line['failed']}"
+
+
+def _stated(claim: Claim, of: Outcomes, reading: margins.Reading, adapter: str = FIRST) -> Claim:
+    """Return a claim as its reading allows: open off the protocol, and no verdict where the rule is younger."""
+    if claim.verdict == "open":
+        return claim
+    if departures := of.departures(adapter):
+        return replace(claim, verdict="open", note=f"{departures}; otherwise {claim.verdict}; {claim.note}")
+    return claim if reading.verdict else replace(claim, verdict="shown")
 
 
 # ---- the claims
@@ -114,7 +144,7 @@ def beyond_merged(of: Outcomes) -> Claim:
     try:
         arm = of.all_of(FIRST, X_MERGED)
     except Missing as error:
-        return Claim(name, None, None, None, f"lower end > {margins.BETTER:g} at its cost", "open", str(error))
+        return _unfinished(name, f"lower end > {margins.BETTER:g} at its cost", error)
     bound = statistics.fmean(line["exits"][-1]["percent_of_static"] for task in arm for line in task)
     return policy_against(of, name, FIRST, DYN_MERGED, X_MERGED, bound, None, least=margins.BETTER, slack=0.0)
 
@@ -154,7 +184,7 @@ def policy_against(
         found, beside = _both(of, adapter, (recipe, routed(goal)), (other, last))
         cost = of.cost(adapter, recipe, goal)
     except Missing as error:
-        return Claim(name, None, None, None, margin, "open", str(error))
+        return _unfinished(name, margin, error)
     enough = gain is None or (found.estimate > gain if strict else found.estimate >= gain)
     note = f"{cost:.1f} % by {goal}; {_spread(found)}{beside}"
     return _judged(name, found, margin, found.low > least and enough and cost <= bound, note)
@@ -175,7 +205,7 @@ def elastic(of: Outcomes) -> Claim:
             if worst is None or found.low < worst[0].low:
                 worst = found, f"exit {k + 1}, the worst of {len(exits)}; {_spread(found)}{beside}"
     except Missing as error:
-        return Claim("elastic, accuracy", None, None, None, margin, "open", str(error))
+        return _unfinished("elastic, accuracy", margin, error)
     assert worst is not None
     return _judged("elastic, accuracy", worst[0], margin, worst[0].low > margins.NON_INFERIOR, worst[1])
 
@@ -190,7 +220,7 @@ def time_of(of: Outcomes, name: str, cut: Sequence[str], most: float) -> Claim:
             raise Missing("X is not trained at every depth")
         ratios = [of.epoch(FIRST, [DYN], recipes, task) for task in of.deciding]
     except Missing as error:
-        return Claim(name, None, None, None, margin, "open", str(error))
+        return _unfinished(name, margin, error)
     found = statistics.median(ratios)
     note = f"{len(ratios)} tasks, {min(ratios):.2f} to {max(ratios):.2f}; medians of epochs on one machine"
     return Claim(name, found, None, None, margin, "held" if found <= most else "missed", note)
@@ -213,7 +243,7 @@ def routing(of: Outcomes) -> Claim:
 
         found, beside = _both(of, FIRST, (DYN, gain), (DYN, lambda line: np.zeros(line["images"])))
     except Missing as error:
-        return Claim("routing", None, None, None, margin, "open", str(error))
+        return _unfinished("routing", margin, error)
     held = found.low > margins.BETTER and found.estimate >= margins.ROUTING_GAIN
     return _judged("routing", found, margin, held, f"mean of {', '.join(goals)}; {_spread(found)}{beside}")
 
@@ -227,7 +257,7 @@ def no_natural_below(of: Outcomes) -> Claim:
         found = {task: compare(_gaps(natural, [task], FIRST, (DYN, routed(goal)), (X, last))) for task in natural.tasks}
         cost = of.cost(FIRST, DYN, goal)
     except Missing as error:
-        return Claim(name, None, None, None, margin, "open", str(error))
+        return _unfinished(name, margin, error)
     task = min(found, key=lambda one: found[one].estimate)
     held = found[task].estimate >= 0 and cost <= margins.SEED_COST
     return _judged(name, found[task], margin, held, f"{task}, the worst of {len(found)}; {cost:.1f} % by {goal}")
@@ -284,7 +314,14 @@ def _both(of: Outcomes, adapter: str, one: tuple[str, Reading], other: tuple[str
 
 
 def _spread(found: Difference) -> str:
-    return f"{len(found.tasks)} tasks, {min(found.tasks):+.1f} to {max(found.tasks):+.1f}"
+    seeds = f"{found.seeds} seed{'s' * (found.seeds > 1)}"
+    return f"{len(found.tasks)} tasks, {min(found.tasks):+.1f} to {max(found.tasks):+.1f}; {seeds}"
+
+
+def _unfinished(name: str, margin: str, error: Missing) -> Claim:
+    """Return a claim without an estimate; it is missed where Dyn-X could not be trained at any scale."""
+    missed = isinstance(error, Failed) and error.recipe in (DYN, DYN_MERGED)
+    return Claim(name, None, None, None, margin, "missed" if missed else "open", str(error))
 
 
 def _judged(name: str, found: Difference, margin: str, held: bool, note: str) -> Claim:

@@ -1,10 +1,12 @@
 """Write tasks whose test images nobody has looked at, and development tasks to choose a recipe with.
 
     python benchmarks/fresh.py --out TASKS [--tiny_imagenet FOLDER]
+    python benchmarks/fresh.py --out OTHERS --drawing 1 --tasks leaves
 
 Each task has the layout of VTAB-1k: 800 + 200 labelled images, and 2000 to 3100 test images, of 48 or 64 pixels. Names
 of development tasks begin with ``dev_``: their test images may be read as often as needed. Those of the other tasks are
-read once, when everything is chosen. The same versions of numpy and Pillow write the same bytes again.
+read once, when everything is chosen. The same versions of numpy and Pillow write the same bytes again. The second
+command draws other images of a task, to look at them and to judge how difficult it is.
 
 FOLDER holds mosaics of Tiny ImageNet (see tools/pretrain). Its last 20 classes make two tasks; ``tools.pretrain
 --classes 180`` leaves them out. ``micro`` and ``tiny`` were trained on all 200 classes, on these very images, so the
@@ -26,6 +28,7 @@ from PIL import Image
 sys.path.append(str(Path(__file__).parents[1]))
 import drawing
 import scenes
+import second
 
 from tools.pretrain.images import class_names, files_of, tiles
 
@@ -98,11 +101,17 @@ def photographs(folder: Path, names: list[str], split: str, count: int) -> Image
         yield found[place][1:]
 
 
-def tasks(tiny_imagenet: Path | None) -> dict[str, Task]:
-    """Return the tasks by name; those of Tiny ImageNet only where its folder is given."""
+def tasks(tiny_imagenet: Path | None = None, drawing_of: int = 0) -> dict[str, Task]:
+    """Return the tasks by name.
+
+    Args:
+        tiny_imagenet: Folder with its mosaics; without it there are no tasks of Tiny ImageNet.
+        drawing_of: Random seed of the drawn images; 0 is that of the tasks.
+    """
 
     def of(name: str, group: str, classes: list[str], draw: Callable) -> Task:
-        return Task(group, classes, partial(drawn, draw, name, len(classes)))
+        key = f"{name} drawing {drawing_of}" if drawing_of else name
+        return Task(group, classes, partial(drawn, draw, key, len(classes)))
 
     directions = [f"{360 * k // drawing.DIRECTIONS} degrees" for k in range(drawing.DIRECTIONS)]
     views = [f"{360 * k // scenes.VIEWS} degrees" for k in range(scenes.VIEWS)]
@@ -112,6 +121,10 @@ def tasks(tiny_imagenet: Path | None) -> dict[str, Task]:
         "scene_distance": of("scene_distance", "Structured", distances, scenes.distance),
         "textures": of("textures", "Specialized", list(drawing.TEXTURES), drawing.texture),
         "digits": Task("Specialized", [str(k) for k in range(10)], partial(digits, "digits")),
+        "leaves": of("leaves", "Natural", list(second.LEAVES), second.leaf),
+        "cell_division": of("cell_division", "Specialized", second.STAGES, second.cell),
+        "tallest_bar": of("tallest_bar", "Structured", [f"bar {k + 1}" for k in range(second.BARS)], second.chart),
+        "stacked_sheets": of("stacked_sheets", "Structured", [" on ".join(one) for one in second.ORDERS], second.stack),
         "dev_symbols": of("dev_symbols", "Specialized", list(drawing.SYMBOLS), drawing.symbol),
         "dev_view": of("dev_view", "Structured", views, scenes.view),
     }
@@ -155,8 +168,9 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--tasks", nargs="+", help="write these alone")
     parser.add_argument("--tiny", action="store_true", help="some images of each task, to try the program")
+    parser.add_argument("--drawing", type=int, default=0, help="draw other images than those of the tasks, which are 0")
     args = parser.parse_args(argv)
-    known = tasks(args.tiny_imagenet)
+    known = tasks(args.tiny_imagenet, args.drawing)
     if unknown := sorted(set(args.tasks or ()) - known.keys()):
         parser.error(f"no task is named {unknown[0]}; there are {', '.join(known)} (unseen10 needs --tiny_imagenet)")
     for name in args.tasks or known:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import margins
 import numpy as np
 import yaml
 
@@ -14,11 +15,18 @@ from dynadapter.sweep.baselines import accuracies
 from dynadapter.sweep.plan import FINAL, SEARCH
 
 Line = dict[str, Any]
-PREFIX = "transfer_"
 
 
 class Missing(Exception):
     """A claim is open: a run that it needs is not finished."""
+
+
+class Failed(Missing):
+    """A run that a claim needs will never be finished: its arm failed at every scale."""
+
+    def __init__(self, text: str, recipe: str) -> None:
+        super().__init__(text)
+        self.recipe = recipe
 
 
 @dataclass(frozen=True)
@@ -29,36 +37,41 @@ class Outcomes:
         name: Of the backbone.
         sweep: The file of the sweep, which names the tasks, seeds and recipes that there should be.
         lines: By task, adapter, recipe, seed and split; a scale that was not chosen is left out.
-        tasks: The tasks that count.
+        tasks: The tasks of the sweep.
+        deciding: The tasks that decide.
+        failures: The lines of the trainings that failed.
     """
 
     name: str
     sweep: dict[str, Any]
     lines: dict[tuple[str, str, str, int, str], Line]
     tasks: tuple[str, ...]
+    deciding: tuple[str, ...]
+    failures: tuple[Line, ...] = ()
 
     @classmethod
     def nothing(cls, name: str) -> "Outcomes":
         """Return the outcomes of a sweep that was not begun."""
-        return cls(name, {}, {}, ())
+        return cls(name, {}, {}, (), ())
 
     @classmethod
-    def read_all(cls, folder: Path) -> dict[str, "Outcomes"]:
+    def read_all(cls, folder: Path, reading: margins.Reading) -> dict[str, "Outcomes"]:
         """Read the sweeps of all backbones.
 
         Args:
-            folder: Holds ``transfer_NAME.jsonl`` and ``transfer_NAME.yaml``.
+            folder: Holds ``PREFIX_NAME.jsonl`` and ``PREFIX_NAME.yaml``.
+            reading: Has the prefix, and the tasks that decide.
         """
         found = {}
-        for path in sorted(folder.glob(f"{PREFIX}*.jsonl")):
-            name = path.stem.removeprefix(PREFIX)
+        for path in sorted(folder.glob(f"{reading.prefix}_*.jsonl")):
+            name = path.stem.removeprefix(f"{reading.prefix}_")
             sweep = yaml.safe_load(path.with_suffix(".yaml").read_text(encoding="utf-8"))
             lines = [json.loads(text) for text in path.read_text(encoding="utf-8").splitlines()]
-            found[name] = cls.of(name, sweep, lines)
+            found[name] = cls.of(name, sweep, lines, reading.tasks)
         return found
 
     @classmethod
-    def of(cls, name: str, sweep: dict[str, Any], lines: Sequence[Line]) -> "Outcomes":
+    def of(cls, name: str, sweep: dict[str, Any], lines: Sequence[Line], deciding: Sequence[str]) -> "Outcomes":
         """Sort lines; of train800 only the twins of final runs count."""
         found: dict[tuple[str, str, str, int, str], Line] = {}
         scales = {}
@@ -73,7 +86,8 @@ class Outcomes:
                 elif scales.get(key) != run["scale"]:
                     continue
                 found[*key, split] = line
-        return cls(name, sweep, found, tuple(sweep["tasks"]))
+        failures = tuple(line for line in lines if "failed" in line)
+        return cls(name, sweep, found, tuple(sweep["tasks"]), tuple(deciding), failures)
 
     # ---- what there should be
 
@@ -82,12 +96,19 @@ class Outcomes:
         """The adapters of the sweep."""
         return list(self.sweep.get("adapters", []))
 
-    @property
-    def deciding(self) -> tuple[str, ...]:
-        """The fresh tasks, or all where none is."""
-        given = self.given_tasks()
-        fresh = tuple(task for task in self.tasks if isinstance(given[task], dict) and given[task].get("fresh"))
-        return fresh or self.tasks
+    def departures(self, adapter: str) -> str:
+        """Return in words where the sweep is not the protocol of margins.py; empty where it is."""
+        seeds = self.sweep.get("seeds", [])
+        several = {
+            "scales": (self.sweep.get("scales"), margins.SCALES),
+            "seeds": (seeds.get(adapter) if isinstance(seeds, dict) else seeds, margins.SEEDS[adapter]),
+            "epochs": ([self.sweep.get("settings", {}).get("trainer", {}).get("max_epochs")], [margins.EPOCHS]),
+        }
+        return "; ".join(
+            f"{name} {', '.join(f'{one}' for one in found or ())} instead of {', '.join(f'{one:g}' for one in planned)}"
+            for name, (found, planned) in several.items()
+            if list(found or ()) != list(planned)
+        )
 
     def group(self, name: str) -> tuple[str, ...]:
         """Return the tasks of a group.
@@ -117,8 +138,8 @@ class Outcomes:
             Missing: The sweep has no such arm.
         """
         entry = self.sweep.get("recipes", {}).get(recipe)
-        if entry is None or not self.tasks:
-            raise Missing(f"{self.name}: there is no sweep with {recipe}")
+        if entry is None or adapter not in self.adapters:
+            raise Missing(f"{self.name}: there is no sweep with {adapter}, {recipe}")
         entry = entry if isinstance(entry, dict) else {}
         seeds = self.sweep["seeds"][adapter] if isinstance(self.sweep["seeds"], dict) else self.sweep["seeds"]
         if adapter not in entry.get("adapters", [adapter]):
@@ -131,12 +152,20 @@ class Outcomes:
         """Return the line of a run, a final one by default.
 
         Raises:
-            Missing: It is not finished, or its loss was not finite.
+            Missing: It is not finished.
+            Failed: The training of its arm failed at every scale.
         """
         try:
             return self.lines[task, adapter, recipe, seed, split]
         except KeyError:
-            raise Missing(f"{self.name}: {task}, {adapter}, {recipe}, seed {seed} is not finished") from None
+            arm = (task, adapter, recipe)
+            runs = [line["run"] for line in self.failures]
+            scales = {run["scale"] for run in runs if (run["task"], run["adapter"], run["recipe"]) == arm}
+            entry = self.sweep["recipes"][recipe]
+            planned = scales if "scale_from" in entry else set(self.sweep.get("scales") or ())
+            if scales and scales >= planned:
+                raise Failed(f"{self.name}: {', '.join(arm)} failed at every scale", recipe) from None
+            raise Missing(f"{self.name}: {', '.join(arm)}, seed {seed} is not finished") from None
 
     def all_of(self, adapter: str, recipe: str, split: str = FINAL) -> list[list[Line]]:
         """Return the lines of an arm on the deciding tasks: for each task, one a seed.

@@ -19,12 +19,14 @@ class Difference:
         low: Lower end of the interval.
         high: Upper end of the interval.
         tasks: Difference of each task, a mean over its seeds.
+        seeds: Fewest seeds of a task.
     """
 
     estimate: float
     low: float
     high: float
     tasks: tuple[float, ...]
+    seeds: int
 
 
 def compare(tasks: Sequence[np.ndarray], draws: int = DRAWS, seed: int = 0) -> Difference:
@@ -32,8 +34,9 @@ def compare(tasks: Sequence[np.ndarray], draws: int = DRAWS, seed: int = 0) -> D
 
     Images are drawn with replacement, the same for all seeds of a task. Seeds are drawn with replacement, too. Of their
     spread only the part counts that the images do not explain, because the draw of images has that part already. It is
-    scaled by sqrt(n / (n - 1)), because n seeds drawn from n vary less than new ones would, and by Student's factor for
-    the number of seeds. With one seed the interval covers the images alone.
+    scaled by sqrt(n / (n - 1)), because n seeds drawn from n vary less than new ones would, and by Student's factor,
+    with the degrees of freedom of Welch and Satterthwaite: where one task has most of the spread, its seeds alone
+    count. With one seed the interval covers the images alone.
 
     Args:
         tasks: For each task the difference of each seed and image (seeds, images), such as right minus right, in
@@ -54,12 +57,22 @@ def compare(tasks: Sequence[np.ndarray], draws: int = DRAWS, seed: int = 0) -> D
         if seeds > 1:
             chosen = mean[generator.integers(seeds, size=(draws, seeds))].mean(1)
             of_seeds += share * np.sqrt(seeds / (seeds - 1)) * (chosen - mean.mean())
-    freedom = sum(len(task) - 1 for task in tasks)
-    if freedom:
+    if freedom := _freedom(means):
         of_seeds *= np.sqrt(freedom / generator.chisquare(freedom, draws))
     low, high = np.quantile((of_images + of_seeds) / len(tasks), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     by_task = tuple(float(mean.mean()) for mean in means)
-    return Difference(float(np.mean(by_task)), float(low), float(high), by_task)
+    return Difference(float(np.mean(by_task)), float(low), float(high), by_task, min(map(len, tasks)))
+
+
+def _freedom(means: Sequence[np.ndarray]) -> float:
+    """Return the degrees of freedom of a sum of means over seeds; 0 where no task has a spread.
+
+    Args:
+        means: For each task the mean of each seed (seeds,).
+    """
+    spread = [(mean.var(ddof=1) / len(mean), len(mean) - 1) for mean in means if len(mean) > 1]
+    total = sum(variance for variance, _ in spread)
+    return float(total**2 / sum(variance**2 / freedom for variance, freedom in spread)) if total else 0.0
 
 
 def _share_of_seeds(tasks: Sequence[np.ndarray]) -> float:

@@ -19,11 +19,13 @@ from types import ModuleType
 from typing import Any
 
 import claims
+import margins
 import matplotlib
 import pandas as pd
 from common import RESULTS, Line, cell
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from outcomes import Outcomes
 
 from dynadapter.bench.timing import is_void
 
@@ -107,23 +109,30 @@ def save(figure: Figure, path: Path) -> None:
 
 def accuracy_section(results: Path, figures: Path) -> str:
     """Return the section on accuracy: the claims, and for each backbone the tables and the figure of its sweep."""
-    tables = sorted(results.glob("transfer_*.md"))
+    tables = [
+        (reading, path) for reading in margins.READINGS for path in sorted(results.glob(f"{reading.prefix}_*.md"))
+    ]
     if not tables:
         return f"## Accuracy\n\n{NO_ACCURACY}\n"
     figures.mkdir(parents=True, exist_ok=True)
     parts = ["## Accuracy\n", protocol(claims), f"```\n{claims_text(results)}```\n"]
-    for path in tables:
-        name = path.stem.removeprefix("transfer_")
-        shutil.copy(path.with_suffix(".png"), figures / f"accuracy-{name}.png")
-        text, picture = path.read_text(encoding="utf-8"), f"![accuracy over cost](figures/accuracy-{name}.png)\n"
-        parts += [f"### Accuracy: {name}\n", text, picture]
+    for reading, path in tables:
+        name = path.stem.removeprefix(f"{reading.prefix}_")
+        shutil.copy(path.with_suffix(".png"), figures / f"accuracy-{path.stem}.png")
+        text, picture = path.read_text(encoding="utf-8"), f"![accuracy over cost](figures/accuracy-{path.stem}.png)\n"
+        parts += [f"### Accuracy: {name}\n", f"{reading.title}.\n", text, picture]
     return "\n".join(parts)
 
 
 def claims_text(results: Path) -> str:
-    """Return the claims and the aim behind them, a line each."""
-    lines = [*map(str, claims.claims(results)), "The aim behind them:", *map(str, claims.aims(results))]
-    return "".join(line + "\n" for line in lines)
+    """Return the claims of each reading, its failed trainings, and the aim behind the claims, a line each."""
+    lines = []
+    for reading in margins.READINGS:
+        found = Outcomes.read_all(results, reading)
+        lines += ["", f"{reading.title} ({', '.join(reading.tasks)})", *claims.failures(found)]
+        lines += map(str, claims.claims(found, reading))
+        lines += ["The aim behind them:", *map(str, claims.aims(found, reading))]
+    return "".join(line + "\n" for line in lines[1:])
 
 
 # ---- time and cost

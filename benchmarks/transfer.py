@@ -1,9 +1,11 @@
 """Measure accuracy with ``dynadapter sweep``: every arm of ``transfer.yaml`` on one backbone.
 
     python benchmarks/transfer.py --data TASKS --processes 2
+    python benchmarks/transfer.py --data TASKS --fresh second --processes 2
     python benchmarks/transfer.py --data TASKS --sweep recipes --processes 2
 
-The second command compares the recipes of ``recipes.yaml`` on development tasks (``fresh.py``).
+The second command reads the second set of fresh tasks alone (``margins.py``); its files are named ``second_NAME``. The
+third compares the recipes of ``recipes.yaml`` on development tasks (``fresh.py``).
 
 Scale and policies are chosen on val200 with networks trained on train800; the final networks are trained on
 train800val200 and measured on the test images once. The same command continues an interrupted sweep.
@@ -22,6 +24,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import fresh
+import margins
 import yaml
 
 from dynadapter.cli import main as dynadapter
@@ -42,7 +46,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--backbone", default="micro", help="micro, a file of weights for it, or a YAML file")
     parser.add_argument("--tasks", nargs="*", help="by default those of the file")
     parser.add_argument(
-        "--fresh", nargs="*", default=[], help="further tasks, on which no choice was made; they decide"
+        "--fresh", nargs="*", default=[], help="further tasks that nothing was chosen on, or sets: first, second"
     )
     parser.add_argument("--adapters", nargs="+", help="by default those of the file")
     parser.add_argument("--recipes", nargs="+", help="by default those of the file")
@@ -52,8 +56,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, default=HERE / "results", help="folder that keeps lines and tables")
     parser.add_argument("--tiny", action="store_true", help="every arm, once, for an epoch of 64 images")
     args, others = parser.parse_known_args(argv)
+    args.fresh = [task for one in args.fresh for task in margins.SETS.get(one, [one])]
+    kind = args.sweep
+    if set(args.fresh) & set(margins.SECOND):
+        if args.tasks or set(args.fresh) - set(margins.SECOND) or args.sweep != "transfer":
+            parser.error("the second set is read in a sweep of its own: name no other task")
+        args.tasks, kind = [], "second"
     name = Path(args.backbone).stem
-    out = Path(args.out or f"runs/{'tiny' if args.tiny else args.sweep}_{name}")
+    out = Path(args.out or f"runs/{'tiny' if args.tiny else kind}_{name}")
     out.mkdir(parents=True, exist_ok=True)
     file = out / "transfer.yaml"
     sweep = plan(args)
@@ -61,7 +71,7 @@ def main(argv: list[str] | None = None) -> None:
     file.write_text(yaml.safe_dump(sweep | {"root": str(root), "out": str(out)}, sort_keys=False), encoding="utf-8")
     dynadapter(["sweep", str(file), *others])
     if not args.tiny and "--dry_run" not in others:
-        keep(file, sweep, args.results / f"{args.sweep}_{name}")
+        keep(file, sweep, args.results / f"{kind}_{name}")
 
 
 def plan(args: argparse.Namespace) -> dict[str, Any]:
@@ -69,8 +79,9 @@ def plan(args: argparse.Namespace) -> dict[str, Any]:
     sweep: dict[str, Any] = yaml.safe_load((HERE / f"{args.sweep}.yaml").read_text(encoding="utf-8"))
     known = sweep["tasks"]
     names = list(known) if args.tasks is None else args.tasks
-    fresh = {task: {"group": known.get(task), "fresh": True} for task in args.fresh}
-    sweep["tasks"] = {task: known.get(task) for task in names} | fresh
+    drawn = {task: one.group for task, one in fresh.tasks().items()}
+    decide = {task: {"group": known.get(task, drawn.get(task)), "fresh": True} for task in args.fresh}
+    sweep["tasks"] = {task: known.get(task) for task in names} | decide
     settings = sweep["settings"]
     if args.backbone.endswith((".yaml", ".yml")):
         settings |= yaml.safe_load(Path(args.backbone).read_text(encoding="utf-8"))

@@ -15,9 +15,11 @@ from dynadapter.data import VTAB1k
 from dynadapter.data.verify import verify
 
 pytest.importorskip("sklearn")
-NAMES = ["pointer_direction", "scene_distance", "textures", "digits", "dev_symbols", "dev_view"]
+SECOND = ["leaves", "cell_division", "tallest_bar", "stacked_sheets"]
+NAMES = ["pointer_direction", "scene_distance", "textures", "digits", "dev_symbols", "dev_view", *SECOND]
 NATURAL = ["unseen10", "dev_unseen10"]
-CLASSES = {"pointer_direction": 8, "scene_distance": 6, "textures": 12, "dev_symbols": 12, "dev_view": 12}
+CLASSES = {"pointer_direction": 8, "textures": 12, "dev_symbols": 12, "dev_view": 12}
+CLASSES |= dict.fromkeys(["scene_distance", *SECOND[1:]], 6)
 
 
 @pytest.fixture(scope="module")

@@ -32,15 +32,18 @@ def test_document_of_a_sweep(report, tmp_path):
     text = out.read_text()
     assert "| cars | 75.0 (60 %) |" in text
     assert "seed, lora" in text
-    assert (tmp_path / "figures" / "accuracy-micro.png").read_bytes() == b"a picture"
+    assert (tmp_path / "figures" / "accuracy-transfer_micro.png").read_bytes() == b"a picture"
     assert "second trainer" not in text.partition("## An epoch")[0]
 
 
 def test_claims_without_runs_are_open(report, tmp_path, capsys):
     report.main(["--results", str(tmp_path), "--claims"])
-    lines = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("The aim")]
-    assert len(lines) == 13
-    assert all(" open " in line for line in lines)
+    readings = capsys.readouterr().out.split("\n\n")
+    assert [title.partition(" (")[0] for title in readings] == [one.title for one in report.margins.READINGS]
+    for reading in readings:
+        lines = [line for line in reading.splitlines()[1:] if not line.startswith("The aim")]
+        assert len(lines) == 15
+        assert all(" open " in line for line in lines)
     assert list(tmp_path.iterdir()) == []
 
 
