@@ -35,7 +35,7 @@ ESSENTIAL = {
     "model.class_weights": "auto weighs rare classes more in the loss; or {NAME: WEIGHT}.",
     "model.mixing": "Mixing mixes pairs of images (mixup, cutmix).",
     "data": "Shapes, ImageFolder, ImageTable, ImageLists, HubDataset, TorchVisionDataset, VTAB1k: --data.help CLASS.",
-    "early_exit.policies": "A list of Confidence, Entropy, Margin, Patience and Never.",
+    "early_exit.policies": "A list of Confidence, Entropy, Margin, Patience, AtExit, Combined and Never.",
     "exit_weights.weighting": "EarlyToLate, LateToEarly, LinearInDepth, PerExit or Uniform.",
     "sparsity.shallow": "Dropout in the first block, a schedule.",
     "sparsity.deep": "Dropout in the last block, a schedule.",
