@@ -1,4 +1,4 @@
-"""Write files and folders whole or not at all, whenever the process or the machine stops; read and hash regular files.
+"""Write files and folders atomically, so that a stop at any time leaves no partial file; read and hash regular files.
 
 This file imports the standard library alone: an exported folder holds a copy of it.
 """
@@ -40,7 +40,7 @@ class Busy(ValueError):
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Open a new file that takes the name `path` in one step once it is on the disk; an error changes nothing."""
+    """Open a new file that is renamed to `path` once it is complete on the disk; an error changes nothing."""
     new = path.with_name(f".{path.name}.{secrets.token_hex(4)}{PARTIAL}")
     try:
         with new.open("xb") as file:
@@ -56,13 +56,13 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def write(path: Path, data: bytes | memoryview) -> None:
-    """Write a file in one step; see :func:`replacing`."""
+    """Write a file atomically; see :func:`replacing`."""
     with replacing(path) as file:
         file.write(data)
 
 
 def append(path: Path, data: bytes) -> None:
-    """Append to a file whole or not at all: where the disk is full, the file keeps its length."""
+    """Append to a file atomically: if the disk is full, the file keeps its length."""
     with path.open("ab", buffering=0) as file:
         end, left = file.seek(0, os.SEEK_END), memoryview(data)
         try:
@@ -75,12 +75,12 @@ def append(path: Path, data: bytes) -> None:
 
 @contextlib.contextmanager
 def locked(place: Path) -> Iterator[None]:
-    """Hold a place, which need not exist, against other processes and threads; the lock file is beside it.
+    """Lock a path, which need not exist, against other processes and threads; the lock file is next to it.
 
-    The system releases the lock whenever the process ends. Where a file system has no locks, there is no protection.
+    The system releases the lock when the process ends. On a file system without locks there is no protection.
 
     Raises:
-        Busy: It is held.
+        Busy: Another process or thread holds the lock.
     """
     real = Path(os.path.realpath(place))
     file, path = None, real.with_name(f".{real.name}.lock")
@@ -129,7 +129,7 @@ def _lock_file(place: Path, path: Path) -> BinaryIO:
 
 @contextlib.contextmanager
 def replacing_folder(folder: Path, overwrite: bool = True) -> Iterator[Path]:
-    """Create a folder that takes the name `folder` after the body and replaces an old one; an error changes nothing.
+    """Create a folder that is renamed to `folder` after the body and replaces an old one; an error changes nothing.
 
     If the process stops at any time, the name is unused or refers to the old or the new folder. Where the system cannot
     exchange two folders in one step, the old one can be left under a hidden name, see :func:`left_over`.
@@ -143,7 +143,7 @@ def replacing_folder(folder: Path, overwrite: bool = True) -> Iterator[Path]:
 
     Raises:
         Busy: Another process is writing it.
-        ValueError: It exists, and must not be replaced.
+        ValueError: The folder exists and `overwrite` is false.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with locked(folder):
@@ -166,7 +166,7 @@ def replacing_folder(folder: Path, overwrite: bool = True) -> Iterator[Path]:
 
 
 def write_folder(folder: Path, files: Mapping[str, bytes], overwrite: bool = True) -> None:
-    """Write files into a new folder, which takes its name once all of them are on the disk; see `replacing_folder`.
+    """Write files into a new folder, which gets its name once all of them are on the disk; see `replacing_folder`.
 
     Args:
         folder: Where to write.
@@ -184,7 +184,7 @@ def left_over(folder: Path) -> Path | None:
 
 
 def checksum(content: Mapping[str, Any]) -> str:
-    """Return the SHA-256 of a JSON object, independent of its layout and of the order of its keys.
+    """Return the SHA-256 of a JSON object; whitespace and the order of the keys do not change it.
 
     >>> checksum({"a": 1, "b": 2}) == checksum({"b": 2, "a": 1})
     True
@@ -200,7 +200,7 @@ def sha256(path: Path) -> str:
 
 
 def open_regular(path: str | os.PathLike[str]) -> BufferedReader:
-    """Open a regular file for reading; opening a pipe could block for ever.
+    """Open a regular file for reading; opening a pipe could block forever.
 
     Raises:
         OSError: The path cannot be read, or is a folder, a pipe, a socket or a device.
@@ -226,7 +226,7 @@ def read_bytes(path: str | os.PathLike[str], most: int) -> bytes:
     """Read a regular file of limited size.
 
     Raises:
-        OSError: It cannot be read, is no regular file, or has more than `most` bytes.
+        OSError: The file cannot be read, is not a regular file, or has more than `most` bytes.
     """
     with open_regular(path) as file:
         content = file.read(most + 1)

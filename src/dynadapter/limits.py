@@ -31,8 +31,8 @@ def read_json(file: str | os.PathLike[str]) -> Any:
     """Return the content of a JSON file.
 
     Raises:
-        OSError: It cannot be read, or is no regular file, or too large.
-        ValueError: It is no JSON, or holds too many values.
+        OSError: The file cannot be read, is not a regular file, or is too large.
+        ValueError: The content is not JSON, or holds too many values.
     """
     try:
         content = json.loads(read_bytes(file, MAX_JSON).decode("utf-8"))
@@ -53,7 +53,7 @@ def require_bounded(content: Any, where: str, most: int = MAX_VALUES) -> None:
         most: Largest number of values.
 
     Raises:
-        ValueError: In one line.
+        ValueError: The content exceeds a limit.
     """
     left, count = [(content, 0)], 0
     while left:
@@ -72,10 +72,10 @@ def require_bounded(content: Any, where: str, most: int = MAX_VALUES) -> None:
 
 
 def require_few_classes(count: Any) -> None:
-    """Refuse a number of classes that no file needs.
+    """Refuse a number of classes above the limit.
 
     Raises:
-        ValueError: In one line.
+        ValueError: The number is above the limit.
     """
     if not isinstance(count, int) or count > MAX_CLASSES:
         raise ValueError(f"the file has {count!r:.40} classes; at most {MAX_CLASSES:,} are read from a file")
@@ -86,7 +86,7 @@ class _TooLarge(ValueError):
 
 
 class _Guarded(yaml.SafeLoader):
-    """Refuse mappings that merge keys (``<<``) expand without end."""
+    """Refuse mappings that grow beyond the limit by merge keys (``<<``)."""
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
         super().flatten_mapping(node)
@@ -95,7 +95,7 @@ class _Guarded(yaml.SafeLoader):
 
 
 class _Loader(_Guarded):
-    """Refuse a repeated key, too: YAML would drop the first one and everything below it."""
+    """Also refuse a repeated key, because YAML would drop the first one and everything below it."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
@@ -112,7 +112,7 @@ def read_yaml(file: Path) -> Any:
     """Return the content of a YAML file.
 
     Raises:
-        ValueError: In one line, if it cannot be read, is not valid, or is too large.
+        ValueError: The file cannot be read, is not valid, or is too large.
     """
     where = f"config file {file}"
     try:
@@ -137,10 +137,10 @@ def read_yaml(file: Path) -> Any:
 
 
 def texts_read(content: Any) -> Iterator[Any]:
-    """Yield what the texts in a config hold that jsonargparse reads as YAML: mappings and lists, at any depth.
+    """Yield the mappings and lists in the texts of a config, at any depth: jsonargparse parses such texts as YAML.
 
     Raises:
-        ValueError: A text expands without end.
+        ValueError: The aliases of a text expand beyond the limit.
     """
     left = [content]
     while left:

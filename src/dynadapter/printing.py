@@ -10,7 +10,8 @@ UNPRINTABLE = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\
 
 
 class PlainConsole(Console):
-    """A console that takes text for text: no markup, no emoji names, no codes, no change of the writing direction."""
+    """A console that prints text unchanged: no markup, no emoji names, no terminal codes, no change of writing
+    direction."""
 
     def render_str(self, text: str, **options: Any) -> Text:
         """Return text as rich shows it."""
@@ -22,7 +23,7 @@ def print_tables(*tables: RenderableType, width: int = 100) -> None:
     """Print tables.
 
     Args:
-        tables: Of rich.
+        tables: Tables of rich.
         width: Least number of columns; a narrow pipe would wrap the names.
     """
     console = PlainConsole()

@@ -1,6 +1,6 @@
-"""Configuration objects: frozen dataclasses that a config file names and a checkpoint holds, and the same as JSON.
+"""Configuration objects: frozen dataclasses that a config file names and a checkpoint stores, and their JSON form.
 
-No name in a file is ever imported: a class is known already, or refused.
+No name in a file is imported: a class that is not known already is an error.
 """
 
 import difflib
@@ -98,7 +98,7 @@ def restore(value: Any, hint: Any, where: str = "") -> Any:
         where: Path to the value, for messages.
 
     Raises:
-        ValueError: If the value does not fit or names an unknown class; one line.
+        ValueError: If the value does not fit or names an unknown class.
     """
     origin, inner = get_origin(hint), get_args(hint)
     if hint is Any:

@@ -34,11 +34,11 @@ class AdapterPlusLayer(BottleneckLayer):
         nn.init.trunc_normal_(self.down, std=0.01, a=-0.02, b=0.02)
 
     def forward(self, x: Tensor, **context: Tensor) -> Tensor:
-        """Map the block's input to its adapted output; ``context`` passes what the block takes beside."""
+        """Map the block's input to its adapted output; ``context`` holds the block's other arguments."""
         return self.after(self.base_layer(x, **context))
 
     def after(self, y: Tensor) -> Tensor:
-        """Adapt the block's output, token by token; some tokens of it are enough."""
+        """Adapt the block's output, token by token; it may be only some of the tokens."""
         hidden = self.dropout(F.gelu(self.project_down(y)))
         up, bias = self.gain[:, None] * self.up, self.gain * self.up_bias
         if self.drop_path.training and self.drop_path.active:
@@ -52,8 +52,8 @@ class AdapterPlusLayer(BottleneckLayer):
 class AdapterPlus(BlockSpec):
     """Adapter+: a bottleneck with GELU after each block, whose channels have learned factors.
 
-    Source: Steitz and Roth 2024, Adapters Strike Back (arXiv 2406.06820). The up-projection starts at zero (ours);
-    there both projections start at a truncated N(0, 0.01). It cannot be merged.
+    Source: Steitz and Roth 2024, Adapters Strike Back (arXiv 2406.06820). The up-projection starts at zero (ours); in
+        the paper both projections start at a truncated N(0, 0.01). It cannot be merged.
 
     Args:
         bottleneck: Channels of the bottleneck.
@@ -73,6 +73,6 @@ class AdapterPlus(BlockSpec):
         """Build the wrapper of one block.
 
         Raises:
-            ValueError: If that layer is no block.
+            ValueError: If that layer is not a block.
         """
         return AdapterPlusLayer(model.get_submodule(name), self, self.width(model, name))

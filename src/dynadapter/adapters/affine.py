@@ -15,7 +15,7 @@ TAKES = "a linear layer, a convolution or a norm with learned tensors"
 
 
 def is_affine(layer: nn.Module) -> bool:
-    """Check whether a layer ends with a product with its own weight, so that a factor of its output can be merged."""
+    """Check whether a layer ends with a product with its own weight, so that a factor on its output can be merged."""
     if not isinstance(getattr(layer, "weight", None), nn.Parameter):
         return False
     if isinstance(layer, nn.Conv2d):
@@ -27,7 +27,8 @@ def is_affine(layer: nn.Module) -> bool:
 
 
 class AffineLayer(AdapterLayer):
-    """The base layer's output y becomes ``factor * y + offset``, both by channel; before an activation in the layer.
+    """Return ``factor * y + offset`` for the base layer's output y, channel by channel, before an activation in the
+    layer.
 
     A subclass defines :meth:`factor` and :meth:`offset`.
 
@@ -50,7 +51,7 @@ class AffineLayer(AdapterLayer):
         return None
 
     def changed(self, y: Tensor, rows: slice = slice(None)) -> Tensor:
-        """Apply the factors and offsets of some channels to an output that has these channels alone."""
+        """Apply the factors and offsets of some channels to an output that has only these channels."""
         factor, offset = self.factor(), self.offset()
         if factor is not None:
             y = y * by_channel(factor[rows], y, self.channels_first)

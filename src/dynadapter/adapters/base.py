@@ -33,13 +33,13 @@ class AdapterLayer(nn.Module):
         base_layer: The layer of the backbone, unchanged.
         scale: Factor of the update.
         dropout: Dropout in the adapter's bottleneck.
-        depth: The rank of the layer's block, from 0 (first block) to 1 (last block).
+        depth: Relative depth of the layer's block, from 0 (first block) to 1 (last block).
         kind: Name of the :class:`AdapterSpec` that it belongs to; by default the class's own without ``Layer``.
         mergeable: Whether the class defines :meth:`merged`.
         base_parts: Names of the children that belong to the backbone.
         channels_first: Whether tokens are (batch, width, rows, columns), as a 1x1 convolution takes them.
-        adds_tokens: Whether the base layer gets more tokens than the wrapper.
-        needs_grid: Whether the update reads the neighbours of a token, so that no token may be missing.
+        adds_tokens: Whether the wrapper passes more tokens to the base layer than it receives.
+        needs_grid: Whether the update of a token reads its neighbours, so that all tokens must be present.
     """
 
     kind: ClassVar[str]
@@ -95,7 +95,7 @@ class AdapterLayer(nn.Module):
 
 
 class Adapters(Spec):
-    """Configuration of a backbone's adapters: one kind, a kind for each range of blocks, or a method of peft.
+    """Configuration of the adapters of a backbone: one kind, a kind for each range of blocks, or a method of peft.
 
     :func:`~dynadapter.adapters.injection.wrap` is registered for each subclass.
     """
@@ -103,7 +103,7 @@ class Adapters(Spec):
     @property
     @abstractmethod
     def label(self) -> str:
-        """Its name for people."""
+        """Name to print."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,8 +119,8 @@ class AdapterSpec(Adapters):
             Empty means the kind's default places.
 
     Attributes:
-        takes: The layers that :meth:`fits`, in words.
-        once_a_block: Whether the kind wraps the last convolution of a convolutional block alone by default.
+        takes: Description of the layers that the kind can wrap (:meth:`fits`), for messages.
+        once_a_block: Whether the kind by default wraps only the last convolution of a convolutional block.
     """
 
     scale: float = 1.0
@@ -153,8 +153,8 @@ class AdapterSpec(Adapters):
     def defaults(self, model: nn.Module, layers: Mapping[str, nn.Module]) -> list[str]:
         """Return the names of the layers to wrap without ``targets``: those of ``places`` that fit.
 
-        A convolutional network has none of these places; there the convolutions of
-        :func:`~dynadapter.adapters.places.convolutions` stand in for them.
+        A convolutional network has none of these places; its default places are the layers that
+        :func:`~dynadapter.adapters.places.convolutions` returns.
 
         Args:
             model: The backbone.
@@ -204,7 +204,7 @@ def matrices(layer: nn.Module) -> list[nn.Linear | nn.Conv2d]:
 
 
 def keeps_grid(layer: nn.Module) -> bool:
-    """Check whether a layer holds a matrix, or is a dense convolution, that gives as many tokens as it takes."""
+    """Check whether a layer holds a matrix or is a dense convolution, and returns as many tokens as it receives."""
     if not isinstance(layer, nn.Conv2d):
         return bool(matrices(layer))
     if isinstance(layer.padding, str):
@@ -215,7 +215,7 @@ def keeps_grid(layer: nn.Module) -> bool:
 
 
 def channels(layer: nn.Module) -> tuple[int, int]:
-    """Return the channels of a token before and after a layer: of its first matrix, and of its last."""
+    """Return the input channels of a layer's first matrix and the output channels of its last matrix."""
     found = matrices(layer)
     return found[0].weight.shape[1], found[-1].weight.shape[0]
 

@@ -30,15 +30,15 @@ class BitFitLayer(AffineLayer):
 
 @dataclass(frozen=True, kw_only=True)
 class BitFit(AdapterSpec):
-    """Train the biases and nothing else; merged, the network costs as much as without.
+    """Train only the biases; once merged, it adds no cost.
 
     Source: Ben Zaken et al. 2022, BitFit (arXiv 2106.10199). The trained tensor is the change of the bias, so weight
-    decay pulls towards the backbone's bias (ours). Biases outside of a layer stay frozen, such as those of q and v in
-    EVA-02 and Swin v2.
+        decay pulls towards the backbone's bias (ours). Biases that belong to no layer stay frozen, such as the biases
+        of q and v in EVA-02 and Swin v2.
 
     Args:
-        targets: Patterns of linear layers, convolutions and norms; empty means all with a bias, the classifier
-            excepted.
+        targets: Patterns of linear layers, convolutions and norms; empty means all that have a bias, except the
+            classifier.
     """
 
     takes = "a linear layer, a convolution or a norm with a bias"

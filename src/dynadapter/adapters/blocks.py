@@ -20,7 +20,7 @@ def block_widths(model: nn.Module) -> dict[int, int]:
 
 
 def has_channels_first(block: nn.Module) -> bool:
-    """Check whether a block's output is (batch, width, rows, columns), as that of every block with a convolution."""
+    """Check whether a block's output is (batch, width, rows, columns), as for every block with a convolution."""
     return any(isinstance(part, nn.Conv2d) for part in block.modules())
 
 
@@ -32,11 +32,11 @@ class BlockSpec(AdapterSpec):
 
     @property
     def places(self) -> tuple[str, ...]:
-        """The blocks, whatever their names are."""
+        """The blocks; the patterns match any name."""
         return ("*",)
 
     def fits(self, layer: nn.Module) -> bool:
-        """Check whether the layer can be a block; :meth:`wrap` asks the model."""
+        """Check whether the layer can be a block; :meth:`wrap` checks that it is one."""
         return len(list(layer.modules())) > 3
 
     def defaults(self, model: nn.Module, layers: Mapping[str, nn.Module]) -> list[str]:
@@ -48,7 +48,7 @@ class BlockSpec(AdapterSpec):
         """Return the channels after a block.
 
         Raises:
-            ValueError: If that layer is no block.
+            ValueError: If that layer is not a block.
         """
         known, layer = block_widths(model), model.get_submodule(name)
         if id(layer) not in known:

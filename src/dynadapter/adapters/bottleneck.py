@@ -71,8 +71,8 @@ class SequentialLayer(BottleneckLayer):
 class Adapter(AdapterSpec):
     """Sequential adapter: a bottleneck with GELU after the MLP, or after attention and after the MLP.
 
-    Sources: Houlsby et al. 2019 (arXiv 1902.00751) for both places; papers on vision transformers use the place after
-    the MLP alone. The down-projection is initialised like ``nn.Linear``, every other tensor at zero (ours).
+    Sources: Houlsby et al. 2019 (arXiv 1902.00751) for both places; papers on vision transformers use only the place
+        after the MLP. The down-projection is initialised like ``nn.Linear``, every other tensor with zeros (ours).
 
     Args:
         bottleneck: Channels of the bottleneck.
@@ -149,13 +149,13 @@ class AdaptFormer(AdapterSpec):
     """Parallel adapter: a bottleneck with ReLU beside the norm and the MLP, on tokens that are not normalised.
 
     Source: Chen et al. 2022, AdaptFormer (arXiv 2205.13535). If the block scales its MLP's output (LayerScale in
-    DINOv2, gamma in ConvNeXt) or normalises it (Swin v2), so it does with the update (ours). Beside a convolution the
-    bottleneck reads the convolution's own input.
+    DINOv2, gamma in ConvNeXt) or normalises it (Swin v2), it does the same to the update (ours). Beside a convolution
+    the bottleneck reads the convolution's own input.
 
     Args:
         bottleneck: Channels of the bottleneck.
-        norms: Possible names of the norm; the first one that the block has before its target is used. One after the
-            target normalises the output, and tokens reach the target as they are.
+        norms: Possible names of the norm; the first one that the block has before its target is used. A norm after the
+            target normalises the output; then the target's input is not normalised.
         targets: Patterns of layers that directly follow their norm; empty means the blocks' MLPs.
     """
 

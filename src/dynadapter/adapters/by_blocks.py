@@ -21,10 +21,9 @@ class ByBlocks(Adapters):
     'none in blocks 1-3, LoRA in blocks 4-11, RepAdapter in block 12'
 
     Args:
-        ranges: Adapters by range of blocks, such as ``{"1-6": LoRA(rank=4), "7-12": LoRA(rank=8)}``; None leaves the
-            blocks of a range without. Blocks count from 1, as in ``exit_depths``: with ``every=3``, blocks 1-3 are
-            before exit 1. Each block of the backbone must be in one range. Layers outside of all blocks are not
-            wrapped.
+        ranges: Adapters by range of blocks, such as ``{"1-6": LoRA(rank=4), "7-12": LoRA(rank=8)}``; None means no
+            adapter in these blocks. Blocks count from 1, as in ``exit_depths``: with ``every=3``, blocks 1-3 are before
+            exit 1. Each block of the backbone must be in one range. Layers outside of all blocks are not wrapped.
     """
 
     ranges: dict[str, Adapters | None]
@@ -66,7 +65,7 @@ class ByBlocks(Adapters):
             end = stop
 
     def in_order(self) -> list[tuple[int, int, str, Adapters | None]]:
-        """List the ranges by first block, each as its first and last block, its text and its adapters."""
+        """List the ranges in order, each as first block, last block, text of the key, and adapters."""
         found = []
         for text, part in self.ranges.items():
             match = RANGE.fullmatch(text)

@@ -16,17 +16,17 @@ from dynadapter.backbones import prefix_tokens
 class ConvpassLayer(BottleneckLayer):
     """``layer(x) + s * (up @ drop(gelu(conv(gelu(down @ x + down_bias)) + kernel_bias)) + up_bias)``.
 
-    The 3x3 convolution runs over the grid of patches. Each token before them, such as the class token, is an image of
-    one pixel.
+    The 3x3 convolution runs over the grid of patches. Each token before the patches, such as the class token, is
+    convolved alone, as an image of one pixel.
 
     Args:
         base_layer: An attention, an MLP or a single matrix.
         spec: The adapter's configuration.
         prefix: Tokens before the patches.
-        grids: Rows and columns that the layer's patches can have; other patches must be a square.
+        grids: Possible grids (rows, columns) of the layer's patches; any other number of patches must be a square.
 
     Attributes:
-        kernel: (bottleneck, bottleneck, 3, 3), which passes its input at the start.
+        kernel: (bottleneck, bottleneck, 3, 3), the identity at the start.
         kernel_bias: (bottleneck,).
     """
 

@@ -29,7 +29,7 @@ class DoRALayer(LoRALayer):
 
     @torch.no_grad()
     def lengths(self) -> Tensor:
-        """Return the lengths of the rows of ``W + s * lora_b @ lora_a``, (out,), as constants."""
+        """Return the lengths of the rows of ``W + s * lora_b @ lora_a``, (out,), without gradient."""
         weight = matrices(self.base_layer)[0].weight.flatten(1).to(self.lora_b.dtype)
         return torch.linalg.vector_norm(weight + self.scale * self.lora_b @ self.lora_a, dim=1)
 
@@ -44,7 +44,8 @@ class DoRALayer(LoRALayer):
         return self._lengthened(project(x, matrix.weight.flatten(1)[rows], bias, False), x, rows, False)
 
     def _lengthened(self, y: Tensor, x: Tensor, rows: slice, channels_first: bool) -> Tensor:
-        """Change the base layer's outputs ``rows``: exactly ``y`` while all lengths and directions are its own."""
+        """Adapt the base layer's outputs ``rows``; the result is exactly ``y`` while lengths and directions are
+        unchanged."""
         bias = matrices(self.base_layer)[0].bias
         factor = self.magnitude[rows] / self.lengths()[rows]
         plain = y if bias is None else y - by_channel(bias[rows], y, channels_first)
@@ -62,14 +63,15 @@ class DoRALayer(LoRALayer):
 
 @dataclass(frozen=True, kw_only=True)
 class DoRA(AdapterSpec):
-    """Low-rank update of the directions of a matrix's rows, and their lengths apart.
+    """Low-rank update of the directions of a matrix's rows, with a separate learned length for each row.
 
     Source: Liu et al. 2024, DoRA (arXiv 2402.09353), whose lengths of the updated rows get no gradient, as here. The
-    scale s is ``alpha / r``, as for LoRA. Unmerged, every call computes these lengths from the whole matrix.
+    scale s is ``alpha / r``, as for LoRA. While it is not merged, every call computes these lengths from the whole
+    matrix.
 
     Args:
         rank: Rank r of each update.
-        targets: Patterns of linear layers, or convolutions in one group; empty means those of LoRA.
+        targets: Patterns of linear layers, or convolutions in one group; empty means the default places of LoRA.
     """
 
     rank: int = 8

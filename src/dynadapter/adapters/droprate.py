@@ -1,4 +1,4 @@
-"""Dropout whose rate is a buffer, so that a schedule can move it in place."""
+"""Dropout whose rate is a buffer, so that a schedule can change it in place."""
 
 import torch
 from torch import Tensor, nn

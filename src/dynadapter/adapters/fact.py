@@ -1,4 +1,4 @@
-"""FacT: all updates of a backbone out of one small tensor, factorised; without cost once merged."""
+"""FacT: the updates of all matrices of a backbone share one factorised tensor; without cost once merged."""
 
 import math
 from dataclasses import dataclass
@@ -44,7 +44,8 @@ class FacTLayer(LowRankLayer):
         self._holder = [self]  # a list, so that the holder is no child of this layer
 
     def install(self, model: nn.Module, name: str) -> None:
-        """Replace the layer, and hold the factors of those installed before, which come later in the model."""
+        """Replace the layer, and take over the shared factors from layers installed before, which are later in the
+        model."""
         super().install(model, name)
         for layer in adapter_layers(model).values():
             other: Any = layer
@@ -65,10 +66,10 @@ class FacTLayer(LowRankLayer):
 
 @dataclass(frozen=True, kw_only=True)
 class FacT(AdapterSpec):
-    """Update every matrix of attention and MLP with factors that all of them share; merged, without cost.
+    """Update every matrix of attention and MLP with shared factors; once merged, it adds no cost.
 
     Source: Jie and Deng 2023, FacT (arXiv 2212.03145), its Tucker form FacT-TK. A matrix is cut into square tiles, such
-    as q, k and v of a fused qkv; a tile has ``rank`` numbers of its own.
+    as q, k and v of a fused qkv; each tile has ``rank`` numbers that are not shared.
 
     Args:
         rank: Rank of all three axes.

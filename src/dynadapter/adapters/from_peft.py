@@ -1,4 +1,4 @@
-"""Adapters of the package peft, made from one of its configuration objects."""
+"""Adapters of the package peft, built from one of its configuration objects."""
 
 import copy
 import warnings
@@ -34,7 +34,7 @@ class PeftLayer(AdapterLayer):
         tuner: peft's layer, with the backbone's in ``base_layer``.
 
     Attributes:
-        tuner: The same. If it has a dropout on its input, that is ``dropout``, so that a schedule can set its rate.
+        tuner: As given. ``dropout`` is the dropout on its input, if it has one, so that a schedule can set the rate.
     """
 
     base_parts = ("tuner.base_layer",)
@@ -106,7 +106,7 @@ class Peft(Adapters):
 
     @property
     def label(self) -> str:
-        """The class and where it is from."""
+        """Name of the class, with "of peft"."""
         return f"{self.config} of peft"
 
     def settings(self, model: nn.Module, layers: Mapping[str, nn.Module]) -> Any:
@@ -114,7 +114,7 @@ class Peft(Adapters):
 
         Args:
             model: The backbone.
-            layers: Its layers to choose from without ``target_modules``, by name.
+            layers: The layers by name from which the default ``target_modules`` are chosen.
 
         Raises:
             ValueError: peft is missing, or refuses an argument.
@@ -158,13 +158,13 @@ def _(spec: Peft, model: nn.Module, layers: Layers) -> dict[str, AdapterLayer]:
 
 
 def _is_leaf(layer: nn.Module) -> bool:
-    """Check whether a layer has parameters, no children, and no statistics of batches; these must not move."""
+    """Check whether a layer has parameters, no children, and no batch statistics, which must not change."""
     no_statistics = getattr(layer, "running_mean", None) is None
     return no_statistics and not list(layer.children()) and bool(list(layer.parameters()))
 
 
 def _injected(host: nn.Module, settings: Any) -> nn.Module:
-    """Let peft replace layers of a module; `get_peft_model` also does it for methods with a state of all layers."""
+    """Let peft replace layers of a module; methods that share state among layers need `get_peft_model`."""
     import peft
 
     with warnings.catch_warnings():
@@ -174,7 +174,7 @@ def _injected(host: nn.Module, settings: Any) -> nn.Module:
 
 
 def _tree(layers: Mapping[str, nn.Module]) -> nn.Module:
-    """Return a module that holds layers under their names and nothing else, so that peft changes no other one."""
+    """Return a module that holds only the given layers under their names, so that peft changes no other layer."""
     root = nn.Module()
     for name, layer in layers.items():
         place = root

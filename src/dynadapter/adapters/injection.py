@@ -19,10 +19,11 @@ Layers = Mapping[str, tuple[str, nn.Module]]
 
 
 def inject(model: nn.Module, spec: Adapters, freeze: bool = True) -> list[str]:
-    """Wrap the layers that match the patterns of an adapter kind; the model's output stays exactly the same.
+    """Wrap the layers that match the patterns of an adapter kind.
 
-    Patterns match the names of the backbone without adapters, also after an earlier injection. The model is frozen
-    except for its adapters and its classifier.
+    The model's output does not change, except by :class:`VPT` and by :class:`SSF` with ``std`` above 0. Patterns match
+    the names of the backbone without adapters, also after an earlier injection. The model is frozen except for its
+    adapters and its classifier.
 
     Args:
         model: A timm model; it is changed in place.
@@ -96,10 +97,10 @@ def require_bare(name: str, layer: nn.Module, kind: str) -> None:
 
 
 def set_called(model: nn.Module, path: str, called: bool) -> None:
-    """Make timm's attention call its qkv layer, or read its weight as it does by default.
+    """Set whether timm's attention calls its qkv layer; some classes by default only read the layer's weight.
 
-    Attentions with a bias for q and v alone (EVA-02, Swin v2, BEiT) read the weight, and a wrapper around the layer
-    would have no effect.
+    Attentions with a bias for q and v only (EVA-02, Swin v2, BEiT) read the weight; a wrapper around the layer would
+    have no effect.
     """
     attention: Any = model.get_submodule(path.rpartition(".")[0])
     if path.endswith("qkv") and hasattr(attention, "qkv_bias_separate"):
@@ -184,7 +185,8 @@ def _collapsed(name: str) -> str:
 
 
 def _depths(names: Iterable[str]) -> dict[str, float]:
-    """Return by layer the rank from 0 to 1 of its block, among the blocks whose names differ in numbers alone."""
+    """Return the relative depth of each layer's block, from 0 to 1, among the blocks whose names differ only in
+    numbers."""
     families: dict[str, set[tuple[int, ...]]] = {}
     for name in names:
         families.setdefault(_block(name), set()).add(_numbers(name))
@@ -193,7 +195,7 @@ def _depths(names: Iterable[str]) -> dict[str, float]:
 
 
 def _block(name: str) -> str:
-    """Return a layer's name up to its last number, which is a star as all others."""
+    """Return a layer's name up to its last number, with a star for each number."""
     head, star, _ = _collapsed(name).rpartition("*")
     return head + star
 

@@ -35,7 +35,7 @@ class LowRankLayer(AdapterLayer):
         return add_product(y, hidden, self.matrix_up(), None, self.scale, self.channels_first, own=True)
 
     def project_down(self, x: Tensor) -> Tensor:
-        """Map the base layer's input to the low-rank activations, in the window and steps of the base layer."""
+        """Map the base layer's input to the low-rank activations, with the kernel size and stride of the base layer."""
         base = matrices(self.base_layer)[0]
         if isinstance(base, nn.Conv2d):
             weight = self.matrix_down().to(x.dtype).unflatten(1, base.weight.shape[1:])
@@ -68,9 +68,9 @@ class LoRALayer(LowRankLayer):
         split: Whether the layer is a fused qkv in which q and v each get an update.
 
     Attributes:
-        lora_a: (rank, width), or (2 * rank, width) for q above v; on a convolution with a window of k pixels
-            (rank, width * k), the weight of a convolution with that window.
-        lora_b: (out, rank), or (2 * out / 3, rank) for q above v.
+        lora_a: (rank, width), or (2 * rank, width), the rows of q before those of v; on a convolution with a kernel of
+            k pixels (rank, width * k), the weight of a convolution with that kernel.
+        lora_b: (out, rank), or (2 * out / 3, rank), likewise.
     """
 
     def __init__(self, base_layer: nn.Module, spec: AdapterSpec, rank: int, split: bool) -> None:
@@ -104,9 +104,9 @@ class LoRA(AdapterSpec):
         rank: Rank r of each update.
         split: ``fused`` uses one pair of matrices for the whole layer. ``qv`` uses one pair for q and one for v of a
             fused qkv, and none for k; on other layers it equals ``fused``.
-        targets: Patterns of linear layers, or convolutions in one group; empty means ``*.qkv``; the three projections
-            where they are separate; ``stages.*.mlp.fc1`` on a ConvNeXt, which has no attention; or the convolutions of
-            another convolutional network that mix channels.
+        targets: Patterns of linear layers, or convolutions in one group; empty means ``*.qkv``, or q, k and v where
+            they are separate layers; ``stages.*.mlp.fc1`` on a ConvNeXt, which has no attention; in another
+            convolutional network the convolutions that mix channels.
     """
 
     rank: int = 8

@@ -1,4 +1,4 @@
-"""The products of the adapter kinds, for tokens and for images with channels first."""
+"""Matrix products of the adapter kinds, for tokens and for maps with channels first."""
 
 import torch
 from torch import Tensor

@@ -11,7 +11,7 @@ from dynadapter.adapters.injection import adapter_layers, set_called
 
 
 def merge(model: nn.Module, tolerance: float = 1e-5) -> None:
-    """Replace each wrapper with its base layer, with the update merged in; the keys are timm's own again.
+    """Replace each wrapper with its base layer, with the update merged in; the state dict has timm's keys again.
 
     The merged layers are frozen. Each is compared with its wrapper on random tokens before any layer is replaced. A
     model without adapters stays unchanged.

@@ -1,7 +1,7 @@
 """The configuration classes of peft and their arguments that a specification may name, and which values they may have.
 
-A checkpoint or a bundle of anybody holds them. They are plain values of limited size, no text is a regular expression,
-and none of them is a path, a name on the hub, or makes peft change the backbone's own weights.
+They can come from an untrusted checkpoint or bundle. Hence they are plain values of limited size. No text is a regular
+expression, a path or a name on the hub, and no argument makes peft change the backbone's own weights.
 """
 
 import re
@@ -72,7 +72,7 @@ def checked(config: object, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of a class of peft, with lists as tuples.
 
     Raises:
-        ValueError: In one line, if the class, an argument or a value is none of the tables of this module.
+        ValueError: The class, an argument or a value is not in the tables of this module.
     """
     if not isinstance(config, str) or config not in ARGUMENTS:
         raise ValueError(f"config={config!r:.100} is none of {', '.join(ARGUMENTS)}")

@@ -13,12 +13,13 @@ ASIDE = ("downsample", "shortcut")
 def convolutions(
     model: nn.Module, layers: Mapping[str, nn.Module], fits: Callable[[nn.Module], bool], last: bool
 ) -> list[str]:
-    """Return the names of the convolutions that mix the channels of each block: the 1x1 ones, or all if it has none.
+    """Return the names of the convolutions that mix the channels of each block: its 1x1 convolutions, or all if it has
+    none.
 
     Args:
         model: The backbone.
         layers: Its layers by name, without wrappers.
-        fits: Whether a kind can wrap a layer.
+        fits: Function that returns whether a kind can wrap a layer.
         last: Whether to return only the last one of each block.
 
     Returns:
@@ -37,7 +38,7 @@ def convolutions(
 
 
 def _main_path(block: str, layers: Mapping[str, nn.Module]) -> Iterator[str]:
-    """Yield the names of a block's convolutions, with or without a norm of their own; gates lie deeper."""
+    """Yield the names of a block's convolutions, without those nested deeper, such as gates."""
     for name, layer in layers.items():
         key, _, rest = name.removeprefix(f"{block}.").partition(".")
         direct = rest.lstrip("0123456789.") in ("", "conv")  # the numbers are those of convolutions side by side

@@ -57,7 +57,8 @@ class RepAdapterLayer(AdapterLayer):
         return project(self.adapted(u), matrix.weight.flatten(1)[start:stop], bias, False)
 
     def merged(self) -> nn.Module:
-        """Return the base layer with ``W M`` and ``b + W c``, where ``f(u) = M u + c``; at each pixel of a window."""
+        """Return the base layer with ``W M`` and ``b + W c``, where ``f(u) = M u + c``; for a kernel, pixel by
+        pixel."""
         matrix = matrices(self.base_layer)[0]
         weight, up = exact(matrix.weight).movedim(1, -1), exact(self.dense())  # (out, ..., width)
         bias = None
@@ -77,8 +78,8 @@ class RepAdapter(AdapterSpec):
     Args:
         bottleneck: Channels of the bottleneck.
         groups: Groups of the up-projection; divides ``bottleneck`` and the layer's width.
-        bias: Whether both projections have biases, where the wrapped layer is a matrix with one; elsewhere they could
-            not be merged.
+        bias: Whether both projections have biases, if the wrapped layer is a matrix with a bias; otherwise the biases
+            could not be merged.
         placement: ``block`` for both places, ``attn`` for the place before attention only.
         targets: Patterns of linear layers, or convolutions in one group; empty means the layers of ``placement``, or
             the convolutions of a convolutional network that mix channels.
@@ -100,7 +101,7 @@ class RepAdapter(AdapterSpec):
 
     @property
     def places(self) -> tuple[str, ...]:
-        """What reads the tokens first in each attention, and in each block's MLP (two matrices in a SwiGLU)."""
+        """The first matrices of each attention and of each block's MLP (two matrices in a SwiGLU)."""
         attention = ("*.attn.qkv", "*.attn.q_proj", "*.attn.k_proj", "*.attn.v_proj")
         mlp = ("*blocks.*.mlp.fc1", "*blocks.*.mlp.fc1_g", "*blocks.*.mlp.fc1_x")
         return (*attention, *mlp) if self.placement == "block" else attention

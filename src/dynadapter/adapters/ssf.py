@@ -38,14 +38,14 @@ class SSFLayer(AffineLayer):
 
 @dataclass(frozen=True, kw_only=True)
 class SSF(AdapterSpec):
-    """Scale and shift the channels of every layer's output; merged, the network costs as much as without.
+    """Scale and shift the channels of every layer's output; once merged, it adds no cost.
 
     Source: Lian et al. 2022, SSF (arXiv 2210.08823), where factors start at N(1, 0.02) and offsets at N(0, 0.02), so
-    injection changes the output a little. A layer without a bias gets factors alone (ours).
+    injection changes the output a little. A layer without a bias gets only factors (ours).
 
     Args:
         std: Standard deviation of both at the start; 0 keeps the output exactly.
-        targets: Patterns of linear layers, convolutions and norms; empty means all of them, the classifier excepted.
+        targets: Patterns of linear layers, convolutions and norms; empty means all except the classifier.
     """
 
     std: float = 0.02

@@ -1,4 +1,4 @@
-"""Write trained LoRA adapters as an adapter folder of the package peft; peft itself is not needed for that."""
+"""Write trained LoRA adapters as an adapter folder of the package peft; peft itself is not needed."""
 
 import json
 import os
@@ -28,10 +28,10 @@ def save_peft(
     update of twice the rank.
 
     Args:
-        backbone: With LoRA injected and no other kind, such as ``net.backbone``.
-        folder: Where to write; whole or not at all.
-        base_model: Name of the backbone, for readers.
-        overwrite: Replace a folder that is there.
+        backbone: A backbone with LoRA and no other kind of adapter, such as ``net.backbone``.
+        folder: The folder to write, atomically.
+        base_model: Name of the backbone, as information.
+        overwrite: Replace an existing folder.
 
     Returns:
         The folder.

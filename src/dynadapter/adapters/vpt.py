@@ -1,4 +1,4 @@
-"""VPT: learned tokens beside those of the image, in every block or in front of the first one."""
+"""VPT: learned tokens (prompts) among the tokens of the image, in every block or from the first block on."""
 
 import math
 from collections.abc import Mapping
@@ -15,10 +15,10 @@ from dynadapter.backbones import add_prefix_tokens, prefix_tokens, takes_prefix_
 
 
 class VPTLayer(AdapterLayer):
-    """A layer whose tokens are joined by prompts, after the prefix tokens.
+    """A layer that inserts prompts after the prefix tokens.
 
     Args:
-        base_layer: A block, which the prompts leave at its end, or the last layer before the first block.
+        base_layer: A block, at whose end the prompts are removed, or the last layer before the first block.
         spec: The adapter's configuration.
         prompts: (prompts, width), the initial prompts.
         prefix: Tokens before the patches.
@@ -62,10 +62,10 @@ class VPTLayer(AdapterLayer):
 class VPT(BlockSpec):
     """Prompts: learned tokens that the image's tokens attend to. They change the output from the start.
 
-    Source: Jia et al. 2022, VPT (arXiv 2203.12119). With ``deep`` the prompts leave at the end of each block, and
-    neither heads nor token merging see them. With ``shallow`` they stay; they count as prefix tokens, so that heads
-    that average the patches leave them out, and those of :class:`~dynadapter.exits.attentive.Attentive` read them.
-    For ViTs whose blocks attend among all tokens. Exit tokens work with ``shallow`` alone. It cannot be merged.
+    Source: Jia et al. 2022, VPT (arXiv 2203.12119). With ``deep`` the prompts are removed at the end of each block, so
+        heads and token merging do not see them. With ``shallow`` they stay and count as prefix tokens: heads that
+        average the patches leave them out, and the heads of :class:`~dynadapter.exits.attentive.Attentive` read them.
+        For ViTs whose blocks attend among all tokens. Exit tokens work only with ``shallow``. It cannot be merged.
 
     Args:
         prompts: Number of prompts.
@@ -87,11 +87,12 @@ class VPT(BlockSpec):
         super().__post_init__()
 
     def fits(self, layer: nn.Module) -> bool:
-        """Check whether the layer can be a block, or, for ``shallow``, whatever comes before the first one."""
+        """Check whether the layer can be a block, or for ``shallow`` the last layer before the first block."""
         return self.placement == "shallow" or super().fits(layer)
 
     def defaults(self, model: nn.Module, layers: Mapping[str, nn.Module]) -> list[str]:
-        """Return the names of all blocks, or of the last layer before the first one; none where prompts do not fit."""
+        """Return the names of all blocks, or of the last layer before the first block; empty if the model cannot have
+        prompts."""
         if not takes_prefix_tokens(model):
             return []
         return super().defaults(model, layers) if self.placement == "deep" else [n for n in layers if n == "norm_pre"]
@@ -100,7 +101,7 @@ class VPT(BlockSpec):
         """Build the wrapper of one layer.
 
         Raises:
-            ValueError: If that layer is no block, or the model takes no prompts.
+            ValueError: If that layer is not a block, or the model cannot have prompts.
         """
         width = self.width(model, name) if self.placement == "deep" else widths(model)[0]
         stem = next(layer for layer in model.modules() if isinstance(layer, nn.Conv2d))
