@@ -10,8 +10,7 @@ UNPRINTABLE = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\
 
 
 class PlainConsole(Console):
-    """A console that prints text unchanged: no markup, no emoji names, no terminal codes, no change of writing
-    direction."""
+    """A console that prints text unchanged: no markup, emoji names, terminal codes or change of writing direction."""
 
     def render_str(self, text: str, **options: Any) -> Text:
         """Return text as rich shows it."""

@@ -44,8 +44,7 @@ class DoRALayer(LoRALayer):
         return self._lengthened(project(x, matrix.weight.flatten(1)[rows], bias, False), x, rows, False)
 
     def _lengthened(self, y: Tensor, x: Tensor, rows: slice, channels_first: bool) -> Tensor:
-        """Adapt the base layer's outputs ``rows``; the result is exactly ``y`` while lengths and directions are
-        unchanged."""
+        """Adapt the base layer's outputs ``rows``; exactly ``y`` while lengths and directions are unchanged."""
         bias = matrices(self.base_layer)[0].bias
         factor = self.magnitude[rows] / self.lengths()[rows]
         plain = y if bias is None else y - by_channel(bias[rows], y, channels_first)

@@ -44,8 +44,7 @@ class FacTLayer(LowRankLayer):
         self._holder = [self]  # a list, so that the holder is no child of this layer
 
     def install(self, model: nn.Module, name: str) -> None:
-        """Replace the layer, and take over the shared factors from layers installed before, which are later in the
-        model."""
+        """Replace the layer, and take over the factors of layers installed before, which are later in the model."""
         super().install(model, name)
         for layer in adapter_layers(model).values():
             other: Any = layer

@@ -185,8 +185,7 @@ def _collapsed(name: str) -> str:
 
 
 def _depths(names: Iterable[str]) -> dict[str, float]:
-    """Return the relative depth of each layer's block, from 0 to 1, among the blocks whose names differ only in
-    numbers."""
+    """Return the relative depth (0 to 1) of each layer's block among blocks whose names differ only in numbers."""
     families: dict[str, set[tuple[int, ...]]] = {}
     for name in names:
         families.setdefault(_block(name), set()).add(_numbers(name))

@@ -57,8 +57,7 @@ class RepAdapterLayer(AdapterLayer):
         return project(self.adapted(u), matrix.weight.flatten(1)[start:stop], bias, False)
 
     def merged(self) -> nn.Module:
-        """Return the base layer with ``W M`` and ``b + W c``, where ``f(u) = M u + c``; for a kernel, pixel by
-        pixel."""
+        """Return the base layer with ``W M`` and ``b + W c``, where ``f(u) = M u + c``, for each pixel of a kernel."""
         matrix = matrices(self.base_layer)[0]
         weight, up = exact(matrix.weight).movedim(1, -1), exact(self.dense())  # (out, ..., width)
         bias = None

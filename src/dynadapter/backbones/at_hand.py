@@ -1,4 +1,4 @@
-"""Find out where the pretrained weights of a backbone are, and quickly whether they can be loaded from there."""
+"""Find where the pretrained weights of a backbone come from, and check quickly whether they can be loaded."""
 
 import threading
 from typing import NamedTuple
@@ -14,11 +14,11 @@ SECONDS = 5.0
 
 
 class Published(NamedTuple):
-    """Pretrained weights that somebody has published.
+    """Published pretrained weights.
 
     Args:
-        repo: Their repository on the Hugging Face Hub; None if they have none.
-        license: Its short name, such as ``apache-2.0``; None if it is not known.
+        repo: Repository on the Hugging Face Hub; None if there is none.
+        license: Short name of the license, such as ``apache-2.0``; None if it is not known.
     """
 
     repo: str | None
@@ -26,7 +26,7 @@ class Published(NamedTuple):
 
 
 def published(name: str) -> Published:
-    """Return where the pretrained weights of a backbone come from, by its name.
+    """Return the repository and license of the pretrained weights of a backbone.
 
     >>> published("vit_tiny_patch16_224.augreg_in21k")
     Published(repo='timm/vit_tiny_patch16_224.augreg_in21k', license='apache-2.0')

@@ -38,7 +38,7 @@ def _(model: Beit) -> list[tuple[nn.Module, ...]]:
 
 @arguments.register
 def _(model: Beit, unit: tuple[nn.Module, ...], x: Tensor) -> dict[str, Any]:
-    """Return the bias that all blocks share, where there is one."""
+    """Return the bias that all blocks share, if there is one."""
     return {} if model.rel_pos_bias is None else {"shared_rel_pos_bias": model.rel_pos_bias()}
 
 

@@ -1,4 +1,4 @@
-"""timm's ByobNet: CLIP's ResNets, RepVGG, MobileOne, GCResNet, RegNetZ, BotNet, HaloNet, LambdaResNet and their kin."""
+"""timm's ByobNet: CLIP's ResNets, RepVGG, MobileOne, GCResNet, RegNetZ, BotNet, HaloNet, LambdaResNet and others."""
 
 from timm.models import byobnet
 from timm.models.byobnet import ByobNet

@@ -1,4 +1,4 @@
-"""Which of timm's architectures and weight tags are accepted, by family, without building a model."""
+"""List timm's architectures and weight tags, by family, and which are accepted, without building a model."""
 
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ class Architecture(NamedTuple):
 
     Args:
         name: As in :func:`timm.list_models`.
-        family: The name of its class; empty if that is not known without building it, and then it is not accepted.
+        family: Name of the class; empty if it is not known without building the model, which is then not accepted.
         tags: The names of its pretrained weights, such as ``augreg_in21k``.
         accepted: Whether :func:`~dynadapter.backbones.create_backbone` takes it.
     """
@@ -40,9 +40,9 @@ def architectures() -> list[Architecture]:
 
 
 def model_class(name: str) -> type[nn.Module] | None:
-    """Return the class of an architecture: what timm's function is annotated to return.
+    """Return the class of an architecture, from the annotation of timm's function.
 
-    A few functions have no annotation. In the module of a known family they build that family.
+    A few functions have no annotation; in the module of a known family they build that family.
     """
     function = model_entrypoint(name)
     annotated = function.__annotations__.get("return")

@@ -36,8 +36,9 @@ def create_backbone(
 ) -> nn.Module:
     """Create a timm model as a backbone: frozen except for its classifier, and in evaluation mode.
 
-    An :class:`~dynadapter.exits.net.ExitNet` keeps it in evaluation mode. ``drop_path_rate`` works in training all the
-    same and is 0 unless given, for Swin too; other dropout rates of timm would have no effect and are refused.
+    An :class:`~dynadapter.exits.net.ExitNet` keeps it in evaluation mode. Stochastic depth (``drop_path_rate``) still
+    works in training; it is 0 unless given, also for Swin. Other dropout rates of timm would have no effect and are an
+    error.
 
     >>> backbone = create_backbone("vit_tiny_patch16_224", num_classes=10, img_size=32, patch_size=8, depth=2)
     >>> [name for name, parameter in backbone.named_parameters() if parameter.requires_grad]
@@ -48,9 +49,9 @@ def create_backbone(
             ``hf-hub:owner/name``, ``local-dir:folder``, or a packaged backbone (``micro``).
         num_classes: Classes of the model's own classifier.
         pretrained: Load the weights of this name: from timm's cache or the network, or from the package.
-        weights: A local weight file (:mod:`~dynadapter.backbones.weight_files`); it wins over ``pretrained``.
-        image_size: Height and width of the images in pixels, for families built for one size. ``img_size`` among
-            ``timm_args`` wins over it.
+        weights: A local weight file (:mod:`~dynadapter.backbones.weight_files`); it overrides ``pretrained``.
+        image_size: Height and width of the images in pixels, for families built for one size. ``img_size`` in
+            ``timm_args`` overrides it.
         seed: Random seed of the new classifier, and of every tensor if there are no weights. The global random state is
             neither used nor changed.
         timm_args: Further arguments of timm's model, such as ``patch_size``, ``global_pool`` or ``in_chans``.
@@ -102,7 +103,7 @@ def _check_arguments(num_classes: int, timm_args: dict[str, Any]) -> None:
 
 
 def _require_finite(model: nn.Module, name: str) -> None:
-    """Raise a ValueError if weights hold NaN or infinity: every prediction would."""
+    """Raise a ValueError if weights hold NaN or infinity, because every prediction would be NaN."""
     if broken := [key for key, tensor in model.named_parameters() if not tensor.isfinite().all()]:
         raise ValueError(
             f"{len(broken)} weights of {name!r} hold NaN or infinity, {broken[0]} among them; give other weights"
@@ -138,7 +139,7 @@ def fingerprint(model: nn.Module) -> str:
     """Return a hash of the frozen tensors, to check whether a file belongs to this backbone.
 
     It covers name, shape, type and bytes of every tensor of the state dict except the classifier's. Device, memory
-    layout and order play no part. Adapters change names, so call it before injection.
+    layout and order do not change it. Adapters change names, so call it before injection.
 
     Returns:
         The SHA-256 as 64 hexadecimal digits.
@@ -179,7 +180,7 @@ def _check_name(name: str) -> None:
 def _build(
     name: str, num_classes: int, seed: int, timm_args: dict[str, Any], pretrained: bool = False, device: str = "cpu"
 ) -> nn.Module:
-    """Build the model with timm from a seed, on a device whatever the default is; ``meta`` takes no memory."""
+    """Build the model with timm from a seed, on the given device; ``meta`` takes no memory."""
     if device == "meta":
         timm_args = {key: value for key, value in timm_args.items() if key != "checkpoint_path"}
     try:

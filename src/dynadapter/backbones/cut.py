@@ -1,12 +1,12 @@
 """The functions that cut a timm model into blocks, dispatched on its family by ``functools.singledispatch``.
 
 A backbone is a plain timm model. These functions cut its forward pass into ``embed``, a list of ``blocks``, ``finish``
-and ``classify``, so that a network can stop, read or route between any two blocks. Nothing is copied or stored: the
-modules of the model run, adapters included. ``finish`` of all blocks of ``embed`` is bit-equal to timm's
-``forward_features``, and ``classify`` of that to the model's own output.
+and ``classify``, so that a network can stop, read or route between any two blocks. Nothing is copied: the modules of
+the model run, with their adapters. ``finish`` of all blocks of ``embed`` is bit-equal to timm's ``forward_features``,
+and ``classify`` of that to the model's own output.
 
-The functions dispatch on the model's class. A new family, of this package or of any other, registers those in
-``REQUIRED``, and of those in ``OPTIONAL`` the ones whose defaults do not fit.
+The functions dispatch on the model's class. A new family, in this package or another one, registers all functions in
+``REQUIRED``, and those in ``OPTIONAL`` whose defaults do not fit.
 """
 
 import math
@@ -94,7 +94,7 @@ def prefix_tokens(model: nn.Module) -> int:
 
 @singledispatch
 def arguments(model: nn.Module, unit: tuple[nn.Module, ...], x: Tensor) -> dict[str, Any]:
-    """Return what the modules of one of :func:`blocks`' units take beside ``x``, such as rotary embeddings."""
+    """Return the further arguments of the modules of a block, after ``x``, such as rotary embeddings."""
     return {}
 
 
@@ -112,7 +112,8 @@ def pools_mean(model: nn.Module) -> bool:
 
 @singledispatch
 def add_prefix_tokens(model: nn.Module, block: nn.Module | None, count: int) -> None:
-    """Prepare for more tokens between the prefix tokens and the patches: in one block, or in front of all blocks.
+    """Prepare the model for more tokens between the prefix tokens and the patches: in one block, or from the first
+    block on.
 
     A family registers it if its blocks attend among all tokens, whatever their number.
 
@@ -166,18 +167,18 @@ def built_for(model: nn.Module) -> int | None:
 
 @singledispatch
 def size_step(model: nn.Module) -> int:
-    """Return what the height that a model is built for must be a multiple of: its patch size."""
+    """Return the patch size: the height that a model is built for must be a multiple of it."""
     patch: Any = model.patch_embed
     return int(patch.patch_size[0])
 
 
 def fixed_size(model: nn.Module) -> int | None:
-    """Return the height and width in pixels that images must have, or None where the model takes several."""
+    """Return the height and width in pixels that images must have, or None if the model takes several sizes."""
     return built_for(model) if getattr(getattr(model, "patch_embed", None), "strict_img_size", True) else None
 
 
 def in_chans(model: nn.Module) -> int | None:
-    """Return the channels of the images that the model takes; None if nothing tells."""
+    """Return the channels of the images that the model takes; None if unknown."""
     stem = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
     return getattr(model, "in_chans", None) if stem is None else stem.in_channels  # NaFlexVit's stem is a linear layer
 
@@ -194,8 +195,8 @@ def classify(model: nn.Module, features: Tensor, logs: Tensor | None = None) -> 
     Args:
         model: A timm model of a known family.
         features: The result of :func:`finish`.
-        logs: (batch, tokens), the logarithms of the numbers of tokens that each token stands for, after token merging;
-            pooling counts a token so many times. None counts each token once.
+        logs: (batch, tokens), after token merging the logarithm of the number of tokens that each token stands for;
+            pooling weighs a token by this number. None counts each token once.
     """
     return model.forward_head(features)  # type: ignore[operator]
 
@@ -256,7 +257,7 @@ def _square(patches: int) -> tuple[int, int]:
     """Return rows and columns of the patches of a square image.
 
     Raises:
-        ValueError: The patches are no square.
+        ValueError: The patches do not form a square.
     """
     side = math.isqrt(patches)
     if side * side != patches:
@@ -284,7 +285,7 @@ REQUIRED: tuple[Any, ...] = (embed, blocks, finish, tokens, widths)
 
 
 def _register_once(question: Any) -> None:
-    """Let no second module register a question for the same class; a notebook's cell may run twice."""
+    """Refuse a second module that registers a function for the same class; a cell of a notebook may run twice."""
     plain = question.register
 
     def register(family: Any, function: Any = None) -> Any:
@@ -330,10 +331,10 @@ def _is_default(question: Any, model: nn.Module) -> bool:
 
 
 def check_family(model: nn.Module) -> None:
-    """Check that a family is whole: it registers what it must, and its answers fit each other.
+    """Check that a family registers all required functions, and that their results are consistent.
 
     Raises:
-        TypeError: If no cut is known for the model's class, or a block is no tuple of modules.
+        TypeError: If no cut is known for the model's class, or a block is not a tuple of modules.
         ValueError: If there is not one width for each block.
     """
     if any(_is_default(question, model) for question in REQUIRED):
@@ -363,7 +364,7 @@ def _unknown(model: nn.Module, why: str = "") -> NoReturn:
 
 
 def _classifier_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the classifier's layers by name, identities included."""
+    """Return the classifier's layers by name, including identities."""
     layers: Any = model.get_classifier() if hasattr(model, "get_classifier") else classifier(model)  # type: ignore[operator]
     wanted = set(layers) if isinstance(layers, tuple | list) else {layers}
     return {name: module for name, module in model.named_modules() if module in wanted}

@@ -18,7 +18,7 @@ from dynadapter.backbones.cut import blocks, widths
 
 
 def cut_depth(model: nn.Module, depth: int) -> None:
-    """Remove all blocks of a model after the first ``depth``; its norm and head follow the last one that is left.
+    """Remove all blocks of a model after the first ``depth``; its norm and head follow the last remaining block.
 
     Args:
         model: A timm model of a known family, with its weights loaded and without adapters.
@@ -46,7 +46,7 @@ def cut_depth(model: nn.Module, depth: int) -> None:
 
 @singledispatch
 def remove_last_blocks(model: nn.Module, count: int) -> None:
-    """Remove a model's last blocks, which are fewer than those of its last stage; a family registers its own.
+    """Remove a model's last ``count`` blocks; each family registers its own function.
 
     Raises:
         TypeError: The model's class is unknown.

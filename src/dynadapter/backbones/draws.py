@@ -1,4 +1,4 @@
-"""Random numbers of new tensors from a generator of their own; the global random state is neither used nor changed."""
+"""Draw the random numbers of new tensors from a separate generator; the global random state is not used or changed."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,7 +17,7 @@ class DrawFrom(TorchDispatchMode):
     """Inside this context, draw random tensors on the CPU from a new generator, in this thread alone.
 
     The values equal those that follow ``torch.manual_seed(seed)``. Other threads, which may build networks or draw
-    random numbers at the same time, do not notice. (``torch.random.fork_rng`` would set the state of all threads.)
+    random numbers at the same time, are not affected. (``torch.random.fork_rng`` would set the state of all threads.)
 
     >>> with DrawFrom(0):
     ...     first = torch.rand(2)
@@ -37,8 +37,8 @@ class DrawFrom(TorchDispatchMode):
     ) -> Any:
         """Run an operator, with the generator if it draws random numbers.
 
-        On the meta device there are no values: what would only change them is left out, which halves the time that a
-        network takes to build there.
+        On the meta device there are no values: operators that only change values are skipped, which halves the time to
+        build a network there.
         """
         if VALUES.intersection(func.tags) and func._schema.name.endswith("_") and args[0].device.type == "meta":
             return args[0]

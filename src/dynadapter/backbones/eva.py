@@ -40,7 +40,7 @@ def _(model: Eva) -> list[tuple[nn.Module, ...]]:
 
 @arguments.register
 def _(model: Eva, unit: tuple[nn.Module, ...], x: Tensor) -> dict[str, Any]:
-    """Return the rotary embedding of the block, which depends on the grid of patches alone."""
+    """Return the rotary embedding of the block, which depends only on the grid of patches."""
     rope: Any = model.rope
     if rope is None:
         return {}

@@ -1,4 +1,4 @@
-"""A frozen backbone: which of its tensors are trained, and which of its modules follow the training mode."""
+"""Freeze a backbone, and set which of its modules follow the training mode."""
 
 from collections.abc import Iterator
 from itertools import chain
@@ -10,7 +10,7 @@ from dynadapter.backbones.cut import classifier
 
 
 def freeze(model: nn.Module) -> None:
-    """Freeze all parameters except the classifier's and those of adapters; these stay as they are.
+    """Freeze all parameters except those of the classifier and the adapters, which are not changed.
 
     Args:
         model: A timm model, with or without adapters. A module with a child ``base_layer`` counts as an adapter around
@@ -29,7 +29,7 @@ def freeze(model: nn.Module) -> None:
 def set_mode(model: nn.Module, training: bool) -> None:
     """Set classifier, adapters and stochastic depth to training or evaluation mode, and the rest to evaluation mode.
 
-    So batch statistics do not move, and the backbone's own dropout is off.
+    Batch statistics then do not change, and the backbone's own dropout is off.
     """
     model.eval()
     for wrapper in _wrappers(model):
@@ -40,7 +40,7 @@ def set_mode(model: nn.Module, training: bool) -> None:
 
 
 def remove_stochastic_depth(model: nn.Module) -> None:
-    """Replace stochastic depth by identities, as timm does at rate 0; its Swin has 0.1 unless told otherwise."""
+    """Replace stochastic depth by identities, as timm does at rate 0; the default of timm's Swin is 0.1."""
     for name in [name for name, part in model.named_modules() if isinstance(part, DropPath)]:
         model.set_submodule(name, nn.Identity())
 

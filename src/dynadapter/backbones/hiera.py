@@ -39,7 +39,7 @@ def _(model: Hiera, x: Tensor) -> Tensor:
 
 @tokens.register
 def _(model: Hiera, x: Tensor) -> Tensor:
-    """Return the tokens row by row; their number tells the stage, and so their order."""
+    """Return the tokens row by row; the number of tokens determines the stage and thereby their order."""
     count = int(x.shape[1])
     block = next(k for k, (_, size) in model.reroll.schedule.items() if math.prod(size) == count)
     return model.reroll(x, block).flatten(1, 2)
@@ -71,7 +71,7 @@ def _(model: Hiera, state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def write_out_attention(model: nn.Module) -> None:
-    """Make Hiera's attention in mask units compute its products one by one; ONNX knows it with four axes, not five."""
+    """Make Hiera's attention compute its products one by one: the operator of ONNX has four axes, not five."""
     for part in model.modules():
         if isinstance(part, MaskUnitAttention):
             part.fused_attn = False  # type: ignore[misc]  # final for TorchScript alone

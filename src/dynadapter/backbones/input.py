@@ -1,4 +1,4 @@
-"""Which images a backbone takes: its own preprocessing, and another size."""
+"""The images that a backbone takes: its own preprocessing, and another image size."""
 
 from typing import Any
 
@@ -11,16 +11,16 @@ from dynadapter.backbones.packaged import find
 
 
 def own_preprocessing(model: nn.Module, name: str, image_size: int | None = None) -> dict[str, Any]:
-    """Return the preprocessing of a backbone's pre-training, as timm's ``pretrained_cfg`` or the package names it.
+    """Return the preprocessing of a backbone's pre-training, from timm's ``pretrained_cfg`` or the package.
 
     Args:
         model: The backbone.
         name: Its name.
-        image_size: Pixels that were asked for; None for the backbone's own.
+        image_size: The wanted size in pixels; None for the backbone's own.
 
     Returns:
         ``image_size``, ``interpolation`` and ``normalization`` as :class:`~dynadapter.images.preprocess.Preprocess`
-        takes them. A size without a fixed position embedding is timm's.
+        takes them. Without a fixed position embedding the size is the one that timm names.
     """
     config = getattr(model, "pretrained_cfg", None) or {}
     packaged = find(name)
@@ -37,7 +37,7 @@ def own_preprocessing(model: nn.Module, name: str, image_size: int | None = None
 
 
 def set_image_size(model: nn.Module, image_size: int) -> None:
-    """Make a ViT take images of another size; its position embedding is resampled, always from the one that it had.
+    """Make a ViT take images of another size; the position embedding is always resampled from the original one.
 
     Raises:
         ValueError: The family cannot change its size, or the patches do not cover the image.

@@ -36,7 +36,7 @@ def _(model: NaFlexVit) -> list[tuple[nn.Module, ...]]:
 
 @arguments.register
 def _(model: NaFlexVit, unit: tuple[nn.Module, ...], x: Tensor) -> dict[str, Any]:
-    """Return the rotary embedding of the block, where there is one."""
+    """Return the rotary embedding of the block, if there is one."""
     rope: Any = model.rope
     if rope is None:
         return {}

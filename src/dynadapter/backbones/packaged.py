@@ -32,7 +32,7 @@ class Packaged:
     def settings(self, given: Mapping[str, Any], image_size: int | None) -> dict[str, Any]:
         """Return the arguments for timm: the backbone's own, overridden by those given.
 
-        With an ``image_size`` the backbone's own ``img_size`` is left out.
+        If ``image_size`` is given, the backbone's own ``img_size`` is left out.
         """
         own = {key: value for key, value in self.timm_args.items() if key != "img_size" or image_size is None}
         return own | dict(given)

@@ -35,7 +35,7 @@ def _(model: Qwen3VitClassifier) -> list[tuple[nn.Module, ...]]:
 
 @arguments.register
 def _(model: Qwen3VitClassifier, unit: tuple[nn.Module, ...], x: Tensor) -> dict[str, Any]:
-    """Return the rotary embedding, which depends on the grid of patches alone."""
+    """Return the rotary embedding, which depends only on the grid of patches."""
     return {"rope": model.encoder.rope.get_embed(shape=list(_square(x.shape[1])))}
 
 

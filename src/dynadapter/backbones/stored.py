@@ -1,8 +1,8 @@
 """Check the name and the arguments of a backbone that a file names, before timm sees them.
 
 timm loads weights from ``local-dir:`` and ``hf-hub:`` names, from ``checkpoint_path`` and from ``pretrained_cfg``: a
-file could make it read any file or request any address. A checkpoint, a bundle or a run folder may therefore name
-timm's own architectures alone, and arguments of the tables below with plain values of limited size.
+file could make it read any file or request any address. A checkpoint, a bundle or a run folder may therefore only name
+timm's own architectures, and the arguments in the tables below with plain values of limited size.
 """
 
 import re
@@ -87,22 +87,22 @@ TRUSTED = "if you trust it, name it in Python, on the command line or in a confi
 
 
 def check_name(name: object) -> None:
-    """Refuse a name that timm would resolve elsewhere than in its own list of models.
+    """Refuse a name that timm would not look up in its own list of models.
 
     :func:`~dynadapter.backbones.create_backbone` then takes a name from that list, or of a packaged backbone.
 
     Raises:
-        ValueError: In one line.
+        ValueError: The name has a prefix such as ``hf-hub:`` or ``local-dir:``, or another form.
     """
     if not isinstance(name, str) or not NAME.fullmatch(name):
         raise ValueError(f"the file names the backbone {name!r:.100}, which is none of timm.list_models(); {TRUSTED}")
 
 
 def check_arguments(arguments: object) -> None:
-    """Refuse arguments of a backbone outside the tables of this module.
+    """Refuse arguments of a backbone that are not in the tables of this module.
 
     Raises:
-        ValueError: In one line.
+        ValueError: An argument or its value is not allowed.
     """
     if arguments is None:
         return

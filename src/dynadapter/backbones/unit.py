@@ -9,15 +9,15 @@ from dynadapter.backbones.vit_block import run
 
 
 def run_unit(model: nn.Module, unit: tuple[nn.Module, ...], x: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Apply one of :func:`blocks`' units.
+    """Apply one block of :func:`blocks`.
 
     After ``model.set_grad_checkpointing()`` a forward pass with gradients keeps only the unit's input, and the backward
     pass computes the unit again: less memory for more time.
 
     Args:
         model: The timm model.
-        unit: The modules of one block.
-        x: Their input, not changed.
+        unit: The modules of the block, in order.
+        x: The block's input, not changed.
         bias: See :func:`run`.
     """
     if torch.is_grad_enabled() and checkpointing(model):

@@ -1,4 +1,4 @@
-"""Vision Transformers: timm's VisionTransformer, with the names of DeiT, DINOv2, MAE, CLIP and SigLIP."""
+"""Vision Transformers: timm's VisionTransformer, which includes DeiT, DINOv2, MAE, CLIP and SigLIP."""
 
 from timm.models import vision_transformer
 from timm.models.vision_transformer import VisionTransformer

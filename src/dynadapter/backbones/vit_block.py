@@ -1,7 +1,8 @@
 """Faster evaluation of timm's plain ViT block: our own code, with the same results bit for bit.
 
-``run`` applies a whole block in fewer steps. ``class_row`` and ``other_rows`` compute the class token's row before the
-others, for an early head that reads nothing else. ``run_beside`` also runs exit tokens, which read the block's tokens.
+``run`` applies a whole block in fewer steps. ``class_row`` computes the row of the class token and ``other_rows`` the
+rest of the block, for an early head that reads only the class token. ``run_beside`` also runs exit tokens, which attend
+to the block's tokens.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,8 +22,8 @@ _TOKEN_WISE = (timm.layers.Mlp, timm.layers.GluMlp, timm.layers.SwiGLU)
 def splits(model: nn.Module, unit: tuple[nn.Module, ...]) -> bool:
     """Check whether :func:`class_row` and :func:`other_rows` can replace a block.
 
-    They can if everything except attention works token by token: in timm's plain pre-norm ViT block, with or without
-    adapters on its qkv, output projection, MLP or output. A hook on the block itself is then not called.
+    This is possible if everything except attention works token by token: in timm's plain pre-norm ViT block, with or
+    without adapters on its qkv, output projection, MLP or output. A hook on the block itself is then not called.
     """
     block = _own(unit[-1])
     if type(block) is not vision_transformer.Block or len(unit) > 1 or not isinstance(model, VisionTransformer):
@@ -49,7 +50,7 @@ def takes_exit_tokens(model: nn.Module, unit: tuple[nn.Module, ...]) -> bool:
 
 
 def _own(block: Any) -> Any:
-    """Return the block inside an adapter that changes its output token by token, as its method ``after`` does."""
+    """Return the block inside an adapter with a method ``after``, which adapts the block's output token by token."""
     return block.base_layer if hasattr(block, "after") else block
 
 
@@ -59,7 +60,7 @@ def _after(block: Any, y: Tensor) -> Tensor:
 
 
 def run(module: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Apply a module of a block's unit, with the module's own result bit for bit.
+    """Apply one module of a block; the result is bit-equal to the module's own.
 
     Without gradients timm's plain ViT block runs in fewer steps: identities are not called, plain layers become
     functions of their tensors, and intermediate tensors are overwritten. On a CPU this saves up to a tenth of a block's
@@ -99,8 +100,8 @@ def _mask(bias: Tensor, queries: int) -> Tensor:
 def class_row(block: Any, x: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Compute a block's output for the class token only.
 
-    It needs the keys and values of all tokens, but query, output projection and MLP of the first row only: little more
-    than a sixth of a block's multiply-adds.
+    It needs the keys and values of all tokens, but query, output projection and MLP only of the first row: little more
+    than a sixth of a block's MACs.
 
     Args:
         block: A block for which :func:`splits` holds.
@@ -150,11 +151,11 @@ def run_beside(
     to_hidden: Callable[[Tensor], Tensor],
     bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Apply a block to its tokens and to exit tokens, which attend to the others; no token sees an exit token.
+    """Apply a block to its tokens and to exit tokens. Exit tokens attend to the tokens; no token attends to an exit
+    token.
 
     Exit tokens pass the block's own layers with their adapters, except for adapters around the MLP or the block. Their
-    gradients end there: they reach neither the adapters nor the other tokens, so both train as if there were no exit
-    tokens.
+    gradients do not reach the adapters or the other tokens, which therefore train as if there were no exit tokens.
 
     Args:
         block: A block for which :func:`takes_exit_tokens` holds.
@@ -232,7 +233,7 @@ def _after_attention(block: Any, x: Tensor, mixed: Tensor) -> Tensor:
 
 
 def _rest(block: Any, x: Tensor, mixed: Tensor) -> Tensor:
-    """Compute the same with intermediate tensors overwritten."""
+    """Compute the same, overwriting intermediate tensors."""
     parts = block._modules
     inner = parts["attn"]._modules
     x = _added(_called(parts["ls1"], _direct(inner["proj"], _called(inner["norm"], mixed))), x)
@@ -283,6 +284,6 @@ def _reuses() -> bool:
 
 
 def _changed(module: nn.Module) -> bool:
-    """Check whether a module's call was changed by hooks, compilation or a replaced forward."""
+    """Check whether hooks, compilation or a replaced forward change a call of the module."""
     hooked = module._forward_hooks or module._forward_pre_hooks
     return bool(hooked) or module._compiled_call_impl is not None or "forward" in module.__dict__

@@ -1,4 +1,4 @@
-"""Local weight files: read without running code, adapted by timm's own filters, and checked tensor by tensor."""
+"""Load local weight files: read them without running code, adapt them by timm's own filters, and check every tensor."""
 
 import pickle
 import re
@@ -18,7 +18,7 @@ _WHAT_FITS = "give the timm name and arguments that the file was made with"
 def load_weights(model: nn.Module, name: str, path: Path) -> None:
     """Load a local weight file into the model.
 
-    Every tensor except the classifier's must be in the file, and no other. timm's own functions adapt names, patch
+    The file must have every tensor except the classifier's, and no others. timm's own functions adapt names, patch
     size, position embedding, windows and input channels. A classifier with another number of classes is left out.
 
     Args:
@@ -27,7 +27,7 @@ def load_weights(model: nn.Module, name: str, path: Path) -> None:
         path: ``.safetensors``, ``.pth``, ``.pt``, ``.bin`` (tensors only, no code), or Google's ``.npz`` for ViT.
 
     Raises:
-        ValueError: If the file is missing, damaged, needs code to load, or does not fit.
+        ValueError: If the file is missing or damaged, needs code to load, or does not fit.
     """
     if not path.is_file():
         raise ValueError(f"weights={str(path)!r} is not a file; give an existing .safetensors, .pth, .pt, .bin or .npz")
@@ -70,7 +70,7 @@ def _fit_input(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _fit_classifier(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Put the model's own classifier where the file has none, or one of another class count."""
+    """Use the model's own classifier if the file has none, or has another number of classes."""
     own = model.state_dict()
     for layer in _classifier_layers(model):
         weight = state.get(f"{layer}.weight")
@@ -81,7 +81,7 @@ def _fit_classifier(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Ten
 
 
 def _check_fit(model: nn.Module, name: str, path: Path, state: dict[str, Tensor]) -> None:
-    """Raise one line that counts and names what does not fit."""
+    """Raise a ValueError that counts and names the tensors that do not fit."""
     own = model.state_dict()
     faults = {
         "missing": [key for key in own if key not in state],
@@ -102,7 +102,7 @@ def _check_fit(model: nn.Module, name: str, path: Path, state: dict[str, Tensor]
 
 
 def _load_npz(model: nn.Module, name: str, path: Path) -> None:
-    """Load Google's JAX layout by timm's own function, which only ViT has."""
+    """Load Google's JAX layout by timm's own function, which exists only for ViT."""
     load: Any = getattr(model, "load_pretrained", None)
     if load is None:
         raise ValueError(
@@ -131,6 +131,6 @@ def _npz_depth(path: Path) -> int:
 
 
 def one_line(error: Exception) -> str:
-    """The kind of an error and the first sentence of its message."""
+    """Return the type of an error and the first sentence of its message."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0].split('. ')[0]}" if lines else type(error).__name__

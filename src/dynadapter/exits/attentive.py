@@ -9,15 +9,15 @@ from dynadapter.exits.heads import Heads, linear
 
 
 class AttentiveHead(nn.Module):
-    """LayerNorm, attention of learned queries over all tokens, then a linear layer over what they read.
+    """LayerNorm, attention of learned queries over all tokens, then a linear layer over the results.
 
     This is attention with learned queries. Its key projection is part of the queries, because a learned query times a
     learned projection is one learned vector. Its value projection is part of the linear layer, because both are linear.
-    So no projection runs for each token.
+    So there is no projection of each token.
 
     Args:
         width: Channels of a token.
-        num_classes: Classes to tell apart.
+        num_classes: Number of classes.
         queries: Number of queries.
         class_token: Whether the linear layer also reads the first token.
 
@@ -40,7 +40,8 @@ class AttentiveHead(nn.Module):
 
         Args:
             tokens: (batch, tokens, width).
-            logs: (batch, tokens), the logarithms of the numbers of tokens that each stands for; None for one each.
+            logs: (batch, tokens), after token merging the logarithm of the number of tokens that each token stands for;
+                None counts each token once.
         """
         x = self.norm(tokens)
         scores = x @ self.queries.T  # (batch, tokens, queries)
@@ -56,11 +57,11 @@ class AttentiveHead(nn.Module):
 class Attentive(Heads):
     """Heads with learned queries over all tokens at every early exit.
 
-    Shallow class tokens know little of the label; the patch tokens do. The pooling is that of the attention pooling of
-    CaiT and CoCa, with the projections moved off the tokens.
+    In shallow layers the class token holds little information about the label, and the patch tokens hold more. The
+    pooling is the attention pooling of CaiT and CoCa, without projections of the tokens.
 
     Args:
-        queries: Learned queries of a head, at least 1.
+        queries: Number of learned queries of a head, at least 1.
     """
 
     queries: int = 6

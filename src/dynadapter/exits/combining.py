@@ -1,4 +1,4 @@
-"""Combine the exits that a sample has passed: its prediction, and the scores of the exit policy, read all of them."""
+"""Combine the exits that a sample has passed, for its prediction and for the scores of the exit policy."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -16,9 +16,9 @@ Combine = Literal["own", "mean", "geometric"]
 
 @dataclass(frozen=True)
 class Combined(Policy):
-    """Apply another policy to a combination of the newest exit with the exits before it; predict by it, too.
+    """Combine the newest exit with the exits before it; another policy and the prediction use the combination.
 
-    The heads have run anyway, so it costs nothing. An exit with non-finite logits counts for nothing.
+    The heads have run anyway, so it adds no cost. An exit with non-finite logits is left out.
 
     >>> policy = Combined(Confidence(0.8), by="mean")
     >>> policy.name
@@ -28,7 +28,7 @@ class Combined(Policy):
     tensor([0.8808, 0.5749])
 
     Args:
-        policy: The other policy. Temperatures apply before: ``Scaled(Combined(...), temperatures)``.
+        policy: The other policy. Temperatures are applied first: ``Scaled(Combined(...), temperatures)``.
         by: ``mean``, the running mean of the probabilities; or ``geometric``, their geometric mean weighted by depth:
             exit k has weight k.
 
@@ -75,7 +75,7 @@ class Combined(Policy):
 
 
 def predicting(by: Combine, temperatures: Sequence[float] | None = None) -> Policy:
-    """Return a policy without early exits whose predictions are of this kind; see :func:`with_decision`.
+    """Return a policy without early exits that combines exits in this way; see :func:`with_decision`.
 
     >>> with_decision(predicting("mean", (2.0, 1.0)), Confidence(0.8)).name
     'confidence_0.8_mean_scaled'
@@ -85,20 +85,20 @@ def predicting(by: Combine, temperatures: Sequence[float] | None = None) -> Poli
 
 
 def with_decision(policy: Policy, decision: Policy) -> Policy:
-    """Return a policy with another decision; temperatures and combination stay."""
+    """Return a policy with another inner policy and the same temperatures and combination."""
     if isinstance(policy, Scaled | Combined):
         return replace(policy, policy=with_decision(policy.policy, decision))
     return decision
 
 
 def with_threshold(policy: Policy, threshold: float | tuple[float, ...]) -> Policy:
-    """Return the same policy with another threshold; temperatures and combination stay.
+    """Return the same policy with another threshold.
 
     >>> with_threshold(Combined(Confidence(0.8), by="mean"), 0.5).name
     'confidence_0.5_mean'
 
     Raises:
-        ValueError: The policy has no threshold, or the value is none.
+        ValueError: The policy has no threshold, or the value is not valid.
     """
     before = decision(policy)
     if not isinstance(before, Thresholded):

@@ -1,11 +1,11 @@
-"""Exit depths: after how many blocks of a backbone the exits stand."""
+"""Exit depths: after how many blocks of a backbone the exits are."""
 
 from collections.abc import Sequence
 from itertools import pairwise
 
 
 def exit_blocks(depth: int, every: int = 3, exit_depths: Sequence[int] | None = None) -> tuple[int, ...]:
-    """Return the exit depths: after how many blocks each exit stands.
+    """Return the exit depths: after how many blocks each exit is.
 
     The last exit is always the end of the backbone, so an interval that does not divide the depth gives a shorter last
     stage.
@@ -20,8 +20,8 @@ def exit_blocks(depth: int, every: int = 3, exit_depths: Sequence[int] | None = 
     Args:
         depth: Blocks of the backbone.
         every: Interval in blocks, from 1 to ``depth``; ``depth`` gives the static network.
-        exit_depths: Strictly rising block counts instead of the interval; ``depth`` is added if it is missing, and an
-            empty list gives the static network.
+        exit_depths: Strictly increasing block counts instead of the interval; ``depth`` is added if it is missing, and
+            an empty list gives the static network.
 
     Raises:
         ValueError: If the interval or the list does not fit the depth.

@@ -1,4 +1,4 @@
-"""Exit tokens: learned tokens that pass the frozen blocks beside the others, for early heads that disturb nothing."""
+"""Exit tokens: learned tokens for the early heads that pass the frozen blocks and do not influence the other tokens."""
 
 import math
 from dataclasses import dataclass
@@ -55,17 +55,17 @@ class Updates(nn.Module):
 
 
 class Beside(nn.Module):
-    """The exit tokens of a network, and their updates in each block that they pass.
+    """The exit tokens of a network and their low-rank updates in each block that they pass.
 
     Args:
         backbone: A timm ViT with plain blocks.
-        blocks: Number of blocks that they pass: those before the last early exit.
+        blocks: Number of blocks that they pass: all blocks before the last early exit.
         count: Number of exit tokens.
         rank: Rank of the updates.
         scale: Factor of the updates.
 
     Raises:
-        ValueError: If a block cannot be run with tokens beside it.
+        ValueError: If a block cannot run with exit tokens.
     """
 
     def __init__(self, backbone: nn.Module, blocks: int, count: int, rank: int, scale: float) -> None:
@@ -88,7 +88,7 @@ class Beside(nn.Module):
     def append(self, x: Tensor) -> Tensor:
         """Append the exit tokens to the first block's input (batch, tokens, width).
 
-        They start as copies of the first token, the class token where there is one, plus a learned vector each.
+        Each starts as a copy of the first token (the class token if there is one) plus a learned vector.
         """
         return torch.cat([x, x[:, :1].detach() + self.first.to(x.dtype)], 1)
 
@@ -106,7 +106,7 @@ class ExitTokenHead(nn.Module):
 
     Args:
         width: Channels of a token.
-        num_classes: Classes to tell apart.
+        num_classes: Number of classes.
         count: Number of exit tokens.
 
     Attributes:
@@ -133,17 +133,17 @@ class ExitTokenHead(nn.Module):
 
 @dataclass(frozen=True)
 class ExitTokens(Heads):
-    """Early heads with tokens of their own, which pass the blocks beside the backbone's tokens (ours).
+    """Early heads with their own tokens, which pass the blocks together with the backbone's tokens (ours).
 
-    Exit tokens attend to the backbone's tokens, and no token sees them. They pass the frozen blocks with low-rank
-    updates of their own. The early losses train exit tokens, updates and early heads, and nothing else: the adapters
-    and the last exit train as in the static network. For ViTs with timm's plain blocks.
+    Exit tokens attend to the backbone's tokens, and no token attends to them. They pass the frozen blocks with their
+    own low-rank updates. The early losses train only exit tokens, updates and early heads: the adapters and the last
+    exit train as in the static network. For ViTs with timm's plain blocks.
 
-    Related: exit-specific adapters (MET, arXiv 2409.13999), latent tokens that classify early in a branch of their own
-    (Dyn-Perceiver, arXiv 2306.11248), and prompts (VPT, arXiv 2203.12119).
+    Related: exit-specific adapters (MET, arXiv 2409.13999), latent tokens that classify early in a separate branch
+        (Dyn-Perceiver, arXiv 2306.11248), and prompts (VPT, arXiv 2203.12119).
 
     Args:
-        count: Exit tokens, from 1 to 64; each adds to a block's cost what one more token does.
+        count: Number of exit tokens, from 1 to 64; each costs as much as one more token.
         rank: Rank of the updates of their queries and of the MLPs' hidden channels.
         scale: Factor of the updates, above 0.
     """

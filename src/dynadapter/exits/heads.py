@@ -1,6 +1,6 @@
 """Early heads, which compute logits from the tokens between two stages of a backbone.
 
-Those that learn where to look are in :mod:`dynadapter.exits.attentive`.
+Heads with learned queries are in :mod:`dynadapter.exits.attentive`.
 """
 
 from abc import abstractmethod
@@ -19,7 +19,7 @@ class ExitHead(nn.Module):
 
     Args:
         width: Channels of a token.
-        num_classes: Classes to tell apart.
+        num_classes: Number of classes.
         hidden: Width of the MLP's hidden layer; ``None`` for a single linear layer.
         prefix_tokens: Tokens before the patch tokens (class token, registers); mean pooling leaves them out.
         reads_class_token: Whether the head reads the first token instead of the mean.
@@ -66,7 +66,7 @@ def build_head(heads: "Heads", **place: Any) -> nn.Module:
     """Build the head of one early exit, with the arguments of :meth:`Heads.build`.
 
     Raises:
-        TypeError: If that is no configuration of heads, or it builds something else than a module.
+        TypeError: If it is not a configuration of heads, or builds something else than a module.
     """
     if not isinstance(heads, Heads):
         raise TypeError(f"heads={heads!r:.100} is no configuration of heads; give an object such as Balanced()")
@@ -95,7 +95,7 @@ class Heads(Spec):
     """Configuration of the early heads; the last exit is the backbone's own head."""
 
     def beside(self, backbone: nn.Module, blocks: int) -> nn.Module | None:
-        """Build the exit tokens that the heads read beside the backbone's tokens; None for heads without any.
+        """Build the exit tokens that the heads read; None for heads without exit tokens.
 
         Args:
             backbone: The backbone.
@@ -112,8 +112,9 @@ class Heads(Spec):
     ) -> nn.Module:
         """Build the head of one early exit: a module from tokens (batch, tokens, width) to logits (batch, classes).
 
-        With token merging it is called with the second argument of :meth:`ExitHead.forward`, too. A true attribute
-        ``reads_class_token`` says that it reads the first token alone, which lets an image stop before the block ends.
+        With token merging the head also receives the second argument of :meth:`ExitHead.forward`. An attribute
+        ``reads_class_token`` that is true means that the head reads only the first token; an image can then stop before
+        the block is complete.
 
         Args:
             exit: Exit index, from 0 to ``exits - 2``.
@@ -130,7 +131,7 @@ class Heads(Spec):
 
 @dataclass(frozen=True)
 class PooledHeads(Heads):
-    """Base of the heads that pool the tokens without learning how.
+    """Base of the heads that pool the tokens by a fixed rule.
 
     Args:
         pooling: Input of a head: ``cls`` the class token, ``mean`` the mean over the patch tokens, ``auto`` the same as
@@ -180,8 +181,8 @@ def _check_hidden(hidden: int) -> None:
 class Balanced(PooledHeads):
     """MLP heads at the early exits, linear heads at the late ones.
 
-    Shallow features hold more of the input and less of the label (Dyn-Adapter, dynamic-balanced heads). The hidden
-    width and the number of MLP heads are ours.
+    Shallow features hold more information about the input and less about the label (Dyn-Adapter, dynamic-balanced
+    heads). The hidden width and the number of MLP heads are ours.
 
     Args:
         hidden: Width of the MLPs' hidden layer.

@@ -1,4 +1,4 @@
-"""ExitNet: a frozen backbone in stages with an exit after each; all exits for training, routing per sample for use."""
+"""ExitNet: a frozen backbone in stages with an exit after each; it runs all exits, or routes each sample to one."""
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -30,24 +30,25 @@ class ExitNet(nn.Module):
     """A timm backbone with an early head after each stage; the last exit is the backbone's own head.
 
     The backbone is frozen except for its own head and its adapters, and stays in evaluation mode: batch statistics do
-    not move and its dropout is off. Only stochastic depth (``drop_path_rate``) works in training.
+    not change and its dropout is off. Only stochastic depth (``drop_path_rate``) works in training.
 
     Args:
         backbone: A timm model of a known family, with or without adapters.
-        heads: Configuration of the early heads; by default :class:`Balanced`.
+        heads: Configuration of the early heads; None for :class:`Balanced`. (``fit`` and :class:`ExitClassifier` use
+            :class:`Attentive` by default.)
         every: Blocks between two exits (the paper's interval T); see :func:`~dynadapter.exits.depths.exit_blocks`.
         exit_depths: Block counts instead of the interval.
         token_merging: Where similar tokens are merged; None keeps all tokens. For ViTs only.
         freeze: False leaves ``requires_grad`` of the backbone as it is, and the whole backbone follows :meth:`train`.
 
     Attributes:
-        exit_depths: After how many blocks each exit stands; the last value is the depth.
+        exit_depths: After how many blocks each exit is; the last value is the depth.
         exit_weights: Buffer (exits,), each exit's weight in the joint loss, of at least 32 bits; schedules write it,
             checkpoints leave it out.
         in_chans: Channels of an image.
 
     Raises:
-        TypeError: If no cut is known for the backbone's class, or the heads are none.
+        TypeError: If no cut is known for the backbone's class, or ``heads`` is not a configuration of heads.
         ValueError: If the exits or the token merging do not fit the backbone, or it has no classifier.
     """
 
@@ -123,7 +124,7 @@ class ExitNet(nn.Module):
         return len(self.exit_depths)
 
     def train(self, mode: bool = True) -> "ExitNet":
-        """Set the mode of heads, adapters and stochastic depth; a frozen backbone else stays in evaluation mode."""
+        """Set the mode of heads, adapters and stochastic depth; a frozen backbone otherwise stays in evaluation mode."""
         super().train(mode)
         if self._frozen:
             cut.set_mode(self.backbone, mode)
@@ -141,7 +142,7 @@ class ExitNet(nn.Module):
         return x if self.beside is None else self.beside.append(x)
 
     def check_channels(self, channels: int) -> None:
-        """Raise a ValueError if the backbone does not take images of so many channels."""
+        """Raise a ValueError if the backbone does not take images with this number of channels."""
         if self.in_chans not in (None, channels):
             raise ValueError(
                 f"images of {channels} channel{'s' * (channels > 1)} do not fit a backbone with in_chans="
@@ -150,7 +151,7 @@ class ExitNet(nn.Module):
             )
 
     def stage_modules(self, k: int) -> Iterator[nn.Module]:
-        """Yield the modules of stage ``k``: the updates of exit tokens, then the blocks in the order of their calls."""
+        """Yield the modules of stage ``k``: the updates of exit tokens, then the blocks in order."""
         if self.beside is not None and k < self.num_exits - 1:
             yield from (self.beside.updates[place] for place, _ in self._units(k))
         for _, unit in self._units(k):
@@ -168,7 +169,7 @@ class ExitNet(nn.Module):
         return self.token_merging(x, cut.prefix_tokens(self.backbone), logs)
 
     def _split(self, x: Tensor, ended: bool = False) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Split the output of a stage into tokens, the logarithms of the tokens that each stands for, and exit tokens.
+        """Split the output of a stage into tokens, logarithms of their numbers (see :meth:`stage`), and exit tokens.
 
         Args:
             x: The output of a stage, or of :meth:`embed`.
@@ -183,7 +184,7 @@ class ExitNet(nn.Module):
         return x, None if logs is None else logs.contiguous(), beside
 
     def _bias(self, logs: Tensor | None) -> Tensor | None:
-        """Return what the attention scores of keys get: the logarithms, or None if attention counts each token once."""
+        """Return the bias of the keys' attention scores: the logarithms, or None if each token counts once."""
         if logs is None or self.token_merging is None:
             return None
         given = self.token_merging.proportional
@@ -191,7 +192,7 @@ class ExitNet(nn.Module):
 
     @staticmethod
     def _join(x: Tensor, logs: Tensor | None, beside: Tensor | None = None) -> Tensor:
-        """Join what :meth:`_split` splits, so that between stages a sample is one row of one tensor.
+        """Join the parts of :meth:`_split`, so that between stages a sample is one row of one tensor.
 
         Exit tokens come after the other tokens; the logarithms are one more channel.
         """
@@ -203,9 +204,9 @@ class ExitNet(nn.Module):
     def stage(self, k: int, x: Tensor) -> Tensor:
         """Run the blocks between exit ``k - 1`` and exit ``k``.
 
-        After token merging a token of the result has one more channel, the logarithm of the number of tokens that it
-        stands for, and exit tokens follow the others; :meth:`head` and the next stage expect it. The last stage runs
-        without exit tokens.
+        After token merging the result has one more channel: the logarithm of the number of tokens that a token stands
+        for. Exit tokens follow the other tokens. :meth:`head` and the next stage expect this layout. The last stage
+        runs without exit tokens.
         """
         x, logs, beside = self._split(x)
         if k == self.num_exits - 1:
@@ -252,8 +253,8 @@ class ExitNet(nn.Module):
     ) -> Routed:
         """Stop each sample at the first exit whose policy condition it meets; the rest continues as a smaller batch.
 
-        A stage runs only for the remaining samples, and not at all if none remain. Each exit costs one synchronisation
-        between host and device; :class:`~dynadapter.exits.policies.Never` has none and runs no early head.
+        A stage runs only for the remaining samples, and not at all if none remain. Each exit needs one synchronisation
+        between host and device. :class:`~dynadapter.exits.policies.Never` needs none and runs no early head.
 
         If a head reads only the class token, the last block before it computes that token's row first, and only samples
         that continue finish the block. The result is equal up to rounding; a sample that exits saves five sixths of a
@@ -318,7 +319,8 @@ class ExitNet(nn.Module):
     def chunk_for(self, images: Tensor) -> int:
         """Return how many images :meth:`early` routes at a time by default.
 
-        On a CPU 32, or 64 with token merging, since more do not fit its caches; on other devices all.
+        On a CPU these are 32, or 64 with token merging, because more do not fit its caches; on other devices all
+        images.
         """
         if images.device.type != "cpu":
             return max(1, len(images))
@@ -357,7 +359,7 @@ class ExitNet(nn.Module):
         return row, (self._join(x, logs), keys_values)
 
     def complete(self, k: int, held: tuple[Tensor, ...]) -> Tensor:
-        """Finish stage ``k`` that :meth:`begin` started, for the given rows of its second result."""
+        """Finish stage ``k``, which :meth:`begin` started, for the given rows of its second result."""
         if len(held) == 1:
             return held[0]
         *_, block = self.stage_modules(k)
@@ -380,7 +382,7 @@ class ExitNet(nn.Module):
         return Truncated(self, k)
 
     def merge(self, tolerance: float = 1e-5) -> "ExitNet":
-        """Merge the adapters into the backbone; its keys are then timm's own.
+        """Merge the adapters into the backbone; its state dict then has timm's keys.
 
         Raises:
             ValueError: If a kind cannot be merged, or a merged layer differs by more than the relative ``tolerance``.

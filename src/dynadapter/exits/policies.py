@@ -1,4 +1,4 @@
-"""Exit policies: decide from the logits so far which samples stop at an exit."""
+"""Exit policies: decide from the logits of the exits so far which samples stop at an exit."""
 
 import math
 from abc import abstractmethod
@@ -66,7 +66,7 @@ class Policy(Spec):
     @property
     @abstractmethod
     def name(self) -> str:
-        """Short label for log keys, CSV headers and file names, e.g. ``confidence_0.9``."""
+        """Short name for log keys, CSV headers and file names, such as ``confidence_0.9``."""
 
     @property
     def uses_early_exits(self) -> bool:
@@ -85,7 +85,7 @@ class Policy(Spec):
         """
 
     def combine(self, history: Tensor) -> Tensor:
-        """Return what each exit predicts, as logits; most policies leave each exit's own logits as they are.
+        """Return the prediction of each exit as logits; most policies return each exit's own logits.
 
         :class:`~dynadapter.exits.temperature.Scaled` divides them by temperatures, then
         :class:`~dynadapter.exits.combining.Combined` combines each exit with those before it.
@@ -141,7 +141,8 @@ class Thresholded(Policy):
     threshold: float | tuple[float, ...]
 
     certain_above: ClassVar[bool] = True
-    """Whether a greater score means a more certain sample; the others exit at scores of at most the threshold."""
+    """Whether a greater score means a more certain sample; if false, a sample exits at a score of at most the
+    threshold."""
     beyond: ClassVar[str] = "its score"
     """The range of the score and the alternative, for the error message of a threshold out of range."""
 
@@ -233,8 +234,8 @@ class Margin(Thresholded):
 class Patience(Policy):
     """Exit when the last ``patience`` exits, the newest included, predict the same class (PABEE, Zhou et al. 2020).
 
-    An exit with non-finite logits agrees with no other. PABEE counts the agreements between neighbours, one fewer than
-    the exits that agree: its patience t is ``patience = t + 1`` here.
+    An exit with non-finite logits agrees with no other. PABEE counts agreements between neighbours, one fewer than the
+    exits that agree: its patience t is ``patience = t + 1`` here.
 
     Args:
         patience: Exits in a row that must agree; with 1 every sample exits at the first exit.
@@ -305,12 +306,12 @@ class AtExit(Policy):
 
 
 def at_exit(exit: int, exits: int) -> Policy:
-    """Return the policy by which every sample takes one exit (index from 0), the last one included."""
+    """Return the policy by which every sample takes one exit (index from 0; it may be the last exit)."""
     return AtExit(exit + 1) if exit < exits - 1 else Never()
 
 
 def combined(policy: Policy, history: Tensor) -> Tensor:
-    """Return what a policy's exits predict, checked; see :meth:`Policy.combine`.
+    """Return the result of :meth:`Policy.combine` after a check of its shape.
 
     Raises:
         ValueError: If :meth:`Policy.combine` returned another shape.
@@ -328,7 +329,7 @@ class Routed(NamedTuple):
     """Result of routing a batch, in the order of its input.
 
     Attributes:
-        logits: (batch, classes), what each sample's exit predicts.
+        logits: (batch, classes), the prediction of each sample's exit.
         exit_index: (batch,), each sample's exit, from 0.
     """
 

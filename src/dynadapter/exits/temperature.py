@@ -1,4 +1,4 @@
-"""A temperature for each exit: fitted on validation logits, applied before exits are combined and a policy decides."""
+"""Fit a temperature for each exit on validation logits, and apply it before exits are combined and a policy decides."""
 
 import math
 from collections.abc import Sequence
@@ -121,9 +121,9 @@ def tempered(logits: Tensor, temperatures: Sequence[float]) -> Tensor:
 
 @dataclass(frozen=True)
 class Scaled(Policy):
-    """Apply another policy to logits divided by each exit's temperature; the divided logits are the prediction, too.
+    """Divide each exit's logits by its temperature; another policy and the prediction use the divided logits.
 
-    This comes before anything else: exits are combined after it. A sample with non-finite logits, before or after the
+    Temperatures are applied first; exits are combined after that. A sample with non-finite logits, before or after the
     division, continues.
 
     >>> policy = Scaled(Confidence(0.8), temperatures=(2.0, 1.0))

@@ -1,4 +1,4 @@
-"""Token merging: similar tokens of an image become one, so that every later block costs less."""
+"""Token merging: average similar tokens of an image, so that every later block costs less."""
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -14,22 +14,22 @@ from dynadapter.spec import Spec
 class TokenMerging(Spec):
     """Merge a fraction of an image's tokens at some places of a backbone (ToMe, Bolya et al. 2023).
 
-    At a place, each second token (a source) finds the most similar of the other tokens. The most similar pairs become
-    their mean. Nothing is learned. The number of tokens left does not depend on the image, so the saving is the same
-    for every image and multiplies with that of early exits.
+    At each place, every second token (a source) finds the most similar of the other tokens (the targets). The most
+    similar pairs are replaced by their mean. Nothing is learned. The number of remaining tokens does not depend on the
+    image, so the saving is the same for every image and multiplies with the saving of early exits.
 
     A token that stands for n tokens counts n times in later means and in the pooling of every exit. With proportional
-    attention its attention score as a key gets the logarithm of n. Unlike in ToMe, tokens are compared by their own
-    direction and not by their keys. Class token and registers are never merged.
+    attention the logarithm of n is added to its attention score as a key. Unlike in ToMe, tokens are compared by their
+    own direction and not by their keys. The class token and registers are never merged.
 
     >>> TokenMerging(after=(1, 2, 3, 4), share=0.23).left(64)
     24
 
     Args:
-        after: Block counts after which tokens are merged, rising; 0 is before the first block. An exit at the same
-            depth reads the tokens before the merge.
+        after: Block counts after which tokens are merged, in increasing order; 0 is before the first block. An exit at
+            the same depth reads the tokens before the merge.
         share: Fraction of the patch tokens that each place removes, above 0 and at most 0.5, rounded down. Only sources
-            can go, so several small shares merge more similar tokens than one large share.
+            are removed, so several small shares merge more similar tokens than one large share.
         proportional: Whether attention counts a token as often as it stands for tokens; None for yes, except where the
             backbone's own head reads the mean of the patch tokens, as in MAE (ToMe, section 4.2).
 
@@ -76,7 +76,7 @@ class TokenMerging(Spec):
             logs: Second result of the place before, or None at the first place.
 
         Returns:
-            Tokens (batch, fewer tokens, width): the prefix, the remaining sources and the targets. And the logarithms
+            Tokens (batch, fewer tokens, width): the prefix, the remaining sources and the targets. Also the logarithms
             of the numbers of tokens that each stands for (batch, fewer tokens).
         """
         count = int(self.share * (x.shape[1] - prefix))
@@ -88,7 +88,7 @@ def merge_tokens(x: Tensor, logs: Tensor, count: int, prefix: int = 0) -> tuple[
 
     Args:
         x: (batch, tokens, width).
-        logs: (batch, tokens), the logarithms of the numbers of tokens that each stands for.
+        logs: (batch, tokens), the logarithm of the number of tokens that each token stands for.
         count: Number of tokens to remove, at most half of those after the prefix.
         prefix: Number of first tokens that are never merged.
 
@@ -114,7 +114,7 @@ def _exactly(x: Tensor) -> AbstractContextManager[Any]:
 
 
 def _joins(x: Tensor, count: int, prefix: int) -> Tensor:
-    """Return a 0/1 matrix (batch, tokens - count, tokens) of which token becomes part of which."""
+    """Return a 0/1 matrix (batch, tokens - count, tokens) that maps tokens to merged tokens."""
     # One product with this matrix instead of gathers and a scatter: faster on a CPU, deterministic on a GPU, exportable
     places = _places(x, count, prefix)
     return x.new_zeros(x.shape[0], x.shape[1] - count, x.shape[1]).scatter_(1, places[:, None], 1.0)
@@ -149,7 +149,7 @@ def _products(own: Tensor) -> tuple[Tensor, Tensor]:
 def smallest_gap(x: Tensor, count: int, prefix: int = 0) -> Tensor:
     """Return for each image the smallest difference of two similarities that decided a merge (batch,).
 
-    Where it is as small as rounding, another machine or program can merge other tokens.
+    If it is as small as rounding errors, another machine or program can merge other tokens.
 
     Args:
         x: (batch, tokens, width), as :func:`merge_tokens` gets it.
