@@ -91,7 +91,7 @@ class VPT(BlockSpec):
         return self.placement == "shallow" or super().fits(layer)
 
     def defaults(self, model: nn.Module, layers: Mapping[str, nn.Module]) -> list[str]:
-        """Return the names of all blocks, or of the layer before the first block; none if prompts do not fit the model."""
+        """Return the names of all blocks, or of the layer before the first block; none if prompts do not fit."""
         if not takes_prefix_tokens(model):
             return []
         return super().defaults(model, layers) if self.placement == "deep" else [n for n in layers if n == "norm_pre"]

@@ -124,7 +124,7 @@ class ExitNet(nn.Module):
         return len(self.exit_depths)
 
     def train(self, mode: bool = True) -> "ExitNet":
-        """Set the mode of heads, adapters and stochastic depth; a frozen backbone otherwise stays in evaluation mode."""
+        """Set the mode of heads, adapters and stochastic depth; the rest of a frozen backbone is in evaluation mode."""
         super().train(mode)
         if self._frozen:
             cut.set_mode(self.backbone, mode)
