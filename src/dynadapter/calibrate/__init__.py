@@ -1,21 +1,21 @@
-"""Choose exits from stacked validation logits: for a cost, an accuracy drop, or with a guarantee; and the curve.
+"""Choose exits from stacked validation logits, for a cost, an accuracy drop or a guaranteed risk; compute the curve.
 
-:func:`solve` does all of it for one :class:`Goal`. Everything here is a pure function of the logits of one pass over
-validation data, and agrees exactly with :func:`dynadapter.exits.policies.route` on them. Common arguments:
+:func:`solve` does all of this for one :class:`Goal`. Everything here is a pure function of the logits of one pass over
+validation data, and agrees exactly with :func:`dynadapter.exits.policies.route`. Common arguments:
 
 - ``logits`` (exits, samples, classes) of data that the network was not trained on; the last exit is the full depth.
 - ``targets`` (samples,) integer classes.
-- ``costs`` (exits,): the cost up to each exit, cumulative, with all heads on the way, strictly rising, in any unit;
-  for example ``ExitCosts.macs`` of :func:`dynadapter.cost.exit_costs`.
+- ``costs`` (exits,): the cost up to each exit with all heads on the way, strictly increasing, in any unit; for example
+  ``ExitCosts.macs`` of :func:`dynadapter.cost.exit_costs`.
 - ``static``: the cost of the static network in the same unit (``ExitCosts.static``). Relative costs and budgets are
   fractions of it; None stands for the cost of the last exit.
 - ``kind``: the class of policy to calibrate, one of :data:`KINDS`.
-- ``view``: a policy whose temperatures and combination of exits count, from
-  :func:`dynadapter.exits.combining.predicting`; None leaves the logits as they are.
+- ``view``: a policy whose temperatures and combination of exits are applied to the logits, from
+  :func:`dynadapter.exits.combining.predicting`; None uses the logits themselves.
 
 A sample whose logits are not finite at an exit does not exit there. Logits with NaN predict no class and count as
-wrong. A threshold between the scores of two samples is their middle, so that scores that differ in the last bit on
-another machine decide alike.
+wrong. A threshold lies halfway between the scores of two samples, so that rounding differences between machines do not
+change the decision.
 
     found = solve(logits, targets, costs.macs, Goal(cost=0.5), static=costs.static)
     print(found.found.policy, found.cross_fitted)

@@ -1,9 +1,9 @@
 """Choose a setting on held-out samples: how exits are combined, and thresholds or one exit for all.
 
-A candidate's thresholds follow from scores alone: they are the strictest for a given cost. Labels only decide between
-candidates. A few hundred labels are noisy, so each label shares its weight with the prediction of all exits together;
-see :func:`beliefs`. The numbers that are reported count labels alone, on samples that did not choose; see
-:mod:`dynadapter.calibrate.solve`. docs/method.md says what these rules were compared with.
+The thresholds of a candidate are computed from scores only: they are the strictest for a given cost. Labels only decide
+between candidates. A few hundred labels are noisy, so each label is averaged with the network's own probabilities; see
+:func:`beliefs`. Reported numbers count only labels, on samples that took no part in the choice; see
+:mod:`dynadapter.calibrate.solve`. docs/method.md compares these rules with others.
 """
 
 import math
@@ -52,8 +52,8 @@ class Options:
         kind: Confidence, Entropy, Margin or Patience.
         searches: Some of :data:`SEARCHES`; ``thresholds`` is one number for Patience and for a single early exit.
         combines: Some of :data:`COMBINES`.
-        temperatures: Whether to fit a temperature to each exit first; None for yes, except for a risk, whose
-            certificate would have to do without the samples that the temperatures are fitted on.
+        temperatures: Whether to fit a temperature to each exit first; None means yes, except for a risk, because
+            samples used to fit temperatures cannot certify.
         seed: Random seed of the folds.
     """
 
@@ -75,7 +75,7 @@ class Samples:
         static: Cost of the static network; None for that of the last exit.
         reference: Classes (samples,) to compare the accuracy with; None for those of the last exit.
         options: What to choose among.
-        balanced: Whether each class that occurs counts the same.
+        balanced: Whether all occurring classes have equal weight.
     """
 
     logits: Tensor
@@ -92,7 +92,7 @@ class Samples:
         return replace(self, logits=self.logits[:, rows], targets=self.targets[rows], reference=reference)
 
     def temperatures(self, goal: Goal) -> tuple[float, ...] | None:
-        """Fit the temperatures, if there are to be any."""
+        """Fit the temperatures; None if the options exclude them."""
         wanted = goal.name != "risk" if self.options.temperatures is None else self.options.temperatures
         return fit_temperatures(self.logits, self.targets) if wanted else None
 
@@ -119,11 +119,11 @@ class Candidate(NamedTuple):
 
 
 class Candidates(NamedTuple):
-    """Settings, with what each has on every sample.
+    """Candidate settings, with the credit and the cost of each on every sample.
 
-    ``credit`` (candidates, samples) is how far a prediction is believed to be right, times what the sample counts for,
-    ``cost`` (candidates, samples) the relative cost, and ``compared`` (samples,) the credit of the predictions that the
-    accuracy is compared with.
+    ``credit`` (candidates, samples) is the estimated probability that a prediction is right (:func:`beliefs`) times the
+    weight of the sample, ``cost`` (candidates, samples) the relative cost, and ``compared`` (samples,) the credit of
+    the predictions with which the accuracy is compared.
     """
 
     settings: list[Candidate]
@@ -180,10 +180,10 @@ def candidates(data: Samples, goal: Goal) -> Candidates:
 
 
 def beliefs(data: Samples, temperatures: Sequence[float] | None) -> Tensor:
-    """Return how far each class is believed to be right: (samples, classes) float64, adding up to 1.
+    """Return the estimated probability of each class, from labels and network: (samples, classes) float64, sum 1.
 
-    Labels share their weight with the network's own probabilities: of the last exit, or of a combination of all exits,
-    whichever has the greatest likelihood after a temperature of its own.
+    It is a weighted mean of the label and the network's own probabilities. These are from the last exit or from a
+    combination of all exits, whichever has the greatest likelihood after its own temperature.
     """
     label = F.one_hot(data.targets.long(), data.logits.shape[-1]).double()
     own = temperatures or fit_temperatures(data.logits, data.targets)
@@ -198,7 +198,7 @@ def beliefs(data: Samples, temperatures: Sequence[float] | None) -> Tensor:
 
 
 def credits_of(belief: Tensor, predictions: Tensor) -> Tensor:
-    """Return the belief in predicted classes (exits, samples); 0 for the class -1."""
+    """Return the estimated probability that predicted classes (exits, samples) are right; 0 for class -1."""
     known = belief.gather(1, predictions.T.clamp(min=0)).T
     return torch.where(predictions < 0, 0, known)
 
@@ -240,7 +240,7 @@ def levels(steps: Ladder, budget: float) -> list[Policy]:
 
 
 def most_accurate(tried: Candidates) -> int:
-    """Return the candidate with the most credit, of equal ones the cheapest, then the one with the fewest numbers."""
+    """Return the candidate with the most credit; of equal ones the cheapest, then that with the fewest thresholds."""
     credit, cost = tried.credit.mean(1).tolist(), tried.cost.mean(1).tolist()
     return min(
         range(len(credit)),
@@ -249,10 +249,10 @@ def most_accurate(tried: Candidates) -> int:
 
 
 def cheapest(tried: Candidates, goal: Goal) -> int:
-    """Return the cheapest candidate whose credit is at most the goal below that of the compared predictions.
+    """Return the cheapest candidate whose credit is within the accuracy drop of the compared predictions.
 
-    Half a standard error is added to the difference, which is taken sample by sample. Within one standard error of the
-    lowest cost the candidate with the fewest numbers is taken.
+    The paired difference plus half of its standard error must be within the goal. Among candidates within one standard
+    error of the lowest cost, the one with the fewest thresholds is taken.
 
     Raises:
         ValueError: If there is none; the message names the best.
@@ -295,7 +295,7 @@ def _standard_error(values: Tensor) -> Tensor:
 
 
 def freedom(one: Candidate) -> tuple[int, bool]:
-    """Return how much was chosen: one exit, one threshold, thresholds by exit; own logits before combinations."""
+    """Return a rank of complexity: one exit, one threshold, thresholds by exit; own logits before combinations."""
     return SEARCHES.index(one.search), one.by != "own"
 
 
@@ -303,7 +303,7 @@ def freedom(one: Candidate) -> tuple[int, bool]:
 
 
 def _certified(data: Samples, goal: Goal) -> Calibrated:
-    """Return the cheapest policy of those that are certified, one for each way of combining.
+    """Return the cheapest of the certified policies, of which there is one for each way of combining.
 
     The probability that a certificate is wrong is shared equally among the ways, so all hold together.
     """
@@ -331,7 +331,7 @@ def _certified(data: Samples, goal: Goal) -> Calibrated:
 
 
 def _reachable(budget: float, data: Stacked) -> float:
-    """Return the budget, raised to the lowest cost where only rounding separates them.
+    """Return the budget, raised to the lowest cost if they differ only by rounding.
 
     Raises:
         ValueError: If the budget is below the lowest cost.

@@ -1,4 +1,4 @@
-"""Count what each exit costs, in GMACs and relative to the static network.
+"""Count the cost of each exit, in GMACs and relative to the static network.
 
 A cost is a number of multiply-adds (MACs) for one image: 1 GMAC = 10^9 MACs, and 1 MAC = 2 FLOPs. A relative cost is
 always "% of static": whole-block MACs over those of the static network, which has the same adapters in the same merge

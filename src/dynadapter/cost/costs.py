@@ -28,15 +28,15 @@ class ExitCosts:
     75.0
 
     Args:
-        macs: MACs up to each exit, (exits,), of whole blocks: embedding, blocks, adapters in their present merge state
+        macs: MACs up to each exit, (exits,), of whole blocks: embedding, blocks, adapters (merged or not, as they are)
             and all heads on the way.
-        light: The part of ``macs`` that is normalisation, pooling and resampling, an estimate (5 for each element of a
-            LayerNorm). ``macs - light`` counts products, convolutions and attention exactly.
+        light: The part of ``macs`` for normalisation, pooling and resampling, which is an estimate (5 for each element
+            of a LayerNorm). ``macs - light`` counts products, convolutions and attention exactly.
         static: MACs of the static network: the same backbone and adapters, no early heads, every token.
         exit_depths: After how many blocks each exit stands, (exits,).
-        class_first_macs: MACs that routing really runs up to each exit where the last block before it computes the
-            class token's row first, (exits,); None if not counted. No relative cost is computed from them.
-        meter: "fvcore", or "torch" where fvcore cannot count the network. The second leaves ``light`` at 0.
+        class_first_macs: MACs that routing runs up to each exit if the last block before it computes the class token's
+            row first, (exits,); None if not counted. Relative costs never use them.
+        meter: "fvcore", or "torch" if fvcore cannot count the network. With "torch", ``light`` is 0.
     """
 
     macs: tuple[int, ...]
@@ -53,7 +53,7 @@ class ExitCosts:
 
     @property
     def relative(self) -> tuple[float, ...]:
-        """Cost up to each exit as a fraction of static; the early heads put the last exit above 1."""
+        """Cost up to each exit as a fraction of static. The last is above 1, because it includes the early heads."""
         return tuple(macs / self.static for macs in self.macs)
 
     def average(self, shares: Sequence[float] | Tensor) -> float:
@@ -91,9 +91,9 @@ def exit_costs(
 ) -> ExitCosts:
     """Count the multiply-adds of one image up to each exit, with one trace for all exits.
 
-    The network is counted in evaluation mode, on its device and dtype, adapters injected or merged. Its modes and the
-    random state are left as they were. Where torch.jit cannot trace it, or it runs an operator without a count,
-    torch's ``FlopCounterMode`` counts instead, and a warning names the reason.
+    The network is counted in evaluation mode, on its device and dtype, with adapters injected or merged. Its modes and
+    the random state do not change. If torch.jit cannot trace it, or it runs an operator without a count, torch's
+    ``FlopCounterMode`` counts instead, and a warning names the reason.
 
     Args:
         net: The network.
@@ -103,7 +103,8 @@ def exit_costs(
 
     Raises:
         TypeError: If ``net`` is not an :class:`~dynadapter.exits.net.ExitNet`.
-        ValueError: If the network does not run at this size, or runs an operator without a count beside ``handles``.
+        ValueError: If the network does not run at this size, or runs an operator without a count although ``handles``
+            are given.
     """
     if not isinstance(net, ExitNet):
         raise TypeError(f"exit_costs takes an ExitNet, not {type(net).__name__}; pass the ExitNet inside it")
@@ -131,13 +132,13 @@ def exit_costs(
 
 
 def _count_without_trace(net: ExitNet, image: Tensor, reason: CannotTrace | NoCount, given: bool) -> Counts:
-    """Count by torch's counter, and warn that it did.
+    """Count by torch's counter, with a warning.
 
     Args:
         net: The network.
         image: (1, channels, height, width).
         reason: Why fvcore could not count.
-        given: Whether the caller gave counts of operators by their traced names, which this counter does not know.
+        given: Whether the caller gave counts of operators by traced name, which this counter cannot use.
 
     Raises:
         ValueError: If the network does not run on the image, or ``given``.
@@ -177,7 +178,7 @@ def _of_static(exits: int, counts: Counts) -> int:
 
 
 def up_to_each_exit(exits: int, counts: Mapping[str, int]) -> tuple[int, ...]:
-    """Add up the parts on the way to each exit; a sample that exits needs no completion of the last stage."""
+    """Add up the parts on the way to each exit; a sample that exits does not complete the last stage."""
     total, totals = counts["embed"], []
     for k in range(exits):
         total += counts[f"begins.{k}"] + counts[f"heads.{k}"]
@@ -189,7 +190,7 @@ def up_to_each_exit(exits: int, counts: Mapping[str, int]) -> tuple[int, ...]:
 def _image(backbone: nn.Module, image_size: int | tuple[int, int] | None) -> Tensor:
     """Create a black image (1, channels, height, width) on the backbone's device.
 
-    Its size is the given one, else that the backbone was built with, else that of its pretrained weights.
+    Its size is the given one, else the size for which the backbone was built, else the size of its pretrained weights.
     """
     if image_size is None:
         built = getattr(getattr(backbone, "patch_embed", None), "img_size", None)
@@ -208,7 +209,7 @@ def _image(backbone: nn.Module, image_size: int | tuple[int, int] | None) -> Ten
 
 @contextmanager
 def _undisturbed(net: nn.Module) -> Iterator[None]:
-    """Evaluate without gradients inside; restore modes, hooks and compiled calls afterwards."""
+    """Switch to evaluation without gradients inside the context; restore modes, hooks and compiled calls afterwards."""
     modules = list(net.modules())
     modes = [module.training for module in modules]
     hooks = [(set(module._forward_pre_hooks), set(module._forward_hooks)) for module in modules]

@@ -1,4 +1,4 @@
-"""Two meters of multiply-adds: fvcore's, and torch's counter for networks that torch.jit cannot trace."""
+"""Count MACs by fvcore, or by torch's counter for networks that torch.jit cannot trace."""
 
 import warnings
 from collections import Counter
@@ -23,7 +23,7 @@ class CannotTrace(Exception):
 
 
 class Part(nn.Module):
-    """One method of the network as a module, so that a meter can tell its multiply-adds from those of the others.
+    """One method of the network as a module, so that a meter can count it separately.
 
     Args:
         method: Maps the part's input to its output.
@@ -79,7 +79,7 @@ def count_by_fvcore(parts: Parts, image: Tensor, handles: Mapping[str, Handle]) 
     Args:
         parts: The network.
         image: (1, channels, height, width).
-        handles: Counts of operators by traced name; they win over the built-in ones.
+        handles: Counts of operators by traced name; they override the built-in ones.
 
     Raises:
         CannotTrace: If the trace fails.
@@ -115,7 +115,7 @@ def count_by_fvcore(parts: Parts, image: Tensor, handles: Mapping[str, Handle]) 
 def count_by_torch(parts: Parts, image: Tensor) -> Counts:
     """Count with one run under torch's ``FlopCounterMode``.
 
-    It counts products, convolutions and attention alone; an unknown operator silently costs 0.
+    It counts only products, convolutions and attention; an unknown operator costs 0 without a warning.
 
     Args:
         parts: The network.

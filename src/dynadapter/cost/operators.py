@@ -1,6 +1,6 @@
-"""What one call of a traced operator costs: the counts that fvcore lacks or has wrong, and the operators that cost 0.
+"""The cost of one call of a traced operator: counts that fvcore lacks or has wrong, and operators that cost 0.
 
-A count takes the traced inputs and outputs of a call (values of ``torch.jit``) and returns its multiply-adds.
+A count is a function from the traced inputs and outputs of a call (values of ``torch.jit``) to its MACs.
 """
 
 from collections import Counter
@@ -48,7 +48,7 @@ def _multihead_attention(inputs: list[Any], outputs: list[Any]) -> int:
 
 
 def _einsum(inputs: list[Any], outputs: list[Any]) -> int:
-    """Count the product over all labels of two factors; fvcore reads a rounded figure off what numpy prints."""
+    """Count the product over all labels of two factors; fvcore parses a rounded number from numpy's printed text."""
     equation = inputs[0].toIValue().replace(" ", "")
     factors = equation.split("->")[0].split(",")
     if len(factors) != 2:
@@ -76,7 +76,7 @@ def _normalise(weight: int, inputs: list[Any], outputs: list[Any]) -> int:
 
 
 def _batch_norm(inputs: list[Any], outputs: list[Any]) -> int:
-    """Count one product with a scale known beforehand; statistics of the batch itself cost as much as a LayerNorm."""
+    """Count one product for stored statistics; with the statistics of the batch it costs as much as a LayerNorm."""
     if inputs[5].toIValue():
         return _normalise(1, inputs, outputs)
     return prod(_shape(inputs[0])) * (2 if inputs[1].isCompleteTensor() else 1)

@@ -1,4 +1,4 @@
-"""The costs of the exits, and the parameters trained for them, as a table."""
+"""Tabulate the costs of the exits and the trained parameters up to each exit."""
 
 from collections.abc import Sequence
 from itertools import takewhile
@@ -39,7 +39,7 @@ def exit_parameters(net: ExitNet) -> tuple[int, ...]:
 def cost_table(costs: ExitCosts, **columns: Sequence[object]) -> Table:
     """Create a table with a row for each exit.
 
-    The columns are exit, after block, GMACs and % of static; GMACs run, if ``costs.class_first_macs`` was counted; and
+    The columns are exit, after block, GMACs, % of static, GMACs run (if ``costs.class_first_macs`` was counted), and
     the given ones.
 
     Args:

@@ -1,1 +1,1 @@
-"""Image files and the tensors made of them: one pipeline for evaluation."""
+"""Read and preprocess images: the one pipeline for evaluation."""

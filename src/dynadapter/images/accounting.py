@@ -1,4 +1,4 @@
-"""Account for every file of a folder of images: in which split it is, or why it is not read."""
+"""Count the files of a folder of images by split, or by the reason why they are not read."""
 
 import os
 from collections import Counter
@@ -20,7 +20,7 @@ class Account:
         folder: The folder.
         read: Number of files of each split.
         left_out: Number of other files by the reason why they are not read, such as ``.heic`` or ``hidden``.
-        items: The paths in the folder of those that no list names and that are not hidden.
+        items: Paths of the files that no list names and that are not hidden.
         missing: Files of the splits that do not exist.
     """
 
@@ -48,8 +48,8 @@ def account(
     Args:
         folder: The folder.
         splits: The files that are read, by the name of their split.
-        unread: Those of them that cannot be decoded.
-        unused: Other files that are known, by the reason why they are not read; those of a split are left out.
+        unread: Files of ``splits`` that cannot be decoded.
+        unused: Other known files by the reason why they are not read; files of a split among them are ignored.
     """
     groups = {**(unused or {}), **dict(reversed(list(splits.items()))), UNREADABLE: unread}
     place = {os.path.normpath(path): group for group, paths in groups.items() for path in paths}
@@ -76,8 +76,8 @@ def _parents(path: str, folder: str) -> Iterator[str]:
 def _walk(folder: str, followed: set[str]) -> Iterator[tuple[str, str]]:
     """Yield every file below a folder, with the reason why it cannot be read by a data set; "" without one.
 
-    Links to folders are entered where files behind them are read, as behind a class folder that is a link. Files behind
-    others are counted; a link back into the folder hides none.
+    A link to a folder is followed if files behind it are read, such as a class folder that is a link. Files behind
+    other links are counted. A link back into the folder is not followed twice.
     """
     root, folders = os.path.realpath(folder), [(folder, "")]
     while folders:

@@ -1,4 +1,4 @@
-"""Limit the memory that decoding takes, over all threads of a process.
+"""Limit the memory for decoding over all threads of a process.
 
 This file imports the standard library alone: an exported folder holds a copy of it.
 """
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 
 class Budget:
-    """Bytes that threads reserve before they take memory, and wait for while others hold them.
+    """A number of bytes that threads share: a thread reserves bytes before it takes memory, and waits if none are free.
 
     Args:
         total: Bytes that may be reserved at a time.
@@ -28,10 +28,10 @@ class Budget:
 
     @contextlib.contextmanager
     def reserved(self, size: int) -> Iterator[None]:
-        """Wait until `size` bytes are free, and reserve them for the body.
+        """Wait until `size` bytes are free, and reserve them inside the context.
 
         Raises:
-            ValueError: The whole budget is smaller.
+            ValueError: The whole budget is smaller than `size`.
         """
         if size > self.total:
             raise ValueError(f"{size / 1e9:.1f} GB of memory are more than the limit of {self.total / 1e9:.1f} GB")

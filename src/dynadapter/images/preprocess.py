@@ -1,6 +1,6 @@
 """Turn a decoded image into the array that a backbone takes.
 
-This file imports Pillow and numpy alone: an exported folder holds a copy of it, and every evaluation runs it.
+This file imports only Pillow and numpy: an exported folder holds a copy of it, and every evaluation uses it.
 """
 
 import warnings
@@ -45,10 +45,11 @@ class Preprocess:
         normalization: ``imagenet`` and ``half`` subtract a mean and divide by a deviation, ``none`` keeps [0, 1];
             or a pair (mean, deviation), each with a value per colour.
         value_range: The values (low, high) that become 0 and 255 in images of more than 8 bits, such as (0, 4095) for
-            12 bits in a 16-bit file; values outside are clipped. None for all that 16 bits can hold. Floats need one.
+            12 bits in a 16-bit file; values outside are clipped. None for the whole range of 16 bits. Floats need a
+            range.
 
     Raises:
-        ValueError: A setting is none of these.
+        ValueError: A setting has another value.
 
     >>> Preprocess(image_size=32)(Image.new("RGB", (8, 8))).shape
     (3, 32, 32)
@@ -90,9 +91,9 @@ class Preprocess:
 
     @contextmanager
     def opened(self, source: Source) -> Iterator[Image.Image]:
-        """Decode an image, and hold the memory that it takes while it is used.
+        """Decode an image, and reserve its memory inside the context.
 
-        What a file holds and is not used is a warning, once for each kind (`UnusedRange`, `UnreadPages`).
+        Content of a file that is not used gives a warning, once for each kind (`UnusedRange`, `UnreadPages`).
 
         Args:
             source: As in :func:`~dynadapter.images.reading.load_image`, which lists the errors as well.
@@ -138,7 +139,7 @@ class Preprocess:
 
 
 def _range(given: object) -> Range:
-    """Return a pair of limits; a file holds a list."""
+    """Return a pair of limits; a config file has a list."""
     try:
         low, high = map(float, given)  # type: ignore[call-overload]
         fits = not isinstance(given, str) and -np.inf < low < high < np.inf
@@ -150,7 +151,7 @@ def _range(given: object) -> Range:
 
 
 def _statistics(given: object) -> Statistics:
-    """Return a mean and a deviation as a pair of tuples; a file holds lists."""
+    """Return a mean and a deviation as a pair of tuples; a config file has lists."""
     try:
         values = np.asarray(given, np.float64)
         fits = values.shape == (2, 3) and bool(np.isfinite(values).all()) and bool((values[1] > 0).all())

@@ -38,7 +38,7 @@ ABSENT |= {errno.ENODEV, errno.EACCES, errno.EPERM}
 
 
 class Fetched(Protocol):
-    """An image that is fetched when it is read, such as one inside a data set."""
+    """An image that is fetched only when it is read, such as an image inside a data set."""
 
     @property
     def name(self) -> str:
@@ -57,7 +57,7 @@ class UnreadableImage(ValueError):
 
     Args:
         message: One line with the path and the reason.
-        reason: The reason alone, in a few words.
+        reason: The reason without the path, in a few words.
     """
 
     def __init__(self, message: str, reason: str = "") -> None:
@@ -67,7 +67,7 @@ class UnreadableImage(ValueError):
 
 
 class UnreadPages(UserWarning):
-    """A file holds more images than the one that is read."""
+    """A file has further pages or frames, which are not read."""
 
 
 def load_image(source: Source, value_range: Range | None = None) -> Image.Image:
@@ -84,13 +84,13 @@ def load_image(source: Source, value_range: Range | None = None) -> Image.Image:
 
     Raises:
         UnreadableImage: The image is missing, forbidden, broken, or of another format.
-        OSError: The machine fails to read the file (EIO, ESTALE, EMFILE, ...); the image may be good.
+        OSError: The machine fails to read the file (EIO, ESTALE, EMFILE, ...); the image itself may be intact.
         MemoryError: The machine has too little memory.
-        TypeError: The source is none of these.
+        TypeError: The source has another type.
 
     Warns:
-        UnusedRange: The image has more than 8 bits and becomes dark, because it does not use them.
-        UnreadPages: The file has more pages or frames than the first.
+        UnusedRange: The image has more than 8 bits, uses only a part of their range, and therefore becomes dark.
+        UnreadPages: The file has several pages or frames; only the first is read.
     """
     with decoded(source, value_range) as (image, remarks):
         for remark in remarks:
@@ -100,14 +100,14 @@ def load_image(source: Source, value_range: Range | None = None) -> Image.Image:
 
 @contextlib.contextmanager
 def decoded(source: Source, value_range: Range | None = None) -> Iterator[tuple[Image.Image, list[UserWarning]]]:
-    """Hold a part of `BUDGET` while the body works on an image.
+    """Decode an image, and reserve its part of `BUDGET` inside the context.
 
     Args:
         source: As in :func:`load_image`, which lists the errors as well.
         value_range: As in :func:`load_image`.
 
     Yields:
-        The image in 8-bit RGB, not to be changed, and remarks about what of the file was not used.
+        The image in 8-bit RGB, which must not be changed, and remarks about content of the file that was not used.
     """
     if not is_source(source):
         raise TypeError(f"an image is a {type(source).__name__}; give {SOURCES}")
@@ -123,7 +123,7 @@ def decoded(source: Source, value_range: Range | None = None) -> Iterator[tuple[
 
 
 def is_source(source: object) -> bool:
-    """Check whether something may be an image, without a look at its content."""
+    """Check whether an object can be an image by its type, without reading its content."""
     kinds = (str, os.PathLike, bytes, bytearray, memoryview, Image.Image, np.ndarray)
     return isinstance(source, kinds) or hasattr(source, "read") or hasattr(source, "fetch")
 
@@ -175,7 +175,7 @@ def _about(remark: UserWarning, source: object) -> UserWarning:
 
 
 def source_name(source: object) -> str | None:
-    """Return the path of an image, which an open file and a Pillow image remember; None if there is none."""
+    """Return the path of an image, also of an open file or a Pillow image; None if there is none."""
     if isinstance(source, str | os.PathLike):
         return str(source)
     name = getattr(source, "filename" if isinstance(source, Image.Image) else "name", None)
@@ -187,7 +187,7 @@ def _name(source: object) -> str:
 
 
 def _failure(error: Exception, source: object) -> Exception:
-    """Return what to raise: only an image's own faults are an `UnreadableImage`."""
+    """Return the error to raise: `UnreadableImage` only if the image itself is at fault."""
     name = _name(source)
     if isinstance(error, MemoryError):
         return MemoryError(f"not enough memory to decode image {name}; use fewer threads and processes")
@@ -198,7 +198,7 @@ def _failure(error: Exception, source: object) -> Exception:
 
 
 def is_of_the_machine(error: OSError) -> bool:
-    """Check whether reading failed for another reason than a missing, forbidden or damaged file."""
+    """Check whether reading failed because of the machine, and not because of a missing, forbidden or damaged file."""
     return error.errno is not None and error.errno not in ABSENT  # Pillow's own errors have no number
 
 
@@ -208,9 +208,9 @@ def _raise_if_of_the_machine(error: Exception) -> None:
 
 
 class _Stream(BufferedReader):
-    """A file that remembers that reading failed; Pillow takes some errors for the end of the image's metadata.
+    """A file that records a failed read, because Pillow takes some errors for the end of the image's metadata.
 
-    It has no descriptor, so that libtiff reads through Python, too.
+    It has no file descriptor, so that libtiff also reads through Python.
     """
 
     failure: OSError | None = None
@@ -249,7 +249,7 @@ def _opened(source: Any, stack: contextlib.ExitStack) -> tuple[Any, int]:
 
 
 def _memory(image: Image.Image, size: int) -> int:
-    """Return how many bytes it takes at most to decode, convert and resize an image whose file has `size` bytes."""
+    """Return the most bytes of memory that decoding, converting and resizing a file of `size` bytes can take."""
     tags = getattr(image, "tag_v2", {})
     width = max(image.width, int(tags.get(TILE_WIDTH, 0)))  # a tile can be larger than the image
     height = max(image.height, int(tags.get(TILE_HEIGHT, 0)))
@@ -257,7 +257,7 @@ def _memory(image: Image.Image, size: int) -> int:
 
 
 def _has_more_pages(image: Image.Image) -> UnreadPages | None:
-    """Return a remark where a file has pages or frames behind the first; a photograph's preview (MPO) is none."""
+    """Return a remark if a file has further pages or frames; the preview of a photograph (MPO) does not count."""
     try:
         more = getattr(image, "is_animated", False) and image.format != "MPO" and image.tell() == 0
     except Exception as error:  # behind the first
@@ -267,7 +267,7 @@ def _has_more_pages(image: Image.Image) -> UnreadPages | None:
 
 
 def why_unreadable(source: Source, value_range: Range | None = None) -> str | None:
-    """Return the reason why an image cannot be decoded, or None if it can; the other errors of `load_image` remain."""
+    """Return why an image cannot be decoded, or None if it can; other errors of `load_image` are raised."""
     try:
         with decoded(source, value_range):
             return None
@@ -307,11 +307,10 @@ def upright(image: Image.Image, in_place: bool = False) -> Image.Image:
 def image_files(folder: Path) -> list[Path]:
     """List the image files of a folder and its subfolders, sorted by path.
 
-    Hidden files and folders are left out. Links to folders are not followed, so that no link leads into a circle;
-    links to files count.
+    Hidden files and folders are left out. Links to folders are not followed, which avoids cycles; links to files are.
 
     Raises:
-        OSError: A folder cannot be read; its images would be missing without notice.
+        OSError: A folder cannot be read; otherwise its images would be missing without notice.
     """
     found, folders = [], [folder]
     while folders:

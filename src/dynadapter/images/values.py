@@ -1,6 +1,6 @@
-"""Turn pixels of any type into 8-bit RGB, and remark where an image does not use the range of its type.
+"""Convert pixels of any type to 8-bit RGB, with a remark if an image does not use the range of its type.
 
-This file imports Pillow and numpy alone: an exported folder holds a copy of it.
+This file imports only Pillow and numpy: an exported folder holds a copy of it.
 """
 
 import sys
@@ -20,7 +20,7 @@ STRIP = 2**20
 
 
 class UnusedRange(UserWarning):
-    """The values of an image are small against the range of its type; it becomes dark."""
+    """The values of an image are small compared with the range of its type, so it becomes dark."""
 
 
 def to_rgb(
@@ -28,13 +28,13 @@ def to_rgb(
 ) -> tuple[Image.Image, UnusedRange | None]:
     """Convert a decoded image of any Pillow mode to 8-bit RGB.
 
-    Without `value_range`, 16 bits keep their high byte, in grey as in colour. Transparent pixels are placed on white,
+    Without `value_range`, 16-bit values keep their high byte, grey or colour. Transparent pixels are placed on white,
     as viewers show them.
 
     Args:
         image: As Pillow decodes it, or :func:`decode_deep_colour`.
-        tags: Of a TIFF; empty for other images.
-        value_range: Becomes 0 to 255 where a value has more than 8 bits; 8-bit values stay as they are.
+        tags: Tags of a TIFF file; empty for other images.
+        value_range: The range that becomes 0 to 255 in images of more than 8 bits; 8-bit values do not change.
 
     Returns:
         The image, and a remark about its range if there is one.
@@ -93,8 +93,8 @@ def to_8_bits(values: Array, value_range: Range | None, bits: int = 16) -> tuple
 
     Args:
         values: Integers or floats.
-        value_range: Becomes 0 to 255; None for the range of unsigned integers of so many bits.
-        bits: Of the type in the file.
+        value_range: The range that becomes 0 to 255; None for the range of unsigned integers with `bits` bits.
+        bits: Number of bits of the type in the file.
 
     Raises:
         ValueError: The values are not finite, or do not fit the range of the type.
@@ -115,7 +115,7 @@ def to_8_bits(values: Array, value_range: Range | None, bits: int = 16) -> tuple
 
 
 def _remark(low: int, high: int, full: int) -> UnusedRange | None:
-    """Return a remark where at least one bit is never used; a black image is black in any range."""
+    """Return a remark if at least one bit is never used; a black image gives none."""
     if not 0 < 2 * high <= full:
         return None
     return UnusedRange(
@@ -135,7 +135,7 @@ def _rounded(value: float) -> int:
 
 
 def _scaled(values: Array, value_range: Range) -> NDArray[np.uint8]:
-    """Spread a range over 0 to 255 and clip what is outside. Integers share 256 equal steps, as bits that are cut."""
+    """Spread a range over 0 to 255 and clip values outside. Integers are divided into 256 equal steps."""
     low, high = value_range
     whole = values.dtype.kind in "iu"
     factor = 256 / (high - low + 1) if whole else 255 / (high - low)
@@ -150,11 +150,11 @@ def _scaled(values: Array, value_range: Range) -> NDArray[np.uint8]:
 
 
 def decode_deep_colour(image: Image.Image, value_range: Range | None) -> tuple[Image.Image, UnusedRange | None]:
-    """Decode a file of 16-bit colour; return any other image, and one that is decoded already, as it is.
+    """Decode a file of 16-bit colour; return other images, and images that are decoded already, unchanged.
 
     Args:
         image: As opened by Pillow.
-        value_range: Becomes 0 to 255; None for the high bytes.
+        value_range: The range that becomes 0 to 255; None for the high bytes.
 
     Returns:
         The image in 8 bits, and a remark about its range if there is one.
@@ -182,12 +182,12 @@ def decode_deep_colour(image: Image.Image, value_range: Range | None) -> tuple[I
 
 
 def _rawmode(tile: Any) -> str:
-    """Return Pillow's name for how the bytes of a part of a file become pixels."""
+    """Return Pillow's name of the raw mode in which a tile of a file is stored."""
     return str(tile[3][0] if isinstance(tile[3], tuple) and tile[3] else tile[3])
 
 
 def _low_bytes(image: Image.Image, rawmode: str) -> Image.Image | None:
-    """Decode the low bytes: those that Pillow takes for high ones in the other byte order; None where it knows none."""
+    """Decode the low bytes, by reading in the other byte order; None if Pillow has no such raw mode."""
     layout, _, order = rawmode.partition(";16")
     native, swapped = ("L", "B") if sys.byteorder == "little" else ("B", "L")
     if layout not in ("RGB", "RGBA", "CMYK") or order not in ("L", "B", "N"):
