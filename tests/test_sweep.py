@@ -537,6 +537,7 @@ def test_line_holds_what_a_number_needs(finished):
         assert shares == pytest.approx(list(policy["exit_shares"].values()), abs=1e-5)
         assert routed[GOAL.name].mean() == pytest.approx(policy["accuracy"])
         assert 0 < line["seconds"]["epoch"] < line["seconds"]["training"]
+        assert 0 < line["training_loss"]["last_epoch"] < line["training_loss"]["first_epoch"] < 2
 
 
 def test_sweep_without_seeds_reads_no_test(data, tmp_path, capsys):

@@ -86,6 +86,8 @@ def measured(file: SweepFile, unit: Unit, folder: Path, done: Mapping[Unit, Line
             return {**line, "failed": trained.learning.finding, **_about()}
         seconds = time.perf_counter() - start
         line |= _results(file, unit, folder, trained, done)
+    means = [round(mean, 4) for mean in trained.learning.means]
+    line["training_loss"] = {"first_epoch": means[0], "last_epoch": means[-1]}
     line["seconds"] = {"training": round(seconds, 2), "all": round(time.perf_counter() - start, 2)}
     line["seconds"] |= trained.epochs.medians()
     line["bytes"] = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

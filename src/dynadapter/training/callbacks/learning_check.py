@@ -26,6 +26,11 @@ class LearningCheck(Callback):
         self._steps = 0
 
     @property
+    def means(self) -> tuple[float, ...]:
+        """The last exit's mean training loss of each epoch so far."""
+        return tuple(self._means)
+
+    @property
     def finding(self) -> str | None:
         """What was found, as one line; None where the loss fell, or after less than five epochs."""
         if len(self._means) < LEAST_EPOCHS or self._means[-1] < self._means[0]:
