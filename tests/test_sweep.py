@@ -24,6 +24,8 @@ from PIL import Image
 
 from dynadapter.calibrate import Goal
 from dynadapter.cli import main, sweep_estimate, sweep_file, sweep_unit
+from dynadapter.data import VTAB1k
+from dynadapter.data.identity import data_hash
 from dynadapter.exits.policies import Confidence, Never
 from dynadapter.sweep import lines
 from dynadapter.sweep.goals import SweepGoal
@@ -479,6 +481,39 @@ def test_mistakes(changes, words, data, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+PARTS = {"1": "LoRA", "2": {"class_path": "Adapter"}}
+
+
+@pytest.mark.parametrize(
+    ("adapter", "name"),
+    [
+        ({"class_path": "ByBlocks", "init_args": {"ranges": PARTS}}, "ByBlocks"),
+        ({"class_path": "dynadapter.Peft", "init_args": {"config": "IA3Config"}}, "dynadapter.Peft"),
+        ("Peft", "Peft"),
+        (None, "null"),  # a run's scale would turn it into the default adapter
+    ],
+)
+def test_adapter_without_scale_is_refused(adapter, name, data, tmp_path, capsys):
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump({"model": {"adapter": adapter}}))
+    path = write_sweep(tmp_path, data, adapters=["lora", str(tmp_path / "own.yaml")])
+    with pytest.raises(SystemExit) as ending:
+        main(["sweep", str(path)])
+    assert ending.value.code == 2
+    error = capsys.readouterr().err.splitlines()
+    words = (
+        f"recipe dynamic with the adapter own has model.adapter {name}, which has no model.adapter.scale for a sweep"
+    )
+    assert len(error) == 1
+    assert words in error[0]
+    assert "train this recipe with dynadapter fit" in error[0]
+    assert not (tmp_path / "out").exists()
+
+
+def test_later_layer_names_the_adapter(data, tmp_path):
+    changes = {"recipes": {"x": ["vtab", {"model": {"adapter": {"class_path": "ByBlocks"}}}]}, "adapters": ["lora"]}
+    assert sweep_file.read(str(write_sweep(tmp_path, data, **changes))).sweep.adapters == ["lora"]
+
+
 def test_published_scales_are_the_start(tmp_path):
     (tmp_path / "kitti").mkdir()
     changes = {"tasks": ["kitti", "svhn"], "adapters": ["lora", "repadapter"], "scales": None}
@@ -543,13 +578,17 @@ def test_line_holds_what_a_number_needs(finished):
 def test_sweep_without_seeds_reads_no_test(data, tmp_path, capsys):
     root = shutil.copytree(data, tmp_path / "tasks")
     (root / "colours" / "test.txt").unlink()
-    changes = {"scales": [1], "seeds": [], "search_seeds": [3], "recipes": {"dynamic": ["vtab"]}}
+    recipes = {"dynamic": ["vtab", {"data": {"init_args": {"shots": 4}}}]}
+    changes = {"scales": [1], "seeds": [], "search_seeds": [3], "recipes": recipes}
     main(["sweep", str(write_sweep(tmp_path, root, **changes))])
     (unit,) = lines.read(tmp_path / "out")
     assert (unit.split, unit.seed) == (SEARCH, 3)
     assert "| lora, dynamic, exit 2 |" in capsys.readouterr().out
     with np.load(tmp_path / "out" / "runs" / unit.name / lines.LOGITS) as packed:
         assert packed["logits"].shape == (2, 20, 3)
+    record = json.loads(next((tmp_path / "out" / "runs" / unit.name).glob("version_*/run.json")).read_text())
+    drawn = VTAB1k(root, task="colours", shots=4, shots_seed=3).used("train")  # the shots are those of the seed
+    assert record["data"]["splits"]["train"]["hash"] == data_hash(drawn)
 
 
 def test_thresholds_are_carried_over(finished):

@@ -1,7 +1,7 @@
 """The YAML file of a sweep: read, checked, and turned into the plan of its runs."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -128,10 +128,13 @@ def read(path: str) -> SweepFile:
         for name, recipe in recipes.items()
         if recipe.adapters is None or label in recipe.adapters
     }
-    contents = {
-        key: fingerprint(*(one if isinstance(one, dict) else read_config(str(one), ()) for one in several))
+    read_layers = {
+        key: [one if isinstance(one, dict) else read_config(str(one), ()) for one in several]
         for key, several in layers.items()
     }
+    for (adapter, recipe), several in read_layers.items():
+        _check_scale(adapter, recipe, several)
+    contents = {key: fingerprint(*several) for key, several in read_layers.items()}
     seeds = {(adapter, name): _seeds(settings, adapter, name, recipes[name]) for adapter, name in layers}
     sweep = Sweep(
         tasks=_groups(settings.tasks),
@@ -233,6 +236,25 @@ def _check_references(sweep: Sweep) -> None:
                     f"goal {goal.name} needs the recipe {goal.reference} for the adapter {adapter} and the seeds "
                     f"{list(seeds)} of {recipe}; add them"
                 )
+
+
+def _check_scale(adapter: str, recipe: str, contents: list[dict[str, Any]]) -> None:
+    """Refuse configs whose adapter has no scale; the runs of a sweep set `model.adapter.scale`."""
+    from dynadapter.adapters.base import Adapters
+    from dynadapter.spec import kinds
+
+    named: Any = "LoRA"  # the model's default
+    for content in contents:
+        given = (content.get("model") or {}).get("adapter", named)
+        named = given.get("class_path", named) if isinstance(given, dict) else given
+    name = str(named).rpartition(".")[2]
+    found = next((cls for cls in kinds(Adapters) if cls.__name__ == name), None)  # type: ignore[type-abstract]
+    if named is None or (found is not None and "scale" not in {one.name for one in fields(found)}):
+        raise Mistake(
+            f"recipe {recipe} with the adapter {adapter} has model.adapter {named or 'null'}, which has no "
+            "model.adapter.scale for a sweep to set; give one kind with a scale, such as LoRA, or train this recipe "
+            "with dynadapter fit"
+        )
 
 
 def _label(config: str) -> str:

@@ -169,6 +169,7 @@ def _changes(file: SweepFile, unit: Unit, folder: Path) -> list[str]:
     """Return the settings of a run that lie over all config files."""
     values = {
         "seed_everything": unit.seed,
+        "data.shots_seed": unit.seed,  # few shots: other seeds draw other images
         "model.adapter.scale": unit.scale,
         "data.root": file.root,
         "data.task": unit.task,
