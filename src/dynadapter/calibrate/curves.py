@@ -28,10 +28,10 @@ class Point(Outcome):
 
 
 class Curve(NamedTuple):
-    """The accuracy-cost curve of one kind of policy, costs rising, and its reference points.
+    """The accuracy-cost curve of one kind of policy, in order of increasing cost, and its reference points.
 
-    ``routed`` ends with the full depth, where no sample exits early. ``anytime`` has one point per exit, which all
-    samples take (MSDNet's anytime prediction), so it ends with the full depth too.
+    ``routed`` ends with the full depth, where no sample exits early. ``anytime`` has one point per exit, at which all
+    samples exit (MSDNet's anytime prediction); it also ends with the full depth.
     """
 
     routed: tuple[Point, ...]
@@ -50,14 +50,14 @@ def curve(
     balanced: bool = False,
     points: int = 200,
 ) -> Curve:
-    """Compute accuracy and cost for every shared threshold that makes a difference, thinned evenly in cost.
+    """Compute accuracy and cost at every threshold that changes the routing, thinned to points evenly spaced in cost.
 
     Args:
         logits: (exits, samples, classes).
         targets: (samples,).
         costs: (exits,), cumulative.
         kind: Confidence, Entropy, Margin or Patience.
-        view: A policy whose temperatures and combination count.
+        view: A policy whose temperatures and combination are applied.
         slope: See :func:`dynadapter.calibrate.ladder.ladder`.
         static: Cost of the static network; None for that of the last exit.
         balanced: Whether accuracies are balanced.
@@ -104,7 +104,7 @@ def _number(policy: Policy) -> float | None:
 
 
 def curve_rows(found: Curve) -> list[list[str | float]]:
-    """Return the rows of a CSV file: a header, the routed points, and those with all samples at one exit."""
+    """Return the rows of a CSV file: a header, the routed points, and the points with all samples at one exit."""
     exits = len(found.anytime)
     header: list[str | float] = [
         "policy",

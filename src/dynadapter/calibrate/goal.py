@@ -19,13 +19,13 @@ class Goal:
         risk: Fraction of all samples where routing may be wrong and the last exit right, with a finite-sample
             guarantee for future samples.
         confidence: Probability that the guarantee of ``risk`` holds; None for 0.9.
-        reference: Another network whose accuracy on the same samples ours is compared with, such as the checkpoint of a
-            static one; None for the last exit by its own logits.
-        metric: What counts as accuracy: ``balanced_accuracy`` is the mean over the classes that occur of the fraction
-            of their samples that are right. None for ``accuracy``, the fraction of all samples.
+        reference: Another network to compare the accuracy with on the same samples, such as the checkpoint of a static
+            network; None for the last exit by its own logits.
+        metric: ``balanced_accuracy`` is the mean accuracy over the classes that occur. None for ``accuracy``, the
+            fraction of all samples that are right.
 
     Raises:
-        ValueError: If not exactly one is given, or a number is out of range.
+        ValueError: If not exactly one of the three is given, or a number is out of range.
     """
 
     cost: float | None = None
@@ -73,18 +73,18 @@ class Goal:
 
     @property
     def amount(self) -> float:
-        """The number that was given for it."""
+        """The number of the goal."""
         amount: float = getattr(self, self.name)
         return amount
 
     @property
     def balanced(self) -> bool:
-        """Whether each class counts the same."""
+        """Whether the accuracy is balanced."""
         return self.metric == "balanced_accuracy"
 
     @property
     def measure(self) -> str:
-        """What counts as accuracy, in words."""
+        """Name of the accuracy, for messages."""
         return "balanced accuracy" if self.balanced else "accuracy"
 
     @property

@@ -1,4 +1,4 @@
-"""Find the cheapest policy whose loss against the last exit is bounded, for future samples, from finitely many.
+"""Find the cheapest policy whose expected loss against the last exit is bounded, from finitely many samples.
 
 **The guarantee.** Assume that the samples are drawn independently from the distribution of future samples, and that
 the network, the temperatures and the tested policies with their order were fixed without them. Then, with
@@ -12,11 +12,11 @@ is wrong where the last exit is right on at most a fraction ``risk`` of all samp
 Samples that stopped the training or selected the checkpoint violate the assumption, and so does a stratified split:
 split at random.
 
-**The method.** The policies are tested in their order, each at the full level 1 - ``confidence``, up to the first
-whose test does not reject a risk above ``risk``; the one before it is returned. This fixed-sequence test needs no
-correction for the number of policies, and no risk that grows from one to the next. If none is certified, for
-example because the samples are too few, the result is :class:`~dynadapter.exits.policies.Never`, whose risk is 0,
-with a note.
+**The method.** The policies are tested in their order, each at the full level 1 - ``confidence``, up to the first whose
+test does not reject a risk above ``risk``; the one before it is returned. This fixed-sequence test needs no correction
+for the number of policies, and the risk need not increase from one policy to the next. If none is certified, for
+example because the samples are too few, the result is :class:`~dynadapter.exits.policies.Never`, whose risk is 0, with
+a note.
 
 Source: Jazbec et al. 2024, Fast yet safe: early-exiting with risk control (the application; its performance gap and
 consistency risks are ``accuracy_gap`` and ``inconsistency``); Angelopoulos et al. 2021, Learn then test
@@ -84,7 +84,7 @@ _SCALES = {"lost": _Scale(0, "binomial"), "accuracy_gap": _Scale(-1, "betting"),
 
 
 class Risk(NamedTuple):
-    """The mean loss on some samples, and an upper bound of the expected loss."""
+    """The mean loss on a set of samples, and an upper bound of the expected loss."""
 
     mean: float
     upper: float
@@ -119,8 +119,8 @@ def measured_risk(
 def candidates(kind: type[Policy], exits: int) -> tuple[Policy, ...]:
     """Return the policies of a kind that :func:`with_guarantee` tests by default, from strict to lax.
 
-    The guarantee needs them fixed beforehand: every patience, or 203 shared thresholds whose odds fall by 10 % from
-    one to the next, from 0.9999999 down to 0, where all samples exit at exit 1.
+    The guarantee needs them fixed beforehand: every patience, or 203 shared thresholds from 0.9999999 down to 0, where
+    all samples exit at exit 1; their odds fall by 10 % from one to the next.
     """
     if kind is Patience:
         return tuple(Patience(patience) for patience in range(exits - 1, 0, -1))
@@ -144,7 +144,7 @@ def with_guarantee(
     policies: Sequence[Policy] | None = None,
     static: float | None = None,
 ) -> Calibrated:
-    """Find the laxest policy whose risk against the last exit is certified to be at most ``risk`` (see the module).
+    """Find the cheapest policy whose risk against the last exit is certified to be at most ``risk`` (see the module).
 
     Args:
         logits: (exits, samples, classes).
@@ -155,10 +155,10 @@ def with_guarantee(
         kind: Confidence, Entropy, Margin or Patience.
         loss: The bounded loss; see :func:`losses`.
         bound: See :func:`measured_risk`.
-        view: A policy whose temperatures, fitted on **other** samples, and combination of exits count.
+        view: A policy whose temperatures, fitted on **other** samples, and combination of exits are applied.
         ways: Number of views or kinds that are tried on these samples to choose one; they share the error probability.
-        policies: The policies to test, strict to lax, without these, found on **other** samples; None for
-            :func:`candidates`.
+        policies: The policies to test, from strict to lax, chosen on **other** samples; their temperatures and
+            combination come from ``view``. None for :func:`candidates`.
         static: Cost of the static network; None for that of the last exit.
 
     Raises:

@@ -8,7 +8,7 @@ Z = 1.959963984540054
 
 
 class Interval(NamedTuple):
-    """Both ends of an interval."""
+    """The lower and upper end of an interval."""
 
     low: float
     high: float
@@ -36,7 +36,7 @@ def difference_interval(gained: int, lost: int, samples: int) -> Interval:
         samples: All samples.
 
     Source: Agresti and Min 2005, Simple improved confidence intervals for comparing matched proportions: Wald's
-    interval after half a sample was added to each of the four cells.
+        interval with half a sample added to each of the four cells.
     """
     total = samples + 2
     mean = (gained - lost) / total
@@ -49,7 +49,7 @@ def mean_interval(estimates: Sequence[float], intervals: Sequence[Interval]) -> 
 
     Args:
         estimates: The estimates.
-        intervals: Their intervals, of 95 % as well; each holds its estimate.
+        intervals: Their 95 % intervals; each contains its estimate.
 
     Source: Zou and Donner 2008, Construction of confidence limits about effect measures: a general approach (MOVER).
     """

@@ -1,7 +1,8 @@
-"""Every distinct result that a single number can have on a set of samples: a threshold or a patience.
+"""Compute every distinct result on a set of samples of a policy with one parameter: a threshold or a patience.
 
-Thresholds can also be one for each exit, all moved by the single number: the log-odds of the threshold fall by a fixed
-slope from exit to exit. Log-odds are those of a certainty from 0 to 1: the confidence, the margin, or 1 - entropy.
+There can also be one threshold for each exit, all set by the one parameter: the log-odds of the threshold fall by a
+fixed slope from exit to exit. They are the log-odds of a certainty from 0 to 1: the confidence, the margin, or 1 -
+entropy.
 """
 
 import math
@@ -25,11 +26,11 @@ KINDS: dict[str, type[Policy]] = {
 
 
 class Ladder(NamedTuple):
-    """Every number that makes a difference, from no early exit to all samples at exit 1; costs fall step by step.
+    """All distinct settings of a kind, from no early exit to all samples at exit 1; the cost falls step by step.
 
-    ``counts`` (steps, exits) are the samples at each exit, ``right`` (steps,) the weights of the right predictions,
-    ``cost`` (steps,) the average relative costs. ``policy`` maps a step to its policy, without temperatures and
-    combination.
+    ``counts`` (steps, exits) are the numbers of samples at each exit, ``right`` (steps,) the total weights of right
+    predictions, ``cost`` (steps,) the average relative costs. ``policy`` maps a step to its policy, without
+    temperatures and combination.
     """
 
     counts: Tensor
@@ -44,7 +45,7 @@ def ladder(kind: type[Policy], data: Stacked, slope: float = 0.0, scores: Scores
     Args:
         kind: Confidence, Entropy, Margin or Patience.
         data: The samples.
-        slope: By how much the log-odds of the threshold fall from exit to exit; 0 for one threshold for all exits.
+        slope: Decrease of the log-odds of the threshold from exit to exit; 0 for one threshold for all exits.
         scores: The scores of the samples, if they are known already.
 
     Raises:
@@ -77,8 +78,9 @@ def _patiences(data: Stacked) -> Ladder:
 def _thresholds(scores: Scores, data: Stacked, slope: float) -> Ladder:
     """Count samples per exit and right predictions at every threshold in one sorted pass.
 
-    A sample has exited by exit k exactly if the greatest of its scores so far reaches the cut. So the right predictions
-    are those of the last exit plus, for each k and each sample that exited by k, the gain of exit k over exit k + 1.
+    A sample has exited by exit k exactly if the greatest of its scores so far reaches the cut. So the number of right
+    predictions is the number at the last exit plus, for each k and each sample that exited by k, the gain of exit k
+    over exit k + 1.
     """
     sure = scores.log_odds(slope) if slope else scores.sure
     greatest = sure.cummax(0).values if len(sure) else sure  # (early exits, samples)

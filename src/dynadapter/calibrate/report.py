@@ -1,4 +1,4 @@
-"""A solved goal as a table, as plain data, and as a figure."""
+"""Show a solution as a table, as plain data, and as a figure."""
 
 from collections.abc import Sequence
 from typing import Any, BinaryIO
@@ -13,7 +13,7 @@ from dynadapter.spec import plain
 
 
 def thresholds(policy: Policy, exits: int) -> list[float | None]:
-    """Return the threshold of a policy at each exit, or how many exits must agree; None at exits without one.
+    """Return the threshold of a policy at each exit, or the number of exits that must agree; None at exits without one.
 
     Args:
         policy: The policy, with temperatures and combination or without.
@@ -100,8 +100,8 @@ def measured_data(solution: Solution, split: str, data: str) -> dict[str, Any]:
 
     Args:
         solution: The solution.
-        split: Of the images: val, test or train.
-        data: The images, in words.
+        split: Split of the images: val, test or train.
+        data: Description of the images.
     """
     crossed = solution.cross_fitted
     in_words = {  # a list of two numbers would look like one for each of two exits

@@ -1,4 +1,4 @@
-"""Test whether an expected loss is below a limit, validly for every finite number of independent losses."""
+"""Test whether an expected loss is below a limit; valid for every finite number of independent losses."""
 
 import math
 from collections.abc import Callable
@@ -19,8 +19,8 @@ def p_value(losses: Tensor, limit: float, level: float, bound: Bound = "betting"
 
     - ``binomial``: exact, for losses that are 0 or 1 (Clopper and Pearson 1934).
     - ``hoeffding_bentkus``: for losses in [0, 1] (Bates et al. 2021, section 3.1; Angelopoulos et al. 2021).
-    - ``betting``: for losses in [0, 1], far sharper if their variance is small: one over the greatest capital of a
-      gambler who bets, sample by sample, on losses below the limit, with stakes set from the samples before
+    - ``betting``: for losses in [0, 1], much sharper if their variance is small: the inverse of the greatest wealth of
+      a betting process that bets, sample by sample, on losses below the limit, with stakes from the samples before
       (Waudby-Smith and Ramdas 2024, predictable plug-in bets, one-sided). The samples are first shuffled by a fixed
       permutation, because they often come sorted by class.
 

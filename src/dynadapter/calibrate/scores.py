@@ -1,4 +1,4 @@
-"""The scores of samples at the early exits, which thresholds are compared with."""
+"""Compute the scores of samples at the early exits, with which thresholds are compared."""
 
 import math
 from collections.abc import Sequence
@@ -16,15 +16,15 @@ SATURATED = 1e-7
 
 
 def has_thresholds(kind: object) -> TypeGuard[type[Thresholded]]:
-    """Check whether a kind of policy has thresholds to choose."""
+    """Check whether a kind of policy has thresholds."""
     return isinstance(kind, type) and issubclass(kind, Thresholded)
 
 
 def thresholded(kind: type[Policy]) -> type[Thresholded]:
-    """Return the kind if it has thresholds to choose.
+    """Return the kind if it has thresholds.
 
     Raises:
-        ValueError: If it has none.
+        ValueError: If it has no thresholds.
     """
     if not has_thresholds(kind):
         names = [known.__name__ for known in kinds(Thresholded)]  # type: ignore[type-abstract]
@@ -63,7 +63,7 @@ class Scores:
         return torch.tensor(each, dtype=self.sure.dtype, device=self.sure.device).reshape(len(policies), len(self.sure))
 
     def threshold(self, cut: float) -> float:
-        """Return the threshold that belongs to a cut."""
+        """Return the threshold for a cut."""
         return self.sign * cut + 0.0  # + 0.0 turns -0.0 into 0.0
 
     def log_odds(self, slope: float) -> Tensor:
@@ -78,7 +78,7 @@ class Scores:
         return tuple(self.threshold(self.laxest + (1 + math.tanh(x / 2)) / 2) for x in odds)
 
     def between(self, above: Tensor, below: Tensor) -> Tensor:
-        """Return cuts between scores ``above``, which exit, and the lesser scores ``below``, which do not."""
+        """Return cuts between scores ``above``, at which samples exit, and the lower scores ``below``."""
         middle = below + (above - below) / 2
         return torch.where(middle > below, middle, above)  # neighbouring floats have no middle
 

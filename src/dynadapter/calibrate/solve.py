@@ -1,8 +1,8 @@
 """Solve one goal from stacked logits: choose a setting on all samples, and measure that choice by cross-fitting.
 
-Cross-fitting: the samples are split into folds. Each fold is routed by a policy, temperatures, combination and kind of
-setting included, that was chosen on the other folds. So no sample is measured by a policy that its own right or wrong
-answer helped to choose.
+Cross-fitting: the samples are split into folds. Each fold is routed by a policy that was chosen on the other folds,
+with temperatures, combination and kind of setting. So no sample is measured by a policy that was chosen with its own
+label.
 """
 
 from collections.abc import Iterator, Sequence
@@ -41,7 +41,7 @@ class Measured(Outcome):
     Args:
         accuracy_last_exit: Accuracy of the last exit by its own logits, in [0, 1].
         lost: Fraction of the samples where routing is wrong and the last exit right.
-        accuracy_reference: Accuracy of the network to compare with; of the last exit if there is none.
+        accuracy_reference: Accuracy of the reference network; of the last exit if there is none.
         confidence: Mean confidence of the predictions, over samples with finite logits.
         confidence_deviation: Standard deviation of the confidence between these samples.
     """
@@ -58,8 +58,8 @@ class CrossFitted(Measured):
     """The result of routing each sample by a policy that was chosen without it, with intervals of 95 %.
 
     Args:
-        accuracy_interval: Of the accuracy; of the mean over classes if it is balanced.
-        difference_interval: Of the accuracy minus that of the reference on the same samples.
+        accuracy_interval: Interval of the accuracy; of the mean over classes if it is balanced.
+        difference_interval: Interval of the accuracy minus the accuracy of the reference on the same samples.
     """
 
     accuracy_interval: Interval
@@ -73,12 +73,12 @@ class Solution:
     Args:
         goal: The goal.
         found: The policy, and how it was found.
-        calibration: Result of the policy on the samples that it was chosen on.
+        calibration: Result of the policy on the samples on which it was chosen.
         cross_fitted: Result on the same samples, each routed by a policy that was chosen without it.
-        curve: Curve of the same kind of setting on all samples.
+        curve: Accuracy-cost curve of the same kind of setting on all samples.
         notes: Remarks for the user.
         nonfinite: Samples with logits that are not finite at some exit.
-        protocol: Which samples were used for what, in words.
+        protocol: Description of which samples were used for what.
     """
 
     goal: Goal
@@ -115,14 +115,14 @@ def solve(
         goal: The goal.
         kind: Confidence, Entropy, Margin or Patience.
         searches: What to choose; see :data:`dynadapter.calibrate.choosing.SEARCHES`. A risk has one threshold.
-        combines: What exits may predict by: their own logits, the running mean or the weighted geometric mean.
-        with_temperatures: Whether to fit a temperature to each exit first; None for yes, except for a risk, whose
-            certificate would have to do without the samples that the temperatures are fitted on.
+        combines: How exits may predict: by their own logits, the running mean or the weighted geometric mean.
+        with_temperatures: Whether to fit a temperature to each exit first; None means yes, except for a risk, because
+            samples used to fit temperatures cannot certify.
         seed: Random seed of the folds.
         static: Cost of the static network; None for that of the last exit.
-        reference: Classes (samples,) that another network predicts for the same samples; an accuracy drop is against
-            them. None for those of the last exit by its own logits.
-        samples: What the samples are, in words, for the protocol.
+        reference: Classes (samples,) that another network predicts for the same samples; an accuracy drop is measured
+            against them. None for the last exit by its own logits.
+        samples: Description of the samples for the protocol.
 
     Raises:
         ValueError: If the goal cannot be reached (the message names what can), the last exit has no finite logits, or
@@ -165,7 +165,7 @@ def policy_for(
 ) -> Policy:
     """Return the policy that :func:`solve` finds for a goal by default, without measuring it.
 
-    A network with one exit needs none.
+    For a network with one exit it is :class:`Never`.
 
     Raises:
         ValueError: As :func:`solve`.
@@ -247,7 +247,7 @@ def _with_intervals(data: Samples, routed: _Predicted) -> CrossFitted:
 def _remarks(found: Calibrated, data: Samples, goal: Goal) -> Iterator[str]:
     """Yield notes about classes that a balanced accuracy leaves out, and if no sample exits early.
 
-    The certificate of a risk has said the latter.
+    For a risk, the note of the certificate already has the latter.
     """
     classes, there = data.logits.shape[-1], len(data.targets.unique())
     if goal.balanced and there < classes:
@@ -257,7 +257,7 @@ def _remarks(found: Calibrated, data: Samples, goal: Goal) -> Iterator[str]:
 
 
 def _doubts(samples: str, count: int, nonfinite: int, missed: int, folds: int) -> Iterator[str]:
-    """Yield notes about samples that are too few or broken, and folds without a policy."""
+    """Yield notes about too few samples, non-finite logits, and folds without a policy."""
     if missed:
         yield f"{missed} of {folds} folds cannot reach the goal; their {samples} took the last exit"
     if count < FEW:

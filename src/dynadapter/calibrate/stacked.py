@@ -1,4 +1,4 @@
-"""The cost and accuracy of a policy on a set of samples, from their stacked logits."""
+"""Compute the cost and accuracy of a policy on a set of samples from stacked logits."""
 
 import math
 from collections.abc import Sequence
@@ -32,11 +32,11 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Calibrated(Outcome):
-    """A calibrated policy with its result on the samples that it was chosen on; :func:`evaluate` it on others.
+    """A calibrated policy with its result on the samples on which it was chosen; use :func:`evaluate` for others.
 
     Args:
         policy: Routes raw logits: it includes temperatures and combination.
-        method: How the policy was found, in words.
+        method: Description of how the policy was found.
         notes: Remarks for the user, such as the guarantee in full, or why there is none.
         risk: Mean loss on these samples, if one was bounded; see :func:`with_guarantee`.
     """
@@ -48,21 +48,21 @@ class Calibrated(Outcome):
 
 
 class Stacked:
-    """Logits, targets and costs of samples, checked, with what is computed from them once.
+    """Checked logits, targets and costs of samples, and quantities computed from them once.
 
     Args:
         logits: (exits, samples, classes).
         targets: (samples,), or None.
         costs: (exits,), cumulative.
         static: Cost of the static network; None for that of the last exit.
-        view: A policy whose temperatures and combination the predictions have.
-        balanced: Whether accuracies are balanced: each class that occurs counts the same.
+        view: A policy whose temperatures and combination are applied to the predictions.
+        balanced: Whether accuracies are balanced: all occurring classes have equal weight.
 
     Attributes:
-        predicted: What each exit predicts, as logits (exits, samples, classes).
+        predicted: Prediction of each exit, as logits (exits, samples, classes).
         predictions: Classes (exits, samples), -1 for logits with NaN.
         right: (exits, samples) bool, True for a right prediction; all False without targets.
-        weights: What each sample counts for in an accuracy (samples,) float64; 1 on average.
+        weights: Weight of each sample in an accuracy (samples,) float64; 1 on average.
         last: Classes of the last exit by its own logits (samples,), -1 for logits with NaN.
     """
 
@@ -133,7 +133,7 @@ class Stacked:
 
 
 def balancing(targets: Tensor) -> Tensor:
-    """Return weights (samples,) float64 with a mean of 1, with which each class that occurs counts the same.
+    """Return weights (samples,) float64 with mean 1 that give all occurring classes equal weight.
 
     >>> balancing(torch.tensor([0, 0, 0, 2])).tolist()
     [0.666..., 0.666..., 0.666..., 2.0]
@@ -191,7 +191,7 @@ def evaluate(
 
 
 def split_folds(samples: int, folds: int = 2, seed: int = 0, targets: Tensor | None = None) -> tuple[Tensor, ...]:
-    """Split samples at random into folds of equal size, up to one sample.
+    """Split samples at random into folds whose sizes differ by at most one.
 
     With targets the folds are stratified: their numbers of samples of a class differ by at most one. Leave the targets
     out if a fold goes to :func:`with_guarantee`, which needs independent samples.

@@ -1,4 +1,4 @@
-"""A calibrated policy as a file: ``calibration.json``, and the same beside the checkpoint that was calibrated."""
+"""Read and check a calibrated policy from ``calibration.json`` or from the file next to the calibrated checkpoint."""
 
 import json
 from dataclasses import dataclass
@@ -20,11 +20,11 @@ class Calibration:
 
     Args:
         policy: The policy.
-        where: Where it comes from.
-        exit_depths: After how many blocks the exits of that network stand.
-        class_names: Its classes.
-        backbone_hash: Of its frozen backbone.
-        checkpoint_sha256: Of its checkpoint; empty for a bundle.
+        where: The file, for messages.
+        exit_depths: Exit depths of that network.
+        class_names: Class names of that network.
+        backbone_hash: Hash of its frozen backbone.
+        checkpoint_sha256: SHA-256 of its checkpoint; empty for a bundle.
     """
 
     policy: Policy
@@ -38,7 +38,7 @@ class Calibration:
         """Check that a network has the exits, classes and backbone of the calibrated one.
 
         Raises:
-            ValueError: One of them differs.
+            ValueError: Exits, classes or backbone differ.
         """
         for what, ours, theirs in (
             ("exits after blocks", list(exit_depths), list(self.exit_depths)),
@@ -53,7 +53,7 @@ class Calibration:
 
 
 def beside(checkpoint: Path) -> Path:
-    """Return where the calibration of a checkpoint is kept: ``last.calibration.json`` for ``last.ckpt``."""
+    """Return the path of a checkpoint's calibration: ``last.calibration.json`` for ``last.ckpt``."""
     return checkpoint.with_name(f"{checkpoint.stem}.{RESULT}")
 
 
@@ -78,7 +78,7 @@ def read_calibration(file: Path) -> Calibration:
 
 
 def calibration_of(checkpoint: Path) -> Calibration | None:
-    """Return the calibration beside a checkpoint; None if there is none, or the checkpoint has changed since.
+    """Return the calibration of a checkpoint; None if there is none, or the checkpoint has changed since.
 
     Raises:
         ValueError: The file is damaged.

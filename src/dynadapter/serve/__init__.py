@@ -1,1 +1,1 @@
-"""Deployment: bundles, predictions, exported graphs, and a router for a stream of images."""
+"""Deployment: bundles, predictions, exported graphs, streams of images, and the HTTP server."""

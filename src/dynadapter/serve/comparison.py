@@ -1,4 +1,4 @@
-"""Compare an exported folder with the network that it comes from."""
+"""Compare an exported folder with the network from which it was exported."""
 
 from collections.abc import Callable
 from typing import Any
@@ -28,8 +28,8 @@ def compare(
         The network's logits (exits, images, classes), and the manifest's entry ``check``.
 
     Raises:
-        ValueError: A logit differs by more than the tolerance, or an image stops at another exit. An image with a tie
-            in token merging must have the same exit and class alone.
+        ValueError: A logit differs by more than the tolerance, or an image stops at another exit. For an image with a
+            tie in token merging, only exit and class must be the same.
     """
     expected = _in_batches(reference, images)
     found = _in_batches(lambda part: torch.from_numpy(runner.every_exit(part.numpy())), images)
@@ -73,7 +73,7 @@ def compare(
 def quantization_change(
     runner: Runner, expected: Tensor, policy: Policy, images: Tensor, labels: Tensor | None
 ) -> dict[str, Any]:
-    """Measure what quantisation changed.
+    """Measure the effect of quantisation on predictions.
 
     Args:
         runner: The quantised graphs.

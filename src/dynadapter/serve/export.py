@@ -1,13 +1,13 @@
 """Export a network with exits as a folder that runs without this package.
 
-The folder holds an ONNX graph for each stage, ``manifest.json`` with everything else that is needed (exit policy,
-classes, preprocessing, hashes), and the code that runs it: ``python exported/predict.py photos``.
+The folder holds an ONNX graph for each stage, ``manifest.json`` (exit policy, classes, preprocessing, hashes), and the
+code that runs it: ``python exported/predict.py photos``.
 
 Stage 0 maps images to (x, logits), each later stage x to (x, logits), and the last stage x to logits; a batch may have
 any size. Where the class token's row is computed first, as in ``ExitNet.early``, a stage begins by finishing a block
 that the stage before began, and x consists of two tensors.
 
-A folder takes its name only when it is complete and its graphs have been compared with the network.
+A folder gets its name only when it is complete and its graphs have been compared with the network.
 """
 
 import dataclasses
@@ -65,16 +65,16 @@ def export_onnx(
     Args:
         net: The network, on any device; it stays unchanged.
         folder: The folder to create.
-        policy: Decides at which exit an image stops; temperatures come in `Scaled`, a combination in `Combined`.
+        policy: Decides at which exit an image stops; it may be in `Scaled` (temperatures) and `Combined`.
         class_names: One name for each class.
-        preprocess: From a decoded image to the network's input.
+        preprocess: Maps a decoded image to the network's input.
         costs: The result of :func:`dynadapter.cost.exit_costs`, stored in the manifest.
         check_images: Preprocessed images (images, 3, size, size) to compare on; noise by default.
         check_labels: Their class indices (images,), for the accuracy in int8.
         tolerance: Largest difference of a logit; relative to the image's largest logit if that is above 1.
         merge: Merge the adapters into the backbone if all of them can be merged.
-        class_first: Compute the class token's row first where a head reads nothing else: an image that stops there
-            saves five sixths of a block, and that block is in two files.
+        class_first: Compute the class token's row first where a head reads only the class token: an image that stops
+            there saves five sixths of a block, and that block is stored in two files.
         opset: Version of ONNX's operators, at least 18.
         int8: Quantise the blocks' matrix products to 8 bits. Activations are quantised batch by batch, so a prediction
             depends a little on its batch. The change is measured on `check_images`.
@@ -84,7 +84,8 @@ def export_onnx(
         The content of ``manifest.json``.
 
     Raises:
-        ValueError: An argument does not fit, the folder exists, or the graphs differ from the network. Nothing is left.
+        ValueError: An argument does not fit, the folder exists, or the graphs differ from the network. Nothing is
+            written.
         ImportError: onnx, onnxscript or onnxruntime is missing.
     """
     manifest = _manifest(net, policy, class_names, preprocess, costs, opset)

@@ -39,18 +39,18 @@ def write_table(file: BinaryIO, suffix: str, columns: Sequence[str], rows: Itera
 
     Args:
         file: Where to write.
-        suffix: Of the output's name; decides the format.
+        suffix: Suffix of the output's name, which decides the format.
         columns: Names of the columns.
-        rows: Values of the columns, an image each.
+        rows: One row of column values for each image.
     """
     _WRITERS[suffix.lower()](file, columns, rows)
 
 
 def check_output(output: Path, overwrite: bool) -> None:
-    """Refuse an output that cannot be written.
+    """Check that an output can be written.
 
     Raises:
-        ValueError: Its suffix names no format, its format needs a package that is missing, or it exists.
+        ValueError: The suffix is not a known format, the format needs a missing package, or the file exists.
     """
     suffix = output.suffix.lower()
     if output.is_dir():
@@ -64,7 +64,7 @@ def check_output(output: Path, overwrite: bool) -> None:
 
 
 def write_unread(path: Path, found: Sequence[Unread]) -> None:
-    """Write the list of images that could not be read, or remove an old list where there are none."""
+    """Write the list of images that could not be read, or remove an old list if there are none."""
     if not found:
         path.unlink(missing_ok=True)
         return
@@ -93,14 +93,14 @@ def _number(value: Any, form: str) -> Any:
 
 
 def cell(value: Any, path: bool = False) -> str:
-    """Return a value as a cell of a CSV file that a spreadsheet takes for text, never for a formula.
+    """Return a value as a cell of a CSV file that a spreadsheet reads as text and not as a formula.
 
     >>> print(cell("=1+1"), cell("-a.png", path=True), cell("a;b"))
     '=1+1 ./-a.png "a;b"
 
     Args:
         value: Text or a number.
-        path: It names a file, which is the same file behind ``./``.
+        path: Whether the value is a path, which may get the prefix ``./``.
     """
     text = str(value)
     if isinstance(value, str) and text.startswith(FORMULA):

@@ -53,8 +53,8 @@ def write_graphs(net: ExitNet, folder: Path, images: Tensor, class_first: bool, 
     Args:
         net: A copy of the network, on the CPU in evaluation mode.
         folder: Where to write.
-        images: Their shape is that of the input.
-        class_first: Compute the class token's row first where a head reads nothing else.
+        images: Example images; they determine the shape of the input.
+        class_first: Compute the class token's row first where a head reads only the class token.
         opset: Version of ONNX's operators.
 
     Returns:
@@ -73,7 +73,7 @@ def write_graphs(net: ExitNet, folder: Path, images: Tensor, class_first: bool, 
 
 
 class _Stage(nn.Module):
-    """The part of a network from one exit to the next: from the outputs of the stage before to its own, and logits."""
+    """One stage of a network: maps the outputs of the stage before to its own outputs and logits."""
 
     def __init__(self, net: ExitNet, k: int, class_first: bool) -> None:
         super().__init__()
@@ -138,7 +138,7 @@ def _write(program: ExportedProgram, file: Path, tensors: Mapping[str, Any], ops
 
 
 def _unused(program: ExportedProgram) -> set[str]:
-    """Return the names of tensors that a program holds, because the network does, and never reads."""
+    """Return the names of tensors that a program stores but never reads."""
     nodes = {node.name: node for node in program.graph.nodes}
     specs = program.graph_signature.input_specs
     return {spec.target for spec in specs if spec.target is not None and not nodes[spec.arg.name].users}
@@ -146,7 +146,7 @@ def _unused(program: ExportedProgram) -> set[str]:
 
 @contextlib.contextmanager
 def _quiet(name: str) -> Iterator[None]:
-    """Silence a library that logs remarks and tracebacks; the graphs are run afterwards, which finds real faults."""
+    """Silence a library that logs remarks and tracebacks; the graphs are run afterwards, which shows real errors."""
     logger = logging.getLogger(name)
     before = logger.level
     logger.setLevel(logging.CRITICAL)

@@ -15,11 +15,11 @@ MAX_LIST = 2**28
 
 
 def list_images(places: Iterable[str], path_column: str | None = None) -> list[str]:
-    """List the images that are meant by folders, lists, CSV files and single images.
+    """List the images in folders, lists and CSV files, and single images.
 
     Args:
         places: Folders (searched with their subfolders), text files with one path a line, CSV files, image files. Paths
-            in a list are relative to its folder. They are only ever read as images.
+            in a list are relative to its folder. They are only read as images.
         path_column: The column of a CSV file that holds the paths; None for the first.
 
     Raises:

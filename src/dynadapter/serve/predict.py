@@ -1,4 +1,4 @@
-"""Classify many images into a resumable table, alone or as one of several processes."""
+"""Classify many images into a resumable table, in one process or several."""
 
 import math
 from collections import deque
@@ -23,7 +23,7 @@ Pixels = NDArray[np.uint8]
 
 
 class NonFinite(ValueError):
-    """The network's logits for an image are NaN or infinite, so that no class can be named."""
+    """The network's logits for an image are NaN or infinite, so there is no prediction."""
 
 
 class TooManyUnread(ValueError):
@@ -40,7 +40,7 @@ def columns(class_names: Sequence[str], top_k: int = 1, probabilities: bool = Fa
     ('file', 'class', 'confidence', 'exit', 'class_2', 'confidence_2')
 
     Args:
-        class_names: Of the network.
+        class_names: Class names of the network.
         top_k: How many classes to name for each image, the most probable first.
         probabilities: Add a column with the probability of each class.
     """
@@ -105,12 +105,12 @@ def predict(
     workers: int = 4,
     on_batch: Callable[[], None] = lambda: None,
 ) -> None:
-    """Fill a table with this process's share of the images; finishing it is left to the caller.
+    """Fill a table with this process's share of the images; the caller then finishes the table.
 
     Args:
         bundle: The network, with preprocessing.
         table: With the columns that :func:`columns` returns for `top_k` and `probabilities`.
-        policy: Instead of the bundle's own.
+        policy: Policy to use instead of the bundle's own.
         top_k: As in :func:`columns`.
         probabilities: As in :func:`columns`.
         max_skipped: More unreadable images than this are an error.
@@ -157,7 +157,7 @@ def read_batches(
     Args:
         preprocess: Decides the size of the pixels.
         table: Knows the files of a batch.
-        numbers: Of the batches.
+        numbers: Numbers of the batches.
         workers: Threads; 0 reads a batch when it is requested.
 
     Yields:

@@ -1,4 +1,4 @@
-"""Hold the frozen tensors of a backbone once, although several bundles use it."""
+"""Share the frozen tensors of a backbone among the bundles that use it."""
 
 from collections.abc import Iterable
 
@@ -12,8 +12,8 @@ from dynadapter.serve.bundle.tensors import frozen_names
 def share_backbones(bundles: Iterable[Bundle]) -> int:
     """Replace the frozen tensors of bundles by equal ones of an earlier bundle with the same backbone.
 
-    Two backbones are the same if their fingerprints are. A tensor that differs all the same, such as one of a merged
-    network, stays as it is, so no answer changes. Call it after the bundles are on their device.
+    Two backbones are the same if their fingerprints are. A tensor that still differs, such as in a merged network, is
+    not shared, so no answer changes. Call this after the bundles are on their device.
 
     Args:
         bundles: They are changed in place.

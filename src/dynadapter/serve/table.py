@@ -1,10 +1,10 @@
 """Write a table of predictions batch by batch, by one or several processes; a killed run loses no finished batch.
 
-While a table is being computed, the folder ``<output>.partial`` holds it: ``table.json`` says which network and which
-images it belongs to, and ``<number>.json`` is one finished batch behind its checksum. A process claims a batch by a
-lock that the system releases when the process ends, and a batch file appears in one step. So a killed run continues
-where it stopped, several processes share the images without messages, and a damaged batch is computed again.
-At the end the output is written from the batches and takes its name in one step.
+While a table is being computed, it is in the folder ``<output>.partial``: ``table.json`` identifies the network and the
+images, and each ``<number>.json`` is one finished batch with its checksum. A process claims a batch by a lock that the
+system releases when the process ends, and a batch file is written atomically. So a killed run continues where it
+stopped, several processes share the images without communication, and a damaged batch is computed again. At the end the
+output is written atomically from the batches.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ TITLE = "predictions of dynadapter"
 
 
 class Foreign(ValueError):
-    """An unfinished table that belongs to another network, other images, or something else."""
+    """An unfinished table belongs to another network, other images or other settings."""
 
 
 class PredictionTable:
@@ -43,12 +43,13 @@ class PredictionTable:
     Use it as a context manager. At the end of its block, an unfinished table is closed and kept.
 
     Args:
-        output: The table; its suffix decides the format (``.csv``, ``.jsonl``, ``.parquet``).
+        output: File of the table; its suffix decides the format (``.csv``, ``.jsonl``, ``.parquet``).
         files: Names of all images, in order.
         batch_size: Images that are computed at once.
-        identity: What else decides the rows, as plain values by name. A table continues only where all are the same.
+        identity: Everything else that determines the rows, as plain values by name. A table is continued only if all
+            are equal.
         columns: Names of the columns; the first four are `COLUMNS`.
-        overwrite: Whether the output, or an unfinished table of something else, may be replaced.
+        overwrite: Whether the output, or an unfinished table with another identity, may be replaced.
         helper: Whether another process has begun this table and will finish it.
 
     Attributes:
@@ -58,7 +59,7 @@ class PredictionTable:
         nonfinite: How many of the answered images have no confidence, because their logits were not finite.
 
     Raises:
-        Foreign: There is an unfinished table of something else.
+        Foreign: There is an unfinished table with another identity.
         Busy: Another process is writing this table.
         ValueError: The output cannot be written.
     """
@@ -109,7 +110,7 @@ class PredictionTable:
 
     @property
     def done(self) -> int:
-        """How many images are finished, readable or not."""
+        """Number of finished images, readable or not."""
         return self.answered + self.unread
 
     def __enter__(self) -> "PredictionTable":
@@ -137,10 +138,10 @@ class PredictionTable:
                     yield number
 
     def save(self, number: int, entries: Iterable[Row | Unread]) -> None:
-        """Add a batch in one step.
+        """Add a batch atomically.
 
         Args:
-            number: Of the batch.
+            number: Number of the batch.
             entries: A row for each of its images, or why it could not be read; in the order of the images.
 
         Raises:
@@ -164,7 +165,7 @@ class PredictionTable:
         self._unlock(number)
 
     def finish(self) -> None:
-        """Write the output and the list of unreadable images, each in one step, and remove the unfinished table.
+        """Write the output and the list of unreadable images, each atomically, and remove the unfinished table.
 
         Raises:
             ValueError: Some images are not done, or another file has appeared under the output's name.
@@ -230,7 +231,7 @@ class PredictionTable:
             file.write(json.dumps(self._header).encode())
 
     def _check_new(self) -> None:
-        """Refuse a folder without ``table.json`` that holds other files."""
+        """Raise an error for a folder without ``table.json`` that holds other files."""
         there = {path.name for path in self.folder.iterdir() if not path.name.startswith(".table.json.")}
         if strange := there - {"claims"}:
             raise Foreign(f"{self.folder} is no unfinished table of predictions: it holds {min(strange)}")
@@ -277,7 +278,7 @@ class PredictionTable:
         return number in self._finished
 
     def _read(self, number: int) -> list[Row | Unread] | None:
-        """Read a batch; None where it is missing or damaged."""
+        """Read a batch; None if it is missing or damaged."""
         try:
             checksum, _, text = self._path(number).read_bytes().partition(b" ")
         except FileNotFoundError:
@@ -304,7 +305,7 @@ class PredictionTable:
 
 
 def _read_json(path: Path) -> Any:
-    """Read a JSON file; None where there is none, and text where it is no JSON."""
+    """Read a JSON file; return None if there is none, and the text if it is not JSON."""
     try:
         return json.loads(path.read_bytes())
     except FileNotFoundError:
@@ -333,7 +334,7 @@ def _digest(files: Iterable[str]) -> str:
 
 
 def _difference(there: Any, wanted: Mapping[str, Any]) -> str:
-    """Describe in what an unfinished table differs from the one that is wanted."""
+    """Describe how an unfinished table differs from the wanted one."""
     if not _is_table(there):
         return "is no unfinished table of predictions"
     if there.get("format") != wanted["format"]:

@@ -1,4 +1,4 @@
-"""Images for which rounding decides which tokens are merged: two correct programs can give them other logits."""
+"""Find images for which rounding decides which tokens are merged: two correct programs can compute different logits."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ TIE = 1e-5
 
 
 class _Watched:
-    """Token merging that keeps the smallest gap of each image."""
+    """Token merging that records the smallest gap of each image."""
 
     def __init__(self, merging: TokenMerging) -> None:
         self.after, self.proportional, self.merging = merging.after, merging.proportional, merging
