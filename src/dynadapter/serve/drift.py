@@ -1,4 +1,4 @@
-"""Compare what a bundle answers with what its calibration saw: exit shares and mean confidence, window by window."""
+"""Compare exit shares and mean confidence of a bundle's answers with its calibration, window by window."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -15,7 +15,7 @@ CONFIDENCE = "confidence"
 
 
 class Expected(NamedTuple):
-    """A value of the calibration, and the interval in which that of a window lies unless images have changed."""
+    """A value of the calibration, and the interval for the value of a window if the images have not changed."""
 
     value: float
     low: float
@@ -24,7 +24,7 @@ class Expected(NamedTuple):
 
 @dataclass(frozen=True)
 class Reference:
-    """What the calibration of a bundle measured.
+    """The measurements of a bundle's calibration.
 
     Args:
         shares: Exit shares.
@@ -40,7 +40,7 @@ class Reference:
 
     @classmethod
     def of(cls, config: Config) -> "Reference | None":
-        """Return the reference that a bundle stores; None if it has none that can be used."""
+        """Return the reference stored in a bundle; None if it has no usable one."""
         measured: Mapping[str, Any] = config.measured or {}
         shares, samples = measured.get("shares"), measured.get("samples")
         if not isinstance(shares, list | tuple) or len(shares) != len(config.exit_depths):
@@ -53,10 +53,10 @@ class Reference:
         return cls(tuple(shares), samples, *(sure if all(map(_is_share, sure)) else ()))
 
     def expected(self, images: int) -> dict[str, Expected]:
-        """Return the intervals for a window of so many images, by name: ``exit 1`` ... ``exit K``, ``confidence``.
+        """Return the intervals for a window of the given number of images, by name: ``exit 1`` ... ``confidence``.
 
-        Both the window and the calibration are samples, so both add to the width. Half a pseudo-image on either side
-        keeps the interval of a share of 0 or 1 open (Agresti and Coull 1998).
+        Both the window and the calibration are samples, so both add to the width. Pseudo-counts keep the width of the
+        interval of a share of 0 or 1 above 0 (Agresti and Coull 1998).
         """
         spread = Z * math.sqrt(1 / images + 1 / self.samples)
         found = {}
@@ -75,7 +75,7 @@ def _is_share(value: Any) -> bool:
 
 
 class Drift:
-    """Watch exits and confidences in windows of equal size. The caller takes care that one thread at a time calls it.
+    """Watch exits and confidences in windows of equal size. It is not thread-safe.
 
     >>> drift = Drift(Reference((0.5, 0.5), samples=1000), window=200)
     >>> [message for _ in range(200) for message in drift.add(0, 0.9)][0]

@@ -31,11 +31,11 @@ EASE = 0.5
 class Engine:
     """Answer images from many threads.
 
-    One thread runs the network, others decode. A stage runs when `batch` samples wait for it; otherwise the first stage
-    with a sample runs, so that samples gather before deep stages and nothing waits while the network is idle. A sample
-    waits at most `wait` seconds for a full batch at each stage. Answers equal those of :meth:`Bundle.route` up to
-    rounding. When more than half of the queue is taken, the deepest exits are closed one after the other, so that
-    samples stop earlier before any is refused.
+    One thread runs the network, and other threads decode images. A stage runs when `batch` samples wait for it;
+    otherwise the first stage with a sample runs. So samples are collected before deep stages, and no sample waits while
+    the network is idle. A sample waits at most `wait` seconds for a full batch at each stage. Answers equal those of
+    :meth:`Bundle.route` up to rounding. When more than half of the queue is taken, the deepest exits are closed one
+    after the other, so that samples stop earlier before any is refused.
 
     >>> with Engine(bundle) as engine:                                        # doctest: +SKIP
     ...     answer = engine.submit("photo.jpg", Limits(max_gmacs=1.2)).result()
@@ -47,9 +47,9 @@ class Engine:
         queue: Most requests that are accepted and not yet answered.
         wait: Seconds after which a sample waits no longer for a full batch, at each stage.
         readers: Threads that decode images.
-        window: Images after which exits and confidence are compared with the calibration's.
-        compute: Held while a stage runs; give several engines on one CPU the same lock.
-        name: For messages.
+        window: Number of images after which exits and confidence are compared with the calibration.
+        compute: Lock that is held while a stage runs; give several engines on one CPU the same lock.
+        name: Name of the engine in messages.
 
     Raises:
         ValueError: A number is out of range.
@@ -90,7 +90,7 @@ class Engine:
     # ---- from outside
 
     def submit(self, image: Source, limits: Limits = UNLIMITED) -> "Future[Served]":
-        """Accept an image, and return its answer to come; cancel it if nobody waits for the answer any more.
+        """Accept an image, and return a future of its answer; cancel the future if the answer is no longer needed.
 
         The answer can be an error: `UnreadableImage` or another ValueError of the image, :class:`Late`,
         :class:`Failed`.
@@ -100,8 +100,8 @@ class Engine:
             limits: The budget.
 
         Raises:
-            Full: `queue` requests wait already.
-            Closed: The engine stops.
+            Full: `queue` requests are waiting.
+            Closed: The engine is closed.
             ValueError: The budget fits no exit, or the policy has no threshold.
         """
         job = self._job(image, limits)
@@ -128,12 +128,12 @@ class Engine:
         return self.taken >= self.queue
 
     def open_exits(self) -> int:
-        """Return how many exits are open under the present load."""
+        """Return the number of exits that are open under the present load."""
         load = (self.taken - self.batch) / (self.queue - self.batch)
         return min(self.exits, max(1, math.ceil(self.exits * (1 - load) / (1 - EASE))))
 
     def close(self) -> None:
-        """Accept nothing any more, answer what was accepted, and end the threads."""
+        """Accept no more requests, answer the accepted ones, and end the threads."""
         with self._changed:
             self.closing = True
             self._changed.notify_all()
@@ -185,7 +185,7 @@ class Engine:
         return None
 
     def _end(self, job: Job, answer: Served | BaseException | None) -> None:
-        """Give back a job's place and answer it, unless it was cancelled."""
+        """Free a job's place in the queue and answer it, unless it was cancelled."""
         with self._changed:
             if job.ended:
                 return
@@ -264,7 +264,7 @@ class Engine:
                 self._queues[k + 1].append(replace(now.chosen(stay), since=self._clock()))
 
     def _sorted_out(self, k: int, now: Waiting[Job]) -> Waiting[Job]:
-        """Drop samples that nobody waits for, and answer those that would be late by what their last exit predicts."""
+        """Drop cancelled samples, and answer samples that would be late with the prediction of their last exit."""
         clock, stay, late = self._clock(), [], []
         for row, job in enumerate(now.items):
             if job.cancelled():
@@ -288,7 +288,7 @@ class Engine:
             return now.chosen(stay)
 
     def _judged(self, now: Waiting[Job], k: int) -> tuple[Tensor, list[bool]]:
-        """Return what exit ``k`` predicts (samples, classes), and which samples their policies stop there."""
+        """Return the predictions of exit ``k`` (samples, classes), and which samples their policies stop there."""
         assert now.history is not None
         last, groups = k == self.exits - 1, dict[float | None, list[int]]()
         for row, job in enumerate(now.items):
@@ -310,7 +310,7 @@ class Engine:
         return found, stops
 
     def _limit(self, job: Job, k: int, open_exits: int, clock: float) -> Limit | None:
-        """Return why a sample must stop at exit ``k``, which is not the last; None if it goes on."""
+        """Return why a sample must stop at exit ``k``, which is not the last; None if it continues."""
         if k >= job.last:
             return "max_gmacs"
         if k + 1 >= open_exits:

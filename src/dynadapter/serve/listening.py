@@ -17,22 +17,22 @@ GRACE = 60
 
 
 class Protocol(H11Protocol):
-    """Close connections that take too long over the head of a request, which uvicorn waits for without end."""
+    """Close connections that send the header of a request too slowly; uvicorn would wait forever."""
 
     late: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
-        """Start the time of the first head."""
+        """Start the timer for the first header."""
         super().connection_made(transport)
         self._watch()
 
     def data_received(self, data: bytes) -> None:
-        """Stop the time when the head is whole, and start it with the first byte of a later one."""
+        """Stop the timer when the header is complete, and start it with the first byte of a later one."""
         super().data_received(data)
         self._watch()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Stop the time."""
+        """Stop the timer."""
         super().connection_lost(exc)
         self._stop()
 
@@ -72,7 +72,7 @@ def bound(host: str, port: int) -> socket.socket:
     """Return a socket that is bound and does not listen yet.
 
     Raises:
-        OSError: The port is taken, or the host is none of this machine.
+        OSError: The port is taken, or the host is not an address of this machine.
     """
     family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     made = socket.socket(family, kind, protocol)

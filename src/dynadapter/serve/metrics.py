@@ -1,4 +1,4 @@
-"""The metrics of a server in the format of Prometheus, read off the engines when they are asked for."""
+"""The metrics of a server in the format of Prometheus, read from the engines at each request."""
 
 from collections.abc import Iterator, Mapping
 
@@ -15,7 +15,7 @@ class Metrics(Collector):
     """Count requests, and describe the engines.
 
     Args:
-        engines: By the name of their bundle.
+        engines: The engines by the name of their bundle.
     """
 
     def __init__(self, engines: Mapping[str, Engine]) -> None:

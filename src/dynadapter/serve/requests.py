@@ -1,4 +1,4 @@
-"""A request to the serving engine: its budget, its answer, and what can go wrong."""
+"""A request to the serving engine: its budget, its answer, and its errors."""
 
 from collections import Counter
 from concurrent.futures import Future
@@ -25,7 +25,7 @@ class Full(Refused):
 
 
 class Closed(Refused):
-    """The engine stops."""
+    """The engine is closed."""
 
 
 class Late(RuntimeError):
@@ -41,10 +41,10 @@ class Limits:
     """The budget of one request.
 
     Args:
-        threshold: Instead of the threshold of the bundle's policy, in [0, 1].
+        threshold: Threshold in [0, 1] to use instead of the policy's own.
         max_gmacs: Stop at the last exit that costs no more.
-        deadline: Seconds from the call of :meth:`Engine.submit` within which the answer is wanted: the sample stops at
-            the last exit that it reaches in time, as far as the batches that run at that moment allow.
+        deadline: Seconds from the call of :meth:`Engine.submit` in which the answer is wanted. The sample stops at the
+            last exit that it can reach in time; a batch that is already running is not interrupted.
     """
 
     threshold: float | None = None
@@ -60,9 +60,9 @@ class Served:
     """The answer to one request.
 
     Args:
-        probabilities: Of the classes (classes,), on the CPU.
+        probabilities: Probabilities of the classes (classes,), on the CPU.
         exit_index: The exit at which the sample stopped, from 0.
-        limited: Why it stopped there although its policy would have gone on; None if the policy decided.
+        limited: Why it stopped before its policy would have stopped it; None if the policy decided.
     """
 
     probabilities: Tensor
@@ -71,18 +71,18 @@ class Served:
 
 
 class Job(Future[Served]):
-    """A request on its way, which is its answer to come.
+    """A request that is being processed, and the future of its answer.
 
     Args:
-        source: The image; None once it is decoded, or if nobody waits for it any more.
-        policy: Decides where it stops.
-        threshold: What makes its policy differ from that of others.
-        last: The deepest exit that its budget pays for, from 0.
-        deadline: By the engine's clock.
-        plain: Whether nothing but the calibrated policy decides, so that its exit tells about the images.
+        source: The image; None after it is decoded or cancelled.
+        policy: Decides at which exit the sample stops.
+        threshold: The request's own threshold; requests with the same threshold share a policy.
+        last: Index of the deepest exit that the budget allows.
+        deadline: Time of the deadline by the engine's clock.
+        plain: Whether only the calibrated policy decides, so that the exit counts for the drift.
 
     Attributes:
-        ended: Whether its place in the queue was given back.
+        ended: Whether its place in the queue is free again.
     """
 
     def __init__(
@@ -94,21 +94,21 @@ class Job(Future[Served]):
         self.ended = False
 
     def cancel(self) -> bool:
-        """Cancel the request and forget its image."""
+        """Cancel the request and release its image."""
         self.source = None
         return super().cancel()
 
 
 @dataclass
 class Counts:
-    """What an engine has done so far.
+    """Counters of an engine since its start.
 
     Args:
         exits: Answers by exit.
         limited: Answers by the reason why they stopped early.
         runs: Batches by stage.
         images: Images in these batches by stage.
-        seconds: Time that the stages took.
+        seconds: Total time of the stages.
     """
 
     exits: list[int]

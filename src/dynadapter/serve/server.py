@@ -1,4 +1,4 @@
-"""HTTP for serving engines: images in, labels out, and one clear answer to whatever else comes."""
+"""HTTP for serving engines: an image is answered by its label, and an invalid request by a one-line error."""
 
 import asyncio
 import contextlib
@@ -40,10 +40,10 @@ class Settings:
     """The limits of uploads.
 
     Args:
-        max_bytes: Of one image file.
-        max_pixels: Of one image.
-        upload_seconds: Time in which a body must arrive.
-        max_uploads: Bytes of all bodies that are held at a time.
+        max_bytes: Largest size of an image file.
+        max_pixels: Largest number of pixels of an image.
+        upload_seconds: Seconds in which a body must arrive.
+        max_uploads: Largest total size in bytes of all bodies in memory.
     """
 
     max_bytes: int = 2**24
@@ -53,12 +53,12 @@ class Settings:
 
 
 class Problem(Exception):
-    """A request that gets an error as its answer.
+    """A request that is answered by an error.
 
     Args:
-        status: Of the answer.
-        message: One line.
-        headers: Of the answer.
+        status: HTTP status.
+        message: Error message in one line.
+        headers: Headers of the answer.
     """
 
     def __init__(self, status: int, message: str, headers: Mapping[str, str] | None = None) -> None:
@@ -67,7 +67,7 @@ class Problem(Exception):
 
 
 class Upload:
-    """The bytes of a request, which are an image of limited size or refused before they are decoded."""
+    """The body of a request; an image with too many pixels is refused before it is decoded."""
 
     name = "of the request"
 
@@ -91,9 +91,9 @@ class Service:
     """The routes of a server.
 
     Args:
-        engines: By the names of their bundles in the path.
+        engines: The engines by the names of their bundles in the path.
         settings: The limits of uploads.
-        places: Folders of the bundles, to tell when one was replaced; left out where there is none.
+        places: Folders of the bundles by name, to detect a replaced bundle; bundles without a folder are left out.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class Service:
         self.held = 0  # bytes of uploads
 
     def app(self) -> FastAPI:
-        """Return the application; its end closes the engines."""
+        """Return the application; when it ends, it closes the engines."""
 
         @contextlib.asynccontextmanager
         async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -131,11 +131,11 @@ class Service:
     # ---- routes
 
     async def page(self) -> HTMLResponse:
-        """Return the page to drop a photo on."""
+        """Return the page that accepts a photo by drag and drop."""
         return HTMLResponse(PAGE.read_text(encoding="utf-8"), headers={"Content-Security-Policy": POLICY})
 
     async def health(self) -> dict[str, str]:
-        """Answer while the process runs."""
+        """Answer 200 while the process runs."""
         return {"status": "alive"}
 
     async def ready(self) -> Response:
@@ -210,7 +210,7 @@ class Service:
 
     @contextlib.asynccontextmanager
     async def _body(self, request: Request, engine: Engine) -> AsyncIterator[bytes]:
-        """Read the body within the limits, and count its bytes as long as they are used."""
+        """Read the body within the limits, and count its bytes while they are in use."""
         _check_head(request, self.settings.max_bytes)
         if engine.is_full():  # before anything is sent for nothing
             raise Problem(429, f"{engine.queue} images wait already; send this one again later", RETRY)
@@ -239,11 +239,11 @@ class Service:
             raise Problem(400, "the body is empty; send the bytes of an image, as curl --data-binary @photo.jpg does")
 
     async def _served(self, request: Request, engine: Engine, source: Upload, limits: Limits) -> Served:
-        """Wait for the answer of the engine, unless the client leaves.
+        """Wait for the answer of the engine, unless the client disconnects.
 
         Raises:
-            ClientDisconnect: The client left; nothing more is computed for it.
-            Problem: There is no answer.
+            ClientDisconnect: The client disconnected; its request is cancelled.
+            Problem: The engine returned an error.
         """
         with _as_problem():
             if limits.deadline is not None and limits.deadline <= 0:
@@ -314,7 +314,7 @@ def _too_large(max_bytes: int) -> Problem:
 
 
 def _on_disk(place: Path | None, sha256: str) -> str:
-    """Compare the bundle on the disk with the loaded one, which is served until the next start."""
+    """Compare the bundle on the disk with the loaded one; the loaded one is served until the next start."""
     if place is None:
         return "unknown"
     try:

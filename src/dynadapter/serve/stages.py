@@ -1,4 +1,4 @@
-"""Samples that wait for one stage of a network, and the stage itself: what a stream and the serving engine share."""
+"""Samples that wait for a stage of a network, and the computation of the stage, for the stream and the engine."""
 
 import traceback
 from collections import deque
@@ -19,9 +19,9 @@ class Waiting(Generic[T]):
     """Samples that wait for one stage.
 
     Args:
-        items: What the caller knows each sample by.
+        items: The caller's object for each sample.
         since: When the first of them began to wait, in seconds.
-        inputs: What :meth:`ExitNet.complete` takes, or before the first stage the images; one row a sample.
+        inputs: Inputs of :meth:`ExitNet.complete`, or the images before the first stage; one row per sample.
         history: Logits of the exits so far (exits, samples, classes); None before the first exit.
     """
 
@@ -31,7 +31,7 @@ class Waiting(Generic[T]):
     history: Tensor | None = None
 
     def part(self, rows: slice) -> "Waiting[T]":
-        """Return neighbouring samples; the tensors are views."""
+        """Return a range of samples; the tensors are views."""
         history = None if self.history is None else self.history[:, rows]
         return replace(self, items=self.items[rows], inputs=tuple(part[rows] for part in self.inputs), history=history)
 
@@ -46,12 +46,12 @@ class Waiting(Generic[T]):
 
 
 def count(queue: deque[Waiting[T]]) -> int:
-    """Return how many samples wait."""
+    """Return the number of waiting samples."""
     return sum(len(part.items) for part in queue)
 
 
 def take(queue: deque[Waiting[T]], most: int) -> Waiting[T]:
-    """Remove at most so many samples from a queue that has some, the first arrivals first."""
+    """Remove and return up to the given number of samples from a queue that is not empty, in order of arrival."""
     taken, number = list[Waiting[T]](), 0
     while queue and number < most:
         first, room = queue.popleft(), most - number
@@ -83,7 +83,7 @@ def computed(net: ExitNet, k: int, now: Waiting[T], class_first: bool) -> Waitin
         class_first: See :meth:`ExitNet.early`.
 
     Returns:
-        The same samples as they wait for the next stage; the new exit is the last in their history.
+        The same samples, waiting for the next stage; the new exit is the last one in their history.
     """
     seen, held = net.begin(k, entered(net, k, now), class_first)
     logits = net.head(k, seen)
@@ -97,7 +97,7 @@ def nonfinite(k: int) -> ValueError:
 
 
 def release_tensors(error: BaseException | None) -> None:
-    """Clear the frames in the traceback of an error, and of its causes, which would keep the batch alive."""
+    """Clear the frames in the tracebacks of an error and its causes, because they would keep the batch in memory."""
     if error is not None:
         ended = error.__traceback__ and error.__traceback__.tb_next  # the first frame, of the caller, still runs
         error.__traceback__ = ended

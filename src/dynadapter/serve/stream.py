@@ -1,4 +1,4 @@
-"""Route a stream of small batches: samples wait before each stage for a full batch, up to a limit."""
+"""Route a stream of small batches: before each stage, samples wait for a full batch, up to a limit."""
 
 import threading
 import time
@@ -20,8 +20,8 @@ class Answer(NamedTuple):
     """The result for one sample.
 
     ``ticket`` is the sample's number in the order of arrival, ``logits`` (classes,) are those of the exit at which it
-    stopped, and ``exit_index`` is that exit, zero-based. Where ``error`` is not None, the sample has no result: a stage
-    failed on its batch, or its logits are not finite.
+    stopped, and ``exit_index`` is that exit, zero-based. If ``error`` is not None, there is no result: a stage failed
+    on the sample's batch, or its logits are not finite.
     """
 
     ticket: int
@@ -34,11 +34,11 @@ class Stream:
     """Collect samples before each stage, so that deep stages run full batches although few samples reach them.
 
     A stage runs when `batch` samples wait for it, or when the first of them has waited long enough: for `wait` later
-    arrivals, or for `seconds`. Time is checked only in :meth:`push` and :meth:`poll`; a server calls :meth:`poll` from
-    time to time. Answers come in the order of arrival and equal those of :meth:`ExitNet.early` up to rounding. An error
-    of one batch is the answer to its samples; all others continue. Several threads may use one stream; they take turns.
-    On a CPU, where the first stages run with few images, pass a network that
-    :func:`~dynadapter.backbones.layout.lay_out_for_cpu` has prepared.
+    arrivals, or for `seconds`. Time is checked only in :meth:`push` and :meth:`poll`; a server should call :meth:`poll`
+    regularly. Answers are in the order of arrival and equal those of :meth:`ExitNet.early` up to rounding. If a stage
+    fails, the samples of its batch get the error as answer; all others continue. Several threads may use one stream. On
+    a CPU the first stages run with few images; prepare the network by
+    :func:`~dynadapter.backbones.layout.lay_out_for_cpu`.
 
     >>> import torch
     >>> from dynadapter import ExitNet, Never, create_backbone
@@ -53,8 +53,8 @@ class Stream:
         net: The network, in evaluation mode.
         policy: Decides at which exit a sample stops.
         batch: Samples in a full batch.
-        wait: Later arrivals after which a sample waits no longer, at every stage; 0 to run every sample at once.
-        seconds: Time after which a sample waits no longer, at every stage; None for no limit.
+        wait: Greatest number of later arrivals for which a sample waits, at every stage; 0 runs every sample at once.
+        seconds: Greatest time for which a sample waits, at every stage; None for no limit.
         class_first: See :meth:`ExitNet.early`.
         clock: Returns the time in seconds.
 
@@ -133,7 +133,7 @@ class Stream:
             return self.pop()
 
     def _check(self, images: Tensor) -> None:
-        """Raise a ValueError for images that the network, or the batch in which they would run, cannot take."""
+        """Raise a ValueError for images that do not fit the network or the waiting images."""
         like = next(self.net.backbone.parameters())
         size = fixed_size(self.net.backbone)
         waiting = self._shape if self.returned + len(self._answers) < self.arrived else None
@@ -176,7 +176,7 @@ class Stream:
 
     @torch.inference_mode()
     def _computed(self, k: int, now: Waiting[int]) -> tuple[list[Answer], Waiting[int] | None]:
-        """Compute a stage; return the answers, and the samples that go on to the next one."""
+        """Compute a stage; return the answers, and the samples that continue to the next stage."""
         last = k == self.net.num_exits - 1
         if not last and not self.policy.uses_early_exits:
             return [], replace(now, since=self.clock(), inputs=(self.net.stage(k, entered(self.net, k, now)),))

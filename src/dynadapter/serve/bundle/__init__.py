@@ -1,9 +1,9 @@
-"""The folder to deploy: a trained network, its backbone's name and its preprocessing. No Lightning on either side.
+"""The folder to deploy: a trained network, its backbone's name and its preprocessing. Lightning is not needed.
 
 A bundle is a folder of three files:
 
 - ``model.safetensors``: the trained tensors (adapters, early heads, the backbone's own classifier); in a whole bundle,
-  such as one of a merged network, all tensors, so that no backbone file is needed.
+  such as the bundle of a merged network, all tensors, so that no backbone file is needed.
 - ``config.json``: the backbone's name, arguments and hash, adapter, heads, exits, policy with its temperatures, class
   names, preprocessing, cost of each exit, versions, and the hash of ``model.safetensors``.
 - ``README.md``: the model card.

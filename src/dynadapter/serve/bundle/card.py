@@ -1,4 +1,4 @@
-"""The card of a bundle, ``README.md``: what it is, what was measured and what was not, and how to use it."""
+"""The model card of a bundle, ``README.md``: its content, its measurements, and how to use it."""
 
 import json
 import math
@@ -33,8 +33,8 @@ def card(config: Config, size: int) -> str:
     """Return the text of ``README.md``.
 
     Args:
-        config: Of the bundle.
-        size: Bytes of ``model.safetensors``.
+        config: Configuration of the bundle.
+        size: Size of ``model.safetensors`` in bytes.
     """
     classes = config.class_names
     more = f", ... (all {len(classes)} in `config.json`)" if len(classes) > SHOWN_CLASSES else ""
@@ -55,7 +55,7 @@ def card(config: Config, size: int) -> str:
 
 
 def _data(config: Config) -> ModelCardData:
-    """Return the metadata: of the backbone as far as timm names its weights, and the numbers of the bundle."""
+    """Return the metadata: the backbone, if timm names its weights, and the numbers of the bundle."""
     found = published(config.backbone.name) if config.backbone.origin == "pretrained" else None
     more: dict[str, Any] = {}
     if found is not None and found.license not in (None, "unknown"):
@@ -98,7 +98,7 @@ def _results(config: Config) -> Iterable[EvalResult]:
 
 
 def escape(text: str) -> str:
-    """Return text from outside for the card: as it is, or as code where it could be a link, markup or a control.
+    """Return untrusted text for the card: unchanged, or as code if it could be a link, markup or a control character.
 
     >>> print(escape("wild bee"), escape("[a](http://b)"), escape("www.a.com"))
     wild bee `[a](http://b)` `www.a.com`
@@ -146,7 +146,7 @@ def _origin(config: Config) -> str:
 
 
 def _exits(config: Config) -> str:
-    """Return a table with a row for each exit: its depth, its cost, and what was measured exit by exit."""
+    """Return a table with a row for each exit: its depth, its cost, and its measurements."""
     numbers = range(1, len(config.exit_depths) + 1)
     columns = {"exit": list(map(str, numbers)), "after block": list(map(str, config.exit_depths))}
     if config.costs is not None:

@@ -1,4 +1,4 @@
-"""Turn a trained classifier into a bundle, in a folder or in memory."""
+"""Convert a trained classifier into a bundle, in a folder or in memory."""
 
 import os
 from collections.abc import Iterable
@@ -28,7 +28,7 @@ from dynadapter.spec import restore
 
 
 class Classifier(Protocol):
-    """The attributes of an :class:`~dynadapter.training.module.ExitClassifier` that are read here."""
+    """The attributes of an :class:`~dynadapter.training.module.ExitClassifier` that this module reads."""
 
     net: ExitNet
     backbone_name: str
@@ -57,19 +57,19 @@ def bundle_from_classifier(
     """Write a trained :class:`~dynadapter.training.module.ExitClassifier` as a bundle, and return the folder.
 
     Args:
-        classifier: It does not change.
-        folder: Where to write; must not exist.
+        classifier: The trained classifier; it is not changed.
+        folder: The folder to write; it must not exist.
         policy: Decides at which exit a sample stops, for example the policy that calibration found.
-        whole: Write all tensors, so that no backbone file is needed; by default as the classifier's
-            ``full_checkpoint``.
+        whole: Write all tensors, so that no backbone file is needed; None for the classifier's ``full_checkpoint``.
         merge: Merge the adapters of a copy into its backbone, and write it whole.
         check_images: Real images on which the merged network is compared with the unmerged one: files, images, or
             preprocessed (images, channels, height, width).
         tolerance: See :func:`~dynadapter.serve.bundle.merged_copy`.
-        preprocessing: Instead of the classifier's own; an empty mapping for a bundle that takes tensors alone.
-        costs: Cost up to each exit; ``count`` counts the network that is written, None leaves it out.
+        preprocessing: Preprocessing to use instead of the classifier's own; an empty mapping for a bundle that takes
+            only tensors.
+        costs: Cost up to each exit; ``count`` counts the written network, None stores no cost.
         measured: See :func:`~dynadapter.serve.bundle.save_bundle`.
-        overwrite: Replace a bundle that is there.
+        overwrite: Replace an existing bundle.
 
     Raises:
         ValueError: As :func:`~dynadapter.serve.bundle.save_bundle`; the classifier knows no preprocessing; the adapters
@@ -111,7 +111,7 @@ def _preprocessing(classifier: Classifier, given: Preprocessing | None) -> Prepr
 
 
 def _fields(classifier: Classifier) -> dict[str, Any]:
-    """Return the fields of a configuration that a classifier knows of itself."""
+    """Return the fields of the configuration that the classifier provides."""
     settings = classifier.hparams
     return {
         "backbone": _source(classifier),

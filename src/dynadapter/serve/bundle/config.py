@@ -36,17 +36,17 @@ FILES = (MODEL, CARD, CONFIG)
 
 @dataclass(frozen=True)
 class BackboneSource:
-    """Where the frozen backbone comes from, and how to recognise it.
+    """The source of the frozen backbone, and its fingerprint.
 
     Args:
         name: The timm name with its weights' tag.
         fingerprint: :func:`dynadapter.backbones.fingerprint` before adapters were injected and anything was trained.
-        origin: ``pretrained``: timm fetches the weights that belong to the name; ``file``: the user of the bundle gives
-            a file of weights; ``seed``: drawn from ``seed``, nothing is needed.
+        origin: ``pretrained``: timm fetches the weights of this name; ``file``: the user of the bundle gives a weight
+            file; ``seed``: the weights are drawn from ``seed``, no file is needed.
         timm_args: Further arguments of :func:`~dynadapter.backbones.create_backbone` for timm's model.
         image_size: Pixels of the square input; None for the backbone's own.
         seed: Random seed of the tensors that no weights set.
-        file: Name of the weight file, as a hint for readers.
+        file: Name of the weight file in the training, as information.
         depth: Blocks of the backbone that were kept; None for all.
     """
 
@@ -63,7 +63,8 @@ class BackboneSource:
         """Create the bare backbone; see :func:`~dynadapter.backbones.create_backbone`.
 
         Raises:
-            ValueError: The name or an argument is none that a file may name, or as there.
+            ValueError: A file may not name this backbone or argument, or as
+                :func:`~dynadapter.backbones.create_backbone`.
         """
         check_name(self.name)
         check_arguments(self.timm_args)
@@ -83,27 +84,27 @@ class BackboneSource:
 
 @dataclass(frozen=True)
 class Config:
-    """Everything in a bundle but its tensors.
+    """Everything in a bundle except its tensors.
 
     Args:
         backbone: The backbone.
-        adapter: Kind of adapter; of a merged network the kind that was merged.
+        adapter: Kind of adapter; for a merged network the kind that was merged.
         heads: Kind of the early heads.
-        exit_depths: After how many blocks the exits stand.
+        exit_depths: After how many blocks the exits are.
         num_classes: Number of classes.
         class_names: In the order of their indices.
-        policy: Decides at which exit a sample stops, and what it predicts there; temperatures are inside
+        policy: Decides at which exit a sample stops and what it predicts there; it includes the temperatures
             (:class:`~dynadapter.exits.temperature.Scaled`).
-        preprocessing: From a decoded image to the tensor; None for a bundle that takes tensors alone.
+        preprocessing: Maps a decoded image to the tensor; None for a bundle that takes only tensors.
         costs: Cost up to each exit; None if it was not counted.
-        measured: What was measured on data, by name; None if nothing was.
+        measured: Measurements on data by name; None if there are none.
         whole: Whether ``model.safetensors`` holds all tensors, so that no backbone file is needed.
         merged: Whether the adapters are merged into the backbone; a merged network is always whole.
-        proof: How far the merged network is from the unmerged one; None if they were not compared.
+        proof: Difference between the merged and the unmerged network; None if they were not compared.
         token_merging: Where similar tokens are merged; None if all are kept.
         dtype: Type of the backbone's tensors.
         versions: Versions of the packages that wrote the bundle.
-        sha256: Of ``model.safetensors``.
+        sha256: SHA-256 of ``model.safetensors``.
         format: Version of the layout.
     """
 
@@ -167,7 +168,7 @@ class Config:
             where: The file's path, for messages.
 
         Raises:
-            ValueError: It is no JSON, lacks something, or was written by another version; one line.
+            ValueError: The text is not JSON, lacks an entry, or was written by another version.
         """
         try:
             given = json.loads(text)
@@ -199,11 +200,11 @@ class Config:
             raise ValueError(f"{where}: {error}") from error
 
     def assemble(self, backbone: nn.Module, tensors: dict[str, Tensor], where: str) -> ExitNet:
-        """Build the network: put adapters, heads and the saved tensors on the bare backbone.
+        """Build the network: add adapters, heads and the saved tensors to the backbone.
 
         Args:
-            backbone: From :meth:`BackboneSource.create`; it is changed in place.
-            tensors: Names and values of ``model.safetensors``; the network takes them over.
+            backbone: The result of :meth:`BackboneSource.create`; it is changed in place.
+            tensors: Names and values of ``model.safetensors``; the network uses them without a copy.
             where: The file's path, for messages.
 
         Returns:

@@ -25,19 +25,19 @@ def push_to_hub(
     license: str | None = None,
     message: str = "Upload a bundle of dynadapter",
 ) -> str:
-    """Upload a bundle after checking that it is whole and builds a network.
+    """Upload a bundle after a check that it is complete and builds a network.
 
-    The card is uploaded with the repository's name in its commands. A repository that holds something else than a
-    bundle is refused.
+    The commands on the uploaded card contain the repository's name. A repository that holds something else than a
+    bundle is an error.
 
     Args:
         folder: The bundle.
         repo_id: ``owner/name``; created if it does not exist.
         private: Whether a new repository is private; None for the hub's default, which is public.
-        token: Instead of the one that ``hf auth login`` stored.
+        token: Access token; None for the one that ``hf auth login`` stored.
         revision: Branch to write to; created if it does not exist.
-        license: For the card, instead of the license that timm names for the backbone's weights, such as ``mit``.
-        message: Of the commit.
+        license: License on the card, such as ``mit``; None for the license that timm names for the backbone's weights.
+        message: Commit message.
 
     Returns:
         The address of the repository.
@@ -75,7 +75,7 @@ def local(place: str | os.PathLike[str]) -> Path:
     """Return the folder of a bundle that is given as a folder, or as ``hf-hub:owner/name``.
 
     Raises:
-        ValueError: It cannot be fetched and is not in the cache.
+        ValueError: The bundle cannot be fetched and is not in the cache.
     """
     name = str(place)
     return fetch(name.removeprefix(HUB)) if name.startswith(HUB) else Path(place).expanduser()
@@ -88,7 +88,7 @@ def fetch(name: str) -> Path:
         name: ``owner/name``, or ``owner/name@revision``.
 
     Raises:
-        ValueError: They cannot be fetched and are not in the cache.
+        ValueError: The files cannot be fetched and are not in the cache.
     """
     from huggingface_hub import snapshot_download
 
@@ -100,7 +100,7 @@ def fetch(name: str) -> Path:
 
 
 def _require_bundle_or_nothing(api: Any, repo_id: str, revision: str | None) -> None:
-    """Raise ValueError if a repository holds something else than a bundle, which an upload would mix with one."""
+    """Raise a ValueError if a repository holds something else than a bundle, because an upload would mix both."""
     names = api.list_repo_files(repo_id, revision=revision)
     foreign = [name for name in names if name not in NEUTRAL]
     if not foreign:
@@ -113,7 +113,7 @@ def _require_bundle_or_nothing(api: Any, repo_id: str, revision: str | None) -> 
 
 
 def _explained(error: Exception) -> str:
-    """Return why the hub failed, and the way out."""
+    """Return why the hub failed, and what to do."""
     from huggingface_hub import errors
 
     chain = [one for one in (error, error.__cause__) if one is not None]

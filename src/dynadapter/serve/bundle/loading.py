@@ -40,11 +40,11 @@ class Prediction(NamedTuple):
 
 @dataclass(eq=False, repr=False)
 class Bundle:
-    """A network that is ready to serve, with all that belongs to it.
+    """A network that is ready to serve, with its policy and configuration.
 
     Args:
-        net: In evaluation mode and frozen. ``net(images)`` computes the logits of all exits (exits, batch, classes),
-            ``net.early(images, policy)`` routes; images (batch, 3, size, size) as `preprocess` returns them.
+        net: The network, in evaluation mode and frozen. ``net(images)`` computes the logits of all exits (exits, batch,
+            classes), ``net.early(images, policy)`` routes; images (batch, 3, size, size) as `preprocess` returns them.
         policy: Decides at which exit a sample stops; a single call of `predict` may use another one.
         config: The content of ``config.json``.
     """
@@ -60,17 +60,17 @@ class Bundle:
 
     @property
     def preprocess(self) -> Preprocess | None:
-        """From a decoded image to (3, size, size) float32; None if the bundle takes tensors alone."""
+        """Maps a decoded image to (3, size, size) float32; None if the bundle takes only tensors."""
         return self.config.preprocessing
 
     @property
     def costs(self) -> ExitCosts | None:
-        """Cost up to each exit, as written in the bundle."""
+        """Cost up to each exit, as stored in the bundle."""
         return self.config.costs
 
     @property
     def device(self) -> torch.device:
-        """Where the network is."""
+        """Device of the network."""
         return next(self.net.parameters()).device
 
     def to(self, device: torch.device | str) -> "Bundle":
@@ -85,11 +85,11 @@ class Bundle:
         """Classify images; each stops at the first exit where the policy allows it.
 
         Args:
-            images: Images as :func:`~dynadapter.images.reading.load_image` takes them (paths, bytes, open files, Pillow
-                images, arrays) and preprocessed tensors (3, size, size), one or many; or one preprocessed tensor
-                (batch, 3, size, size). All but tensors are read as the training data was.
+            images: One or many images as :func:`~dynadapter.images.reading.load_image` takes them (paths, bytes, open
+                files, Pillow images, arrays) or preprocessed tensors (3, size, size); or one preprocessed tensor
+                (batch, 3, size, size). Everything except tensors is preprocessed as in the training.
             batch_size: Images that are computed at once.
-            policy: Instead of the bundle's own.
+            policy: Policy to use instead of the bundle's own.
 
         Returns:
             One prediction for each image, in order.
@@ -98,7 +98,7 @@ class Bundle:
             ValueError: An image cannot be read; a tensor has another shape or type; the policy does not fit; logits are
                 not finite.
             OSError: The machine fails to read a file.
-            TypeError: Something is none of these.
+            TypeError: An image has another type.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size} must be at least 1")
@@ -126,11 +126,11 @@ class Bundle:
 
     @torch.inference_mode()
     def route(self, images: Tensor, policy: Policy | None = None) -> Routed:
-        """Route preprocessed images; return what the exit predicts where each stops.
+        """Route preprocessed images; return the prediction of the exit at which each image stops.
 
         Args:
             images: (batch, 3, size, size).
-            policy: Instead of the bundle's own, temperatures included.
+            policy: Policy to use instead of the bundle's own, including temperatures.
 
         Returns:
             Logits (batch, classes), in float32 or wider, and the zero-based exits (batch,).
@@ -146,12 +146,12 @@ class Bundle:
         return Routed(wide(routed.logits), routed.exit_index)
 
     def read(self, source: Source) -> Tensor:
-        """Return one image as the network takes it, (channels, height, width); a tensor is checked.
+        """Return one image as input of the network, (channels, height, width); a tensor is only checked.
 
         Raises:
-            ValueError: It cannot be read, or a tensor has another shape or type.
+            ValueError: The image cannot be read, or a tensor has another shape or type.
             OSError: The machine fails to read a file.
-            TypeError: It is neither an image nor a tensor.
+            TypeError: The source is neither an image nor a tensor.
         """
         if isinstance(source, Tensor):
             self._check(source)
@@ -165,7 +165,7 @@ class Bundle:
         return torch.from_numpy(self.preprocess.normalize(self.preprocess.read(source)))
 
     def _check(self, image: Tensor) -> None:
-        """Raise ValueError unless the network takes a preprocessed image."""
+        """Raise a ValueError if a preprocessed image does not fit the network."""
         channels = in_chans(self.net.backbone)
         size = self.preprocess.image_size if self.preprocess else built_for(self.net.backbone)
         sides = (size, size) if size else image.shape[1:]
@@ -200,14 +200,16 @@ def load(
 
     Args:
         folder: The folder; or ``hf-hub:owner/name``, or ``hf-hub:owner/name@revision``, on the Hugging Face hub.
-        weights: A local file with the backbone's weights; without one, they come from where the training had them.
-        pretrained: Whether timm may fetch the backbone's weights or take them from its cache; None for what the
-            training did. A whole bundle, and one whose backbone was drawn from a seed, need neither.
-        device: Where to put the network.
+        weights: A local file with the backbone's weights; None for the source of the weights in the training.
+        pretrained: Whether timm may fetch the backbone's weights or take them from its cache; None for the choice of
+            the training. A whole bundle, and a bundle whose backbone was drawn from a seed, need neither ``weights``
+            nor ``pretrained``.
+        device: Device of the network.
         check_finite: Refuse tensors that hold NaN or infinity.
 
     Raises:
-        ValueError: There is no bundle, it is damaged, its backbone is missing, or another backbone is given.
+        ValueError: There is no bundle, it is damaged, its backbone is missing, or the backbone is not that of the
+            training.
     """
     place = local(folder)
     try:
@@ -225,10 +227,10 @@ def from_pretrained(repo_id: str, *, revision: str | None = None, **options: Any
     Args:
         repo_id: ``owner/name``.
         revision: Branch, tag or commit.
-        options: As of :func:`load`: ``weights``, ``pretrained``, ``device`` ...
+        options: Further arguments of :func:`load`: ``weights``, ``pretrained``, ``device`` ...
 
     Raises:
-        ValueError: It cannot be fetched, and as :func:`load`.
+        ValueError: The bundle cannot be fetched, or as :func:`load`.
     """
     return load(f"{HUB}{repo_id}" + (f"@{revision}" if revision else ""), **options)
 
@@ -236,7 +238,7 @@ def from_pretrained(repo_id: str, *, revision: str | None = None, **options: Any
 def _backbone(
     config: Config, folder: Path, weights: str | os.PathLike[str] | None, pretrained: bool | None
 ) -> nn.Module:
-    """Create the bare backbone and check that it is the one of the training."""
+    """Create the backbone and check that it is that of the training."""
     source, classes = config.backbone, config.num_classes
     if config.whole:
         if weights is not None or pretrained:

@@ -1,4 +1,4 @@
-"""Where a bundle may be written."""
+"""Check where a bundle may be written."""
 
 import os
 from pathlib import Path
@@ -7,15 +7,15 @@ from dynadapter.limits import read_json
 
 
 def check_place(folder: Path, names: tuple[str, ...], overwrite: bool) -> None:
-    """Refuse a place that is taken. An empty folder and a bundle with nothing else in it can be overwritten.
+    """Raise an error for a folder in use. An empty folder, or a folder with only a bundle, can be overwritten.
 
     Args:
-        folder: Where to write.
+        folder: The folder to write.
         names: The files of a bundle, its configuration last.
-        overwrite: Whether a bundle that is there may be replaced.
+        overwrite: Whether an existing bundle may be replaced.
 
     Raises:
-        ValueError: The place is taken.
+        ValueError: The folder is in use.
     """
     if not os.path.lexists(folder):
         return

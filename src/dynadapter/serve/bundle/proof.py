@@ -19,7 +19,7 @@ class MergeProof:
         images: Number of images.
         difference: Largest difference of two logits as a fraction of the exit's largest logit, over all exits.
         tolerance: The largest difference that was allowed.
-        policy: Name of the policy under which all images stop at the same exits with the same classes.
+        policy: Name of the policy for which exits and classes of all images agree.
     """
 
     images: int
@@ -31,7 +31,7 @@ class MergeProof:
 def merged_copy(
     net: ExitNet, images: Tensor, policy: Policy, tolerance: float = 1e-4, batch_size: int = 32
 ) -> tuple[ExitNet, MergeProof]:
-    """Merge the adapters of a copy into its backbone, in float64, and check that its answers are the same.
+    """Merge the adapters of a copy into its backbone, in float64, and check that its predictions are the same.
 
     Args:
         net: The network; it is left as it is.

@@ -53,27 +53,27 @@ def save_bundle(
     check_finite: bool = True,
     **parts: Unpack[Parts],
 ) -> Path:
-    """Write a network as a bundle, whole or not at all, and return the folder.
+    """Write a network as a bundle, atomically, and return the folder.
 
-    Before the folder gets its name, the network is built again from what is to be written and compared with the given
-    one, tensor by tensor and bit by bit on an image of noise, on the CPU. The given one does not change.
+    Before the folder gets its name, the network is rebuilt from the files and compared with the given one on the CPU:
+    tensor by tensor, and bit by bit on an image of noise. The given network is not changed.
 
     Args:
         net: The network.
-        folder: Where to write; must not exist.
+        folder: The folder to write; it must not exist.
         preprocessing: A :class:`~dynadapter.images.preprocess.Preprocess` or its fields; None or empty for a bundle
-            that takes tensors alone.
+            that takes only tensors.
         measured: An :class:`~dynadapter.calibrate.Outcome`, or a mapping with any of ``data`` (its name), ``samples``,
             ``accuracy``, ``shares`` (exits,), ``confidence`` and ``confidence_deviation`` (a server compares with these
-            three), ``cost`` (fraction of static), ``milliseconds``, and whatever else belongs on the card. Lists with a
-            value for each exit are shown by exit.
-        overwrite: Replace a bundle that is there. A reader sees the old one or the new one.
+            three), ``cost`` (fraction of static), ``milliseconds``, and other entries for the card. Lists with one
+            value per exit are shown by exit.
+        overwrite: Replace an existing bundle. A reader sees either the old or the new one.
         check_finite: Refuse tensors that hold NaN or infinity.
         parts: Fields of :class:`~dynadapter.serve.bundle.Config`: ``backbone``, ``adapter``, ``heads``, ``policy`` and
-            ``class_names``; ``costs``, ``whole``, ``merged`` and ``proof`` where they are not the defaults.
+            ``class_names``; ``costs``, ``whole``, ``merged`` and ``proof`` if they differ from the defaults.
 
     Raises:
-        ValueError: The place is taken, parts do not fit each other, or the network cannot be rebuilt from them.
+        ValueError: The folder is in use, parts do not fit each other, or the network cannot be rebuilt from them.
     """
     place = Path(os.path.realpath(Path(folder).expanduser()))
     check_place(place, FILES, overwrite)
@@ -147,7 +147,7 @@ def as_preprocess(given: Preprocessing | None, backbone: nn.Module) -> Preproces
 
 
 def _measured(given: Any) -> dict[str, Any] | None:
-    """Return what was measured as plain data, with None for an accuracy that could not be measured (NaN)."""
+    """Return the measurements as plain data, with None for an accuracy of NaN."""
     if given is None:
         return None
     if not (isinstance(given, Mapping) or (is_dataclass(given) and not isinstance(given, type))):

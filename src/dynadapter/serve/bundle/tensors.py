@@ -13,7 +13,7 @@ from dynadapter.exits.net import ExitNet
 
 
 def frozen_names(net: ExitNet) -> set[str]:
-    """Return the state-dict keys of the frozen backbone: all but adapters, its classifier and what else is trained."""
+    """Return the state-dict keys of the frozen backbone: all except adapters, classifier and other trained tensors."""
     ours = {id(p) for head in classifier(net.backbone) for p in head.parameters()}
     for layer in adapter_layers(net.backbone).values():
         ours |= set(map(id, layer.own_parameters().values()))
@@ -26,7 +26,7 @@ def saved_tensors(net: ExitNet, whole: bool) -> dict[str, Tensor]:
 
     Args:
         net: The network.
-        whole: All tensors instead of the trained ones.
+        whole: Whether to copy all tensors instead of only the trained ones.
     """
     left_out = set() if whole else frozen_names(net)
     state = net.state_dict()
@@ -67,7 +67,7 @@ def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
     """Refuse tensors that hold NaN or infinity.
 
     Raises:
-        ValueError: There are some.
+        ValueError: A tensor holds NaN or infinity.
     """
     broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if broken:
@@ -82,7 +82,7 @@ def fill(net: ExitNet, tensors: dict[str, Tensor], whole: bool, where: str) -> N
 
     Args:
         net: A network as it was before training.
-        tensors: By name; the network takes them over.
+        tensors: Tensors by name; the network uses them without a copy.
         whole: Whether all tensors are required, instead of the trained ones.
         where: The file's path, for messages.
 

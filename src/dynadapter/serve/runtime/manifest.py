@@ -1,4 +1,4 @@
-"""Read the manifest of an exported folder and check the files beside it."""
+"""Read the manifest of an exported folder and check the files of the folder."""
 
 import json
 import mmap
@@ -53,7 +53,7 @@ class Manifest:
         content: The JSON object.
         stages: The graphs in order.
         class_names: Names of the classes in the order of their indices.
-        preprocess: From a decoded image to an array.
+        preprocess: Maps a decoded image to an array.
         policy: Decides at which exit an image stops.
         image_shape: Channels, height and width of the input.
     """
@@ -70,7 +70,7 @@ def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
     """Read the manifest of an exported folder and check every file that it names.
 
     Raises:
-        ValueError: A file is missing, damaged or not the exported one, or the manifest cannot be used.
+        ValueError: A file is missing, damaged or changed, or the manifest is not valid.
     """
     path = Path(folder).expanduser() / MANIFEST
     content = _read_json(path)
@@ -144,14 +144,14 @@ def _parse(content: dict[str, Any], folder: Path) -> Manifest:
 
 
 def files_of(folder: Path) -> list[str]:
-    """List the files of an exported folder but its manifest, and links to folders; leave out what Python compiled."""
+    """List the files and links to folders of an exported folder, without the manifest and Python's bytecode."""
     found = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
     names = (path.relative_to(folder) for path in found)
     return sorted(name.as_posix() for name in names if name.as_posix() != MANIFEST and "__pycache__" not in name.parts)
 
 
 def _check_files(folder: Path, expected: Mapping[str, str]) -> None:
-    """Raise ValueError unless a folder holds the files that were exported, and no others."""
+    """Raise a ValueError unless a folder holds exactly the exported files."""
     for name, digest in expected.items():
         path = folder / name
         try:
@@ -173,9 +173,9 @@ def _check_files(folder: Path, expected: Mapping[str, str]) -> None:
 
 
 def _refuse_external(graph: Path) -> None:
-    """Raise ValueError if a graph takes weights from another file: it could be any file of this machine.
+    """Raise a ValueError if a graph reads weights from another file, which could be any file of this machine.
 
-    ONNX names that file in an entry with the key "location", in whatever part of the graph.
+    ONNX names that file in an entry with the key "location", which can be in any part of the graph.
     """
     with open_regular(graph) as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         if content.find(b"location") >= 0:

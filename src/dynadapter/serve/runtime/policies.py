@@ -67,7 +67,7 @@ class Policy:
 
     Args:
         settings: The kind and its field: ``threshold``, one number or one for each early exit, ``patience``, or
-            ``exit``, counted from 1. And ``combine``, where predictions combine the exits passed: ``mean`` or
+            ``exit``, counted from 1. Also ``combine``, if predictions combine the exits passed: ``mean`` or
             ``geometric``.
         num_exits: Number of exits, the last one included.
         temperatures: One divisor of the logits for each exit; None to leave logits as they are.
@@ -100,7 +100,7 @@ class Policy:
         self.temperatures = _temperatures(temperatures, num_exits)
 
     def combine(self, history: Floats) -> Floats:
-        """Return what each exit predicts: its logits after its temperature, alone or with the exits before it.
+        """Return the prediction of each exit: its logits after its temperature, alone or combined with earlier exits.
 
         Args:
             history: Logits (exits so far, batch, classes).

@@ -40,8 +40,8 @@ class Runner:
     """An exported folder, ready to run with ONNX Runtime.
 
     The files are checked at once. The session of a stage is created when the first image needs it. Several threads may
-    use one runner. On a CPU, large batches are split, and all stages allocate from one arena, so that a stage finds
-    the memory that the stage before used in the caches::
+    use one runner. On a CPU, large batches are split, and all stages allocate from one arena, so that the memory of the
+    stage before is still in the caches::
 
         runner = Runner("exported")
         for prediction in runner.predict("photos", batch_size=8):
@@ -54,7 +54,7 @@ class Runner:
 
     Attributes:
         manifest: The checked content of ``manifest.json``.
-        policy: Decides at which exit an image stops; the manifest's at first.
+        policy: Decides at which exit an image stops; initially that of the manifest.
         chunk: Images that run at a time on a CPU; None for whole batches elsewhere.
 
     Raises:
@@ -106,7 +106,7 @@ class Runner:
         return self.manifest.class_names
 
     def load(self) -> "Runner":
-        """Create the sessions of all stages now, so that no image waits for one, and return this runner."""
+        """Create the sessions of all stages now, so that no image waits for it, and return this runner."""
         for k in range(self.num_exits):
             self._session(k)
         return self
@@ -173,7 +173,7 @@ class Runner:
     def every_exit(self, images: Floats) -> Floats:
         """Run all stages: images (batch, 3, size, size) float32 to logits (exits, batch, classes).
 
-        These logits serve to calibrate thresholds on the exported graphs, for example in int8.
+        Use these logits to calibrate thresholds on the exported graphs, for example in int8.
         """
         images = self._check(images)
         if self.chunk and len(images) > self.chunk:
@@ -289,10 +289,10 @@ def list_sources(images: Source | Iterable[Source]) -> list[Source]:
 
 
 def _share_memory(onnxruntime: Any, options: Any) -> None:
-    """Let a session allocate from the one arena that all such sessions of the process share.
+    """Let a session allocate from the arena that all such sessions of the process share.
 
-    Otherwise each session keeps as much memory as it ever needed, and no stage finds anything in the caches. ONNX
-    Runtime's memory patterns would spread the tensors again, so they are switched off.
+    Otherwise each session keeps all memory that it has ever needed, and the caches do not help the next stage. ONNX
+    Runtime's memory patterns would prevent this, so they are off.
     """
     info = onnxruntime.OrtMemoryInfo(
         "Cpu", onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, onnxruntime.OrtMemType.DEFAULT
