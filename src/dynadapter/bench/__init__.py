@@ -1,1 +1,1 @@
-"""Time the ways to serve a bundle side by side."""
+"""Compare the speed of several ways to serve a bundle."""

@@ -1,4 +1,4 @@
-"""The ways to serve a bundle that can be timed, each as a function of one batch of images."""
+"""The arms of a benchmark: ways to serve a bundle, each as a function of one batch of images."""
 
 import tempfile
 from bisect import bisect_left
@@ -23,20 +23,20 @@ from dynadapter.serve.runtime import Runner
 
 
 class Absent(Exception):
-    """There is nothing to time for an arm; the message is one line that says why."""
+    """An arm cannot be timed; the message is the reason in one line."""
 
 
 @dataclass(frozen=True)
 class Arm:
-    """A way to serve.
+    """One way to serve a bundle.
 
     Args:
-        serve: Maps a batch, a tensor or an array, to the exit indices (batch,) of its images; a static arm returns
-            anything.
-        cost: MACs of an image; by exit if the arm routes.
-        detail: What a reader should know beside the name.
-        arrays: Whether it takes numpy arrays.
-        baseline: The arm whose time its efficiency is measured by.
+        serve: Maps a batch, a tensor or an array, to the exit indices (batch,) of its images; the result of a static
+            arm is not used.
+        cost: MACs of an image; one value per exit if the arm routes.
+        detail: Further information to print with the name.
+        arrays: Whether the arm takes numpy arrays.
+        baseline: The arm with which its efficiency is compared.
     """
 
     serve: Callable[[Any], Any]
@@ -70,11 +70,11 @@ class Work:
         return [part.float().cpu().numpy() for part in parts] if arrays else list(parts)
 
     def costs(self, merged: bool) -> ExitCosts:
-        """Count the merged or the unmerged network as routing runs it at this batch size."""
+        """Count the MACs of the merged or unmerged network as routing runs it at this batch size."""
         return self.subject.costs(merged, self.class_first)
 
     def static_arm(self, serve: Callable[[Any], Any], cost: float, detail: str = "", arrays: bool = False) -> Arm:
-        """Create a static arm, which may cut its batch into the chunks that are fastest."""
+        """Create a static arm, which may split its batch into chunks of the fastest size."""
         [part, *_] = self.batches(arrays)
         with torch.inference_mode():
             chunk = best_chunk(
@@ -92,7 +92,7 @@ def build(name: str, work: Work) -> Arm:
         work: The images and networks.
 
     Raises:
-        Absent: If there is nothing to time.
+        Absent: If the arm cannot be timed.
     """
     return _BUILDERS[name](work)
 
@@ -103,7 +103,7 @@ def _static(work: Work) -> Arm:
 
 
 def _smaller(work: Work) -> Arm:
-    """Create the backbone cut after the block that brings its MACs nearest to routing's average."""
+    """Create the backbone cut after the block at which its MACs are nearest to the average of routing."""
     net, exact, size = work.subject.net, work.subject.exact, work.subject.size
 
     @cache
@@ -163,7 +163,7 @@ def _in_chunks(serve: Callable[[Any], Any], chunk: int, images: Any) -> list[Any
 def cut_after(net: ExitNet, depth: int) -> ExitNet:
     """Return a network over the same blocks with its first exit after ``depth`` blocks, and no token merging.
 
-    The exit has the head that ``net`` has there, else a new linear one.
+    The exit has the head of ``net`` at this depth, or else a new linear head.
     """
     shallow = ExitNet(net.backbone, LinearHeads(), exit_depths=[depth])
     if depth in net.exit_depths[:-1]:

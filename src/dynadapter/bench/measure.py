@@ -1,4 +1,4 @@
-"""Time the arms of a bundle side by side at several batch sizes, beside their costs."""
+"""Time the arms of a bundle, interleaved, at several batch sizes, and count their costs."""
 
 from contextlib import ExitStack
 from datetime import UTC, datetime
@@ -29,7 +29,7 @@ def measure(settings: Settings) -> dict[str, Any]:
     """Time the arms that the settings name.
 
     Returns:
-        All numbers, as plain data.
+        All results as plain data.
 
     Raises:
         ValueError: If bundle, images and settings do not fit each other.

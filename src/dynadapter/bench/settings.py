@@ -1,4 +1,4 @@
-"""What to time. Imports nothing heavy, so that invalid settings are reported at once."""
+"""The settings of a benchmark. This file imports nothing heavy, so that invalid settings are reported at once."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,22 +10,22 @@ ARMS = ("static", "smaller static", "unmerged", "merged", "onnx static", "onnx s
 
 @dataclass(frozen=True)
 class Settings:
-    """What to time, and how.
+    """The settings of a benchmark.
 
     Args:
         bundle: Folder of the bundle, or ``hf-hub:NAME``.
         batch_sizes: Images per call.
-        rounds: Counted rounds; every arm runs once in each.
+        rounds: Number of counted rounds; every arm runs once in each round.
         threads: Threads of torch and of ONNX Runtime.
-        device: Where the arms run.
+        device: Device of the arms.
         precision: Type of the network's tensors.
-        images: Folder of real images, which give real exit shares; None for noise.
-        shares: Exit shares to set, (exits,); None for those of the bundle's own policy.
-        arms: What to time, of :data:`ARMS`.
+        images: Folder of real images, for real exit shares; None for noise.
+        shares: Wanted exit shares, (exits,); None for the exit shares of the bundle's own policy.
+        arms: Names from :data:`ARMS` to time.
         weights: File of the backbone's weights, for a bundle that needs one.
         pretrained: Whether timm may fetch the backbone's weights; None for the choice of the training.
-        out: File to write all numbers to.
-        overwrite: Replace a file that exists.
+        out: File for all results.
+        overwrite: Replace an existing file.
 
     Raises:
         ValueError: If a number is out of range, or the folder of images does not exist.

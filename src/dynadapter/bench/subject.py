@@ -1,4 +1,4 @@
-"""The networks of a bundle that are timed, and the images that they are timed on."""
+"""The networks of a bundle to time, and the images for it."""
 
 import copy
 import math
@@ -33,21 +33,21 @@ IMAGES = 20
 
 
 class Subject:
-    """The networks of a bundle on their device, the images, and the exit that each image takes.
+    """The networks of a bundle on their device, the images, and the exit of each image.
 
     Args:
         bundle: The bundle; its network is changed and moved to the device.
         settings: What to time.
-        device: Where to run.
+        device: Device of the networks.
         stack: Closes temporary folders at the end.
 
     Attributes:
         net: The network with merged adapters, or with adapters that cannot be merged.
-        unmerged: The network with its adapters beside the backbone; None if it has none.
-        exact: ``net`` in float32, to be counted and exported.
+        unmerged: The network with adapters that are not merged; None if it has no adapters.
+        exact: ``net`` in float32, for counting and export.
         pool: All images (images, channels, height, width), on the device.
         exit_index: The exit of each image of the pool, (images,).
-        notes: What the reader of the results should know.
+        notes: Remarks on the results.
 
     Raises:
         ValueError: If the images or shares do not fit the bundle.
@@ -92,7 +92,7 @@ class Subject:
             return net, net
 
     def _set_shares(self, logits: Tensor) -> None:
-        """Replace the policy by thresholds for the wanted exit shares, if there are any."""
+        """Replace the policy by thresholds for the wanted exit shares, if shares are given."""
         shares, exits = self.settings.shares, self.net.num_exits
         if shares is not None:
             if len(shares) != exits:

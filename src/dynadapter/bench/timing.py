@@ -1,4 +1,4 @@
-"""Timing on a busy machine: arms side by side, three clocks, medians of ratios, and one arm timed twice."""
+"""Timing on a busy machine: interleaved arms, three clocks, medians of ratios, and one arm timed twice."""
 
 import os
 import platform
@@ -63,10 +63,10 @@ def machine(packages: Iterable[str] = PACKAGES) -> dict[str, Any]:
 
 @dataclass
 class Times:
-    """The times of an arm: for each round the seconds of each of its calls, by three clocks.
+    """The times of an arm by three clocks: for each round the seconds of each call.
 
     Args:
-        cpu: CPU seconds of the process, of all its threads; other programs disturb this clock least.
+        cpu: CPU seconds of all threads of the process; other programs disturb this clock least.
         wall: Wall-clock seconds.
         device: Seconds between two events on the device; empty on a CPU.
     """
@@ -85,10 +85,10 @@ class Times:
 
 
 def clock_of(device: torch.device, threads: int) -> Clock:
-    """Return the clock to compare arms by.
+    """Return the clock for comparing arms.
 
-    That is the device's own on a device, CPU seconds for one thread on a CPU, and the wall clock for several threads,
-    because CPU seconds add up over threads.
+    It is the device's own clock on a device. On a CPU it is CPU seconds for one thread, and the wall clock for several
+    threads, because CPU seconds add up over threads.
     """
     if device.type != "cpu":
         return "device"
@@ -125,13 +125,13 @@ def interleave(
 ) -> dict[str, Times]:
     """Run all arms once a round, in a new random order each time.
 
-    A machine that slows down so slows all arms down, and no arm always runs after the same other one.
+    If the machine slows down, all arms slow down, and no arm always runs after the same other arm.
 
     Args:
-        arms: By name, one call, or several that run in turn and are timed one by one.
+        arms: By name, one call, or several calls that run in turn and are timed separately.
         rounds: Number of counted rounds.
         warmup: Number of rounds before them that do not count.
-        device: Where the arms run.
+        device: Device of the arms.
         after: Called after each round, to show progress.
     """
     device, names, order = torch.device(device), list(arms), random.Random(0)
@@ -169,20 +169,20 @@ def percentile(values: Sequence[float], share: float) -> float:
 
 
 def is_void(control: float) -> bool:
-    """Check whether the ratio of an arm to itself is too far from 1 for a meaningful run; NaN is."""
+    """Check whether the ratio of an arm to itself is too far from 1 for a valid run; NaN is."""
     return not abs(control - 1) <= VOID
 
 
 def best_chunk(
     make: Callable[[int], Call], batch: int, clock: Clock = "cpu", device: torch.device | str = "cpu", rounds: int = 3
 ) -> int:
-    """Return the number of images at a time with which an arm is fastest; a large batch may exceed a CPU's caches.
+    """Return the chunk size with which an arm is fastest; a large batch may exceed a CPU's caches.
 
     Args:
-        make: Maps such a number to the arm.
+        make: Maps a chunk size to the arm.
         batch: The whole batch; it and smaller chunks are tried.
-        clock: The clock to compare by.
-        device: Where the arm runs.
+        clock: The clock for the comparison.
+        device: Device of the arm.
         rounds: Number of timed rounds.
     """
     chunks = [*(chunk for chunk in CHUNKS if chunk < batch), batch]
@@ -229,7 +229,7 @@ def representative(exit_index: Tensor, count: int) -> Tensor:
 
     Args:
         exit_index: (samples,), the exit of each sample, from 0.
-        count: Number of samples to choose; a number above that of all samples repeats some.
+        count: Number of samples to choose; if it exceeds the number of samples, some are repeated.
 
     Returns:
         Indices (count,).

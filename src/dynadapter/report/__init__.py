@@ -1,4 +1,4 @@
-"""The report of a run: what is measured, figures, and one HTML page that holds them."""
+"""The report of a run: measurements, figures, and one HTML page."""
 
 from dynadapter.report.figures import figures_of
 from dynadapter.report.measured import Measured, confusion, recall, reliability

@@ -32,7 +32,7 @@ THUMBNAIL = 112
 
 @contextmanager
 def quiet_fonts() -> Iterator[None]:
-    """Draw a box for a character that the font lacks, without a warning; keep text as it is, without formulas."""
+    """Draw missing characters as boxes without a warning, and do not parse text as formulas."""
     with warnings.catch_warnings(), rc_context({"text.parse_math": False, "font.size": 9.5, "axes.titlesize": 10.5}):
         warnings.filterwarnings("ignore", message=r"Glyph .* missing from")
         yield
@@ -47,11 +47,11 @@ def png(figure: Figure) -> bytes:
 
 
 def figures_of(run: Run, measured: Measured | None, static: float | None = None) -> dict[str, Figure]:
-    """Draw all figures for which there are numbers.
+    """Draw all figures for which there are measurements.
 
     Args:
         run: The run.
-        measured: Its network on labelled images; None where it cannot be measured.
+        measured: Measurements of its network on labelled images; None if it cannot be measured.
         static: Accuracy of a static network on the same split, in [0, 1].
     """
     figures: dict[str, Figure] = {}
@@ -206,7 +206,7 @@ def confusions(measured: Measured) -> Figure:
 
 
 def recalls(measured: Measured) -> Figure:
-    """Draw the recall of each class under the policy and at the last exit; of many classes the lowest."""
+    """Draw the recall of each class under the policy and at the last exit; of many classes only the lowest."""
     count = len(measured.class_names)
     routed = recall(measured.predicted, measured.targets, count)
     last = recall(measured.predictions[-1], measured.targets, count)
@@ -229,7 +229,7 @@ def recalls(measured: Measured) -> Figure:
 
 
 def reliabilities(measured: Measured) -> Figure:
-    """Draw accuracy over confidence of each exit, in bins whose area shows how many images they have."""
+    """Draw accuracy over confidence of each exit, in bins; the area of a bin shows its number of images."""
     columns = min(measured.exits, 4)
     rows = -(-measured.exits // columns)
     figure = Figure(figsize=(2.5 * columns + 0.4, 3.1 * rows), layout="constrained")
@@ -257,7 +257,7 @@ def reliabilities(measured: Measured) -> Figure:
 
 
 def gallery(measured: Measured) -> Figure:
-    """Draw images by the exit that they took, evenly spread over its confidences; wrong ones have a thick frame."""
+    """Draw images by exit, evenly spread over the confidences at the exit; wrong predictions have a thick frame."""
     exits = [k for k in range(measured.exits) if (measured.routed.exit_index == k).any()]
     figure = Figure(figsize=(ROW * 1.15 + 0.7, 1.55 * len(exits)), layout="constrained")
     panels = figure.subplots(len(exits), ROW, squeeze=False)
@@ -276,7 +276,7 @@ def gallery(measured: Measured) -> Figure:
 
 
 def _show(axes: Any, measured: Measured, index: int, confidence: torch.Tensor) -> None:
-    """Draw one image with its prediction and, where that is wrong, its class."""
+    """Draw one image with its prediction and, if that is wrong, its class."""
     axes.imshow(_thumbnail(measured.sources[index]))
     predicted, target = int(measured.predicted[index]), int(measured.targets[index])
     right, names = predicted == target, measured.class_names

@@ -1,4 +1,4 @@
-"""What a report measures: accuracy, confusion, recall and reliability, from the logits of all exits."""
+"""Measure accuracy, confusion, recall and reliability from the logits of all exits."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,15 +17,15 @@ BINS = 15
 
 @dataclass(frozen=True)
 class Measured:
-    """A network on the labelled images of a split.
+    """The logits of a network on the labelled images of a split, and the measurements from them.
 
     Args:
         split: ``val`` or ``test``.
-        logits: Of all exits (exits, images, classes).
+        logits: Logits of all exits (exits, images, classes).
         targets: Class indices (images,).
         costs: Cost of each exit as a fraction of static (exits,).
         policy: The exit policy.
-        origin: Where the policy comes from, in words.
+        origin: Description of where the policy comes from.
         class_names: In the order of their indices.
         sources: The images: files, or images in memory.
         exit_depths: After how many blocks each exit stands.
@@ -50,7 +50,7 @@ class Measured:
 
     @cached_property
     def predictions(self) -> Tensor:
-        """Classes by each exit's own logits (exits, images); -1 where these are not finite."""
+        """Classes by each exit's own logits (exits, images); -1 for non-finite logits."""
         return classes(torch.where(self.logits.isfinite().all(-1, keepdim=True), self.logits, torch.nan))
 
     @cached_property
@@ -60,7 +60,7 @@ class Measured:
 
     @cached_property
     def predicted(self) -> Tensor:
-        """Classes under the policy (images,); -1 where the logits are not finite."""
+        """Classes under the policy (images,); -1 for non-finite logits."""
         logits = self.routed.logits
         return classes(torch.where(logits.isfinite().all(-1, keepdim=True), logits, torch.nan))
 
@@ -86,7 +86,7 @@ class Measured:
 
 
 def confusion(predicted: Tensor, targets: Tensor, num_classes: int) -> np.ndarray:
-    """Count the images of each class by the class that was predicted.
+    """Count the images of each class by predicted class.
 
     Args:
         predicted: Classes (images,); negative ones are left out.
@@ -102,19 +102,19 @@ def confusion(predicted: Tensor, targets: Tensor, num_classes: int) -> np.ndarra
 
 
 def recall(predicted: Tensor, targets: Tensor, num_classes: int) -> np.ndarray:
-    """Return the fraction of each class that was predicted right (classes,); NaN for a class without images."""
+    """Return the fraction of right predictions of each class (classes,); NaN for a class without images."""
     counts = torch.bincount(targets, minlength=num_classes).double().numpy()
     right = torch.bincount(targets[predicted == targets], minlength=num_classes).double().numpy()
     return np.divide(right, counts, out=np.full(num_classes, np.nan), where=counts > 0)
 
 
 class Reliability(NamedTuple):
-    """How far confidences agree with accuracies, in bins of equal width.
+    """Agreement of confidence and accuracy, in bins of equal width.
 
     Attributes:
         confidence: Mean confidence of each bin (bins,); NaN for an empty one.
         accuracy: Accuracy of each bin (bins,); NaN for an empty one.
-        counts: Images of each bin (bins,).
+        counts: Number of images of each bin (bins,).
         error: Expected calibration error (Guo et al. 2017), in [0, 1].
     """
 

@@ -63,7 +63,7 @@ def run_page(run: Run, measured: Measured | None, figures: Mapping[str, bytes], 
 
     Args:
         run: The run.
-        measured: Its network on labelled images; None where it could not be measured.
+        measured: Measurements of its network on labelled images; None if it could not be measured.
         figures: PNG files by name.
         notes: What is missing and why, one line each.
     """
@@ -91,7 +91,7 @@ def comparison_page(
     """Return the page that compares runs.
 
     Args:
-        runs: Each with its network on labelled images; None where it could not be measured.
+        runs: The runs, each with its measurements; None if it could not be measured.
         figure: Accuracy over cost of all runs, a PNG file.
         notes: What is missing and why, one line each.
     """
@@ -120,7 +120,7 @@ Table = tuple[list[str], list[list[str]]]
 
 
 def exits_table(measured: Measured) -> Table:
-    """Return the table of the exits, and of the policy where there are several."""
+    """Return the table of the exits, and of the policy if there are several exits."""
     rows = [
         [f"exit {k + 1}, after block {depth}", f"{cost:.1%}", f"{accuracy:.1%}", f"{share:.1%}"]
         for k, (depth, cost, accuracy, share) in enumerate(

@@ -1,4 +1,4 @@
-"""What a run's folder says: its record, its configuration and its logged numbers."""
+"""The content of a run folder: record, configuration and logged numbers."""
 
 import math
 import re
@@ -10,12 +10,12 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Run:
-    """What a run's folder says. Nothing of it is trusted: a value of another type counts as missing.
+    """The content of a run folder. It is not trusted: a value of an unexpected type counts as missing.
 
     Args:
-        name: Of the run, for readers.
-        record: ``run.json``; empty where there is none.
-        config: The text of ``config.yaml``; empty where there is none.
+        name: Name of the run to print.
+        record: Content of ``run.json``; empty if there is none.
+        config: Text of ``config.yaml``; empty if there is none.
         lines: The lines of ``metrics.csv``, without empty cells.
     """
 
@@ -25,7 +25,7 @@ class Run:
     lines: Sequence[Mapping[str, str]] = ()
 
     def series(self, metric: str) -> tuple[list[float], list[float]]:
-        """Return the epochs at which a metric was logged, fractions for steps within an epoch, and its values."""
+        """Return the epochs at which a metric was logged (fractions for steps within an epoch) and its values."""
         rows = [line for line in self.lines if _finite(line.get(metric)) is not None and "epoch" in line]
         by_epoch: dict[str, list[Mapping[str, str]]] = {}
         for line in rows:
@@ -41,7 +41,7 @@ class Run:
 
     @property
     def exits(self) -> int:
-        """Number of exits that were measured in validation; 0 if there was none."""
+        """Number of exits measured in validation; 0 if there was no validation."""
         found = [re.fullmatch(r"val/acc_exit(\d{1,2})", key) for line in self.lines for key in line]
         return max((int(one[1]) for one in found if one), default=0)
 
@@ -61,7 +61,7 @@ class Run:
             return None
 
     def described(self) -> list[tuple[str, str]]:
-        """Return what the record says of the run, as pairs of a name and a text."""
+        """Return the record of the run as pairs of a name and a text."""
         record = self.record
         machine, data = _mapping(record.get("machine")), _mapping(record.get("data"))
         splits = _mapping(data.get("splits"))

@@ -1,1 +1,1 @@
-"""Sweeps: which runs there are, the results of each run, and the table at the end. Training is not in this package."""
+"""Sweeps: the plan of the runs, the results of each run, and the final table. Training is not in this package."""

@@ -1,4 +1,4 @@
-"""What the same logits give without a policy: all images at one exit, random mixtures of exits, and the oracle."""
+"""Baselines from the same logits without a policy: all images at one exit, random mixtures of exits, the oracle."""
 
 from collections.abc import Mapping, Sequence
 
@@ -28,13 +28,13 @@ def accuracies(line: Line) -> np.ndarray:
 
 
 def one_exit(twins: Sequence[Line], target: Mapping[str, float]) -> Place:
-    """Choose the exit, and the way to predict there, that all images should take.
+    """Choose one exit for all images, and how it combines the exits passed.
 
-    For a cost that is the most accurate on val200 within the budget, for an accuracy the cheapest that reaches it, or
-    the most accurate where none does.
+    For a cost, this is the most accurate exit on val200 within the budget. For an accuracy, it is the cheapest exit
+    that reaches it, or the most accurate one if none does.
 
     Args:
-        twins: Lines on val200 of one arm, whose means count.
+        twins: Results on val200 of the train800 runs of one arm; their means count.
         target: ``{cost: ...}`` or ``{accuracy: ...}``, both fractions.
     """
     accuracy = np.mean([accuracies(line) for line in twins], axis=0)
@@ -50,13 +50,13 @@ def one_exit(twins: Sequence[Line], target: Mapping[str, float]) -> Place:
 
 
 def mixture(line: Line, cost: float) -> np.ndarray:
-    """Return the most accurate random mixture of exits at a cost, on the very images of the line.
+    """Return the most accurate random mixture of exits at a cost, chosen on the images of the line itself.
 
-    Knowing the images favours the mixture. Two exits are enough: the best mixtures lie on the hull of the exits.
+    This favours the mixture. Two exits are enough, because the best mixtures lie on the hull of the exits.
 
     Args:
         line: A run with several exits.
-        cost: Mean cost in % of static. Below the first exit the first exit is taken.
+        cost: Mean cost in % of static. If it is below the cost of the first exit, the first exit is taken.
 
     Returns:
         Probability of each way and exit (ways, exits); the sum is 1.
@@ -77,7 +77,7 @@ def mixture(line: Line, cost: float) -> np.ndarray:
 
 
 def oracle(right: np.ndarray, cost: np.ndarray) -> tuple[float, float]:
-    """Return accuracy and cost in % where each image takes its first right exit, or the first exit if there is none.
+    """Return accuracy and cost in % if each image takes its first right exit, or exit 1 if none is right.
 
     Args:
         right: Whether each exit's own prediction is right (exits, images).
@@ -87,11 +87,11 @@ def oracle(right: np.ndarray, cost: np.ndarray) -> tuple[float, float]:
 
 
 def readings(line: Line, twin: Line, right: np.ndarray) -> dict[str, tuple[float, float]]:
-    """Return accuracy and cost in % of a run by each way to read it: every exit, policy and baseline.
+    """Return accuracy and cost in % of a run for each reading: every exit, policy and baseline.
 
     Args:
         line: The run.
-        twin: Its line on val200, which chooses the exit for all images.
+        twin: The line of its train800 run, which chooses the exit for all images.
         right: (ways, exits, images).
     """
     accuracy, cost = accuracies(line), costs(line)

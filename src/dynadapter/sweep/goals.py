@@ -1,4 +1,4 @@
-"""What a sweep calibrates its exit policies to: several goals from the same logits, also against another recipe."""
+"""The goals of a sweep, to which exit policies are calibrated; also relative to another recipe's accuracy."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,10 +19,10 @@ class SweepGoal:
 
     Args:
         goal: A cost, or an accuracy drop.
-        reference: Recipe whose accuracy on val200 an accuracy drop starts from; None for the last exit.
+        reference: Recipe from whose accuracy on val200 an accuracy drop is measured; None for the last exit.
 
     Raises:
-        ValueError: It is a risk, or a cost with a reference.
+        ValueError: The goal is a risk, or a cost with a reference.
     """
 
     goal: Goal
@@ -36,12 +36,12 @@ class SweepGoal:
 
     @property
     def name(self) -> str:
-        """The goal in words, as the tables name it."""
+        """Name of the goal in the tables."""
         start = "" if self.reference is None else f" from {self.reference}"
         return f"{self.goal.name} {self.goal.amount:g}{start}"
 
     def target(self, last: float, reference: float | None) -> dict[str, float]:
-        """Return what the policy has to keep on val200: ``{cost: ...}`` or ``{accuracy: ...}``, both fractions.
+        """Return the target of the policy on val200: ``{cost: ...}`` or ``{accuracy: ...}``, both fractions.
 
         Args:
             last: Accuracy of the last exit, in [0, 1].
@@ -54,7 +54,7 @@ class SweepGoal:
     def policy(
         self, logits: Tensor, targets: Tensor, costs: Sequence[float], static: float, reference: float | None = None
     ) -> Policy:
-        """Calibrate on the images of val200; where the reference's accuracy is out of reach, to the best accuracy.
+        """Calibrate on the images of val200; if the reference's accuracy is out of reach, to the best accuracy.
 
         Args:
             logits: (exits, images, classes).
@@ -80,7 +80,8 @@ def goals_of(given: Sequence[dict[str, Any]]) -> tuple[SweepGoal, ...]:
     """Return the goals that a file names, such as ``[{cost: 0.5}, {accuracy_drop: 0, reference: static}]``.
 
     Raises:
-        ValueError: One is no goal, two are equal, or the first one, which the scale is chosen by, has a reference.
+        ValueError: An entry is not a goal, two goals are equal, or the first goal, which chooses the scale, has a
+            reference.
     """
     goals = []
     for one in given:

@@ -1,4 +1,4 @@
-"""The results of runs: one JSON line and the values that a bootstrap needs for each, and a lock while a run works."""
+"""Store the results of runs: one JSON line each, with the values for a bootstrap; and the lock of a run."""
 
 import base64
 import fcntl
@@ -26,12 +26,12 @@ LOGITS = "logits.npz"
 
 @contextmanager
 def claim(folder: Path, wait: bool = False) -> Iterator[bool]:
-    """Hold the lock of a folder; yield False where another process holds it.
+    """Hold the lock of a folder; yield False if another process holds it.
 
-    The operating system releases the lock when the process ends, however it ends.
+    The operating system releases the lock whenever the process ends.
 
     Args:
-        folder: Created where it is missing.
+        folder: The folder; it is created if it is missing.
         wait: Wait for the other process instead.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -69,7 +69,7 @@ def read(out: Path) -> dict[Unit, dict[str, Any]]:
 
 
 def append(out: Path, line: Mapping[str, Any]) -> None:
-    """Append the line of a run; from then on the run counts as finished.
+    """Append the line of a run, after which the run counts as finished.
 
     Args:
         out: Folder of the sweep.
@@ -88,7 +88,7 @@ def append(out: Path, line: Mapping[str, Any]) -> None:
 
 
 def pack(folder: Path, logits: Tensor, targets: Tensor, files: Tensor) -> None:
-    """Write what each measured image gave; the logits are a file of their own.
+    """Write the predictions of each image, and the logits in a second file.
 
     The arrays are ``predictions`` (exits, images), ``confidences`` (exits, images) float16, ``targets`` (images,) and
     ``files`` (images,). Classes take one byte where they fit. The second file holds ``logits`` (exits, images,
@@ -98,7 +98,7 @@ def pack(folder: Path, logits: Tensor, targets: Tensor, files: Tensor) -> None:
         folder: Folder of the run.
         logits: (exits, images, classes).
         targets: (images,).
-        files: Places of the images in their list (images,), from 0.
+        files: Index of each image in its list (images,), from 0.
     """
     classes = np.uint8 if logits.shape[-1] <= 256 else np.uint16
     arrays: dict[str, Any] = {

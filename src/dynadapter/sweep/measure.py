@@ -1,4 +1,4 @@
-"""What a trained network does on a split, read off its stacked logits: every exit, and the policies."""
+"""Measure every exit and the policies of a trained network on a split, from its stacked logits."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -33,17 +33,17 @@ def measure(
     """Measure every exit and the policies.
 
     Args:
-        policies: What decides where images exit, by the name of its goal.
+        policies: The exit policies by the name of their goal.
         logits: (exits, images, classes).
         targets: (images,).
         costs: Cumulative cost of each exit (exits,).
         static: Cost of the static network, in the same unit.
-        depths: Blocks before each exit (exits,).
+        depths: Exit depths (exits,).
 
     Returns:
-        The part of a line that holds results, and what a bootstrap needs of each image: ``right`` (ways, exits, images)
-        bool, ``exit_index`` (policies, images) uint8 from 0, and ``routed`` (policies, images) bool, whether the policy
-        is right.
+        The results for a line, and the values of each image for a bootstrap: ``right`` (ways, exits, images) bool,
+        ``exit_index`` (policies, images) uint8 from 0, and ``routed`` (policies, images) bool, whether the prediction
+        under the policy is right.
     """
     right = torch.stack([_right(way.combine(logits), targets) for _, way in WAYS])
     accuracy = right.double().mean(-1).tolist()

@@ -1,4 +1,7 @@
-"""Which runs a sweep has, and which of them can start now: a pure function of the runs that are finished."""
+"""Plan the runs of a sweep, and which can start now: a pure function of the finished runs.
+
+A final run (train800val200) takes its policies from its twin: the train800 run of the same arm, scale and seed.
+"""
 
 import hashlib
 import json
@@ -23,7 +26,7 @@ FINAL: Split = "train800val200"
 
 @dataclass(frozen=True)
 class Unit:
-    """One run: everything that decides its outcome.
+    """One run: everything that determines its result.
 
     Args:
         task: Folder of the task.
@@ -52,7 +55,7 @@ class Unit:
 
 @dataclass(frozen=True)
 class Arm:
-    """One combination of adapter and recipe on a task, whose scale is chosen on val200."""
+    """One combination of task, adapter and recipe; its scale is chosen on val200."""
 
     task: str
     adapter: str
@@ -61,7 +64,7 @@ class Arm:
 
 @dataclass(frozen=True)
 class Choice:
-    """Several recipes of which the most accurate on val200 within a cost stands in the table, for each task.
+    """A choice among recipes: for each task the table has the most accurate on val200 within a cost.
 
     Args:
         among: Names of the recipes.
@@ -80,13 +83,13 @@ class Sweep:
         tasks: Groups by task; None for a task that is in none of the three groups of VTAB.
         adapters: Names of adapters.
         recipes: Names of recipes.
-        settings: Fingerprint by adapter and recipe; pairs without one are no arms.
+        settings: Fingerprint by adapter and recipe; a pair without one is not an arm.
         scales: Scales to choose from, by task and adapter.
-        seeds: Seeds of the final runs, by adapter and recipe; none anywhere to stop before them.
-        search_seeds: Seeds of the runs that the scale is chosen by.
-        goals: What policies are calibrated to; the first one counts in the choice of the scale.
-        scale_from: Recipe whose scale a recipe takes, instead of a search of its own.
-        fresh: Tasks that no choice was made on.
+        seeds: Seeds of the final runs, by adapter and recipe; all empty to stop before the final runs.
+        search_seeds: Seeds of the runs that choose the scale.
+        goals: Goals of the exit policies; the first one counts in the choice of the scale.
+        scale_from: For a recipe without its own search, the recipe whose scale it takes.
+        fresh: Tasks that took no part in any choice.
         choices: Choices among recipes by their name in the table.
     """
 
@@ -104,7 +107,7 @@ class Sweep:
 
     @property
     def split(self) -> Split:
-        """The split of the runs in the table: the final ones, or without them those of the search."""
+        """The split of the runs in the table: that of the final runs, or without these of the search."""
         return FINAL if any(self.seeds.values()) else SEARCH
 
     def measured_seeds(self, arm: Arm) -> Sequence[int]:
@@ -129,7 +132,7 @@ class Sweep:
     # ---- the scale
 
     def search(self, arm: Arm) -> list[Unit]:
-        """Return the runs that choose an arm's scale; none where another recipe chooses it."""
+        """Return the runs that choose an arm's scale; empty if another recipe chooses it."""
         if arm.recipe in self.scale_from:
             return []
         scales = self.scales[arm.task, arm.adapter]
@@ -138,15 +141,15 @@ class Sweep:
     def chosen_scale(self, arm: Arm, done: Mapping[Unit, Line]) -> float | None:
         """Return the scale with the best mean score over the seeds on val200.
 
-        The lower validation loss of the last exit decides between equal scores. A scale loses where one of the arm's
-        runs failed, final ones included: at the edge of what can be trained, one seed says little about the next.
+        Of equal scores, the one with the lower validation loss of the last exit wins. A scale is not chosen if one of
+        the arm's runs failed, also a final one: near the limit of stable training, seeds differ much.
 
         Args:
             arm: The arm.
             done: The finished runs.
 
         Returns:
-            The scale; None before all runs of the search are finished, or where a run failed at every scale.
+            The scale; None before all runs of the search are finished, or if a run failed at every scale.
         """
         arm = self.source(arm)
         if any(unit not in done for unit in self.search(arm)):
@@ -165,7 +168,7 @@ class Sweep:
         return [unit for unit, line in done.items() if "failed" in line and self._is_of(arm, unit)]
 
     def _is_of(self, arm: Arm, unit: Unit) -> bool:
-        """Check whether a run is one of an arm, with the settings of this sweep."""
+        """Check whether a run belongs to an arm and has the settings of this sweep."""
         settings = self.settings[arm.adapter, arm.recipe]
         return Arm(unit.task, unit.adapter, unit.recipe) == arm and unit.settings == settings
 
@@ -175,7 +178,7 @@ class Sweep:
         return searched and self.chosen_scale(arm, done) is None
 
     def diverged(self, done: Mapping[Unit, Line]) -> list[Arm]:
-        """Return the arms of which a run failed at every scale."""
+        """Return the arms for which a run failed at every scale."""
         return [arm for arm in self.arms() if self.has_diverged(arm, done)]
 
     # ---- the runs at the chosen scale
@@ -185,9 +188,9 @@ class Sweep:
         return replace(unit, split=SEARCH)
 
     def reference(self, unit: Unit, recipe: str, done: Mapping[Unit, Line]) -> Unit | None:
-        """Return the train800 run of another recipe, at its own scale, that a goal of this run refers to.
+        """Return the train800 run of another recipe, at its own scale, to which a goal of this run refers.
 
-        None before its scale is chosen, where a run of it failed at every scale, and for a run of that recipe itself.
+        None before its scale is chosen, if a run of it failed at every scale, and for a run of that recipe itself.
         """
         arm = Arm(unit.task, unit.adapter, recipe)
         scale = self.chosen_scale(arm, done)
@@ -216,7 +219,7 @@ class Sweep:
     # ---- all of them
 
     def ready(self, done: Mapping[Unit, Line]) -> list[Unit]:
-        """Return the runs that are not finished and need no other run first; seeds vary slowest.
+        """Return the unfinished runs that can start now; seeds vary slowest.
 
         Args:
             done: The finished runs.
@@ -234,7 +237,7 @@ class Sweep:
         return sorted(left, key=lambda unit: (order[unit.seed], unit.split == FINAL))
 
     def remaining(self, done: Mapping[Unit, Line]) -> dict[Split, int]:
-        """Count the runs that are still to do, by split, the ones that cannot start yet included."""
+        """Count the remaining runs by split, including those that cannot start yet."""
         left: dict[Split, int] = {SEARCH: 0, FINAL: 0}
         for arm in self.arms():
             if self.has_diverged(arm, done):
@@ -251,7 +254,7 @@ class Sweep:
         return left
 
     def planned(self, done: Mapping[Unit, Line]) -> set[Unit]:
-        """Return the runs that belong to the sweep, as far as they are known, those that failed included."""
+        """Return the runs of the sweep that are known so far, including failed ones."""
         units = {unit for arm in self.arms() for unit in [*self.search(arm), *self._failed(arm, done)]}
         for arm in self.arms():
             scale = self.chosen_scale(arm, done)
@@ -269,15 +272,15 @@ class Sweep:
         return lost
 
     def is_complete(self, unit: Unit, line: Line) -> bool:
-        """Check whether a line has every policy that the sweep measures; without it a run is measured again."""
+        """Check whether a line has every policy of the sweep; otherwise the run is measured again."""
         names = [goal.name for goal in (self.goals if unit.split == FINAL else self.goals[:1])]
         return "failed" in line or all(name in line["policies"] for name in names)
 
 
 def score(line: Line, goal: str) -> tuple[float, float]:
-    """Return how good a train800 run is on val200: its score, and minus the last exit's loss.
+    """Return the score of a train800 run on val200, and the negative loss of its last exit.
 
-    The score is the accuracy of the last exit; with early exits, the mean of that and of the accuracy by the policy.
+    The score is the accuracy of the last exit; with early exits, the mean of this and of the accuracy by the policy.
 
     Args:
         line: The line of the run.
@@ -306,7 +309,7 @@ def as_unit(line: Line) -> Unit:
     """Return the run that a line belongs to.
 
     Raises:
-        ValueError: The line names none.
+        ValueError: The line names no run.
     """
     try:
         return Unit(**line["run"])

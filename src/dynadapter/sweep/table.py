@@ -1,4 +1,4 @@
-"""The table at the end of a sweep: accuracy and cost of every arm by task, group and over all tasks."""
+"""The final table of a sweep: accuracy and cost of every arm by task, by group and over all tasks."""
 
 import csv
 import io
@@ -16,12 +16,12 @@ GROUPS = ("Natural", "Specialized", "Structured")
 
 @dataclass(frozen=True)
 class Value:
-    """Mean and deviation over the seeds.
+    """Mean and standard deviation over the seeds.
 
     Args:
         mean: Mean over the seeds.
         std: Sample standard deviation over the seeds, None for a single one.
-        seeds: How many seeds.
+        seeds: Number of seeds.
     """
 
     mean: float
@@ -59,7 +59,7 @@ Numbers = Mapping[int, tuple[float, float]]
 
 
 def rows(sweep: Sweep, done: Mapping[Unit, Line]) -> list[Row]:
-    """Return every row that the finished runs allow; a mean needs all of its parts.
+    """Return all rows for which the runs are finished; a mean needs all of its parts.
 
     Args:
         sweep: The sweep.
@@ -121,7 +121,7 @@ def _readings(sweep: Sweep, done: Mapping[Unit, Line], unit: Unit) -> dict[str, 
 
 
 def _names(results: Mapping[str, Mapping[int, Mapping[str, Any]]], sweep: Sweep) -> list[str]:
-    """Return all readings: exits, then the goals in their order, each with its baselines, then the oracle."""
+    """Return all readings in order: exits, then the goals, each with its baselines, then the oracle."""
     found = dict.fromkeys(name for by_seed in results.values() for named in by_seed.values() for name in named)
     goals = [goal.name for goal in sweep.goals]
 
@@ -182,7 +182,7 @@ def as_csv(table: Sequence[Row]) -> str:
 
 
 def as_markdown(table: Sequence[Row], sweep: Sweep) -> str:
-    """Return two tables: each adapter and recipe by its first policy, a column each; and every reading, a row each.
+    """Return two tables: one column per adapter and recipe (first policy), and one row per reading.
 
     Args:
         table: From :func:`rows`.
@@ -206,7 +206,7 @@ def as_markdown(table: Sequence[Row], sweep: Sweep) -> str:
 
 
 def _seeds(table: Sequence[Row]) -> str:
-    """Return how many seeds the tasks have, in words."""
+    """Return a text with the number of seeds of the tasks."""
     found = sorted({row.accuracy.seeds for row in table if row.scale is not None})
     return _count(found[0], "seed") if len(found) == 1 else f"{found[0]} to {found[-1]} seeds"
 
@@ -229,7 +229,7 @@ def _cell(row: Row) -> str:
 
 
 def _order(sweep: Sweep) -> Callable[[str], tuple[int, str]]:
-    """Return the key that sorts tasks as the sweep names them, and means behind them."""
+    """Return the sort key: tasks in the order of the sweep, then means."""
     fresh, tasks = (f"mean of {_count(len(n), one)}" for n, one in ((sweep.fresh, "fresh task"), (sweep.tasks, "task")))
     means = [*(f"mean of {group}" for group in GROUPS), "mean of groups", fresh, tasks]
     places = {what: place for place, what in enumerate([*sweep.tasks, *means])}
@@ -249,7 +249,7 @@ def draw(table: Sequence[Row], sweep: Sweep, title: str) -> Any:
     Args:
         table: From :func:`rows`.
         sweep: The sweep.
-        title: Above the picture.
+        title: Title of the figure.
 
     Returns:
         A matplotlib figure.
