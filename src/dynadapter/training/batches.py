@@ -1,4 +1,4 @@
-"""What a batch of a loader holds: images, and class indices or names of files."""
+"""Read and check the batches of a loader: images, and class indices or file names."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,14 +13,14 @@ def named_images(batch: Any) -> tuple[Tensor, list[str | None]]:
     """Return the images of a batch, and the name of each image's file.
 
     Args:
-        batch: Images ``(batch, channels, height, width)``, alone or first in a sequence. The next part are names of
-            files, or class indices ``(batch,)``, which are no names.
+        batch: Images ``(batch, channels, height, width)``, alone or first in a sequence. The second part are file
+            names, or class indices ``(batch,)``, which are ignored.
 
     Returns:
-        The images, and per image its name, "" where there are none, or None for padding.
+        The images, and for each image its name, "" without names, or None for padding.
 
     Raises:
-        ValueError: The batch holds something else.
+        ValueError: The batch has another form.
     """
     parts = [batch] if isinstance(batch, Tensor) else list(batch) if isinstance(batch, Sequence) else []
     if not parts or not isinstance(parts[0], Tensor) or parts[0].dim() != 4:
@@ -37,7 +37,7 @@ def named_images(batch: Any) -> tuple[Tensor, list[str | None]]:
 
 
 def require_classes(targets: Tensor, classes: int) -> None:
-    """Raise a ValueError if class indices ``(batch,)`` are not those of a model with so many classes."""
+    """Raise a ValueError if a class index ``(batch,)`` is out of range for the number of classes."""
     wrong = targets[(targets < 0) | (targets >= classes)]
     if len(wrong):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Write checkpoints atomically, check them before use, and find the newest whole one."""
+"""Write checkpoints atomically, check them before use, and find the newest intact one."""
 
 import contextlib
 import io
@@ -19,16 +19,16 @@ from dynadapter.spec import IMPORT_FIRST
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Write checkpoints whole or not at all, read them without running code, and remove only what lies beside them.
+    """Write checkpoints atomically, read them without running code, and remove only files next to them.
 
-    A checkpoint is written under another name beside its place and renamed. Even if the process or the machine stops,
-    the path holds the old file or the new one. Unfinished files of a killed process are removed when the next
+    A checkpoint is written under another name in the same folder and then renamed. If the process or the machine stops,
+    the path holds either the old or the new file. Unfinished files of a killed process are removed when the next
     checkpoint is written into the folder.
 
     (Lightning writes to a temporary folder, which may be on another file system; then the final move is a copy.)
 
-    A checkpoint of a resumed training names the files that may be removed, and it can be anybody's. Hence only regular
-    files directly in a folder that this object has written into are removed.
+    The checkpoint of a resumed training is not trusted, and it names files to remove. Hence only regular files directly
+    in a folder into which this object has written are removed.
 
     Args:
         remote: Whether to read from places that are not local files, such as ``s3://...``. Use it by
@@ -44,8 +44,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """Save a checkpoint.
 
         Raises:
-            ValueError: It holds something that does not load under ``weights_only=True``.
-            OSError: In one line, if it cannot be written; an existing file is kept.
+            ValueError: The content does not load under ``weights_only=True``.
+            OSError: The file cannot be written; an existing file is kept.
         """
         self._folders.add(_folder(path))
         if storage_options is not None or not _is_local(path):
@@ -77,7 +77,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """Load a checkpoint under ``weights_only=True``.
 
         Raises:
-            ValueError: It is damaged, is not a local file, or should be loaded with the code in it.
+            ValueError: The file is damaged or not local, or ``weights_only`` is false.
         """
         if weights_only is False:
             raise ValueError("weights_only=False would run the code in a checkpoint; leave it out")
@@ -86,7 +86,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         return super().load_checkpoint(path, map_location, weights_only=True)
 
     def remove_checkpoint(self, path: str | Path) -> None:
-        """Remove a checkpoint directly in a folder that this object has written into; warn of any other."""
+        """Remove a checkpoint directly in a folder into which this object has written; warn of any other."""
         local = _is_local(path)
         if _folder(path) not in self._folders or (local and os.path.isdir(path)):
             rank_zero_warn(f"{path} is no file of this training's checkpoint folder, so it is not removed")
@@ -97,7 +97,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 def use_atomic_checkpoints(trainer: Trainer) -> None:
-    """Let a trainer write and read checkpoints by :class:`AtomicCheckpointIO`, unless the user chose another way."""
+    """Let a trainer write and read checkpoints by :class:`AtomicCheckpointIO`, unless the user chose another plugin."""
     try:
         default = type(trainer.strategy.checkpoint_io) is TorchCheckpointIO
     except NotImplementedError:  # a strategy that shards its checkpoints
@@ -107,14 +107,15 @@ def use_atomic_checkpoints(trainer: Trainer) -> None:
 
 
 class RunCheckpoint(ModelCheckpoint):
-    """Lightning's ModelCheckpoint, saving only where a training can be resumed exactly.
+    """Lightning's ModelCheckpoint, which saves only at points from which a training can be resumed exactly.
 
     It does not save between the batches of one optimiser step, because no checkpoint holds their gradients. If
     validation follows a batch, it saves after the validation, because a training resumed before it would skip it. An
     epoch without validation is saved at its end, unless a metric is monitored. With ``save_last`` the last checkpoint
-    is written whenever one is due; Lightning does so only when the best one changes.
+    is written whenever a save is due; Lightning writes it only when the best one changes.
 
-    While a training runs, no other one can save into its folder: two would replace and remove each other's files.
+    While a training runs, no other training can save into its folder, because they would overwrite and remove each
+    other's files.
     """
 
     _due = False  # a save by steps that waits for the validation
@@ -122,11 +123,11 @@ class RunCheckpoint(ModelCheckpoint):
 
     @property
     def state_key(self) -> str:
-        """Lightning's name of its state in a checkpoint, so that either class resumes from the other's."""
+        """Lightning's key of its state in a checkpoint, so that each class can resume from the state of the other."""
         return super().state_key.replace(type(self).__qualname__, ModelCheckpoint.__qualname__, 1)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Find the folder, and hold it until the training ends.
+        """Find the folder, and lock it until the training ends.
 
         Raises:
             Busy: Another training saves into it.
@@ -146,7 +147,7 @@ class RunCheckpoint(ModelCheckpoint):
         super().teardown(trainer, pl_module, stage)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Save if that was asked for, and release the folder."""
+        """Save if this is configured, and release the folder."""
         super().on_exception(trainer, pl_module, exception)
         self._release()
 
@@ -208,8 +209,8 @@ class Resumable(NamedTuple):
 
     Args:
         path: The file.
-        step: Optimiser steps done.
-        damaged: Other files of the folder that cannot be read.
+        step: Number of finished optimiser steps.
+        damaged: Damaged checkpoints of the folder.
     """
 
     path: Path
@@ -218,7 +219,7 @@ class Resumable(NamedTuple):
 
 
 def newest(folder: Path) -> Resumable | None:
-    """Return the whole checkpoint with the most steps in a folder that holds the optimiser's state; None without any.
+    """Return the intact checkpoint of a folder with the most steps and with the optimiser's state; None without any.
 
     Raises:
         ValueError: All checkpoints of the folder are damaged.
@@ -250,10 +251,10 @@ def read(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
 
     Args:
         path: A local file.
-        map_location: As of :func:`torch.load`.
+        map_location: As in :func:`torch.load`.
 
     Raises:
-        ValueError: In one line, if it is damaged, no checkpoint, or not a local file.
+        ValueError: The file is damaged, not a checkpoint, or not local.
     """
     require_local(path)
     check(path)
@@ -273,7 +274,7 @@ def read(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
 
 
 def _foreign(path: str | Path) -> str:
-    """Return what a checkpoint names that is not known, and how a class of the user's own becomes known."""
+    """Return a message that names the unknown class in a checkpoint, and how to make a user's class known."""
     try:
         names = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
     except Exception:  # a damaged file can raise anything
@@ -282,13 +283,13 @@ def _foreign(path: str | Path) -> str:
 
 
 def check(path: str | Path) -> None:
-    """Check that a file is whole: every part must match the checksum stored with it (CRC-32).
+    """Check that a file is intact: every part must match its stored checksum (CRC-32).
 
-    torch writes these checksums but does not check them when it reads.
+    torch writes these checksums but does not check them when it loads.
 
     Raises:
-        ValueError: In one line, if it is cut off, damaged or not written by torch.
-        OSError: It cannot be opened.
+        ValueError: The file is truncated, damaged or not written by torch.
+        OSError: The file cannot be opened.
     """
     with open_regular(path) as file:  # errors of the path, not of the content, are raised unchanged
         size = os.fstat(file.fileno()).st_size
@@ -311,10 +312,11 @@ def check(path: str | Path) -> None:
 
 
 def require_local(path: str | Path) -> None:
-    """Refuse a place that only a request or another program can read.
+    """Raise an error for a place that is not a local path.
 
     Raises:
-        ValueError: It is a URL or has another prefix of fsspec, such as ``http://``, ``s3://`` or ``simplecache::``.
+        ValueError: The place is a URL or has another prefix of fsspec, such as ``http://``, ``s3://`` or
+            ``simplecache::``.
     """
     if not _is_local(path):
         raise ValueError(
@@ -328,5 +330,5 @@ def _is_local(path: str | Path) -> bool:
 
 
 def _folder(path: str | Path) -> str:
-    """Return the folder of a file, with all links followed where it is local."""
+    """Return the folder of a file; if it is local, with all links resolved."""
     return os.path.realpath(os.path.dirname(path)) if _is_local(path) else str(path).rpartition("/")[0]

@@ -25,19 +25,19 @@ def class_weights(given: ClassWeights, names: Sequence[str], counts: Sequence[in
     """Return the weight of each class in the loss.
 
     ``auto`` weighs class c by ``N / (K n_c)``, with N training images, n_c of them of class c, and K classes that have
-    images (scikit-learn's ``balanced``). A mapping gives weights by name, 1 to the classes that it leaves out. Both are
-    scaled so that the mean over the training images is 1: the learning rate keeps its meaning.
+    images (scikit-learn's ``balanced``). A mapping has weights by name; classes without an entry have weight 1. Both
+    are scaled so that the mean over the training images is 1, which leaves the effective learning rate unchanged.
 
     Args:
         given: ``auto``, or weights by class name.
         names: Class names in the order of their indices.
-        counts: Training images of each class; None where they are not known.
+        counts: Number of training images of each class; None if unknown.
 
     Returns:
         ``(classes,)`` float32.
 
     Raises:
-        ValueError: A name is no class, all weights of the training images are 0, or ``auto`` has no counts.
+        ValueError: A name is not a class, all weights of the training images are 0, or ``auto`` has no counts.
     """
     images = None if counts is None else torch.tensor(counts, dtype=torch.float64)
     if given == "auto":
@@ -59,7 +59,7 @@ def class_weights(given: ClassWeights, names: Sequence[str], counts: Sequence[in
 
 
 def count_classes(data: Any, classes: int) -> list[int] | None:
-    """Return the training images of each class; None for data that do not say."""
+    """Return the number of training images of each class; None if the data do not provide it."""
     if not hasattr(data, "dataset"):
         return None
     counts = [0] * classes
@@ -69,7 +69,7 @@ def count_classes(data: Any, classes: int) -> list[int] | None:
 
 
 def require_one_correction(given: ClassWeights | None, data: Any) -> None:
-    """Raise a ValueError if ``auto`` weights meet training images that are drawn equally from each class."""
+    """Raise a ValueError if ``auto`` weights are combined with balanced drawing of training images."""
     if given == "auto" and getattr(data, "balanced", False):
         raise ValueError(
             "class_weights=auto and balanced=True correct twice for unbalanced classes; set data.balanced: false, or "
@@ -78,7 +78,7 @@ def require_one_correction(given: ClassWeights | None, data: Any) -> None:
 
 
 def without_images(data: Any) -> list[str]:
-    """Return lines that name the classes without images of training or validation, or with fewer than the shots."""
+    """Return messages that name classes without training or validation images, or with fewer images than ``shots``."""
     lines = []
     for split, word in (("train", "training"), ("val", "validation")) if hasattr(data, "dataset") else ():
         count = Counter(label for _, label in data.dataset(split).samples)

@@ -1,4 +1,4 @@
-"""What a checkpoint of an ExitClassifier holds, and whether it fits a model: format, tensors, backbone and classes."""
+"""The content of a checkpoint of an ExitClassifier, and whether it fits a model: tensors, backbone and classes."""
 
 import textwrap
 from collections.abc import Mapping
@@ -29,10 +29,9 @@ ADVICE = "Give the adapter, heads, exit_depths and depth of the training"
 
 
 def trainable_only(module: nn.Module) -> None:
-    """Reduce a module's state dict to what is trained: the frozen tensors of an :class:`ExitNet` in it are left out.
+    """Reduce a module's state dict to the trained tensors: the frozen tensors of its :class:`ExitNet` are left out.
 
-    Loading then accepts that these are missing, and nothing else. A module with a true ``full_checkpoint`` saves
-    everything.
+    Loading then accepts that only these are missing. A module whose ``full_checkpoint`` is true saves everything.
     """
     module.register_state_dict_post_hook(_drop_frozen)
     module.register_load_state_dict_post_hook(_allow_frozen)
@@ -41,7 +40,7 @@ def trainable_only(module: nn.Module) -> None:
 def frozen_keys(module: nn.Module) -> set[str]:
     """Return the state-dict keys of a module that belong to a frozen backbone.
 
-    These are all keys of the backbone except the adapters, its own head, and whatever else is trained.
+    These are all keys of the backbone except adapters, its own head, and other trained tensors.
     """
     keys = set()
     for path, net in module.named_modules():
@@ -68,10 +67,10 @@ def _allow_frozen(module: nn.Module, keys: _IncompatibleKeys) -> None:
 
 
 def require_keys(found: AbstractSet[str], module: nn.Module) -> None:
-    """Check that a checkpoint holds everything that is trained, and nothing unknown.
+    """Check that a checkpoint holds all trained tensors, and nothing unknown.
 
     Raises:
-        ValueError: In one line, if a key is missing or unknown.
+        ValueError: A key is missing or unknown.
     """
     own = module.state_dict().keys()
     faults = [f"Missing: {key}." for key in own - found]
@@ -94,7 +93,7 @@ def describe_mismatch(error: RuntimeError) -> str:
 
 
 def contents_of(module: Any) -> dict[str, Any]:
-    """Return what a checkpoint of an ExitClassifier holds under the key ``dynadapter``, as plain data.
+    """Return the content of a checkpoint of an ExitClassifier under the key ``dynadapter``, as plain data.
 
     These are the backbone's name and hash, class names, preprocessing, the data module's settings, the batches of an
     epoch, and the policies of the trainer's :class:`EarlyExit`.
@@ -115,10 +114,10 @@ def contents_of(module: Any) -> dict[str, Any]:
 
 
 def saved_contents(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a checkpoint holds under the key ``dynadapter``.
+    """Return the content of a checkpoint under the key ``dynadapter``.
 
     Raises:
-        ValueError: It was not written by this package, has another format, or lacks an entry.
+        ValueError: The checkpoint was not written by this package, has another format, or lacks an entry.
     """
     saved = checkpoint.get("dynadapter")
     if not isinstance(saved, Mapping):
@@ -146,7 +145,7 @@ def require_finite(checkpoint: Mapping[str, Any]) -> None:
     """Check that no tensor of a checkpoint holds NaN or infinity.
 
     Raises:
-        ValueError: One does.
+        ValueError: A tensor holds NaN or infinity.
     """
     state = checkpoint.get("state_dict", {})
     broken = [name for name, x in state.items() if isinstance(x, Tensor) and not local_part(x).isfinite().all()]
@@ -161,12 +160,12 @@ def compare_backbones(saved: Mapping[str, Any], name: str, fingerprint: str) -> 
     """Check that a checkpoint without the frozen tensors was trained on this backbone.
 
     Args:
-        saved: From :func:`saved_contents`.
+        saved: The result of :func:`saved_contents`.
         name: The model's backbone.
         fingerprint: Its hash.
 
     Raises:
-        ValueError: It was trained on another one.
+        ValueError: It was trained on another backbone.
     """
     if saved["backbone_hash"] != fingerprint and not saved["full"]:
         raise ValueError(
@@ -177,7 +176,7 @@ def compare_backbones(saved: Mapping[str, Any], name: str, fingerprint: str) -> 
 
 
 def compare_token_merging(settings: Mapping[str, Any], ours: TokenMerging | None) -> None:
-    """Warn if tokens were merged differently in training: all tensors fit, but the logits differ.
+    """Warn if token merging differs from the training: all tensors fit, but the logits differ.
 
     Args:
         settings: The checkpoint's hyper-parameters.
@@ -192,7 +191,7 @@ def compare_token_merging(settings: Mapping[str, Any], ours: TokenMerging | None
 
 
 def different_class(theirs: list[str], ours: list[str]) -> str:
-    """Return as one line how the class names of a checkpoint and of a model differ; empty if they do not."""
+    """Return a message on how the class names of a checkpoint and a model differ; empty if they are equal."""
     both = f"the checkpoint has {_listed(theirs)}; this model has {_listed(ours)}"
     advice = "use data with the classes of the training, in its order"
     if len(theirs) != len(ours):
@@ -204,14 +203,14 @@ def different_class(theirs: list[str], ours: list[str]) -> str:
 
 
 def _shorten(line: str) -> str:
-    """Return the beginning of a line, with the number of keys that it names."""
+    """Return the beginning of a message, with the number of keys that it names."""
     count = line.count('", "') + 1
     short = textwrap.shorten(line, 200, placeholder=" ...")
     return f"{short} ({count} keys)" if short.endswith(" ...") and count > 1 else short
 
 
 def _listed(names: list[str]) -> str:
-    """Return the first eight names as text, and how many follow.
+    """Return the first eight names as text, and the number of the others.
 
     >>> _listed(["cat", "dog"])
     "'cat', 'dog'"

@@ -1,4 +1,4 @@
-"""Entries of a checkpoint: each is there and has its type before anything is restored from it."""
+"""Check that the entries of a checkpoint exist and have the right types, before anything is restored."""
 
 from collections.abc import Mapping
 from types import NoneType
@@ -35,7 +35,7 @@ ADVICE = "the checkpoint is damaged: give another one of this run, or train agai
 
 
 def require_entries(content: Mapping[str, Any], kinds: Kinds, where: str = "") -> None:
-    """Check that entries are there and have their types.
+    """Check that entries exist and have the right types.
 
     Args:
         content: The checkpoint, or a part of it.
@@ -43,7 +43,7 @@ def require_entries(content: Mapping[str, Any], kinds: Kinds, where: str = "") -
         where: The key of that part with a dot, for messages.
 
     Raises:
-        ValueError: In one line that names the entry.
+        ValueError: An entry is missing or has another type; the message names it.
     """
     for name, kind in kinds.items():
         choices = kind if isinstance(kind, tuple) else (kind,)

@@ -1,4 +1,4 @@
-"""Load a classifier from a checkpoint of anybody: no code runs, no address is requested, no setting is unchecked."""
+"""Load a classifier from an untrusted checkpoint: no code runs, nothing is downloaded, and every setting is checked."""
 
 import inspect
 from collections.abc import Collection, Mapping
@@ -17,12 +17,12 @@ from dynadapter.training.checkpoints import read, use_atomic_checkpoints
 def stored_settings(
     cls: type[LightningModule], checkpoint: Mapping[str, Any], given: Collection[str] = ()
 ) -> dict[str, Any]:
-    """Return the arguments of a classifier that a checkpoint holds, built again and checked.
+    """Return the checked arguments of a classifier from a checkpoint.
 
     Args:
         cls: The class of the classifier.
         checkpoint: The content of the checkpoint.
-        given: Names of arguments that the user gives, so that the checkpoint's are not read.
+        given: Names of arguments that the user gives; the checkpoint's values of these are not read.
 
     Raises:
         ValueError: An argument has another type, is too large, or names a class or a backbone that a file may not name.
@@ -48,10 +48,10 @@ def stored_settings(
 
 
 class CheckedLoading(LightningModule):
-    """A LightningModule that reads checkpoints of anybody."""
+    """A LightningModule that can load untrusted checkpoints."""
 
     def setup(self, stage: str) -> None:
-        """Let the trainer read and write checkpoints safely, before it reads one."""
+        """Let the trainer use :class:`AtomicCheckpointIO` before it reads a checkpoint."""
         use_atomic_checkpoints(self.trainer)
 
     @classmethod
@@ -68,16 +68,15 @@ class CheckedLoading(LightningModule):
 
         Args:
             checkpoint_path: The file.
-            map_location: As of :func:`torch.load`.
+            map_location: As in :func:`torch.load`.
             hparams_file: Not supported; give settings as arguments.
             strict: Whether every trained tensor is required; None for the module's ``strict_loading``.
             weights_only: True or None.
-            kwargs: Arguments of the class that win over those in the checkpoint. Only here a backbone may come from
-                outside timm's own models.
+            kwargs: Arguments of the class; they override those in the checkpoint. A backbone from outside timm's own
+                models is accepted only here.
 
         Raises:
-            ValueError: The file is damaged, not local, holds code or settings that a file may not hold, or does not
-                fit.
+            ValueError: The file is damaged, not local, contains code or forbidden settings, or does not fit.
         """
         if hparams_file is not None or weights_only is False:
             raise ValueError("hparams_file and weights_only=False are refused; give settings as arguments instead")

@@ -22,9 +22,9 @@ def exit_losses(
         logits: ``(exits, batch, classes)``.
         targets: Class indices ``(batch,)`` int64, or probabilities ``(batch, classes)`` as mixup produces them.
         label_smoothing: Probability spread evenly over all classes, in [0, 1].
-        class_weights: ``(classes,)``, factors of the images' cross-entropies by their classes; mixed images have the
-            mean of their classes' weights. The sum is divided by the number of images and not of the weights, so the
-            mean over processes is that of the whole batch.
+        class_weights: ``(classes,)``, the weight of an image's cross-entropy by its class; a mixed image has the mean
+            weight of its classes. The sum is divided by the number of images and not by the sum of weights, so that the
+            mean over processes equals that of the whole batch.
 
     Returns:
         ``(exits,)``.
@@ -69,14 +69,14 @@ def joint_loss(logits: Tensor, targets: Tensor, weights: Tensor, label_smoothing
 
 @dataclass(frozen=True)
 class Distillation(Spec):
-    """Distillation from the last exit: part of each early exit's loss is the divergence from the last exit's answer.
+    """Distillation from the last exit: a part of each early exit's loss is the divergence from the last exit's output.
 
-    The last exit gets no gradient from it. Both answers are softened by a temperature T, and the divergence is
-    multiplied by T², which keeps the size of its gradient (Hinton et al. 2015). Source: Phuong and Lampert 2019.
+    The last exit receives no gradient from it. Both outputs are softened by a temperature T, and the divergence is
+    multiplied by T², which keeps the scale of its gradient (Hinton et al. 2015). Source: Phuong and Lampert 2019.
 
     Args:
         share: Fraction of an early exit's loss that is the divergence, in [0, 1]; the rest is its cross-entropy.
-        temperature: Of both answers, above 0.
+        temperature: Temperature of both outputs, above 0.
 
     Raises:
         ValueError: A value is out of range.

@@ -1,4 +1,4 @@
-"""A model and a data module agree on class names, preprocessing and image size, however the training is started."""
+"""Match class names, preprocessing and image size between a model and a data module."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -16,12 +16,12 @@ def unnamed(names: Sequence[str]) -> bool:
 
 
 def meet(module: Any, data: Any, stage: str) -> None:
-    """Give the data the model's preprocessing and classes, or the model the data's classes in its first training.
+    """Set preprocessing and classes of the data from the model, or in a first training class names from the data.
 
     Args:
         module: The model, with ``net``, ``class_names``, ``preprocessing`` (of its training; empty before) and
             ``own_preprocessing``.
-        data: A data module; what it does not have is left out.
+        data: A data module; attributes that it does not have are skipped.
         stage: ``fit``, ``validate``, ``test`` or ``predict``.
 
     Raises:
@@ -70,9 +70,9 @@ def common_classes(theirs: list[str], ours: list[str], data: Any) -> list[str]:
     """Return the class names of a model that reads a checkpoint.
 
     Args:
-        theirs: The checkpoint's.
-        ours: The model's so far.
-        data: The data module, which can follow another order; None without one.
+        theirs: Class names of the checkpoint.
+        ours: Class names of the model so far.
+        data: The data module, which can use another order; None without one.
 
     Raises:
         ValueError: The names differ.
@@ -89,7 +89,7 @@ def common_classes(theirs: list[str], ours: list[str], data: Any) -> list[str]:
 
 
 def take_from_data(module: Any, data: Any) -> None:
-    """Keep a data module's preprocessing, settings and images, to be saved with the model."""
+    """Store preprocessing, settings and image keys of a data module in the model, to be saved with it."""
     if hasattr(data, "dataset") and module.trainer.is_global_zero:  # which writes the checkpoints
         module.images = _images(data.dataset("train"), data.dataset("val"))
     if hasattr(data, "account") and (counted := data.account()) is not None:
@@ -104,7 +104,7 @@ def take_from_data(module: Any, data: Any) -> None:
 
 
 def _images(train: Any, val: Any = None) -> dict[str, Any]:
-    """Return numbers of the images of a training; empty where they are not known."""
+    """Return the keys of the images of a training; empty if they are not known."""
     if not hasattr(train, "image_keys"):
         return {}
     by, keys = train.image_keys()
@@ -112,7 +112,7 @@ def _images(train: Any, val: Any = None) -> dict[str, Any]:
 
 
 def take_from_loader(module: Any, loader: Any) -> None:
-    """Take class names and preprocessing from the dataset of a loader that was given without its data module."""
+    """Take class names and preprocessing from the dataset of a loader without a data module."""
     dataset = getattr(loader, "dataset", None)
     dataset = getattr(dataset, "dataset", dataset)  # of a Subset or padding
     names = getattr(dataset, "classes", None)

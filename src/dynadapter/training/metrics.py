@@ -17,8 +17,8 @@ KINDS = ("acc", "balanced_acc", "macro_f1", "ece", "loss")
 class ExactMetric(Metric):
     """A metric whose states keep their types when the module around it changes precision or device.
 
-    Lightning's ``bf16-true`` and ``16-true`` convert the states of other metrics to 16 bits, where a count stops
-    growing at 256 or 2048.
+    Lightning's ``bf16-true`` and ``16-true`` convert the states of other metrics to 16 bits, in which a count cannot
+    exceed 256 or 2048.
     """
 
     full_state_update = False
@@ -27,7 +27,7 @@ class ExactMetric(Metric):
 
     @property
     def real(self) -> torch.dtype:
-        """The type of sums: float64, or float32 on an Apple GPU, which has no other."""
+        """The type of sums: float64, or float32 on an Apple GPU, which has no float64."""
         return torch.float32 if self.device.type == "mps" else torch.float64
 
     def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> nn.Module:
@@ -102,7 +102,7 @@ class Accuracy(ExactMetric):
 
 
 class ClassCounts(ExactMetric):
-    """Counts of samples by class; the base of measures in which each class counts the same.
+    """Counts of samples by class; the base of metrics in which all classes have equal weight.
 
     Args:
         classes: Number of classes.
@@ -131,7 +131,7 @@ class ClassCounts(ExactMetric):
 
 
 class BalancedAccuracy(ClassCounts):
-    """The mean over classes of the fraction of their samples that are right; classes without samples do not count.
+    """The mean over classes of the fraction of right samples; classes without samples are left out.
 
     >>> balanced = BalancedAccuracy(classes=3)
     >>> balanced.update(torch.tensor([0, 0, 0, 0]), torch.tensor([0, 0, 0, 1]))
@@ -151,7 +151,7 @@ class BalancedAccuracy(ClassCounts):
 class MacroF1(ClassCounts):
     """The mean over classes of F1, the harmonic mean of precision and recall.
 
-    Classes that occur neither among targets nor predictions do not count, as in scikit-learn.
+    Classes that occur neither among targets nor among predictions are left out, as in scikit-learn.
 
     >>> f1 = MacroF1(classes=3)
     >>> f1.update(torch.tensor([0, 0, 0, 0]), torch.tensor([0, 0, 0, 1]))
@@ -217,7 +217,7 @@ class ExitUse(ExactMetric):
         exits: Number of all exits, the last included.
 
     Raises:
-        ValueError: There is no exit.
+        ValueError: ``exits`` is below 1.
     """
 
     counts: Tensor
@@ -235,7 +235,7 @@ class ExitUse(ExactMetric):
             exit_index: ``(batch,)`` integers, from 0.
 
         Raises:
-            ValueError: There is no such exit.
+            ValueError: An exit index is out of range.
         """
         known, count = len(self.counts), exit_index.numel()
         if count and (exit_index.min() < 0 or exit_index.max() >= known):
@@ -249,7 +249,7 @@ class ExitUse(ExactMetric):
 
 
 def metrics_of_exits(exits: int, classes: int) -> dict[str, nn.ModuleList]:
-    """Return new metrics of each of the :data:`KINDS`, one for each exit."""
+    """Return new metrics for each exit, for each of the :data:`KINDS`."""
     kinds: dict[str, Callable[[], Metric]] = {
         "acc": Accuracy,
         "balanced_acc": partial(BalancedAccuracy, classes),

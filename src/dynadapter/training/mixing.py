@@ -1,4 +1,4 @@
-"""Mixup and CutMix of whole batches, done by timm."""
+"""Mixup and CutMix of batches, by timm."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -49,55 +49,54 @@ class ExitClassifier(CheckedLoading):
 
     The loss is the sum of the exits' cross-entropies, weighted by ``net.exit_weights``. The callback
     :class:`~dynadapter.training.callbacks.ExitWeights` schedules these weights; without it they are equal. A checkpoint
-    holds what is trained (adapters, early heads, the backbone's own head) and the name and hash of its backbone.
+    holds the trained tensors (adapters, early heads, the backbone's own head) and the name and hash of its backbone.
 
-    The random numbers of a training step (dropout, mixing) depend on the global seed and the step's number alone. A
-    training resumed with the same seed therefore equals one without interruption.
+    The random numbers of a training step (dropout, mixing) depend only on the global seed and the step. A training
+    resumed with the same seed therefore equals an uninterrupted one.
 
-    Several processes (``strategy: ddp``) train and measure what one process does with the same global batch. Under
-    Lightning's ``ModelParallelStrategy`` the network is sharded block by block (FSDP2), frozen tensors included. A
-    sharded training can be resumed sharded or not; a training that was not sharded cannot be resumed sharded.
+    Several processes (``strategy: ddp``) give the same training and metrics as one process with the same global batch.
+    Under Lightning's ``ModelParallelStrategy`` the network is sharded block by block (FSDP2), frozen tensors included.
+    A sharded training can be resumed sharded or not; a training that was not sharded cannot be resumed sharded.
 
     Args:
         num_classes: Classes of the task, at least 2.
         backbone: Name of a timm model with its weights' tag, e.g. ``vit_base_patch16_224.orig_in21k``, or of a backbone
             that ships with the package.
-        pretrained: Fetch the weights that belong to the name (needs internet access the first time).
+        pretrained: Load the pretrained weights of this name (needs internet access the first time).
         weights: A local file with the backbone's weights instead: ``.safetensors``, ``.pth``, ``.pt``, ``.bin`` or
             ``.npz``.
         image_size: Pixels of the square input, for backbones with position embeddings; None keeps the backbone's own.
         backbone_args: Further arguments of timm's ``create_model``, e.g. ``{patch_size: 4}``.
         backbone_seed: Seed of the backbone's weights if neither ``pretrained`` nor ``weights`` is given.
-        depth: Keep only the first so many blocks, with the backbone's own norm and head behind them; None keeps all.
+        depth: Number of first blocks to keep, followed by the backbone's own norm and head; None keeps all.
         adapter: Kind of adapter, or one for each range of blocks; None trains the heads alone (a linear probe with
             exits).
         heads: Kind of the early heads.
-        every: An exit after every so many blocks; the backbone's end is always the last exit.
-        exit_depths: An explicit list of block counts instead of the interval; an empty list is the static network.
-        token_merging: Merge similar tokens between blocks, in training and after; None keeps all. For backbones of the
-            ViT family.
-        optimizer: Function of the trainable parameters. It is not saved: give it again to resume from a checkpoint.
-        lr_schedule: Factor on the optimiser's learning rate over the progress of training, step by step.
+        every: Number of blocks between exits; the end of the backbone is always the last exit.
+        exit_depths: List of block counts instead of the interval; an empty list is the static network.
+        token_merging: Merge similar tokens between blocks, in training and evaluation; None keeps all. For backbones of
+            the ViT family.
+        optimizer: Function from the trainable parameters to an optimiser. It is not saved: give it again to resume.
+        lr_schedule: Factor on the optimiser's learning rate as a function of training progress, set at every step.
         label_smoothing: Probability spread evenly over all classes, in [0, 1).
-        class_weights: Weights of the classes in the training's loss: ``auto`` for those that balance the numbers of
-            training images, or a weight by class name. See :func:`~dynadapter.training.class_weights.class_weights`.
-        mixing: Mixup and CutMix; None leaves images as they are.
-        distillation: How the early exits learn from the last one; None trains them with the labels alone.
+        class_weights: Weights of the classes in the training loss: ``auto`` balances the numbers of training images, or
+            a weight by class name. See :func:`~dynadapter.training.class_weights.class_weights`.
+        mixing: Mixup and CutMix; None for none.
+        distillation: How the early exits learn from the last one; None trains them with the labels only.
         class_names: Names of the classes, in the order of their indices; saved with the model, and read from
             its checkpoint.
-        full_checkpoint: Save the frozen backbone as well; such a checkpoint loads without a file of the backbone's
-            weights.
+        full_checkpoint: Also save the frozen backbone; such a checkpoint loads without a weight file of the backbone.
 
     Attributes:
         net: The network.
-        policy: Decides at which exit a sample stops in ``predict_step``. Until it is set, as ``EarlyExit`` does, every
-            sample runs to the last exit.
-        preprocessing: Settings of the data module's preprocessing in training; empty if there was none.
-        data_config: The data module of the training as a config file names it; None if there was none.
-        images: A number for each image of the training and validation split; empty if these are not known.
+        policy: Decides at which exit a sample stops in ``predict_step``. ``EarlyExit`` sets it; until then every sample
+            runs to the last exit.
+        preprocessing: Preprocessing settings of the training; empty before a training with a data module.
+        data_config: The data module of the training, as in a config file; None if there was none.
+        images: A key for each image of the training and validation split; empty if these are not known.
         backbone_hash: Hash of the frozen backbone.
-        step_losses: After a training step, the exits' losses ``(exits,)`` as the mean over all processes, and whether
-            the logits of each image are finite ``(batch,)``; read by :class:`FiniteCheck`.
+        step_losses: After a training step, the losses of the exits ``(exits,)`` as the mean over all processes, and
+            whether the logits of each image are finite ``(batch,)``; for :class:`FiniteCheck`.
 
     Raises:
         ValueError: A setting is out of range, or does not fit the backbone.
@@ -170,15 +169,15 @@ class ExitClassifier(CheckedLoading):
         trainable_only(self)
 
     def configure_callbacks(self) -> list[Callback]:
-        """Add the check for losses that are not finite to every trainer."""
+        """Add :class:`FiniteCheck` to every trainer."""
         callbacks: list[Callback] = getattr(self.trainer, "callbacks", [])
         return [] if any(isinstance(callback, FiniteCheck) for callback in callbacks) else [FiniteCheck()]
 
     def meet_data(self, data: Any) -> None:
-        """Agree with a data module on classes, preprocessing and image size; data modules ask for it before they read.
+        """Match classes, preprocessing and image size with a data module; data modules call it before they read images.
 
         Raises:
-            ValueError: The data have a class that this model does not know, or images that it cannot take.
+            ValueError: The data have a class that this model does not know, or images that do not fit it.
         """
         meet(self, data, self._stage)
 
@@ -199,7 +198,7 @@ class ExitClassifier(CheckedLoading):
         """Shard the network if the strategy has a mesh of devices.
 
         Raises:
-            ValueError: Single layers are to be split over processes (tensor parallelism).
+            ValueError: Tensor parallelism is requested, which would split single layers over processes.
         """
         mesh = self.device_mesh
         if mesh is None or is_sharded(self.net):
@@ -215,7 +214,7 @@ class ExitClassifier(CheckedLoading):
     # ---- training
 
     def on_fit_start(self) -> None:
-        """Store the global seed, from which all steps' random numbers follow, and what the data module says."""
+        """Store the global seed, from which the random numbers of all steps follow, and the settings of the data."""
         self.seed = torch.initial_seed()
         if self._datamodule is not None:
             self.meet_data(self._datamodule)
@@ -247,7 +246,7 @@ class ExitClassifier(CheckedLoading):
         return (self.net.exit_weights * losses).sum()
 
     def on_train_start(self) -> None:
-        """Ask a loader without data module, print how images are read, and check the progress that schedules follow."""
+        """Read the settings of a loader without data module, print how images are read, and check the progress."""
         if self._datamodule is None:
             take_from_loader(self, self.trainer.train_dataloader)
         if self.preprocessing:
@@ -329,7 +328,7 @@ class ExitClassifier(CheckedLoading):
     # ---- checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what :func:`contents_of` describes.
+        """Add the entry of :func:`contents_of`.
 
         Raises:
             ValueError: A trained tensor is not finite.
@@ -340,7 +339,7 @@ class ExitClassifier(CheckedLoading):
             checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY] |= {"pretrained": False, "weights": None}
 
     def on_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
-        """Check that a checkpoint belongs to this model, and read its class names and preprocessing.
+        """Check that a checkpoint fits this model, and read its class names and preprocessing.
 
         Raises:
             ValueError: It has another format, backbone or classes, lacks tensors, or holds NaN or infinity.
@@ -365,10 +364,10 @@ class ExitClassifier(CheckedLoading):
             self.meet_data(self._datamodule)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load the trained tensors, and those of the backbone if they are given.
+        """Load the trained tensors, and the backbone's tensors if they are given.
 
         Raises:
-            ValueError: In one line, if a trained tensor is missing, unknown or of another shape.
+            ValueError: A trained tensor is missing, unknown or of another shape.
         """
         try:
             return super().load_state_dict(state_dict, strict, assign)

@@ -1,4 +1,4 @@
-"""Values shared by the processes of a distributed training; with one process they are returned as they are."""
+"""Combine values of the processes of a distributed training; with one process they are returned unchanged."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""The progress of a training: the part of its plan that is done. All schedules are functions of it."""
+"""The progress of a training: the fraction of its plan that is done. All schedules are functions of it."""
 
 import math
 from collections.abc import Iterator
@@ -10,25 +10,25 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler, Timer
 def progress(trainer: Trainer) -> float:
     """Return the progress before the next optimiser step: 0 at the first step of training and 1 at the last.
 
-    It is the largest of the fractions that are done of the planned epochs, of ``max_steps`` and of ``max_time``. An
-    epoch counts by its batches. So a training that is resumed with batches of another size, on another number of
-    devices or with other accumulation continues where it was and ends where it was planned to end.
+    It is the largest of the finished fractions of the planned epochs, of ``max_steps`` and of ``max_time``. Within an
+    epoch, batches count. So a training that is resumed with another batch size, number of devices or accumulation
+    continues at the same progress and ends as planned.
 
-    It depends on the trainer's counters alone: a training resumed without changes continues exactly, and all batches of
+    It depends only on the trainer's counters: a training resumed without changes continues exactly, and all batches of
     one optimiser step see the same value. With ``max_time`` it follows the clock of the first process.
     """
     return min(max(_fractions(trainer), default=0.0), 1.0)
 
 
 def start_progress(trainer: Trainer, caller: str, varies: bool, batches: int | None = None) -> None:
-    """Check that a training whose values vary with its progress has a known end, and place a resume in its epoch.
+    """Check that a training whose schedules vary has a known end, and convert the position of a resume in its epoch.
 
-    Call it in ``on_train_start``. Lightning counts the batches of an epoch. After a resume with batches of another size
-    an epoch has another number of them, and its count is converted.
+    Call it in ``on_train_start``. Lightning counts the batches of an epoch. After a resume with another batch size an
+    epoch has another number of batches, and the count is converted.
 
     Args:
         trainer: The trainer, in fit.
-        caller: What varies, for the message.
+        caller: Name of the setting that varies, for the message.
         varies: Whether anything varies.
         batches: Batches of an epoch before the resume; None if unknown.
 
@@ -51,7 +51,7 @@ def start_progress(trainer: Trainer, caller: str, varies: bool, batches: int | N
 
 
 def _fractions(trainer: Trainer) -> Iterator[float]:
-    """Yield the fraction done of each limit that the training has."""
+    """Yield the finished fraction of each limit of the training."""
     epochs, batches = trainer.max_epochs, trainer.num_training_batches
     if epochs is not None and epochs >= 0 and math.isfinite(batches):
         # Of Lightning's counts only this one grows before the next learning rate is set
@@ -70,7 +70,7 @@ def _fractions(trainer: Trainer) -> Iterator[float]:
 
 
 def _last_step(trainer: Trainer) -> int:
-    """Return how many batches the last optimiser step of a training with a number of epochs accumulates."""
+    """Return the number of batches in the last optimiser step of a training with the given number of epochs."""
     assert trainer.max_epochs is not None
     accumulated, batches = trainer.accumulate_grad_batches, int(trainer.num_training_batches)
     for callback in trainer.callbacks:  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""Random numbers of a training step that depend on the seed and the step alone, so that a training can be resumed."""
+"""Seed the random numbers of a training step from seed and step only, so that a training can be resumed exactly."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,18 +12,18 @@ def step_seed(seed: int, draw: int) -> int:
 
     Args:
         seed: Global seed of the training.
-        draw: Number of the batch, counted over the whole training and all processes.
+        draw: Index of the batch, counted over the whole training and all processes.
     """
     return (seed + 1_000_003 * (draw + 1)) % 2**63
 
 
 @contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Seed torch and numpy inside the context; afterwards their random states are those of before.
+    """Seed torch and numpy inside the context; restore their random states afterwards.
 
     Args:
         seed: From 0 to 2**63 - 1.
-        device: The device whose generator is seeded beside the CPU's.
+        device: The device whose generator is seeded, in addition to the CPU's.
     """
     numpy_state = np.random.get_state()  # noqa: NPY002  (timm's mixing draws from numpy's global generator)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):

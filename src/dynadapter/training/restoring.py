@@ -1,4 +1,4 @@
-"""Build a classifier from its checkpoint alone, without a Trainer."""
+"""Build a classifier from its checkpoint, without a Trainer."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -20,12 +20,12 @@ def load_classifier(
 ) -> ExitClassifier:
     """Build the classifier that a checkpoint describes and load its trained tensors, in evaluation mode.
 
-    Nothing that the checkpoint names is imported: its classes are known already or refused.
+    Nothing that the checkpoint names is imported: a class that is not known already is an error.
 
     Args:
         path: A checkpoint of ``dynadapter fit`` or of a Trainer.
-        weights: A local file with the backbone's weights, instead of the one that the checkpoint names.
-        pretrained: Whether timm may fetch the backbone's weights; None for what the training did.
+        weights: A local file with the backbone's weights, instead of the file that the checkpoint names.
+        pretrained: Whether timm may fetch the backbone's weights; None for the choice of the training.
 
     Raises:
         ValueError: The file is damaged, is not of an :class:`~dynadapter.training.module.ExitClassifier`, or does not
@@ -53,7 +53,7 @@ def load_classifier(
 
 
 class StoredPolicies(NamedTuple):
-    """The exit policies that belong to a checkpoint, and where they come from, in words."""
+    """The exit policies of a checkpoint, and a description of where they come from."""
 
     policies: tuple[Policy, ...]
     origin: str
@@ -63,7 +63,7 @@ def stored_policies(path: str | Path) -> StoredPolicies:
     """Return the exit policies of a checkpoint: the calibrated one if there is one, then those of its training.
 
     Args:
-        path: The checkpoint. Its calibration lies beside it; see :func:`dynadapter.calibrate.stored.beside`.
+        path: The checkpoint. For the path of its calibration see :func:`dynadapter.calibrate.stored.beside`.
 
     Raises:
         ValueError: The checkpoint or its calibration is damaged, or a policy is unknown.

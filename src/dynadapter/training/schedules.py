@@ -94,7 +94,7 @@ class Cosine(_FromTo):
 
 @dataclass(frozen=True)
 class Cubic(_FromTo):
-    """Fast at first, slow towards the end: the cubic schedule of gradual pruning (Zhu and Gupta 2017).
+    """The cubic schedule of gradual pruning, fast at first and slow towards the end (Zhu and Gupta 2017).
 
     Args:
         start: Value at the first step.

@@ -14,15 +14,15 @@ if TYPE_CHECKING:
 def shard(net: ExitNet, mesh: "DeviceMesh") -> None:
     """Split a network's tensors, frozen and trained, over the processes of a mesh.
 
-    Each block is gathered while it runs and released afterwards. What belongs to no block (embedding, heads) is
+    Each block is gathered while it runs and released afterwards. Parameters outside of blocks (embedding, heads) are
     gathered for the whole pass. Afterwards only :meth:`ExitNet.forward` can be called, by all processes at once.
 
     Args:
         net: The network.
-        mesh: Of one dimension.
+        mesh: Device mesh with one dimension.
 
     Raises:
-        ValueError: If the network has exit tokens, which pass the layers of a block one by one.
+        ValueError: If the network has exit tokens, which call the layers of a block separately.
     """
     if net.beside is not None:
         raise ValueError("ExitTokens cannot be trained sharded; use Attentive, or strategy: ddp")
@@ -42,5 +42,5 @@ def is_sharded(module: nn.Module) -> bool:
 
 
 def local_part(tensor: Tensor) -> Tensor:
-    """Return this process's part of a tensor: all of it unless it is sharded."""
+    """Return this process's part of a tensor; the whole tensor if it is not sharded."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor

@@ -1,4 +1,4 @@
-"""Start a training from the adapters of another one, whose classes may be others."""
+"""Start a training from the adapters of another training, which may have other classes."""
 
 from pathlib import Path
 from typing import Any
@@ -11,17 +11,17 @@ from dynadapter.training.contents import ADVICE, compare_backbones, frozen_keys,
 def start_from(module: Any, path: str | Path) -> str:
     """Load the trained tensors of another training; heads only if it had the same classes.
 
-    Optimiser, schedules and progress begin anew.
+    Optimiser, schedules and progress start from the beginning.
 
     Args:
         module: An :class:`~dynadapter.training.module.ExitClassifier` with its class names.
         path: The checkpoint of the other training.
 
     Returns:
-        What was loaded, in one line.
+        A message on what was loaded.
 
     Raises:
-        ValueError: The file is no checkpoint, or belongs to another backbone, adapter or depth.
+        ValueError: The file is not a checkpoint, or has another backbone, adapter or depth.
     """
     if not Path(path).is_file():
         raise ValueError(f"init_from={path} is not a file; give a checkpoint, such as RUN/checkpoints/last.ckpt")

@@ -13,7 +13,7 @@ from dynadapter.training.schedules import Linear, Schedule
 class Weighting(Spec):
     """One loss weight per exit as a function of progress, from 0 at the first step to 1 at the last; they sum to 1.
 
-    A new kind defines :meth:`profile`, the weights in any scale; this class scales them to the sum of 1.
+    A subclass defines :meth:`profile`, the weights in any scale; this class divides them by their sum.
     """
 
     @property
@@ -74,7 +74,7 @@ class _Shifting(Weighting):
         return self.ease.varies
 
     def way(self, progress: float) -> float:
-        """Return how much of the shift is done, in [0, 1]."""
+        """Return the progress of the shift, in [0, 1]."""
         way = self.ease(progress)
         if not 0 <= way <= 1:
             raise ValueError(f"ease={self.ease} gives {way} at progress {progress:g}; it must stay in [0, 1]")
@@ -116,7 +116,8 @@ class LateToEarly(_Shifting):
     """The late exits have the largest weights at the start, the early exits at the end (ours).
 
     This is :class:`EarlyToLate` reversed. With ``last`` and :class:`~dynadapter.exits.exit_tokens.ExitTokens` the
-    adapters train as in the static network: the last exit's weight then changes no step of the optimiser.
+    adapters train as in the static network: the constant weight of the last exit then does not change the optimiser's
+    steps.
 
     Args:
         floor: Smallest weight at either end of training as a fraction of the largest; 0 switches exits off there.

@@ -1,4 +1,4 @@
-"""Callbacks: each schedules, checks or measures one thing, in any LightningModule that holds one ExitNet."""
+"""Callbacks for any LightningModule with one ExitNet; each schedules, checks or measures one thing."""
 
 from dynadapter.training.callbacks.averaging import WeightAverage
 from dynadapter.training.callbacks.early_exit import EarlyExit

@@ -9,7 +9,7 @@ def exit_net(module: LightningModule, caller: object) -> ExitNet:
     """Return the one :class:`ExitNet` in a module.
 
     Raises:
-        ValueError: There is none, or more than one.
+        ValueError: The module has no ExitNet, or more than one.
     """
     nets = [part for part in module.modules() if isinstance(part, ExitNet)]
     if len(nets) != 1:
@@ -22,5 +22,5 @@ def exit_net(module: LightningModule, caller: object) -> ExitNet:
 
 
 def test_label(trainer: object) -> str:
-    """Return where the metrics of a test are logged: ``test``, or ``test/NAME`` for a further test set."""
+    """Return the prefix of the metrics of a test: ``test``, or ``test/NAME`` for a further test set."""
     return getattr(getattr(trainer, "datamodule", None), "test_label", "test")

@@ -12,11 +12,11 @@ from dynadapter.training.sharding import is_sharded
 
 
 class WeightAverage(EMAWeightAveraging):
-    """Average the trained tensors over the optimiser steps, exponentially; the frozen backbone keeps its values.
+    """Keep an exponential moving average of the trained tensors; the frozen backbone keeps its values.
 
-    Validation and the checkpoint's weights use the average. A resumed training continues from both. Buffers, such as
-    batch statistics and scheduled rates, are not averaged. (Lightning's EMAWeightAveraging averages frozen tensors with
-    themselves, and rounding changes them.)
+    Validation uses the average, and a checkpoint saves it as the weights. A resumed training restores both the average
+    and the current weights. Buffers, such as batch statistics and scheduled rates, are not averaged. (Lightning's
+    EMAWeightAveraging also averages frozen tensors, which changes them by rounding.)
 
     Args:
         decay: Fraction of the average that a step keeps, in [0, 1).
@@ -69,7 +69,7 @@ class WeightAverage(EMAWeightAveraging):
             super().on_load_checkpoint(trainer, pl_module, checkpoint)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Save the average as the weights, and beside it what a resume needs."""
+        """Save the average as the weights, and the state for a resume."""
         if self._average_model is not None:
             super().on_save_checkpoint(trainer, pl_module, checkpoint)
 

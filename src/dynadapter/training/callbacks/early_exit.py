@@ -1,4 +1,4 @@
-"""EarlyExit: exit policies in evaluation, read off the logits of all exits."""
+"""EarlyExit: apply exit policies in evaluation to the logits of all exits."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ class PolicyResult:
         accuracy: Fraction of the samples that were classified right, in [0, 1].
         balanced: The mean over classes of this fraction, in [0, 1].
         macro_f1: The mean over classes of F1, in [0, 1].
-        by_class: The fraction of each class ``(classes,)``; NaN for a class without samples.
+        by_class: Accuracy of each class ``(classes,)``; NaN for a class without samples.
         shares: Exit shares ``(exits,)``, which sum to 1.
         nonfinite: Samples whose logits were not finite; they never exit early and count as wrong.
     """
@@ -81,7 +81,7 @@ class PolicyUse(ExitUse):
 class EarlyExit(Callback):
     """Apply exit policies in validation, test and prediction.
 
-    Validation and test run the network once and read every policy off the logits of all exits, which the step returns.
+    Validation and test run the network once and apply every policy to the logits of all exits, which the step returns.
     Predictions are routed by the first policy. Each policy logs ``<split>/<policy>/acc``, ``balanced_acc``,
     ``macro_f1`` and ``share_exit<k>``, with k from 1.
 
@@ -93,8 +93,8 @@ class EarlyExit(Callback):
 
     Args:
         policies: The policies to apply, each with its own thresholds; null is ``Confidence(0.9)``.
-        verify_routing: Route every batch of a validation or test as well, and compare exits and classes with those
-            read off. Batches must start with the images. A sharded network cannot be routed and is not compared.
+        verify_routing: Also route every batch of a validation or test, and compare exits and classes with those from
+            the logits. Batches must start with the images. A sharded network cannot be routed and is not compared.
         by_class: Also log the accuracy of each class that occurs, ``<split>/<policy>/acc_of/<class>``.
 
     Raises:

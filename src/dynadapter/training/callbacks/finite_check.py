@@ -1,4 +1,4 @@
-"""FiniteCheck: training stops when a loss or a trained tensor is not finite."""
+"""FiniteCheck: stop training when a loss or a trained tensor is not finite."""
 
 import math
 from collections.abc import Mapping
@@ -17,14 +17,14 @@ Exits = tuple[Tensor, Tensor]
 
 @dataclass
 class _Step:
-    """The losses of a training step, and where in the training it was.
+    """The losses and the position of a training step.
 
     Args:
         losses: Of each exit ``(exits,)``, the mean over all processes.
         finite: For each image of this process ``(batch,)``, whether all its logits are finite.
-        step: Optimiser steps before it.
-        epoch: Its epoch.
-        batch: Its batch in the epoch.
+        step: Number of earlier optimiser steps.
+        epoch: Index of the epoch.
+        batch: Index of the batch in the epoch.
         copied: Event after which ``losses`` is readable on the CPU; None if it is readable now.
     """
 
@@ -39,8 +39,8 @@ class _Step:
 class FiniteCheck(Callback):
     """Stop training when a loss is not finite, and name the exits and images.
 
-    On a CPU the check comes before the backward pass. On an accelerator reading a value would wait for the device, so
-    each step is checked when the next one begins, and before any validation, saving or end of training.
+    On a CPU the check comes before the backward pass. On an accelerator, reading a value would wait for the device.
+    Each step is therefore checked when the next one begins, and before validation, saving and the end of training.
 
     Works with a module whose ``step_losses`` holds, after each training step, the exits' losses ``(exits,)``, equal in
     all processes, and whether the logits of each image are finite ``(batch,)``. :class:`ExitClassifier` adds this
@@ -87,7 +87,7 @@ class FiniteCheck(Callback):
         return losses.device.type == "cpu"
 
     def _check_last(self, trainer: Trainer) -> None:
-        """Check the last step; all processes do this at the same places and find the same."""
+        """Check the last step; all processes do this at the same point with the same result."""
         last, self._last = self._last, None
         if last is None:
             return

@@ -1,4 +1,4 @@
-"""FlopsReport: tables of cost and accuracy at the end of a run, per exit and per exit policy."""
+"""FlopsReport: print tables of cost and accuracy at the end of a run, per exit and per exit policy."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -50,7 +50,7 @@ class FlopsReport(Callback):
 
     @property
     def average_gmacs(self) -> dict[str, float]:
-        """Average cost of an image of the last split by policy, in GMACs; key ``""`` is the steps' own routing."""
+        """Average cost in GMACs of an image of the last split, by policy; key ``""`` is routing by the step itself."""
         if self.costs is None:
             return {}
         return {name: self.costs.average(shares) / 1e9 for name, shares in self._shares().items()}

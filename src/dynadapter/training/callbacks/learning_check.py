@@ -1,4 +1,4 @@
-"""LearningCheck: a training whose loss did not fall is named."""
+"""LearningCheck: warn if the training loss did not fall."""
 
 from typing import Any
 
@@ -13,11 +13,11 @@ LEAST_EPOCHS = 5
 class LearningCheck(Callback):
     """Compare the last exit's training loss of the last epoch with that of the first.
 
-    Too large a learning rate or adapter scale can ruin the features during training, after which every image gets the
-    same answer: the loss is finite, but that of guessing. ``dynadapter fit`` warns of such a training, and a sweep does
-    not choose its scale.
+    A learning rate or adapter scale that is too large can destroy the features during training. Every image then gets
+    the same prediction, and the loss is finite but that of guessing. ``dynadapter fit`` warns of such a training, and a
+    sweep does not choose its scale.
 
-    Works with a module that has ``step_losses`` (see :class:`FiniteCheck`). It goes on with a resumed training.
+    Works with a module that has ``step_losses`` (see :class:`FiniteCheck`). A resumed training continues the check.
     """
 
     def __init__(self) -> None:
@@ -32,7 +32,7 @@ class LearningCheck(Callback):
 
     @property
     def finding(self) -> str | None:
-        """What was found, as one line; None where the loss fell, or after less than five epochs."""
+        """The warning as one line; None if the loss fell, or after fewer than five epochs."""
         if len(self._means) < LEAST_EPOCHS or self._means[-1] < self._means[0]:
             return None
         return (

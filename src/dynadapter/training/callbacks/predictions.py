@@ -17,16 +17,15 @@ OUTPUTS = ("files", "classes", "confidence", "exit_index")
 class PredictionWriter(Callback):
     """Write predictions to a table with the columns file, class, confidence (in [0, 1]) and exit (from 1).
 
-    The file is written at the end, in one step, by the first process. Of n processes, the one of rank k has images k,
-    k + n, k + 2n and so on, as samplers distribute them. Runs that resume after a kill are those of
-    ``dynadapter predict``.
+    The file is written at the end, in one step, by the first process. Of n processes, the process of rank k has images
+    k, k + n, k + 2n and so on, as samplers distribute them. Only ``dynadapter predict`` can resume after a kill.
 
-    A prediction step takes part by returning a mapping with ``files`` and ``classes`` (lists of text), ``confidence``
-    and ``exit_index`` (tensors, exits from 0), each (batch,).
+    The prediction step must return a mapping with ``files`` and ``classes`` (lists of text), ``confidence`` and
+    ``exit_index`` (tensors, exits from 0), each (batch,).
 
     Args:
-        output: The table: ``.csv``, ``.jsonl`` or ``.parquet``; None writes none and only counts.
-        overwrite: Whether a file that is there may be replaced.
+        output: File of the table: ``.csv``, ``.jsonl`` or ``.parquet``; None only counts predictions.
+        overwrite: Whether an existing file may be replaced.
 
     Attributes:
         rows: Number of predictions over all processes.
@@ -73,7 +72,7 @@ class PredictionWriter(Callback):
         """Write the rows of all processes.
 
         Raises:
-            ValueError: The processes do not have every image once, in turn.
+            ValueError: The processes do not have every image exactly once, in turn.
         """
         parts = [self._rows]
         if trainer.world_size > 1:

@@ -1,4 +1,4 @@
-"""BidirectionalSparsity: dropout that falls with depth on the way forward, masked adapter gradients on the way back."""
+"""BidirectionalSparsity: dropout that falls with depth, and masked adapter gradients in the backward pass."""
 
 from typing import Any, Literal
 
@@ -16,15 +16,14 @@ from dynadapter.training.sharding import is_sharded
 class BidirectionalSparsity(Callback):
     """Train adapters sparsely in both directions (Dyn-Adapter, bidirectional sparsity).
 
-    Forward, an adapter at depth d, 0 in the first block and 1 in the last, drops its inner features at the rate
-    ``(1 - d) * shallow + d * deep``. Backward, each optimiser step updates a random part of the adapter elements: every
-    element with probability ``keep``, drawn anew for each step. Heads are never masked. The paper states that shallow
-    layers drop more and that adapter gradients are masked; the line over depth, all rates and the meaning of "masked"
-    are ours.
+    Forward: an adapter at relative depth d (0 in the first block, 1 in the last) drops its bottleneck activations at
+    the rate ``(1 - d) * shallow + d * deep``. Backward: each optimiser step updates every adapter element with
+    probability ``keep``, drawn anew for each step. Heads are never masked. The paper states that shallow layers drop
+    more and that adapter gradients are masked; the line over depth, all rates and the meaning of "masked" are ours.
 
     Works in any LightningModule with adapters. Rates depend on the progress of training, masks on the number of
-    optimiser steps and the seed: nothing has to be saved, a resumed training continues exactly, and all data-parallel
-    processes draw the same masks, on any device. Gradients are masked before they are clipped. Logs
+    optimiser steps and the seed. So nothing has to be saved, a resumed training continues exactly, and all
+    data-parallel processes draw the same masks, on any device. Gradients are masked before they are clipped. Logs
     ``sparsity/keep``, ``sparsity/dropout_shallow`` and ``sparsity/dropout_deep``. Sharded parameters (FSDP) are not
     supported.
 
@@ -149,7 +148,7 @@ class BidirectionalSparsity(Callback):
 
 
 class _Held:
-    """A copy of one adapter tensor and its optimiser state from before a step."""
+    """A copy of one adapter tensor and its optimiser state before a step."""
 
     def __init__(self, element: nn.Parameter, moves: Tensor, optimizer: Optimizer) -> None:
         self.element = element

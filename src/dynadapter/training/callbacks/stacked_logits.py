@@ -1,4 +1,4 @@
-"""Keep the logits of all exits of an evaluation, for what is computed after it, such as thresholds."""
+"""Keep the logits of all exits of an evaluation for later computations, such as thresholds."""
 
 from typing import Any
 
