@@ -1,4 +1,4 @@
-"""Account for the files of a data module's folder."""
+"""Count the files of a data module's folder by split."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,10 +14,10 @@ def account_of(data: "ImageData", predict: bool = False) -> Account | None:
 
     Args:
         data: The data module.
-        predict: Count those of its `predict_images` instead, if that is a folder.
+        predict: Count the files of `predict_images` instead, if that is a folder.
 
     Returns:
-        The account; None without a folder.
+        The counts; None without a folder.
     """
     folder = data.predict_images if predict else getattr(data, "folder", None)
     if not isinstance(folder, str | Path) or not Path(folder).expanduser().is_dir():

@@ -25,25 +25,25 @@ PART = re.compile(r"(mstd|mmax|inc|[mnwptdab])\d+(\.\d+)?")
 
 @dataclass(frozen=True)
 class Augment(Spec):
-    """Random changes of training images, by timm's own transforms.
+    """Random augmentation of training images by timm's transforms.
 
-    The image is cropped and resized, mirrored, changed by the policy or in its colours, changed by `transforms`,
-    normalised, and a rectangle of it is erased. All random numbers of an image follow from seed, epoch and image.
+    In order: crop and resize, mirror, `auto` or `color_jitter`, `transforms`, normalise, erase a rectangle. All random
+    numbers of an image follow from seed, epoch and image.
 
     Args:
         scale: Least and greatest area of the crop, as fractions of the image; null for the whole image, resized as in
             evaluation.
         ratio: Least and greatest ratio of the crop's width to its height.
-        hflip: Probability to mirror left and right.
-        vflip: Probability to mirror top and bottom.
-        auto: A policy of timm: RandAugment as in ``rand-m9-mstd0.5-inc1``, AutoAugment as in ``original``, 3-Augment
-            (``3a``), or AugMix as in ``augmix-m5-w4-d2``.
-        color_jitter: Strength of random changes of brightness, contrast and saturation. A policy replaces them, except
-            ``3a``.
-        erasing: Probability to fill a rectangle with random pixels.
-        repeats: How often an epoch has each of its images (Hoffer et al. 2020). An epoch keeps its length: it has that
-            many fewer different images.
-        transforms: Transforms of torchvision.transforms.v2 in their order, each a name with its arguments, as in
+        hflip: Probability of a horizontal flip.
+        vflip: Probability of a vertical flip.
+        auto: An augmentation policy of timm: RandAugment as in ``rand-m9-mstd0.5-inc1``, AutoAugment as in
+            ``original``, 3-Augment (``3a``), or AugMix as in ``augmix-m5-w4-d2``.
+        color_jitter: Strength of random changes of brightness, contrast and saturation. Not used with `auto`, except
+            with ``3a``.
+        erasing: Probability that a rectangle is filled with random pixels.
+        repeats: How often each image occurs in an epoch (Hoffer et al. 2020). The length of an epoch does not change,
+            so it has fewer different images.
+        transforms: Transforms of torchvision.transforms.v2 in order, each a name with its arguments, as in
             ``[{RandomPerspective: {p: 0.3}}]``. They take and return Pillow images.
 
     Raises:
@@ -80,7 +80,7 @@ class Augmentation:
 
     Args:
         augment: The settings.
-        preprocess: How images are read in evaluation: their size, interpolation and normalization are the same here.
+        preprocess: The preprocessing of evaluation, whose size, interpolation and normalization are also used here.
 
     Raises:
         ValueError: A policy or a transform is unknown, or has wrong arguments.
@@ -104,11 +104,11 @@ class Augmentation:
         self.erase = RandomErasing(augment.erasing, mode="pixel", device="cpu")
 
     def __call__(self, source: Source, number: int) -> Tensor:
-        """Return an image, changed and normalised, ``(3, size, size)`` float32.
+        """Return an augmented and normalised image, ``(3, size, size)`` float32.
 
         Args:
             source: The image.
-            number: Decides all random numbers.
+            number: Seed of all random numbers of the image.
 
         Raises:
             ValueError: The image has another size after the transforms.
@@ -129,7 +129,7 @@ class Augmentation:
 
 
 def _changes_of_timm(augment: Augment, preprocess: Preprocess) -> list[Change]:
-    """Return the transforms of the policy and of the colours."""
+    """Return the transforms of `auto` and `color_jitter`."""
     from timm.data.transforms_factory import transforms_imagenet_train
 
     parts = (augment.auto or "").split("-")[1:]

@@ -37,37 +37,38 @@ class ImageData(LightningDataModule, ABC):
     """Base of the data modules: a subclass sets `class_names` in its ``__init__`` and lists its `samples`.
 
     Batches are (images ``(batch, 3, size, size)`` float32, class indices ``(batch,)`` int64); in predict the second
-    part is the list of paths. Training shuffles and drops the last incomplete batch, unless it is the only one.
+    part is the list of paths. Training shuffles, and drops the incomplete last batch unless it is the only one.
 
-    Several processes share each batch of training. Together they use the images that one process with the
-    same global batch uses. Evaluation counts every image once: where their number does not divide, batches are padded
-    with samples of class -100 or path "", which are ignored.
+    Several processes share each training batch. Together they use the same images as one process with the same global
+    batch. Evaluation counts every image once: if their number does not divide, batches are padded with samples of class
+    -100 or path "", which are ignored.
 
     Args:
         batch_size: Images in a batch, on each device.
         global_batch_size: Images in an optimiser step of training, over all processes and accumulated batches. It
             replaces `batch_size` in training; evaluation still uses `batch_size`.
         num_workers: Worker processes that read images; 0 reads in the main process. Cached images need none.
-        image_size: Height and width in pixels; ``auto`` takes the model's: those of the backbone's pre-training, or of
-            the training once there was one. The same holds for the next three. A value that differs from the training's
-            is used, with one warning. Without a model ``auto`` is 224, imagenet, bicubic and stretch.
+        image_size: Height and width in pixels. For this and the next three settings, ``auto`` takes the model's value:
+            that of the backbone's pre-training, and after a training that of the training. A value that differs from
+            the training's is used, with one warning. Without a model ``auto`` is 224, imagenet, bicubic and stretch.
         normalization: ``imagenet`` or ``half`` (mean and deviation 0.5), ``none`` for [0, 1], or a pair of (mean,
-            deviation) with three values each. Results differ by points.
+            deviation) with three values each. The accuracy depends strongly on it.
         interpolation: How pixels are resampled; bicubic and bilinear are antialiased.
-        resize: ``stretch`` to a square, as in VTAB-1k, or ``crop`` the centre after the shorter side fits; ``auto``
-            stretches in training.
+        resize: ``stretch`` to a square, as in VTAB-1k, or ``crop`` the centre after the shorter side is resized;
+            ``auto`` is ``stretch`` in training.
         value_range: The values (low, high) that become 0 and 255 in images of more than 8 bits, such as (0, 4095);
-            None for all that 16 bits can hold, which ``auto`` means in training.
+            None, and ``auto`` in training, for the whole range of 16 bits.
         augment: ``none``, as in VTAB-1k; ``flip`` to mirror each training image with probability 0.5; or
             :class:`~dynadapter.data.augment.Augment` for timm's transforms.
-        shots: Train on this many images of each class, drawn by a hash of their names, and on all of a class that has
-            fewer; None trains on all.
-        shots_seed: Part of the hashes; another seed draws other images.
-        balanced: Draw training images with replacement, each class equally likely, instead of each image once an epoch.
+        shots: Number of training images of each class, drawn by a hash of their names; a smaller class is used whole.
+            None for all images.
+        shots_seed: Seed of the draw.
+        balanced: Draw training images with replacement, each class equally likely, instead of each image once per
+            epoch.
         cache: Decode training and validation images once and keep them as one uint8 tensor (147 MiB for 1000 images of
             224 px): on the GPU if they take at most a quarter of its free memory, else in main memory.
-        on_error: ``raise`` at the first image that cannot be read, or ``skip``: read every image once before use, leave
-            the unreadable ones out and list them.
+        on_error: ``raise`` at the first unreadable image, or ``skip``: read every image once before use, and leave out
+            and list the unreadable ones.
         max_skipped: With ``skip``, more unreadable images than this are an error.
         predict_images: For predict: a folder (searched with its subfolders), or a list of files.
     """
@@ -155,15 +156,15 @@ class ImageData(LightningDataModule, ABC):
 
     @abstractmethod
     def samples(self, split: Split) -> list[Sample]:
-        """List the images of a split with their class indices; empty for ``val`` when nothing is held out."""
+        """List the images of a split with their class indices; empty for ``val`` if no images are held out."""
 
     def used(self, split: Split) -> list[Sample]:
-        """List the images of a split that are used: those of `samples`, of ``train`` only the drawn `shots`."""
+        """List the used images of a split: all `samples`, or the drawn `shots` of ``train``."""
         shots = self.shots if split == "train" else None
         return few_shot(self.samples(split), shots, self.shots_seed, getattr(self, "folder", None))
 
     def further_tests(self) -> list["ImageData"]:
-        """Return a data module for each further test set, whose test images are those to measure."""
+        """Return a data module for each further test set; its test images are measured."""
         return []
 
     def listed(self) -> list[Path]:
@@ -208,7 +209,7 @@ class ImageData(LightningDataModule, ABC):
 
         Args:
             own: Settings of `Preprocess`.
-            trained: These are the settings of a training: warn once of given ones that differ.
+            trained: Whether `own` are the settings of a training; then given settings that differ cause one warning.
         """
         now = self.wanted.resolve(own)
         if trained and (words := differences(now, Wanted().resolve(own))) != self._warned:
@@ -226,7 +227,7 @@ class ImageData(LightningDataModule, ABC):
         """Use the class indices of a model in all splits, matched as :func:`match_classes` does.
 
         Args:
-            names: The model's class names in the order of their indices; the data may lack some of them.
+            names: The model's class names in the order of their indices; the data need not have all of them.
 
         Raises:
             ValueError: The data have a class that the model does not know.
@@ -266,13 +267,13 @@ class ImageData(LightningDataModule, ABC):
                 )
 
     def _ask_model(self) -> None:
-        """Ask the trainer's model for its preprocessing and classes; by now it has read its checkpoint."""
+        """Get preprocessing and classes from the trainer's model, which has read its checkpoint by now."""
         meet = getattr(getattr(self.trainer, "lightning_module", None), "meet_data", None)
         if meet is not None:
             meet(self)
 
     def train_dataloader(self) -> DataLoader:
-        """Return the loader of the training images, at the restored place in the epoch if there is one."""
+        """Return the loader of the training images, at the restored position in the epoch if there is one."""
         self._ask_model()
         dataset, accumulated, seed = self.dataset("train"), 1, torch.initial_seed()
         processes, rank = self._processes()
@@ -302,7 +303,7 @@ class ImageData(LightningDataModule, ABC):
     # loader exists before the state does.
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the place in the epoch of training, which Lightning saves in a checkpoint."""
+        """Return the position in the epoch, which Lightning saves in a checkpoint."""
         return self._train_loader.state_dict() if self._train_loader is not None else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -393,7 +394,7 @@ def _named(index: int, source: Any) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Turn paths into text, which a checkpoint can hold and load with ``weights_only``."""
+    """Convert paths to text, which loads with ``weights_only``."""
     if isinstance(value, list):
         return [_plain(part) for part in value]
     return os.fspath(value) if isinstance(value, os.PathLike) else value

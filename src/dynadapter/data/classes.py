@@ -10,13 +10,13 @@ from dynadapter.images.reading import shown
 def match_classes(own: Sequence[str], names: Sequence[str]) -> list[int]:
     """Return the model's index of each class of the data.
 
-    Names are matched with equal names, and numbers with equal numbers ("02" is 2), whatever their order: folders are
-    sorted as text, labels of a list count. A model without names takes as many classes as it has in their order. Data
-    without names, which are only the numbers from 0, are the model's indices if they have as many classes.
+    Names match equal names, and numbers match equal numbers ("02" is 2), in any order: folders are sorted as text, but
+    the labels of a list are sorted as numbers. A model without names matches the same number of classes in their order.
+    Data without names (only the numbers from 0) are the model's indices if the numbers of classes are equal.
 
     Args:
         own: The class names of the data, in the order of their labels.
-        names: The model's class names, in the order of their indices; the data may lack some.
+        names: The model's class names, in the order of their indices; the data need not have all of them.
 
     Raises:
         ValueError: The data have a class that the model does not know.
@@ -56,7 +56,7 @@ def match_classes(own: Sequence[str], names: Sequence[str]) -> list[int]:
 
 
 def sorted_names(names: Iterable[str]) -> list[str]:
-    """Return class names in the order of their values if all are whole numbers, else of the alphabet."""
+    """Return class names sorted by value if all are whole numbers, else alphabetically."""
     found = sorted(names)
     return sorted(found, key=lambda name: (int(name), name)) if all(map(LABEL.fullmatch, found)) else found
 
@@ -72,13 +72,13 @@ def renumbered(samples: Sequence[Sample], index: Sequence[int] | Mapping[int, in
 
 
 def listed(names: Sequence[str], most: int = 10) -> str:
-    """Return the first names as text, and how many follow."""
+    """Return the first names as text, and the number of the others."""
     rest = f" and {len(names) - most:,} more" if len(names) > most else ""
     return ", ".join(map(shown, names[:most])) + rest
 
 
 def _numbers(names: Sequence[str]) -> list[int]:
-    """Return class names as different numbers; empty if they are something else."""
+    """Return class names as distinct whole numbers; empty if they are not."""
     if not all(name.isascii() and name.isdecimal() for name in names):
         return []
     numbers = [int(name) for name in names]

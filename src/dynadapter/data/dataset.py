@@ -31,19 +31,19 @@ GPU_SHARE = 0.25
 class ImageDataset(Dataset[Item]):
     """Images with their class indices or paths, decoded one by one or, with `cache`, once.
 
-    An item is requested by its index, or by its index and a random number that decides about augmentation. Without a
+    An item is requested by its index, or by its index and a random number that determines the augmentation. Without a
     number an image is not augmented.
 
     Args:
         samples: Pairs (file or image, class index or path).
-        preprocess: From image to tensor.
-        flip: Mirror the images that come with an odd number.
-        augment: From a source and its number to an augmented image; for images that are not kept in memory.
+        preprocess: Maps an image to pixels.
+        flip: Mirror the images that are requested with an odd number.
+        augment: Maps an image and its number to an augmented image; not possible with `cache`.
         cache: Keep all resized images in memory as bytes: 147 MiB for 1000 images of 224 px.
 
     Attributes:
-        classes: Names of the class indices; empty where they are not known.
-        folder: The folder of all images; None where there is none.
+        classes: Names of the class indices; empty if unknown.
+        folder: The folder of all images; None if there is none.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class ImageDataset(Dataset[Item]):
 
         Args:
             indices: ``(batch,)`` int64, on the device of the images.
-            numbers: ``(batch,)`` int64, the numbers that decide about augmentation; None augments nothing.
+            numbers: ``(batch,)`` int64, the numbers that determine the augmentation; None for no augmentation.
 
         Returns:
             Images ``(batch, 3, size, size)`` float32 and class indices ``(batch,)`` int64.
@@ -138,8 +138,8 @@ class ImageDataset(Dataset[Item]):
 class Padded(Dataset[Item]):
     """Images followed by padding samples up to a multiple of the number of processes.
 
-    Every process then has equally many batches, and none waits for another. Padding samples repeat images and have the
-    class `IGNORED` or the path "".
+    Every process then has the same number of batches, and no process waits for another. Padding samples repeat images
+    and have the class `IGNORED` or the path "".
 
     Args:
         dataset: Images with class indices or paths.

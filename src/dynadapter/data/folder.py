@@ -1,4 +1,4 @@
-"""Read images from one folder a class."""
+"""Read images from one folder for each class."""
 
 from pathlib import Path
 from typing import Any
@@ -17,18 +17,18 @@ class ImageFolder(ImageData):
     """Images in ``root/train/CLASS/``, ``root/val/CLASS/`` and ``root/test/CLASS/``, at any depth below the class.
 
     They may also be called ``training``, ``valid``, ``validation`` or ``testing``; case does not matter. Classes are
-    the subfolders of ``train``, sorted. Those of ``val`` and ``test`` are matched by name. Without ``val``, a fraction
-    of each class of ``train`` is held out: each image by a hash of its path below the class, so that no other image
-    moves when images are added.
+    the subfolders of ``train``, sorted. Classes of ``val`` and ``test`` are matched by name. Without ``val``, a
+    fraction of each class of ``train`` is held out, each image by a hash of its path below the class. Added images
+    therefore do not change the split of the others.
 
-    A root without these folders, whose folders all hold images, is read as ``train``: ``root/CLASS/``. A root with
-    ``val`` or ``test`` alone can be measured, not trained on.
+    A root without these folders, whose folders all hold images, is read as ``train``: ``root/CLASS/``. A root with only
+    ``val`` or ``test`` can be used for evaluation, not for training.
 
     Args:
         root: Folder with ``train``, ``val`` and ``test``, as far as they exist, or with the classes.
-        val_fraction: Probability that a training image is held out where ``val`` is missing, in [0, 1); 0 for no
+        val_fraction: Probability that a training image is held out if ``val`` is missing, in [0, 1); 0 for no
             validation.
-        split_seed: Part of the hashes; another seed holds out other images.
+        split_seed: Seed of the held-out images.
         test_sets: Further test sets by name: folders like `root`. Each is measured after the first as
             ``test/NAME/...``, by its test split, or by all of its images if it has none. Its classes must be among
             those of the training.
@@ -138,7 +138,7 @@ def find_splits(root: Path) -> dict[str, Path]:
 
 
 def _without_images(root: Path) -> list[str]:
-    """Return the folders in a root that hold no image, not counting those in their own folders."""
+    """Return the folders in a root that directly hold no image."""
     return [
         name
         for name in _subfolders(root)

@@ -1,4 +1,4 @@
-"""Images inside a data set of another library, which are fetched one by one when they are read."""
+"""Images inside a data set of another library, each fetched when it is read."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ class HeldImages(ABC):
         """Return an image: its file, the bytes of its file, or its pixels.
 
         Raises:
-            ValueError: There is something else.
+            ValueError: The item is something else.
         """
 
     def images(self) -> list["Held"]:
@@ -33,7 +33,7 @@ class HeldImages(ABC):
         return [Held(self, index) for index in range(len(self.labels))]
 
     def _size_of_first(self) -> int:
-        """Return the bytes of the first image, from which those of all are estimated; 0 where it cannot be read."""
+        """Return the size of the first image in bytes, as an estimate for all; 0 if it cannot be read."""
         try:
             first = self.fetch(0)
             return (
@@ -51,7 +51,7 @@ class Held:
 
     Args:
         images: The split that holds it.
-        index: Its place there, from 0.
+        index: Its index in the split, from 0.
     """
 
     images: HeldImages
@@ -69,7 +69,7 @@ class Held:
         """Return its file, the bytes of its file, or its pixels.
 
         Raises:
-            OSError: The data set cannot read it; without a number where the image is at fault.
+            OSError: The data set cannot read it; without an errno if the image itself is at fault.
         """
         try:
             return self.images.fetch(self.index)

@@ -23,15 +23,15 @@ HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 class HubDataset(MappedData):
     """A data set of the library ``datasets`` (extra ``datasets``): a folder of its ``save_to_disk``, or one of the Hub.
 
-    No code of a data set is ever run, and from the Hub nothing is loaded without `download`, which the settings in a
-    checkpoint or a run's folder cannot switch on.
+    No code of a data set is run. Nothing is loaded from the Hub without `download`, which a checkpoint or a run folder
+    cannot switch on.
 
-    Class names are those of a ``ClassLabel``; else the labels in the order of the alphabet, or of their values if all
-    are whole numbers. An image has one label.
+    Class names are those of a ``ClassLabel``, else the labels sorted alphabetically, or by value if all are whole
+    numbers. An image has one label.
 
     Args:
         path: The folder, or ``OWNER/NAME`` on the Hub.
-        config: Name of the configuration of a data set on the Hub, where it has several.
+        config: Name of the configuration of a data set on the Hub that has several.
         revision: Commit, tag or branch on the Hub; None for the newest.
         download: Load the data set from the Hub, or from the cache of an earlier load.
         image_column: Name of the column of images; None for the only one.

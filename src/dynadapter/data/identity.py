@@ -1,4 +1,4 @@
-"""Hash a set of images, so that two runs can tell whether they used the same data."""
+"""Hash a set of images, to check whether two runs used the same data."""
 
 import hashlib
 import os
@@ -24,8 +24,8 @@ HASHED_BYTES = 4 * 2**30
 def data_hash(samples: Sequence[tuple[Source, int | str]]) -> str:
     """Hash the images of a split and their labels, in their order, without decoding them.
 
-    A file counts by its content, not by its path; an image in memory by its mode, size, palette and bytes. The same
-    lists give the same hash on another machine. One changed pixel, label or position gives another hash.
+    A file is hashed by its content, not its path; an image in memory by its mode, size, palette and bytes. The same
+    lists have the same hash on every machine. One changed pixel, label or position changes the hash.
 
     >>> data_hash([])[:12]
     'e3b0c44298fc'
@@ -47,16 +47,16 @@ def data_hash(samples: Sequence[tuple[Source, int | str]]) -> str:
 def image_keys(
     sources: Sequence[Source], by: Literal["content", "path"] | None = None, folder: Path | None = None
 ) -> tuple[Literal["content", "path"], Tensor]:
-    """Return a number for each image, to tell later whether a network was trained on it.
+    """Return a key for each image, to check later whether a network was trained on it.
 
     Args:
         sources: Files or images.
-        by: Compare images by their bytes, or files by their path in `folder`, for sets that take too long to read;
-            None chooses by their size.
-        folder: Of all images.
+        by: ``content`` hashes the bytes, ``path`` the path in `folder`, for sets that take too long to read; None
+            chooses by their size.
+        folder: The folder of all images.
 
     Returns:
-        How they are compared, and int64 ``(images,)``, the first 8 bytes of a SHA-256; 0 for a file that is missing.
+        ``content`` or ``path``, and int64 ``(images,)``, the first 8 bytes of a SHA-256; 0 for a missing file.
     """
     with ThreadPoolExecutor() as pool:
         if by is None:
@@ -75,7 +75,7 @@ def list_hash(samples: Sequence[tuple[Source, int | str]], folder: Path | None) 
 
 
 def size_of(source: Source) -> int:
-    """Return the bytes to be read of an image, about; 0 for one in memory, or that is missing."""
+    """Return the approximate number of bytes to read for an image; 0 if it is in memory or missing."""
     try:
         if isinstance(source, Held):
             return source.images.size
@@ -100,8 +100,8 @@ def combine_hashes(images: Iterable[tuple[str, int | str]]) -> str:
     """Return the `data_hash` of images whose own hashes are known.
 
     Args:
-        images: Pairs (`image_hash`, label). Text and number are told apart, and lengths are included, so that no two
-            lists are written to the same bytes.
+        images: Pairs (`image_hash`, label). Text and numbers are encoded differently, and lengths are included, so that
+            different lists have different encodings.
     """
     whole = hashlib.sha256()
     for content, label in images:

@@ -1,4 +1,4 @@
-"""Read images from text lists with their paths and labels, such as those of few-shot benchmarks."""
+"""Read images from text lists of paths and labels, such as the lists of few-shot benchmarks."""
 
 from pathlib import Path
 from typing import Any
@@ -10,17 +10,18 @@ from dynadapter.data.splits import MissingSplit
 
 
 class ImageLists(ImageData):
-    """Images that text lists name, one a line: ``PATH LABEL``, with labels from 0.
+    """Images in text lists, one per line: ``PATH LABEL``, with labels from 0.
 
-    The few-shot lists of NOAH have this form, such as ``train_meta.list.num_shot_16.seed_0``. A list may name an image
-    twice; it then counts twice.
+    The few-shot lists of NOAH have this form, such as ``train_meta.list.num_shot_16.seed_0``. An image that is listed
+    twice counts twice.
 
     Args:
-        root: Folder that holds all images, and to which paths are relative.
+        root: Folder of all images; paths are relative to it.
         train: List of the images for training; None without any.
         val: The same for validation.
         test: The same for the test.
-        classes: File with a class name a line, in the order of the labels; None for numbers up to the highest label.
+        classes: File with one class name per line, in the order of the labels; None for numbers up to the highest
+            label.
     """
 
     validation_switch = "val, the list of its images"

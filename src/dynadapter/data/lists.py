@@ -22,7 +22,7 @@ class Line(NamedTuple):
     """A line of a list.
 
     Attributes:
-        path: Of the image, relative to the folder of the images.
+        path: Path of the image, relative to the folder of the images.
         label: Class index.
         place: List and line number, for messages.
     """
@@ -63,15 +63,15 @@ def _leaves_folder(path: str) -> bool:
 
 
 def listed_classes(lines: Sequence[Line], file: Path | None, expected: int | None = None) -> list[str]:
-    """Return the class names of lists: those of a file, or numbers up to the expected or the highest label.
+    """Return the class names of lists: from a file, or numbers up to the expected or the highest label.
 
     Args:
-        lines: All lines.
-        file: Of the class names; None, or one that is missing, for numbers.
-        expected: Number of classes, where it is known.
+        lines: The lines of all lists.
+        file: File of the class names; None or a missing file for numbers.
+        expected: Number of classes, if known.
 
     Raises:
-        ValueError: The file is wrong, or a label is out of range.
+        ValueError: The file is not valid, or a label is out of range.
     """
     if file is not None and file.is_file():
         names = read_classes(file, expected)
@@ -92,11 +92,11 @@ def listed_classes(lines: Sequence[Line], file: Path | None, expected: int | Non
 
 
 def read_classes(file: Path, expected: int | None = None) -> list[str]:
-    """Read class names, one a line.
+    """Read class names, one per line.
 
     Args:
         file: ``classes.txt``.
-        expected: Number of classes, where it is known.
+        expected: Number of classes, if known.
 
     Raises:
         ValueError: A name occurs twice, or the number of names is not the expected one.
@@ -129,13 +129,13 @@ def listed_files(lines: Sequence[Any], folder: Path, root: Path | None = None, m
     """Return the files that the lines of a list or the rows of a table name.
 
     Args:
-        lines: With `path`, and `place` for messages.
-        folder: To which paths are relative.
-        root: Another folder that links may lead into; None for `folder` alone.
-        missing: Files may be missing.
+        lines: Objects with `path`, and `place` for messages.
+        folder: Folder to which paths are relative.
+        root: Another folder into which links may lead; None for only `folder`.
+        missing: Whether files may be missing.
 
     Raises:
-        ValueError: A path leads out of the folders, or its file is missing.
+        ValueError: A path leads out of the folders, or a file is missing.
     """
     check = PathCheck(folder, root or folder)
     files = [folder / line.path for line in lines]

@@ -1,4 +1,4 @@
-"""The base of data modules over data sets of other libraries, whose items are pairs of an image and a label."""
+"""The base of data modules for data sets of other libraries, whose items are pairs of an image and a label."""
 
 from abc import abstractmethod
 from typing import Any
@@ -12,14 +12,14 @@ from dynadapter.data.splits import MissingSplit, hold_out
 class MappedData(ImageData):
     """Base of data modules whose images are inside data sets of other libraries.
 
-    A subclass sets `class_names` in its ``__init__`` and opens its `part` s. Without a validation split a fraction of
-    each class of ``train`` is held out: each image by a hash of its index, so that no other image moves when images are
-    appended.
+    A subclass sets `class_names` in its ``__init__`` and defines `open_part`. Without a validation split, a fraction of
+    each class of ``train`` is held out, each image by a hash of its index. Appended images therefore do not change the
+    split of the others.
 
     Args:
-        val_fraction: Probability that a training image is held out where there is no validation split, in [0, 1); 0 for
-            no validation.
-        split_seed: Part of the hashes; another seed holds out other images.
+        val_fraction: Probability that a training image is held out if there is no validation split, in [0, 1); 0 for no
+            validation.
+        split_seed: Seed of the held-out images.
     """
 
     validation_switch = "val_fraction above 0"
@@ -34,10 +34,10 @@ class MappedData(ImageData):
 
     @abstractmethod
     def open_part(self, split: Split) -> HeldImages | None:
-        """Return the images of a split as the data set has it; None where it has no such split."""
+        """Return the images of a split of the data set; None if it has no such split."""
 
     def part(self, split: Split) -> HeldImages | None:
-        """Return the images of a split, opened once."""
+        """Return the images of a split; it is opened at the first call."""
         if split not in self._parts:
             self._parts[split] = self.open_part(split)
         return self._parts[split]

@@ -1,4 +1,4 @@
-"""Normalise a batch of bytes with torch, on the device that holds it."""
+"""Normalise a batch of pixels with torch, on its device."""
 
 import torch
 from torch import Tensor
@@ -7,11 +7,11 @@ from dynadapter.images.preprocess import Preprocess
 
 
 def normalize(pixels: Tensor, preprocess: Preprocess) -> Tensor:
-    """Return bytes as normalised floats, bit-equal to :meth:`~dynadapter.images.preprocess.Preprocess.normalize`.
+    """Return pixels as normalised floats, bit-equal to :meth:`~dynadapter.images.preprocess.Preprocess.normalize`.
 
     Args:
         pixels: ``(..., 3, size, size)`` uint8, on any device.
-        preprocess: The settings that made these pixels.
+        preprocess: The preprocessing of these pixels.
 
     Returns:
         float32 of the same shape, on the same device.

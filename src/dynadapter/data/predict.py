@@ -1,4 +1,4 @@
-"""Images to predict for, with nothing known about them but the model's own classes."""
+"""Images to classify, with only the model's own classes known."""
 
 from typing import Literal
 
@@ -9,19 +9,19 @@ from dynadapter.images.values import Range
 
 
 class ImagesToPredict(ImageData):
-    """A folder of images, read as the model's training data was; ``dynadapter predict`` takes these from a checkpoint.
+    """A folder of images to classify, preprocessed as in the model's training.
 
     Args:
         class_names: Names of the model's classes, in the order of their indices.
         predict_images: A folder (searched with its subfolders), or a list of files.
         batch_size: Images in a batch.
-        num_workers: Processes that read images beside the predicting one; 0 reads in the same process.
+        num_workers: Worker processes that read images; 0 reads in the main process.
         image_size: Height and width in pixels; ``auto``, here and below, takes the model's.
         normalization: As for :class:`~dynadapter.data.base.ImageData`.
         interpolation: The same.
         resize: The same.
         value_range: The same.
-        on_error: ``raise`` at the first image that cannot be read, or ``skip``, which lists what it leaves out.
+        on_error: ``raise`` at the first unreadable image, or ``skip``, which leaves out and lists unreadable images.
         max_skipped: With ``skip``, more unreadable images than this are an error.
     """
 
@@ -55,5 +55,5 @@ class ImagesToPredict(ImageData):
         self.class_names = list(class_names)
 
     def samples(self, split: Split) -> list[Sample]:
-        """There are none but those to predict for."""
+        """Return no samples: there are only images to classify."""
         return []

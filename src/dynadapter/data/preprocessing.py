@@ -1,4 +1,4 @@
-"""The preprocessing of a data module: what the user gave, and for ``auto`` what the model says."""
+"""The preprocessing of a data module: the user's settings, and for ``auto`` those of the model."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -25,7 +25,7 @@ class Wanted:
     value_range: Range | Auto | None = "auto"
 
     def resolve(self, own: Mapping[str, Any]) -> Preprocess:
-        """Return the settings with the model's own for ``auto``; those of `Preprocess` where it has none.
+        """Return the settings with the model's own for ``auto``, or the defaults of `Preprocess` if there are none.
 
         Raises:
             ValueError: A setting is not valid.
@@ -38,7 +38,7 @@ class Wanted:
 
 
 def differences(now: Preprocess, training: Preprocess) -> str:
-    """Return the settings that differ from those of the training, as text; empty without any."""
+    """Return the settings that differ from those of the training, as text; empty if none differ."""
     names = [field.name for field in fields(Preprocess)]
     parts = ((name, getattr(now, name), getattr(training, name)) for name in names)
     return ", ".join(f"{name}={ours} instead of {theirs}" for name, ours, theirs in parts if ours != theirs)

@@ -1,4 +1,4 @@
-"""Leave out images that cannot be read, and say which."""
+"""Leave out unreadable images, and list them."""
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,11 +19,11 @@ def readable(
     This happens before any worker process starts, so that the list of unreadable images is complete.
 
     Args:
-        split: Of the samples, for messages.
+        split: Split of the samples, for messages.
         samples: Pairs (image, class).
         value_range: As in :class:`~dynadapter.images.preprocess.Preprocess`.
-        skipped: The reasons of unreadable images by path, to which those of this split are added.
-        most: More of them are an error.
+        skipped: Reasons by path of unreadable images; those of this split are added.
+        most: Greatest allowed number of unreadable images.
 
     Raises:
         ValueError: No image of the split can be read, or too many cannot.

@@ -1,4 +1,4 @@
-"""The order of the training images and loaders that keep it: equal for any number of processes and after a resume."""
+"""The order of the training images and its loaders; equal for any number of processes and after a resume."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -26,11 +26,12 @@ DECISIVE = {
 class EpochOrder(DistributedSampler):
     """The order of the training images in an epoch; each process takes its share of every batch.
 
-    The order depends on the seed and the epoch alone. In each step all processes together use the images that one
-    process with the same global batch uses. The images left over at the end of an epoch, fewer than a batch, are not
-    used in it. Each index comes with a random number of this epoch, which decides about augmentation.
+    The order depends only on the seed and the epoch. In each step all processes together use the same images as one
+    process with the same global batch. The remaining images at the end of an epoch, fewer than a batch, are not used.
+    Each index has a random number for this epoch, which determines the augmentation.
 
-    Lightning keeps a `DistributedSampler` as it is and calls `set_epoch`; in a plain loop each pass is the next epoch.
+    Lightning does not replace a `DistributedSampler` and calls `set_epoch`; in a plain loop each pass is the next
+    epoch.
 
     >>> [[index for index, _ in EpochOrder(range(10), 2, seed=0, processes=2, rank=rank)] for rank in (0, 1)]
     [[4, 7, 3, 0], [1, 5, 9, 8]]
@@ -43,13 +44,14 @@ class EpochOrder(DistributedSampler):
         seed: Seed of the order.
         processes: Number of processes that share the images.
         rank: Index of this process, from 0.
-        accumulated: Batches of an optimiser step. An epoch ends with a whole step if it has at least one.
-        repeats: How often an epoch has each of its images, with another random number each time. Its length stays.
+        accumulated: Number of batches in an optimiser step. An epoch ends with a complete step if it has at least one.
+        repeats: How often each image occurs in an epoch, each time with another random number. The length of the epoch
+            does not change.
         classes: Class index of each image: draw images with replacement, each class equally likely. None draws each
             image once.
 
     Attributes:
-        start: Batches to skip at the beginning of the epoch, because they were seen before a resume.
+        start: Number of batches to skip at the start of the epoch, because they were used before a resume.
 
     Raises:
         ValueError: There are fewer images than processes.
@@ -125,10 +127,10 @@ class EpochOrder(DistributedSampler):
 
 
 def share_batch(size: int, together: int | None, processes: int, accumulated: int) -> int:
-    """Return the batch size of one process, and print how the images of a step are divided.
+    """Return the batch size of one process, and print how a step is divided among processes.
 
     Args:
-        size: Images in a batch of one process, where `together` is None.
+        size: Images in a batch of one process, if `together` is None.
         together: Images in a step over all processes and accumulated batches.
         processes: Number of processes.
         accumulated: Batches of a step.
@@ -151,7 +153,7 @@ def share_batch(size: int, together: int | None, processes: int, accumulated: in
 
 
 class ResumableLoader(DataLoader):
-    """A loader that saves its place in the epoch: a training resumed there sees exactly the remaining batches."""
+    """A loader that saves its position in the epoch; a resumed training uses exactly the remaining batches."""
 
     _seen: tuple[int, int] | None = None  # the epoch, and how many of its batches were seen
     _restored: dict[str, Any] | None = None
@@ -180,7 +182,7 @@ class ResumableLoader(DataLoader):
             raise late from error
 
     def _batches_seen(self, state: dict[str, Any]) -> int:
-        """Return how many batches of this epoch a saved state has seen."""
+        """Return how many batches of this epoch were used before a saved state."""
         for key, now in self.state_dict().items():
             if state["batches"] and key in DECISIVE and state.get(key) != now:
                 then, now = DECISIVE[key].format(state.get(key)), DECISIVE[key].format(now)
@@ -191,7 +193,7 @@ class ResumableLoader(DataLoader):
         return state["batches"]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the place in the epoch, and what it depends on; empty if the order is not an `EpochOrder`."""
+        """Return the position in the epoch, and everything it depends on; empty if the order is not an `EpochOrder`."""
         order = self.sampler
         if self._restored is not None or not isinstance(order, EpochOrder):
             return self._restored or {}
@@ -211,10 +213,10 @@ class ResumableLoader(DataLoader):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue at the saved place of another loader.
+        """Continue at a saved position.
 
-        The first batch raises a ValueError if that place is in the middle of an epoch whose order or number of batches
-        would be another now.
+        The first batch raises a ValueError if the position is in the middle of an epoch whose order or number of
+        batches has changed.
         """
         if state and isinstance(self.sampler, EpochOrder):
             self._restored = state
@@ -223,10 +225,10 @@ class ResumableLoader(DataLoader):
 
 
 class CachedLoader(ResumableLoader):
-    """A loader of images in memory: a batch is one `index_select` and one normalisation, where the images are.
+    """A loader of images in memory: a batch is one `index_select` and one normalisation on the device of the images.
 
-    Batches, order and saved places are those of :class:`ResumableLoader`. There are no worker processes and no work in
-    Python for each sample.
+    Batches, order and saved positions equal those of :class:`ResumableLoader`. There are no worker processes and no
+    Python code per sample.
     """
 
     dataset: ImageDataset | Padded

@@ -23,7 +23,7 @@ Outline = list[Point]
 
 
 def _polygon(corners: int, inner: float = 1.0) -> Outline:
-    """Return a regular polygon that stands on its flat side; `inner` below 1 makes a star of every second corner."""
+    """Return a regular polygon on its flat side; with `inner` below 1, every second corner makes it a star."""
     turn = -math.pi / 2 if corners % 2 or inner < 1 else math.pi / corners - math.pi / 2
     angles = [turn + 2 * math.pi * k / corners for k in range(corners)]
     return [
@@ -101,9 +101,9 @@ CLASSES = tuple(KINDS)
 def draw_shape(rng: Random, kind: str, difficulty: float, size: int = 48) -> Image.Image:
     """Draw a shape of a class.
 
-    A plain image has one large, upright, bright shape in the colour of its class on a dark ground. With the difficulty
-    the colour drifts to those of other classes, the shape turns, moves, shrinks and fades, and strips cover the ground
-    and parts of the shape.
+    A plain image has one large, upright, bright shape in the colour of its class on a dark background. With the
+    difficulty, the colour drifts to those of other classes, the shape turns, moves, shrinks and fades, and strips cover
+    the background and parts of the shape.
 
     Args:
         rng: Random numbers; the same state draws the same image.
@@ -138,7 +138,7 @@ def draw_shape(rng: Random, kind: str, difficulty: float, size: int = 48) -> Ima
 
 
 def _background(rng: Random, difficulty: float, side: int) -> Image.Image:
-    """Draw a soft ground; with the difficulty it gets brighter and more uneven."""
+    """Draw a soft background; with the difficulty it gets brighter and more uneven."""
     hue, value, spread = rng.random(), rng.uniform(0.15, 0.35) + 0.25 * difficulty, 0.04 + 0.28 * difficulty
     cells = [
         _rgb(hue + 0.3 * spread * rng.uniform(-1, 1), 0.35, value + spread * rng.uniform(-1, 1)) for _ in range(16)
@@ -180,8 +180,8 @@ class Drawn(NamedTuple):
 def draw_split(split: str, images: int, seed: int = 0, size: int = 48) -> tuple[Drawn, ...]:
     """Draw the images of a split: classes in turn, difficulties uniform in [0, 1].
 
-    An image depends on the seed, the split's name and its index alone. A shorter split is the start of a longer one,
-    and two splits have different images.
+    An image depends only on the seed, the split's name and its index. A shorter split is the start of a longer one, and
+    two splits have different images.
 
     Args:
         split: Any name.
@@ -250,7 +250,7 @@ def write_shapes(
     """Write drawn shapes as PNG files: a data set for trying out a command, an example, or a test.
 
     Args:
-        root: Folder of the data set, created where it is missing. `VTAB1k` makes the task ``shapes`` in it.
+        root: Folder of the data set, created if it is missing. `VTAB1k` creates the task ``shapes`` in it.
         layout: ``ImageFolder`` (``train/CLASS/0.png``), or ``VTAB1k`` with its four lists and ``classes.txt``.
         train: Images for training.
         val: Images for validation.

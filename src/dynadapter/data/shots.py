@@ -13,13 +13,14 @@ from dynadapter.data.splits import draw
 def few_shot(samples: Sequence[Sample], shots: int | None, seed: int, folder: Path | None) -> list[Sample]:
     """Return `shots` images of each class, in the order of `samples`; a class with fewer is returned whole.
 
-    An image is drawn by a hash of its path in `folder`, or of its place in the data set. The draw is therefore the same
-    on every machine, does not depend on the order of the files, and k shots are among the first of k + 1.
+    An image is drawn by a hash of its path in `folder`, or of its index in the data set. The draw is therefore the same
+    on every machine and does not depend on the order of the files, and the images of k shots are among those of k + 1
+    shots.
 
     Args:
         samples: Pairs (image, class).
         shots: Images of each class; None for all.
-        seed: Part of the hashes; another seed draws other images.
+        seed: Seed of the draw.
         folder: The folder of all images; None without one.
     """
     if shots is None:

@@ -1,4 +1,4 @@
-"""Hold images out for validation, the same ones on every machine and whatever other images there are."""
+"""Hold images out for validation: the same on every machine, whatever other images there are."""
 
 import hashlib
 import unicodedata
@@ -10,15 +10,15 @@ class MissingSplit(ValueError):
 
 
 def hold_out(images: Sequence[tuple[str, str]], fraction: float, seed: int) -> tuple[list[int], list[int]]:
-    """Hold out about a fraction of each class, each image by a hash of its name alone.
+    """Hold out about a fraction of each class, each image by a hash of its name only.
 
-    An image that is added or removed does not move any other, so no image that was trained on becomes a validation
-    image. The exceptions keep a class on both sides: in a class of several images the one with the lowest hash is held
-    out if otherwise none were, and the one with the highest is kept if otherwise none were. A single image is kept.
+    Adding or removing an image does not change the split of the others, so no training image becomes a validation
+    image. There are two exceptions for classes of several images: if no image would be held out, the one with the
+    lowest hash is, and if none would be kept, the one with the highest hash is. A single image is kept.
 
     Args:
         images: The class of each image, and the path of its file in the folder of the class.
-        fraction: Probability to be held out, in [0, 1).
+        fraction: Probability that an image is held out, in [0, 1).
         seed: Part of every hash.
 
     Returns:
@@ -41,6 +41,6 @@ def hold_out(images: Sequence[tuple[str, str]], fraction: float, seed: int) -> t
 
 
 def draw(name: str, path: str, seed: int) -> float:
-    """Return a number in [0, 1] that depends on the arguments alone; file systems store accents in two ways."""
+    """Return a number in [0, 1] that depends only on the arguments; both encodings of accents give the same number."""
     text = unicodedata.normalize("NFC", f"{seed}\0{name}\0{path}")
     return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogateescape")).digest()[:8]) / 2**64

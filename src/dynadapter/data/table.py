@@ -1,4 +1,4 @@
-"""Read images from a table with their paths and labels: a CSV or Parquet file."""
+"""Read images from a CSV or Parquet file with paths and labels."""
 
 import csv
 import importlib.util
@@ -34,8 +34,8 @@ class Row(NamedTuple):
     """A row of a table.
 
     Attributes:
-        path: Of the image, as in the table.
-        label: Its class.
+        path: Path of the image, as in the table.
+        label: Class of the image.
         split: ``train``, ``val`` or ``test``.
         place: File and number of the row, for messages. The header of a CSV file is row 1.
     """
@@ -47,24 +47,23 @@ class Row(NamedTuple):
 
 
 class ImageTable(ImageData):
-    """Images that a CSV or Parquet file lists, one a row, with their paths and labels.
+    """Images in a CSV or Parquet file, one per row, with paths and labels.
 
     A column of splits has ``train``, ``val`` (or ``valid``, ``validation``) and ``test``; case does not matter. Without
-    it all images are for training. Without images of ``val`` a fraction of each class of ``train`` is held out: each
-    image by a hash of its path in the table, so that no other image moves when rows are added.
+    this column all images are for training. Without images of ``val``, a fraction of each class of ``train`` is held
+    out, each image by a hash of its path in the table. Added rows therefore do not change the split of the others.
 
-    Classes are the labels in the order of the alphabet, or of their values if all are whole numbers. An image has one
-    label.
+    Classes are the labels sorted alphabetically, or by value if all are whole numbers. An image has one label.
 
     Args:
         file: ``.csv`` with a header, or ``.parquet`` (needs the extra ``parquet``).
-        root: Folder that holds all images, and to which paths are relative; None for the folder of the table.
+        root: Folder of all images, to which paths are relative; None for the folder of the table.
         path_column: Name of the column of paths; None finds ``path``, ``file``, ``filename``, ``image`` and the like.
         label_column: Name of the column of labels; None finds ``label``, ``class``, ``category`` or ``target``.
         split_column: Name of the column of splits; None finds ``split``, ``set`` or ``subset``, if there is one.
-        val_fraction: Probability that a training image is held out where no row is for ``val``, in [0, 1); 0 for no
+        val_fraction: Probability that a training image is held out if no row is for ``val``, in [0, 1); 0 for no
             validation.
-        split_seed: Part of the hashes; another seed holds out other images.
+        split_seed: Seed of the held-out images.
         test_sets: Further test sets by name: tables in their folders. Each is measured after the first as
             ``test/NAME/...``, by its test split, or by all of its images if it has none. Its classes must be among
             those of the training.
@@ -141,7 +140,7 @@ def read_rows(file: Path, given: dict[str, str | None]) -> list[Row]:
         given: The names of the columns ``path``, ``label`` and ``split``; None finds them by :data:`COLUMNS`.
 
     Raises:
-        ValueError: The file is no table, a column is missing, or a row lacks a value or has an unknown split.
+        ValueError: The file is not a table, a column is missing, or a row lacks a value or has an unknown split.
     """
     suffix = file.suffix.lower()
     if suffix not in (".csv", ".parquet"):
@@ -189,7 +188,7 @@ def _open_parquet(file: Path) -> Table:
 
 
 def _column(file: Path, part: str, given: str | None, names: Sequence[str]) -> str | None:
-    """Return the name of a column; None for that of splits where there is none."""
+    """Return the name of a column; None if there is no column of splits."""
     there = ", ".join(names) or "none"
     if given is not None:
         if given not in names:

@@ -1,4 +1,4 @@
-"""Further test sets: each is a data module like the first, at another place, with a name for its metrics."""
+"""Further test sets: data modules like the first one, with another folder or file and a name for the metrics."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -30,10 +30,10 @@ def open_test_sets(
     Args:
         data: The data module that names them.
         places: Folders or files by name.
-        build: From the settings of `data` and a place to its data module.
+        build: Maps the settings of `data` and a place to a data module.
 
     Raises:
-        ValueError: A set cannot be read, or has a class that `data` does not have; with its name.
+        ValueError: A set cannot be read, or has a class that `data` does not have; the message names the set.
     """
     found: list[ImageData] = []
     settings = {name: value for name, value in data.hparams.items() if not name.startswith("_")}

@@ -1,4 +1,4 @@
-"""Images of the data sets that torchvision has."""
+"""Images of the data sets of torchvision."""
 
 import inspect
 import threading
@@ -26,17 +26,17 @@ class TorchVisionDataset(MappedData):
     """A data set for classification of ``torchvision.datasets``, such as ``CIFAR100`` or ``Flowers102``.
 
     Splits follow the arguments of its class: ``train`` (true and false), or ``split`` with ``train``, ``val`` and
-    ``test``; `splits` names others. A class with neither has images for training alone. An image has one label.
+    ``test``; `splits` names others. A class with neither has only training images. An image has one label.
 
-    torchvision reads its own files; their settings in a checkpoint or a run's folder cannot switch `download` on.
+    torchvision reads its own files. A checkpoint or a run folder cannot switch `download` on.
 
     Args:
         dataset: Name of the class in ``torchvision.datasets``.
         root: Folder of the data sets.
-        download: Fetch the files that are missing in `root`.
-        args: Arguments of the class beside root and transforms, such as ``{target_type: category}``.
-        splits: Arguments of each of our splits, such as ``{train: {split: trainval}, test: {split: test}}``; None
-            follows the class.
+        download: Download files that are missing in `root`.
+        args: Further arguments of the class, without root and transforms, such as ``{target_type: category}``.
+        splits: Arguments for each split, such as ``{train: {split: trainval}, test: {split: test}}``; None follows the
+            class.
         kwargs: As for :class:`~dynadapter.data.mapped.MappedData`.
     """
 
@@ -96,7 +96,7 @@ class _Items(HeldImages):
         return image
 
     def class_names(self) -> list[str]:
-        """Return the names that the data set has for its labels, else the numbers up to the highest label."""
+        """Return the class names of the data set, else the numbers up to the highest label."""
         names = getattr(self.items, "classes", None)
         count = max(self.labels, default=0) + 1
         if isinstance(names, list | tuple) and len(names) >= count and all(isinstance(name, str) for name in names):
@@ -127,7 +127,7 @@ def _splits(kind: Any) -> dict[str, dict[str, Any]]:
 
 
 def _parameters(kind: Any) -> list[str]:
-    """Return the names of a class's arguments; those of its bases too, where it passes arguments on."""
+    """Return the names of a class's arguments, including those of its bases if it passes arguments on."""
     names: list[str] = []
     for cls in kind.__mro__:
         parameters = inspect.signature(cls).parameters
@@ -138,7 +138,7 @@ def _parameters(kind: Any) -> list[str]:
 
 
 def _check_args(kind: Any, given: Any) -> None:
-    """Raise a ValueError for arguments that are unknown, functions, or settings of their own."""
+    """Raise a ValueError for arguments that are unknown, functions, or set by other settings."""
     known = [name for name in _parameters(kind) if name not in OURS]
     if not isinstance(given, dict):
         raise ValueError(f"arguments of {kind.__name__} are names with values, not {given!r:.80}")
@@ -151,7 +151,7 @@ def _check_args(kind: Any, given: Any) -> None:
 
 
 def _labels(place: str, items: Any) -> list[int]:
-    """Return the label of each item: as the data set lists them, else from the items themselves."""
+    """Return the label of each item, from the data set's list of labels or else from the items."""
     for name in ("targets", "labels", "_labels"):
         given = getattr(items, name, None)
         if given is not None and len(given) == len(items):

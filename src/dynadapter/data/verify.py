@@ -56,9 +56,10 @@ class SplitReport:
         images: Number of images.
         unreadable: Number of images that cannot be decoded.
         classes: Number of images of each class.
-        smallest: Width and height of the smallest image in pixels; None where no image can be decoded.
-        largest: The same of the largest image.
-        hash: :func:`dynadapter.data.identity.data_hash`, as in a run's ``run.json``; None with unreadable images.
+        smallest: Width and height of the smallest image in pixels; None if no image can be decoded.
+        largest: The same for the largest image.
+        hash: :func:`dynadapter.data.identity.data_hash`, as in a run's ``run.json``; None if there are unreadable
+            images.
     """
 
     name: str
@@ -80,7 +81,7 @@ class Report:
         class_names: In the order of their indices.
         splits: The splits that exist.
         findings: Errors first.
-        account: All files of the folder in one line: those of each split and those that are not read.
+        account: Counts of all files of the folder in one line, by split or by the reason why they are not read.
     """
 
     data: str
@@ -103,7 +104,7 @@ class Report:
 
 
 class _Entry(NamedTuple):
-    """An image of a split after a look at it; `reason` is empty if it could be decoded."""
+    """The result of decoding an image; `reason` is empty if it could be decoded."""
 
     split: Split
     source: Source
@@ -119,13 +120,13 @@ def verify(
 ) -> Report:
     """Decode every image of a data set and report what is missing, broken, duplicated, or in two splits.
 
-    Images are equal if their bytes are. The public lists of VTAB-1k contain a few duplicates that cannot be changed;
-    for these tasks duplicates are warnings, unless one split repeats half of another.
+    Images are equal if their bytes are equal. The public lists of VTAB-1k are fixed and contain a few duplicates; for
+    these tasks duplicates are warnings, unless one split repeats half of another.
 
     Args:
-        data: Any data module. Errors in its lists and folders are findings.
-        threads: Images decoded at once; None for a few more than there are cores.
-        progress: Called with the number of images done and of all images.
+        data: Any data module. Errors in its lists and folders are reported as findings.
+        threads: Number of decoding threads; None for a few more than there are cores.
+        progress: Called with the number of checked images and the number of all images.
     """
     data = copy(data)
     data.on_error = "skip"  # missing files are reported together with the unreadable ones
@@ -244,7 +245,7 @@ def _find_duplicates(entries: list[_Entry], class_names: list[str], lenient: boo
 
 
 def _find_missing_classes(entries: list[_Entry], class_names: list[str], lenient: bool) -> Iterator[Finding]:
-    """Find classes without images: in val or test alone they can never be predicted."""
+    """Find classes without images; a class that is only in val or test can never be predicted."""
     labels = {split: {entry.label for entry in entries if entry.split == split} for split in SPLITS}
     for split in SPLITS:
         if not labels[split] or not labels["train"]:

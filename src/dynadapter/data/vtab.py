@@ -21,7 +21,7 @@ class VTABTask:
         name: Folder name in the public copies of VTAB-1k.
         classes: Number of classes.
         test: Number of test images.
-        group: Group whose mean the task counts in.
+        group: Group of tasks.
         aliases: Other names in use.
     """
 
@@ -60,7 +60,7 @@ VTAB_TASKS: dict[str, VTABTask] = {
 
 
 def vtab_task(name: str) -> VTABTask | None:
-    """Return the VTAB-1k task of that name or alias, None for any other.
+    """Return the VTAB-1k task with this name or alias; None for any other name.
 
     >>> vtab_task("pets").name
     'oxford_iiit_pet'
@@ -74,8 +74,8 @@ class VTAB1k(ImageData):
     The protocol: choose all settings with ``split: train800``, which trains on 800 images and validates on 200 others.
     Then train once with ``split: train800val200`` on all 1000 images, without validation, and test on ``test.txt``.
 
-    The number of classes is known for the 19 tasks. For other tasks, ``classes.txt`` (a name a line) decides, or the
-    highest label where that file is missing.
+    The number of classes is known for the 19 tasks. For other tasks it follows from ``classes.txt`` (one name per
+    line), or from the highest label if that file is missing.
 
     Args:
         root: Folder that holds the tasks.
@@ -133,7 +133,7 @@ def find_task(root: Path, name: str) -> Path:
     """Return the folder of a task, under its own or another name.
 
     Raises:
-        ValueError: `root` or the task does not exist. The message names what there is.
+        ValueError: `root` or the task does not exist. The message lists what exists.
     """
     if not root.is_dir():
         raise ValueError(f"root {root} does not exist or is not a folder")

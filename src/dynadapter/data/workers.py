@@ -1,4 +1,4 @@
-"""Worker processes of loaders: enough shared memory for their batches, and an end to waiting for them."""
+"""Worker processes of loaders: check the shared memory for their batches, and report a timeout."""
 
 import os
 
@@ -13,14 +13,14 @@ PREFETCHED = 2
 def check_shared_memory(workers: int, images: int, batch_size: int, image_size: int, processes: int = 1) -> None:
     """Check that the batches that worker processes keep ready fit into shared memory.
 
-    A worker that finds none left is killed or waits for ever, and the training with it.
+    Without free shared memory a worker is killed or waits forever, and so does the training.
 
     Args:
         workers: Worker processes of a loader.
         images: Images of the loader.
         batch_size: Images in a batch, float32 of three colours.
         image_size: Height and width in pixels.
-        processes: Loaders that share the machine.
+        processes: Number of loaders on the machine.
 
     Raises:
         ValueError: They do not fit.
