@@ -71,8 +71,8 @@ COMMANDS = (*TRAINER, *OWN)
 def main(args: list[str] | None = None) -> None:
     """Run the command line.
 
-    Invalid input ends with one line and exit code 2, what looks like a bug with one line and 1, Ctrl-C with 130,
-    SIGTERM with 143, SIGHUP with 129, SIGUSR1 with 138. ``--debug`` shows the traceback.
+    Errors are printed in one line. The exit code is 2 for invalid input, 1 for what looks like a bug, 130 after Ctrl-C,
+    143 after SIGTERM, 129 after SIGHUP and 138 after SIGUSR1. ``--debug`` shows the traceback.
     """
     for stream in (sys.stdout, sys.stderr):  # a name that the terminal cannot show must not end a command
         if hasattr(stream, "reconfigure"):
@@ -131,7 +131,7 @@ def _run(args: list[str]) -> None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence Lightning's advertisements, and warnings that a user can do nothing about."""
+    """Silence Lightning's advertisements, and warnings on which a user cannot act."""
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
     with warnings.catch_warnings():
         # The backbone is in evaluation mode because it is frozen, and small sets load fastest in the main process.

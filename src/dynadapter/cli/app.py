@@ -47,7 +47,7 @@ from dynadapter.training.starting import start_from
 
 
 class DynCLI(LightningCLI):
-    """Model, data and callbacks from a configuration in layers, and a command to run on them.
+    """Build model, data and callbacks from a configuration in layers, and run a command on them.
 
     Args:
         args: The command line; the command comes first.
@@ -101,7 +101,7 @@ class DynCLI(LightningCLI):
     # ---- layers of the configuration
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse ``defaults < checkpoint < config files < command line``, whatever the position of the files."""
+        """Parse ``defaults < checkpoint < config files < command line``; the position of the files does not matter."""
         if {"-h", "--help"} & {*args}:
             print(short_help(self.command, arguments.DESCRIPTIONS[self.command], parser))
             raise SystemExit(0)
@@ -161,7 +161,7 @@ class DynCLI(LightningCLI):
             config.model.pretrained, config.model.weights = False, None
 
     def instantiate_classes(self) -> None:
-        """Build the parts. What is switched off is built with its defaults and dropped by the trainer."""
+        """Build the parts. A part that is switched off is built with its defaults, and the trainer does not use it."""
         whole, self.config = self.config, self.config.clone()
         for key in self.off:
             self.config.pop(key)
@@ -176,7 +176,7 @@ class DynCLI(LightningCLI):
     # ---- the trainer
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Give a run a folder of its own, with ``metrics.csv`` unless the config names loggers."""
+        """Create a new run folder, with ``metrics.csv`` unless the config names loggers."""
         config = self.config_init["trainer"]
         kind = RUN_FOLDERS.get(self.command)
         if kind is None or config["fast_dev_run"] or config["barebones"]:
@@ -285,7 +285,7 @@ class DynCLI(LightningCLI):
             print(line)
 
     def after_fit(self) -> None:
-        """Save the trained part once more without the optimiser, a third of the size, and test it on request."""
+        """Save the trained tensors without the optimiser, a third of the size, and test them on request."""
         checkpoint = self.trainer.checkpoint_callback
         if self.run_folder is not None and isinstance(checkpoint, ModelCheckpoint) and checkpoint.dirpath:
             path = Path(checkpoint.dirpath) / "weights.ckpt"

@@ -59,7 +59,7 @@ class ConfigParser(LightningArgumentParser):
         self.trained: Trained | None = None  # of the checkpoint, if there is one
 
     def linked(self, name: str, data: ImageData) -> Any:
-        """Return an argument of the model that comes from the data, once these use the classes of the checkpoint."""
+        """Return an argument of the model that comes from the data, after setting the classes of the checkpoint."""
         if self.trained is not None:
             data.take_classes(self.trained.class_names)
         if name != "image_size":
@@ -69,7 +69,7 @@ class ConfigParser(LightningArgumentParser):
         return None if data.wanted.image_size == "auto" else data.image_size
 
     def add_class_arguments(self, *args: Any, **kwargs: Any) -> list[str]:
-        """Add the arguments of a class; none of them is read from a file of its own, which nothing would check."""
+        """Add the arguments of a class; a section cannot be read from a separate file, which would not be checked."""
         return super().add_class_arguments(*args, **(kwargs | {"sub_configs": False}))
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
@@ -82,7 +82,7 @@ class ConfigParser(LightningArgumentParser):
 
 
 def full_parser(command: str) -> ConfigParser:
-    """Return the parser of a command with all its arguments, for what needs no command line of its own."""
+    """Return the parser of a command with all its arguments, for uses without a command line."""
     parser = ConfigParser(command)
     add_command_arguments(parser, command)
     add_sections(parser)
@@ -90,7 +90,7 @@ def full_parser(command: str) -> ConfigParser:
 
 
 def add_command_arguments(parser: LightningArgumentParser, command: str) -> None:
-    """Add the config files and what one command takes beside the sections."""
+    """Add the config files and the arguments of one command that are outside the sections."""
     what = "A config file, or the name of a packaged one; later files win, and the command line wins over all."
     parser.add_argument("-c", "--config", action=ActionConfigFile, help=what)
     printing = next(action for action in parser._actions if "--print_config" in action.option_strings)

@@ -1,4 +1,4 @@
-"""``dynadapter backbones``: which of timm's architectures and weights are accepted."""
+"""``dynadapter backbones``: list which of timm's architectures and weights are accepted."""
 
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
@@ -52,7 +52,7 @@ def table(found: list["Architecture"]) -> list[str]:
 
 
 def listed(found: list["Architecture"], wanted: str) -> list[str]:
-    """Return a line for each weight tag, or for each architecture without weights or that is not accepted.
+    """Return a line for each weight tag, and for each architecture without weights or that is not accepted.
 
     Args:
         found: All architectures.

@@ -104,7 +104,7 @@ def _check_out(place: Path, overwrite: bool) -> None:
 
 
 def _write(place: Path, result: dict[str, Any], overwrite: bool) -> None:
-    """Write the whole file or nothing."""
+    """Write the file atomically."""
     draft = place.with_name(f".{place.name}.{secrets.token_hex(4)}.partial")
     write(draft, (json.dumps(result, indent=1, allow_nan=False) + "\n").encode())
     if place.exists() and not overwrite:

@@ -199,7 +199,7 @@ def add_arguments(parser: LightningArgumentParser) -> None:
 def calibrate(trainer: Trainer, model: ExitClassifier, data: ImageData, settings: Settings) -> Solution | None:
     """Run the images through the network once, solve the goal, print a table, and write the files.
 
-    With ``policy_from`` nothing is run: the policy is checked and written, and there is no solution.
+    With ``policy_from`` the network does not run: the policy is checked and written, and there is no solution.
 
     Raises:
         Mistake: If there are no images, the network was trained on them, or the goal cannot be reached.
@@ -217,7 +217,7 @@ def calibrate(trainer: Trainer, model: ExitClassifier, data: ImageData, settings
 
 @contextlib.contextmanager
 def _held(out: str | None) -> Iterator[None]:
-    """Hold the folder of the results against other processes."""
+    """Lock the folder of the results against other processes."""
     if out is None:  # a new folder
         yield
         return
@@ -341,7 +341,7 @@ def _print(solution: Solution, model: ExitClassifier, settings: Settings) -> Non
 
 
 def _write(folder: Path, content: dict[str, Any], model: ExitClassifier, settings: Settings) -> None:
-    """Write ``calibration.json``, and the same beside the checkpoint, where predict and test find it."""
+    """Write ``calibration.json``, and a copy next to the checkpoint, where predict and test find it."""
     content |= {
         "checkpoint": settings.ckpt_path,
         "checkpoint_sha256": sha256(Path(settings.ckpt_path)),

@@ -1,4 +1,4 @@
-"""The images of a calibration: check that the network was not trained on them, and run them through it once."""
+"""The images of a calibration: check that the network was not trained on them, and compute their logits."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -25,7 +25,7 @@ WORDS = {"val": "validation", "test": "test", "train": "training"}
 
 
 def check_images(data: ImageData, split: Split, ckpt_path: str, guarantee: bool = False) -> tuple[str, ...]:
-    """Compare a split with the images of the training, which the checkpoint keeps.
+    """Compare a split with the images of the training, whose keys are in the checkpoint.
 
     A few validation images that are copies of training images are left out.
 
@@ -33,7 +33,7 @@ def check_images(data: ImageData, split: Split, ckpt_path: str, guarantee: bool 
         data: The images.
         split: val, test or train.
         ckpt_path: The checkpoint.
-        guarantee: The thresholds get a guarantee for future images.
+        guarantee: Whether the goal is a risk, with a guarantee for future images.
 
     Returns:
         Notes about the images.
@@ -74,7 +74,7 @@ def check_images(data: ImageData, split: Split, ckpt_path: str, guarantee: bool 
 
 
 def _images_of_the_training(ckpt_path: str) -> tuple[Literal["content", "path"], Tensor, Tensor] | None:
-    """Return what a checkpoint keeps of the training and validation images; None if it keeps nothing that is whole."""
+    """Return the keys of the training and validation images in a checkpoint; None if they are missing or not valid."""
     saved = torch.load(ckpt_path, map_location="cpu", weights_only=True)["dynadapter"].get("images")
     if not isinstance(saved, dict):
         return None
@@ -86,7 +86,7 @@ def _images_of_the_training(ckpt_path: str) -> tuple[Literal["content", "path"],
 
 
 def _compare_held_out(keys: Tensor, held_out: Tensor) -> tuple[str, ...]:
-    """Return a note if validation images are not those that the training held out."""
+    """Return a note if the validation images are not the ones that the training held out."""
     new = int((~torch.isin(keys, held_out)).sum())
     gone = int((~torch.isin(held_out, keys)).sum())
     if not len(held_out) or not (new or gone):
@@ -101,7 +101,7 @@ def stack_logits(
 
     Args:
         trainer: Runs the network.
-        model: Its tensors are read from the checkpoint.
+        model: The model; its tensors are read from the checkpoint.
         data: The images.
         split: val, test or train.
         ckpt_path: The checkpoint.
@@ -136,14 +136,14 @@ def some_images(data: ImageData, split: Split, most: int = 64) -> Tensor:
 
 
 def reference_classes(place: str, data: ImageData, split: Split, class_names: Sequence[str], targets: Tensor) -> Tensor:
-    """Run the images of a split through another network, such as a static one, to compare the accuracy with.
+    """Run the images of a split through another network, such as a static one, as reference of the accuracy.
 
     Args:
-        place: Its checkpoint or bundle. It reads the images by its own preprocessing.
+        place: Checkpoint or bundle of the network, which uses its own preprocessing.
         data: The images.
         split: val, test or train.
         class_names: The classes, in the order of their indices; those of the other network are matched by name.
-        targets: Of the images that were run (samples,): the first ones of the split.
+        targets: Targets of the images that were run (samples,): the first ones of the split.
 
     Returns:
         The classes that its last exit predicts (samples,).

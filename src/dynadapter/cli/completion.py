@@ -79,7 +79,7 @@ def _parsers(command: str) -> "Iterator[jsonargparse.ArgumentParser]":
 
 
 def _add_action(into: argparse.ArgumentParser, action: argparse.Action) -> None:
-    """Add an option of jsonargparse, and for a key that takes a class the keys of its settings."""
+    """Add an option of jsonargparse; for a key that takes a class, also the keys of its settings."""
     from dynadapter.cli.explain import classes_in, parameters, subclasses
 
     names, hint = action.option_strings, getattr(action, "_typehint", None)
@@ -105,7 +105,7 @@ def _add(
     values: Iterable[str] = (),
     nargs: int | str | None = None,
 ) -> None:
-    """Add an option unless it is there; its value is one of `values`, or a file."""
+    """Add an option unless it exists; its value is one of `values`, or a file."""
     names, values = [name for name in names if name not in into._option_string_actions], list(dict.fromkeys(values))
     if not names:
         return
@@ -121,7 +121,7 @@ def _add(
 
 
 def _values(hint: Any) -> Iterator[str]:
-    """Yield what a value may be, as far as its type says it in words: literals, true and false, class names."""
+    """Yield the possible values that the type names: literals, true and false, class names."""
     if hint is bool:
         yield from ("true", "false")
     elif get_origin(hint) is Literal:

@@ -1,4 +1,4 @@
-"""Config files: found by name, read with guards. ``dynadapter configs`` lists those that come with the package."""
+"""Find config files by name, and read them within limits. ``dynadapter configs`` lists the packaged ones."""
 
 import argparse
 import difflib
@@ -55,10 +55,10 @@ def config_files(args: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def find_config(name: str) -> Path:
-    """Return the file that ``-c NAME`` means: a local file, or else a packaged config, with or without ``.yaml``.
+    """Return the file for ``-c NAME``: a local file, or else a packaged config, with or without ``.yaml``.
 
     Raises:
-        Mistake: If there is none; with the names that exist, the most similar first.
+        Mistake: If there is none; the message lists the existing names, the most similar first.
     """
     ours = packaged()
     for path in (Path(name), Path(f"{name}.yaml"), ours.get(name.removesuffix(".yaml"))):
@@ -84,10 +84,10 @@ def packaged() -> dict[str, Path]:
 
 
 def require_no_file(content: Mapping[Any, Any], sections: Container[str], where: str) -> None:
-    """Refuse a file in the place of a section: jsonargparse would read it unchecked, and wait for a pipe for ever.
+    """Refuse a file as the value of a section: jsonargparse would not check it, and would wait forever for a pipe.
 
     Raises:
-        Mistake: In one line.
+        Mistake: A section is given as a file.
     """
     for key, value in content.items():
         if key in sections and isinstance(value, str) and os.path.exists(value) and not os.path.isdir(value):

@@ -1,4 +1,4 @@
-"""How a command ends: errors in one line, exit codes, and signals. Imports nothing heavy, so that errors are fast."""
+"""How a command ends: one-line errors, exit codes and signals. Imports nothing heavy, so that errors are fast."""
 
 import difflib
 import dis
@@ -16,7 +16,7 @@ class Mistake(Exception):
 
 
 class Stopped(Exception):
-    """A command that ended before its work was done.
+    """A command ended before it was finished.
 
     Args:
         line: One line that says how to continue.
@@ -29,10 +29,10 @@ class Stopped(Exception):
 
 
 class Failed(Stopped):
-    """Work of which some parts failed (exit code 1).
+    """Some parts of the work failed (exit code 1).
 
     Args:
-        line: One line that names those parts.
+        line: One line that names the failed parts.
     """
 
     def __init__(self, line: str) -> None:
@@ -40,7 +40,7 @@ class Failed(Stopped):
 
 
 class Terminated(BaseException):
-    """A signal asks the process to stop. Not an ``Exception``, so that no handler for errors catches it.
+    """A signal stops the process. This is not an ``Exception``, so that no handler of errors catches it.
 
     Args:
         number: The signal.
@@ -66,7 +66,7 @@ def _raise_terminated(number: int, _: object) -> None:
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """Raise :class:`Terminated` in the body when such a signal arrives. Only the main thread receives signals."""
+    """Raise :class:`Terminated` inside the context when such a signal arrives; only in the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -84,12 +84,12 @@ def one_line(error: BaseException | str) -> str:
 
 
 def closest(given: str, names: Iterable[str], cutoff: float = 0.7) -> str | None:
-    """Return the name that a wrong or shortened one most likely means; None where none is similar.
+    """Return the valid name that is most similar to a wrong or shortened one; None if none is similar.
 
     Args:
         given: The wrong name; case is ignored.
         names: The valid ones.
-        cutoff: Least similarity, in [0, 1].
+        cutoff: Lowest accepted similarity, in [0, 1].
     """
     lower = {name.lower(): name for name in names}
     near = difflib.get_close_matches(given.lower(), lower, n=1, cutoff=cutoff)
@@ -99,7 +99,7 @@ def closest(given: str, names: Iterable[str], cutoff: float = 0.7) -> str | None
 
 
 def nearest(given: str, names: Iterable[str], cutoff: float = 0.7) -> str:
-    """Return a question with the :func:`closest` name, or an empty string where none is similar.
+    """Return a question with the :func:`closest` name, or an empty string if none is similar.
 
     >>> nearest("LoRa", ["LoRA", "Adapter"])
     "; did you mean 'LoRA'?"
@@ -108,12 +108,12 @@ def nearest(given: str, names: Iterable[str], cutoff: float = 0.7) -> str:
 
 
 def meant(name: str | None) -> str:
-    """Return the question whether a name is meant; an empty string for None."""
+    """Return the question "did you mean" with a name; an empty string for None."""
     return f"; did you mean {name!r}?" if name is not None else ""
 
 
 def nearest_place(given: str) -> str:
-    """Return the same question for a path that does not exist, from the names beside it."""
+    """Return the same question for a path that does not exist, from the names in the same folder."""
     path = Path(given).expanduser()
     if path.exists():
         return ""
@@ -143,7 +143,7 @@ OUTAGES = {
 
 
 def outage(error: BaseException) -> str:
-    """Return what has failed beside this program, and the way out; an empty string for any other error."""
+    """Return what has failed outside this program, and what to do; an empty string for any other error."""
     if (isinstance(error, OSError) and error.errno is None) or isinstance(error, ValueError | TypeError | ImportError):
         return ""  # our own line, or invalid input
     text = f"{type(error).__name__}: {error}"

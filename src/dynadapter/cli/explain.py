@@ -15,12 +15,12 @@ Sections = Mapping[str, type]
 
 
 class ParserError(NamedTuple):
-    """What a nested message of jsonargparse is about.
+    """The parsed content of a nested message of jsonargparse.
 
     Args:
-        key: The dotted key, such as ``model.every``; empty where the message names none.
+        key: The dotted key, such as ``model.every``; empty if the message names none.
         text: The innermost message. For a union of types, their messages joined.
-        value: The value given, where the message shows it apart from the text.
+        value: The given value, if the message shows it separately from the text.
     """
 
     key: str
@@ -58,7 +58,7 @@ def innermost(message: str) -> ParserError:
 
 
 def _most_specific(bullets: str) -> str:
-    """Return the most specific error of a union's types; where each only names a type, all of them."""
+    """Return the most specific error of a union's types; if each only names a type, all of them."""
     items = [textwrap.dedent("  " + item).strip() for item in re.split(r"^- ", bullets, flags=re.MULTILINE)[1:]]
     items = [item for item in items if not re.match(r"Expected a <class 'NoneType'>|Expected a path but", item)]
     if any(re.match(r"Expected a <class '(int|float)'>", item) for item in items):  # a number, or rarely a class
@@ -117,7 +117,7 @@ def _unknown_key(error: ParserError, given: str, sections: Sections, keys: list[
 
 
 def _stray(given: str, keys: list[str]) -> str:
-    """Explain a value without a key, by what it looks like."""
+    """Explain a value without a key by its form."""
     name, path, way = given.lstrip("-").partition("=")[0], Path(given), "settings are given as --KEY VALUE"
     if near := closest(name, keys):
         way = f"did you mean '--{near}'?"
@@ -240,7 +240,7 @@ RULES: tuple[tuple[str, Callable[[ParserError, str, Sections, list[str]], str]],
 
 
 def bases(key: str, sections: Sections) -> Iterator[type]:
-    """Yield the classes whose subclasses a key may name; those of all keys where the key is not known."""
+    """Yield the classes whose subclasses a key may name; for an unknown key, the classes of all keys."""
     from dynadapter.spec import Spec
 
     section, _, rest = key.partition(".")
@@ -280,7 +280,7 @@ def _settings_of(found: Iterable[type]) -> set[str]:
 
 
 def subclasses(cls: type) -> Iterator[type]:
-    """Yield the concrete classes that a config can name, from a class downwards."""
+    """Yield the concrete subclasses of a class that a config can name, including the class."""
     if not cls.__name__.startswith("_") and not inspect.isabstract(cls):
         yield cls
     children: list[type] = cls.__subclasses__()
@@ -289,7 +289,7 @@ def subclasses(cls: type) -> Iterator[type]:
 
 
 def parameters(cls: type) -> Iterator[str]:
-    """Yield the names of a class's arguments, those that it passes to its bases included."""
+    """Yield the names of a class's arguments, including those that it passes to its bases."""
     for parent in cls.__mro__:
         if "__init__" in vars(parent):
             for name, parameter in inspect.signature(vars(parent)["__init__"]).parameters.items():

@@ -143,7 +143,7 @@ def _write_for_peft(given: Any, bundle: "Bundle") -> None:
 
 
 def _costs(bundle: "Bundle", merge: bool, class_first: bool) -> "ExitCosts":
-    """Count the cost of what is exported."""
+    """Count the cost of the exported network."""
     import torch
 
     from dynadapter.cost import exit_costs
@@ -154,7 +154,7 @@ def _costs(bundle: "Bundle", merge: bool, class_first: bool) -> "ExitCosts":
 
 
 def _files(place: str, most: int) -> list[Path]:
-    """List the images of a folder, at most so many and evenly spread."""
+    """List at most a given number of images of a folder, evenly spread."""
     from dynadapter.images.reading import find_images
 
     folder = Path(place).expanduser()
@@ -169,7 +169,7 @@ def _files(place: str, most: int) -> list[Path]:
 
 
 def _labels(files: Sequence[Path], place: str, names: Sequence[str]) -> "tuple[Tensor | None, str]":
-    """Return the class indices by the names of the subfolders; or None, and why they are unknown."""
+    """Return the class indices from the names of the subfolders, or None and the reason."""
     import torch
 
     if not files:

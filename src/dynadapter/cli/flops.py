@@ -11,8 +11,8 @@ def print_costs(model: ExitClassifier, data: ImageData, merged: bool) -> None:
 
     Args:
         model: The network.
-        data: Where the image size comes from.
-        merged: Merge the adapters first. The parameters are those that were trained, merged or not.
+        data: The data module, for the image size.
+        merged: Whether to merge the adapters first. The printed parameters are always the trained ones.
     """
     parameters = [f"{count:,}" for count in exit_parameters(model.net)]
     if merged:

@@ -1,4 +1,4 @@
-"""The short help of a command with a whole configuration: the keys that most users need, in two screens."""
+"""The short help of a command with a full configuration: the keys that most users need, on two screens."""
 
 import shutil
 import textwrap
@@ -115,7 +115,7 @@ def _entry(name: str, text: str, default: Any, width: int) -> Iterable[str]:
 
 
 def _as_text(value: Any) -> str:
-    """Return a default in short; empty for null and for what has no short form."""
+    """Return a default as short text; empty for null and for values without a short form."""
     if isinstance(value, Namespace | dict):
         value = value.get("class_path")
         return str(value).rpartition(".")[2] if value else ""

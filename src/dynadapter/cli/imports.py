@@ -1,7 +1,7 @@
-"""``--import MODULE``: import a module of the user's own before a command, so that files may name its classes.
+"""``--import MODULE``: import a user's module before a command, so that files may name its classes.
 
-Checkpoints, run folders and bundles may name classes that are loaded already, and import none. By this option, which
-only the command line or the environment can give, a user says which modules of his own he trusts.
+Checkpoints, run folders and bundles may name classes that are loaded already, and import none. With this option, which
+only the command line or the environment can give, a user names the modules to trust.
 """
 
 import os
@@ -19,7 +19,7 @@ def take_imports(args: list[str]) -> list[str]:
     """Move the modules that ``--import`` names into the environment, and return the other arguments.
 
     Raises:
-        Mistake: No name follows.
+        Mistake: The option has no value.
     """
     left: list[str] = []
     names = [name for name in os.environ.get(VARIABLE, "").split(",") if name]
@@ -39,10 +39,10 @@ def take_imports(args: list[str]) -> list[str]:
 
 
 def import_own() -> None:
-    """Import the modules; the working folder is searched after all other places.
+    """Import the modules; the working folder is searched last.
 
     Raises:
-        Mistake: One cannot be imported.
+        Mistake: A module cannot be imported.
     """
     names = [name for name in os.environ.get(VARIABLE, "").split(",") if name]
     if names and os.getcwd() not in sys.path:

@@ -45,14 +45,14 @@ def assignments(args: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 
 def expand_short(args: Sequence[str], command: str) -> list[str]:
-    """Replace short options by the keys that they stand for.
+    """Replace short options by their full keys.
 
     >>> expand_short(["--lr", "1e-3", "--threshold=0.8"], "fit")[:2]
     ['--model.optimizer.lr', '1e-3']
 
     Args:
         args: The command line without the command.
-        command: A command that takes a whole configuration.
+        command: A command that takes a full configuration.
     """
     long: list[str] = []
     waiting = False  # the threshold is the next argument
@@ -118,9 +118,9 @@ def switched_off(rest: Sequence[str], keys: Container[str]) -> tuple[set[str], l
 
 
 def with_fresh_adapters(args: Sequence[str], contents: Contents) -> list[str]:
-    """Reset ``model.adapter`` before an argument that names another kind than the one below.
+    """Reset ``model.adapter`` before an argument that names another kind than the layers below.
 
-    jsonargparse would keep the arguments that both kinds have: a RepAdapter would wrap the layers chosen for a LoRA.
+    Otherwise jsonargparse would keep the arguments that both kinds have: a RepAdapter would wrap the targets of a LoRA.
 
     >>> with_fresh_adapters(["--config=a", "--model.adapter=RepAdapter"], {"a": {"model": {"adapter": "LoRA"}}})
     ['--model.adapter=null', '--config=a', '--model.adapter=null', '--model.adapter=RepAdapter']
@@ -150,7 +150,7 @@ def with_fresh_adapters(args: Sequence[str], contents: Contents) -> list[str]:
 
 
 def overridden(contents: Iterable[Mapping[str, Any]], rest: Sequence[str]) -> set[str]:
-    """Return which of the backbone's settings the user names, so that those of an untrusted file are not read.
+    """Return the backbone settings that the user gives, so that those of an untrusted file are not read.
 
     >>> overridden([{"model": {"backbone_args": {}}}], ["--model.backbone=micro"]) == {"backbone", "backbone_args"}
     True
@@ -162,12 +162,12 @@ def overridden(contents: Iterable[Mapping[str, Any]], rest: Sequence[str]) -> se
 
 
 class Trained(NamedTuple):
-    """What a checkpoint says of its training beside the settings.
+    """The information of a checkpoint about its training, apart from the settings.
 
     Args:
-        class_names: In the order of the model's class indices.
-        preprocessing: How the images were read; empty where that is not known.
-        image_size: The model's argument.
+        class_names: Class names in the order of the model's class indices.
+        preprocessing: Preprocessing of the training; empty if unknown.
+        image_size: The model's argument ``image_size``.
     """
 
     class_names: list[str]
@@ -176,14 +176,14 @@ class Trained(NamedTuple):
 
 
 def checkpoint_settings(path: str, given: Collection[str] = ()) -> tuple[dict[str, Any], Trained]:
-    """Return the settings of model and data in a checkpoint, the layer below the config files, and what else it says.
+    """Return the settings of model and data in a checkpoint, which config files override, and :class:`Trained`.
 
     Args:
         path: The checkpoint.
-        given: From :func:`overridden`.
+        given: The result of :func:`overridden`.
 
     Raises:
-        Mistake: If there is no such file, or it is not one that fit wrote.
+        Mistake: If there is no such file, or fit did not write it.
     """
     if not Path(path).is_file():
         there = "is a folder" if Path(path).is_dir() else "does not exist"
@@ -220,7 +220,7 @@ def _settings(checkpoint: dict[str, Any], path: Path, given: Collection[str]) ->
 
 
 def run_root(checkpoint: Path) -> Path | None:
-    """Return the folder that holds the run of a checkpoint; what other commands measure is put beside the run.
+    """Return the parent folder of the run of a checkpoint; results of other commands are written next to the run.
 
     >>> run_root(Path("runs/digits/version_3/checkpoints/last.ckpt")).as_posix()
     'runs/digits'
@@ -230,7 +230,7 @@ def run_root(checkpoint: Path) -> Path | None:
 
 
 def _newest(path: str) -> str:
-    """Return the newest checkpoint in or near a folder, or the usual place where there is none."""
+    """Return the newest checkpoint in or near a folder, or the usual path if there is none."""
     folder = next((p for p in (Path(path), *Path(path).parents) if p.is_dir()), Path())
     near = ("*.ckpt", "checkpoints/*.ckpt", "version_*/checkpoints/*.ckpt", "*/version_*/checkpoints/*.ckpt")
     found = sorted((file for pattern in near for file in folder.glob(pattern)), key=lambda file: file.stat().st_mtime)

@@ -1,4 +1,4 @@
-"""The network of a command: a bundle, or a checkpoint as a bundle in memory."""
+"""Load the network of a command: a bundle, or a checkpoint as a bundle in memory."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +19,7 @@ BUNDLE = "a folder that calibrate wrote, or hf-hub:OWNER/NAME on the Hugging Fac
 
 
 def check_network(bundle: str | None, checkpoint: str | None = None) -> None:
-    """Refuse a place that holds no network, before anything heavy is loaded.
+    """Refuse a place without a network, before anything heavy is loaded.
 
     Raises:
         Mistake: The checkpoint does not exist, or the bundle is something else.
@@ -60,7 +60,7 @@ def load_bundle(place: str, weights: str | None, pretrained: bool | None) -> "Bu
     """Load a bundle.
 
     Raises:
-        Mistake: It cannot be loaded; with settings named as on the command line.
+        Mistake: The bundle cannot be loaded; the message names settings as on the command line.
     """
     from dynadapter.serve.bundle import load
 
@@ -77,7 +77,7 @@ def load_network(given: Any, number: int = 0) -> "Bundle":
     Args:
         given: Settings ``bundle``, ``ckpt_path``, ``weights``, ``pretrained``, ``policy``, ``threshold``, ``device``
             and perhaps ``policy_from``.
-        number: Of this process among several; each takes the next GPU.
+        number: Index of this process among several; each takes the next GPU.
 
     Raises:
         Mistake: It cannot be loaded, takes no images, or the policy does not fit.
@@ -115,7 +115,7 @@ def load_network(given: Any, number: int = 0) -> "Bundle":
 
 
 def load_checkpoint(path: str, weights: str | None, pretrained: bool | None) -> "tuple[Bundle, str]":
-    """Load a checkpoint as a bundle in memory, with its calibrated policy or the first of its training, and its origin.
+    """Load a checkpoint as a bundle in memory, with its calibrated policy or its training's first, and the origin.
 
     Raises:
         Mistake: It cannot be loaded.
@@ -132,10 +132,10 @@ def load_checkpoint(path: str, weights: str | None, pretrained: bool | None) -> 
 
 
 def chosen_policy(stored: "Policy", policy: dict[str, Any] | str | None, threshold: Any) -> "Policy":
-    """Return the stored policy, or another one or the same with another threshold; temperatures and combination stay.
+    """Return the stored policy, or one of another kind or threshold with the same temperatures and combination.
 
     Raises:
-        ValueError: There is no such policy, or it has no threshold.
+        ValueError: There is no such kind of policy, or it has no threshold.
     """
     from dynadapter.exits.combining import decision, with_decision, with_threshold
     from dynadapter.exits.policies import Policy, Thresholded

@@ -1,4 +1,4 @@
-"""The parser of the commands that have a handful of settings and no trainer."""
+"""The parser of the commands with few settings and no trainer."""
 
 from types import MappingProxyType
 from typing import Any, NoReturn

@@ -1,4 +1,4 @@
-"""The policy that ``--policy_from`` names: of a calibration, of a calibrated checkpoint or run, or of a bundle."""
+"""Read the policy that ``--policy_from`` names: from a calibration, a calibrated checkpoint or run, or a bundle."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ from dynadapter.cli.errors import Mistake, one_line
 
 
 def policy_from(place: str) -> Calibration:
-    """Return the policy of a place, and the network that it was calibrated for.
+    """Return the policy of a place, with the network for which it was calibrated.
 
     Args:
         place: A folder that calibrate wrote, its ``calibration.json``, a bundle (also ``hf-hub:``), a calibrated

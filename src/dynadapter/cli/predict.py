@@ -141,7 +141,7 @@ def prepared(given: Any, number: int = 0) -> Iterator[tuple["Bundle", Prediction
 
     Args:
         given: The settings.
-        number: Of this process; the first one begins and finishes the table.
+        number: Index of this process; the first one begins and finishes the table.
     """
     try:
         files = list_images(given.images, given.path_column)
@@ -200,14 +200,14 @@ def _take_value_range(bundle: "Bundle", value_range: list[float] | None) -> None
 
 
 def accounts(places: list[str], files: list[str]) -> Iterator[str]:
-    """Yield for each folder in one line how many of its files are images, and why others are not."""
+    """Yield one line for each folder: the number of images, and of other files by reason."""
     for folder in (Path(place).expanduser() for place in places):
         if folder.is_dir():
             yield str(account(folder, {"images": files}))
 
 
 def fill(bundle: "Bundle", table: PredictionTable, given: Any) -> float:
-    """Fill the table with this process's share and return its speed in images a second."""
+    """Fill the table with this process's share of the images, and return its speed in images per second."""
     from dynadapter.serve.predict import NonFinite, TooManyUnread, predict
 
     start, before, speed = time.monotonic(), table.done, 0.0
@@ -246,7 +246,7 @@ def fill(bundle: "Bundle", table: PredictionTable, given: Any) -> float:
 
 @contextmanager
 def helpers(given: Any, args: list[str]) -> Iterator[None]:
-    """Run further processes that share the images, and wait for them; one that is killed loses at most one batch."""
+    """Run further processes that share the images, and wait for them; a killed process loses at most one batch."""
     command = [sys.executable, "-m", "dynadapter.cli.predict"]
     started = [subprocess.Popen([*command, str(number), *args]) for number in range(1, given.processes)]
     try:
@@ -261,7 +261,7 @@ def helpers(given: Any, args: list[str]) -> Iterator[None]:
 
 
 def help_out(number: int, args: list[str]) -> None:
-    """Fill a share of a table that another process has begun."""
+    """Fill a part of a table that another process has begun."""
     import_own()
     given = parser().parse_args(args)
     with suppress(KeyboardInterrupt, Terminated), stoppable(), prepared(given, number) as (bundle, table):
@@ -272,7 +272,7 @@ def help_out(number: int, args: list[str]) -> None:
 
 
 def _bar(total: int, done: int) -> Progress:
-    """Return a progress bar, which stays silent where stderr is no terminal."""
+    """Return a progress bar, which prints nothing if stderr is not a terminal."""
     columns = (
         BarColumn(),
         MofNCompleteColumn(),

@@ -26,7 +26,7 @@ def run(args: list[str]) -> None:
     """Run the command.
 
     Raises:
-        Mistake: The name is none, the bundle is damaged, or the hub refuses it.
+        Mistake: The name is not valid, the bundle is damaged, or the hub refuses it.
     """
     given = parser().parse_args(args)
     owner, _, name = given.name.partition("/")

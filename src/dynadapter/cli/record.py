@@ -1,4 +1,4 @@
-"""``run.json``: settings, versions, machine, data and results of a run: where its numbers come from."""
+"""``run.json``: settings, versions, machine, data and results of a run."""
 
 import json
 import os
@@ -51,10 +51,10 @@ class Record(Callback):
     ``how`` is ``finished``, ``stopped`` or ``failed``; null, like ``ended``, for a run that was killed.
 
     Args:
-        folder: Of the run.
+        folder: Folder of the run.
         args: The command line, the command first.
         seed: The random seed; False where none was set.
-        before: The run that a training continues.
+        before: The run that this training continues.
     """
 
     def __init__(self, folder: Path, args: list[str], seed: int | bool, before: Earlier | None = None) -> None:
@@ -124,7 +124,7 @@ class Record(Callback):
                 raise
 
     def keep(self, trainer: Trainer) -> None:
-        """Keep what was logged so far, before another stage clears it."""
+        """Store the metrics logged so far, before another stage clears them."""
         self.content["results"] |= {name: float(value) for name, value in trainer.logged_metrics.items()}
 
     def _write(self) -> None:
@@ -132,12 +132,12 @@ class Record(Callback):
 
 
 def list_skipped(path: Path, data: ImageData) -> None:
-    """Write a list of the images that were left out because they cannot be read; no file where all can."""
+    """Write a list of the unreadable images that were left out; write no file if there are none."""
     write_unread(path, [Unread(file, reason) for file, reason in data.skipped.items()])
 
 
 def list_validation(path: Path, data: ImageData) -> None:
-    """Write a list of the validation images, relative to the data's folder; none of images in memory."""
+    """Write a list of the validation images, relative to the data's folder; no list for images in memory."""
     folder = getattr(data, "folder", None)
     files = [source for source, _ in data.dataset("val").samples if isinstance(source, Path)]
     if files and folder is not None:
@@ -151,7 +151,7 @@ def now() -> str:
 
 
 def plain(value: Any) -> Any:
-    """Return a structure that JSON can hold; infinite numbers, NaN and other objects become text."""
+    """Convert a structure for JSON; infinite numbers, NaN and other objects become text."""
     if isinstance(value, dict):
         return {str(key): plain(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
@@ -165,7 +165,7 @@ def git_state() -> dict[str, Any] | None:
     """Return the commit of the repository around the current folder, and whether tracked files differ from it.
 
     Returns:
-        ``{commit, dirty}``, or None where there is no repository, no commit or no git.
+        ``{commit, dirty}``, or None if there is no repository, no commit or no git.
     """
     # A repository's own settings can name a program that git runs: switch it off.
     git = ["git", "--no-optional-locks", "-c", "core.fsmonitor=false"]
@@ -180,7 +180,7 @@ def git_state() -> dict[str, Any] | None:
 
 
 def described(data: ImageData, split: str) -> dict[str, Any]:
-    """Return the number of images of a split, in all and by class, and their hash."""
+    """Return the number of images of a split, in total and by class, and their hash."""
     samples = data.dataset(split).samples
     count = Counter(label for _, label in samples)
     names = data.class_names
@@ -200,7 +200,7 @@ def _hash(samples: Any) -> str | None:
 
 
 def protocol(trainer: Trainer, module: ExitClassifier, data: ImageData) -> dict[str, Any]:
-    """Return the settings beside the method that change results: how images are read, what was selected on what."""
+    """Return the protocol: how images are read, and on which split choices were made."""
     saver = trainer.checkpoint_callback
     monitor = saver.monitor if isinstance(saver, ModelCheckpoint) else None
     chosen = ("task", "split", "val_fraction", "split_seed", "shots", "shots_seed")

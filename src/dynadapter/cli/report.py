@@ -1,4 +1,4 @@
-"""``dynadapter report``: pictures of a run in one HTML page, or a page that compares runs."""
+"""``dynadapter report``: figures of a run in one HTML page, or a page that compares runs."""
 
 import csv
 import importlib.util
@@ -34,7 +34,7 @@ class Given(NamedTuple):
     """A run on the command line.
 
     Args:
-        folder: Of the run.
+        folder: Folder of the run.
         checkpoint: Its checkpoint; None if it saved none.
     """
 
@@ -97,7 +97,7 @@ def find_run(place: str) -> Given:
 
 
 def check_page(page: Path) -> None:
-    """Raise a :class:`Mistake` if something else than a report is in the page's place."""
+    """Raise a :class:`Mistake` if the page's path exists and is not a report."""
     if page.is_dir() or (page.exists() and MARK not in read_bytes(page, 2**30)[:4000]):
         raise Mistake(f"{page} exists and is no report; give another --out")
     if not page.parent.is_dir() and page.parent.exists():
@@ -152,7 +152,7 @@ def compare(places: Sequence[Given], out: Path, given: Any) -> None:
 
 
 def read_run(folder: Path) -> "Run":
-    """Read what a run's folder says; what is missing or damaged is left out."""
+    """Read a run folder; missing or damaged files are left out."""
     from dynadapter.cli.resume import read_record
     from dynadapter.cli.runs import read_lines
     from dynadapter.report import Run
@@ -172,7 +172,7 @@ def read_run(folder: Path) -> "Run":
 
 
 def measure(place: Given, given: Any) -> "tuple[Measured | None, str]":
-    """Run the images of a split through the network of a run; or return why that is not possible, in one line."""
+    """Measure the network of a run on the images of a split; or return in one line why that is not possible."""
     from dynadapter.cli.networks import load_checkpoint, stacked
     from dynadapter.cost import exit_costs
     from dynadapter.report import Measured
@@ -221,10 +221,10 @@ def images(checkpoint: Path, changes: dict[str, Any]) -> "ImageData":
 
     Args:
         checkpoint: The file.
-        changes: Other settings than in the training.
+        changes: Settings that differ from the training.
 
     Raises:
-        Mistake: The checkpoint names no data module that is known, or its images are gone.
+        Mistake: The checkpoint names no known data module, or its images are missing.
     """
     from dynadapter.cli.layers import checkpoint_settings
     from dynadapter.cli.safety import check_config

@@ -1,4 +1,4 @@
-"""Continue an interrupted training so that the result equals that of one that was never interrupted."""
+"""Continue an interrupted training so that the result equals that of an uninterrupted one."""
 
 import shlex
 import shutil
@@ -31,8 +31,8 @@ class Earlier:
 
     Args:
         checkpoint: The file.
-        step: Optimiser steps that it holds.
-        lines: The lines of its ``metrics.csv`` up to that step.
+        step: Number of optimiser steps in it.
+        lines: The lines of the run's ``metrics.csv`` up to that step.
     """
 
     checkpoint: Path
@@ -45,7 +45,7 @@ class ToResume(NamedTuple):
 
     Args:
         config: The run's config file.
-        checkpoint: Its newest whole checkpoint; where it has none yet, the one that it continued itself.
+        checkpoint: Its newest intact checkpoint; if it has none yet, the checkpoint from which it was resumed itself.
         log: The folder of the ``metrics.csv`` that belongs to that checkpoint.
     """
 
@@ -60,14 +60,14 @@ def resume_command(run: Path) -> str:
 
 
 def expand_resume(files: list[str], rest: list[str]) -> tuple[list[str], list[str], Path | None]:
-    """Replace ``--resume FOLDER`` by the config and the checkpoint of that run, below all other settings.
+    """Replace ``--resume FOLDER`` by the config and the checkpoint of that run; all other settings override them.
 
     Args:
         files: The config files.
         rest: The other arguments.
 
     Returns:
-        The same two, and the folder with the ``metrics.csv`` to continue; None where nothing is resumed.
+        Config files and arguments, and the folder with the ``metrics.csv`` to continue, or None without a resume.
     """
     given = [place for place, arg in enumerate(rest) if arg.partition("=")[0] == "--resume"]
     if not given:
@@ -94,8 +94,8 @@ def to_resume(folder: str, nothing_new: bool) -> ToResume:
     """Find the config and the checkpoint that ``--resume FOLDER`` refers to.
 
     Args:
-        folder: Of a run.
-        nothing_new: No other setting is given, so that a finished run has nothing left to do.
+        folder: Folder of the run.
+        nothing_new: Whether no other setting is given; then a finished run cannot be continued.
 
     Raises:
         Mistake: If there is no such run, or nothing to continue.
@@ -146,7 +146,7 @@ def _checkpoint_folder(run: Path, config: Path) -> Path:
 
 
 def _require_ended(run: Path, checkpoints: Path) -> None:
-    """Refuse a run that still saves into its folder; processes that Lightning starts beside this one need not ask."""
+    """Refuse a run that is still running; further processes that Lightning starts for this command skip the check."""
     if not is_first_process():
         return
     try:
@@ -168,14 +168,14 @@ def _print_once(line: str) -> None:
 
 
 def earlier_run(path: Path, log: Path | None = None) -> Earlier:
-    """Read what a training that continues from a checkpoint needs of the earlier run.
+    """Read the parts of the earlier run that a resumed training needs.
 
     Args:
         path: The checkpoint.
-        log: The folder with the ``metrics.csv``; None where the checkpoint lies as runs save it.
+        log: The folder with the ``metrics.csv``; None if the checkpoint is in its run folder.
 
     Raises:
-        Mistake: If the checkpoint holds the weights alone, or its run has not ended.
+        Mistake: If the checkpoint holds only the weights, or its run has not ended.
     """
     _require_ended(path.parent.parent, path.parent)
     checkpoint = read(path)
@@ -200,7 +200,7 @@ def _is_before(line: dict[str, str], step: int) -> bool:
 
 
 def read_record(run: Path) -> dict[str, Any]:
-    """Read the ``run.json`` of a run; an empty mapping where there is none."""
+    """Read the ``run.json`` of a run; return an empty mapping if there is none."""
     try:
         record = read_json(run / "run.json")
     except (OSError, ValueError):
@@ -214,9 +214,9 @@ def read_record(run: Path) -> dict[str, Any]:
 class Continue(Callback):
     """Restore the state of a training exactly, in a new folder.
 
-    Lightning restores the model, the optimiser and the progress of the loops. This adds the lines of ``metrics.csv``
-    and the best checkpoint so far, which later ones are compared with; and it corrects the progress where Lightning 2.6
-    restores it one too high.
+    Lightning restores the model, the optimiser and the progress of the loops. This callback adds the lines of
+    ``metrics.csv`` and the best checkpoint so far, with which later ones are compared. It also corrects the progress
+    that Lightning 2.6 restores one too high.
 
     Args:
         before: The run to continue; None for a new training.
@@ -227,7 +227,7 @@ class Continue(Callback):
         self._counted = before is None
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Keep the line that is about to be logged: a training that continues from here will not log it."""
+        """Store the line that is about to be logged, because a training resumed from here will not log it."""
         if line := _pending_line(trainer):
             checkpoint[LINE] = line
 
@@ -312,7 +312,7 @@ class Continue(Callback):
 
 
 def _require_moments(trainer: Trainer) -> None:
-    """Check the moments of Adam and its kin: one of another shape would fail in the middle of a step."""
+    """Check the moments of optimisers such as Adam: a wrong shape would fail in the middle of a step."""
     for optimizer in trainer.optimizers:
         for parameter, state in optimizer.state.items():
             for name, value in state.items():
@@ -321,7 +321,7 @@ def _require_moments(trainer: Trainer) -> None:
 
 
 def _complete_epoch(loops: dict[str, Any]) -> None:
-    """Mark an epoch complete that was saved after its last step, with no validation to follow."""
+    """Mark an epoch complete if it was saved after its last step and no validation follows."""
     batches = loops["epoch_loop.batch_progress"]
     for part in ("total", "current"):
         epochs, batch = loops["epoch_progress"][part], batches[part]
@@ -338,7 +338,7 @@ def _epoch_is_over(loops: dict[str, Any]) -> bool:
 
 
 def _pending_line(trainer: Trainer) -> dict[str, Any] | None:
-    """Return the line that Lightning logs after this save, for a step or an epoch that is already done."""
+    """Return the line that Lightning logs after this save for a finished step or epoch."""
     connector, loop = trainer._logger_connector, trainer.fit_loop.epoch_loop
     batch, epoch = loop.batch_progress.current, trainer.fit_loop.epoch_progress.current
     in_step = batch.processed > batch.completed  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""The folder of a run: its place, its loggers and its config file. No other run ever writes into it."""
+"""The folder of a run: its path, its loggers and its config file. No other run writes into it."""
 
 import csv
 import io
@@ -30,7 +30,7 @@ RUN_VARIABLE = "DYNADAPTER_RUN"
 
 
 def create_run_folder(root: Path, kind: str) -> Path:
-    """Create the next free folder of a kind: ``root/version_0``, ``root/version_1`` ...
+    """Create the next free run folder: ``root/version_0``, ``root/version_1`` ...
 
     All processes of one training use one folder. Those that Lightning starts read it from the environment. Those that
     a launcher starts write nothing, because Lightning sends the first process's folder to all.
@@ -46,7 +46,7 @@ def create_run_folder(root: Path, kind: str) -> Path:
 
 
 def next_folder(root: Path, kind: str) -> Path:
-    """Create the next free folder of a kind, for this process alone.
+    """Create the next free folder of a kind, for this process only.
 
     Raises:
         ValueError: If ``root`` cannot be a folder.
@@ -84,7 +84,7 @@ def place_checkpoints(checkpoint: ModelCheckpoint, folder: Path | None) -> None:
 
     Args:
         checkpoint: As configured.
-        folder: Of the run; None leaves the choice to Lightning.
+        folder: Folder of the run; None leaves the choice to Lightning.
     """
     if checkpoint.dirpath is None and folder is not None:
         checkpoint.dirpath = str(folder / "checkpoints")
@@ -100,7 +100,7 @@ class SaveConfig(SaveConfigCallback):
     """Write the whole configuration into the folder of the run."""
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Write ``config.yaml`` whole or not at all: half of it would be another configuration, which resume reads."""
+        """Write ``config.yaml`` atomically: resume would read a partial file as another configuration."""
         path = Path(trainer.default_root_dir) / self.config_filename
         path.parent.mkdir(parents=True, exist_ok=True)
         write(path, self.parser.dump(self.config, skip_none=False).encode())
@@ -113,7 +113,7 @@ def loggers(folder: Path, earlier: Sequence[dict[str, str]] = ()) -> list[Logger
     """Return the logger of a run, which writes ``metrics.csv``.
 
     Args:
-        folder: Of the run.
+        folder: Folder of the run.
         earlier: Lines of the run that this one continues.
     """
     number = folder.name.removeprefix("version_")
@@ -122,11 +122,11 @@ def loggers(folder: Path, earlier: Sequence[dict[str, str]] = ()) -> list[Logger
 
 
 class Metrics(CSVLogger):
-    """``metrics.csv`` of a run: whole lines whenever the process ends.
+    """``metrics.csv`` of a run; it has only complete lines whenever the process ends.
 
     Args:
         earlier: Lines of the run that this one continues.
-        **kwargs: Of Lightning's CSVLogger.
+        **kwargs: Arguments of Lightning's CSVLogger.
     """
 
     def __init__(self, earlier: Sequence[dict[str, str]] = (), **kwargs: Any) -> None:
@@ -150,7 +150,7 @@ class Metrics(CSVLogger):
 
 
 class _LineWriter(ExperimentWriter):
-    """Append whole lines, and replace the file whole where a new metric changes the header."""
+    """Append complete lines, and replace the file atomically if a new metric changes the header."""
 
     def save(self) -> None:
         if not self.metrics:
@@ -176,7 +176,7 @@ def _csv(lines: Iterable[dict[str, Any]], keys: Sequence[str]) -> bytes:
 
 
 def read_lines(path: Path) -> list[dict[str, str]]:
-    """Read the whole lines of a ``metrics.csv``, without empty cells. A line that a kill cut off is left out."""
+    """Read the complete lines of a ``metrics.csv``, without empty cells; an incomplete last line is left out."""
     text = read_bytes(path, MOST).decode("utf-8")
     reader = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1], newline=""), restkey="")
     whole = [line for line in reader if "" not in line and None not in line.values()]

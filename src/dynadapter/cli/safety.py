@@ -1,8 +1,8 @@
 """Allow-lists of the classes that a config, a run folder or a checkpoint may name: nothing else may run.
 
-jsonargparse imports whatever a ``class_path`` names. It calls it wherever a setting takes a callable or any value:
-``backbone_args``, the hooks of a LambdaCallback, the optimizer. A config could run any installed function. Hence a
-configuration is checked after parsing and before anything in it is called. A checkpoint or a run folder may name only
+jsonargparse imports any class that a ``class_path`` names, and calls it where a setting takes a callable or any value:
+``backbone_args``, the hooks of a LambdaCallback, the optimizer. A config could thus run any installed function. Hence a
+configuration is checked after parsing and before anything in it is called. A checkpoint or a run folder may only name
 classes that are known already: no module is imported for it.
 """
 
@@ -56,11 +56,11 @@ def check_config(config: Any, key: str = "") -> None:
     """Refuse a parsed configuration that names anything outside the allow-list.
 
     Args:
-        config: The parsed configuration, before anything of it is built.
-        key: The key of this part of it.
+        config: The parsed configuration, before any object is built.
+        key: The key of this part of the configuration.
 
     Raises:
-        Mistake: In one line, with the key and the name.
+        Mistake: A name is not allowed; the message has the key and the name.
     """
     if isinstance(config, Namespace | Mapping):
         parts: dict[str, Any] = (
@@ -81,19 +81,19 @@ def check_config(config: Any, key: str = "") -> None:
 
 
 def check_run(file: Path, content: Mapping[str, Any], trusted: Iterable[Any], given: Collection[str]) -> None:
-    """Refuse the config of a run folder if it holds what only a user may name: anybody can have made that folder.
+    """Refuse the config of an untrusted run folder if it names something that only a user may name.
 
-    Refused are classes that are not loaded, loggers and other classes that write elsewhere, folders to write into, and
+    These are classes that are not loaded, loggers and other classes that write elsewhere, folders to write into, and
     backbones from outside timm. Nothing is imported.
 
     Args:
         file: The config of the run.
-        content: What it holds.
-        trusted: The contents of the config files that the user names; what they name, the run may name too.
-        given: From :func:`~dynadapter.cli.layers.overridden`.
+        content: Content of the file.
+        trusted: Contents of the config files that the user gives; the run may name everything that they name.
+        given: The result of :func:`~dynadapter.cli.layers.overridden`.
 
     Raises:
-        Mistake: In one line.
+        Mistake: The config names something that only a user may name.
     """
     model = content.get("model") or {}
     named = {value for config in trusted for _, value in _texts(config)}
@@ -146,7 +146,7 @@ def _run_may_name(key: str, value: str) -> bool:
 
 
 def _leaves(value: str) -> bool:
-    """Check whether a text can be a path that leads out of the folder in which it is used."""
+    """Check whether a text can be a path that leads out of its folder."""
     path = PureWindowsPath(value)  # understands both separators, and drives
     return bool(path.anchor) or ".." in path.parts or value.startswith("~") or "://" in value or "::" in value
 
@@ -161,7 +161,7 @@ def check_saved(settings: Any) -> None:
     """Refuse settings from a checkpoint that name a class which is not loaded already.
 
     Raises:
-        ValueError: If they do.
+        ValueError: A class is not loaded.
     """
     if isinstance(settings, Mapping):
         if "class_path" in settings and settings["class_path"] not in _known():
@@ -174,10 +174,10 @@ def check_saved(settings: Any) -> None:
 
 
 def check_sizes(data: Any) -> None:
-    """Refuse settings of data in a file that hold a number which is too large, such as a million processes.
+    """Refuse settings of data in a file with a number that is too large, such as a million processes.
 
     Raises:
-        ValueError: If they do.
+        ValueError: A number is too large.
     """
     for name, part in data.items() if isinstance(data, Mapping) else ():
         most = WORKERS if name == "num_workers" else LARGEST
@@ -188,7 +188,7 @@ def check_sizes(data: Any) -> None:
 
 
 def data_class(class_path: str) -> type[ImageData] | None:
-    """Return the loaded class of image data with this name, or None. A class of your own must be named again."""
+    """Return the loaded class of image data with this name, or None; a user's own class must be given again."""
     return next((cls for cls in _below(ImageData) if class_path in _paths(cls)), None)
 
 
@@ -204,14 +204,14 @@ def _below(cls: type) -> Iterator[type]:
 
 
 def _paths(cls: type) -> set[str]:
-    """Return the names of a class: in its module, and in its package if that exports it, as configs name it."""
+    """Return the dotted names of a class in configs: by its module, and by its package if that exports it."""
     package = cls.__module__.partition(".")[0]
     exported = getattr(sys.modules.get(package), cls.__qualname__, None) is cls
     return {f"{cls.__module__}.{cls.__qualname__}", *([f"{package}.{cls.__qualname__}"] if exported else [])}
 
 
 def _imported(path: str) -> Any:
-    """Return what a dotted path names in the loaded modules; parsing has loaded those of a valid one."""
+    """Return the object of a dotted path in the loaded modules; parsing has loaded the modules of a valid path."""
     parts = path.split(".")
     for split in range(len(parts) - 1, 0, -1):
         if (found := sys.modules.get(".".join(parts[:split]))) is not None:

@@ -1,4 +1,4 @@
-"""``dynadapter serve``: answer images over HTTP by one or several bundles."""
+"""``dynadapter serve``: classify images over HTTP with one or several bundles."""
 
 import logging
 import os
@@ -69,7 +69,7 @@ def parser() -> CommandParser:
 
 
 def run(args: list[str]) -> None:
-    """Run the command until a signal stops it; what was accepted is answered before.
+    """Run the command until a signal stops it; accepted requests are answered first.
 
     Raises:
         Mistake: A setting is invalid, or a package is missing.
@@ -94,7 +94,7 @@ def read(given: Any) -> dict[str, str]:
     """Return the places of the bundles by name, after a check of all settings.
 
     Raises:
-        Mistake: One of them is invalid.
+        Mistake: A setting is invalid.
     """
     for name, least in LEAST.items():
         if given[name] is not None and not given[name] >= least:
@@ -146,7 +146,7 @@ def _serve(given: Any, places: dict[str, str], listening: "socket.socket") -> No
 
 
 def _engines(given: Any, places: dict[str, str]) -> dict[str, "Engine"]:
-    """Load the bundles; those of one backbone hold its tensors once, and those on a CPU take turns."""
+    """Load the bundles; bundles of one backbone share its tensors, and bundles on a CPU take turns."""
     from dynadapter.serve.engine import Engine
     from dynadapter.serve.sharing import share_backbones
 

@@ -1,4 +1,4 @@
-"""``dynadapter test --bundle``: measure what is shipped, a bundle on the test images of a data module."""
+"""``dynadapter test --bundle``: measure a bundle on the test images of a data module."""
 
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -62,7 +62,7 @@ def run(args: list[str]) -> None:
 
 
 def measure(bundle: "Bundle", data: "ImageData") -> list[Table]:
-    """Measure every exit and the policy on the test images, read as the bundle reads them where the data say ``auto``.
+    """Measure every exit and the policy on the test images; for ``auto``, with the preprocessing of the bundle.
 
     Returns:
         The tables that ``test`` prints for a checkpoint.

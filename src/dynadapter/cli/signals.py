@@ -1,4 +1,4 @@
-"""Signals and Ctrl-C: a training stops after a step, on all processes alike, and is saved."""
+"""Signals and Ctrl-C: stop a training after a step, the same on all processes, and save it."""
 
 import contextlib
 import os
@@ -21,15 +21,15 @@ Handler = Callable[[int, FrameType | None], Any]
 
 
 class StopOnSignal(Callback):
-    """Stop where a training can continue exactly: after an optimiser step, and after the validation that follows it.
+    """Stop at a point from which a training can be resumed exactly: after an optimiser step and its validation.
 
-    At each step the processes agree whether one of them received a signal. The state is saved as ``last.ckpt`` beside
-    the other checkpoints, unless one of this very step exists. A second Ctrl-C stops at once and saves nothing.
-    Commands other than fit have nothing to save and stop at once.
+    At each step the processes check whether any of them received a signal. The state is saved as ``last.ckpt`` next to
+    the other checkpoints, unless a checkpoint of the same step exists. A second Ctrl-C stops at once and saves nothing.
+    Commands other than fit stop at once.
 
-    SIGTERM, SIGHUP (the terminal closes) and SIGUSR1 (a scheduler warns) do the same.
+    SIGTERM, SIGHUP (closed terminal) and SIGUSR1 (warning of a scheduler) do the same as Ctrl-C.
 
-    (Lightning's own answer to SIGTERM can stop each process at another step, or in the middle of a validation.)
+    (Lightning's own handling of SIGTERM can stop processes at different steps, or in the middle of a validation.)
 
     Attributes:
         signal: The signal that this process received, or None.
@@ -56,7 +56,7 @@ class StopOnSignal(Callback):
                 signal.signal(number, here)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Leave the signal to Lightning by which SLURM asks it to save and to queue the job again."""
+        """Leave to Lightning the signal with which SLURM requests a save and a requeue."""
         environment = trainer._accelerator_connector.cluster_environment
         if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
             self._requeue = environment.requeue_signal or getattr(signal, "SIGUSR1", None)

@@ -1,4 +1,4 @@
-"""Values of ``--trainer.strategy``: FSDP2, and checks of strategies that would go wrong silently."""
+"""Values of ``--trainer.strategy``: FSDP2, and checks of strategies that would fail silently."""
 
 import os
 from datetime import timedelta
@@ -15,12 +15,12 @@ from dynadapter.cli.errors import Mistake
 class FSDP2(ModelParallelStrategy):
     """Shard the network over all processes, block by block (FSDP2); the name on the command line is ``fsdp2``.
 
-    A checkpoint is one file, written atomically. (By default Lightning's own class also splits single layers over the
-    processes of a machine, and writes folders, over existing ones.)
+    A checkpoint is one file, written atomically. (By default Lightning's class also splits single layers over the
+    processes of a machine, and writes checkpoints as folders, which overwrite existing ones.)
 
     Args:
-        process_group_backend: Of torch.distributed; null chooses by the device.
-        timeout: How long a process waits for the others; null is torch's default.
+        process_group_backend: Backend of torch.distributed; null chooses by the device.
+        timeout: Greatest time for which a process waits for the others; null is torch's default.
     """
 
     def __init__(self, process_group_backend: str | None = None, timeout: timedelta | None = None) -> None:
@@ -42,10 +42,10 @@ StrategyRegistry.register("fsdp2", FSDP2, description=str(FSDP2.__doc__).splitli
 
 
 def require_known(strategy: Any, precision: Any) -> None:
-    """Refuse a strategy that was never run with this package, or would lose something silently.
+    """Refuse a strategy that was never tested with this package, or would silently lose data.
 
     Args:
-        strategy: As configured: a name, or an object of Lightning's.
+        strategy: As configured: a name, or a strategy object of Lightning.
         precision: As configured.
 
     Raises:
@@ -78,8 +78,8 @@ def require_known(strategy: Any, precision: Any) -> None:
 def require_own_processes(trainer: Trainer) -> None:
     """Refuse a trainer that is about to start the wrong processes, before it starts any.
 
-    Strategies for notebooks would lose a run's record and metrics. On a CPU any number of processes can be started, and
-    a typing error in it would use up the memory.
+    Strategies for notebooks would lose a run's record and metrics. On a CPU the number of processes has no limit, and a
+    typing error could use up the memory.
 
     Raises:
         Mistake: With a strategy that works.

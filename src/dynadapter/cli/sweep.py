@@ -66,7 +66,7 @@ def run(args: list[str]) -> None:
 
 
 def _work(file: SweepFile, config: Any) -> dict[Unit, str]:
-    """Do the runs; return those that failed."""
+    """Run the sweep; return the failed runs."""
     from dynadapter.cli import quiet, sweep_workers
 
     with quiet():
@@ -92,7 +92,7 @@ def write_table(file: SweepFile) -> str:
         file: The sweep.
 
     Returns:
-        The Markdown, with notes on what is missing.
+        The Markdown text, with notes on missing results.
     """
     done = file.done()
     table = rows(file.sweep, done)

@@ -11,7 +11,7 @@ from dynadapter.sweep.plan import FINAL, SEARCH, Line, Split
 
 
 def estimate(file: SweepFile) -> str:
-    """Return how many runs there are, and about how long they take and how much they store.
+    """Return the number of runs, and estimates of their time and disk space.
 
     Time and size come from finished runs of the sweep, or from one short training.
 
@@ -42,10 +42,10 @@ def estimate(file: SweepFile) -> str:
 
 
 def seconds_of(split: Split, finished: Sequence[Line], test_images: float) -> float:
-    """Return the mean time of a run, of final ones from train800 runs where none is finished.
+    """Return the mean time of a run; for final runs, estimated from train800 runs if none is finished.
 
     Args:
-        split: What the run trains on.
+        split: Training split of the run.
         finished: Lines with times.
         test_images: Mean number of test images of a task.
     """

@@ -1,4 +1,4 @@
-"""The YAML file of a sweep: read, checked, and turned into the plan of its runs."""
+"""Read and check the YAML file of a sweep, and build the plan of its runs."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -27,21 +27,21 @@ class Settings:
     Args:
         root: Folder that holds the tasks, in the layout of VTAB-1k.
         tasks: Folders of the tasks. A mapping names the group of each: Natural, Specialized, Structured, or null; or
-            ``{group: Natural, fresh: true}`` for a task that no choice was made on.
+            ``{group: Natural, fresh: true}`` for a task that took no part in any choice.
         recipes: Config files by the name of the recipe, as in ``{dynamic: [vtab], static: [vtab, static]}``. An entry
             of the list may also be a mapping with settings as in a config file. Instead of a list, a recipe may be a
             mapping as :class:`Recipe` describes.
-        adapters: Config files of the adapters, laid over each recipe.
+        adapters: Config files of the adapters, applied after each recipe.
         scales: Adapter scales to choose from: a list, or a list for each adapter.
         scale_factors: Instead of ``scales``: factors on the published scales of vtab_scales.yaml.
         seeds: Seeds of the final runs, a list, or a list for each adapter; none to stop before them, so that no test
             image is read.
         search_seeds: Seeds of the runs that choose the scale; by default those of ``seeds``.
-        choices: Recipes of which the most accurate on val200 stands in the table, by name:
-            ``{best: {among: [small, large], cost: 0.5}}``, with the greatest cost as a fraction of static.
-        settings: Settings as in a config file, laid over all recipes and adapters.
-        goal: What policies are calibrated to on val200: ``{accuracy_drop: POINTS}``, with ``reference: RECIPE`` from
-            that recipe's accuracy, or ``{cost: FRACTION}``; or a list of these, of which the first chooses the scale.
+        choices: Choices among recipes by name; the table has the most accurate one on val200: ``{best: {among: [small,
+            large], cost: 0.5}}``, with the greatest cost as a fraction of static.
+        settings: Settings as in a config file, applied after all recipes and adapters.
+        goal: Goal of the exit policies on val200: ``{accuracy_drop: POINTS}``, with ``reference: RECIPE`` relative to
+            that recipe's accuracy, or ``{cost: FRACTION}``; or a list of goals, of which the first chooses the scale.
         out: Folder of the sweep.
     """
 
@@ -65,10 +65,10 @@ class Recipe:
 
     Args:
         layers: Config files and settings.
-        scale_from: Recipe whose chosen scale this one takes, without a search of its own; the cost counts against the
+        scale_from: Recipe whose chosen scale this recipe takes instead of its own search; costs are relative to the
             static network of that recipe.
         adapters: Adapters that have this recipe; by default all.
-        seeds: Seeds of its final runs, of those that the sweep has for the adapter; by default all of these.
+        seeds: Seeds of its final runs, a subset of the sweep's seeds for the adapter; by default all.
     """
 
     layers: list[Layer]
@@ -85,7 +85,7 @@ class SweepFile:
         path: The file.
         out: Folder of the sweep, absolute.
         root: Folder of the tasks, absolute.
-        layers: What is laid over each other, by adapter and recipe: paths of config files, and settings.
+        layers: Layers of the configuration by adapter and recipe: paths of config files, and settings.
         sweep: The plan.
     """
 
@@ -100,7 +100,7 @@ class SweepFile:
         return {unit: line for unit, line in lines.read(self.out).items() if self.sweep.is_complete(unit, line)}
 
     def epochs(self, unit: Unit) -> int:
-        """Return how many epochs the configs of a run name, 100 where none does."""
+        """Return the number of epochs in the configs of a run; 100 if none names it."""
         epochs = 100
         for layer in self.layers[unit.adapter, unit.recipe]:
             content = layer if isinstance(layer, dict) else read_config(str(layer), ())
@@ -165,7 +165,7 @@ def _parsed(kind: type[Any], content: dict[str, Any]) -> Any:
 
 
 def _check_lists(settings: Settings) -> None:
-    """Refuse empty and repeated entries, and scales in two ways or none."""
+    """Refuse empty and repeated entries, and both or neither of ``scales`` and ``scale_factors``."""
     by_adapter = settings.seeds if isinstance(settings.seeds, dict) else {"": settings.seeds}
     needed = ("tasks", "recipes", "adapters")
     lists = {name: list(getattr(settings, name) or ()) for name in (*needed, "search_seeds")}
@@ -227,7 +227,7 @@ def _goals(given: dict[str, Any] | list[dict[str, Any]]) -> tuple[SweepGoal, ...
 
 
 def _check_references(sweep: Sweep) -> None:
-    """Refuse a reference that has not every run that refers to it."""
+    """Refuse a reference recipe that lacks the run of a task, adapter or seed that refers to it."""
     for goal in sweep.goals:
         for (adapter, recipe), seeds in sweep.seeds.items():
             theirs = sweep.seeds.get((adapter, goal.reference or recipe))

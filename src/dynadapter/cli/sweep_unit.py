@@ -1,4 +1,4 @@
-"""One run of a sweep: train as ``fit`` does, measure with one pass, append the line, in a run folder of its own."""
+"""One run of a sweep in its own folder: train as ``fit`` does, measure with one pass, and append the line."""
 
 import contextlib
 import logging
@@ -37,14 +37,14 @@ def run_folder(file: SweepFile, unit: Unit) -> Path:
 
 
 def run_unit(file: SweepFile, unit: Unit) -> bool:
-    """Do one run, unless it is finished or another process does it.
+    """Execute one run, unless it is finished or another process executes it.
 
     Args:
         file: The sweep.
         unit: The run; a final one needs the line of its train800 twin.
 
     Returns:
-        Whether it was done here.
+        Whether this call executed it.
     """
     folder = run_folder(file, unit)
     with lines.claim(folder) as mine:
@@ -103,7 +103,7 @@ def _about() -> dict[str, Any]:
 
 
 class EpochSeconds(Callback):
-    """Measure the epochs of a training, without what comes before, between and after them."""
+    """Time the epochs of a training, without validation, saving, start and end."""
 
     def __init__(self) -> None:
         self.wall: list[float] = []
@@ -111,11 +111,11 @@ class EpochSeconds(Callback):
         self._start: tuple[float, float] | None = None
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clocks."""
+        """Start the timers."""
         self._start = time.perf_counter(), time.process_time()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop the clocks; the checkpoint is saved after that. An epoch that was resumed within is not counted."""
+        """Stop the timers before the checkpoint is saved. An epoch in which the training was resumed is not counted."""
         if self._start is not None:
             self.wall.append(time.perf_counter() - self._start[0])
             self.cpu.append(time.process_time() - self._start[1])
@@ -124,7 +124,7 @@ class EpochSeconds(Callback):
     def medians(self) -> dict[str, float]:
         """Return the median epoch in wall-clock and in CPU seconds of the process; the first one also decodes images.
 
-        A resumed training counts the epochs that it did whole.
+        A resumed training counts only its complete epochs.
         """
         return {
             name: round(statistics.median(times[1:] or times), 4)
@@ -166,7 +166,7 @@ def _configs(file: SweepFile, unit: Unit, folder: Path) -> list[str]:
 
 
 def _changes(file: SweepFile, unit: Unit, folder: Path) -> list[str]:
-    """Return the settings of a run that lie over all config files."""
+    """Return the settings of a run that override all config files."""
     values = {
         "seed_everything": unit.seed,
         "data.shots_seed": unit.seed,  # few shots: other seeds draw other images
@@ -188,7 +188,7 @@ def _changes(file: SweepFile, unit: Unit, folder: Path) -> list[str]:
 
 @contextlib.contextmanager
 def _quietly(log: Path) -> Iterator[None]:
-    """Write what a training prints and warns of to a file instead, and leave out Lightning's remarks."""
+    """Redirect output and warnings of a training to a file, without Lightning's remarks."""
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -207,7 +207,7 @@ def _quietly(log: Path) -> Iterator[None]:
 
 
 def _results(file: SweepFile, unit: Unit, folder: Path, trained: TimedCLI, done: Mapping[Unit, Line]) -> dict[str, Any]:
-    """Run the split of a unit through the network once, calibrate, measure, and pack what each image gave."""
+    """Run the split of a unit through the network once, calibrate, measure, and pack the results of each image."""
     trainer, model, data = trained.trainer, trained.model, trained.datamodule
     split: Literal["val", "test"] = "test" if unit.split == FINAL else "val"
     logits, targets, files = _evaluated(trained, split)
@@ -256,11 +256,11 @@ def _policies(
     macs: Sequence[float],
     static: float,
 ) -> tuple[dict[str, Policy], dict[str, dict[str, Any]]]:
-    """Calibrate to every goal on logits and targets of val200, of this run or of the train800 twin of a final one.
+    """Calibrate to every goal on logits and targets of val200, from this run or from the train800 twin of a final run.
 
     Returns:
-        The policies by the name of their goal, and for each goal where it was calibrated, to what, and the result
-        there; or why it could not be.
+        The policies by the name of their goal; and for each goal the run on which it was calibrated, its target and its
+        result there, or why the goal could not be reached.
     """
     sweep, (logits, targets) = file.sweep, val200
     policies: dict[str, Policy] = {}
@@ -294,7 +294,7 @@ def _policies(
 
 
 def remove_lost(file: SweepFile) -> None:
-    """Remove the checkpoints of finished runs whose scale lost."""
+    """Remove the checkpoints of finished runs whose scale was not chosen."""
     for unit in file.sweep.lost(file.done()):
         for place in run_folder(file, unit).glob("version_*/checkpoints"):
             shutil.rmtree(place, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Do the runs of a sweep in this process, in several processes, or by Ray; all call the same function for one run."""
+"""Execute the runs of a sweep in this process, in several processes, or by Ray, all with the same function."""
 
 import os
 import subprocess
@@ -16,17 +16,17 @@ WAIT = 1.0
 
 
 def work(file: SweepFile, say: Callable[[str], None]) -> dict[Unit, str]:
-    """Do every run that no other process does, until all are finished.
+    """Execute every run that no other process executes, until all are finished.
 
     Args:
         file: The sweep.
-        say: Receives one line a finished run.
+        say: Called with one line for each finished run.
 
     Returns:
         The runs that failed, with the reason.
 
     Raises:
-        Stopped: By a signal; what is finished stays.
+        Stopped: A signal stopped the sweep; finished runs are kept.
     """
     from dynadapter.cli.sweep_unit import remove_lost, run_unit
 
@@ -68,10 +68,10 @@ def spread(path: str, processes: int) -> None:
 
     Args:
         path: The file of the sweep.
-        processes: How many.
+        processes: Number of processes.
 
     Raises:
-        Failed: One of them failed.
+        Failed: A process failed.
     """
     environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes)), **os.environ}
     command = [sys.executable, "-m", "dynadapter.cli", "sweep", path, "--no_table"]
@@ -88,7 +88,7 @@ def spread(path: str, processes: int) -> None:
 
 
 def run_on_ray(file: SweepFile, cpus: float, gpus: float, say: Callable[[str], None]) -> dict[Unit, str]:
-    """Hand the runs to Ray, as many at a time as its resources allow.
+    """Run the sweep on Ray, with as many runs at a time as its resources allow.
 
     Ray connects to the cluster that ``RAY_ADDRESS`` names, or starts on this machine and listens on loopback alone.
     All machines of a cluster must see the folders of the sweep and of the data under the same paths.
@@ -97,7 +97,7 @@ def run_on_ray(file: SweepFile, cpus: float, gpus: float, say: Callable[[str], N
         file: The sweep.
         cpus: Processors of a run.
         gpus: GPUs of a run; 0.25 lets four runs share one.
-        say: Receives one line a finished run.
+        say: Called with one line for each finished run.
 
     Returns:
         The runs that failed, with the reason.
@@ -144,7 +144,7 @@ def run_on_ray(file: SweepFile, cpus: float, gpus: float, say: Callable[[str], N
 
 
 def do_unit(file: SweepFile, unit: Unit) -> bool:
-    """Do one run; what Ray calls on its workers.
+    """Execute one run, as a task on a worker of Ray.
 
     Args:
         file: The sweep.

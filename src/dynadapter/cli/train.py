@@ -42,13 +42,13 @@ TABLES = (".csv", ".parquet")
 
 @dataclass(frozen=True)
 class Wanted:
-    """What the command line asks for.
+    """The parsed command line.
 
     Args:
         place: The folder of images, or the table.
         out: The folder of the results.
-        goal: Arguments of calibrate.
-        settings: Arguments of fit.
+        goal: Arguments for calibrate.
+        settings: Arguments for fit.
         line: The command line.
     """
 
@@ -72,7 +72,7 @@ def run(args: list[str]) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    """Return the parser of what this command reads itself; the rest belongs to fit and calibrate."""
+    """Return the parser of this command's own options; the other options belong to fit and calibrate."""
     made = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     for name in ("--out", "--cost", "--backbone"):
         made.add_argument(name)
@@ -178,7 +178,7 @@ def _next(bundle: Path, wanted: Wanted) -> str:
 
 
 def _trained(wanted: Wanted, arguments: list[str]) -> Path:
-    """Return the folder of the finished training: continue one that is there, or train."""
+    """Return the folder of the finished training: continue an existing one, or train."""
     from dynadapter.cli.app import DynCLI
     from dynadapter.cli.resume import read_record
 
@@ -201,7 +201,7 @@ def _trained(wanted: Wanted, arguments: list[str]) -> Path:
 
 
 def _fit_arguments(wanted: Wanted) -> list[str]:
-    """Return the arguments of fit, with what the images and the machine decide.
+    """Return the arguments of fit, including those that depend on the images and the machine.
 
     Raises:
         Mistake: The images cannot be used.
@@ -256,7 +256,7 @@ def _data(place: Path, given: dict[str, str]) -> "ImageData":
 
 
 def _devices(wanted: Wanted) -> list[str]:
-    """Return the argument for one device, unless another number is given: other processes would train, too."""
+    """Return the argument for one device, unless a number is given; otherwise further processes would train."""
     given = any(arg.partition("=")[0] == "--trainer.devices" for arg in wanted.settings)
     return [] if given else ["--trainer.devices=1"]
 
@@ -271,7 +271,7 @@ def epochs(images: int, batch_size: int = 32) -> int:
 
 
 def choose_backbone() -> str:
-    """Return the backbone that fits this machine, and say so where it is only the packaged one."""
+    """Return the backbone for this machine; print a message if only the packaged one is possible."""
     import torch
 
     from dynadapter.backbones.at_hand import is_at_hand

@@ -85,7 +85,7 @@ def data_section(file: str) -> str:
 
 
 def _check_out(out: Path) -> None:
-    """Refuse a place for the report before the work, not after it."""
+    """Check the path of the report before the work."""
     if os.path.lexists(out):
         raise Mistake(f"out={out} exists; give a new file, such as {out.with_suffix('')}-2.json")
     if not out.parent.is_dir():
@@ -96,7 +96,7 @@ def _check_out(out: Path) -> None:
 
 @contextmanager
 def progress_bar() -> Iterator[Callable[[int, int], None]]:
-    """Show a progress bar on a terminal; yield what moves it."""
+    """Show a progress bar on a terminal; yield the function that updates it."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
     columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -106,7 +106,7 @@ def progress_bar() -> Iterator[Callable[[int, int], None]]:
 
 
 def error_console() -> "Console":
-    """Return a console for what is not the result; it prints nothing where standard error is not a terminal."""
+    """Return a console for progress and remarks; it prints nothing if standard error is not a terminal."""
     from rich.console import Console
 
     console = Console(stderr=True)
@@ -118,7 +118,7 @@ def error_console() -> "Console":
 
 
 def print_report(report: "Report") -> None:
-    """Print a table of the splits, a table of the classes where they are few, the findings, and a summary."""
+    """Print a table of the splits, a table of the classes if there are few, the findings, and a summary."""
     names = report.class_names
     print(shown(f"{report.data}, {len(names)} class{'es' * (len(names) != 1)}, {report.folder or 'in memory'}"))
     columns = ["split", "images", "unreadable", "images per class", "smallest", "largest", "hash"]
