@@ -123,7 +123,7 @@ def tasks(tiny_imagenet: Path | None = None, drawing_of: int = 0) -> dict[str, T
         "digits": Task("Specialized", [str(k) for k in range(10)], partial(digits, "digits")),
         "leaves": of("leaves", "Natural", list(second.LEAVES), second.leaf),
         "cell_division": of("cell_division", "Specialized", second.STAGES, second.cell),
-        "tallest_bar": of("tallest_bar", "Structured", [f"bar {k + 1}" for k in range(second.BARS)], second.chart),
+        "chart_trend": of("chart_trend", "Structured", list(second.TRENDS), second.chart),
         "stacked_sheets": of("stacked_sheets", "Structured", [" on ".join(one) for one in second.ORDERS], second.stack),
         "dev_symbols": of("dev_symbols", "Specialized", list(drawing.SYMBOLS), drawing.symbol),
         "dev_view": of("dev_view", "Structured", views, scenes.view),

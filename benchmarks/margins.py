@@ -10,7 +10,7 @@ from dataclasses import dataclass
 # ---- the protocol
 
 FIRST = ("pointer_direction", "scene_distance", "textures", "digits")
-SECOND = ("leaves", "cell_division", "tallest_bar", "stacked_sheets")
+SECOND = ("leaves", "cell_division", "chart_trend", "stacked_sheets")
 SETS = {"first": FIRST, "second": SECOND}
 """The sets of fresh tasks that ``transfer.py --fresh`` knows by name."""
 

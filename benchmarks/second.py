@@ -100,7 +100,7 @@ def division(rng, label):
     Returns:
         Outlines of the body, outlines of solid chromatin, and threads of it.
     """
-    size = rng.uniform(0.44, 0.54)
+    size = rng.uniform(0.36, 0.44)
     body = [ellipse(size * rng.uniform(0.95, 1.15), size * rng.uniform(0.9, 1.05))]
     if label == 0:
         return body, [ellipse(*size * rng.uniform(0.42, 0.6, 2))], []
@@ -132,9 +132,9 @@ def _ragged(rng, wide, high, bow):
 
 
 def cell(rng, label):
-    """Draw a stained cell at one of six stages of division, among resting cells and dirt, as under a microscope."""
+    """Draw a stained cell at one of six stages of division, among cells at any stage, as under a microscope."""
     stain = np.clip(rng.choice([(0.85, 0.6, 0.75), (0.65, 0.7, 0.9), (0.8, 0.8, 0.65)]) + rng.normal(0, 0.06, 3), 0, 1)
-    dark = stain * rng.uniform(0.15, 0.4) * np.clip(1 + rng.normal(0, 0.2, 3), 0.5, 1.5)
+    dark = stain * rng.uniform(0.25, 0.5) * np.clip(1 + rng.normal(0, 0.2, 3), 0.5, 1.5)
     empty = np.clip(stain + rng.uniform(0.1, 0.3), 0, 1)
     pixels = mixed(np.clip(clouds(rng, 5), 0, 1) * 0.4, stain, np.ones((SIDE, SIDE, 3)) * empty)
 
@@ -149,65 +149,68 @@ def cell(rng, label):
         return mixed(stroked(threads, rng.uniform(1.5, 2.4)) * 0.9, dark, pixels) if threads else pixels
 
     centre = rng.uniform(-0.12, 0.12, 2)
-    for _ in range(rng.integers(2, 6)):
-        place = rng.uniform(-1.2, 1.2, 2)
-        if np.hypot(*(place - centre)) > 0.85:
-            pixels = laid(pixels, division(rng, 0), rng.uniform(0, np.pi), place)
+    for _ in range(rng.integers(4, 9)):
+        place = rng.uniform(-1.1, 1.1, 2)
+        if np.hypot(*(place - centre)) > 0.8:
+            pixels = laid(pixels, division(rng, rng.integers(len(STAGES))), rng.uniform(0, np.pi), place)
     pixels = laid(pixels, division(rng, label), rng.uniform(0, np.pi), centre)
     for _ in range(rng.integers(0, 4)):
         dirt = turned(ellipse(*rng.uniform(0.02, 0.08, 2)), rng.uniform(0, np.pi)) + rng.uniform(-1, 1, 2)
         pixels = mixed(filled(dirt) * rng.uniform(0.4, 0.9), dark, pixels)
-    image = finished(rng, pixels, noise=0.05)
-    return image.filter(ImageFilter.GaussianBlur(rng.uniform(0.2, 0.8)))
+    image = finished(rng, pixels, noise=0.07)
+    return image.filter(ImageFilter.GaussianBlur(rng.uniform(0.3, 1.1)))
 
 
-# ---- charts: which bar is the tallest?
+# ---- charts: how do the values go on?
 
-BARS = 6
+TRENDS = {  # from place in [-1, 1] to height in [-1, 1], and where it turns
+    "rising": lambda x, turn: x,
+    "falling": lambda x, turn: -x,
+    "peak": lambda x, turn: 1 - 2 * np.abs(x - turn) / (1 + np.abs(turn)),
+    "valley": lambda x, turn: 2 * np.abs(x - turn) / (1 + np.abs(turn)) - 1,
+    "wave": lambda x, turn: np.sign(turn) * np.sin(np.pi * x),
+    "level": lambda x, turn: 0 * x,
+}
 
 
 def heights(rng, label):
-    """Return the heights (bars,) of a chart, up to 1, of which one is the tallest by a seventh or more."""
-    found = rng.uniform(0.1, 0.75, BARS)
-    found[label] = np.delete(found, label).max() + rng.uniform(0.15, 0.25)
-    return found
+    """Return the heights (values,) of a chart in [0, 1], which follow a trend with some noise."""
+    place = np.linspace(-1, 1, rng.integers(7, 11))
+    trend = list(TRENDS.values())[label](place, rng.uniform(0.05, 0.35) * rng.choice([-1, 1]))
+    wide = rng.uniform(0.22, 0.4)
+    middle = rng.uniform(wide + 0.1, 0.9 - wide)
+    return np.clip(middle + wide * trend + rng.normal(0, 0.06, len(place)), 0.02, 1)
 
 
 def chart(rng, label):
-    """Draw a chart of six bars of which one is the tallest, with grid lines, a curve and marks over it."""
+    """Draw a chart of bars or of a line whose values follow a trend, with grid lines, and marks over it."""
     pixels = ground(rng)
-    left, right = rng.uniform(-0.95, -0.8), rng.uniform(0.8, 0.95)
-    base, high = rng.uniform(0.7, 0.9), rng.uniform(1.3, 1.6)
+    left, right = rng.uniform(-0.95, -0.7), rng.uniform(0.7, 0.95)
+    base, high = rng.uniform(0.65, 0.9), rng.uniform(1.1, 1.6)
+
+    def box(x, y, wide, tall):
+        return np.array([(x, y), (x + wide, y), (x + wide, y - tall), (x, y - tall)])
+
     if rng.random() < 0.6:
-        sheet = np.array(
-            [
-                (left - 0.1, base + 0.08),
-                (right + 0.1, base + 0.08),
-                (right + 0.1, base - high - 0.1),
-                (left - 0.1, base - high - 0.1),
-            ]
-        )
+        sheet = box(left - 0.1, base + 0.08, right - left + 0.2, high + 0.16)
         pixels = mixed(filled(sheet) * rng.uniform(0.5, 1), colour(rng, (0, 0.4), (0.3, 1)), pixels)
     mean = pixels.mean((0, 1))
-    lines = [
-        np.array([(left, base - high * level), (right, base - high * level)])
-        for level in rng.random(rng.integers(0, 5))
-    ]
-    if lines:
-        pixels = mixed(stroked(lines, 0.8) * rng.uniform(0.3, 0.9), colour(rng), pixels)
-    own, one = rng.random() < 0.3, contrasting(rng, mean)
-    step = (right - left) / BARS
-    wide = step * rng.uniform(0.5, 0.9)
-    for k, height in enumerate(heights(rng, label)):
-        start = left + step * k + (step - wide) / 2
-        corners = np.array(
-            [(start, base), (start + wide, base), (start + wide, base - high * height), (start, base - high * height)]
-        )
-        pixels = mixed(filled(corners), contrasting(rng, mean, 0.2) if own else one, pixels)
-    for _ in range(rng.integers(0, 2)):  # curves and marks over the bars
-        curve = np.stack([np.linspace(left, right, 5), base - high * rng.uniform(0.1, 1.1, 5)], axis=1)
-        pixels = mixed(stroked([curve], rng.uniform(0.8, 1.6)), colour(rng), pixels)
-        mark = ellipse(*rng.uniform(0.04, 0.12, 2)) + rng.uniform(-1, 1, 2)
+    levels = base - high * rng.random(rng.integers(1, 5))
+    lines = [np.array([(left, level), (right, level)]) for level in levels]
+    pixels = mixed(stroked(lines, 0.8) * rng.uniform(0.3, 0.9), colour(rng), pixels)
+    values, ink = heights(rng, label), contrasting(rng, mean)
+    step = (right - left) / len(values)
+    wide = step * rng.uniform(0.4, 0.9)
+    if rng.random() < 0.5:
+        for k, height in enumerate(values):
+            bar = box(left + step * k + (step - wide) / 2, base, wide, high * height)
+            pixels = mixed(filled(bar), np.clip(ink + rng.normal(0, 0.06, 3), 0, 1), pixels)
+    else:
+        line = np.stack([left + step * (np.arange(len(values)) + 0.5), base - high * values], axis=1)
+        dots = [ellipse(0.05, 0.05) + point for point in line] if rng.random() < 0.5 else []
+        pixels = mixed(np.max([stroked([line], rng.uniform(1.2, 3)), *map(filled, dots)], axis=0), ink, pixels)
+    for _ in range(rng.integers(0, 5)):
+        mark = ellipse(*rng.uniform(0.04, 0.14, 2)) + rng.uniform(-1, 1, 2)
         pixels = mixed(filled(mark), colour(rng), pixels)
     pixels = mixed(stroked([np.array([(left, base - high), (left, base), (right, base)])], 1), colour(rng), pixels)
     return finished(rng, pixels)

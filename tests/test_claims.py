@@ -18,7 +18,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 IMAGES = 400
 COSTS = {4: [25.0, 50.0, 75.0, 100.0], 1: [100.0]}
 SWEEP: dict[str, Any] = {
-    "tasks": {"leaves": "Natural", "cell_division": "Specialized", "tallest_bar": None, "stacked_sheets": None},
+    "tasks": {"leaves": "Natural", "cell_division": "Specialized", "chart_trend": None, "stacked_sheets": None},
     "recipes": {
         "static": [],
         "static, tokens merged": {"layers": [], "scale_from": "static"},
@@ -186,7 +186,7 @@ def test_estimates(programs, tmp_path):
 
 def test_other_tasks_stand_beside(programs, tmp_path):
     tasks = SWEEP["tasks"] | {"cars": "Natural", "birds": None}
-    write(tmp_path, sweep={"tasks": tasks}, extra={"leaves": -8.0, "tallest_bar": -4.0})
+    write(tmp_path, sweep={"tasks": tasks}, extra={"leaves": -8.0, "chart_trend": -4.0})
     claim = verdicts(programs, tmp_path)["seed, lora"]
     assert claim.verdict == "missed"
     assert claim.estimate == pytest.approx(-1.0)
@@ -201,7 +201,7 @@ def test_ordinary_backbone(programs, tmp_path):
     assert found["no natural task below X, plain"].verdict == "missed"
 
 
-@pytest.mark.parametrize("run", [("leaves", "static", 1), ("tallest_bar", "dynamic", 0)])
+@pytest.mark.parametrize("run", [("leaves", "static", 1), ("chart_trend", "dynamic", 0)])
 def test_missing_run_leaves_a_claim_open(run, programs, tmp_path):
     write(tmp_path, without=run)
     claim = verdicts(programs, tmp_path)["seed, lora"]
@@ -210,7 +210,7 @@ def test_missing_run_leaves_a_claim_open(run, programs, tmp_path):
 
 
 def test_missing_task_leaves_claims_open(programs, tmp_path):
-    write(tmp_path, sweep={"tasks": {"leaves": "Natural", "cell_division": "Specialized", "tallest_bar": None}})
+    write(tmp_path, sweep={"tasks": {"leaves": "Natural", "cell_division": "Specialized", "chart_trend": None}})
     assert verdicts(programs, tmp_path)["routing"].note.startswith(
         "micro: stacked_sheets, lora, dynamic, seed 0 is not"
     )

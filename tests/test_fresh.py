@@ -15,7 +15,7 @@ from dynadapter.data import VTAB1k
 from dynadapter.data.verify import verify
 
 pytest.importorskip("sklearn")
-SECOND = ["leaves", "cell_division", "tallest_bar", "stacked_sheets"]
+SECOND = ["leaves", "cell_division", "chart_trend", "stacked_sheets"]
 NAMES = ["pointer_direction", "scene_distance", "textures", "digits", "dev_symbols", "dev_view", *SECOND]
 NATURAL = ["unseen10", "dev_unseen10"]
 CLASSES = {"pointer_direction": 8, "textures": 12, "dev_symbols": 12, "dev_view": 12}

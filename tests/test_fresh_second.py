@@ -38,7 +38,7 @@ def test_sweep_of_the_set(programs, tmp_path, monkeypatch):
     transfer.main([*argv, "--fresh", "second"])
     sweep = yaml.safe_load((tmp_path / "runs" / "second_micro" / "transfer.yaml").read_text())
     assert tuple(sweep["tasks"]) == margins.SECOND
-    assert sweep["tasks"]["tallest_bar"] == {"group": "Structured", "fresh": True}
+    assert sweep["tasks"]["chart_trend"] == {"group": "Structured", "fresh": True}
     assert (sweep["adapters"], list(sweep["recipes"])) == (["lora"], ["static", "dynamic"])
     outcomes = programs("outcomes").Outcomes.of("micro", sweep, [], margins.SECOND)
     assert outcomes.departures("lora") == ""
@@ -57,7 +57,7 @@ def test_set_is_read_alone(extra, programs, tmp_path, monkeypatch, capsys):
     assert "name no other task" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["leaves", "cell_division", "tallest_bar", "stacked_sheets"])
+@pytest.mark.parametrize("name", ["leaves", "cell_division", "chart_trend", "stacked_sheets"])
 def test_images_depend_on_list_and_drawing(name, programs):
     """The same numbers draw the same images; every list and every drawing has others."""
     task, other = (programs("fresh").tasks(drawing_of=k)[name] for k in (0, 1))
@@ -66,13 +66,27 @@ def test_images_depend_on_list_and_drawing(name, programs):
     assert len({image for images in lists for image in images}) == 6 * 4
 
 
-def test_tallest_bar_is_the_label(programs):
+def trend(heights: np.ndarray) -> str:
+    """Return the trend of values from the polynomials that fit them."""
+    _, line, parabola, cubic = np.polynomial.legendre.legfit(np.linspace(-1, 1, len(heights)), heights, 3)
+    if max(abs(line), abs(parabola), abs(cubic)) < 0.13:
+        return "level"
+    if abs(cubic) > 0.6 * max(abs(line), abs(parabola)):
+        return "wave"
+    if abs(parabola) > 0.7 * abs(line):
+        return "valley" if parabola > 0 else "peak"
+    return "rising" if line > 0 else "falling"
+
+
+def test_trend_is_seen(programs):
     second = programs("second")
-    for k in range(200):
-        heights = second.heights(np.random.default_rng(k), k % second.BARS)
-        assert heights.argmax() == k % second.BARS
-        assert heights.max() - np.sort(heights)[-2] > 0.14
+    names = list(second.TRENDS)
+    right = 0
+    for k in range(300):
+        heights = second.heights(np.random.default_rng(k), k % 6)
         assert 0 < heights.min() < heights.max() <= 1
+        right += trend(heights) == names[k % 6]
+    assert right > 290
 
 
 def test_order_of_sheets_is_seen(programs, monkeypatch):
