@@ -757,5 +757,5 @@ print(fingerprint(create_backbone("vit_tiny_patch16_224", 5, **options)))
 
 
 def test_image_size_not_multiple_of_patch():
-    with pytest.raises(ValueError, match=r"image_size=30 is no multiple of 8 pixels.*; use 24 or 32"):
+    with pytest.raises(ValueError, match=r"image_size=30 is not a multiple of 8 pixels.*; use 24 or 32"):
         create_backbone("vit_tiny_patch16_224", 5, image_size=30, patch_size=8, depth=1)

@@ -548,7 +548,7 @@ def test_part_of_a_bundle(whole):
         part = whole.with_name(f"without_{name}")
         shutil.copytree(whole, part)
         (part / name).unlink()
-        with pytest.raises(ValueError, match=f"has no {re.escape(name)}: it is no bundle, or only a part of one"):
+        with pytest.raises(ValueError, match=f"has no {re.escape(name)}: it is not a bundle, or only a part of one"):
             load(part)
 
 
@@ -576,7 +576,7 @@ def test_overwriting_replaces_bundles_alone(whole, tmp_path):
     (other / "config.json").write_text('{"model_type": "vit"}')
     empty.mkdir()
     file.write_text("")
-    for place, message in ((whole, "holds notes.txt"), (other, "holds something else"), (file, "is no folder")):
+    for place, message in ((whole, "holds notes.txt"), (other, "holds something else"), (file, "is not a folder")):
         with pytest.raises(ValueError, match=message):
             save(place, overwrite=True)
     save(empty, overwrite=True)
@@ -662,7 +662,7 @@ def test_wrong_config_is_one_line(path, value, message, whole):
 @pytest.mark.parametrize("text", ["", "{", "[1, 2]", "null", '{"library": "dynadapter"}', "[" * 100_000, "\x00"])
 def test_no_config(text, whole):
     (whole / "config.json").write_text(text)
-    with pytest.raises(ValueError, match=r"is no JSON|does not belong|has format None") as caught:
+    with pytest.raises(ValueError, match=r"is not JSON|does not belong|has format None") as caught:
         load(whole)
     assert "\n" not in str(caught.value)
 
@@ -677,7 +677,7 @@ def test_damaged_tensors(whole):
             load(whole)
         assert "\n" not in str(caught.value)
     for data in (good[:-1], b"", b"no tensors"):
-        with pytest.raises(ValueError, match="is no readable safetensors file") as caught:
+        with pytest.raises(ValueError, match="is not a readable safetensors file") as caught:
             load(rewritten(whole, data))
         assert "\n" not in str(caught.value)
     assert load(rewritten(whole, good)).policy == POLICY
@@ -699,9 +699,9 @@ def test_tensors_that_do_not_fit(changes, message, whole):
 
 def test_place_that_is_no_folder(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="file is no folder but a file; give a bundle's folder"):
+    with pytest.raises(ValueError, match="file is not a folder but a file; give a bundle's folder"):
         load(tmp_path / "file")
-    with pytest.raises(ValueError, match="nowhere is no folder; give a bundle's folder"):
+    with pytest.raises(ValueError, match="nowhere is not a folder; give a bundle's folder"):
         load(tmp_path / "nowhere")
 
 
@@ -773,7 +773,7 @@ def test_images_that_cannot_be_used(whole, pictures, tmp_path):
 
 @pytest.fixture(scope="module")
 def loaded(original, tmp_path_factory):
-    """A bundle, and one that takes tensors alone."""
+    """A bundle, and one that takes only tensors."""
     bare = save(tmp_path_factory.mktemp("bundles") / "bare", preprocessing={})[1]
     return load(original), load(bare)
 

@@ -88,9 +88,9 @@ def test_as_json_and_back():
     [
         ({"1-3": LoRA(), "3-6": LoRA()}, "ranges: blocks 1-3 and 3-6 overlap; give each block once"),
         ({"4": LoRA(), "1-6": LoRA()}, "ranges: blocks 1-6 and 4 overlap"),
-        ({"3-1": LoRA()}, "ranges: '3-1' is no range of blocks; give one such as 1-3, or 4 for one block"),
-        ({"0-2": LoRA()}, "ranges: '0-2' is no range"),
-        ({"late": LoRA()}, "ranges: 'late' is no range"),
+        ({"3-1": LoRA()}, "ranges: '3-1' is not a range of blocks; give one such as 1-3, or 4 for one block"),
+        ({"0-2": LoRA()}, "ranges: '0-2' is not a range"),
+        ({"late": LoRA()}, "ranges: 'late' is not a range"),
         ({"1-6": SPEC}, "ranges: 1-6 has ByBlocks.*; give an adapter kind, such as LoRA, or None"),
         ({"1-6": "LoRA"}, "ranges: 1-6 has 'LoRA'; give an adapter kind"),
     ],

@@ -133,7 +133,7 @@ def test_unloadable_contents_are_not_saved(saved: Path) -> None:
 def test_a_file_that_was_cut_off(left: int, saved: Path) -> None:
     saved.write_bytes(saved.read_bytes()[:left])
     for reader in (check, read_whole, AtomicCheckpointIO().load_checkpoint):
-        with pytest.raises(ValueError, match=rf"{saved} is no checkpoint that can be read: ") as error:
+        with pytest.raises(ValueError, match=rf"{saved} is not a readable checkpoint: ") as error:
             reader(saved)
         assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match=r"can be read: last\.ckpt"):

@@ -45,7 +45,7 @@ def test_named_weights_keep_the_learning_rate(counts):
 
 MISTAKES = [
     ("auto", None, "class_weights=auto needs a data module that lists its images"),
-    ({"dog": 1.0}, [1, 1, 1], "class_weights: dog is no class; the classes are ant, bee, cat"),
+    ({"dog": 1.0}, [1, 1, 1], "class_weights: dog is not a class; the classes are ant, bee, cat"),
     ({"ant": 0.0}, [1, 0, 0], "all training images have the weight 0"),
 ]
 

@@ -188,7 +188,7 @@ def test_merged_bundle_or_no_adapters(tmp_path):
     result = run(place, tmp_path / "n.json", f"--arms={TORCH}", "--batch_sizes=[2]", "--shares=[0,0,1]")
     assert "unmerged is not timed at batch 2: the bundle has no adapters" in result["notes"]
     assert (
-        "smaller static is not timed at batch 2: routing costs nearly as much as the whole backbone, which static is"
+        "smaller static is not timed at batch 2: routing costs nearly as much as the whole backbone, which the arm static runs"
         in (result["notes"])
     )
 
@@ -295,7 +295,7 @@ def test_file_written_meanwhile_stays(tmp_path):
     ("args", "line"),
     [
         ([], "bundle must be given"),
-        (["--bundle=nowhere"], "nowhere is no folder; give a bundle's folder"),
+        (["--bundle=nowhere"], "nowhere is not a folder; give a bundle's folder"),
         (["--rounds=0"], "rounds=0 must be at least 1"),
         (["--threads=0"], "threads=0 must be at least 1"),
         (["--batch_sizes=[]"], "batch_sizes=[] must be some whole numbers of at least 1"),
@@ -306,7 +306,7 @@ def test_file_written_meanwhile_stays(tmp_path):
         (["--shares=[0.5,0.5]"], "shares has 2 numbers, this network has 3 exits"),
         (["--device=tpu"], "device: expected one of cpu, cuda, not 'tpu'"),
         (["--precision=16"], "precision: expected one of 32, bf16"),
-        (["--images=nowhere"], "images=nowhere is no folder"),
+        (["--images=nowhere"], "images=nowhere is not a folder"),
         (["--round=5"], "there is no key 'round'; did you mean 'rounds'?"),
         (["--out=no/such/folder/b.json"], "is not there or cannot be written"),
     ],

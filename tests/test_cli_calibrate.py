@@ -312,7 +312,7 @@ def test_mistake_is_one_line(args, names, checkpoint, tmp_path, capsys):
             "search=thresholds does not fit policy=patience",
         ),
         ({"cost": 0.5}, {"seed": -1}, "seed=-1 must be at least 0"),
-        ({"cost": 0.5}, {"out": __file__}, "exists and is no folder"),
+        ({"cost": 0.5}, {"out": __file__}, "exists and is not a folder"),
     ],
 )
 def test_invalid_settings_raise(goal, changes, words):

@@ -199,7 +199,7 @@ def test_help_lists_the_settings(capsys):
         ("--out=o --ckpt_path=last.ckpt", "dynadapter calibrate --ckpt_path FILE --goal.cost 0.5 --bundle DIR"),
         ("--out=o --bundle={W}/last.ckpt", "is a checkpoint, not a bundle; make one with dynadapter calibrate"),
         ("--out=o --bundle={W}/exported", "is an exported folder, not a bundle"),
-        ("--out=o --bundle={W}/nowhere", "nowhere is no folder; give a bundle's folder"),
+        ("--out=o --bundle={W}/nowhere", "nowhere is not a folder; give a bundle's folder"),
         ("--out=o --pretrained=perhaps", "pretrained: expected true or false"),
         ("--out=o --weights={W}/no.pth", "no.pth does not exist; give a file of weights"),
         ("--out=o --clas_first=true", "there is no key 'clas_first'; did you mean 'class_first'?"),

@@ -622,7 +622,7 @@ def test_help_has_at_most_50_lines(capsys):
         ("--images={I} --out=o.csv --threshold=2", "2.0 is not in"),
         ("--images={I} --out=o.csv --weights={W}/no.pth", "no.pth does not exist; give a file of weights"),
         ("--images={I} --out=o.csv --ckpt_path=last.ckpt", "one of the two"),
-        ("--images={I} --out=o.csv --bundle={W}/nowhere", "nowhere is no folder; give a bundle's folder"),
+        ("--images={I} --out=o.csv --bundle={W}/nowhere", "nowhere is not a folder; give a bundle's folder"),
         ("--images={I} --out=o.csv --bundle={W}/empty", "empty has no config.json"),
         ("--images={I} --out=o.csv --bundle={W}/onnx", "is an exported folder, not a bundle; run it with python"),
         ("--images={I} --out=o.csv --bundle={W}/last.ckpt", "is a checkpoint, not a bundle; make one with dynadapter"),

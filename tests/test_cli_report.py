@@ -312,8 +312,8 @@ def test_runs_are_compared(folder, run, tmp_path, monkeypatch, capsys):
 MISTAKES = [
     (["no"], "no does not exist; give the folder of a run"),
     (["empty"], "empty is not the folder of a run; give one that fit wrote"),
-    (["{R}", "--out={R}/run.json"], "is no folder; give another --out"),
-    (["{R}", "{R}", "--out={R}/run.json"], "run.json exists and is no report; give another --out"),
+    (["{R}", "--out={R}/run.json"], "is not a folder; give another --out"),
+    (["{R}", "{R}", "--out={R}/run.json"], "run.json exists and is not a report; give another --out"),
     (["{R}", "--split=train"], "split"),
     (["{R}", "--spilt=val"], "did you mean 'split'?"),
 ]

@@ -49,7 +49,7 @@ def test_help_and_mistakes_load_no_torch(tmp_path):
         ("--bundle a --port 70000", "port=70000 must be at most 65535"),
         ("--bundle a --queue 16", "queue=16 must be above batch=16"),
         ("--bundle x/a y/a", "two bundles have the name a; give them as NAME=PLACE, as in a2=y/a"),
-        ("--bundle ä", "'ä' is no name for a path; give letters"),
+        ("--bundle ä", "'ä' is not a valid name for a path; give letters"),
         ("--bundle a --prot 1", "did you mean"),
     ],
 )
@@ -151,7 +151,7 @@ def test_signal_ends_a_process_gracefully(tmp_path, number):
         process.send_signal(number)
         out, err = process.communicate(timeout=60)
         assert process.returncode == 0, err
-        assert "stopped; 1 images were answered, and none that was accepted is left" in out
+        assert "stopped; 1 images were answered; no accepted request is left" in out
         assert "Traceback" not in err
     finally:
         process.kill()

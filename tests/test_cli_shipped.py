@@ -79,5 +79,5 @@ def test_mistakes_are_one_line(folder, tmp_path, capsys):
             Image.new("RGB", (9, 9)).save(tmp_path / split / name / "a.png")
     line = refused(capsys, arguments(folder, f"--data.root={tmp_path}"))
     assert "dog" in line
-    assert "is no folder" in refused(capsys, ["test", f"--bundle={tmp_path}/no", *arguments(folder)[2:]])
+    assert "is not a folder" in refused(capsys, ["test", f"--bundle={tmp_path}/no", *arguments(folder)[2:]])
     assert "data" in refused(capsys, ["test", f"--bundle={folder / 'bundle'}"])

@@ -558,7 +558,7 @@ def test_plain_loader_resumes():
 def test_invalid_labels_are_named(label, monkeypatch):
     monkeypatch.setattr(Noise, "samples", lambda self, split: [(Path("a.png"), 0), (Path("b.png"), label)])
     for stage, split in (("fit", "train"), ("test", "test")):
-        with pytest.raises(ValueError, match=f"^label {label} of b.png for {split} is no class; .* classes 0 to 2$"):
+        with pytest.raises(ValueError, match=f"^label {label} of b.png for {split} is not a class; .* classes 0 to 2$"):
             Noise().setup(stage)
 
 

@@ -160,9 +160,9 @@ def test_wrong_sets_are_one_line(case, tmp_path):
 @pytest.mark.parametrize(
     ("path", "words"),
     [
-        ("nowhere", "is no folder, and no name on the Hub"),
+        ("nowhere", "is neither a folder nor a name on the Hub"),
         ("a/b", "download: true"),
-        ("../a", "is no folder, and no name"),
+        ("../a", "is not a folder, and no name"),
     ],
 )
 def test_names_are_not_fetched_by_themselves(path, words, monkeypatch, tmp_path):

@@ -145,14 +145,14 @@ def test_separators_within_names_are_names(tmp_path):
 def test_wrong_files_are_named(tmp_path):
     fails("does not exist or is not a file", lambda: ImageTable(tmp_path / "no.csv"))
     (tmp_path / "a.txt").write_text("x")
-    fails("is no table; give a file that ends in .csv or .parquet", lambda: ImageTable(tmp_path / "a.txt"))
+    fails("is not a table; give a file that ends in .csv or .parquet", lambda: ImageTable(tmp_path / "a.txt"))
     (tmp_path / "a.csv").write_bytes(b"path,label\n\xff\xfe,1\n")
     fails("is not text in UTF-8", lambda: ImageTable(tmp_path / "a.csv"))
     (tmp_path / "a.csv").write_text('path,label\n"' + "x" * 200_000 + '",1\n')
     fails("a.csv:", lambda: ImageTable(tmp_path / "a.csv"))
     pytest.importorskip("pyarrow")
     (tmp_path / "a.parquet").write_text("path,label\n")
-    fails("is no Parquet file", lambda: ImageTable(tmp_path / "a.parquet"))
+    fails("is not a Parquet file", lambda: ImageTable(tmp_path / "a.parquet"))
 
 
 def test_lists_in_cells_are_refused(tmp_path):

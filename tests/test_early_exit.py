@@ -269,7 +269,7 @@ def test_wrong_thresholds_stop_before_a_run() -> None:
 
 
 def test_a_policy_given_twice() -> None:
-    with pytest.raises(ValueError, match=r"each policy may be given once; got confidence_0.5, never, confidence_0.5"):
+    with pytest.raises(ValueError, match=r"give each policy only once; got confidence_0.5, never, confidence_0.5"):
         EarlyExit([Confidence(0.5), Never(), Confidence(0.5)])
 
 

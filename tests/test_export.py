@@ -389,7 +389,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"policy": Scaled(Scaled(Never(), 2.0), 2.0)}, "policy Scaled cannot be exported"),
     ({"policy": Confidence((0.5, 0.5))}, r"threshold=\[0.5, 0.5\] does not fit 1 exits; give one number in \[0, 1\]"),
     ({"policy": Scaled(Never(), (1.0, 1.0))}, r"temperatures=\[1.0, 1.0\] do not fit; give 1 numbers above 0"),
-    ({"class_names": ["one"]}, "1 class names for 5 classes; give one name a class"),
+    ({"class_names": ["one"]}, "1 class names for 5 classes; give one name for each class"),
     ({"preprocess": Preprocess(48)}, r"does not take images of 3 x 48 x 48 \(.*\); see preprocessing"),
     ({"check_images": IMAGES[0]}, r"check_images are torch.float32 \(3, 32, 32\); give preprocessed ones"),
     ({"check_images": IMAGES[:0]}, "at least one"),

@@ -353,7 +353,7 @@ def routed_by(policy: Policy) -> None:
         (lambda: net_with(Undecorated(2)), ("Undecorated", "@dataclass(frozen=True)")),
         (lambda: inject(make_vit(), Unmerged(wrong="module")), ("Unmerged.wrap", "Linear", "AdapterLayer")),
         (lambda: inject(make_vit(), Unmerged(wrong="layer")), ("Unmerged.wrap", "UnmergedLayer", "blocks.0.norm1")),
-        (lambda: inject(make_vit(), LoRA), ("no adapter kind", "LoRA(rank=8)")),
+        (lambda: inject(make_vit(), LoRA), ("not an adapter kind", "LoRA(rank=8)")),
         (lambda: routed_by(WrongPolicy("numbers")), ("WrongPolicy.meets_condition", "torch.float32 (4,)", "bool")),
         (lambda: routed_by(WrongPolicy("column")), ("WrongPolicy.meets_condition", "torch.bool (4, 1)", "(4,)")),
         (lambda: routed_by(WrongPolicy("none")), ("WrongPolicy.meets_condition", "NoneType")),

@@ -115,7 +115,7 @@ def test_revision_and_private(hub, bundle, monkeypatch):
     ("name", "words"),
     [
         ("me/tiny@v9", "it has no such revision"),
-        ("me/resnet", "it is no bundle"),
+        ("me/resnet", "it is not a bundle"),
         ("me/none", "check the name"),
         ("tiny/a/b", "give OWNER/NAME"),
         ("", "give OWNER/NAME"),

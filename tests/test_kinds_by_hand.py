@@ -314,5 +314,5 @@ def test_convpass_needs_its_grid() -> None:
     model = make_vit(img_size=(32, 64), depth=1)
     inject(model, Convpass())
     model(torch.randn(1, 3, 32, 64))  # its own grid is no square
-    with pytest.raises(ValueError, match="Convpass needs every patch in its place, and 6 are no square"):
+    with pytest.raises(ValueError, match="Convpass needs every patch in its place, and 6 do not form a square"):
         model.blocks[0](torch.randn(1, 7, 48))

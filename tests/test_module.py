@@ -281,7 +281,7 @@ def test_each_step_draws_its_own_numbers() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_classes": 1}, "num_classes=1 leaves nothing to tell apart"),
+        ({"num_classes": 1}, "num_classes=1 must be at least 2"),
         ({"label_smoothing": 1.0}, "label_smoothing=1.0 must be at least 0 and below 1"),
         ({"class_names": ["a", "b"]}, "2 class names for 5 classes"),
         ({"every": 7}, "every=7 fits no exit into a backbone of 6 blocks"),

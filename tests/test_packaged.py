@@ -56,7 +56,7 @@ def test_another_image_size_is_fitted(small):
     expected = create_backbone(BASE, 5, weights=small, **(SHAPE | {"img_size": 48}))
     assert fingerprint(found) == fingerprint(expected)
     assert fingerprint(create_backbone("small", 5, pretrained=True, img_size=48)) == fingerprint(expected)
-    with pytest.raises(ValueError, match="image_size=45 is no multiple of 8 pixels"):
+    with pytest.raises(ValueError, match="image_size=45 is not a multiple of 8 pixels"):
         create_backbone("small", 5, pretrained=True, image_size=45)
 
 

@@ -269,7 +269,7 @@ def test_peft_loads_our_lora(make, spec: Adapters, images, tmp_path):
     with pytest.raises(FileExistsError, match="exists; give another folder"):
         save_peft(backbone, folder)
     merge(backbone)
-    for model, match in ((backbone, "merged or missing; peft gets LoRA alone"), (make_vit_with("IA3"), "Peft; peft")):
+    for model, match in ((backbone, "merged or missing; only LoRA"), (make_vit_with("IA3"), "Peft; only LoRA")):
         with pytest.raises(ValueError, match=f"the adapters are {match}"):
             save_peft(model, tmp_path / "other")
 

@@ -202,7 +202,9 @@ def test_exits_that_do_not_exist() -> None:
     with pytest.raises(ValueError, match="exit=0 must be a whole number of at least 1"):
         AtExit(0)
     AtExit(2).check(3)
-    with pytest.raises(ValueError, match=r"exit=3 is no early exit of this network \(3 exits\); give 1 to 2, or Nev"):
+    with pytest.raises(
+        ValueError, match=r"exit=3 is not an early exit of this network \(3 exits\); give 1 to 2, or Nev"
+    ):
         AtExit(3).check(3)
 
 

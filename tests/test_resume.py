@@ -317,14 +317,14 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         (["--resume", "{R}/version_7"], ("version_7 does not exist", "such as {R}/version_0")),
         (["--resume", "{R}"], ("is not the folder of a run, such as {R}/version_0",)),
-        (["--resume={R}/version_0/config.yaml"], ("is no folder",)),
+        (["--resume={R}/version_0/config.yaml"], ("is not a folder",)),
         (["--resume", "{R}/version_0/checkpoints"], ("holds no config.yaml", "killed before it began")),
         (["--resume", "{R}/version_0"], ("is finished", "--trainer.max_epochs NUMBER")),
         (["--resume"], ("--resume needs a folder",)),
         (["--resume", "{R}/version_0", "--ckpt_path", "x"], ("no --ckpt_path",)),
         (["--resume", "{R}/version_0", "--resume", "{R}/version_0"], ("give it once",)),
-        (["-c", "{R}/resume.yaml", "-c", TINY], ("no key of a config file",)),
-        (["-c", TINY, "--ckpt_path", "{R}/version_0/checkpoints/weights.ckpt"], ("trained part alone", "last.ckpt")),
+        (["-c", "{R}/resume.yaml", "-c", TINY], ("not a key of a config file",)),
+        (["-c", TINY, "--ckpt_path", "{R}/version_0/checkpoints/weights.ckpt"], ("only the trained part", "last.ckpt")),
     ],
     ids=lambda part: " ".join(part).replace(TINY, "TINY"),
 )

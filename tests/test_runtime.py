@@ -209,15 +209,15 @@ def test_unreadable_images_raise_or_skip(written: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("images_", "message"),
     [
-        ([], "there is no image; give folders, or a file"),
-        (np.zeros((0, 3, 2, 2), np.float32), "there is no image"),
+        ([], "there is not an image; give folders, or a file"),
+        (np.zeros((0, 3, 2, 2), np.float32), "there is not an image"),
         (
             np.zeros((1, 3, 4, 4), np.float32),
             r"images are float32 \(1, 3, 4, 4\); give a float32 array \(batch, 3, 2, 2\)",
         ),
         (np.zeros((1, 3, 2, 2)), r"images are float64 \(1, 3, 2, 2\)"),
         (np.zeros((1, 2, 2, 3), np.uint8), r"images are uint8 \(1, 2, 2, 3\)"),
-        (np.zeros(4, np.uint8), r"an array of uint8 \(4,\) is no image"),
+        (np.zeros(4, np.uint8), r"an array of uint8 \(4,\) is not an image"),
         ([3], "an image is a int"),
     ],
 )

@@ -145,7 +145,7 @@ def test_code_in_a_checkpoint(command, content, mark, capsys, monkeypatch):
     path = mark.parent / "evil.ckpt"
     torch.save({**content, "callbacks": {"x": Code(mark)}}, path)
     line = refused([arg.replace("{C}", str(path)) for arg in COMMANDS[command]], capsys)
-    assert "evil.ckpt is no checkpoint that can be read: it holds more than numbers, text and tensors" in line
+    assert "evil.ckpt is not a readable checkpoint: it holds more than numbers, text and tensors" in line
 
 
 def test_code_in_a_resumed_checkpoint(content, mark, capsys):

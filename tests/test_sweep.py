@@ -463,7 +463,7 @@ def write_sweep(folder: Path, data: Path, **changes: Any) -> Path:
         ({"choices": {"best": {"among": ["static", "x"]}}}, "recipes among dynamic, static"),
         ({"tasks": {"colours": {"fresh": 1}}}, "give {group: Natural, fresh: true}"),
         ({"goal": {"cots": 0.5}}, "give {accuracy_drop: POINTS} or"),
-        ({"root": "/nowhere"}, "root=/nowhere is no folder"),
+        ({"root": "/nowhere"}, "root=/nowhere is not a folder"),
         ({"sedes": [1]}, "sedes"),
         ({"seeds": ["a"]}, "seeds"),
         ({"seeds": []}, "give seeds, or search_seeds alone"),

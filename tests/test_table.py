@@ -208,7 +208,7 @@ def test_table_of_something_else(tmp_path):
     for other in (b"[]", b"mine", b"\0" * 50, b"{}", b"[" * 10**5):
         header.write_bytes(other)
         for overwrite in (False, True):
-            with pytest.raises(Foreign, match="is no unfinished table"):
+            with pytest.raises(Foreign, match="is not an unfinished table"):
                 opened(out, identity=identity, overwrite=overwrite)
         assert header.read_bytes() == other
     header.write_bytes(before)
@@ -221,7 +221,7 @@ def test_folder_of_somebody_else(tmp_path):
     (tmp_path / "t.csv.partial" / "notes.txt").write_text("mine")
     (tmp_path / "u.csv.partial").write_text("mine")
     for name in ("t.csv", "u.csv"):
-        with pytest.raises(Foreign, match="is no unfinished table"):
+        with pytest.raises(Foreign, match="is not an unfinished table"):
             opened(tmp_path / name, overwrite=True)
     assert (tmp_path / "t.csv.partial" / "notes.txt").read_text() == "mine"
 

@@ -14,7 +14,7 @@ from dynadapter.cli import main
 from dynadapter.training.checkpoints import AtomicCheckpointIO, RunCheckpoint
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:.* is no file of this training's checkpoint folder"),
+    pytest.mark.filterwarnings("ignore:.* is not a file of this training's checkpoint folder"),
     pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
     pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`"),
     pytest.mark.filterwarnings("ignore:The number of training batches"),
@@ -156,8 +156,8 @@ EDITS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
         lambda c: c["model"].update(adapter="{class_path: foreign.payload.Evil}"),
         "class_path is 'foreign.payload.Evil'",
     ),
-    "class by a dotted key": (lambda c: c.update({"model.adapter": "LoRA"}), "it is not as fit writes it"),
-    "section in a text": (lambda c: c.update(model="{backbone: micro}"), "it is not as fit writes it"),
+    "class by a dotted key": (lambda c: c.update({"model.adapter": "LoRA"}), "fit does not write configs of this form"),
+    "section in a text": (lambda c: c.update(model="{backbone: micro}"), "fit does not write configs of this form"),
     "function": (callback("LambdaCallback", setup="os.getcwd"), "class_path is 'LambdaCallback'"),
     "workers": (lambda c: c["data"]["init_args"].update(num_workers=10**6), "num_workers=1000000"),
     "workers in a text": (lambda c: c["data"]["init_args"].update(num_workers="1000000"), "num_workers='1000000'"),

@@ -73,7 +73,7 @@ def test_beit_keeps_its_size() -> None:
 
 def test_size_that_the_windows_do_not_fit() -> None:
     for name in ("hiera_tiny_224", "coatnet_0_rw_224"):
-        with pytest.raises(ValueError, match=r"image_size=240 is no multiple of 32 pixels.*; use 224 or 256"):
+        with pytest.raises(ValueError, match=r"image_size=240 is not a multiple of 32 pixels.*; use 224 or 256"):
             create_backbone(name, 5, image_size=240)
 
 

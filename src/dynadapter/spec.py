@@ -31,7 +31,7 @@ class Spec(ABC):
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         if "__init__" in vars(cls) and "__dataclass_fields__" not in vars(cls):  # its settings would be lost in files
-            raise TypeError(f"{cls.__name__} is no dataclass of its own; put @dataclass(frozen=True) above the class")
+            raise TypeError(f"{cls.__name__} is not itself a dataclass; put @dataclass(frozen=True) above the class")
         return super().__new__(cls)
 
     def __init_subclass__(cls, **kwargs: object) -> None:

@@ -72,7 +72,7 @@ class ByBlocks(Adapters):
             start, stop = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
             if stop < start:
                 raise ValueError(
-                    f"ranges: {text!r:.40} is no range of blocks; give one such as 1-3, or 4 for one block"
+                    f"ranges: {text!r:.40} is not a range of blocks; give one such as 1-3, or 4 for one block"
                 )
             found.append((start, stop, text, part))
         found.sort(key=lambda entry: entry[:2])

@@ -61,7 +61,9 @@ class ConvpassLayer(BottleneckLayer):
         batch, count, width = patches.shape
         rows, columns = self.grids.get(count) or (math.isqrt(count),) * 2
         if rows * columns != count:
-            raise ValueError(f"Convpass needs every patch in its place, and {count} are no square; give square images")
+            raise ValueError(
+                f"Convpass needs every patch in its place, and {count} do not form a square; give square images"
+            )
         images = patches.transpose(1, 2).reshape(batch, width, rows, columns)
         patches = self._convolved(images).flatten(2).transpose(1, 2)
         if not self.prefix:

@@ -36,14 +36,14 @@ def inject(model: nn.Module, spec: Adapters, freeze: bool = True) -> list[str]:
     Raises:
         ValueError: If a pattern matches no layer, a wrapped layer, or a layer that the kind cannot wrap. The model is
             then unchanged.
-        TypeError: If the spec is no adapter kind, or does not return an :class:`AdapterLayer`. The model is unchanged.
+        TypeError: If the spec is not an adapter kind, or returns no :class:`AdapterLayer`. The model is unchanged.
     """
     layers = {name: (path, layer) for name, path, layer in _layers(model)}
     wrappers = wrap(spec, model, layers)
     both = [*adapter_layers(model).values(), *wrappers.values()]
     if any(layer.needs_grid for layer in both) and any(layer.adds_tokens for layer in both):
         raise ValueError(
-            f"{spec.label} does not fit the other adapters: one adds tokens, one needs them in a grid; use one of both"
+            f"{spec.label} does not fit the other adapters: one adds tokens, another needs them in a grid; use only one of them"
         )
     depths = _depths(layers)
     # Inner layers first: wrapping a module changes the paths of the layers inside it
@@ -73,7 +73,7 @@ def wrap(spec: Any, model: nn.Module, layers: Layers) -> dict[str, AdapterLayer]
     Raises:
         ValueError, TypeError: As :func:`inject`.
     """
-    raise TypeError(f"{spec!r:.100} is no adapter kind; give an object of AdapterSpec's, such as LoRA(rank=8)")
+    raise TypeError(f"{spec!r:.100} is not an adapter kind; give an object of AdapterSpec's, such as LoRA(rank=8)")
 
 
 @wrap.register

@@ -116,8 +116,8 @@ def _check_image_size(model: nn.Module, name: str, image_size: int) -> None:
     if image_size % step:
         below = image_size // step * step or step
         raise ValueError(
-            f"image_size={image_size} is no multiple of {step} pixels, the patch size of {name!r} or what its windows "
-            f"need; use {below} or {below + step}"
+            f"image_size={image_size} is not a multiple of {step} pixels, the patch size of {name!r} or what its "
+            f"windows need; use {below} or {below + step}"
         )
 
 

@@ -261,7 +261,7 @@ def _square(patches: int) -> tuple[int, int]:
     """
     side = math.isqrt(patches)
     if side * side != patches:
-        raise ValueError(f"{patches} patches are no square; give square images")
+        raise ValueError(f"{patches} patches do not form a square; give square images")
     return side, side
 
 

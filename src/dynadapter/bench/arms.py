@@ -113,7 +113,7 @@ def _smaller(work: Work) -> Arm:
     above = min(bisect_left(range(1, net.depth + 1), work.average, key=cost) + 1, net.depth)
     depth = min((max(above - 1, 1), above), key=lambda d: abs(cost(d) - work.average))
     if depth == net.depth:
-        raise Absent("routing costs nearly as much as the whole backbone, which static is")
+        raise Absent("routing costs nearly as much as the whole backbone, which the arm static runs")
     words = f"{depth} {'block' if depth == 1 else 'blocks'}"
     return work.static_arm(cut_after(net, depth).at(0), float(cost(depth)), words)
 

@@ -54,7 +54,7 @@ class Settings:
         if self.shares is not None and not (min(self.shares, default=-1) >= 0 and abs(sum(self.shares) - 1) <= 1e-3):
             raise ValueError(f"shares={self.shares} must be at least 0 and sum to 1, as in [0.5, 0.3, 0.15, 0.05]")
         if self.images is not None and not Path(self.images).expanduser().is_dir():
-            raise ValueError(f"images={self.images} is no folder; give one with images of the task")
+            raise ValueError(f"images={self.images} is not a folder; give one with images of the task")
 
     @property
     def place(self) -> Path:

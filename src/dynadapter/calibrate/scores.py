@@ -29,7 +29,7 @@ def thresholded(kind: type[Policy]) -> type[Thresholded]:
     if not has_thresholds(kind):
         names = [known.__name__ for known in kinds(Thresholded)]  # type: ignore[type-abstract]
         raise ValueError(
-            f"kind={getattr(kind, '__name__', kind)} has no thresholds to choose; choose one of {names}, or your own "
+            f"kind={getattr(kind, '__name__', kind)} has no thresholds; choose one of {names}, or your own "
             "subclass of Thresholded"
         )
     return kind

@@ -64,7 +64,7 @@ def read_calibration(file: Path) -> Calibration:
         ValueError: It holds something else.
     """
     if not file.is_file() or file.stat().st_size > LARGEST:
-        raise ValueError(f"{file} is no calibration: give a file or folder that dynadapter calibrate wrote")
+        raise ValueError(f"{file} is not a calibration: give a file or folder that dynadapter calibrate wrote")
     try:
         content: Any = json.loads(file.read_text(encoding="utf-8"))
         policy = restore(content["policy"], Policy, "policy")

@@ -143,7 +143,7 @@ class DynCLI(LightningCLI):
         """Move short options to their sections, and require what a command needs."""
         config = self.config
         if self.command == "fit" and config.resume is not None:
-            raise Mistake("resume is no key of a config file; give --resume FOLDER on the command line")
+            raise Mistake("resume is not a key of a config file; give --resume FOLDER on the command line")
         if self.command in ("validate", "test", "calibrate") and config.ckpt_path is None:
             raise Mistake(
                 f"{self.command} needs a checkpoint, because a network without one is untrained; "

@@ -143,7 +143,7 @@ def _goal(config: Any) -> Goal | None:
     given = {name: config.goal[name] for name in Goal.__dataclass_fields__}
     if config.policy_from is not None:
         if named := [name for name, value in given.items() if value is not None]:
-            raise Mistake(f"policy_from brings a policy, goal.{named[0]} looks for one; give one of the two")
+            raise Mistake(f"policy_from takes a policy and goal.{named[0]} searches for one; give only one of them")
         return None
     try:
         return Goal(**given)
@@ -156,7 +156,7 @@ def _check_bundle(settings: Settings) -> None:
     if settings.bundle is None:
         if settings.merge or settings.overwrite:
             what = "merge" if settings.merge else "overwrite"
-            raise Mistake(f"{what} belongs to the bundle, and none is to be written; give --bundle FOLDER")
+            raise Mistake(f"{what} is a setting of the bundle, and no bundle is written; give --bundle FOLDER")
         return
     place = Path(settings.bundle).expanduser()
     if os.path.lexists(place) and not settings.overwrite:
@@ -169,7 +169,7 @@ def _check_bundle(settings: Settings) -> None:
 
 def _check_out(out: Path) -> None:
     if out.exists() and not out.is_dir():
-        raise Mistake(f"out={out} exists and is no folder; give a folder")
+        raise Mistake(f"out={out} exists and is not a folder; give a folder")
     if there := [name for name in RESULTS if (out / name).exists()]:
         raise Mistake(f"out={out} holds {there[0]} already; give another folder")
 

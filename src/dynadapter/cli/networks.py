@@ -96,7 +96,7 @@ def load_network(given: Any, number: int = 0) -> "Bundle":
     else:
         bundle, origin = load_checkpoint(given.ckpt_path, given.weights, given.pretrained)
     if bundle.preprocess is None:
-        raise Mistake(f"{given.bundle} has no preprocessing and takes tensors alone, no image files")
+        raise Mistake(f"{given.bundle} has no preprocessing and takes only tensors, no image files")
     try:
         if given.get("policy_from") is not None:
             found = policy_from(given.policy_from)

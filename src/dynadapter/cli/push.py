@@ -15,7 +15,7 @@ def parser() -> CommandParser:
     )
     made.add_argument("name", type=str, help="OWNER/NAME on the hub; created if it does not exist.")
     made.add_argument("--bundle", type=str, required=True, help="The folder that calibrate wrote.")
-    made.add_argument("--private", action="store_true", help="Show a new repository to nobody else.")
+    made.add_argument("--private", action="store_true", help="Make a new repository private.")
     made.add_argument("--revision", type=str | None, help="Branch to write to, created if it does not exist.")
     words = "License for the card, such as apache-2.0; by default the one that timm names for the backbone's weights."
     made.add_argument("--license", type=str | None, help=words)
@@ -31,7 +31,7 @@ def run(args: list[str]) -> None:
     given = parser().parse_args(args)
     owner, _, name = given.name.partition("/")
     if not owner or not name or "/" in name or ":" in given.name:
-        raise Mistake(f"{given.name!r} is no name on the hub; give OWNER/NAME, as in: dynadapter push me/flowers")
+        raise Mistake(f"{given.name!r} is not a name on the hub; give OWNER/NAME, as in: dynadapter push me/flowers")
     check_network(given.bundle)
     from dynadapter.serve.bundle import push_to_hub
 

@@ -99,9 +99,9 @@ def find_run(place: str) -> Given:
 def check_page(page: Path) -> None:
     """Raise a :class:`Mistake` if the page's path exists and is not a report."""
     if page.is_dir() or (page.exists() and MARK not in read_bytes(page, 2**30)[:4000]):
-        raise Mistake(f"{page} exists and is no report; give another --out")
+        raise Mistake(f"{page} exists and is not a report; give another --out")
     if not page.parent.is_dir() and page.parent.exists():
-        raise Mistake(f"{page.parent} is no folder; give another --out")
+        raise Mistake(f"{page.parent} is not a folder; give another --out")
 
 
 def one_run(place: Given, out: Path, given: Any) -> None:

@@ -103,7 +103,7 @@ def to_resume(folder: str, nothing_new: bool) -> ToResume:
     run = Path(folder)
     config = run / "config.yaml"
     if not run.is_dir():
-        what = "is no folder" if run.exists() else "does not exist"
+        what = "is not a folder" if run.exists() else "does not exist"
         raise Mistake(f"--resume {folder} {what}; give the folder of a run{_newest_run(run.parent)}")
     if not config.is_file():
         runs = _newest_run(run)
@@ -180,7 +180,7 @@ def earlier_run(path: Path, log: Path | None = None) -> Earlier:
     _require_ended(path.parent.parent, path.parent)
     checkpoint = read(path)
     if "optimizer_states" not in checkpoint:
-        raise Mistake(f"{path} holds the trained part alone, without the optimiser's state; give last.ckpt to continue")
+        raise Mistake(f"{path} holds only the trained part, without the optimiser's state; give last.ckpt to continue")
     try:
         require_entries(checkpoint, TRAINING)
     except ValueError as error:

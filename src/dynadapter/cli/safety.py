@@ -100,7 +100,7 @@ def check_run(file: Path, content: Mapping[str, Any], trusted: Iterable[Any], gi
     try:
         sections = {name: section for name, section in content.items() if name not in READ}
         if any(isinstance(section, str) for section in sections.values()) or any("." in key for key in content):
-            raise ValueError("it is not as fit writes it")
+            raise ValueError("fit does not write configs of this form")
         if "backbone" not in given and "backbone" in model:
             check_name(model["backbone"])
         if "backbone_args" not in given:

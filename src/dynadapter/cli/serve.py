@@ -110,7 +110,8 @@ def read(given: Any) -> dict[str, str]:
             name, place = re.sub(r"@.*", "", Path(one).name.rpartition(":")[2]), one
         if not NAME.fullmatch(name):
             raise Mistake(
-                f"{name!r} is no name for a path; give letters, digits, '.', '-' and '_', as in flowers={place}"
+                f"{name!r} is not a valid name for a path; give letters, digits, '.', '-' and '_', as in "
+                f"flowers={place}"
             )
         if name in places:
             raise Mistake(f"two bundles have the name {name}; give them as NAME=PLACE, as in {name}2={place}")
@@ -142,7 +143,7 @@ def _serve(given: Any, places: dict[str, str], listening: "socket.socket") -> No
     with suppress(KeyboardInterrupt):  # uvicorn has stopped gracefully, and raises it again
         server.run(sockets=[listening])
     answers = sum(sum(engine.counts.exits) for engine in engines.values())
-    print(f"stopped; {answers:,} images were answered, and none that was accepted is left", flush=True)
+    print(f"stopped; {answers:,} images were answered; no accepted request is left", flush=True)
 
 
 def _engines(given: Any, places: dict[str, str]) -> dict[str, "Engine"]:

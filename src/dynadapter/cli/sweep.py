@@ -27,9 +27,9 @@ def parser() -> CommandParser:
     made.add_argument("--dry_run", action="store_true", help="Print the runs, their estimated time and disk space.")
     made.add_argument("--processes", type=int, default=1, help="Processes that share the work on this machine.")
     made.add_argument("--engine", type=str, default="local", help="local, or ray (RAY_ADDRESS names a cluster).")
-    made.add_argument("--cpus", type=float, default=1.0, help="Processors of a run under Ray.")
+    made.add_argument("--cpus", type=float, default=1.0, help="CPUs of a run under Ray.")
     made.add_argument("--gpus", type=float, default=0.0, help="GPUs of a run under Ray, such as 0.25.")
-    made.add_argument("--no_table", action="store_true", help="Do the runs and write no table.")
+    made.add_argument("--no_table", action="store_true", help="Execute the runs, but write no table.")
     return made
 
 
@@ -97,7 +97,7 @@ def write_table(file: SweepFile) -> str:
     done = file.done()
     table = rows(file.sweep, done)
     if not table:
-        return "no run that the table shows is finished: there is no table yet"
+        return "no run that the table shows is finished: there is not a table yet"
     text = as_markdown(table, file.sweep)
     diverged = [f"{arm.task}, {arm.adapter}, {arm.recipe}" for arm in file.sweep.diverged(done)]
     if diverged:

@@ -180,7 +180,7 @@ def _check_lists(settings: Settings) -> None:
     if (settings.scales is None) == (settings.scale_factors is None):
         raise Mistake("give either scales, such as [1, 10], or scale_factors on the published scales, such as [1]")
     if not Path(settings.root).expanduser().is_dir():
-        raise Mistake(f"root={settings.root} is no folder; give the one that holds the tasks")
+        raise Mistake(f"root={settings.root} is not a folder; give the one that holds the tasks")
 
 
 def _recipe(name: str, entry: list[Layer] | dict[str, Any], settings: Settings, adapters: list[str]) -> Recipe:

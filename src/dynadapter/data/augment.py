@@ -146,7 +146,7 @@ def _changes_of_timm(augment: Augment, preprocess: Preprocess) -> list[Change]:
         )
     except (AssertionError, ValueError, KeyError, IndexError) as error:
         raise ValueError(
-            f"auto={augment.auto!r} is no policy of timm; give one such as rand-m9-mstd0.5-inc1, original, 3a or "
+            f"auto={augment.auto!r} is not a policy of timm; give one such as rand-m9-mstd0.5-inc1, original, 3a or "
             "augmix-m5-w4-d2"
         ) from error
     return list(changes.transforms)

@@ -262,7 +262,7 @@ class ImageData(LightningDataModule, ABC):
         for index, (source, label) in enumerate(samples):
             if isinstance(label, int) and not 0 <= label < self.num_classes:
                 raise ValueError(
-                    f"label {label} of {_named(index, source)} for {split} is no class; "
+                    f"label {label} of {_named(index, source)} for {split} is not a class; "
                     f"valid are classes 0 to {self.num_classes - 1}"
                 )
 

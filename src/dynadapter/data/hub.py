@@ -124,10 +124,10 @@ def _on_disk(folder: Path) -> dict[str, Any]:
 def _on_hub(name: str, config: str | None, revision: str | None, download: bool) -> tuple[dict[str, Any], list[Path]]:
     """Return the splits of a data set on the Hub, and the folders that its files may lie in."""
     if not HUB_NAME.fullmatch(name):
-        raise ValueError(f"{shown(name)} is no folder, and no name on the Hub, which has the form OWNER/NAME")
+        raise ValueError(f"{shown(name)} is neither a folder nor a name on the Hub, which has the form OWNER/NAME")
     if not download:
         raise ValueError(
-            f"{name} is no folder here; to load the data set of this name from the Hugging Face Hub, give "
+            f"{name} is not a folder here; to load the data set of this name from the Hugging Face Hub, give "
             "download: true (--data.download true)"
         )
     import datasets

@@ -144,7 +144,7 @@ def read_rows(file: Path, given: dict[str, str | None]) -> list[Row]:
     """
     suffix = file.suffix.lower()
     if suffix not in (".csv", ".parquet"):
-        raise ValueError(f"{file} is no table; give a file that ends in .csv or .parquet")
+        raise ValueError(f"{file} is not a table; give a file that ends in .csv or .parquet")
     names, read = _open_csv(file) if suffix == ".csv" else _open_parquet(file)
     columns = {part: _column(file, part, name, names) for part, name in given.items()}
     rows = []
@@ -184,7 +184,7 @@ def _open_parquet(file: Path) -> Table:
     try:
         return read_schema(file).names, rows
     except (ArrowException, OSError) as error:
-        raise ValueError(f"{file} is no Parquet file: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"{file} is not a Parquet file: {str(error).splitlines()[0]}") from error
 
 
 def _column(file: Path, part: str, given: str | None, names: Sequence[str]) -> str | None:

@@ -158,7 +158,7 @@ def _labels(place: str, items: Any) -> list[int]:
             return [_label(place, label) for label in (given.tolist() if hasattr(given, "tolist") else given)]
     with ONE_AT_A_TIME:
         if len(items) and (not isinstance(first := items[0], tuple) or len(first) != 2):
-            raise ValueError(f"{place} has no pairs of image and label; it is no data set for classes of images")
+            raise ValueError(f"{place} has no pairs of image and label; it is not a data set for classes of images")
         return [_label(place, items[index][1]) for index in range(len(items))]
 
 

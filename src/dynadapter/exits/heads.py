@@ -69,7 +69,7 @@ def build_head(heads: "Heads", **place: Any) -> nn.Module:
         TypeError: If it is not a configuration of heads, or builds something else than a module.
     """
     if not isinstance(heads, Heads):
-        raise TypeError(f"heads={heads!r:.100} is no configuration of heads; give an object such as Balanced()")
+        raise TypeError(f"heads={heads!r:.100} is not a configuration of heads; give an object such as Balanced()")
     head = heads.build(**place)
     if not isinstance(head, nn.Module):
         raise TypeError(f"{type(heads).__name__}.build returned {returned(head)}; return an nn.Module")

@@ -299,7 +299,7 @@ class AtExit(Policy):
     def check(self, exits: int) -> None:
         if self.exit >= exits:
             early = f"give 1 to {exits - 1}, or Never()" if exits > 1 else "give Never()"
-            raise ValueError(f"exit={self.exit} is no early exit of this network ({exits} exits); {early}")
+            raise ValueError(f"exit={self.exit} is not an early exit of this network ({exits} exits); {early}")
 
     def meets_condition(self, history: Tensor) -> Tensor:
         return torch.full((history.shape[1],), len(history) >= self.exit, device=history.device)

@@ -75,7 +75,7 @@ def from_array(array: Array, value_range: Range | None = None) -> tuple[Image.Im
     channels = array.shape[2] if array.ndim == 3 else 1
     if array.ndim not in (2, 3) or not array.size or not 1 <= channels <= 4 or array.dtype.kind not in "buif":
         raise ValueError(
-            f"an array of {array.dtype} {array.shape} is no image; give pixels (height, width) or "
+            f"an array of {array.dtype} {array.shape} is not an image; give pixels (height, width) or "
             "(height, width, 1 to 4 channels)"
         )
     if array.ndim == 3 and channels == 1:

@@ -124,7 +124,7 @@ def _manifest(
     settings, temperatures = policy_settings(policy, net.num_exits)
     RuntimePolicy(settings, net.num_exits, temperatures)
     if len(class_names) != net.num_classes:
-        raise ValueError(f"{len(class_names)} class names for {net.num_classes} classes; give one name a class")
+        raise ValueError(f"{len(class_names)} class names for {net.num_classes} classes; give one name for each class")
     if costs is not None and len(costs.macs) != net.num_exits:
         raise ValueError(f"costs of {len(costs.macs)} exits for {net.num_exits}; count them on the network to export")
     packages = ("torch", "timm", *PACKAGES)

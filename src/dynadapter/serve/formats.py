@@ -113,7 +113,7 @@ def _write_json_lines(file: BinaryIO, columns: Sequence[str], rows: Iterable[Row
         content = dict(zip(columns, row, strict=True))  # JSON has no NaN: None becomes null
         try:
             line = json.dumps(content, ensure_ascii=False).encode()
-        except UnicodeEncodeError:  # a file name that is no text in any encoding
+        except UnicodeEncodeError:  # a file name that is not text in any encoding
             line = json.dumps(content).encode()
         file.write(line + b"\n")
 

@@ -9,7 +9,7 @@ from dynadapter.files import read_bytes
 from dynadapter.images.reading import find_images
 
 LISTS = (".txt", ".lst", ".list")
-"""Suffixes of files that hold one path a line."""
+"""Suffixes of files that hold one path per line."""
 MAX_LIST = 2**28
 """Largest size of a list in bytes; a million lines need a tenth of this."""
 
@@ -18,8 +18,8 @@ def list_images(places: Iterable[str], path_column: str | None = None) -> list[s
     """List the images in folders, lists and CSV files, and single images.
 
     Args:
-        places: Folders (searched with their subfolders), text files with one path a line, CSV files, image files. Paths
-            in a list are relative to its folder. They are only read as images.
+        places: Folders (searched with their subfolders), text files with one path per line, CSV files, image files.
+            Paths in a list are relative to its folder. They are only read as images.
         path_column: The column of a CSV file that holds the paths; None for the first.
 
     Raises:
@@ -37,7 +37,7 @@ def list_images(places: Iterable[str], path_column: str | None = None) -> list[s
             found += map(str, find_images(place))
             continue
         if not names:
-            raise ValueError(f"{place} lists no image; give a file with one path a line, or a CSV file with a header")
+            raise ValueError(f"{place} lists no image; give a file with one path per line, or a CSV file with a header")
         found += [str(place.parent / Path(name).expanduser()) for name in names]
     return found
 
@@ -51,7 +51,7 @@ def _column(place: Path, name: str | None) -> list[str]:
             raise ValueError(f"{place} has no column {wanted!r}; its columns are: {', '.join(columns) or 'none'}")
         return [row[wanted] for row in reader if row[wanted]]
     except csv.Error as error:
-        raise ValueError(f"{place} is no CSV file: {error}") from error
+        raise ValueError(f"{place} is not a CSV file: {error}") from error
 
 
 def _text(place: Path) -> str:

@@ -296,7 +296,7 @@ def _as_problem() -> Iterator[None]:
     except Late as error:
         raise Problem(504, str(error)) from None
     except (RuntimeError, ValueError, OSError, MemoryError) as error:
-        LOG.error("an image has no answer: %s", error)
+        LOG.error("an image could not be answered: %s", error)
         raise Problem(500, " ".join(str(error).split()) or type(error).__name__) from None
 
 

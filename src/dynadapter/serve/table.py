@@ -215,7 +215,7 @@ class PredictionTable:
         check_output(self.output, self.overwrite or self.folder.exists())
         self.output.parent.mkdir(parents=True, exist_ok=True)
         if self.folder.exists() and not self.folder.is_dir():
-            raise Foreign(f"{self.folder} is no unfinished table of predictions")
+            raise Foreign(f"{self.folder} is not an unfinished table of predictions")
         self._locks.enter_context(locked(self.folder))
         self.folder.mkdir(exist_ok=True)
         there = _read_json(self.folder / "table.json")
@@ -234,7 +234,7 @@ class PredictionTable:
         """Raise an error for a folder without ``table.json`` that holds other files."""
         there = {path.name for path in self.folder.iterdir() if not path.name.startswith(".table.json.")}
         if strange := there - {"claims"}:
-            raise Foreign(f"{self.folder} is no unfinished table of predictions: it holds {min(strange)}")
+            raise Foreign(f"{self.folder} is not an unfinished table of predictions: it holds {min(strange)}")
         if os.path.lexists(self.output) and not self.overwrite:  # finished by another process just now
             shutil.rmtree(self.folder)
             check_output(self.output, overwrite=False)
@@ -336,7 +336,7 @@ def _digest(files: Iterable[str]) -> str:
 def _difference(there: Any, wanted: Mapping[str, Any]) -> str:
     """Describe how an unfinished table differs from the wanted one."""
     if not _is_table(there):
-        return "is no unfinished table of predictions"
+        return "is not an unfinished table of predictions"
     if there.get("format") != wanted["format"]:
         return "was begun by another version of dynadapter"
     if there.get("images") != wanted["images"]:

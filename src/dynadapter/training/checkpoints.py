@@ -89,7 +89,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """Remove a checkpoint directly in a folder into which this object has written; warn of any other."""
         local = _is_local(path)
         if _folder(path) not in self._folders or (local and os.path.isdir(path)):
-            rank_zero_warn(f"{path} is no file of this training's checkpoint folder, so it is not removed")
+            rank_zero_warn(f"{path} is not a file of this training's checkpoint folder, so it is not removed")
         elif local:
             Path(path).unlink(missing_ok=True)
         else:
@@ -267,9 +267,9 @@ def read(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
             if foreign
             else "it was not written by torch"
         )
-        raise ValueError(f"{path} is no checkpoint that can be read: {why}") from error
+        raise ValueError(f"{path} is not a readable checkpoint: {why}") from error
     if not isinstance(checkpoint, dict):
-        raise ValueError(f"{path} is no checkpoint: it holds a {type(checkpoint).__name__}")
+        raise ValueError(f"{path} is not a checkpoint: it holds a {type(checkpoint).__name__}")
     return checkpoint
 
 
@@ -308,7 +308,7 @@ def check(path: str | Path) -> None:
             why = str(error) or type(error).__name__
     if why:
         why = " ".join(why.split())
-        raise ValueError(f"{path} is no checkpoint that can be read: it is cut off or damaged ({why})")
+        raise ValueError(f"{path} is not a readable checkpoint: it is cut off or damaged ({why})")
 
 
 def require_local(path: str | Path) -> None:

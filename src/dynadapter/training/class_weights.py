@@ -48,7 +48,7 @@ def class_weights(given: ClassWeights, names: Sequence[str], counts: Sequence[in
         assert isinstance(given, Mapping)
         if unknown := [name for name in given if name not in names]:
             few = ", ".join(names[:8]) + (" ..." if len(names) > 8 else "")
-            raise ValueError(f"class_weights: {unknown[0]} is no class; the classes are {few}")
+            raise ValueError(f"class_weights: {unknown[0]} is not a class; the classes are {few}")
         weights = torch.tensor([float(given.get(name, 1.0)) for name in names], dtype=torch.float64)
     if images is not None:
         mean = (images * weights).sum() / images.sum()

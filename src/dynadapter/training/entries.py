@@ -54,4 +54,4 @@ def require_entries(content: Mapping[str, Any], kinds: Kinds, where: str = "") -
             wanted = WORDS.get(choices[0], "a number")
             raise ValueError(f"its entry {where}{name} is a {type(value).__name__}, not {wanted}; {ADVICE}")
     if wrong := [name for name in content.get("class_names", ()) if not isinstance(name, str)]:
-        raise ValueError(f"its entry {where}class_names holds {wrong[0]!r:.40}, which is no text; {ADVICE}")
+        raise ValueError(f"its entry {where}class_names holds {wrong[0]!r:.40}, which is not text; {ADVICE}")

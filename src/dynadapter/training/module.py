@@ -392,8 +392,8 @@ def _check_settings(
 ) -> None:
     check_class_weights(weights)
     if num_classes < 2:
-        raise ValueError(f"num_classes={num_classes} leaves nothing to tell apart; give at least 2 classes")
+        raise ValueError(f"num_classes={num_classes} must be at least 2")
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"label_smoothing={label_smoothing} must be at least 0 and below 1")
     if class_names is not None and len(class_names) != num_classes:
-        raise ValueError(f"{len(class_names)} class names for {num_classes} classes; give one name a class")
+        raise ValueError(f"{len(class_names)} class names for {num_classes} classes; give one name for each class")

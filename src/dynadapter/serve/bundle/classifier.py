@@ -105,7 +105,7 @@ def _preprocessing(classifier: Classifier, given: Preprocessing | None) -> Prepr
     if given is None and not classifier.preprocessing:
         raise ValueError(
             "the classifier knows no preprocessing, because its data had none; give preprocessing="
-            "{'image_size': ..., 'normalization': ...}, or preprocessing={} for a bundle that takes tensors alone"
+            "{'image_size': ..., 'normalization': ...}, or preprocessing={} for a bundle that takes only tensors"
         )
     return classifier.preprocessing if given is None else given
 

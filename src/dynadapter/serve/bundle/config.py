@@ -31,7 +31,7 @@ FORMAT = 3
 
 CONFIG, MODEL, CARD = "config.json", "model.safetensors", "README.md"
 FILES = (MODEL, CARD, CONFIG)
-"""The files of a bundle in the order in which they are written: without the last one it is no bundle."""
+"""The files of a bundle in the order in which they are written: without the last one it is not a bundle."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ class Config:
     def __post_init__(self) -> None:
         if len(self.class_names) != self.num_classes:
             raise ValueError(
-                f"{len(self.class_names)} class names for {self.num_classes} classes; give one name a class"
+                f"{len(self.class_names)} class names for {self.num_classes} classes; give one name for each class"
             )
         self.policy.check(len(self.exit_depths))
         if self.costs is not None and self.costs.exit_depths != self.exit_depths:
@@ -174,7 +174,9 @@ class Config:
             given = json.loads(text)
             require_bounded(given, "the file")
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{where} is no JSON ({error}); the bundle is damaged: fetch or write it again") from error
+            raise ValueError(
+                f"{where} is not JSON ({error}); the bundle is damaged: fetch or write it again"
+            ) from error
         if not isinstance(given, dict) or given.get("library") != "dynadapter":
             raise ValueError(
                 f"{where} does not belong to a bundle of dynadapter; give the folder that save_bundle wrote"

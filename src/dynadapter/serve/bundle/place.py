@@ -20,7 +20,7 @@ def check_place(folder: Path, names: tuple[str, ...], overwrite: bool) -> None:
     if not os.path.lexists(folder):
         return
     if not folder.is_dir():
-        raise ValueError(f"{folder} exists and is no folder; give another place for the bundle")
+        raise ValueError(f"{folder} exists and is not a folder; give another place for the bundle")
     if not overwrite:
         raise ValueError(f"{folder} exists; give another folder, or overwrite=True to replace the bundle in it")
     inside = sorted(path.name for path in folder.iterdir())

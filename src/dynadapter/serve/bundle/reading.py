@@ -25,16 +25,18 @@ def read(folder: Path, *, check_finite: bool = True) -> tuple[Config, dict[str, 
         old = left_over(folder)
         hint = f"; an interrupted overwriting has left the bundle that was there as {old}: rename it" if old else ""
         raise ValueError(
-            f"{folder} is no folder{' but a file' if folder.is_file() else ''}; give a bundle's folder, or "
+            f"{folder} is not a folder{' but a file' if folder.is_file() else ''}; give a bundle's folder, or "
             f"hf-hub:OWNER/NAME for one on the Hugging Face Hub{hint}"
         )
     for name in (CONFIG, MODEL):
         if not (folder / name).is_file():
-            raise ValueError(f"{folder} has no {name}: it is no bundle, or only a part of one; fetch or write it again")
+            raise ValueError(
+                f"{folder} has no {name}: it is not a bundle, or only a part of one; fetch or write it again"
+            )
     try:
         text = read_bytes(folder / CONFIG, MAX_JSON).decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{folder / CONFIG} is no JSON ({error}); the bundle is damaged: fetch it again") from error
+        raise ValueError(f"{folder / CONFIG} is not JSON ({error}); the bundle is damaged: fetch it again") from error
     config = Config.loads(text, str(folder / CONFIG))
     where = str(folder / MODEL)
     tensors = from_bytes((folder / MODEL).read_bytes(), config.sha256, where)

@@ -141,7 +141,7 @@ def as_preprocess(given: Preprocessing | None, backbone: nn.Module) -> Preproces
     if channels != 3:
         raise ValueError(
             f"preprocessing gives images of 3 channels, the backbone takes {channels}; give preprocessing={{}} for a "
-            "bundle that takes tensors alone"
+            "bundle that takes only tensors"
         )
     return preprocess
 

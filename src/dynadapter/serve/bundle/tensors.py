@@ -48,7 +48,7 @@ def from_bytes(data: bytes, sha256: str, where: str) -> dict[str, Tensor]:
     """Read the content of a safetensors file whose hash is known.
 
     Raises:
-        ValueError: The hash differs, or the content is no safetensors file.
+        ValueError: The hash differs, or the content is not a safetensors file.
     """
     found = hashlib.sha256(data).hexdigest()
     if found != sha256:
@@ -60,7 +60,7 @@ def from_bytes(data: bytes, sha256: str, where: str) -> dict[str, Tensor]:
         # Copied out of the one buffer: torch aligns its own memory, and sums then agree to the last bit.
         return {name: tensor.clone() for name, tensor in safetensors.torch.load(data).items()}
     except Exception as error:  # safetensors has its own type; a wrong type of tensor is a KeyError
-        raise ValueError(f"{where} is no readable safetensors file ({error})") from error
+        raise ValueError(f"{where} is not a readable safetensors file ({error})") from error
 
 
 def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:

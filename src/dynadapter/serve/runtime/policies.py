@@ -96,7 +96,7 @@ class Policy:
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
         if "exit" in settings and self.exit >= num_exits:
-            raise ValueError(f"exit={self.exit} is no early exit of {num_exits}")
+            raise ValueError(f"exit={self.exit} is not an early exit of {num_exits}")
         self.temperatures = _temperatures(temperatures, num_exits)
 
     def combine(self, history: Floats) -> Floats:

@@ -24,7 +24,9 @@ def main(args: Sequence[str] | None = None, folder: Path = Path(__file__).parent
     parser.add_argument("--batch_size", type=int, default=32, help="images in a batch (default: 32)")
     parser.add_argument("--threads", type=int, help="threads of ONNX Runtime (default: one on each core)")
     parser.add_argument("--provider", action="append", help="execution provider of ONNX Runtime (default: the CPU)")
-    parser.add_argument("--on_error", choices=("raise", "skip"), default="raise", help="what to do at a broken image")
+    parser.add_argument(
+        "--on_error", choices=("raise", "skip"), default="raise", help="what to do for an unreadable image"
+    )
     words = "values that become 0 and 255 in images of more than 8 bits (default: as in training)"
     parser.add_argument("--value_range", nargs=2, type=float, metavar=("LOW", "HIGH"), help=words)
     given = parser.parse_args(args)

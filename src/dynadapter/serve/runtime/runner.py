@@ -215,7 +215,7 @@ class Runner:
         preprocessed = isinstance(images, np.ndarray) and images.ndim == 4
         sources = self._check(images) if preprocessed else list_sources(images)  # type: ignore[arg-type]
         if not len(sources):
-            raise ValueError(f"there is no image; give folders, or {SOURCES}")
+            raise ValueError(f"there is not an image; give folders, or {SOURCES}")
         predictions: list[Prediction] = []
         skipped: list[str] = []
         for start in range(0, len(sources), batch_size):

@@ -110,7 +110,7 @@ class EarlyExit(Callback):
         self.by_class = by_class
         names = [policy.name for policy in self.policies]
         if len(set(names)) < len(names):
-            raise ValueError(f"each policy may be given once; got {', '.join(names)}")
+            raise ValueError(f"give each policy only once; got {', '.join(names)}")
         self._uses: dict[str, PolicyUse] = {}
 
     @property
