@@ -188,8 +188,8 @@ def test_merged_bundle_or_no_adapters(tmp_path):
     result = run(place, tmp_path / "n.json", f"--arms={TORCH}", "--batch_sizes=[2]", "--shares=[0,0,1]")
     assert "unmerged is not timed at batch 2: the bundle has no adapters" in result["notes"]
     assert (
-        "smaller static is not timed at batch 2: routing costs nearly as much as the whole backbone, which the arm static runs"
-        in (result["notes"])
+        "smaller static is not timed at batch 2: routing costs nearly as much as the whole backbone, which the "
+        "arm static runs" in (result["notes"])
     )
 
 

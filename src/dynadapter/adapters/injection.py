@@ -43,7 +43,8 @@ def inject(model: nn.Module, spec: Adapters, freeze: bool = True) -> list[str]:
     both = [*adapter_layers(model).values(), *wrappers.values()]
     if any(layer.needs_grid for layer in both) and any(layer.adds_tokens for layer in both):
         raise ValueError(
-            f"{spec.label} does not fit the other adapters: one adds tokens, another needs them in a grid; use only one of them"
+            f"{spec.label} does not fit the other adapters: one adds tokens, another needs them in a "
+            "grid; use only one of them"
         )
     depths = _depths(layers)
     # Inner layers first: wrapping a module changes the paths of the layers inside it

@@ -44,7 +44,8 @@ def save_peft(
     others = sorted({layer.kind for layer in layers.values() if type(layer) is not LoRALayer})
     if others or not layers:
         raise ValueError(
-            f"the adapters are {', '.join(others) or 'merged or missing'}; only LoRA that is not merged can be written for peft"
+            f"the adapters are {', '.join(others) or 'merged or missing'}; only LoRA that is not merged can be "
+            "written for peft"
         )
     place = Path(folder).expanduser()
     tensors: dict[str, Tensor] = {}
