@@ -12,6 +12,9 @@ later images that arrive before an answer.
 onnx: ONNX Runtime with a graph a stage against ONNX Runtime with one graph, each in the chunks that are fastest for it.
 baselines: peft's LoRA on the same backbone, the package earlyon around the same backbone, and torch.compile. earlyon
 routes image by image at batch 1; above it a whole batch exits together if every image in it reaches the threshold.
+shipped: the recipes of ``configs/`` with merged LoRA by torch, ONNX Runtime and OpenVINO, beside the static backbone, a
+smaller one of equal average cost, static token merging and peft merged, at the exit shares of a calibrated run, which
+the key of a line names. "efficiency" is the speed-up over torch's static backbone divided by that in GMACs.
 """
 
 import argparse
@@ -41,6 +44,7 @@ from common import (
     thresholds,
 )
 from latency import run_routed, run_static
+from shipped import shipped_lines
 from torch import Tensor, nn
 
 from dynadapter import Confidence, ExitNet, LoRA, Never, Stream, exit_costs, inject
@@ -304,14 +308,18 @@ def baselines_lines(name: str, options: dict[str, Any], args: argparse.Namespace
 
 
 PARTS = {"stream": stream_lines, "onnx": onnx_lines, "baselines": baselines_lines}
+SHIPPED = "shipped"
 
 
 def rows(line: Line) -> list[Row]:
     """Return the table rows of a line."""
     first: Row = {"backbone": line["key"]["backbone"], "batch": line["key"]["batch"], "control": control(line)}
+    if "recipe" in line["key"]:
+        first |= {"recipe": line["key"]["recipe"], "shares of": line["key"]["shares"]}
     found = []
     columns = {"GMACs speed-up": "mac_speedup", "speed-up": "speedup", "efficiency": "efficiency"}
     columns |= {"over plain": "over_plain", "over torch static": "over_torch_static"}
+    columns |= {"over onnx static": "over_onnx_static"}
     for arm, got in line.items():
         if isinstance(got, dict) and "speedup" in got:
             row: Row = {"arm": arm, "shares, %": "/".join(f"{100 * share:.0f}" for share in got.get("shares", ()))}
@@ -324,14 +332,21 @@ def rows(line: Line) -> list[Row]:
 def main(argv: list[str] | None = None) -> None:
     """Run what is not done yet and print a table for each part."""
     parser = arguments(__doc__ or "", "serving.jsonl")
-    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=list(PARTS))
-    parser.add_argument("--batches", type=int, nargs="+", default=list(BATCHES), help="of onnx and baselines")
+    parser.add_argument("--parts", nargs="+", default=[*PARTS, SHIPPED], choices=[*PARTS, SHIPPED])
+    parser.add_argument("--batches", type=int, nargs="+", default=list(BATCHES), help="of all parts but stream")
+    parser.add_argument(
+        "--bundle", help="calibrated bundle whose exit shares `shipped` takes; default: a committed run"
+    )
     args = parser.parse_args(argv)
     args.device = "cpu"
     torch.set_num_threads(1)
     log = Log(args.out)
     for part in args.parts:
-        lines = [line for name, options in backbones(args).items() for line in PARTS[part](name, options, args, log)]
+        if part == SHIPPED:
+            lines = list(shipped_lines(args, log))
+        else:
+            each = backbones(args).items()
+            lines = [line for name, options in each for line in PARTS[part](name, options, args, log)]
         show((row for line in lines for row in rows(line)), part)
         print(*dict.fromkeys(note for line in lines for note in line.get("notes", ())), sep="\n")
 

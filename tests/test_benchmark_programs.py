@@ -71,7 +71,7 @@ PROGRAMS: dict[str, list[str]] = {
     "stage_compile": ["--batches", "2"],
     "token_merging": [],
     "adapters": [],
-    "serving": ["--batches", "1", "4", "--parts", "stream", "baselines"],
+    "serving": ["--batches", "1", "4", "--parts", "stream", "baselines", "shipped"],
     "load": ["--clients", "2", "--seconds", "0.2"],
 }
 SLOW = ("stage_compile", "load")

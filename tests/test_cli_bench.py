@@ -235,7 +235,7 @@ def test_failing_arm_is_a_note(bundle, tmp_path, monkeypatch, capsys):
     def broken(*args: Any) -> None:
         raise RuntimeError("no compiler\nand many lines")
 
-    monkeypatch.setitem(arms._BUILDERS, "merged", broken)
+    monkeypatch.setitem(arms.BUILDERS, "merged", broken)
     monkeypatch.setattr("dynadapter.serve.export.find_spec", lambda name: None)
     result = run(bundle, tmp_path / "b.json", "--shares=[0.5,0.3,0.2]", "--batch_sizes=[1]")
     printed = capsys.readouterr().out

@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -153,7 +154,7 @@ def test_large_batches_run_in_chunks(written: Path) -> None:
 
 def test_stages_share_memory(written: Path) -> None:
     for runner in (Runner(written), Runner(written)):  # the second runner finds the arena registered
-        assert runner._options.get_session_config_entry("session.use_env_allocators") == "1"
+        assert runner.engine._options.get_session_config_entry("session.use_env_allocators") == "1"
         assert runner.load().route(np.zeros((3, 3, 2, 2), np.float32))[1].shape == (3,)
 
 
@@ -480,3 +481,42 @@ def test_missing_onnxruntime_is_named(written: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(ImportError, match="pip install onnxruntime"):
         Runner(written)
+
+
+def test_engines_give_the_same(written: Path) -> None:
+    pytest.importorskip("openvino")
+    images = as_images(np.random.default_rng(0).normal(size=(EXITS, 37, WIDTH)).astype(np.float32))
+    one, other = Runner(written, threads=1), Runner(written, threads=1, engine="openvino")
+    for left, right in zip(one.route(images), other.route(images), strict=True):
+        np.testing.assert_array_equal(left, right)
+    np.testing.assert_array_equal(one.every_exit(images), other.every_exit(images))
+    found: dict[int, Any] = {}
+
+    def work(number: int) -> None:
+        found[number] = other.every_exit(images[number : number + 5])
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(20)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for number, logits in found.items():
+        np.testing.assert_array_equal(logits, one.every_exit(images)[:, number : number + 5])
+    assert len(found) == 20
+
+
+def test_openvino_refuses_what_is_not_its_own(written: Path, tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
+    with pytest.raises(ValueError, match="belong to ONNX Runtime"):
+        Runner(written, ["CPUExecutionProvider"], engine="openvino")
+    folder = write_folder(tmp_path / "int8", {"kind": "Never"}, precision="int8")
+    with pytest.raises(ValueError, match="without int8"):
+        Runner(folder, engine="openvino")
+
+
+def test_unknown_or_missing_engine_is_named(written: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="choose from: onnxruntime, openvino"):
+        Runner(written, engine="tensorrt")
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(ImportError, match=r"dynadapter\[openvino\]"):
+        Runner(written, engine="openvino")

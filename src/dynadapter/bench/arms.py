@@ -5,6 +5,7 @@ from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from dynadapter.serve.runtime import Runner
 
 
 class Absent(Exception):
-    """An arm cannot be timed; the message is the reason in one line."""
+    """An arm cannot be timed; the message is the reason in one line, empty where the reason is plain."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ def build(name: str, work: Work) -> Arm:
     Raises:
         Absent: If the arm cannot be timed.
     """
-    return _BUILDERS[name](work)
+    return BUILDERS[name](work)
 
 
 def _static(work: Work) -> Arm:
@@ -118,6 +119,15 @@ def _smaller(work: Work) -> Arm:
     return work.static_arm(cut_after(net, depth).at(0), float(cost(depth)), words)
 
 
+def _static_merging(work: Work) -> Arm:
+    net, exact = work.subject.net, work.subject.exact
+    if net.token_merging is None:
+        raise Absent
+    static, counted = (ExitNet(one.backbone, exit_depths=[], token_merging=one.token_merging) for one in (net, exact))
+    cost = exit_costs(counted.eval(), work.subject.size).macs[0]
+    return work.static_arm(static.eval().requires_grad_(False).at(-1), float(cost))
+
+
 def _unmerged(work: Work) -> Arm:
     net = work.subject.unmerged
     if net is None:
@@ -137,18 +147,21 @@ def _onnx_static(work: Work) -> Arm:
     return work.static_arm(lambda images: runner.stage(0, [images]), float(work.costs(True).static), arrays=True)
 
 
-def _onnx_staged(work: Work) -> Arm:
-    runner = _exported(work, "staged", work.subject.exact, work.subject.policy, work.class_first)
-    return Arm(lambda images: runner.route(images)[1], work.costs(True), arrays=True, baseline="onnx static")
+def _onnx_staged(work: Work, engine: str = "onnxruntime") -> Arm:
+    runner = _exported(work, "staged", work.subject.exact, work.subject.policy, work.class_first, engine)
+    baseline = "onnx static" if engine == "onnxruntime" else "static"
+    return Arm(lambda images: runner.route(images)[1], work.costs(True), arrays=True, baseline=baseline)
 
 
-_BUILDERS: dict[str, Callable[[Work], Arm]] = {
+BUILDERS: dict[str, Callable[[Work], Arm]] = {
     "static": _static,
     "smaller static": _smaller,
+    "static token merging": _static_merging,
     "unmerged": _unmerged,
     "merged": _merged,
     "onnx static": _onnx_static,
     "onnx staged": _onnx_staged,
+    "openvino staged": partial(_onnx_staged, engine="openvino"),
 }
 
 
@@ -172,24 +185,34 @@ def cut_after(net: ExitNet, depth: int) -> ExitNet:
     return shallow.to(like.device, like.dtype).eval().requires_grad_(False)
 
 
-def _exported(work: Work, kind: str, net: ExitNet, policy: Policy, class_first: bool) -> Runner:
-    """Export to a temporary folder and load all stages, once for all batch sizes."""
-    subject = work.subject
-    if (kind, class_first) in subject.runners:
-        return subject.runners[kind, class_first]
+def _exported(
+    work: Work, kind: str, net: ExitNet, policy: Policy, class_first: bool, engine: str = "onnxruntime"
+) -> Runner:
+    """Export to a temporary folder, once for all engines and batch sizes, and load all stages."""
+    subject, runners = work.subject, work.subject.runners
+    if (key := (kind, class_first, engine)) in runners:
+        return runners[key]
     if subject.dtype != torch.float32:
         raise Absent("the exported graphs run in float32; leave --precision out")
-    folder = Path(subject.stack.enter_context(tempfile.TemporaryDirectory(prefix="dynadapter-bench-"))) / "exported"
-    preprocess = subject.bundle.preprocess
-    export_onnx(
-        net,
-        folder,
-        policy=policy,
-        class_names=subject.bundle.class_names,
-        preprocess=Preprocess(subject.size) if preprocess is None else preprocess,
-        class_first=class_first,
-        check_images=work.images[:12].float().cpu(),
-    )
-    providers = ["CUDAExecutionProvider"] if subject.device.type == "cuda" else None
-    subject.runners[kind, class_first] = Runner(folder, providers, subject.settings.threads).load()
-    return subject.runners[kind, class_first]
+    if engine == "openvino" and find_spec("openvino") is None:
+        raise Absent("OpenVINO is not installed: pip install 'dynadapter[openvino]'")
+    first = next((runner for other, runner in runners.items() if other[:2] == key[:2]), None)
+    if first is not None:
+        folder = first.manifest.stages[0].file.parent
+    else:
+        place = subject.stack.enter_context(tempfile.TemporaryDirectory(prefix="dynadapter-bench-"))
+        folder = Path(place) / "exported"
+        preprocess = subject.bundle.preprocess
+        export_onnx(
+            net,
+            folder,
+            policy=policy,
+            class_names=subject.bundle.class_names,
+            preprocess=Preprocess(subject.size) if preprocess is None else preprocess,
+            class_first=class_first,
+            check_images=work.images[:12].float().cpu(),
+        )
+    on_gpu = subject.device.type == "cuda" and engine == "onnxruntime"
+    providers = ["CUDAExecutionProvider"] if on_gpu else None
+    runners[key] = Runner(folder, providers, subject.settings.threads, engine).load()
+    return runners[key]

@@ -9,12 +9,12 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from dynadapter.bench.arms import Arm, Work, build
+from dynadapter.bench.arms import Absent, Arm, Work, build
 from dynadapter.bench.settings import Settings
 from dynadapter.bench.subject import Subject, images_in_a_round
 from dynadapter.bench.timing import VOID, Times, interleave, is_void, machine, percentile, ratio, representative
 from dynadapter.cost import ExitCosts
-from dynadapter.serve.bundle import load
+from dynadapter.serve.bundle import Bundle, load
 from dynadapter.spec import plain
 
 if TYPE_CHECKING:
@@ -25,8 +25,12 @@ WARMUP = 2
 """Rounds before the counted ones."""
 
 
-def measure(settings: Settings) -> dict[str, Any]:
+def measure(settings: Settings, bundle: Bundle | None = None) -> dict[str, Any]:
     """Time the arms that the settings name.
+
+    Args:
+        settings: What to time, and how.
+        bundle: Instead of the one that the settings name; it is changed.
 
     Returns:
         All results as plain data.
@@ -37,7 +41,7 @@ def measure(settings: Settings) -> dict[str, Any]:
     device = torch.device(settings.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("torch finds no CUDA device here; leave --device out to time on the CPU")
-    bundle = load(settings.bundle, settings.weights, settings.pretrained)
+    bundle = bundle or load(settings.bundle, settings.weights, settings.pretrained)
     threads = torch.get_num_threads()
     torch.set_num_threads(settings.threads)
     try:
@@ -89,7 +93,8 @@ def _one_batch_size(subject: Subject, batch: int, progress: "Progress", task: "T
         except Exception as error:
             if name == "static":
                 raise
-            subject.notes.append(f"{name} is not timed at batch {batch}: {_first_line(error)}")
+            if not isinstance(error, Absent) or str(error):
+                subject.notes.append(f"{name} is not timed at batch {batch}: {_first_line(error)}")
             continue
         arms[name] = arm
         if isinstance(arm.cost, ExitCosts):

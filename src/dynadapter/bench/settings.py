@@ -4,7 +4,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-ARMS = ("static", "smaller static", "unmerged", "merged", "onnx static", "onnx staged")
+ARMS = (
+    "static",
+    "smaller static",
+    "static token merging",
+    "unmerged",
+    "merged",
+    "onnx static",
+    "onnx staged",
+    "openvino staged",
+)
 """The ways to serve that can be timed; ``static``, the baseline of all others, always is."""
 
 

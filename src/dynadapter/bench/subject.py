@@ -58,7 +58,7 @@ class Subject:
         self.dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
         self.clock: Clock = clock_of(device, settings.threads)
         self.notes: list[str] = []
-        self.runners: dict[tuple[str, bool], Runner] = {}
+        self.runners: dict[tuple[str, bool, str], Runner] = {}
         self.bundle, self.policy = bundle, bundle.policy
         original = bundle.net.float()
         if device.type == "cpu" and self.dtype == torch.float32:

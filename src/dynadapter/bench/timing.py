@@ -9,13 +9,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from itertools import chain
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from dynadapter.exits.policies import Confidence, confidence
+from dynadapter.serve.fastest import cpu_name
 
 Call = Callable[[], Any]
 Clock = Literal["cpu", "wall", "device"]
@@ -26,18 +26,10 @@ VOID = 0.03
 CHUNKS = (8, 16, 32, 64)
 """Images at a time that are tried for an arm that may cut its batch."""
 
-PACKAGES = ("torch", "timm", "lightning", "fvcore", "onnxruntime", "dynadapter")
+PACKAGES = ("torch", "timm", "lightning", "fvcore", "onnxruntime", "openvino", "dynadapter")
 
 
 # ---- the machine -----------------------------------------------------------------------------------------------------
-
-
-def cpu_name() -> str:
-    """Return the name of the processor."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return named[0] if named else platform.processor() or platform.machine()
 
 
 def machine(packages: Iterable[str] = PACKAGES) -> dict[str, Any]:

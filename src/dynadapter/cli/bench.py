@@ -17,8 +17,9 @@ DESCRIPTION = """\
 Time a bundle against its static network and other ways to serve it, side by side; write a table and JSON.
 
 static: the whole backbone, adapters merged.  smaller static: the number of its blocks that costs what routing costs on
-average.  unmerged, merged: routing with the adapters beside the backbone, or merged into it.  onnx static, onnx staged:
-ONNX Runtime with one graph, or with one graph per stage and routing between them.
+average.  static token merging: the whole backbone, which merges tokens as routing does.  unmerged, merged: routing with
+the adapters beside the backbone, or merged into it.  onnx static, onnx staged: ONNX Runtime with one graph, or with one
+graph per stage and routing between them.  openvino staged: the same graphs in OpenVINO.
 """
 ARGUMENTS: dict[str, tuple[Any, Any, str]] = {
     "batch_sizes": (list[int], [1, 8], "Images per call, such as [1,8,64]."),
@@ -113,6 +114,7 @@ def _write(place: Path, result: dict[str, Any], overwrite: bool) -> None:
 
 
 def _print(result: dict[str, Any]) -> None:
+    from dynadapter.bench.advice import advice
     from dynadapter.bench.table import bench_table
     from dynadapter.printing import print_tables
 
@@ -126,3 +128,5 @@ def _print(result: dict[str, Any]) -> None:
                 f"{batch['control']:.3f}, outside 1 ± {result['void_beyond']:g}: this run is void; time again on a "
                 "quiet machine, or with more --rounds"
             )
+    for line in advice(result):
+        print(line)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from dynadapter.cli.errors import Mistake, nearest_place, one_line
 
@@ -14,6 +14,12 @@ if TYPE_CHECKING:  # torch takes seconds to load, and invalid input is answered 
     from dynadapter.serve.bundle import Bundle
 
 
+BACKEND: tuple[Any, str, str] = (
+    Literal["torch", "onnx", "openvino", "auto"],
+    "torch",
+    "What computes: torch; onnx or openvino, by exported graphs on a CPU; or auto, the fastest as measured once here.",
+)
+"""The option ``--backend``: type, default, help."""
 BUNDLE = "a folder that calibrate wrote, or hf-hub:OWNER/NAME on the Hugging Face Hub (@REVISION if not the newest)"
 """What ``--bundle`` may be, for the help of the commands."""
 
@@ -71,13 +77,14 @@ def load_bundle(place: str, weights: str | None, pretrained: bool | None) -> "Bu
         raise Mistake(_as_typed(error)) from error
 
 
-def load_network(given: Any, number: int = 0) -> "Bundle":
+def load_network(given: Any, number: int = 0, batch_size: int = 32) -> "Bundle":
     """Load the network of a command onto its device.
 
     Args:
-        given: Settings ``bundle``, ``ckpt_path``, ``weights``, ``pretrained``, ``policy``, ``threshold``, ``device``
-            and perhaps ``policy_from``.
+        given: Settings ``bundle``, ``ckpt_path``, ``weights``, ``pretrained``, ``policy``, ``threshold``, ``device``,
+            ``backend``, and perhaps ``policy_from``.
         number: Index of this process among several; each takes the next GPU.
+        batch_size: Images at a time, for which ``backend: auto`` chooses.
 
     Raises:
         Mistake: It cannot be loaded, takes no images, or the policy does not fit.
@@ -86,6 +93,7 @@ def load_network(given: Any, number: int = 0) -> "Bundle":
 
     from dynadapter.backbones.layout import lay_out_for_cpu
     from dynadapter.cli.policies import policy_from
+    from dynadapter.serve.backends import use_backend
 
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if given.device == "cuda" and not count:
@@ -111,6 +119,12 @@ def load_network(given: Any, number: int = 0) -> "Bundle":
         print(f"exit policy {bundle.policy.name} ({origin})", flush=True)
     bundle.to(device)
     lay_out_for_cpu(bundle.net)
+    try:
+        words = use_backend(bundle, given.backend, batch_size)
+    except (ValueError, ImportError) as error:
+        raise Mistake(one_line(error)) from error
+    if not number and given.backend != "torch":
+        print(words, flush=True)
     return bundle
 
 
@@ -187,4 +201,4 @@ def stacked(bundle: "Bundle", data: "ImageData", split: Any) -> "Iterator[tuple[
     like = next(bundle.net.backbone.parameters())
     with torch.inference_mode():
         for batch, targets in track(loader, "images", console=Console(stderr=True), transient=True):
-            yield bundle.net(batch.to(like.device, like.dtype)).float().cpu(), targets.cpu()
+            yield bundle.runs(batch.to(like.device, like.dtype)).float().cpu(), targets.cpu()

@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from dynadapter.cli.errors import Failed, Mistake, Stopped, Terminated, one_line, stoppable
 from dynadapter.cli.imports import import_own
-from dynadapter.cli.networks import BUNDLE, check_network, load_network
+from dynadapter.cli.networks import BACKEND, BUNDLE, check_network, load_network
 from dynadapter.cli.parser import CommandParser
 from dynadapter.images.accounting import account
 from dynadapter.serve.formats import check_output
@@ -58,6 +58,7 @@ OPTIONS: dict[str, tuple[Any, Any, str]] = {
     "batch_size": (int, 32, "Images that are computed at once."),
     "processes": (int, 1, "Processes that share the images, one for each GPU or part of the CPU."),
     "num_workers": (int | None, None, "Threads of a process that read images ahead; 0 reads in turn."),
+    "backend": BACKEND,
     "device": (Literal["auto", "cpu", "cuda"], "auto", "Where the network runs; auto takes a GPU if there is one."),
     "max_skipped": (int, 10, "More unreadable images are an error; OUT.skipped.csv lists them."),
     "overwrite": (bool, False, "Whether OUT, and an unfinished table of other images, may be replaced."),
@@ -158,7 +159,7 @@ def prepared(given: Any, number: int = 0) -> Iterator[tuple["Bundle", Prediction
     if given.processes > 1:
         torch.set_num_threads(max(1, threads // given.processes))
     try:
-        bundle = load_network(given, number)
+        bundle = load_network(given, number, given.batch_size)
         _take_value_range(bundle, given.value_range)
         if given.top_k > len(bundle.class_names):
             raise Mistake(f"top_k={given.top_k} is more than the {len(bundle.class_names)} classes of the network")
@@ -166,6 +167,7 @@ def prepared(given: Any, number: int = 0) -> Iterator[tuple["Bundle", Prediction
             "network": hashlib.sha256(bundle.config.dumps().encode()).hexdigest(),
             "policy": repr(bundle.policy),
             "device": bundle.device.type,
+            "backend": bundle.backend,
         }
         names = columns(bundle.class_names, given.top_k, given.probabilities)
         output = Path(given.out).expanduser()

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from jsonargparse import Namespace
 
 from dynadapter.cli.errors import Mistake, stopping_signals
-from dynadapter.cli.networks import BUNDLE, check_bundle, load_network
+from dynadapter.cli.networks import BACKEND, BUNDLE, check_bundle, load_network
 from dynadapter.cli.parser import CommandParser
 
 if TYPE_CHECKING:  # torch takes seconds to load, and invalid input is answered without it
@@ -39,6 +39,7 @@ OPTIONS: dict[str, tuple[Any, Any, str]] = {
     "drift_window": (int, 500, "Images after which exits and confidence are compared with the calibration's."),
     "weights": (str | None, None, "File of the backbone's weights, where the bundles need one."),
     "pretrained": (bool | None, None, "Whether timm may fetch the backbone's weights; default: as in training."),
+    "backend": BACKEND,
     "device": (Literal["auto", "cpu", "cuda"], "auto", "Where the networks run; auto takes a GPU if there is one."),
 }
 LEAST: dict[str, float] = {
@@ -152,8 +153,11 @@ def _engines(given: Any, places: dict[str, str]) -> dict[str, "Engine"]:
     from dynadapter.serve.sharing import share_backbones
 
     unset = {"ckpt_path": None, "policy": None, "threshold": None}
-    own = {name: given[name] for name in ("weights", "pretrained", "device")}
-    bundles = {name: load_network(Namespace(bundle=place, **own, **unset)) for name, place in places.items()}
+    own = {name: given[name] for name in ("weights", "pretrained", "device", "backend")}
+    bundles = {
+        name: load_network(Namespace(bundle=place, **own, **unset), batch_size=given.batch)
+        for name, place in places.items()
+    }
     if saved := share_backbones(bundles.values()):
         print(f"one backbone serves several bundles: {saved / 1e6:.1f} MB are held once")
     turns = threading.Lock()

@@ -6,7 +6,7 @@ from rich.table import Table
 
 from dynadapter.cli.configs import config_files
 from dynadapter.cli.errors import Mistake, one_line
-from dynadapter.cli.networks import BUNDLE, check_network, load_network
+from dynadapter.cli.networks import BACKEND, BUNDLE, check_network, load_network
 from dynadapter.cli.parser import CommandParser
 from dynadapter.cli.verify import data_section
 from dynadapter.printing import print_tables
@@ -22,6 +22,7 @@ OPTIONS: dict[str, tuple[Any, Any, str]] = {
     "threshold": (float | list[float] | None, None, "Threshold instead of the policy's own: one, or a list."),
     "weights": (str | None, None, "File of the backbone's weights, where the bundle needs one."),
     "pretrained": (bool | None, None, "Whether timm may fetch the backbone's weights; default: as in training."),
+    "backend": BACKEND,
     "device": (Literal["auto", "cpu", "cuda"], "auto", "Where the network runs; auto takes a GPU if there is one."),
 }
 

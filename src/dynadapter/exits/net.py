@@ -11,7 +11,8 @@ from dynadapter import backbones as cut
 from dynadapter.adapters import merge, needs_grid
 from dynadapter.exits.depths import exit_blocks
 from dynadapter.exits.heads import Balanced, Heads, build_head, check_logits
-from dynadapter.exits.policies import Policy, Routed, combined
+from dynadapter.exits.policies import Policy, Routed
+from dynadapter.exits.stages import run_stages
 from dynadapter.exits.token_merging import TokenMerging
 from dynadapter.exits.truncated import Truncated
 
@@ -285,36 +286,16 @@ class ExitNet(nn.Module):
     def _route(self, images: Tensor, policy: Policy, class_first: bool | None) -> Routed:
         """Route one chunk; see :meth:`early`."""
         x = self.embed(images)
-        if class_first is None:
-            class_first = self.prefers_class_first(x)
-        rows: Tensor | None = None  # positions of the remaining samples in the batch; None while all remain
-        out, exits = torch.empty(0), torch.empty(0)
-        history: Tensor | None = None  # (exits so far, remaining, classes)
-        for k in range(self.num_exits):
+        first = self.prefers_class_first(x) if class_first is None else class_first
+
+        def step(k: int, inputs: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], Tensor | None]:
+            x = self.complete(k - 1, inputs) if k else inputs[0]
             if k < self.num_exits - 1 and not policy.uses_early_exits:
-                x = self.stage(k, x)
-                continue
-            seen, held = self.begin(k, x, class_first)
-            logits = self.head(k, seen)
-            history = logits[None] if history is None else torch.cat([history, logits[None]])
-            logits, stay = combined(policy, history)[-1], None
-            if k < self.num_exits - 1:
-                stay = (~policy.should_exit(history)).nonzero()[:, 0]
-                if len(stay) == len(logits):
-                    x = self.complete(k, held)
-                    continue
-            # Write the results of all remaining samples; those that continue are written again later
-            if rows is None:
-                out, exits = logits.clone(), torch.full((len(images),), k, device=logits.device)
-            else:
-                out.index_copy_(0, rows, logits)
-                exits.index_fill_(0, rows, k)
-            if stay is None or not len(stay):
-                break
-            rows = stay if rows is None else rows.index_select(0, stay)
-            history = history.index_select(1, stay)
-            x = self.complete(k, tuple(part.index_select(0, stay) for part in held))
-        return Routed(out, exits)
+                return (self.stage(k, x),), None
+            seen, held = self.begin(k, x, first)
+            return held, self.head(k, seen)
+
+        return run_stages(step, self.num_exits, (x,), policy)
 
     def chunk_for(self, images: Tensor) -> int:
         """Return how many images :meth:`early` routes at a time by default.
@@ -365,6 +346,20 @@ class ExitNet(nn.Module):
         *_, block = self.stage_modules(k)
         (x, logs, _), keys_values = self._split(held[0], ended=True), held[1]
         return self._join(cut.other_rows(block, x, keys_values, self._bias(logs)), logs)
+
+    def step(self, k: int, inputs: tuple[Tensor, ...], class_first: bool = True) -> tuple[tuple[Tensor, ...], Tensor]:
+        """Run stage ``k`` and its head, for samples that continue.
+
+        Args:
+            k: Exit index, from 0.
+            inputs: The first result for stage ``k - 1``, one row for each sample; the images for stage 0.
+            class_first: See :meth:`early`.
+
+        Returns:
+            What the next stage takes, and the logits (batch, classes).
+        """
+        seen, held = self.begin(k, self.complete(k - 1, inputs) if k else self.embed(*inputs), class_first)
+        return held, self.head(k, seen)
 
     def splits(self, k: int) -> bool:
         """Check whether stage ``k`` can compute the class token's row first and its head reads only that row."""

@@ -246,7 +246,7 @@ class Engine:
         with self._compute, torch.inference_mode():
             start = time.perf_counter()
             now.inputs = tuple(part.to(self.bundle.device) for part in now.inputs)
-            now = computed(self.bundle.net, k, now, class_first=True)
+            now = computed(self.bundle.runs.step, k, now)
             logits, stops = self._judged(now, k)
             probabilities, finite = wide(logits).softmax(-1).cpu(), logits.isfinite().all(-1).tolist()
             seconds = time.perf_counter() - start

@@ -82,9 +82,7 @@ class _Stage(nn.Module):
         self.class_first = class_first
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        x = self.net.complete(self.k - 1, inputs) if self.k else self.net.embed(*inputs)
-        seen, outputs = self.net.begin(self.k, x, self.class_first)
-        logits = self.net.head(self.k, seen)
+        outputs, logits = self.net.step(self.k, inputs, self.class_first)
         return (logits,) if self.k == self.net.num_exits - 1 else (*outputs, logits)
 
 

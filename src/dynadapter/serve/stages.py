@@ -9,7 +9,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
-from dynadapter.exits.net import ExitNet
+from dynadapter.exits.stages import Step
 
 T = TypeVar("T")
 
@@ -21,7 +21,7 @@ class Waiting(Generic[T]):
     Args:
         items: The caller's object for each sample.
         since: When the first of them began to wait, in seconds.
-        inputs: Inputs of :meth:`ExitNet.complete`, or the images before the first stage; one row per sample.
+        inputs: Inputs of :meth:`ExitNet.step`; one row per sample.
         history: Logits of the exits so far (exits, samples, classes); None before the first exit.
     """
 
@@ -68,25 +68,20 @@ def take(queue: deque[Waiting[T]], most: int) -> Waiting[T]:
     return Waiting([item for part in taken for item in part.items], taken[0].since, inputs, history)
 
 
-def entered(net: ExitNet, k: int, now: Waiting[T]) -> Tensor:
-    """Return the input of stage ``k``."""
-    return net.complete(k - 1, now.inputs) if k else net.embed(now.inputs[0])
-
-
-def computed(net: ExitNet, k: int, now: Waiting[T], class_first: bool) -> Waiting[T]:
+def computed(step: Step, k: int, now: Waiting[T]) -> Waiting[T]:
     """Run stage ``k`` and its head.
 
     Args:
-        net: The network.
+        step: Runs a stage, such as :meth:`ExitNet.step`.
         k: Exit index, from 0.
         now: The samples.
-        class_first: See :meth:`ExitNet.early`.
 
     Returns:
-        The same samples, waiting for the next stage; the new exit is the last one in their history.
+        The same samples, waiting for the next stage; if a head ran, the new exit is the last one in their history.
     """
-    seen, held = net.begin(k, entered(net, k, now), class_first)
-    logits = net.head(k, seen)
+    held, logits = step(k, now.inputs)
+    if logits is None:
+        return replace(now, inputs=held)
     history = logits[None] if now.history is None else torch.cat([now.history, logits[None]])
     return replace(now, inputs=held, history=history)
 

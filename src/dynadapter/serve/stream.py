@@ -13,7 +13,7 @@ from torch import Tensor
 from dynadapter.backbones import fixed_size, in_chans
 from dynadapter.exits.net import ExitNet
 from dynadapter.exits.policies import Policy, combined
-from dynadapter.serve.stages import Waiting, computed, count, entered, nonfinite, release_tensors, take
+from dynadapter.serve.stages import Waiting, computed, count, nonfinite, release_tensors, take
 
 
 class Answer(NamedTuple):
@@ -174,13 +174,19 @@ class Stream:
         if remaining is not None:
             self._queues[k + 1].append(remaining)
 
+    def _step(self, k: int, inputs: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], Tensor | None]:
+        """Run a stage, and its head if the policy or the last exit reads it."""
+        if k == self.net.num_exits - 1 or self.policy.uses_early_exits:
+            return self.net.step(k, inputs, self.class_first)
+        return (self.net.stage(k, self.net.complete(k - 1, inputs) if k else self.net.embed(*inputs)),), None
+
     @torch.inference_mode()
     def _computed(self, k: int, now: Waiting[int]) -> tuple[list[Answer], Waiting[int] | None]:
         """Compute a stage; return the answers, and the samples that continue to the next stage."""
         last = k == self.net.num_exits - 1
+        now = computed(self._step, k, now)
         if not last and not self.policy.uses_early_exits:
-            return [], replace(now, since=self.clock(), inputs=(self.net.stage(k, entered(self.net, k, now)),))
-        now = computed(self.net, k, now, self.class_first)
+            return [], replace(now, since=self.clock())
         assert now.history is not None
         stops = [True] * len(now.items) if last else self.policy.should_exit(now.history).tolist()
         logits = combined(self.policy, now.history)[-1]

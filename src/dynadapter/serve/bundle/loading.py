@@ -18,6 +18,7 @@ from dynadapter.exits.policies import Policy, Routed, confidence, wide
 from dynadapter.images.preprocess import Preprocess
 from dynadapter.images.reading import SOURCES, is_source
 from dynadapter.images.reading import Source as ImageSource
+from dynadapter.serve.backends import Backend, Graphs, use_backend
 from dynadapter.serve.bundle.config import MODEL, Config
 from dynadapter.serve.bundle.hub import HUB, local
 from dynadapter.serve.bundle.reading import read
@@ -47,11 +48,24 @@ class Bundle:
             classes), ``net.early(images, policy)`` routes; images (batch, 3, size, size) as `preprocess` returns them.
         policy: Decides at which exit a sample stops; a single call of `predict` may use another one.
         config: The content of ``config.json``.
+        graphs: The network's exported graphs, which run instead of it
+            (:func:`~dynadapter.serve.backends.use_backend`); None to run the network.
     """
 
     net: ExitNet
     policy: Policy
     config: Config
+    graphs: Graphs | None = None
+
+    @property
+    def runs(self) -> ExitNet | Graphs:
+        """What computes: the graphs if there are any, else the network."""
+        return self.graphs or self.net
+
+    @property
+    def backend(self) -> str:
+        """Name of the program that computes: ``torch``, ``ONNX Runtime`` or ``OpenVINO``."""
+        return self.graphs.runner.engine.name if self.graphs else "torch"
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -74,7 +88,13 @@ class Bundle:
         return next(self.net.parameters()).device
 
     def to(self, device: torch.device | str) -> "Bundle":
-        """Move the network to a device."""
+        """Move the network to a device.
+
+        Raises:
+            ValueError: Graphs run instead of the network, which do so on a CPU.
+        """
+        if self.graphs is not None and torch.device(device).type != "cpu":
+            raise ValueError(f"the bundle's graphs run on a CPU, not on {device}; load it with backend='torch'")
         self.net.to(device)
         return self
 
@@ -142,7 +162,7 @@ class Bundle:
             raise ValueError(f"images are a tensor {tuple(images.shape)}; give (batch, channels, height, width)")
         self._check(images[0] if len(images) else images.new_zeros(images.shape[1:]))
         like = next(self.net.backbone.parameters())
-        routed = self.net.early(images.to(like.device, like.dtype), policy or self.policy)
+        routed = self.runs.early(images.to(like.device, like.dtype), policy or self.policy)
         return Routed(wide(routed.logits), routed.exit_index)
 
     def read(self, source: Source) -> Tensor:
@@ -181,7 +201,8 @@ class Bundle:
         merged = " merged" if self.config.merged else ""
         return (
             f"Bundle({self.config.backbone.name}, {kind}{merged}, {len(self.class_names)} classes, "
-            f"exits after blocks {self.config.exit_depths}, {self.policy.name}, on {self.device})"
+            f"exits after blocks {self.config.exit_depths}, {self.policy.name}, on {self.device}"
+            f"{f' by {self.backend}' if self.graphs else ''})"
         )
 
 
@@ -192,11 +213,13 @@ def load(
     *,
     device: torch.device | str = "cpu",
     check_finite: bool = True,
+    backend: Backend = "torch",
+    batch_size: int = 32,
 ) -> Bundle:
     """Load a bundle.
 
-    The hash of its tensors and the fingerprint of the backbone are checked before anything is used. The logits of all
-    exits are bit for bit those of the network that was saved (on the same kind of machine, with the same torch).
+    The hash of its tensors and the fingerprint of the backbone are checked before anything is used. By torch the logits
+    of all exits are bit for bit those of the network that was saved (on the same kind of machine, with the same torch).
 
     Args:
         folder: The folder; or ``hf-hub:owner/name``, or ``hf-hub:owner/name@revision``, on the Hugging Face hub.
@@ -206,10 +229,14 @@ def load(
             nor ``pretrained``.
         device: Device of the network.
         check_finite: Refuse tensors that hold NaN or infinity.
+        backend: What runs the stages: ``torch``, ``onnx``, ``openvino``, or ``auto`` for the fastest; see
+            :func:`~dynadapter.serve.backends.use_backend`.
+        batch_size: Images at a time, for which ``auto`` chooses.
 
     Raises:
-        ValueError: There is no bundle, it is damaged, its backbone is missing, or the backbone is not that of the
-            training.
+        ValueError: There is no bundle, it is damaged, its backbone is missing, the backbone is not that of the training,
+            or the backend does not fit.
+        ImportError: The backend is not installed.
     """
     place = local(folder)
     try:
@@ -218,7 +245,9 @@ def load(
         net = config.assemble(backbone, tensors, str(place / MODEL))
     except ValueError as error:
         raise ValueError(str(error).replace(str(place), str(folder))) from error  # not as a folder of the hub's cache
-    return Bundle(net.to(device), config.policy, config)
+    bundle = Bundle(net.to(device), config.policy, config)
+    use_backend(bundle, backend, batch_size)
+    return bundle
 
 
 def from_pretrained(repo_id: str, *, revision: str | None = None, **options: Any) -> Bundle:

@@ -32,6 +32,7 @@ CODE = (
     "serve/runtime/manifest.py",
     "serve/runtime/policies.py",
     "serve/runtime/runner.py",
+    "serve/runtime/sessions.py",
 )
 """Files of this package that an export copies, below the folder ``dynadapter``."""
 

@@ -1,6 +1,6 @@
 """Classify images with the exported folder that holds this file: ``python exported/predict.py photos``.
 
-Numpy, onnxruntime and Pillow suffice; neither torch nor dynadapter needs to be installed.
+Numpy, Pillow, and onnxruntime or openvino suffice; neither torch nor dynadapter needs to be installed.
 """
 
 import argparse
@@ -15,6 +15,7 @@ from typing import Any
 from dynadapter.images.reading import shown
 from dynadapter.serve.formats import COLUMNS, write_table
 from dynadapter.serve.runtime.runner import Runner, list_sources
+from dynadapter.serve.runtime.sessions import ENGINES
 
 
 def main(args: Sequence[str] | None = None, folder: Path = Path(__file__).parent) -> int:
@@ -22,7 +23,8 @@ def main(args: Sequence[str] | None = None, folder: Path = Path(__file__).parent
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("images", nargs="+", help="image files, or folders of them")
     parser.add_argument("--batch_size", type=int, default=32, help="images in a batch (default: 32)")
-    parser.add_argument("--threads", type=int, help="threads of ONNX Runtime (default: one on each core)")
+    parser.add_argument("--threads", type=int, help="threads of an operator (default: one on each core)")
+    parser.add_argument("--engine", choices=list(ENGINES), default="onnxruntime", help="what runs the graphs")
     parser.add_argument("--provider", action="append", help="execution provider of ONNX Runtime (default: the CPU)")
     parser.add_argument(
         "--on_error", choices=("raise", "skip"), default="raise", help="what to do for an unreadable image"
@@ -34,7 +36,7 @@ def main(args: Sequence[str] | None = None, folder: Path = Path(__file__).parent
         with warnings.catch_warnings():
             warnings.simplefilter("always")
             warnings.showwarning = lambda message, *_, **__: print(f"warning: {shown(message)}", file=sys.stderr)
-            runner = Runner(folder, given.provider, given.threads)
+            runner = Runner(folder, given.provider, given.threads, given.engine)
             if given.value_range:
                 preprocess = replace(runner.manifest.preprocess, value_range=given.value_range)
                 runner.manifest = replace(runner.manifest, preprocess=preprocess)

@@ -1,6 +1,5 @@
 """Run the graphs of an exported folder, and stop each image at the first exit where the policy allows it."""
 
-import contextlib
 import os
 import threading
 import warnings
@@ -14,11 +13,10 @@ from numpy.typing import NDArray
 from dynadapter.images.reading import SOURCES, Source, UnreadableImage, find_images, is_source, source_name
 from dynadapter.serve.runtime.manifest import read_manifest
 from dynadapter.serve.runtime.policies import Floats, confidence
+from dynadapter.serve.runtime.sessions import ENGINES, Provider, Session
 
 CHUNK = 16
 """Images that one CPU thread routes at a time; more do not fit its caches (measured by ``benchmarks/serving.py``)."""
-
-Provider = str | tuple[str, dict[str, Any]]
 
 
 class Prediction(NamedTuple):
@@ -37,11 +35,11 @@ class Prediction(NamedTuple):
 
 
 class Runner:
-    """An exported folder, ready to run with ONNX Runtime.
+    """An exported folder, ready to run with ONNX Runtime or OpenVINO.
 
     The files are checked at once. The session of a stage is created when the first image needs it. Several threads may
-    use one runner. On a CPU, large batches are split, and all stages allocate from one arena, so that the memory of the
-    stage before is still in the caches::
+    use one runner. On a CPU, large batches are split, and all stages of ONNX Runtime allocate from one arena, so that the
+    memory of the stage before is still in the caches::
 
         runner = Runner("exported")
         for prediction in runner.predict("photos", batch_size=8):
@@ -51,6 +49,7 @@ class Runner:
         folder: The exported folder.
         providers: Execution providers of ONNX Runtime, as for ``InferenceSession``; None for the CPU.
         threads: Threads of an operator; None for one on each core.
+        engine: ``onnxruntime``, or ``openvino``, which runs on the CPU in float32.
 
     Attributes:
         manifest: The checked content of ``manifest.json``.
@@ -59,7 +58,7 @@ class Runner:
 
     Raises:
         ValueError: The folder or an argument cannot be used.
-        ImportError: onnxruntime is not installed.
+        ImportError: The engine is not installed.
     """
 
     def __init__(
@@ -67,32 +66,18 @@ class Runner:
         folder: str | os.PathLike[str],
         providers: Sequence[Provider] | None = None,
         threads: int | None = None,
+        engine: str = "onnxruntime",
     ) -> None:
-        try:
-            import onnxruntime
-        except ImportError as error:
-            raise ImportError("an exported folder needs ONNX Runtime: pip install onnxruntime") from error
+        if engine not in ENGINES:
+            raise ValueError(f"engine={engine!r} is unknown; choose from: {', '.join(ENGINES)}")
         if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
             raise ValueError(f"threads={threads!r} must be a whole number of at least 1, or None for all cores")
-        self.providers = list(providers or ["CPUExecutionProvider"])
-        available = onnxruntime.get_available_providers()
-        for provider in self.providers:
-            name = provider if isinstance(provider, str) else provider[0]
-            if name not in available:
-                raise ValueError(f"this ONNX Runtime has no provider {name!r}; choose from: {', '.join(available)}")
+        self.engine = ENGINES[engine](providers, threads)
         self.manifest = read_manifest(folder)
+        self.engine.check(self.manifest.content)
         self.policy = self.manifest.policy
-        self._options = onnxruntime.SessionOptions()
-        self._options.log_severity_level = 3  # errors become exceptions; warnings concern the exporter
-        self._options.intra_op_num_threads = threads or 0
-        # Each stage has its own threads; idle ones would spin and slow down the stage that runs.
-        self._options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        self.chunk: int | None = None
-        if self.providers == ["CPUExecutionProvider"]:
-            self.chunk = CHUNK * (threads or os.cpu_count() or 1)
-            _share_memory(onnxruntime, self._options)
-        self._open = onnxruntime.InferenceSession
-        self._sessions: dict[int, Any] = {}
+        self.chunk = CHUNK * (threads or os.cpu_count() or 1) if self.engine.on_cpu else None
+        self._sessions: dict[int, Session] = {}
         self._lock = threading.Lock()
 
     @property
@@ -111,14 +96,16 @@ class Runner:
             self._session(k)
         return self
 
-    def _session(self, k: int) -> Any:
+    def _session(self, k: int) -> Session:
         with self._lock:
             if k not in self._sessions:
                 file = self.manifest.stages[k].file
-                try:  # by its bytes, because ONNX Runtime takes no path that is not UTF-8
-                    self._sessions[k] = self._open(file.read_bytes(), self._options, providers=self.providers)
-                except Exception as error:  # onnxruntime's own types have no common base
-                    raise ValueError(f"ONNX Runtime cannot open {file}: {' '.join(str(error).split())}") from error
+                try:
+                    self._sessions[k] = self.engine.open(file.read_bytes())
+                except Exception as error:  # the engines' own types have no common base
+                    raise ValueError(
+                        f"{self.engine.name} cannot open {file}: {' '.join(str(error).split())}"
+                    ) from error
             return self._sessions[k]
 
     def stage(self, k: int, inputs: Sequence[Floats]) -> tuple[list[Floats], Floats]:
@@ -132,7 +119,7 @@ class Runner:
             The inputs of the next stage (none after the last one), and the logits (batch, classes).
         """
         stage = self.manifest.stages[k]
-        *rest, logits = self._session(k).run(stage.outputs, dict(zip(stage.inputs, inputs, strict=True)))
+        *rest, logits = self._session(k)(stage.outputs, dict(zip(stage.inputs, inputs, strict=True)))
         return rest, logits
 
     def route(self, images: Floats) -> tuple[Floats, NDArray[np.int64]]:
@@ -286,19 +273,3 @@ def list_sources(images: Source | Iterable[Source]) -> list[Source]:
         else:
             raise ValueError(f"an image is a {type(source).__name__}; give folders, or {SOURCES}")
     return found
-
-
-def _share_memory(onnxruntime: Any, options: Any) -> None:
-    """Let a session allocate from the arena that all such sessions of the process share.
-
-    Otherwise each session keeps all memory that it has ever needed, and the caches do not help the next stage. ONNX
-    Runtime's memory patterns would prevent this, so they are off.
-    """
-    info = onnxruntime.OrtMemoryInfo(
-        "Cpu", onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, onnxruntime.OrtMemType.DEFAULT
-    )
-    with contextlib.suppress(Exception):  # registered before, by another runner or by the application
-        onnxruntime.create_and_register_allocator(info, None)
-    options.add_session_config_entry("session.use_env_allocators", "1")
-    options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")  # so that weights are freed
-    options.enable_mem_pattern = False
