@@ -58,6 +58,26 @@ def test_equal_with_unfused_attention(monkeypatch):
     assert_equal(net, pictures())
 
 
+@pytest.mark.parametrize("biased", [False, True])
+def test_attention_written_out_is_the_same(biased):
+    net = network(make_vit(), LoRA(rank=4))
+    x = cut.embed(net.backbone, pictures())
+    bias = torch.rand(x.shape[:2], generator=torch.Generator().manual_seed(0)) if biased else None
+
+    def results() -> list[Tensor]:
+        block = net.backbone.blocks[0]
+        row, keys_values = cut.class_row(block, x, bias)
+        return [row, cut.other_rows(block, x, keys_values, bias), cut.run(block, x, bias)]
+
+    with torch.no_grad():
+        expected = results()
+        with cut.written_out_attention(net.backbone):
+            assert not any(getattr(part, "fused_attn", False) for part in net.backbone.modules())
+            found = results()
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert all(block.attn.fused_attn for block in net.backbone.blocks)
+
+
 def test_fewer_steps_than_the_block_takes():
     """What is called says so: no dropout, no identity of the attention's and the MLP's."""
     net, steps = network(make_vit()), []

@@ -50,10 +50,10 @@ from dynadapter.backbones.cut import (
 from dynadapter.backbones.depth import cut_depth, remove_last_blocks
 from dynadapter.backbones.draws import DrawFrom
 from dynadapter.backbones.frozen import freeze, set_mode
-from dynadapter.backbones.hiera import write_out_attention
 from dynadapter.backbones.input import own_preprocessing, set_image_size
 from dynadapter.backbones.unit import run_unit
 from dynadapter.backbones.vit_block import class_row, other_rows, run, run_beside, splits, takes_exit_tokens
+from dynadapter.backbones.written_out import written_out_attention
 
 if find_spec("timm.models.qwen3_vit") is not None:  # older releases of timm have none
     from dynadapter.backbones import qwen3  # noqa: F401
@@ -99,5 +99,5 @@ __all__ = [
     "takes_prefix_tokens",
     "tokens",
     "widths",
-    "write_out_attention",
+    "written_out_attention",
 ]

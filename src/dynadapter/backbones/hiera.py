@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 from timm.models import hiera
-from timm.models.hiera import Hiera, MaskUnitAttention
+from timm.models.hiera import Hiera
 from torch import Tensor, nn
 
 from dynadapter.backbones.cut import (
@@ -68,10 +68,3 @@ def _(model: Hiera, state: dict[str, Tensor]) -> dict[str, Tensor]:
         # A file of masked pre-training may end before the head, whose norm then starts as the identity
         state |= {name: own for name, own in model.state_dict().items() if name.startswith("head.norm.")}
     return state
-
-
-def write_out_attention(model: nn.Module) -> None:
-    """Make Hiera's attention compute its products one by one: the operator of ONNX has four axes, not five."""
-    for part in model.modules():
-        if isinstance(part, MaskUnitAttention):
-            part.fused_attn = False  # type: ignore[misc]  # final for TorchScript alone

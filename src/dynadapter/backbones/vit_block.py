@@ -218,8 +218,12 @@ def _attend(attention: Any, query: Tensor, keys_values: Tensor, bias: Tensor | N
     q = _called(parts["q_norm"], query.view(batch, queries, heads, width).transpose(1, 2))
     k, v = keys_values.view(batch, -1, 2, heads, width).permute(2, 0, 3, 1, 4).unbind(0)
     k = _called(parts["k_norm"], k)
-    mask = None if bias is None else _mask(bias, queries)
-    mixed = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=attention.scale)
+    if attention.fused_attn:
+        mask = None if bias is None else _mask(bias, queries)
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=attention.scale)
+    else:
+        scores = (q * attention.scale) @ k.transpose(-2, -1)
+        mixed = (scores if bias is None else scores + bias[:, None, None]).softmax(-1) @ v
     return mixed.transpose(1, 2).reshape(batch, queries, inner)
 
 

@@ -125,7 +125,7 @@ def _places(x: Tensor, count: int, prefix: int) -> Tensor:
     # Compare all pairs: ties go to the first token, which not every sort guarantees, and exporters support it
     number = torch.arange(sources, device=x.device)
     own, other = similarity[..., None], similarity[:, None]
-    stays = torch.where(number < number[:, None], other >= own, other > own).sum(-1) >= count
+    stays = ((other > own) | ((other == own) & (number < number[:, None]))).sum(-1) >= count
     first = prefix + sources - count  # position of the first target
     # Remaining sources keep their order, so that rounding does not change the next matching
     places = torch.where(stays, stays.cumsum(-1) + (prefix - 1), first + partner)

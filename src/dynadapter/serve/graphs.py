@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from dynadapter.adapters import adapter_layers
-from dynadapter.backbones import write_out_attention
+from dynadapter.backbones import written_out_attention
 from dynadapter.exits.net import ExitNet
 
 LARGEST = 2 * 1024**3 - 64 * 1024**2
@@ -63,12 +63,12 @@ def write_graphs(net: ExitNet, folder: Path, images: Tensor, class_first: bool, 
     Raises:
         ValueError: A stage is too large for one file.
     """
-    write_out_attention(net.backbone)
     stages = []
-    for k, program, tensors in _programs(net, images, class_first):
-        file = folder / f"stage{k}.onnx"
-        _write(program, file, tensors, opset)
-        stages.append({"file": file.name, **tensors})
+    with written_out_attention(net.backbone):
+        for k, program, tensors in _programs(net, images, class_first):
+            file = folder / f"stage{k}.onnx"
+            _write(program, file, tensors, opset)
+            stages.append({"file": file.name, **tensors})
     return stages
 
 

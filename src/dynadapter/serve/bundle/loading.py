@@ -234,8 +234,8 @@ def load(
         batch_size: Images at a time, for which ``auto`` chooses.
 
     Raises:
-        ValueError: There is no bundle, it is damaged, its backbone is missing, the backbone is not that of the training,
-            or the backend does not fit.
+        ValueError: There is no bundle, it is damaged, its backbone is missing, the backbone is not that of the
+            training, or the backend does not fit.
         ImportError: The backend is not installed.
     """
     place = local(folder)

@@ -38,8 +38,8 @@ class Runner:
     """An exported folder, ready to run with ONNX Runtime or OpenVINO.
 
     The files are checked at once. The session of a stage is created when the first image needs it. Several threads may
-    use one runner. On a CPU, large batches are split, and all stages of ONNX Runtime allocate from one arena, so that the
-    memory of the stage before is still in the caches::
+    use one runner. On a CPU, large batches are split, and all stages of ONNX Runtime allocate from one arena, so that
+    the memory of the stage before is still in the caches::
 
         runner = Runner("exported")
         for prediction in runner.predict("photos", batch_size=8):
