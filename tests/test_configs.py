@@ -39,6 +39,7 @@ KINDS = (
     "vpt",
 )
 PRETRAININGS = ("clip", "dinov2", "mae")  # built in tests/test_pretrainings.py
+VIDEO = ("video",)  # trained in tests/test_videos.py
 EXTRAS = ("augment", "exit_tokens", "token_merging", "linear_heads", "distillation", "static")
 FAMILIES = {
     "vit": ("vit_tiny_patch16_224", "{patch_size: 16, embed_dim: 24, depth: 5, num_heads: 3}"),
@@ -109,7 +110,7 @@ def read(name: str) -> dict[str, Any]:
 
 def test_every_file_is_tested():
     names = {path.stem for path in CONFIGS.glob("*.yaml")}
-    assert names == {*ALONE, *KINDS, *EXTRAS, *OVERLAYS, *PRETRAININGS, "paper", "vtab_scales"}
+    assert names == {*ALONE, *KINDS, *EXTRAS, *OVERLAYS, *PRETRAININGS, *VIDEO, "paper", "vtab_scales"}
 
 
 @pytest.mark.parametrize("name", [*ALONE, *KINDS, *EXTRAS, *sorted(OVERLAYS), "paper"])

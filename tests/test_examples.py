@@ -11,7 +11,11 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
 def test_every_example_has_a_test() -> None:
-    assert {path.name for path in EXAMPLES.glob("*.py")} == {"exits_by_difficulty.py", "parts_in_your_own_module.py"}
+    assert {path.name for path in EXAMPLES.glob("*.py")} == {
+        "clips_by_direction.py",
+        "exits_by_difficulty.py",
+        "parts_in_your_own_module.py",
+    }
 
 
 @pytest.mark.slow
@@ -27,6 +31,15 @@ def test_parts_in_your_own_module(
     assert macs[0] <= 1e3 * measured["test/gmacs"] <= macs[3]
     assert measured["test/acc"] > 0.25  # eight classes
     assert list(tmp_path.iterdir()) == []  # leaves nothing behind
+
+
+def test_clips_by_direction(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    pytest.importorskip("av")
+    run = runpy.run_path(str(EXAMPLES / "clips_by_direction.py"))["main"]
+    measured = run(str(tmp_path), max_epochs=1, counts={"train": 40, "val": 8, "test": 8})
+    out = capsys.readouterr().out
+    assert "Exits (test)" in out
+    assert 0 <= measured["test/confidence_0.9/acc"] <= 1
 
 
 def test_exits_by_difficulty(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
         ImageTable,
         Shapes,
         TorchVisionDataset,
+        VideoLists,
         VTAB1k,
     )
     from dynadapter.exits.attentive import Attentive
@@ -98,8 +99,8 @@ _HOMES = {
     "backbones.layout": "lay_out_for_cpu",
     "calibrate": "Calibrated Goal evaluate policy_for solve with_guarantee",
     "cost": "ExitCosts exit_costs",
-    "data": "Augment Shapes ImageData ImageFolder ImageTable ImageLists HubDataset TorchVisionDataset ImagesToPredict "
-    "VTAB1k",
+    "data": "Augment Shapes ImageData ImageFolder ImageTable ImageLists VideoLists HubDataset TorchVisionDataset "
+    "ImagesToPredict VTAB1k",
     "exits.attentive": "Attentive",
     "exits.combining": "Combined",
     "exits.exit_tokens": "ExitTokens",

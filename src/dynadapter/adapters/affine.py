@@ -18,7 +18,7 @@ def is_affine(layer: nn.Module) -> bool:
     """Check whether a layer ends with a product with its own weight, so that a factor on its output can be merged."""
     if not isinstance(getattr(layer, "weight", None), nn.Parameter):
         return False
-    if isinstance(layer, nn.Conv2d):
+    if isinstance(layer, nn.Conv2d | nn.Conv3d):
         return "Std" not in type(layer).__name__  # timm's StdConv2d normalises its weight
     if not isinstance(getattr(layer, "act", None), nn.Identity | None):
         return isinstance(layer, nn.BatchNorm2d)  # timm's BatchNormAct2d, whose norm can be called alone
@@ -39,7 +39,7 @@ class AffineLayer(AdapterLayer):
 
     def __init__(self, base_layer: nn.Module, spec: AdapterSpec) -> None:
         super().__init__(base_layer, spec)
-        images = isinstance(base_layer, nn.Conv2d | nn.BatchNorm2d | nn.GroupNorm)
+        images = isinstance(base_layer, nn.Conv2d | nn.Conv3d | nn.BatchNorm2d | nn.GroupNorm)
         self.channels_first = images or "2d" in type(base_layer).__name__  # timm's LayerNorm2d and RmsNorm2d
 
     def factor(self) -> Tensor | None:

@@ -23,7 +23,8 @@ class ConvpassLayer(BottleneckLayer):
         base_layer: An attention, an MLP or a single matrix.
         spec: The adapter's configuration.
         prefix: Tokens before the patches.
-        grids: Possible grids (rows, columns) of the layer's patches; any other number of patches must be a square.
+        grids: Possible grids (rows, columns) of the layer's patches, of a video (moments, rows, columns); any other
+            number of patches must be a square.
 
     Attributes:
         kernel: (bottleneck, bottleneck, 3, 3), the identity at the start.
@@ -32,10 +33,10 @@ class ConvpassLayer(BottleneckLayer):
 
     needs_grid = True
 
-    def __init__(self, base_layer: nn.Module, spec: "Convpass", prefix: int, grids: Sequence[tuple[int, int]]) -> None:
+    def __init__(self, base_layer: nn.Module, spec: "Convpass", prefix: int, grids: Sequence[tuple[int, ...]]) -> None:
         super().__init__(base_layer, spec, *channels(base_layer), spec.bottleneck)
         self.prefix = prefix
-        self.grids = {rows * columns: (rows, columns) for rows, columns in grids}
+        self.grids = {math.prod(grid): grid for grid in grids}
         self.kernel = nn.init.dirac_(parameter(self.down, spec.bottleneck, spec.bottleneck, 3, 3))
         self.kernel_bias = parameter(self.down, spec.bottleneck)
         nn.init.xavier_uniform_(self.down)
@@ -59,13 +60,15 @@ class ConvpassLayer(BottleneckLayer):
         """Convolve tokens (batch, tokens, bottleneck) on their grid."""
         patches = hidden[:, self.prefix :]
         batch, count, width = patches.shape
-        rows, columns = self.grids.get(count) or (math.isqrt(count),) * 2
-        if rows * columns != count:
+        grid = self.grids.get(int(count)) or (math.isqrt(count),) * 2
+        rows, columns = grid[-2:]
+        if math.prod(grid) != count:
             raise ValueError(
                 f"Convpass needs every patch in its place, and {count} do not form a square; give square images"
             )
-        images = patches.transpose(1, 2).reshape(batch, width, rows, columns)
-        patches = self._convolved(images).flatten(2).transpose(1, 2)
+        moments = patches.reshape(-1, rows * columns, width)  # of a video; of an image one
+        images = moments.transpose(1, 2).reshape(-1, width, rows, columns)
+        patches = self._convolved(images).flatten(2).transpose(1, 2).reshape(batch, count, width)
         if not self.prefix:
             return patches
         middle = self.kernel[:, :, 1, 1].to(hidden.dtype)
@@ -77,7 +80,8 @@ class ConvpassLayer(BottleneckLayer):
 class Convpass(AdapterSpec):
     """A bottleneck with a 3x3 convolution beside attention and beside the MLP, on their normalised input.
 
-    Source: Jie and Deng 2022, Convpass (arXiv 2207.07039). In a Swin Transformer the grid beside attention is a window.
+    Source: Jie and Deng 2022, Convpass (arXiv 2207.07039). In a Swin Transformer the grid beside attention is a window,
+    in a VideoMAE that of one moment.
     It does not work with token merging and exit tokens, and it cannot be merged.
 
     Args:

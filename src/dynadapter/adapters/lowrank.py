@@ -7,7 +7,8 @@ from torch.nn import functional as F
 
 def by_channel(values: Tensor, x: Tensor, channels_first: bool) -> Tensor:
     """Return values (channels,) in the type of ``x`` and in a shape that broadcasts over it."""
-    return values.to(x.dtype)[:, None, None] if channels_first else values.to(x.dtype)
+    values = values.to(x.dtype)
+    return values[(..., *[None] * (x.ndim - 2))] if channels_first else values
 
 
 def project(x: Tensor, weight: Tensor, bias: Tensor | None, channels_first: bool) -> Tensor:

@@ -64,8 +64,8 @@ def _error(layer: AdapterLayer, merged: nn.Module) -> float:
     first: Any = next(iter(matrices(merged)), merged)
     weight = next(first.parameters())
     width = getattr(first, "in_channels", weight.shape[-1])  # the latter of a norm too, (width,)
-    side = 8 * max(getattr(first, "stride", (1,)))
-    shape = (4, width, side, side) if layer.channels_first else (256, width)
+    sides = [8 * step for step in getattr(first, "stride", (1, 1))]
+    shape = (4, width, *sides) if layer.channels_first else (256, width)
     generator = torch.Generator().manual_seed(0)  # leaves the global random state unchanged
     tokens = torch.randn(shape, generator=generator).to(weight)
     training = layer.dropout.training

@@ -103,7 +103,7 @@ class VPT(BlockSpec):
             ValueError: If that layer is not a block, or the model cannot have prompts.
         """
         width = self.width(model, name) if self.placement == "deep" else widths(model)[0]
-        stem = next(layer for layer in model.modules() if isinstance(layer, nn.Conv2d))
+        stem = next(layer for layer in model.modules() if isinstance(layer, nn.Conv2d | nn.Conv3d))
         prompts = parameter(stem.weight, self.prompts, width)
         bound = math.sqrt(6 / (stem.weight[0].numel() + width))
         nn.init.uniform_(prompts, -bound, bound)

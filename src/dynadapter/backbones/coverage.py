@@ -26,12 +26,13 @@ class Architecture(NamedTuple):
 
 
 def architectures() -> list[Architecture]:
-    """List timm's architectures in timm's order."""
+    """List timm's architectures in timm's order, without those that others have registered there."""
     tags: dict[str, list[str]] = {}
     for full in timm.list_pretrained():
         name, _, tag = full.partition(".")
         tags.setdefault(name, []).append(tag)
-    classes = {name: model_class(name) for name in timm.list_models()}
+    own = [name for name in timm.list_models() if model_entrypoint(name).__module__.startswith("timm.")]
+    classes = {name: model_class(name) for name in own}
     accepted = {kind for kind in set(classes.values()) if kind is not None and is_accepted(kind)}
     return [
         Architecture(name, kind.__name__ if kind else "", tuple(tags.get(name, ())), kind in accepted)

@@ -23,7 +23,7 @@ def embed(model: nn.Module, images: Tensor) -> Tensor:
 
     Args:
         model: A timm model of a known family.
-        images: (batch, channels, height, width).
+        images: (batch, channels, height, width); of a family of videos (batch, frames, channels, height, width).
 
     Returns:
         The family's own layout: ViT (batch, tokens, width), Swin (batch, height, width, channels), ConvNeXt
@@ -177,9 +177,22 @@ def fixed_size(model: nn.Module) -> int | None:
     return built_for(model) if getattr(getattr(model, "patch_embed", None), "strict_img_size", True) else None
 
 
+@singledispatch
+def frames(model: nn.Module) -> int | None:
+    """Return the frames of a clip, for a model that takes videos; None for one that takes images."""
+    return None
+
+
+def input_shape(model: nn.Module, height: int, width: int) -> tuple[int, ...]:
+    """Return the shape of what the model takes: (channels, height, width), with the frames of a clip in front."""
+    clip = frames(model)
+    image = (in_chans(model) or 3, height, width)
+    return image if clip is None else (clip, *image)
+
+
 def in_chans(model: nn.Module) -> int | None:
     """Return the channels of the images that the model takes; None if unknown."""
-    stem = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
+    stem = next((module for module in model.modules() if isinstance(module, nn.Conv2d | nn.Conv3d)), None)
     return getattr(model, "in_chans", None) if stem is None else stem.in_channels  # NaFlexVit's stem is a linear layer
 
 
@@ -317,6 +330,7 @@ OPTIONAL: tuple[Any, ...] = (
     reads_class_row,
     built_for,
     size_step,
+    frames,
     convert,
     classify,
     classifier,

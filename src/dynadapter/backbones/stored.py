@@ -11,6 +11,8 @@ from typing import Any
 
 NUMBERS = {
     "img_size": 4096,
+    "frames": 1024,
+    "tubelet_size": 256,
     "patch_size": 256,
     "in_chans": 1024,
     "embed_dim": 16384,

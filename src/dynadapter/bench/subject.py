@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dynadapter.adapters import adapter_layers
-from dynadapter.backbones import built_for
+from dynadapter.backbones import built_for, input_shape
 from dynadapter.backbones.layout import lay_out_for_cpu
 from dynadapter.bench.settings import Settings
 from dynadapter.bench.timing import Clock, clock_of, share_thresholds
@@ -107,9 +107,8 @@ class Subject:
             )
 
     def _noise(self) -> Tensor:
-        stem = next(module for module in self.net.backbone.modules() if isinstance(module, torch.nn.Conv2d))
         count = max(NOISE, *map(images_in_a_round, self.settings.batch_sizes), 0)
-        shape = (count, stem.in_channels, self.size, self.size)
+        shape = (count, *input_shape(self.net.backbone, self.size, self.size))
         return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
     def _read(self, folder: Path) -> Tensor:

@@ -34,7 +34,8 @@ ESSENTIAL = {
     "model.label_smoothing": "Share of the target spread over all classes.",
     "model.class_weights": "auto weighs rare classes more in the loss; or {NAME: WEIGHT}.",
     "model.mixing": "Mixing mixes pairs of images (mixup, cutmix).",
-    "data": "Shapes, ImageFolder, ImageTable, ImageLists, HubDataset, TorchVisionDataset, VTAB1k: --data.help CLASS.",
+    "data": "Shapes, ImageFolder, ImageTable, ImageLists, VideoLists, HubDataset, TorchVisionDataset, VTAB1k; "
+    "--data.help CLASS.",
     "early_exit.policies": "A list of Confidence, Entropy, Margin, Patience, AtExit, Combined and Never.",
     "exit_weights.weighting": "EarlyToLate, LateToEarly, LinearInDepth, PerExit or Uniform.",
     "sparsity.shallow": "Dropout in the first block, a schedule.",

@@ -91,6 +91,7 @@ def load_network(given: Any, number: int = 0, batch_size: int = 32) -> "Bundle":
     """
     import torch
 
+    from dynadapter.backbones import frames
     from dynadapter.backbones.layout import lay_out_for_cpu
     from dynadapter.cli.policies import policy_from
     from dynadapter.serve.backends import use_backend
@@ -104,6 +105,12 @@ def load_network(given: Any, number: int = 0, batch_size: int = 32) -> "Bundle":
     else:
         bundle, origin = load_checkpoint(given.ckpt_path, given.weights, given.pretrained)
     if bundle.preprocess is None:
+        clip = frames(bundle.net.backbone)
+        if clip is not None:
+            raise Mistake(
+                f"{given.bundle or given.ckpt_path} takes clips of {clip} frames, no image files; measure videos by "
+                "dynadapter test, or predict in Python"
+            )
         raise Mistake(f"{given.bundle} has no preprocessing and takes only tensors, no image files")
     try:
         if given.get("policy_from") is not None:

@@ -139,7 +139,7 @@ def list_skipped(path: Path, data: ImageData) -> None:
 def list_validation(path: Path, data: ImageData) -> None:
     """Write a list of the validation images, relative to the data's folder; no list for images in memory."""
     folder = getattr(data, "folder", None)
-    files = [source for source, _ in data.dataset("val").samples if isinstance(source, Path)]
+    files = [Path(source) for source, _ in data.dataset("val").samples if isinstance(source, os.PathLike)]
     if files and folder is not None:
         lines = [Path(os.path.relpath(file, folder)).as_posix() + "\n" for file in files]
         write(path, "".join(lines).encode("utf-8", "surrogateescape"))

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from dynadapter.backbones import built_for, in_chans
+from dynadapter.backbones import built_for, input_shape
 from dynadapter.cost.meters import CannotTrace, Counts, Parts, count_by_fvcore, count_by_torch
 from dynadapter.cost.operators import Handle, NoCount
 from dynadapter.exits.net import ExitNet
@@ -148,7 +148,7 @@ def _count_without_trace(net: ExitNet, image: Tensor, reason: CannotTrace | NoCo
             raise reason
         counts = count_by_torch(Parts(net), image)
     except Exception as error:
-        height, width = image.shape[2:]
+        height, width = image.shape[-2:]
         raise ValueError(
             f"cannot count an image of {height} x {width} pixels through the network: {_first_line(error)}"
         ) from error
@@ -188,7 +188,7 @@ def up_to_each_exit(exits: int, counts: Mapping[str, int]) -> tuple[int, ...]:
 
 
 def _image(backbone: nn.Module, image_size: int | tuple[int, int] | None) -> Tensor:
-    """Create a black image (1, channels, height, width) on the backbone's device.
+    """Create a black image (1, channels, height, width), or a clip, on the backbone's device.
 
     Its size is the given one, else the size for which the backbone was built, else the size of its pretrained weights.
     """
@@ -201,7 +201,7 @@ def _image(backbone: nn.Module, image_size: int | tuple[int, int] | None) -> Ten
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     if height < 1 or width < 1:
         raise ValueError(f"image_size={image_size} must be at least 1 pixel; give one number or (height, width)")
-    image = next(backbone.parameters()).new_zeros(1, in_chans(backbone) or 3, height, width)
+    image = next(backbone.parameters()).new_zeros(1, *input_shape(backbone, height, width))
     if image.is_meta:
         raise ValueError("the network is on the meta device, where nothing can be traced; move it to a real device")
     return image

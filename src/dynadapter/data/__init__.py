@@ -1,4 +1,4 @@
-"""Data modules: VTAB-1k, folders, tables and lists of images, data sets of other libraries, and drawn shapes."""
+"""Data modules: VTAB-1k, folders, tables and lists of images, videos, data sets of other libraries, drawn shapes."""
 
 from dynadapter.data.augment import Augment
 from dynadapter.data.base import ImageData, ImageDataset
@@ -9,6 +9,7 @@ from dynadapter.data.predict import ImagesToPredict
 from dynadapter.data.shapes import Shapes
 from dynadapter.data.table import ImageTable
 from dynadapter.data.torchvision_sets import TorchVisionDataset
+from dynadapter.data.video_lists import VideoLists
 from dynadapter.data.vtab import VTAB_TASKS, VTAB1k, VTABTask, vtab_task
 from dynadapter.images.preprocess import Preprocess
 from dynadapter.images.reading import UnreadableImage
@@ -29,5 +30,6 @@ __all__ = [
     "UnreadableImage",
     "VTAB1k",
     "VTABTask",
+    "VideoLists",
     "vtab_task",
 ]

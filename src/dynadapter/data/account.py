@@ -1,8 +1,11 @@
 """Count the files of a data module's folder by split."""
 
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dynadapter.data.dataset import Sample
 from dynadapter.images.accounting import Account, account
 
 if TYPE_CHECKING:
@@ -29,8 +32,12 @@ def account_of(data: "ImageData", predict: bool = False) -> Account | None:
             samples = data.predict_samples() if predict else data.used(split)
         except (ValueError, OSError):  # the split is missing or wrong; it is reported where it is used
             samples = []
-        files[split] = [source for source, _ in samples if isinstance(source, Path)]
+        files[split] = _paths(samples)
     unused: dict[str, list[Path]] = {} if predict else {"in other lists": data.listed()}
     if data.shots is not None and not predict and files["train"]:
-        unused["beyond the shots"] = [source for source, _ in data.samples("train") if isinstance(source, Path)]
+        unused["beyond the shots"] = _paths(data.samples("train"))
     return account(Path(folder).expanduser(), files, data.skipped, unused)
+
+
+def _paths(samples: Sequence[Sample]) -> list[Path]:
+    return [Path(source) for source, _ in samples if isinstance(source, os.PathLike)]

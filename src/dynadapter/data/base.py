@@ -365,7 +365,7 @@ class ImageData(LightningDataModule, ABC):
             device = self.trainer.strategy.root_device if self.trainer is not None else torch.device("cpu")
             dataset.move_to(device, room_on(device))
             return CachedLoader(dataset, batch_size=batch_size, sampler=sampler, pin_memory=pin_memory)
-        shared = getattr(self.trainer, "num_devices", 1)
+        shared = getattr(self, "frames", 1) * getattr(self.trainer, "num_devices", 1)  # a clip is as many images
         check_shared_memory(self.num_workers, len(dataset), batch_size, self.image_size, shared)
         return ResumableLoader(
             dataset,

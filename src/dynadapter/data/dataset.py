@@ -13,13 +13,14 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from dynadapter.data.augment import Augmentation
+from dynadapter.data.clips import Clip
 from dynadapter.data.held import Held
 from dynadapter.data.identity import image_keys
 from dynadapter.data.normalize import normalize
 from dynadapter.images.preprocess import Preprocess
 from dynadapter.training.losses import IGNORED
 
-Sample = tuple[Path | Image.Image | Held, int | str]
+Sample = tuple[Path | Image.Image | Held | Clip, int | str]
 """Where the pixels are, and the class index; for predict the path instead of a class."""
 
 Item = tuple[Tensor, int | str]
@@ -92,8 +93,10 @@ class ImageDataset(Dataset[Item]):
         device = None if self._cached is None else self._cached.device
         self._targets = torch.tensor(labels, dtype=torch.int64, device=device)
 
-    def pixels(self, source: Path | Image.Image | Held) -> Tensor:
-        """Return the resized bytes of one image, ``(3, size, size)`` uint8."""
+    def pixels(self, source: Path | Image.Image | Held | Clip, number: int | None = None) -> Tensor:
+        """Return the resized bytes of one image, ``(3, size, size)`` uint8, or of a clip, with its frames in front."""
+        if isinstance(source, Clip):
+            return torch.stack([torch.from_numpy(self.preprocess.pixels(frame)) for frame in source.read(number)])
         return torch.from_numpy(self.preprocess.read(source))
 
     def move_to(self, device: torch.device, room: int) -> None:
@@ -127,9 +130,11 @@ class ImageDataset(Dataset[Item]):
         index, number = item if isinstance(item, tuple) else (item, None)
         source, target = self.samples[index]
         if self.augment is not None and number is not None:
+            if isinstance(source, Clip):  # the same number draws the same changes for all frames
+                return torch.stack([self.augment(frame, number) for frame in source.read(number)]), target
             return self.augment(source, number), target
         cached = self.cached
-        pixels = self.pixels(source) if cached is None else cached[index]
+        pixels = self.pixels(source, number) if cached is None else cached[index]
         if self.flip and number is not None and number % 2:
             pixels = pixels.flip(-1)
         return normalize(pixels, self.preprocess), target
@@ -182,7 +187,7 @@ class Padded(Dataset[Item]):
 
 
 def collate(items: list[Item]) -> tuple[Tensor, Tensor | list[str]]:
-    """Stack items to images ``(batch, 3, size, size)`` and class indices ``(batch,)`` int64, or a list of paths."""
+    """Stack items to images ``(batch, 3, size, size)`` or clips, and class indices ``(batch,)`` int64 or a list."""
     images, targets = zip(*items, strict=True)
     return torch.stack(images), list(targets) if isinstance(targets[0], str) else torch.tensor(targets)
 

@@ -12,10 +12,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from dynadapter.data.clips import Clip
 from dynadapter.data.held import Held
 from dynadapter.files import open_regular
 
-Source = Path | Image.Image | Held
+Source = Path | Image.Image | Held | Clip
 """Where the pixels of an image are."""
 HASHED_BYTES = 4 * 2**30
 """Larger sets of images are not read only to be hashed: a run would wait too long."""
@@ -79,7 +80,7 @@ def size_of(source: Source) -> int:
     try:
         if isinstance(source, Held):
             return source.images.size
-        return 0 if isinstance(source, Image.Image) else source.stat().st_size
+        return 0 if isinstance(source, Image.Image) else os.stat(source).st_size
     except OSError:
         return 0
 
@@ -123,7 +124,7 @@ def image_hash(source: Source) -> str:
     content = source.fetch() if isinstance(source, Held) else source
     if isinstance(content, bytes):
         return hashlib.sha256(content).hexdigest()
-    if isinstance(content, Path):
+    if isinstance(content, Path | Clip):
         return file_hash(content)
     source = content
     width, height = source.size
@@ -131,7 +132,7 @@ def image_hash(source: Source) -> str:
     return hashlib.sha256(head.encode() + b"\n" + source.tobytes()).hexdigest()
 
 
-def file_hash(path: str | Path) -> str:
+def file_hash(path: str | os.PathLike[str]) -> str:
     """Hash a file's content.
 
     Returns:

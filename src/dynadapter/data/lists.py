@@ -33,7 +33,7 @@ class Line(NamedTuple):
 
 
 def read_list(file: Path, folder: Path) -> list[Line]:
-    """Read a list of lines ``PATH LABEL``, with paths relative to a folder.
+    """Read a list of lines ``PATH LABEL`` or ``PATH,LABEL``, with paths relative to a folder.
 
     Raises:
         ValueError: A line is malformed, a path leaves the folder, or the list is empty.
@@ -43,16 +43,26 @@ def read_list(file: Path, folder: Path) -> list[Line]:
         if not content.strip():
             continue
         place = f"{file}:{number}"
-        path, *label = content.strip().rsplit(maxsplit=1)  # a path may contain spaces
-        if not label or not LABEL.fullmatch(label[0]) or CONTROL.search(path):
+        path, label = _split(content.strip())
+        path = path.removeprefix(f"{folder}/")  # lists of some data sets name their files from the root
+        if not LABEL.fullmatch(label) or CONTROL.search(path):
             given = content.strip()[:100]
             raise ValueError(f"{place}: {given!r} is not 'PATH LABEL', for example 'images/train800/000000.jpg 12'")
         if _leaves_folder(path):
             raise ValueError(f"{place}: path {path[:100]!r} leaves the folder of the images, {shown(folder)}")
-        lines.append(Line(path, int(label[0]), place))
+        lines.append(Line(path, int(label), place))
     if not lines:
         raise ValueError(f"{file} lists no image")
     return lines
+
+
+def _split(line: str) -> tuple[str, str]:
+    """Split a line at its last space or comma; a path may contain both."""
+    path, *label = line.rsplit(maxsplit=1)
+    if label and LABEL.fullmatch(label[0]):
+        return path.removesuffix(","), label[0]
+    path, _, last = line.rpartition(",")
+    return path, last
 
 
 def _leaves_folder(path: str) -> bool:

@@ -3,11 +3,13 @@
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_warn
 
+from dynadapter.data.clips import Clip
 from dynadapter.data.dataset import Sample
-from dynadapter.images.reading import why_unreadable
+from dynadapter.images.reading import UnreadableImage, why_unreadable
 from dynadapter.images.values import Range
 
 
@@ -29,7 +31,7 @@ def readable(
         ValueError: No image of the split can be read, or too many cannot.
     """
     with ThreadPoolExecutor() as pool:
-        reasons = list(pool.map(partial(why_unreadable, value_range=value_range), [source for source, _ in samples]))
+        reasons = list(pool.map(partial(_why_unreadable, value_range=value_range), [source for source, _ in samples]))
     broken = {str(source): why for (source, _), why in zip(samples, reasons, strict=True) if why}
     skipped |= broken
     if len(skipped) > most:
@@ -39,6 +41,16 @@ def readable(
     if broken:
         rank_zero_warn(f"{split}: skipped {len(broken)} unreadable image(s): {_shortened(broken)}")
     return [sample for sample, why in zip(samples, reasons, strict=True) if not why]
+
+
+def _why_unreadable(source: Any, value_range: Range | None) -> str | None:
+    if not isinstance(source, Clip):
+        return why_unreadable(source, value_range)
+    try:
+        source.read()
+    except UnreadableImage as error:
+        return error.reason
+    return None
 
 
 def _shortened(broken: Mapping[str, str], most: int = 20) -> str:

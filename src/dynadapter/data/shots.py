@@ -33,6 +33,6 @@ def few_shot(samples: Sequence[Sample], shots: int | None, seed: int, folder: Pa
 
 
 def _name(index: int, source: Any, folder: Path | None) -> str:
-    if not isinstance(source, Path):
+    if not isinstance(source, os.PathLike):
         return str(source.index if isinstance(source, Held) else index)
     return str(source).removeprefix(str(folder or "")).replace(os.sep, "/")

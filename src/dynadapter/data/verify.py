@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 from PIL import Image
 
 from dynadapter.data.base import ImageData, Split
+from dynadapter.data.clips import Clip
 from dynadapter.data.held import Held
 from dynadapter.data.identity import Source, combine_hashes, image_hash
 from dynadapter.data.splits import MissingSplit
@@ -180,10 +181,9 @@ def _look_at_all(
 def _look(source: Source, value_range: Range | None = None) -> tuple[str, tuple[int, int], str]:
     """Return an image's hash, its size, and why it cannot be decoded."""
     try:
-        size = load_image(
-            source, value_range
-        ).size  # first, because it refuses devices and files that are too large to read
-        return image_hash(source), size, ""
+        # First, because it refuses devices and files that are too large to read
+        image = source.read()[0] if isinstance(source, Clip) else load_image(source, value_range)
+        return image_hash(source), image.size, ""
     except UnreadableImage as error:
         return "", (0, 0), error.reason
     except OSError as error:

@@ -33,6 +33,8 @@ class ExitNet(nn.Module):
     The backbone is frozen except for its own head and its adapters, and stays in evaluation mode: batch statistics do
     not change and its dropout is off. Only stochastic depth (``drop_path_rate``) works in training.
 
+    A backbone of videos takes clips (batch, frames, channels, height, width) wherever images are named.
+
     Args:
         backbone: A timm model of a known family, with or without adapters.
         heads: Configuration of the early heads; None for :class:`Balanced`. (``fit`` and :class:`ExitClassifier` use
@@ -135,15 +137,21 @@ class ExitNet(nn.Module):
         """Convert images (batch, channels, height, width) into the input of the first block.
 
         Raises:
-            ValueError: If the images have other channels than the backbone takes.
+            ValueError: If the backbone does not take images, or clips, of this shape.
         """
         if not torch.jit.is_tracing():
-            self.check_channels(images.shape[1])
+            self.check_images(images)
         x = cut.embed(self.backbone, images)
         return x if self.beside is None else self.beside.append(x)
 
-    def check_channels(self, channels: int) -> None:
-        """Raise a ValueError if the backbone does not take images with this number of channels."""
+    def check_images(self, images: Tensor) -> None:
+        """Raise a ValueError if the backbone does not take images of so many channels, or takes clips instead."""
+        clips, channels = cut.frames(self.backbone), images.shape[-3]
+        if images.ndim != (4 if clips is None else 5):
+            wanted = "images (batch," if clips is None else f"clips (batch, {clips} frames,"
+            raise ValueError(
+                f"a batch has the shape {tuple(images.shape)}, and the backbone takes {wanted} channels, height, width)"
+            )
         if self.in_chans not in (None, channels):
             raise ValueError(
                 f"images of {channels} channel{'s' * (channels > 1)} do not fit a backbone with in_chans="

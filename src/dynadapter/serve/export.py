@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 import dynadapter
+from dynadapter.backbones import frames
 from dynadapter.cost import ExitCosts
 from dynadapter.exits import policies
 from dynadapter.exits.combining import Combined
@@ -69,7 +70,7 @@ def export_onnx(
         class_names: One name for each class.
         preprocess: Maps a decoded image to the network's input.
         costs: The result of :func:`dynadapter.cost.exit_costs`, stored in the manifest.
-        check_images: Preprocessed images (images, 3, size, size) to compare on; noise by default.
+        check_images: Preprocessed images (images, 3, size, size), or clips, to compare on; noise by default.
         check_labels: Their class indices (images,), for the accuracy in int8.
         tolerance: Largest difference of a logit; relative to the image's largest logit if that is above 1.
         merge: Merge the adapters into the backbone if all of them can be merged.
@@ -89,7 +90,9 @@ def export_onnx(
         ImportError: onnx, onnxscript or onnxruntime is missing.
     """
     manifest = _manifest(net, policy, class_names, preprocess, costs, opset)
-    images, labels = _check_images(check_images, preprocess.image_size), _check_labels(check_labels, check_images, int8)
+    clip, size = frames(net.backbone), preprocess.image_size
+    shape = (3, size, size) if clip is None else (clip, 3, size, size)
+    images, labels = _check_images(check_images, shape), _check_labels(check_labels, check_images, int8)
     reference, network = standalone(net, images, merge)
     with replacing_folder(_check_place(folder, overwrite), overwrite) as draft:
         stages = write_graphs(network, draft, images, class_first, opset)
@@ -162,14 +165,14 @@ def policy_settings(policy: Policy, num_exits: int) -> tuple[dict[str, Any], lis
     return plain({"kind": kind, **dataclasses.asdict(policy), **combined}), temperatures
 
 
-def _check_images(images: Tensor | None, size: int) -> Tensor:
+def _check_images(images: Tensor | None, shape: tuple[int, ...]) -> Tensor:
     """Return the images to compare on, in float32 on the CPU: the given ones, or noise."""
     if images is None:
-        return torch.randn(12, 3, size, size, generator=torch.Generator().manual_seed(0))
-    if images.shape[1:] != (3, size, size) or not len(images) or not images.is_floating_point():
+        return torch.randn(12, *shape, generator=torch.Generator().manual_seed(0))
+    if images.shape[1:] != shape or not len(images) or not images.is_floating_point():
         raise ValueError(
-            f"check_images are {images.dtype} {tuple(images.shape)}; give preprocessed ones, torch.float32 (images, 3, "
-            f"{size}, {size}), at least one"
+            f"check_images are {images.dtype} {tuple(images.shape)}; give preprocessed ones, torch.float32 "
+            f"(images, {', '.join(map(str, shape))}), at least one"
         )
     return images.detach().to("cpu", torch.float32)
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dynadapter.backbones import fixed_size, in_chans
+from dynadapter.backbones import fixed_size, input_shape
 from dynadapter.exits.net import ExitNet
 from dynadapter.exits.policies import Policy, combined
 from dynadapter.serve.stages import Waiting, computed, count, nonfinite, release_tensors, take
@@ -137,10 +137,10 @@ class Stream:
         like = next(self.net.backbone.parameters())
         size = fixed_size(self.net.backbone)
         waiting = self._shape if self.returned + len(self._answers) < self.arrived else None
-        channels = in_chans(self.net.backbone)
+        *first, _, _ = input_shape(self.net.backbone, 0, 0)
         if not isinstance(images, Tensor):
             given: str | None = type(images).__name__
-        elif images.ndim != 4 or images.shape[1] != channels or (size and images.shape[2:] != (size, size)):
+        elif list(images.shape[1:-2]) != first or (size and images.shape[-2:] != (size, size)):
             given = f"shape {tuple(images.shape)}"
         elif waiting is not None and images.shape[1:] != waiting:
             raise ValueError(
@@ -151,7 +151,7 @@ class Stream:
             differs = images.dtype != like.dtype or images.device != like.device
             given = f"{images.dtype} on {images.device}" if differs else None
         if given:
-            allowed = f"(batch, {channels}, {size or 'height'}, {size or 'width'})"
+            allowed = f"({', '.join(map(str, ('batch', *first, size or 'height', size or 'width')))})"
             raise ValueError(f"images are {given}; give a tensor {allowed} of {like.dtype} on {like.device}")
 
     def _overdue(self, waiting: Waiting[int]) -> bool:

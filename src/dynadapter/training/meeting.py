@@ -5,7 +5,7 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info
 
-from dynadapter.backbones import fixed_size, set_image_size
+from dynadapter.backbones import fixed_size, frames, set_image_size
 from dynadapter.training.class_weights import require_one_correction, without_images
 from dynadapter.training.contents import different_class
 
@@ -31,6 +31,7 @@ def meet(module: Any, data: Any, stage: str) -> None:
         require_one_correction(getattr(module, "class_weights", None), data)
     trained = bool(module.preprocessing)
     if hasattr(data, "take_preprocessing"):
+        _meet_frames(frames(module.net.backbone), getattr(data, "frames", None))
         data.take_preprocessing(module.preprocessing or module.own_preprocessing, trained)
         _meet_size(module, data.image_size, stage)
     names = getattr(data, "class_names", None)
@@ -40,6 +41,17 @@ def meet(module: Any, data: Any, stage: str) -> None:
         module.class_names = _adopted(list(names), module.net.num_classes)
     if hasattr(data, "take_classes"):
         data.take_classes(module.class_names)
+
+
+def _meet_frames(wanted: int | None, given: int | None) -> None:
+    if wanted == given:
+        return
+    ours, theirs = (f"clips of {one} frames" if one else "images" for one in (wanted, given))
+    if wanted and given:
+        advice = f"set frames={wanted} of the data, or frames={given} in backbone_args"
+    else:
+        advice = "read them by VideoLists" if wanted else "give a backbone of videos, such as videomae_base_patch16_224"
+    raise ValueError(f"the backbone takes {ours}, and the data give {theirs}; {advice}")
 
 
 def _meet_size(module: Any, size: int, stage: str) -> None:

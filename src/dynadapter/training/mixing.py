@@ -58,7 +58,7 @@ def mix(mixer: Mixer, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
     Args:
         mixer: From :meth:`Mixing.mixer`.
-        images: ``(batch, channels, height, width)``.
+        images: ``(batch, channels, height, width)``, or clips, whose frames are mixed alike.
         targets: Class indices ``(batch,)``.
 
     Returns:
@@ -67,5 +67,5 @@ def mix(mixer: Mixer, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     batch = len(images)
     # timm mixes in place and in pairs: an odd batch gets its last image twice.
     rows = [*range(batch), *[batch - 1] * (batch % 2)]
-    images, targets = mixer(images[rows], targets[rows])
-    return images[:batch], targets[:batch]
+    mixed, targets = mixer(images[rows].flatten(1, -3), targets[rows])
+    return mixed[:batch].reshape(images.shape), targets[:batch]

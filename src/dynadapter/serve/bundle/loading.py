@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dynadapter.backbones import built_for, fingerprint, in_chans
+from dynadapter.backbones import built_for, fingerprint, input_shape
 from dynadapter.cost import ExitCosts
 from dynadapter.exits.net import ExitNet
 from dynadapter.exits.policies import Policy, Routed, confidence, wide
@@ -123,7 +123,7 @@ class Bundle:
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size} must be at least 1")
         if isinstance(images, Tensor | np.ndarray):
-            single = images.ndim != 4
+            single = images.ndim != 1 + len(self._shape)
         else:
             single = is_source(images)
         sources: Iterable[Source] = [images] if single else images  # type: ignore[assignment, list-item]
@@ -158,8 +158,8 @@ class Bundle:
         Raises:
             ValueError: The images have another shape or type, or the policy does not fit.
         """
-        if images.ndim != 4:
-            raise ValueError(f"images are a tensor {tuple(images.shape)}; give (batch, channels, height, width)")
+        if images.ndim != 1 + len(self._shape):
+            raise ValueError(f"images are a tensor {tuple(images.shape)}; give (batch, {self._named_shape})")
         self._check(images[0] if len(images) else images.new_zeros(images.shape[1:]))
         like = next(self.net.backbone.parameters())
         routed = self.runs.early(images.to(like.device, like.dtype), policy or self.policy)
@@ -180,21 +180,32 @@ class Bundle:
             raise TypeError(f"an image is a {type(source).__name__}; give {SOURCES}, or a tensor")
         if self.preprocess is None:
             raise ValueError(
-                "this bundle has no preprocessing; give preprocessed tensors (batch, channels, height, width)"
+                f"this bundle has no preprocessing; give preprocessed tensors (batch, {self._named_shape})"
             )
         return torch.from_numpy(self.preprocess.normalize(self.preprocess.read(source)))
 
     def _check(self, image: Tensor) -> None:
         """Raise a ValueError if a preprocessed image does not fit the network."""
-        channels = in_chans(self.net.backbone)
-        size = self.preprocess.image_size if self.preprocess else built_for(self.net.backbone)
-        sides = (size, size) if size else image.shape[1:]
-        if image.shape != (channels, *sides) or image.ndim != 3 or not image.is_floating_point():
-            wanted = f"{channels}, {size or 'height'}, {size or 'width'}"
+        wanted = self._shape
+        fits = image.ndim == len(wanted) and all(
+            side in (None, own) for side, own in zip(wanted, image.shape, strict=True)
+        )
+        if not fits or not image.is_floating_point():
             raise ValueError(
-                f"an image is a tensor {tuple(image.shape)} of {image.dtype}; give preprocessed floats ({wanted}), or "
-                f"(batch, {wanted}) alone"
+                f"an image is a tensor {tuple(image.shape)} of {image.dtype}; give preprocessed floats "
+                f"({self._named_shape}), or (batch, {self._named_shape}) alone"
             )
+
+    @property
+    def _shape(self) -> tuple[int | None, ...]:
+        """The shape of an image, or of a clip; None for a side of any length."""
+        size = self.preprocess.image_size if self.preprocess else built_for(self.net.backbone)
+        return (*input_shape(self.net.backbone, 0, 0)[:-2], size, size)
+
+    @property
+    def _named_shape(self) -> str:
+        *first, height, width = self._shape
+        return ", ".join(map(str, (*first, height or "height", width or "width")))
 
     def __repr__(self) -> str:
         kind = self.config.adapter.label if self.config.adapter else "no adapter"

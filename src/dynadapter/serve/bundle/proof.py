@@ -35,7 +35,7 @@ def merged_copy(
 
     Args:
         net: The network; it is left as it is.
-        images: Preprocessed images of the task (images, channels, height, width), on the network's device.
+        images: Preprocessed images of the task (images, channels, height, width), or clips, on the network's device.
         policy: The policy that the network will be used with: each image must stop at the same exit.
         tolerance: Largest allowed difference, of each merged layer on random tokens (relative, Frobenius norm) and of
             the logits of each exit on the images (relative to the exit's largest logit).
@@ -50,7 +50,7 @@ def merged_copy(
     Source: ours; per layer Hu et al. 2021 (LoRA) and Luo et al. 2023 (RepAdapter).
     """
     policy.check(net.num_exits)
-    if images.ndim != 4 or not len(images):
+    if images.ndim not in (4, 5) or not len(images):
         raise ValueError(
             f"the images to compare on have shape {tuple(images.shape)}; give some of the task's, preprocessed, as "
             "(images, channels, height, width)"

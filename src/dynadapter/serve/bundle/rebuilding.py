@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dynadapter.backbones import built_for, fingerprint, in_chans
+from dynadapter.backbones import built_for, fingerprint, input_shape
 from dynadapter.exits.net import ExitNet
 from dynadapter.serve.bundle.config import Config
 from dynadapter.serve.bundle.tensors import frozen_names
@@ -64,4 +64,4 @@ def _noise(net: ExitNet, config: Config) -> Tensor:
     size = config.preprocessing.image_size if config.preprocessing else built_for(backbone)
     height, width = (size, size) if size else backbone.pretrained_cfg["input_size"][1:]
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(1, in_chans(backbone) or 3, height, width, generator=generator).to(tensor_type(net))
+    return torch.randn(1, *input_shape(backbone, height, width), generator=generator).to(tensor_type(net))

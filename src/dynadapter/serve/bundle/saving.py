@@ -9,7 +9,7 @@ from typing import Any, NotRequired, TypedDict, Unpack
 from torch import nn
 
 from dynadapter.adapters import Adapters, adapter_layers
-from dynadapter.backbones import built_for, in_chans
+from dynadapter.backbones import built_for, frames, in_chans
 from dynadapter.backbones.stored import check_name
 from dynadapter.cost import ExitCosts
 from dynadapter.exits.heads import Heads
@@ -62,7 +62,7 @@ def save_bundle(
         net: The network.
         folder: The folder to write; it must not exist.
         preprocessing: A :class:`~dynadapter.images.preprocess.Preprocess` or its fields; None or empty for a bundle
-            that takes only tensors.
+            that takes only tensors, as the bundle of a backbone of videos always does.
         measured: An :class:`~dynadapter.calibrate.Outcome`, or a mapping with any of ``data`` (its name), ``samples``,
             ``accuracy``, ``shares`` (exits,), ``confidence`` and ``confidence_deviation`` (a server compares with these
             three), ``cost`` (fraction of static), ``milliseconds``, and other entries for the card. Lists with one
@@ -124,6 +124,8 @@ def describe(
 def as_preprocess(given: Preprocessing | None, backbone: nn.Module) -> Preprocess | None:
     """Return the preprocessing as an object, after checking it against the backbone.
 
+    There is none for a backbone of videos: which frames of a file are taken is up to the data.
+
     Raises:
         ValueError: The backbone takes images of another size, or not of 3 channels.
     """
@@ -132,6 +134,8 @@ def as_preprocess(given: Preprocessing | None, backbone: nn.Module) -> Preproces
     elif given:
         preprocess = restore(dict(given), Preprocess, "preprocessing")
     else:
+        return None
+    if frames(backbone) is not None:
         return None
     built, size, channels = built_for(backbone), preprocess.image_size, in_chans(backbone)
     if built is not None and size != built:

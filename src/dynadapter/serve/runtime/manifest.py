@@ -56,7 +56,7 @@ class Manifest:
         class_names: Names of the classes in the order of their indices.
         preprocess: Maps a decoded image to an array.
         policy: Decides at which exit an image stops.
-        image_shape: Channels, height and width of the input.
+        image_shape: Channels, height and width of the input, of a video behind the frames of a clip.
     """
 
     content: dict[str, Any]
@@ -138,7 +138,7 @@ def _parse(content: dict[str, Any], folder: Path) -> Manifest:
     if len(names) != classes:
         raise ValueError(f"it names {len(names)} classes, the graphs have {classes}")
     preprocess, shape = Preprocess(**content["preprocessing"]), tuple(entries[0]["inputs"][0]["shape"][1:])
-    if shape != (3, preprocess.image_size, preprocess.image_size):
+    if len(shape) not in (3, 4) or shape[-3:] != (3, preprocess.image_size, preprocess.image_size):
         raise ValueError(f"images of {preprocess.image_size} pixels do not fit the input {shape}")
     policy = Policy(content["policy"], len(stages), content["temperatures"])
     return Manifest(content, tuple(stages), names, preprocess, policy, shape)

@@ -199,10 +199,13 @@ class Runner:
             raise ValueError(f"batch_size={batch_size!r} must be a whole number of at least 1")
         if on_error not in ("raise", "skip"):
             raise ValueError(f"unknown on_error {on_error!r}; choose from: raise, skip")
-        preprocessed = isinstance(images, np.ndarray) and images.ndim == 4
+        preprocessed = isinstance(images, np.ndarray) and images.ndim == 1 + len(self.manifest.image_shape)
         sources = self._check(images) if preprocessed else list_sources(images)  # type: ignore[arg-type]
         if not len(sources):
             raise ValueError(f"there is not an image; give folders, or {SOURCES}")
+        if not preprocessed and len(self.manifest.image_shape) > 3:
+            shape = ", ".join(map(str, self.manifest.image_shape))
+            raise ValueError(f"this folder takes clips of videos, no image files; give an array (batch, {shape})")
         predictions: list[Prediction] = []
         skipped: list[str] = []
         for start in range(0, len(sources), batch_size):

@@ -93,8 +93,8 @@ class FlopsReport(Callback):
 
     def _count(self, pl_module: LightningModule, outputs: Any, batch: Any) -> None:
         images = batch[0] if isinstance(batch, Sequence) and len(batch) else batch
-        if self._size is None and isinstance(images, Tensor) and images.ndim == 4:
-            self._size = (images.shape[2], images.shape[3])
+        if self._size is None and isinstance(images, Tensor) and images.ndim in (4, 5):
+            self._size = (images.shape[-2], images.shape[-1])
             if not is_sharded(net := exit_net(pl_module, self)):  # a sharded one keeps its costs
                 self.costs = exit_costs(net, self._size, class_first=self.class_first)
         exits = outputs.get("exit_index") if isinstance(outputs, Mapping) else getattr(outputs, "exit_index", None)
