@@ -1,6 +1,7 @@
 """VideoMAE as a backbone: against its formulas, and with every adapter kind, exits, costs, files and bundles."""
 
 import copy
+import functools
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -50,11 +51,16 @@ ARGS = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads
 TOKENS, WIDTH, DEPTH = 2 * 4 * 4, 48, 3
 
 
-def backbone(**changes: Any) -> nn.Module:
-    """A VideoMAE without zeros that would hide a mistake."""
-    model = create_backbone(NAME, CLASSES, **(ARGS | changes))
+@functools.cache
+def built(depth: int) -> nn.Module:
+    model = create_backbone(NAME, CLASSES, **(ARGS | {"depth": depth}))
     shaken(model, list(model.parameters()))
     return model
+
+
+def backbone(depth: int = DEPTH) -> nn.Module:
+    """A copy of a VideoMAE without zeros that would hide a mistake."""
+    return copy.deepcopy(built(depth))
 
 
 def clips(count: int = 4) -> Tensor:
