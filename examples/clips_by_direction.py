@@ -13,6 +13,7 @@ from random import Random
 
 import av
 import numpy as np
+import torch
 from lightning.pytorch import Trainer, seed_everything
 
 from dynadapter import Confidence, EarlyExit, ExitClassifier, FlopsReport, LoRA, VideoLists
@@ -65,11 +66,12 @@ def main(folder: str | None = None, max_epochs: int = 12, counts: Mapping[str, i
     model = ExitClassifier(
         data.num_classes,
         backbone="videomae_small_patch16_224",
-        backbone_args={"patch_size": 8, "embed_dim": 96, "depth": 6, "num_heads": 4, "frames": FRAMES},
+        backbone_args={"patch_size": 8, "embed_dim": 96, "depth": 3, "num_heads": 4, "frames": FRAMES},
         pretrained=False,
         image_size=SIZE,
         adapter=LoRA(rank=16),
-        every=2,
+        every=1,
+        optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=5e-3),
     )
     trainer = Trainer(
         max_epochs=max_epochs,

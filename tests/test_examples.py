@@ -38,7 +38,7 @@ def test_clips_by_direction(tmp_path: Path, capsys: pytest.CaptureFixture) -> No
     run = runpy.run_path(str(EXAMPLES / "clips_by_direction.py"))["main"]
     measured = run(str(tmp_path), max_epochs=1, counts={"train": 40, "val": 8, "test": 8})
     out = capsys.readouterr().out
-    assert "Exits (test)" in out
+    assert "Exits (test, shares under confidence_0.9)" in out
     assert 0 <= measured["test/confidence_0.9/acc"] <= 1
 
 

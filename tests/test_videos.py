@@ -304,7 +304,7 @@ def test_commands_take_videos(root: Path, capsys: pytest.CaptureFixture) -> None
     kept = ExitClassifier.load_from_checkpoint(file, map_location="cpu").preprocessing
     assert (kept["image_size"], kept["resize"], kept["interpolation"]) == (16, "crop", "bilinear")
     main(["test", f"--ckpt_path={file}", "--trainer.accelerator=cpu", f"--trainer.default_root_dir={runs}"])
-    assert "test/confidence_0.9/acc" in capsys.readouterr().out
+    assert "Exits (test, shares under confidence_0.9)" in capsys.readouterr().out
     bundle = root.parent / "bundle"
     main(["calibrate", f"--ckpt_path={file}", "--goal.cost=0.9", f"--bundle={bundle}", "--trainer.accelerator=cpu"])
     assert dynadapter.load(bundle).preprocess is None
