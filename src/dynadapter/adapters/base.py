@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dynadapter.adapters.droprate import DropRate, check_rate
-from dynadapter.adapters.places import convolutions
+from dynadapter.adapters.places import blocks_without, convolutions
 from dynadapter.backbones import classifier
 from dynadapter.spec import Spec, kinds
 
@@ -153,7 +153,7 @@ class AdapterSpec(Adapters):
     def defaults(self, model: nn.Module, layers: Mapping[str, nn.Module]) -> list[str]:
         """Return the names of the layers to wrap without ``targets``: those of ``places`` that fit.
 
-        A convolutional network has none of these places; its default places are the layers that
+        A block of a convolutional network has none of these places; its default places are the layers that
         :func:`~dynadapter.adapters.places.convolutions` returns.
 
         Args:
@@ -163,7 +163,9 @@ class AdapterSpec(Adapters):
         found = [name for name in layers if any(fnmatchcase(name, pattern) for pattern in self.places)]
         own = classifier(model)
         found = [name for name in found if self.fits(layers[name]) and layers[name] not in own]
-        return found or convolutions(model, layers, self.fits, self.once_a_block)
+        for parts in blocks_without(model, layers, found):
+            found += convolutions(layers, parts, self.fits, self.once_a_block)
+        return [name for name in layers if name in {*found}]
 
     @abstractmethod
     def wrap(self, model: nn.Module, name: str) -> AdapterLayer:

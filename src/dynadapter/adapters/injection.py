@@ -2,6 +2,7 @@
 
 import contextlib
 import re
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from functools import singledispatch
@@ -11,6 +12,7 @@ from timm.layers import RelPosMlp
 from torch import nn
 
 from dynadapter.adapters.base import AdapterLayer, Adapters, AdapterSpec, unwrapped
+from dynadapter.adapters.places import blocks_without
 from dynadapter.backbones import freeze as freeze_backbone
 from dynadapter.spec import kinds, returned
 
@@ -136,11 +138,24 @@ def _chosen(model: nn.Module, spec: AdapterSpec, layers: Mapping[str, nn.Module]
     if spec.targets:
         return [name for name in layers if any(fnmatchcase(name, pattern) for pattern in spec.targets)]
     if chosen := spec.defaults(model, layers):
+        _warn_of_blocks(model, kind, layers, chosen)
         return chosen
     raise ValueError(
         f"{kind} has no default places in {name}; kinds that have: {_kinds_for(model, layers)}; or set targets; the "
         f"layers that it can wrap: {fitting}"
     )
+
+
+def _warn_of_blocks(model: nn.Module, kind: str, layers: Mapping[str, nn.Module], chosen: list[str]) -> None:
+    """Warn of blocks in which a kind has no default place, where it has places in others."""
+    bare, count = blocks_without(model, layers, chosen), len(blocks_without(model, layers, ()))
+    if 0 < len(bare) < count:
+        parts = [_described(layers[name]) for name in bare[0] if name]
+        warnings.warn(
+            f"{kind} has no default places in {len(bare)} of {count} blocks, {bare[0][-1]} ({parts[-1]}) among them; "
+            "they stay as they are; set targets to choose other layers, or take a kind such as SSF",
+            stacklevel=5,
+        )
 
 
 def _kinds_for(model: nn.Module, layers: Mapping[str, nn.Module]) -> str:
