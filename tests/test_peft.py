@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import BACKBONES, CLASSES, make_convnext, make_vit
 from exported_networks import NAMES, noise
+from test_backbones import shake
 from test_configs import small
 from tiny import make_classifier, shaken, trainer
 from torch import nn
@@ -16,11 +17,13 @@ from torch import nn
 from dynadapter import (
     ByBlocks,
     Confidence,
+    DoRA,
     ExitClassifier,
     ExitNet,
     LoRA,
     Peft,
     RepAdapter,
+    create_backbone,
     exit_costs,
     inject,
     load,
@@ -134,6 +137,37 @@ def test_logits_are_those_of_peft(method, images):
             other += torch.randn(other.shape, generator=generator) * 0.1
             mine.copy_(other)
     torch.testing.assert_close(ours(images), theirs.eval()(images), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "make", [make_vit, lambda: shake(create_backbone("test_resnet", CLASSES))], ids=["vit", "resnet"]
+)
+def test_our_dora_is_that_of_peft(make, images):
+    """The same weights give the same logits and the same gradients, for linear layers and for convolutions."""
+    ours, theirs = make(), make()
+    places = inject(ours, DoRA(rank=4, scale=2.5))
+    config = peft.LoraConfig(r=4, lora_alpha=10, target_modules=places, use_dora=True)
+    theirs = peft.get_peft_model(theirs, config).base_model.model
+    pairs: list[tuple[nn.Parameter, nn.Parameter]] = []
+    for name in places:
+        mine, other = ours.get_submodule(name), theirs.get_submodule(name)
+        matrices = (other.lora_A, other.lora_B, other.lora_magnitude_vector)
+        tensors = (mine.lora_a, mine.lora_b, mine.magnitude)
+        pairs += [(one, held["default"].weight) for one, held in zip(tensors, matrices, strict=True)]
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for one, two in pairs:
+            one += torch.randn(one.shape, generator=generator) * 0.1
+            two.copy_(one.view(two.shape))
+    expected, logits = theirs.eval()(images), ours(images)
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
+    expected.pow(2).sum().backward()
+    logits.pow(2).sum().backward()
+    for one, two in pairs:
+        assert two.grad.abs().sum() > 0
+        torch.testing.assert_close(
+            one.grad, two.grad.view(one.shape), rtol=1e-3, atol=1e-4 * two.grad.abs().max().item()
+        )
 
 
 @each

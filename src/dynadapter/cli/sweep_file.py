@@ -1,7 +1,7 @@
 """Read and check the YAML file of a sweep, and build the plan of its runs."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -249,7 +249,7 @@ def _check_scale(adapter: str, recipe: str, contents: list[dict[str, Any]]) -> N
         named = given.get("class_path", named) if isinstance(given, dict) else given
     name = str(named).rpartition(".")[2]
     found = next((cls for cls in kinds(Adapters) if cls.__name__ == name), None)  # type: ignore[type-abstract]
-    if named is None or (found is not None and "scale" not in {one.name for one in fields(found)}):
+    if named is None or (found is not None and not hasattr(found, "scale")):
         raise Mistake(
             f"recipe {recipe} with the adapter {adapter} has model.adapter {named or 'null'}, which has no "
             "model.adapter.scale for a sweep to set; give one kind with a scale, such as LoRA, or train this recipe "
