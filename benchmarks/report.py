@@ -210,6 +210,39 @@ def soak_section(results: Path) -> str:
     return "\n".join(["## Killed runs\n", protocol(soak), markdown(pd.DataFrame(soak.rows(lines), dtype=object))])
 
 
+def kinds_section(results: Path) -> str:
+    """Return the sections on adapter kinds: in each family, and trained on real weights; empty without lines."""
+    import kinds
+
+    parts = []
+    if lines := read(results / "kinds.jsonl"):
+        table, letters = kinds.rows(lines)
+        notes = "".join(f"- {letter}: {note}\n" for letter, note in letters.items())
+        parts += ["## Adapter kinds in every family\n", protocol(kinds), markdown(pd.DataFrame(table)), notes]
+    for path in sorted(results.glob("kinds_*.jsonl")):
+        words = (
+            "Each kind with its default settings, trained by `python benchmarks/transfer.py --sweep kinds` "
+            "(`kinds.yaml`) on real weights: the last exit's mean training loss of the first and of the last epoch, "
+            "and accuracy and GMACs of each exit on val200, of the adapters as they are trained, not merged.\n"
+        )
+        for machine, some in by_machine(read(path)).items():
+            parts += [f"## Trained kinds: {path.stem.removeprefix('kinds_')}\n", words, f"On {machine}:\n"]
+            parts.append(markdown(pd.DataFrame([trained_row(line) for line in some])))
+    return "\n".join(parts)
+
+
+def trained_row(line: Line) -> dict[str, Any]:
+    """Return the row of a run of a sweep of kinds."""
+    row: dict[str, Any] = {"kind": line["run"]["adapter"]}
+    if "failed" in line:
+        return row | {"failed": line["failed"]}
+    loss, giga = line["training_loss"], line["static_macs"] / 1e11
+    row |= {"trained parameters": line["trainable"]}
+    row |= {"loss, first epoch": loss["first_epoch"], "last epoch": loss["last_epoch"]}
+    row |= {f"exit {entry['exit']}": f"{100 * entry['accuracy']:.1f} %" for entry in line["exits"]}
+    return row | {f"GMACs {entry['exit']}": giga * entry["percent_of_static"] for entry in line["exits"]}
+
+
 def cost_section(results: Path) -> str:
     """Return the section on counted GMACs; empty where nothing was counted."""
     path = results / "cost.json"
@@ -242,7 +275,15 @@ def document(results: Path, figures: Path) -> str:
         if lines := read(results / file):
             parts.append(time_section(title, program, lines, figures))
     return "\n".join(
-        part for part in [*parts, fast_path_section(results), soak_section(results), cost_section(results)] if part
+        part
+        for part in [
+            *parts,
+            kinds_section(results),
+            fast_path_section(results),
+            soak_section(results),
+            cost_section(results),
+        ]
+        if part
     )
 
 
