@@ -3,6 +3,7 @@
 import copy
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +61,14 @@ def shipped_bundle(options: dict[str, Any], token_merging: TokenMerging | None) 
     backbone: Any = create_backbone(name, 10, **given)
     source = BackboneSource(name, fingerprint(backbone), "seed", given)
     inject(backbone, LoRA(rank=8))
-    every, policy = max(len(backbone.blocks) // 4, 1), Confidence(0.9)
-    net = ExitNet(backbone, Attentive(queries=6), every=every, token_merging=token_merging).eval().requires_grad_(False)
+    depth, policy = len(backbone.blocks), Confidence(0.9)
+    if token_merging is not None:  # the network to try the program with has four blocks
+        token_merging = replace(token_merging, after=tuple(place for place in token_merging.after if place < depth))
+    net = (
+        ExitNet(backbone, Attentive(queries=6), every=max(depth // 4, 1), token_merging=token_merging)
+        .eval()
+        .requires_grad_(False)
+    )
     parts: dict[str, Any] = {"backbone": source, "adapter": LoRA(rank=8), "heads": Attentive(queries=6)}
     parts |= {"policy": policy, "class_names": [str(k) for k in range(10)], "preprocessing": Preprocess(size)}
     return Bundle(net, policy, describe(net, **parts))

@@ -58,7 +58,7 @@ def fastest(bundle: "Bundle", batch_size: int) -> tuple[Backend, str]:
     stored: dict[str, Any] = {}
     try:
         stored = dict(read_json(file))
-        seconds = {name: float(stored[here][name]) for name in ("torch", *offered)}
+        seconds: dict[Backend, float] = {name: float(stored[here][name]) for name in ("torch", *offered)}
     except (OSError, ValueError, KeyError, TypeError):
         try:
             seconds = measure(bundle, offered, batch_size)
@@ -69,19 +69,19 @@ def fastest(bundle: "Bundle", batch_size: int) -> tuple[Backend, str]:
     best = min(seconds, key=lambda name: seconds[name] * (FASTER if name == "torch" else 1))
     times = ", ".join(f"{name} {1000 * value:.2f} ms" for name, value in seconds.items())
     where = f"an image at batch {batch_size}"
-    return best, f"backend {best} (auto: {', '.join([f'{times} {where}', *lacking])})"  # type: ignore[return-value]
+    return best, f"backend {best} (auto: {', '.join([f'{times} {where}', *lacking])})"
 
 
 @torch.inference_mode()
-def measure(bundle: "Bundle", backends: list[Backend], batch_size: int) -> dict[str, float]:
+def measure(bundle: "Bundle", backends: list[Backend], batch_size: int) -> dict[Backend, float]:
     """Return the median seconds an image, by backend, torch first; arms are interleaved."""
     net, size = bundle.net, image_size(bundle)
-    images = torch.randn(batch_size, in_chans(net.backbone), size, size).to(next(net.backbone.parameters()))
+    images = torch.randn(batch_size, in_chans(net.backbone) or 3, size, size).to(next(net.backbone.parameters()))
     first = net.prefers_class_first(net.embed(images))
-    steps: dict[str, Step] = {"torch": partial(net.step, class_first=first)}
+    steps: dict[Backend, Step] = {"torch": partial(net.step, class_first=first)}
     steps |= {name: open_graphs(bundle, name).step for name in backends}
     reached = _reached(bundle)
-    taken: dict[str, list[float]] = {name: [] for name in steps}
+    taken: dict[Backend, list[float]] = {name: [] for name in steps}
     for turn in range(-1, ROUNDS):
         for name, step in steps.items():
             seconds = _once(step, images, reached)
@@ -99,7 +99,8 @@ def _reached(bundle: "Bundle") -> list[float]:
 
 def _once(step: Step, images: Tensor, reached: list[float]) -> float:
     """Return the seconds of a batch: where less than one image is left, a stage counts for that fraction."""
-    total, inputs = 0.0, (images,)
+    total = 0.0
+    inputs: tuple[Tensor, ...] = (images,)
     for k, fraction in enumerate(reached):
         left = fraction * len(images)
         inputs = tuple(part[: max(1, round(left))] for part in inputs)
