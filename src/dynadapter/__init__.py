@@ -77,6 +77,7 @@ if TYPE_CHECKING:
     from dynadapter.serve.engine import Engine
     from dynadapter.serve.requests import Limits
     from dynadapter.serve.stream import Stream
+    from dynadapter.serve.together import Together
     from dynadapter.training.callbacks import (
         BidirectionalSparsity,
         EarlyExit,
@@ -113,6 +114,7 @@ _HOMES = {
     "serve.engine": "Engine",
     "serve.requests": "Limits",
     "serve.stream": "Stream",
+    "serve.together": "Together",
     "training.callbacks": "BidirectionalSparsity EarlyExit ExitWeights FlopsReport PredictionWriter WeightAverage",
     "training.losses": "Distillation joint_loss",
     "training.metrics": "ExitUse",

@@ -1,0 +1,131 @@
+"""Several tasks in one batch, against each bundle by itself."""
+
+import pytest
+import torch
+from conftest import BACKBONES
+from served import POLICY, parts_of
+from torch import nn
+
+from dynadapter import Adapter, Confidence, FacT, LoRA, Together, TokenMerging, inject
+from dynadapter.adapters import AdapterSpec, adapter_layers
+from dynadapter.backbones import fingerprint
+from dynadapter.exits.heads import Balanced, LinearHeads
+from dynadapter.exits.net import ExitNet
+from dynadapter.serve.bundle import BackboneSource, Bundle
+from dynadapter.serve.bundle.saving import describe
+
+LORA = LoRA(rank=2)
+
+
+def bundle(
+    adapter: AdapterSpec | None = LORA,
+    classes: int = 5,
+    family: str = "vit",
+    seed: int = 0,
+    policy: Confidence = POLICY,
+    every: int = 2,
+    **options,
+) -> Bundle:
+    """Return a bundle whose frozen tensors are those of every other one of this family."""
+    torch.manual_seed(seed)
+    backbone = BACKBONES[family]()
+    source = BackboneSource(family, fingerprint(backbone), "seed")
+    backbone.reset_classifier(classes)
+    if adapter is not None:
+        inject(backbone, adapter)
+    net = ExitNet(backbone, every=every, **({"heads": LinearHeads()} | options)).eval()
+    for one in (p for p in net.parameters() if p.requires_grad):
+        nn.init.normal_(one, std=0.3)
+    net.requires_grad_(False)
+    own = {"costs": None, "adapter": adapter, "backbone": source, "class_names": tuple("abcdefghij"[:classes])}
+    return Bundle(net, policy, describe(net, **parts_of(net, policy, **own)))
+
+
+def images(count: int = 24) -> torch.Tensor:
+    return torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+TASKS = [[0, 1, 2][i * 7 % 3] for i in range(24)]
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("vit", {}),
+        ("vit", {"heads": Balanced()}),
+        ("vit", {"token_merging": TokenMerging(after=(2,), share=0.25)}),
+        ("swin", {}),
+        ("convnext", {}),
+    ],
+    ids=["vit", "attentive", "token merging", "swin", "convnext"],
+)
+def test_rows_equal_their_own_bundle(family, options):
+    other = LoRA(rank=3, split="qv") if family == "vit" else FacT(rank=2)
+    kinds = (LoRA(rank=2, scale=0.5), other, None)
+    policies = (Confidence(0.3), Confidence(0.7), Confidence(0.999))
+    bundles = [
+        bundle(kind, classes, family, seed, policy, **options)
+        for seed, (kind, classes, policy) in enumerate(zip(kinds, (5, 3, 8), policies, strict=True))
+    ]
+    expected = [one.route(images()) for one in bundles]
+    logits, exits = Together(bundles).route(images(), TASKS)
+    taken = [int(expected[task].exit_index[i]) for i, task in enumerate(TASKS)]
+    assert exits.tolist() == taken
+    assert len(set(taken)) > 1
+    for i, task in enumerate(TASKS):
+        torch.testing.assert_close(logits[i], expected[task].logits[i], rtol=1e-4, atol=1e-4)
+
+
+def test_predictions_have_their_own_classes():
+    bundles = [bundle(classes=3), bundle(classes=9, seed=1)]
+    tasks = [i % 2 for i in range(9)]
+    together = Together(bundles)
+    found = together.predict(list(images(9)), tasks, batch_size=4)
+    alone = [one.predict(list(images(9))) for one in bundles]
+    for i, task in enumerate(tasks):
+        assert found[i].label == alone[task][i].label
+        assert found[i].exit_index == alone[task][i].exit_index
+        assert found[i].confidence == pytest.approx(alone[task][i].confidence, rel=1e-4)
+    assert together.predict([], []) == []
+
+
+def test_frozen_tensors_are_held_once():
+    bundles = [bundle(), bundle(seed=1)]
+    together = Together(bundles)
+    nets = [bundles[0].net, bundles[1].net, together.net]
+    assert len({net.backbone.blocks[0].attn.proj.weight.data_ptr() for net in nets}) == 1
+    assert type(bundles[0].net.backbone.blocks[0].attn.qkv).__name__ == "LoRALayer"
+    assert len(adapter_layers(together.net.backbone)) == 6
+
+
+@pytest.mark.parametrize(
+    ("other", "reason"),
+    [
+        (lambda: bundle(Adapter(bottleneck=2)), "its adapter is Adapter, and only low-rank ones"),
+        (lambda: bundle(every=3), "their exits or their token merging differ"),
+        (lambda: bundle(family="swin"), "their backbones differ"),
+    ],
+)
+def test_bundles_that_do_not_fit(other, reason):
+    with pytest.raises(ValueError, match=f"bundle 1 cannot be in one batch with bundle 0: {reason}.*run it by itself"):
+        Together([bundle(), other()])
+
+
+def test_merged_bundle_does_not_fit():
+    merged = bundle(seed=1)
+    merged.net.merge(1e-3)
+    with pytest.raises(ValueError, match=r"qkv\.weight differs, because a bundle is merged"):
+        Together([bundle(), merged])
+
+
+@pytest.mark.parametrize(("tasks", "message"), [([0], "2 images and 1 tasks"), ([0, 2], "task 2 names none of the 2")])
+def test_task_is_checked(tasks, message):
+    with pytest.raises(ValueError, match=message):
+        Together([bundle(), bundle(seed=1)]).route(images(2), tasks)
+
+
+def test_nonfinite_image_is_named():
+    broken = images(2)
+    broken[1] = float("nan")
+    with pytest.raises(ValueError, match="the logits of image 1 are not finite"):
+        Together([bundle(), bundle(seed=1)]).predict(list(broken), [0, 1])
