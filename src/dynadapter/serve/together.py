@@ -63,7 +63,7 @@ class ByTaskLayer(AdapterLayer):
         """Compute only the outputs ``start:stop`` for tokens (..., width)."""
         weight, bias = self.base_layer.weight, self.base_layer.bias
         part = slice(start, stop)
-        y = project(x, weight.flatten(1)[part], None if bias is None else bias[part], False)  # type: ignore[operator, arg-type, index]
+        y = project(x, weight.flatten(1)[part], None if bias is None else bias[part], False)  # type: ignore[operator, index]
         return self._updated(y, x, part)
 
     def _updated(self, y: Tensor, x: Tensor, outputs: slice) -> Tensor:
