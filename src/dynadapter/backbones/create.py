@@ -37,8 +37,7 @@ def create_backbone(
     """Create a timm model as a backbone: frozen except for its classifier, and in evaluation mode.
 
     An :class:`~dynadapter.exits.net.ExitNet` keeps it in evaluation mode. Stochastic depth (``drop_path_rate``) still
-    works in training; it is 0 unless given, also for Swin. Other dropout rates of timm would have no effect and are an
-    error.
+    works in training; it is 0 unless given. timm's other dropout rates would have no effect and are an error.
 
     >>> backbone = create_backbone("vit_tiny_patch16_224", num_classes=10, img_size=32, patch_size=8, depth=2)
     >>> [name for name, parameter in backbone.named_parameters() if parameter.requires_grad]
