@@ -145,7 +145,7 @@ def _with_means(sweep: Sweep, numbers: Mapping[str, Numbers]) -> Iterator[tuple[
         groups.append(mean)
     if mean := _mean(groups):
         yield "mean of groups", mean
-    if sweep.fresh and (mean := _mean([numbers.get(task, {}) for task in sweep.fresh])):
+    if 0 < len(sweep.fresh) < len(sweep.tasks) and (mean := _mean([numbers.get(task, {}) for task in sweep.fresh])):
         yield f"mean of {_count(len(sweep.fresh), 'fresh task')}", mean
     if mean := _mean([numbers.get(task, {}) for task in sweep.tasks]):
         yield f"mean of {_count(len(sweep.tasks), 'task')}", mean
@@ -212,12 +212,18 @@ def _seeds(table: Sequence[Row]) -> str:
 
 
 def _by_reading(table: Sequence[Row], sweep: Sweep) -> list[str]:
-    """Return a Markdown table with a row for each reading, and a column for each task and their mean."""
+    """Return a Markdown table with a row for each reading, and a column for each task and their mean.
+
+    A network with one exit has one row, because every goal reads that exit.
+    """
     mean = f"mean of {_count(len(sweep.tasks), 'task')}"
     columns = [what for what in (*sweep.tasks, mean) if any(row.what == what for row in table)]
     cells = {(row.adapter, row.recipe, row.reading, row.what): _cell(row) for row in table}
     lines = ["| | " + " | ".join(columns) + " |", "|---|" + "---:|" * len(columns)]
+    several = {(row.adapter, row.recipe) for row in table if row.reading == "exit 2"}
     for arm in dict.fromkeys((row.adapter, row.recipe, row.reading) for row in table):
+        if arm[2] != "exit 1" and arm[:2] not in several:
+            continue
         lines.append(f"| {', '.join(arm)} | " + " | ".join(cells.get((*arm, what), "") for what in columns) + " |")
     return lines
 
