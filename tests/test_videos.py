@@ -309,7 +309,9 @@ def test_commands_take_videos(root: Path, capsys: pytest.CaptureFixture) -> None
     main(["calibrate", f"--ckpt_path={file}", "--goal.cost=0.9", f"--bundle={bundle}", "--trainer.accelerator=cpu"])
     assert dynadapter.load(bundle).preprocess is None
     capsys.readouterr()
+    photo = root.parent / "photo.png"
+    Image.fromarray(picture(0)).save(photo)
     for network in (f"--ckpt_path={file}", f"--bundle={bundle}"):
         with pytest.raises(SystemExit):
-            main(["predict", network, f"--images={root}", f"--out={root.parent / 'out.csv'}"])
+            main(["predict", network, f"--images={photo}", f"--out={root.parent / 'out.csv'}"])
         assert "takes clips of 4 frames, no image files; measure videos by dynadapter test" in capsys.readouterr().err
