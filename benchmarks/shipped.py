@@ -82,14 +82,12 @@ def peft_merged(work: Work) -> Arm:
     return work.static_arm(model, float(work.costs(True).static))
 
 
-def shipped_case(
-    options: dict[str, Any], recipe: str, batches: list[int], rounds: int, shares: tuple[float, ...]
-) -> Iterator[tuple[int, Line]]:
-    """Time a recipe on a backbone, and yield the numbers of each batch size."""
+def shipped_case(options: dict[str, Any], recipe: str, batch: int, rounds: int, shares: tuple[float, ...]) -> Line:
+    """Time a recipe on a backbone at one batch size."""
     BUILDERS["peft merged"] = peft_merged
     settings = Settings(
         bundle="",
-        batch_sizes=batches,
+        batch_sizes=[batch],
         rounds=rounds,
         threads=1,
         device="cpu",
@@ -103,16 +101,16 @@ def shipped_case(
         overwrite=False,
     )
     result = measure(settings, shipped_bundle(options, RECIPES[recipe]))
-    for found in result["batches"]:
-        line: Line = {"control": found["control"], "notes": result["notes"], "static_gmacs": found["static_gmacs"]}
-        clock = {name: [sum(calls) for calls in taken["cpu"]] for name, taken in found["seconds"].items()}
-        for name, row in found["arms"].items():
-            if name != "static":
-                line[name] = {key: row[key] for key in ("detail", "gmacs", "gmacs_run", "mac_speedup", "speedup")}
-                line[name] |= {"efficiency": row["speedup"] / row["mac_speedup"], "shares": row["shares"] or ()}
-                if "onnx static" in clock:
-                    line[name]["over_onnx_static"] = ratio(clock["onnx static"], clock[name])
-        yield found["batch"], line | {"seconds": clock}
+    [found] = result["batches"]
+    line: Line = {"control": found["control"], "notes": result["notes"], "static_gmacs": found["static_gmacs"]}
+    clock = {name: [sum(calls) for calls in taken["cpu"]] for name, taken in found["seconds"].items()}
+    for name, row in found["arms"].items():
+        if name != "static":
+            line[name] = {key: row[key] for key in ("detail", "gmacs", "gmacs_run", "mac_speedup", "speedup")}
+            line[name] |= {"efficiency": row["speedup"] / row["mac_speedup"], "shares": row["shares"] or ()}
+            if "onnx static" in clock:
+                line[name]["over_onnx_static"] = ratio(clock["onnx static"], clock[name])
+    return line | {"seconds": clock}
 
 
 def shipped_lines(args: Any, log: Log) -> Iterator[Line]:
@@ -124,7 +122,6 @@ def shipped_lines(args: Any, log: Log) -> Iterator[Line]:
             continue
         for recipe in RECIPES:
             key = {"part": "shipped", "backbone": name, "recipe": recipe, "shares": where, "rounds": args.rounds}
-            missing = [batch for batch in args.batches if log.find(key | {"batch": batch}) is None]
-            for batch, line in shipped_case(options, recipe, missing, args.rounds, shares) if missing else ():
-                log.add(key | {"batch": batch}, **line)
-            yield from (line for batch in args.batches if (line := log.find(key | {"batch": batch})))
+            for batch in args.batches:
+                here = key | {"batch": batch}
+                yield log.find(here) or log.add(here, **shipped_case(options, recipe, batch, args.rounds, shares))

@@ -71,7 +71,7 @@ PROGRAMS: dict[str, list[str]] = {
     "stage_compile": ["--batches", "2"],
     "token_merging": [],
     "adapters": [],
-    "serving": ["--batches", "1", "4", "--parts", "stream", "baselines", "shipped"],
+    "serving": ["--batches", "1", "4", "--parts", "stream", "baselines"],
     "load": ["--clients", "2", "--seconds", "0.2"],
 }
 SLOW = ("stage_compile", "load")
@@ -119,6 +119,20 @@ def test_lines_make_rows(program, finished, name):
     rows = [row for line in lines for row in program(name).rows(line)]
     assert len(rows) >= len(lines)
     assert all("control" in program(name).rows(line)[0] for line in lines)
+
+
+@pytest.mark.slow  # four exports
+def test_shipped_recipes_are_timed(program, tmp_path, monkeypatch):
+    pytest.importorskip("onnxruntime")
+    argv = ["--out", str(tmp_path / "out.jsonl"), *QUICK, "--parts", "shipped", "--batches", "2"]
+    program("serving").main(argv)
+    lines = read(tmp_path / "out.jsonl")
+    assert [line["key"]["recipe"] for line in lines] == ["vtab", "vtab, token_merging"]
+    arms = {"smaller static", "merged", "onnx static", "onnx staged"}
+    assert all(arms <= line.keys() and program("serving").rows(line) for line in lines)
+    monkeypatch.setattr(sys.modules["shipped"], "shipped_case", None)  # is not called again
+    program("serving").main(argv)
+    assert read(tmp_path / "out.jsonl") == lines
 
 
 def test_committed_lines_make_rows(program):
