@@ -25,9 +25,9 @@ commands:
   report      draw a run as one HTML page: accuracy over cost, exits, confusion, images; or compare runs
   calibrate   find thresholds for a cost, an accuracy or a guarantee, and write the bundle: the folder to deploy
   sweep       train tasks, adapters, recipes, scales and seeds from one YAML file to one table
-  export      write ONNX graphs of a bundle, one a stage, or its adapters for peft
+  export      write ONNX graphs of a bundle, one per stage, or its adapters for peft
   bench       time a bundle against its static backbone and other ways to serve it
-  serve       answer images over HTTP by one or several bundles
+  serve       classify images over HTTP with one or several bundles
   push        upload a bundle to the Hugging Face Hub
   verify      check a data set before a training
   backbones   count the architectures and weights of timm that work as a backbone, or list their names
@@ -35,7 +35,7 @@ commands:
 
 options:
   COMMAND --help            the most important keys of a command; --help_all shows every key
-  COMMAND --print_config    the configuration that a command line gives
+  COMMAND --print_config    the configuration that results from a command line
   --debug                   show where an error comes from
   --version                 print the version
   --import MODULE           import a module of yours first, whose classes configs, checkpoints and bundles may name
@@ -62,9 +62,9 @@ Settings come in layers. A later layer overrides an earlier one: defaults, check
 command line.
 """
 TRAINER = ("fit", "validate", "test", "flops", "calibrate")
-"""Commands with a whole configuration: model, data, trainer."""
+"""Commands with a full configuration: model, data, trainer."""
 OWN = ("train", "predict", "report", "sweep", "export", "bench", "serve", "push", "verify", "backbones", "configs")
-"""Commands with a handful of settings; each is a module here with a ``run(args)``."""
+"""Commands with few settings; each is a module here with a ``run(args)``."""
 COMMANDS = (*TRAINER, *OWN)
 
 

@@ -91,7 +91,7 @@ def full_parser(command: str) -> ConfigParser:
 
 def add_command_arguments(parser: LightningArgumentParser, command: str) -> None:
     """Add the config files and the arguments of one command that are outside the sections."""
-    what = "A config file, or the name of a packaged one; later files win, and the command line wins over all."
+    what = "A config file, or the name of a packaged one; later files override earlier ones."
     parser.add_argument("-c", "--config", action=ActionConfigFile, help=what)
     printing = next(action for action in parser._actions if "--print_config" in action.option_strings)
     printing.help = "Print the configuration that results, and exit."
@@ -101,11 +101,11 @@ def add_command_arguments(parser: LightningArgumentParser, command: str) -> None
     }.get(command, "Checkpoint that fit wrote; the settings of its model and data come with it.")
     parser.add_argument("--ckpt_path", type=str | None, help=what)
     if command == "fit":
-        what = "Folder of an interrupted run: continue from its newest whole checkpoint, with its settings."
+        what = "Folder of an interrupted run: continue from its newest intact checkpoint, with its settings."
         parser.add_argument("--resume", type=str | None, help=what)
         what = "Checkpoint of another training to start from: its adapters, and its heads if it had the same classes."
         parser.add_argument("--init_from", type=str | None, help=what)
-        what = "Measure the final weights on the test images, too."
+        what = "Also measure the final weights on the test images."
         parser.add_argument("--test_after", type=bool, default=False, help=what)
     elif command == "flops":
         parser.add_argument("--merged", type=bool, default=False, help="Merge the adapters into the backbone first.")

@@ -36,8 +36,8 @@ ARGUMENTS: dict[str, tuple[Any, Any, str]] = {
     "arms": (list[str], list(ARMS), f"What to time, of: {', '.join(ARMS)}."),
     "weights": (str | None, None, "File of the backbone's weights, for a bundle that needs one."),
     "pretrained": (bool | None, None, "Whether timm may fetch the backbone's weights; by default as in training."),
-    "out": (str, "bench.json", "File to write all numbers to."),
-    "overwrite": (bool, False, "Replace a file that exists."),
+    "out": (str, "bench.json", "File for all results."),
+    "overwrite": (bool, False, "Replace an existing file."),
 }
 """The settings beside the bundle: type, default, help."""
 

@@ -74,18 +74,18 @@ ARGUMENTS: dict[str, tuple[Any, Any, str]] = {
         "is best.",
     ),
     "seed": (int, 0, "Random seed of the folds of the cross-fitting."),
-    "bundle": (str | None, None, "Write the deployable folder here."),
+    "bundle": (str | None, None, "Write the bundle, the folder to deploy, here."),
     "merge": (bool, False, "Merge the adapters into the backbone of the bundle; it then needs no backbone file."),
-    "overwrite": (bool, False, "Replace a bundle that is there."),
-    "out": (str | None, None, "Folder of calibration.json and the curve; by default a new one beside the training's."),
-    "data_split": (Split, "val", "Images to calibrate on; others than val only with accept_optimistic_numbers."),
+    "overwrite": (bool, False, "Replace an existing bundle."),
+    "out": (str | None, None, "Folder of calibration.json and the curve; by default a new one next to the run."),
+    "data_split": (Split, "val", "Images to calibrate on; test and train need accept_optimistic_numbers."),
     "policy_from": (
         str | None,
         None,
         "Instead of a goal: use the policy of this calibration, calibrated checkpoint or run, or bundle. For a network "
-        "that was trained on the validation images too, by the calibration of its twin that was not.",
+        "that was also trained on the validation images: the policy of a run with the same settings that was not.",
     ),
-    "accept_optimistic_numbers": (bool, False, "Calibrate on test or training images all the same."),
+    "accept_optimistic_numbers": (bool, False, "Calibrate on test or training images, with too optimistic numbers."),
 }
 """The settings beside the goal: type, default, help."""
 

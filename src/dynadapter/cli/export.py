@@ -21,24 +21,24 @@ if TYPE_CHECKING:  # torch takes seconds to load, and invalid settings are repor
 
 def parser() -> CommandParser:
     """Return the command's parser."""
-    parser = CommandParser("export", "Write a bundle as ONNX graphs that run without this package, one a stage.")
+    parser = CommandParser("export", "Write a bundle as ONNX graphs that run without this package, one per stage.")
     add = parser.add_argument
     add("--bundle", type=str, required=True, help=f"The bundle: {BUNDLE}.")
     add("--out", type=str, required=True, help="The folder to create.")
     add("--overwrite", type=bool, default=False, help="Replace an exported folder.")
-    words = "onnx; or peft: the LoRA adapters and the last head alone, for peft.PeftModel.from_pretrained."
+    words = "onnx; or peft: only the LoRA adapters and the last head, for peft.PeftModel.from_pretrained."
     add("--format", type=Literal["onnx", "peft"], default="onnx", help=words)
     add("--weights", type=str | None, help="File of the backbone's weights, if the bundle needs one.")
     words = "Let timm fetch the backbone's weights; by default as in training."
     add("--pretrained", type=bool | None, help=words)
     add("--merge", type=bool, default=True, help="Merge the adapters into the backbone if all of them can be merged.")
-    words = "Compute the class token's row first where a head reads nothing else; images that stop there save more."
+    words = "Compute the class token's row first where a head reads only that row; images that stop there save more."
     add("--class_first", type=bool, default=True, help=words)
     add("--opset", type=int, default=20, help="Version of ONNX's operators, at least 18.")
     add("--int8", type=bool, default=False, help="Run the blocks' matrix products in 8 bits; measured on --images.")
     words = "Folder of images to compare on, with a subfolder for each class to measure the accuracy in int8."
     add("--images", type=str | None, help=words)
-    add("--max_images", type=int, default=512, help="Use at most so many of the images, evenly spread.")
+    add("--max_images", type=int, default=512, help="Use at most this many images, evenly spread.")
     words = "Largest difference of a logit, relative to the image's largest logit if that is above 1."
     add("--tolerance", type=float, default=1e-4, help=words)
     return parser

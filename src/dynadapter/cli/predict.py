@@ -36,7 +36,7 @@ OPTIONS: dict[str, tuple[Any, Any, str]] = {
     "ckpt_path": (
         str | None,
         None,
-        "Or a checkpoint that fit wrote, with its calibrated policy or the first of its training.",
+        "Or a checkpoint that fit wrote, with its calibrated policy or the first policy of its training.",
     ),
     "path_column": (str | None, None, "The column of a CSV file with the paths; by default the first."),
     "policy": (dict | str | None, None, "Exit policy instead of the stored one, such as Never or Patience."),

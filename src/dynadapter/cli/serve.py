@@ -26,7 +26,7 @@ if TYPE_CHECKING:  # torch takes seconds to load, and invalid input is answered 
 NEEDED = ("fastapi", "uvicorn", "prometheus_client")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 OPTIONS: dict[str, tuple[Any, Any, str]] = {
-    "host": (str, "127.0.0.1", "Address to listen on; 0.0.0.0 for all of the machine."),
+    "host": (str, "127.0.0.1", "Address to listen on; 0.0.0.0 for all addresses of the machine."),
     "port": (int, 8000, "Port to listen on; 0 for a free one, which is printed."),
     "batch": (int, 16, "Images in a full batch of a stage."),
     "queue": (int, 128, "Images of a bundle that are accepted and not answered; more get 429."),
@@ -36,7 +36,7 @@ OPTIONS: dict[str, tuple[Any, Any, str]] = {
     "max_bytes": (int, 2**24, "Largest image file."),
     "max_pixels": (int, 40_000_000, "Largest image."),
     "upload_seconds": (float, 10.0, "Time in which a body must arrive."),
-    "drift_window": (int, 500, "Images after which exits and confidence are compared with the calibration's."),
+    "drift_window": (int, 500, "Images after which exits and confidence are compared with the calibration."),
     "weights": (str | None, None, "File of the backbone's weights, where the bundles need one."),
     "pretrained": (bool | None, None, "Whether timm may fetch the backbone's weights; default: as in training."),
     "backend": BACKEND,
@@ -58,7 +58,7 @@ def parser() -> CommandParser:
     """Return the parser of the command."""
     made = CommandParser(
         "serve",
-        "Answer images over HTTP: POST the bytes of an image to /v1/NAME/predict. The page / takes a photo by hand.",
+        "Classify images over HTTP: POST the bytes of an image to /v1/NAME/predict, or open the page / in a browser.",
         formatter_class=partial(HelpFormatter, max_help_position=22, width=100),
     )
     words = f"{BUNDLE[0].upper()}{BUNDLE[1:]}; one or several, each as PLACE or NAME=PLACE."
