@@ -27,8 +27,7 @@ def is_affine(layer: nn.Module) -> bool:
 
 
 class AffineLayer(AdapterLayer):
-    """Return ``factor * y + offset`` for the base layer's output y, channel by channel, before an activation in the
-    layer.
+    """A wrapper that maps the base layer's output y to ``factor * y + offset``, by channel and before an activation.
 
     A subclass defines :meth:`factor` and :meth:`offset`.
 

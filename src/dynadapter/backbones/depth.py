@@ -46,7 +46,7 @@ def cut_depth(model: nn.Module, depth: int) -> None:
 
 @singledispatch
 def remove_last_blocks(model: nn.Module, count: int) -> None:
-    """Remove a model's last ``count`` blocks; each family registers its own function.
+    """Remove a model's last ``count`` blocks, fewer than its last stage has; each family registers its own function.
 
     Raises:
         TypeError: The model's class is unknown.
