@@ -85,8 +85,7 @@ def export_onnx(
         The content of ``manifest.json``.
 
     Raises:
-        ValueError: An argument does not fit, the folder exists, or the graphs differ from the network. Nothing is
-            written.
+        ValueError: An argument does not fit, the folder exists, or the graphs differ; nothing is written.
         ImportError: onnx, onnxscript or onnxruntime is missing.
     """
     manifest = _manifest(net, policy, class_names, preprocess, costs, opset)
