@@ -177,42 +177,38 @@ def heights(rng, label):
     """Return the heights (values,) of a chart in [0, 1], which follow a trend with some noise."""
     place = np.linspace(-1, 1, rng.integers(7, 11))
     trend = list(TRENDS.values())[label](place, rng.uniform(0.05, 0.35) * rng.choice([-1, 1]))
-    wide = rng.uniform(0.22, 0.4)
-    middle = rng.uniform(wide + 0.1, 0.9 - wide)
-    return np.clip(middle + wide * trend + rng.normal(0, 0.06, len(place)), 0.02, 1)
+    wide = rng.uniform(0.3, 0.42)
+    middle = rng.uniform(wide + 0.05, 0.95 - wide)
+    return np.clip(middle + wide * trend + rng.normal(0, 0.04, len(place)), 0.02, 1)
 
 
 def chart(rng, label):
-    """Draw a chart of bars or of a line whose values follow a trend, with grid lines, and marks over it."""
+    """Draw a chart of bars or of a filled area whose values follow a trend, with grid lines and marks."""
     pixels = ground(rng)
-    left, right = rng.uniform(-0.95, -0.7), rng.uniform(0.7, 0.95)
-    base, high = rng.uniform(0.65, 0.9), rng.uniform(1.1, 1.6)
+    left, right = rng.uniform(-0.95, -0.8), rng.uniform(0.8, 0.95)
+    base, high = rng.uniform(0.75, 0.9), rng.uniform(1.4, 1.6)
 
     def box(x, y, wide, tall):
         return np.array([(x, y), (x + wide, y), (x + wide, y - tall), (x, y - tall)])
 
-    if rng.random() < 0.6:
-        sheet = box(left - 0.1, base + 0.08, right - left + 0.2, high + 0.16)
-        pixels = mixed(filled(sheet) * rng.uniform(0.5, 1), colour(rng, (0, 0.4), (0.3, 1)), pixels)
-    mean = pixels.mean((0, 1))
-    levels = base - high * rng.random(rng.integers(1, 5))
+    paper = colour(rng, (0, 0.3), (0.1, 1))
+    pixels = mixed(filled(box(left, base, right - left, high)) * rng.uniform(0.8, 1), paper, pixels)
+    levels = base - high * rng.random(rng.integers(1, 4))
     lines = [np.array([(left, level), (right, level)]) for level in levels]
-    pixels = mixed(stroked(lines, 0.8) * rng.uniform(0.3, 0.9), colour(rng), pixels)
-    values, ink = heights(rng, label), contrasting(rng, mean)
+    pixels = mixed(stroked(lines, 0.8) * rng.uniform(0.3, 0.6), colour(rng), pixels)
+    values, ink = heights(rng, label), contrasting(rng, paper, 0.35)
     step = (right - left) / len(values)
-    wide = step * rng.uniform(0.4, 0.9)
+    wide = step * rng.uniform(0.7, 1)
     if rng.random() < 0.5:
-        for k, height in enumerate(values):
-            bar = box(left + step * k + (step - wide) / 2, base, wide, high * height)
-            pixels = mixed(filled(bar), np.clip(ink + rng.normal(0, 0.06, 3), 0, 1), pixels)
+        outlines = [box(left + step * k + (step - wide) / 2, base, wide, high * one) for k, one in enumerate(values)]
     else:
-        line = np.stack([left + step * (np.arange(len(values)) + 0.5), base - high * values], axis=1)
-        dots = [ellipse(0.05, 0.05) + point for point in line] if rng.random() < 0.5 else []
-        pixels = mixed(np.max([stroked([line], rng.uniform(1.2, 3)), *map(filled, dots)], axis=0), ink, pixels)
-    for _ in range(rng.integers(0, 5)):
-        mark = ellipse(*rng.uniform(0.04, 0.14, 2)) + rng.uniform(-1, 1, 2)
+        across = left + step * (np.arange(len(values)) + 0.5)
+        top = np.stack([across, base - high * values], axis=1)
+        outlines = [np.concatenate([top, [(across[-1], base), (across[0], base)]])]
+    pixels = mixed(np.max([filled(one) for one in outlines], axis=0), ink, pixels)
+    for _ in range(rng.integers(0, 3)):
+        mark = ellipse(*rng.uniform(0.04, 0.1, 2)) + rng.uniform(-1, 1, 2)
         pixels = mixed(filled(mark), colour(rng), pixels)
-    pixels = mixed(stroked([np.array([(left, base - high), (left, base), (right, base)])], 1), colour(rng), pixels)
     return finished(rng, pixels)
 
 
