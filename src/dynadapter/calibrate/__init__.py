@@ -24,7 +24,7 @@ change the decision.
 from dynadapter.calibrate.choosing import AUTO, COMBINES, SEARCHES, Search
 from dynadapter.calibrate.curves import Curve, Point, curve, curve_rows
 from dynadapter.calibrate.goal import Goal
-from dynadapter.calibrate.guarantee import Loss, Risk, candidates, losses, measured_risk, with_guarantee
+from dynadapter.calibrate.guarantee import candidates, with_guarantee
 from dynadapter.calibrate.ladder import KINDS
 from dynadapter.calibrate.solve import CrossFitted, Measured, Solution, policy_for, solve
 from dynadapter.calibrate.stacked import Calibrated, Outcome, evaluate, split_folds
@@ -39,11 +39,9 @@ __all__ = [
     "CrossFitted",
     "Curve",
     "Goal",
-    "Loss",
     "Measured",
     "Outcome",
     "Point",
-    "Risk",
     "Scaled",
     "Search",
     "Solution",
@@ -52,8 +50,6 @@ __all__ = [
     "curve_rows",
     "evaluate",
     "fit_temperatures",
-    "losses",
-    "measured_risk",
     "policy_for",
     "solve",
     "split_folds",

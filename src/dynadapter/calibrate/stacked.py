@@ -38,7 +38,7 @@ class Calibrated(Outcome):
         policy: Routes raw logits: it includes temperatures and combination.
         method: Description of how the policy was found.
         notes: Remarks for the user, such as the guarantee in full, or why there is none.
-        risk: Mean loss on these samples, if one was bounded; see :func:`with_guarantee`.
+        risk: Fraction of these samples that is lost, if it was bounded; see :func:`with_guarantee`.
     """
 
     policy: Policy
