@@ -23,7 +23,7 @@ from PIL import Image
 from tiny import make_classifier, trainer
 
 from dynadapter.adapters import LoRA
-from dynadapter.data import ImageData, ImagesToPredict
+from dynadapter.data import ImageData
 from dynadapter.data.dataset import ImageDataset
 from dynadapter.exits.heads import LinearHeads
 from dynadapter.exits.policies import Confidence, Patience
@@ -33,7 +33,6 @@ from dynadapter.training.callbacks import (
     EarlyExit,
     ExitWeights,
     FlopsReport,
-    PredictionWriter,
     WeightAverage,
 )
 from dynadapter.training.mixing import Mixing
@@ -260,26 +259,6 @@ def with_broken_logits(where: Where) -> Any:
     return logged
 
 
-@scenario
-def predicted(where: Where) -> Any:
-    results = {}
-    for count in (11, 2):
-        output = where.folder / f"{count}.{where.processes}.csv"
-        files = sorted(map(str, (where.folder / "pictures").iterdir()))[:count]
-        writer, flops = PredictionWriter(output), FlopsReport(show=False)
-        run = where.trainer(writer, EarlyExit([Scaled(Confidence(0.3), (0.5, 0.5, 0.5))]), flops)
-        module = shaken(make_classifier(class_names=NAMES))
-        data = ImagesToPredict(NAMES, files, image_size=32, batch_size=3)
-        run.predict(module, datamodule=data, return_predictions=False)
-        results[count] = {
-            "bytes": output.read_bytes(),
-            "rows": writer.rows,
-            "gmacs": flops.average_gmacs,
-            "left": [path.name for path in where.folder.glob("*partial*")],
-        }
-    return results
-
-
 # ---- scenarios: mistakes
 
 
@@ -387,17 +366,6 @@ def sharded_files(where: Where) -> Any:
 
 
 @of_two
-def sharded_predicted(where: Where) -> Any:
-    output = where.folder / f"sharded.{where.processes}.csv"
-    files = sorted(map(str, (where.folder / "pictures").iterdir()))[:11]
-    run = sharded_trainer(where, PredictionWriter(output), EarlyExit(policies()))
-    module = shaken(make_classifier(class_names=NAMES))
-    data = ImagesToPredict(NAMES, files, image_size=32, batch_size=3)
-    run.predict(module, datamodule=data, return_predictions=False)
-    return output.read_bytes()
-
-
-@of_two
 def sharded_mistakes(where: Where) -> Any:
     def fit(*callbacks: Callback, strategy: Any = None) -> None:
         run = trainer(*callbacks, devices=2, strategy=strategy) if strategy else sharded_trainer(where, *callbacks)
@@ -481,10 +449,6 @@ def main() -> int:
     folder, names = Path(sys.argv[1]), sys.argv[2:] or list(SCENARIOS)
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    (folder / "pictures").mkdir(exist_ok=True)
-    for i in range(12):
-        pixels = np.random.default_rng(i).integers(0, 256, (8, 8, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / "pictures" / f"{i:02}, one.png")
     return 0 if all(group(processes, folder, names, limit=150) for processes in PROCESSES) else 1
 
 

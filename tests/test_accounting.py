@@ -118,13 +118,6 @@ def test_commands_print_the_account(root, tmp_path, capsys, caplog):
         model = make_classifier(num_classes=3)
         trainer(max_steps=1, limit_val_batches=1).fit(model, datamodule=ImageFolder(root, batch_size=4))
         assert [expected in line for line in lines(caplog.text, root)] == [True]
-        caplog.clear()
-        data = ImageFolder(root, batch_size=4, predict_images=str(root / "train" / "a"))
-        got = trainer().predict(model, datamodule=data)
-        [line] = lines(caplog.text, root / "train" / "a")
-    read = {"predict": 5, "behind links to folders": 3, ".heic": 1, "without suffix": 1, "broken links": 1}
-    assert numbers(line) == read
-    assert sum(len(batch["classes"]) for batch in got) == 5
 
 
 def test_predict_command_prints_the_account(tmp_path, capsys):

@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
 from tiny import make_classifier, trainer
 
-from dynadapter.data import Augment, ImageData, ImageFolder, ImagesToPredict, Shapes, UnreadableImage, VTAB1k
+from dynadapter.data import Augment, ImageData, ImageFolder, Shapes, UnreadableImage, VTAB1k
 from dynadapter.data.dataset import ImageDataset, Padded
 from dynadapter.data.samplers import CachedLoader, EpochOrder, share_batch
 from dynadapter.images.reading import find_images, load_image
@@ -166,11 +166,10 @@ def test_fewer_images_than_a_step_are_used():
 
 def test_padding_for_several_processes(folder):
     (folder / "broken.png").unlink()
-    data = Files(folder, image_size=4, predict_images=str(folder))
-    filled, paths = Padded(data.dataset("test"), 4), Padded(data.dataset("predict"), 4)
-    assert (len(filled), len(paths), len(Padded(data.dataset("test"), 7))) == (8, 8, 7)
+    data = Files(folder, image_size=4)
+    filled = Padded(data.dataset("test"), 4)
+    assert (len(filled), len(Padded(data.dataset("test"), 7))) == (8, 7)
     assert [target for _, target in filled] == [0] * 7 + [IGNORED]
-    assert [target for _, target in paths] == [*sorted(map(str, folder.glob("*"))), ""]
     assert torch.nn.CrossEntropyLoss().ignore_index == IGNORED
     assert len(Padded(data.dataset("val"), 3)) == 0
 
@@ -326,62 +325,20 @@ def test_nothing_readable_is_an_error(tmp_path):
         Files(tmp_path, on_error="skip").setup("fit")
 
 
-# Predict
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_predict_gives_images_and_paths(tmp_path, workers):
-    files = [save(tmp_path / name, noise(4, 4, 3)) for name in ("b.png", "sub/a.JPG", "a.webp")]
-    (tmp_path / "notes.txt").write_text("no image")
-    save(tmp_path / ".hidden" / "c.png")
-    data = Shapes(predict_images=str(tmp_path), num_workers=workers, batch_size=2, image_size=8)
-    data.setup("predict")
-    batches = list(data.predict_dataloader())
-    assert [path for _, paths in batches for path in paths] == sorted(map(str, files))
-    images, paths = batches[0]
-    assert images.shape == (2, 3, 8, 8)
-    assert torch.equal(images[0], torch.from_numpy(data.preprocess(Image.open(paths[0]))))
-
-
-def test_predict_takes_files_and_folders(tmp_path):
+def test_find_images_takes_files_and_folders(tmp_path):
     one, two = save(tmp_path / "one.png"), save(tmp_path / "more" / "two.png")
     assert find_images([one, str(tmp_path / "more")]) == [one, two]
     assert find_images(one) == [one]
-
-
-def test_predict_without_images(tmp_path):
-    with pytest.raises(ValueError, match=r"no image in .*: looked for files ending in \.png, \.jpg"):
-        Shapes(predict_images=tmp_path).setup("predict")
-    with pytest.raises(ValueError, match=r"nothing.png does not exist; give a folder"):
-        Shapes(predict_images=[tmp_path / "nothing.png"]).setup("predict")
-    with pytest.raises(ValueError, match="predict needs predict_images"):
-        Shapes().setup("predict")
-    with pytest.raises(ValueError, match="list of images is empty"):
-        Shapes(predict_images=[]).setup("predict")
-
-
-def test_predict_skips_too(folder):
-    with pytest.raises(UnreadableImage, match=r"broken\.png"):
-        list(Shapes(predict_images=str(folder), image_size=8).predict_dataloader())
-    data = Shapes(predict_images=str(folder), on_error="skip", image_size=8)
-    with pytest.warns(UserWarning, match=r"broken\.png"):
-        data.setup("predict")
-    ((images, paths),) = data.predict_dataloader()
-    assert len(images) == len(paths) == 7
-
-
-def test_images_to_predict_only_predict(folder):
-    (folder / "broken.png").unlink()
-    data = ImagesToPredict(["cat", "dog"], str(folder), image_size=4)
-    assert (data.num_classes, data.class_names) == (2, ["cat", "dog"])
-    assert sum(len(paths) for _, paths in data.predict_dataloader()) == 7
-    for stage, split in (("fit", "train"), ("validate", "val"), ("test", "test")):
-        with pytest.raises(ValueError, match=f"ImagesToPredict has no image for {split}$"):
-            data.setup(stage)
+    for places, words in (
+        (tmp_path / "more" / "nothing.png", "nothing.png does not exist; give a folder"),
+        ([], "list of images is empty"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            find_images(places)
 
 
 def test_unknown_stage():
-    with pytest.raises(ValueError, match="unknown stage 'train'; choose from: fit, validate, test, predict"):
+    with pytest.raises(ValueError, match="unknown stage 'train'; choose from: fit, validate, test"):
         Shapes().setup("train")
 
 
@@ -406,9 +363,6 @@ class Mean(LightningModule):
     def test_step(self, batch, index):
         self.seen["test"] += len(batch[0])
 
-    def predict_step(self, batch, index):
-        return batch[1]
-
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
@@ -416,14 +370,12 @@ class Mean(LightningModule):
 def test_every_stage_under_a_trainer(tmp_path, folder):
     (folder / "broken.png").unlink()
     run = trainer(default_root_dir=tmp_path, enable_checkpointing=True)
-    data = Files(folder, batch_size=2, image_size=4, predict_images=str(folder))
+    data = Files(folder, batch_size=2, image_size=4)
     model = Mean()
     run.fit(model, data)
     assert model.seen == {"train": 12, "val": 0, "test": 0}
     run.test(model, data)
     assert model.seen["test"] == 7
-    predicted = run.predict(model, data)
-    assert [path for paths in predicted for path in paths] == sorted(map(str, folder.glob("*")))
     checkpoint = torch.load(next(tmp_path.rglob("*.ckpt")), weights_only=True)["datamodule_hyper_parameters"]
     assert checkpoint["image_size"] == 4
 
@@ -580,10 +532,10 @@ def test_images_of_a_batch_are_named(folder):
 
 def test_settings_are_plain_data(tmp_path):
     save(tmp_path / "train" / "a" / "0.png")
-    data = ImageFolder(tmp_path, image_size=32, normalization="half", predict_images=tmp_path)
+    data = ImageFolder(tmp_path, image_size=32, normalization="half")
     torch.save(dict(data.hparams), tmp_path / "settings.pt")
     settings = torch.load(tmp_path / "settings.pt", weights_only=True)
-    assert settings["root"] == settings["predict_images"] == str(tmp_path)
+    assert settings["root"] == str(tmp_path)
     assert ImageFolder(**settings).hparams == data.hparams
 
 
@@ -607,7 +559,6 @@ def test_configs_take_every_setting(kind):
         "cache": True,
         "on_error": "skip",
         "max_skipped": 3,
-        "predict_images": ["a.png", "b.png"],
     }
     own = {VTAB1k: {"root": "data", "task": "cifar"}, ImageFolder: {"root": "data"}, Shapes: {}}[kind]
     config = parser().parse_object({"data": {"class_path": kind.__name__, "init_args": common | own}})
@@ -616,12 +567,6 @@ def test_configs_take_every_setting(kind):
     assert {name: parsed[name] for name in common if name != "normalization"} == {
         name: value for name, value in common.items() if name != "normalization"
     }
-
-
-def test_command_line_takes_a_folder():
-    config = parser().parse_args(["--data=Shapes", "--data.predict_images=my photos/[1]", "--data.normalization=half"])
-    assert config.data.init_args.predict_images == "my photos/[1]"
-    assert config.data.init_args.normalization == "half"
 
 
 def test_a_misspelt_setting_is_an_error():
@@ -700,4 +645,3 @@ def test_model_classes_are_matched_by_name(tmp_path):
     assert other.class_names == data.class_names == list("abc")
     with pytest.raises(ValueError, match="does not know: z; the model has a, b, c; the data have a, b, c, z"):
         trainer().test(model, datamodule=Named("abcz"), verbose=False)
-    assert trainer().predict(model, datamodule=Named("abcz", predict_images=str(save(tmp_path / "one.png"))))

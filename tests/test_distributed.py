@@ -3,7 +3,6 @@
 The runs are those of ``distributed_runs.py``; here they are compared.
 """
 
-import csv
 import os
 import re
 import subprocess
@@ -13,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from distributed_runs import MOST, NAMES, PROCESSES, SCENARIOS, policies
+from distributed_runs import MOST, PROCESSES, SCENARIOS, policies
 from tiny import make_classifier
 
 import dynadapter.training.module  # noqa: F401  (what a checkpoint may hold)
@@ -131,23 +130,6 @@ def test_every_sample_counts_once(folder: Path) -> None:
             assert all(value == pytest.approx(round(value), abs=1e-4) for value in shares)
 
 
-# ---- predictions
-
-
-@pytest.mark.parametrize("count", [11, 2])
-def test_predictions_are_equal(count: int, folder: Path) -> None:
-    predicted = {where: result[count] for where, result in results(folder, "predicted").items()}
-    one = predicted[1, 0]
-    rows = list(csv.DictReader(one["bytes"].decode().splitlines()))
-    assert [Path(row["file"]).name for row in rows] == [f"{i:02}, one.png" for i in range(count)]
-    assert {row["class"] for row in rows} <= set(NAMES)
-    for result in predicted.values():
-        assert result["bytes"] == one["bytes"]
-        assert result["rows"] == count
-        assert result["gmacs"] == pytest.approx(one["gmacs"])
-        assert result["left"] == []
-
-
 # ---- mistakes
 
 
@@ -206,12 +188,6 @@ def test_sharded_files_resume(folder: Path) -> None:
     states = results(folder, "sharded_files")
     for state in states.values():
         assert difference(state, states[1, 0]) <= 1e-6
-
-
-def test_sharded_predictions_are_equal(folder: Path) -> None:
-    predicted = results(folder, "sharded_predicted")
-    assert len(set(predicted.values())) == 1
-    assert len(predicted[1, 0].splitlines()) == 12
 
 
 def test_unshardable_parts_are_named(folder: Path) -> None:

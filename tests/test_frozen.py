@@ -183,7 +183,7 @@ def test_own_channels_are_trained(channels: int) -> None:
     assert 0 <= float(fitting.callback_metrics["val/acc"]) <= 1
 
 
-@pytest.mark.parametrize("loop", ["fit", "validate", "test", "predict"])
+@pytest.mark.parametrize("loop", ["fit", "validate", "test"])
 def test_other_channels_are_one_line(loop: str, tmp_path: Any) -> None:
     for split in ("train", "val", "test"):
         for name in "ab":
@@ -191,7 +191,7 @@ def test_other_channels_are_one_line(loop: str, tmp_path: Any) -> None:
             for k in range(2):
                 Image.new("RGB", (32, 32)).save(tmp_path / split / name / f"{k}.png")
     module = make_classifier(backbone_args=VIT | {"in_chans": 1}, num_classes=2)
-    data = ImageFolder(tmp_path, image_size=32, batch_size=2, predict_images=str(tmp_path / "test"))
+    data = ImageFolder(tmp_path, image_size=32, batch_size=2)
     with pytest.raises(ValueError, match="images of 3 channels do not fit a backbone with in_chans=1; leave") as error:
         getattr(trainer(max_epochs=1, num_sanity_val_steps=0), loop)(module, datamodule=data)
     assert "\n" not in str(error.value)

@@ -276,13 +276,11 @@ def test_training_prints_its_preprocessing(three, caplog):
         ({"image_size": 48}, "image_size=48 instead of 32"),
     ],
 )
-@pytest.mark.parametrize("way", ["test", "validate", "checkpoint", "predict"])
+@pytest.mark.parametrize("way", ["test", "validate", "checkpoint"])
 def test_other_preprocessing_is_told_once(given, words, way, learned, three):
     model, path = learned
-    data = ImageFolder(three, batch_size=8, cache=way == "validate", predict_images=str(three / "test"), **given)
-    if way == "predict":
-        said = told(lambda: trainer().predict(model, datamodule=data))
-    elif way == "checkpoint":
+    data = ImageFolder(three, batch_size=8, cache=way == "validate", **given)
+    if way == "checkpoint":
         options = {"datamodule": data, "ckpt_path": path, "verbose": False, "weights_only": True}
         said = told(lambda: trainer().test(learner(), **options))
     else:

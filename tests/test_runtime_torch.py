@@ -273,7 +273,7 @@ class Photos(ImageData):
     """The photos as a test set."""
 
     def __init__(self, files: list[Path]) -> None:
-        super().__init__(image_size=SIZE, resize="crop", normalization="half", predict_images=list(map(str, files)))
+        super().__init__(image_size=SIZE, resize="crop", normalization="half")
         self.files = files
         self.class_names = [f"class {i}" for i in range(CLASSES)]
 
@@ -284,12 +284,11 @@ class Photos(ImageData):
 def test_one_image_gives_one_tensor_everywhere(
     deployed: Deployed, photos: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Test, predict, bundle and exported runtime feed a network the same tensor."""
+    """Test, bundle and exported runtime feed a network the same tensor."""
     found: dict[str, Any] = {}
     data = Photos(photos)
-    for stage, loader in (("test", data.test_dataloader), ("predict", data.predict_dataloader)):
-        data.setup(stage)
-        found[stage] = torch.cat([batch for batch, _ in loader()])
+    data.setup("test")
+    found["test"] = torch.cat([batch for batch, _ in data.test_dataloader()])
     seen: list[torch.Tensor] = []
     early = deployed.net.early
     monkeypatch.setattr(deployed.net, "early", lambda images, policy: (seen.append(images), early(images, policy))[1])

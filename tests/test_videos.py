@@ -272,11 +272,6 @@ def test_wrong_settings(options: dict[str, Any], words: str, root: Path) -> None
         data(root, **options)
 
 
-def test_folder_is_not_predicted(root: Path) -> None:
-    with pytest.raises(ValueError, match=r"VideoLists predicts for no folder; .* use dynadapter test"):
-        data(root, predict_images=str(root)).setup("predict")
-
-
 def test_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(clips, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"package av; install it by pip install 'dynadapter\[video\]'"):

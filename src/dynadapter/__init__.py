@@ -38,7 +38,6 @@ if TYPE_CHECKING:
         ImageData,
         ImageFolder,
         ImageLists,
-        ImagesToPredict,
         ImageTable,
         Shapes,
         TorchVisionDataset,
@@ -83,7 +82,6 @@ if TYPE_CHECKING:
         EarlyExit,
         ExitWeights,
         FlopsReport,
-        PredictionWriter,
         WeightAverage,
     )
     from dynadapter.training.losses import Distillation, joint_loss
@@ -100,8 +98,7 @@ _HOMES = {
     "backbones.layout": "lay_out_for_cpu",
     "calibrate": "Calibrated Goal evaluate policy_for solve with_guarantee",
     "cost": "ExitCosts exit_costs",
-    "data": "Augment Shapes ImageData ImageFolder ImageTable ImageLists VideoLists HubDataset TorchVisionDataset "
-    "ImagesToPredict VTAB1k",
+    "data": "Augment Shapes ImageData ImageFolder ImageTable ImageLists VideoLists HubDataset TorchVisionDataset VTAB1k",
     "exits.attentive": "Attentive",
     "exits.combining": "Combined",
     "exits.exit_tokens": "ExitTokens",
@@ -115,7 +112,7 @@ _HOMES = {
     "serve.requests": "Limits",
     "serve.stream": "Stream",
     "serve.together": "Together",
-    "training.callbacks": "BidirectionalSparsity EarlyExit ExitWeights FlopsReport PredictionWriter WeightAverage",
+    "training.callbacks": "BidirectionalSparsity EarlyExit ExitWeights FlopsReport WeightAverage",
     "training.losses": "Distillation joint_loss",
     "training.metrics": "ExitUse",
     "training.mixing": "Mixing",

@@ -5,7 +5,6 @@ from dynadapter.data.base import ImageData, ImageDataset
 from dynadapter.data.folder import ImageFolder
 from dynadapter.data.hub import HubDataset
 from dynadapter.data.image_lists import ImageLists
-from dynadapter.data.predict import ImagesToPredict
 from dynadapter.data.shapes import Shapes
 from dynadapter.data.table import ImageTable
 from dynadapter.data.torchvision_sets import TorchVisionDataset
@@ -23,7 +22,6 @@ __all__ = [
     "ImageFolder",
     "ImageLists",
     "ImageTable",
-    "ImagesToPredict",
     "Preprocess",
     "Shapes",
     "TorchVisionDataset",

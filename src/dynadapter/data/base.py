@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from PIL import Image
 from torch.utils.data import DataLoader, DistributedSampler, Sampler
 
@@ -25,23 +25,22 @@ from dynadapter.data.shots import few_shot
 from dynadapter.data.workers import TIMEOUT, check_shared_memory
 from dynadapter.images.accounting import Account
 from dynadapter.images.preprocess import Interpolation, Normalization, Resize
-from dynadapter.images.reading import find_images
 from dynadapter.images.values import Range
 
 Split = Literal["train", "val", "test"]
 
-STAGES = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}
+STAGES: dict[str, tuple[Split, ...]] = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
 
 
 class ImageData(LightningDataModule, ABC):
     """Base of the data modules: a subclass sets `class_names` in its ``__init__`` and lists its `samples`.
 
-    Batches are (images ``(batch, 3, size, size)`` float32, class indices ``(batch,)`` int64); in predict the second
-    part is the list of paths. Training shuffles, and drops the incomplete last batch unless it is the only one.
+    Batches are (images ``(batch, 3, size, size)`` float32, class indices ``(batch,)`` int64). Training shuffles,
+    and drops the incomplete last batch unless it is the only one.
 
     Several processes share each training batch. Together they use the same images as one process with the same global
     batch. Evaluation counts every image once: if their number does not divide, batches are padded with samples of class
-    -100 or path "", which are ignored.
+    -100, which are ignored.
 
     Args:
         batch_size: Images in a batch, on each device.
@@ -70,7 +69,6 @@ class ImageData(LightningDataModule, ABC):
         on_error: ``raise`` at the first unreadable image, or ``skip``: read every image once before use, and leave out
             and list the unreadable ones.
         max_skipped: With ``skip``, more unreadable images than this are an error.
-        predict_images: For predict: a folder (searched with its subfolders), or a list of files.
     """
 
     class_names: list[str]
@@ -96,7 +94,6 @@ class ImageData(LightningDataModule, ABC):
         cache: bool = False,
         on_error: Literal["raise", "skip"] = "raise",
         max_skipped: int = 10,
-        predict_images: list[str] | str | None = None,
     ):
         super().__init__()
         for name, value, least in (
@@ -130,9 +127,8 @@ class ImageData(LightningDataModule, ABC):
         self.cache = cache
         self.on_error = on_error
         self.max_skipped = max_skipped
-        self.predict_images = predict_images
         self.skipped: dict[str, str] = {}
-        self._datasets: dict[str, ImageDataset] = {}
+        self._datasets: dict[Split, ImageDataset] = {}
         self._own_classes: list[str] | None = None  # in the order of `samples`, if a model has another order
         self._index: list[int] = []  # then the model's index of each of these
         self._warned = ""
@@ -172,7 +168,7 @@ class ImageData(LightningDataModule, ABC):
         return []
 
     def setup(self, stage: str) -> None:
-        """Find the images of a stage: ``fit``, ``validate``, ``test`` or ``predict``.
+        """Find the images of a stage: ``fit``, ``validate`` or ``test``.
 
         Raises:
             ValueError: The stage is unknown, or has no images.
@@ -184,10 +180,10 @@ class ImageData(LightningDataModule, ABC):
                 advice = f"; set {self.validation_switch}" if split == "val" and self.validation_switch else ""
                 raise ValueError(f"{type(self).__name__} has no image for {split}{advice}")
 
-    def dataset(self, split: str) -> ImageDataset:
-        """Return the images of ``train``, ``val``, ``test`` or ``predict``; the first call finds them."""
+    def dataset(self, split: Split) -> ImageDataset:
+        """Return the images of ``train``, ``val`` or ``test``; the first call finds them."""
         if split not in self._datasets:
-            samples = self.predict_samples() if split == "predict" else self._labelled(split)  # type: ignore[arg-type]
+            samples = self._labelled(split)
             if self.on_error == "skip":
                 value_range = self.preprocess.value_range
                 samples = readable(split, samples, value_range, self.skipped, self.max_skipped)
@@ -238,9 +234,9 @@ class ImageData(LightningDataModule, ABC):
             names = own  # a model without names
         change = dict(zip(self._index or range(len(own)), index, strict=True))
         self._own_classes, self._index, self.class_names = own, index, list(names)
-        for split, dataset in self._datasets.items():
+        for dataset in self._datasets.values():
             dataset.classes = self.class_names
-            if split != "predict" and any(before != after for before, after in change.items()):
+            if any(before != after for before, after in change.items()):
                 dataset.relabel(renumbered(dataset.samples, change))
 
     def _labelled(self, split: Split) -> list[Sample]:
@@ -260,7 +256,7 @@ class ImageData(LightningDataModule, ABC):
 
     def _require_classes(self, split: str, samples: list[Sample]) -> None:
         for index, (source, label) in enumerate(samples):
-            if isinstance(label, int) and not 0 <= label < self.num_classes:
+            if not 0 <= label < self.num_classes:
                 raise ValueError(
                     f"label {label} of {_named(index, source)} for {split} is not a class; "
                     f"valid are classes 0 to {self.num_classes - 1}"
@@ -341,13 +337,7 @@ class ImageData(LightningDataModule, ABC):
         """Return the loader of the test images."""
         return self._evaluation_loader("test")
 
-    def predict_dataloader(self) -> DataLoader:
-        """Return the loader of the images to predict."""
-        if (counted := self.account(predict=True)) is not None:
-            rank_zero_info(str(counted))
-        return self._evaluation_loader("predict")
-
-    def _evaluation_loader(self, split: str) -> DataLoader:
+    def _evaluation_loader(self, split: Split) -> DataLoader:
         self._ask_model()
         dataset, (processes, rank) = self.dataset(split), self._processes()
         if processes == 1:
@@ -378,15 +368,9 @@ class ImageData(LightningDataModule, ABC):
             collate_fn=collate,
         )
 
-    def account(self, predict: bool = False) -> Account | None:
-        """Count the files of the data's folder, or of `predict_images`, as :func:`account_of` does."""
-        return account_of(self, predict)
-
-    def predict_samples(self) -> list[Sample]:
-        """List the images of `predict_images` with their paths."""
-        if self.predict_images is None:
-            raise ValueError("predict needs predict_images: a folder of images or a list of files")
-        return [(path, str(path)) for path in find_images(self.predict_images)]
+    def account(self) -> Account | None:
+        """Count the files of the data's folder, as :func:`account_of` does."""
+        return account_of(self)
 
 
 def _named(index: int, source: Any) -> str:

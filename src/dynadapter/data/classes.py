@@ -68,7 +68,7 @@ def is_numbered(names: Sequence[str]) -> bool:
 
 def renumbered(samples: Sequence[Sample], index: Sequence[int] | Mapping[int, int]) -> list[Sample]:
     """Return samples with label k replaced by ``index[k]``."""
-    return [(source, index[label] if isinstance(label, int) else label) for source, label in samples]
+    return [(source, index[label]) for source, label in samples]
 
 
 def listed(names: Sequence[str], most: int = 10) -> str:

@@ -20,23 +20,23 @@ from dynadapter.data.normalize import normalize
 from dynadapter.images.preprocess import Preprocess
 from dynadapter.training.losses import IGNORED
 
-Sample = tuple[Path | Image.Image | Held | Clip, int | str]
-"""Where the pixels are, and the class index; for predict the path instead of a class."""
+Sample = tuple[Path | Image.Image | Held | Clip, int]
+"""Where the pixels are, and the class index."""
 
-Item = tuple[Tensor, int | str]
+Item = tuple[Tensor, int]
 
 GPU_SHARE = 0.25
 """Fraction of a GPU's free memory that the cached images of a split may take."""
 
 
 class ImageDataset(Dataset[Item]):
-    """Images with their class indices or paths, decoded one by one or, with `cache`, once.
+    """Images with their class indices, decoded one by one or, with `cache`, once.
 
     An item is requested by its index, or by its index and a random number that determines the augmentation. Without a
     number an image is not augmented.
 
     Args:
-        samples: Pairs (file or image, class index or path).
+        samples: Pairs (file or image, class index).
         preprocess: Maps an image to pixels.
         flip: Mirror the images that are requested with an odd number.
         augment: Maps an image and its number to an augmented image; not possible with `cache`.
@@ -89,7 +89,7 @@ class ImageDataset(Dataset[Item]):
     def relabel(self, samples: Sequence[Sample]) -> None:
         """Replace the samples by the same images with other class indices."""
         self.samples = samples
-        labels = [label for _, label in samples if isinstance(label, int)]
+        labels = [label for _, label in samples]
         device = None if self._cached is None else self._cached.device
         self._targets = torch.tensor(labels, dtype=torch.int64, device=device)
 
@@ -144,10 +144,10 @@ class Padded(Dataset[Item]):
     """Images followed by padding samples up to a multiple of the number of processes.
 
     Every process then has the same number of batches, and no process waits for another. Padding samples repeat images
-    and have the class `IGNORED` or the path "".
+    and have the class `IGNORED`.
 
     Args:
-        dataset: Images with class indices or paths.
+        dataset: Images with class indices.
         multiple: Its length becomes a multiple of this.
     """
 
@@ -182,14 +182,13 @@ class Padded(Dataset[Item]):
             return self.dataset[index]
         if index >= self.padded_count:
             raise IndexError(index)
-        image, target = self.dataset[index % self.count]
-        return image, "" if isinstance(target, str) else IGNORED
+        return self.dataset[index % self.count][0], IGNORED
 
 
-def collate(items: list[Item]) -> tuple[Tensor, Tensor | list[str]]:
-    """Stack items to images ``(batch, 3, size, size)`` or clips, and class indices ``(batch,)`` int64 or a list."""
+def collate(items: list[Item]) -> tuple[Tensor, Tensor]:
+    """Stack items to images ``(batch, 3, size, size)`` or clips, and class indices ``(batch,)`` int64."""
     images, targets = zip(*items, strict=True)
-    return torch.stack(images), list(targets) if isinstance(targets[0], str) else torch.tensor(targets)
+    return torch.stack(images), torch.tensor(targets)
 
 
 def room_on(device: torch.device) -> int:

@@ -37,7 +37,7 @@ def open_test_sets(
     """
     found: list[ImageData] = []
     settings = {name: value for name, value in data.hparams.items() if not name.startswith("_")}
-    settings |= {"test_sets": None, "augment": "none", "predict_images": None}
+    settings |= {"test_sets": None, "augment": "none"}
     for name, place in places.items():
         try:
             other = build(settings, place)

@@ -27,7 +27,7 @@ class VideoLists(ImageLists):
         sampling: ``uniform`` for a frame of each of so many equal parts of the video, as for Something-Something;
             ``dense`` for every `stride`-th frame of one stretch, as for HMDB51.
         stride: Distance of two frames in ``dense``.
-        kwargs: As for :class:`~dynadapter.data.base.ImageData`, without ``cache`` and ``predict_images``.
+        kwargs: As for :class:`~dynadapter.data.base.ImageData`, without ``cache``.
     """
 
     validation_switch = "val, the list of its videos"
@@ -54,6 +54,3 @@ class VideoLists(ImageLists):
     def samples(self, split: Split) -> list[Sample]:
         found: list[Any] = super().samples(split)
         return [(Clip(file, self.frames, self.sampling, self.stride), label) for file, label in found]
-
-    def predict_samples(self) -> list[Sample]:
-        raise ValueError("VideoLists predicts for no folder; give the videos as the list test, and use dynadapter test")

@@ -30,7 +30,7 @@ def named_images(batch: Any) -> tuple[Tensor, list[str | None]]:
         )
     images, second = parts[0], parts[1] if len(parts) > 1 else None
     if isinstance(second, Sequence) and all(isinstance(name, str) for name in second):
-        return images, [name or None for name in second]
+        return images, list(second)
     if isinstance(second, Tensor) and is_distributed():
         return images, [None if label == IGNORED else "" for label in second.reshape(len(images), -1)[:, 0].tolist()]
     return images, [""] * len(images)

@@ -22,7 +22,7 @@ def meet(module: Any, data: Any, stage: str) -> None:
         module: The model, with ``net``, ``class_names``, ``preprocessing`` (of its training; empty before) and
             ``own_preprocessing``.
         data: A data module; attributes that it does not have are skipped.
-        stage: ``fit``, ``validate``, ``test`` or ``predict``.
+        stage: ``fit``, ``validate`` or ``test``.
 
     Raises:
         ValueError: The classes do not fit, the backbone cannot take the images, or classes are balanced twice.
@@ -35,7 +35,7 @@ def meet(module: Any, data: Any, stage: str) -> None:
         data.take_preprocessing(module.preprocessing or module.own_preprocessing, trained)
         _meet_size(module, data.image_size, stage)
     names = getattr(data, "class_names", None)
-    if names is None or stage == "predict":
+    if names is None:
         return
     if stage == "fit" and not trained and unnamed(module.class_names):
         module.class_names = _adopted(list(names), module.net.num_classes)

@@ -6,7 +6,6 @@ from dynadapter.training.callbacks.finite_check import FiniteCheck
 from dynadapter.training.callbacks.flops import FlopsReport
 from dynadapter.training.callbacks.learning_check import LearningCheck
 from dynadapter.training.callbacks.loss_weights import ExitWeights
-from dynadapter.training.callbacks.predictions import PredictionWriter
 from dynadapter.training.callbacks.sparsity import BidirectionalSparsity
 
 __all__ = [
@@ -16,6 +15,5 @@ __all__ = [
     "FiniteCheck",
     "FlopsReport",
     "LearningCheck",
-    "PredictionWriter",
     "WeightAverage",
 ]
