@@ -7,16 +7,10 @@ from importlib.util import find_spec
 
 from dynadapter.backbones import (  # noqa: F401  # each registers its family
     beit,
-    byobnet,
-    convnext,
-    efficientnet,
     eva,
     hiera,
-    maxvit,
+    maps,
     naflex,
-    regnet,
-    resnet,
-    resnetv2,
     swin,
     videomae,
     vit,

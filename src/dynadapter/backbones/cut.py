@@ -10,6 +10,7 @@ The functions dispatch on the model's class. A new family, in this package or an
 """
 
 import math
+import sys
 from functools import singledispatch
 from typing import Any, NoReturn
 
@@ -100,8 +101,9 @@ def arguments(model: nn.Module, unit: tuple[nn.Module, ...], x: Tensor) -> dict[
 
 @singledispatch
 def checkpointing(model: nn.Module) -> bool:
-    """Check whether timm's ``set_grad_checkpointing`` is on."""
-    return bool(getattr(model, "grad_checkpointing", False))
+    """Check whether timm's ``set_grad_checkpointing`` is on, in the model, its parts or its stages."""
+    parts = (part for child in model.children() for part in (child, *child.children()))
+    return any(part.__dict__.get("grad_checkpointing", False) for part in (model, *parts))
 
 
 @singledispatch
@@ -155,7 +157,9 @@ def reads_class_row(model: nn.Module) -> bool:
 @singledispatch
 def convert(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Convert a checkpoint to timm's names and this model's resolution with timm's filter for the family."""
-    return state
+    modules = (sys.modules[kind.__module__] for kind in type(model).__mro__)
+    filters = next((found for one in modules if (found := getattr(one, "checkpoint_filter_fn", None))), None)
+    return state if filters is None else filters(state, model)
 
 
 @singledispatch
@@ -243,11 +247,6 @@ def classifier(model: nn.Module) -> list[nn.Module]:
 # Helpers for the families
 
 
-def _map_to_tokens(x: Tensor) -> Tensor:
-    """Convert a map (batch, channels, height, width) into tokens (batch, tokens, width), row by row."""
-    return x.flatten(2).transpose(1, 2)
-
-
 def _staged_blocks(stages: nn.Sequential) -> list[tuple[nn.Module, ...]]:
     """List the blocks of all stages, with each stage's downsampling before its first block."""
     units: list[tuple[nn.Module, ...]] = []
@@ -278,16 +277,13 @@ def _square(patches: int) -> tuple[int, int]:
     return side, side
 
 
-def _out_channels(module: Any) -> int:
-    """Return the channels of a module's last convolution, with or without adapters; 0 if it has none."""
-    module = getattr(module, "base_layer", module)
-    if hasattr(module, "out_channels") and not isinstance(module, nn.Conv1d):  # efficient channel attention has one
-        return int(module.out_channels)
-    return next((found for child in reversed(list(module.children())) if (found := _out_channels(child))), 0)
+def _same_forward(model: nn.Module, families: Any) -> None:
+    """Raise a TypeError if a subclass of a family, or of one in a union, has its own forward pass, which would not run.
 
-
-def _same_forward(model: nn.Module, family: type[nn.Module]) -> None:
-    """Raise a TypeError if a subclass has its own forward pass, which the family's cut would drop silently."""
+    torch.compile traces this.
+    """
+    known = getattr(families, "__args__", (families,))
+    family = next(kind for kind in type(model).__mro__ if kind in known)
     for method in ("forward", "forward_features"):
         if getattr(type(model), method) is not getattr(family, method):
             _unknown(model, f", whose {method} is not {family.__name__}'s")

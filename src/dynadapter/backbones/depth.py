@@ -4,11 +4,17 @@ from functools import singledispatch
 from typing import Any
 
 from timm.models.beit import Beit
+from timm.models.byobnet import ByobNet
 from timm.models.convnext import ConvNeXt
+from timm.models.efficientnet import EfficientNet
 from timm.models.eva import Eva
 from timm.models.hiera import Hiera
 from timm.models.maxxvit import MaxxVit
+from timm.models.mobilenetv3 import MobileNetV3
 from timm.models.naflexvit import NaFlexVit
+from timm.models.regnet import RegNet
+from timm.models.resnet import ResNet
+from timm.models.resnetv2 import ResNetV2
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.swin_transformer_v2 import SwinTransformerV2
 from timm.models.vision_transformer import VisionTransformer
@@ -70,20 +76,41 @@ def _(model: SwinTransformer | SwinTransformerV2, count: int) -> None:
 
 
 @remove_last_blocks.register
-def _(model: ConvNeXt | MaxxVit, count: int) -> None:
+def _(model: ConvNeXt | MaxxVit | ResNetV2, count: int) -> None:
     last: Any = model.stages[-1]
     last.blocks = _without_last(last.blocks, count)
 
 
-def _without_last(modules: Any, count: int) -> Any:
-    return modules[: len(modules) - count]
+@remove_last_blocks.register
+def _(model: ResNet, count: int) -> None:
+    model.layer4 = _without_last(model.layer4, count)
 
 
-def _without_last_of_stages(stages: nn.Sequential, count: int) -> nn.Sequential:
+@remove_last_blocks.register
+def _(model: RegNet, count: int) -> None:
+    for name in list(model.s4._modules)[len(model.s4._modules) - count :]:
+        delattr(model.s4, name)
+
+
+@remove_last_blocks.register
+def _(model: ByobNet, count: int) -> None:
+    model.stages = _without_last_of_stages(model.stages, count)
+
+
+@remove_last_blocks.register
+def _(model: EfficientNet | MobileNetV3, count: int) -> None:
+    model.blocks = _without_last_of_stages(model.blocks, count)
+
+
+def _without_last_of_stages(stages: Any, count: int) -> nn.Sequential:
     """Remove blocks from the end of stages, where neighbouring stages can have the same width."""
-    kept = [list(stage) for stage in stages]  # type: ignore[call-overload]
+    kept = [list(stage) for stage in stages]
     for _ in range(count):
         kept[-1].pop()
         if not kept[-1]:
             kept.pop()
     return nn.Sequential(*(nn.Sequential(*blocks) for blocks in kept))
+
+
+def _without_last(modules: Any, count: int) -> Any:
+    return modules[: len(modules) - count]

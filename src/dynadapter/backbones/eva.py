@@ -2,7 +2,6 @@
 
 from typing import Any
 
-from timm.models import eva
 from timm.models.eva import Eva
 from torch import Tensor, nn
 
@@ -13,14 +12,7 @@ from dynadapter.backbones.cut import (
     add_prefix_tokens,
     arguments,
     blocks,
-    convert,
     embed,
-    finish,
-    has_class_token,
-    pools_mean,
-    prefix_tokens,
-    tokens,
-    widths,
 )
 
 
@@ -65,26 +57,6 @@ def _grid(model: Eva, patches: int) -> tuple[int, int]:
     return _square(patches)
 
 
-@finish.register
-def _(model: Eva, x: Tensor) -> Tensor:
-    return model.norm(x)
-
-
-@tokens.register
-def _(model: Eva, x: Tensor) -> Tensor:
-    return x
-
-
-@widths.register
-def _(model: Eva) -> list[int]:
-    return [model.embed_dim] * len(model.blocks)
-
-
-@prefix_tokens.register
-def _(model: Eva) -> int:
-    return model.num_prefix_tokens
-
-
 @add_prefix_tokens.register
 def _(model: Eva, block: nn.Module | None, count: int) -> None:
     if block is None:
@@ -92,18 +64,3 @@ def _(model: Eva, block: nn.Module | None, count: int) -> None:
     for one in model.blocks if block is None else (block,):
         attention: Any = one.attn
         attention.num_prefix_tokens += count  # those without a rotary embedding
-
-
-@has_class_token.register
-def _(model: Eva) -> bool:
-    return model.global_pool == "token"
-
-
-@pools_mean.register
-def _(model: Eva) -> bool:
-    return model.global_pool in ("avg", "avgmax")
-
-
-@convert.register
-def _(model: Eva, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    return eva.checkpoint_filter_fn(state, model)

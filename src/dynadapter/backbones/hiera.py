@@ -3,7 +3,6 @@
 import math
 from typing import Any
 
-from timm.models import hiera
 from timm.models.hiera import Hiera
 from torch import Tensor, nn
 
@@ -11,7 +10,6 @@ from dynadapter.backbones.cut import (
     _same_forward,
     blocks,
     built_for,
-    convert,
     embed,
     finish,
     size_step,
@@ -59,12 +57,3 @@ def _(model: Hiera) -> int:
 @size_step.register
 def _(model: Hiera) -> int:
     return model.patch_stride[0] * model.mask_unit_size[0]
-
-
-@convert.register
-def _(model: Hiera, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    state = hiera.checkpoint_filter_fn(state, model)
-    if not any(name.startswith("head.norm.") for name in state):
-        # A file of masked pre-training may end before the head, whose norm then starts as the identity
-        state |= {name: own for name, own in model.state_dict().items() if name.startswith("head.norm.")}
-    return state

@@ -11,7 +11,6 @@ from dynadapter.backbones.cut import (
     _square,
     arguments,
     blocks,
-    checkpointing,
     convert,
     embed,
     finish,
@@ -53,11 +52,6 @@ def _(model: Qwen3VitClassifier, x: Tensor) -> Tensor:
 @widths.register
 def _(model: Qwen3VitClassifier) -> list[int]:
     return [model.embed_dim] * len(model.encoder.blocks)
-
-
-@checkpointing.register
-def _(model: Qwen3VitClassifier) -> bool:
-    return model.encoder.grad_checkpointing
 
 
 @remove_last_blocks.register

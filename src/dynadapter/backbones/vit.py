@@ -1,6 +1,13 @@
-"""Vision Transformers: timm's VisionTransformer, which includes DeiT, DINOv2, MAE, CLIP and SigLIP."""
+"""Vision Transformers: what timm's VisionTransformer, Eva, Beit and NaFlexVit share, and VisionTransformer's own.
+
+VisionTransformer includes DeiT, DINOv2, MAE, CLIP and SigLIP. What the others have alone is in eva.py, beit.py and
+naflex.py.
+"""
 
 from timm.models import vision_transformer
+from timm.models.beit import Beit
+from timm.models.eva import Eva
+from timm.models.naflexvit import NaFlexVit
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -23,6 +30,8 @@ from dynadapter.backbones.cut import (
     widths,
 )
 
+Alike = VisionTransformer | Eva | Beit | NaFlexVit
+
 
 @embed.register
 def _(model: VisionTransformer, images: Tensor) -> Tensor:
@@ -32,28 +41,28 @@ def _(model: VisionTransformer, images: Tensor) -> Tensor:
 
 
 @blocks.register
-def _(model: VisionTransformer) -> list[tuple[nn.Module, ...]]:
-    _same_forward(model, VisionTransformer)
+def _(model: VisionTransformer | Beit | NaFlexVit) -> list[tuple[nn.Module, ...]]:
+    _same_forward(model, VisionTransformer | Beit | NaFlexVit)
     return [(block,) for block in model.blocks]
 
 
 @finish.register
-def _(model: VisionTransformer, x: Tensor) -> Tensor:
+def _(model: Alike, x: Tensor) -> Tensor:
     return model.norm(x)
 
 
 @tokens.register
-def _(model: VisionTransformer, x: Tensor) -> Tensor:
+def _(model: Alike, x: Tensor) -> Tensor:
     return x
 
 
 @widths.register
-def _(model: VisionTransformer) -> list[int]:
+def _(model: Alike) -> list[int]:
     return [model.embed_dim] * len(model.blocks)
 
 
 @prefix_tokens.register
-def _(model: VisionTransformer) -> int:
+def _(model: Alike) -> int:
     return model.num_prefix_tokens
 
 
@@ -73,6 +82,11 @@ def _(model: VisionTransformer) -> str | None:
 
 
 @has_class_token.register
+def _(model: Eva | Beit | NaFlexVit) -> bool:
+    return model.global_pool == "token"
+
+
+@has_class_token.register
 def _(model: VisionTransformer) -> bool:
     # "prr" refines all tokens and then reads the class token where there is one; "map" attends to the patches
     return model.global_pool == "token" or (model.global_pool == "prr" and model.has_class_token)
@@ -84,7 +98,7 @@ def _(model: VisionTransformer) -> bool:
 
 
 @pools_mean.register
-def _(model: VisionTransformer) -> bool:
+def _(model: Alike) -> bool:
     return model.global_pool in ("avg", "avgmax")
 
 

@@ -72,6 +72,9 @@ def _fit_input(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
 def _fit_classifier(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Use the model's own classifier if the file has none, or has another number of classes."""
     own = model.state_dict()
+    if not any(name.startswith(("head.fc.", "head.norm.")) for name in state):
+        # A file of masked pre-training ends before the head, whose norm then starts as the identity, as in timm
+        state |= {name: tensor for name, tensor in own.items() if name.startswith("head.norm.")}
     for layer in _classifier_layers(model):
         weight = state.get(f"{layer}.weight")
         if weight is None or len(weight) != model.num_classes:
