@@ -105,7 +105,6 @@ def test_averages_in_16_bits_are_refused(precision: str, dtype: str) -> None:
     [
         ({"decay": 1.0}, "decay=1.0 must be at least 0"),
         ({"decay": -0.1}, "decay=-0.1"),
-        ({"every_n_steps": 0}, "every_n"),
     ],
 )
 def test_invalid_settings_are_named(options: dict[str, Any], words: str) -> None:

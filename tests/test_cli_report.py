@@ -222,7 +222,7 @@ def test_text_of_files_is_escaped():
 @pytest.mark.parametrize(("exits", "classes"), [(1, 2), (3, 2), (2, 30), (9, 200)])
 def test_figures_of_any_size_are_drawn(exits, classes):
     one = simple(exits, 60, classes, names=[*NAMES, *(f"class $x_{k}^ {'long ' * 9}" for k in range(classes - 2))])
-    figures = figures_of(Run("r"), one, static=0.5)
+    figures = figures_of(Run("r"), one)
     assert set(figures) == {"confusion", "recall", "reliability", "images"} | (
         {"cost", "shares"} if exits > 1 else set()
     )

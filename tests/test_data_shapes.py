@@ -9,8 +9,8 @@ import torch
 from lightning.pytorch import LightningModule
 from tiny import trainer
 
-from dynadapter.data import ImageFolder, Shapes, VTAB1k
-from dynadapter.data.shapes import CLASSES, KINDS, draw_shape, draw_split, write_shapes
+from dynadapter.data import Shapes
+from dynadapter.data.shapes import CLASSES, KINDS, draw_shape, draw_split
 
 SPLITS = ("train", "val", "test")
 FEW = {"train_images": 24, "val_images": 16, "test_images": 16}
@@ -97,23 +97,6 @@ def test_an_epoch_shows_each_image_once(workers):
 def test_a_split_without_images_is_refused(split):
     with pytest.raises(ValueError, match=f"{split}_images=0 must be at least 1"):
         Shapes(**{f"{split}_images": 0})
-
-
-@pytest.mark.parametrize("layout", ["VTAB1k", "ImageFolder"])
-def test_written_shapes_are_read_again(layout, tmp_path):
-    folder = write_shapes(tmp_path, layout, train=16, val=8, test=8, size=12)
-    options = {"image_size": 12, "normalization": "none"}
-    read = VTAB1k(tmp_path, "shapes", **options) if layout == "VTAB1k" else ImageFolder(tmp_path, **options)
-    assert (folder == tmp_path / "shapes") == (layout == "VTAB1k")
-    assert read.class_names == list(CLASSES)
-    for split, count in {"train": 16, "val": 8, "test": 8}.items():
-        drawn = draw_split(split, count, size=12)
-        pixels = {(image.tobytes(), label) for image, label, _ in drawn}
-        items = {
-            ((image * 255).round().byte().permute(1, 2, 0).numpy().tobytes(), label)
-            for image, label in read.dataset(split)
-        }
-        assert items == pixels
 
 
 class Labels(LightningModule):

@@ -193,14 +193,3 @@ def test_the_image_size() -> None:
     with pytest.raises(ValueError, match="cannot count an image of 48 x 48 pixels") as error:
         trainer(FlopsReport(image_size=48)).test(make_classifier(), data(), verbose=False)
     assert "\n" not in str(error.value)
-
-
-def test_class_token_first() -> None:
-    module, report = make_classifier(heads=Balanced()), FlopsReport(class_first=True, show=False)
-    run = trainer(report)
-    run.test(module, data(), verbose=False)
-    assert report.costs == exit_costs(module.net, class_first=True)
-    assert report.costs.macs == exit_costs(module.net).macs
-    assert report.costs.class_first_macs[0] < report.costs.macs[0]
-    exits, *_ = report.tables(run, module, "test")
-    assert rows(exits)[0]["GMACs run"] == f"{report.costs.class_first_macs[0] / 1e9:.4g}"

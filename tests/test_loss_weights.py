@@ -46,19 +46,6 @@ def test_accumulated_batches_share_weights() -> None:
     assert module.seen == profile(EarlyToLate(), 0, 0, 2 / 5, 3 / 5, 3 / 5, 1)
 
 
-def test_every_n_steps() -> None:
-    module = TinyModule()
-    trainer(ExitWeights(EarlyToLate(), every_n_steps=2)).fit(module, loader(3))
-    assert module.seen == profile(EarlyToLate(), 0, 0, 2 / 5, 2 / 5, 4 / 5, 4 / 5)
-
-
-def test_resume_between_two_updates(tmp_path: Path) -> None:
-    straight, resumed = TinyModule(), TinyModule()
-    trainer(ExitWeights(every_n_steps=2), SaveFirstEpoch(tmp_path / "0.ckpt")).fit(straight, loader(3))
-    trainer(ExitWeights(every_n_steps=2)).fit(resumed, loader(3), ckpt_path=tmp_path / "0.ckpt", weights_only=True)
-    assert resumed.seen == straight.seen[3:]
-
-
 @pytest.mark.parametrize("precision", ["bf16-true", "16-true", "64-true"])
 def test_weights_keep_32_bits(precision: str) -> None:
     module = TinyModule()
@@ -187,11 +174,6 @@ def test_wrong_number_of_schedules() -> None:
     with pytest.raises(ValueError, match="gives 1 weights, this network has 3 exits"):
         trainer(ExitWeights(PerExit((Constant(1.0),)))).fit(module, loader())
     assert not module.seen
-
-
-def test_every_n_steps_below_one() -> None:
-    with pytest.raises(ValueError, match="every_n_steps=0 must be at least 1"):
-        ExitWeights(every_n_steps=0)
 
 
 def test_a_config_builds_it() -> None:

@@ -16,7 +16,7 @@ from dynadapter.adapters import adapter_layers
 from dynadapter.cli import arguments, calibrate, flops
 from dynadapter.cli.arguments import CALLBACKS, SECTIONS
 from dynadapter.cli.configs import config_files, find_config, read_config, require_no_file
-from dynadapter.cli.errors import Mistake, Stopped, Terminated, describe, one_line, outage
+from dynadapter.cli.errors import Mistake, Stopped, Terminated, describe, mistakes, one_line, outage
 from dynadapter.cli.help import short_help
 from dynadapter.cli.layers import (
     assignments,
@@ -277,10 +277,8 @@ class DynCLI(LightningCLI):
                 self._test_further(config.verbose)
 
     def _start_from(self, path: str) -> None:
-        try:
+        with mistakes():
             line = start_from(self.model, path)
-        except ValueError as error:
-            raise Mistake(one_line(error)) from error
         if self.trainer.is_global_zero:
             print(line)
 

@@ -29,7 +29,7 @@ from dynadapter.cli.calibration_images import (
     some_images,
     stack_logits,
 )
-from dynadapter.cli.errors import Mistake, one_line
+from dynadapter.cli.errors import Mistake, mistakes
 from dynadapter.cli.policies import policy_from
 from dynadapter.cli.runs import create_run_folder
 from dynadapter.cost import ExitCosts, exit_costs
@@ -145,10 +145,8 @@ def _goal(config: Any) -> Goal | None:
         if named := [name for name, value in given.items() if value is not None]:
             raise Mistake(f"policy_from takes a policy and goal.{named[0]} searches for one; give only one of them")
         return None
-    try:
+    with mistakes():
         return Goal(**given)
-    except ValueError as error:
-        raise Mistake(str(error)) from error
 
 
 def _check_bundle(settings: Settings) -> None:
@@ -262,10 +260,8 @@ def _adopt(trainer: Trainer, model: ExitClassifier, data: ImageData, settings: S
     checkpoint = read_checkpoint(settings.ckpt_path)
     model.on_load_checkpoint(checkpoint)
     model.load_state_dict(checkpoint["state_dict"])
-    try:
+    with mistakes():
         found.require_twin(model.net.exit_depths, tuple(model.class_names), model.backbone_hash)
-    except ValueError as error:
-        raise Mistake(str(error)) from error
     model.eval()
     costs = _costs(model, data, settings)
     print(f"exit policy {found.policy.name} ({found.where}); nothing was measured for this network")
@@ -311,7 +307,7 @@ def solved(
     """
     split, goal = settings.data_split, settings.goal
     assert goal is not None
-    try:
+    with mistakes():
         solution = solve(
             logits,
             targets,
@@ -326,8 +322,6 @@ def solved(
             reference=reference,
             samples=f"{WORDS[split]} images",
         )
-    except ValueError as error:
-        raise Mistake(one_line(error)) from error
     doubt = () if split == "val" else (f"calibrated on {WORDS[split]} images: {OPTIMISTIC[split]}",)
     return replace(solution, notes=(*solution.notes, *notes, *doubt))
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import dynadapter
-from dynadapter.cli.errors import Mistake, nearest
+from dynadapter.cli.errors import Mistake, mistakes, nearest
 from dynadapter.limits import read_yaml
 
 
@@ -105,10 +105,8 @@ def read_config(name: str, sections: Container[str]) -> dict[str, Any]:
         Mistake: If it does not exist, is not valid YAML, or is not a mapping of such sections.
     """
     file = find_config(name)
-    try:
+    with mistakes():
         content = read_yaml(file)
-    except ValueError as error:
-        raise Mistake(str(error)) from error
     if content is None:
         return {}
     if not isinstance(content, dict):

@@ -83,6 +83,15 @@ def one_line(error: BaseException | str) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+@contextmanager
+def mistakes(before: str = "", after: str = "") -> Iterator[None]:
+    """Raise a ValueError of the body as a :class:`Mistake`, its message in one line between two texts."""
+    try:
+        yield
+    except ValueError as error:
+        raise Mistake(f"{before}{one_line(error)}{after}") from error
+
+
 def closest(given: str, names: Iterable[str], cutoff: float = 0.7) -> str | None:
     """Return the valid name that is most similar to a wrong or shortened one; None if none is similar.
 

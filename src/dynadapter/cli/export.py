@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from dynadapter.cli.errors import Mistake, Stopped, Terminated, one_line, stoppable
+from dynadapter.cli.errors import Mistake, Stopped, Terminated, mistakes, stoppable
 from dynadapter.cli.networks import BUNDLE, check_bundle, load_bundle
 from dynadapter.cli.parser import CommandParser
 
@@ -109,7 +109,7 @@ def export(given: Any) -> None:
     labels, note = _labels(files, given.images, bundle.class_names)
     if note and given.int8:
         print(f"note: {note}, so no accuracy is measured")
-    try:
+    with mistakes():
         manifest = export_onnx(
             bundle.net,
             given.out,
@@ -121,8 +121,6 @@ def export(given: Any) -> None:
             check_labels=labels,
             **{name: given[name] for name in ("tolerance", "merge", "class_first", "opset", "int8", "overwrite")},
         )
-    except ValueError as error:
-        raise Mistake(one_line(error)) from error
     _print(manifest, bundle, given)
 
 
@@ -132,10 +130,8 @@ def _write_for_peft(given: Any, bundle: "Bundle") -> None:
 
     if bundle.net.token_merging is not None:
         raise Mistake(f"{given.bundle} merges tokens, which peft does not; export it as onnx")
-    try:
+    with mistakes(f"{given.bundle}: "):
         save_peft(bundle.net.backbone, given.out, bundle.config.backbone.name, given.overwrite)
-    except ValueError as error:
-        raise Mistake(f"{given.bundle}: {one_line(error)}") from error
     names = bundle.class_names
     print(f"{given.out} has the adapters and the last head of {bundle.config.backbone.name}, without early exits")
     print(f"load it with: peft.PeftModel.from_pretrained(MODEL, {given.out!r})")
@@ -160,10 +156,8 @@ def _files(place: str, most: int) -> list[Path]:
     folder = Path(place).expanduser()
     if not folder.is_dir():
         raise Mistake(f"--images {place} is not a folder; give a folder of images")
-    try:
+    with mistakes():
         found = find_images(folder)
-    except ValueError as error:
-        raise Mistake(str(error)) from error
     count = min(most, len(found))
     return [found[i * len(found) // count] for i in range(count)]
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from dynadapter.cli.errors import Mistake
+from dynadapter.cli.errors import Mistake, mistakes
 from dynadapter.cli.help import SHORT
 from dynadapter.cli.safety import check_saved, check_sizes, data_class
 from dynadapter.spec import plain, restore
@@ -188,14 +188,11 @@ def checkpoint_settings(path: str, given: Collection[str] = ()) -> tuple[dict[st
     if not Path(path).is_file():
         there = "is a folder" if Path(path).is_dir() else "does not exist"
         raise Mistake(f"checkpoint {path} {there}; give --ckpt_path the file that fit wrote, such as {_newest(path)}")
-    try:
+    with mistakes(after="; give --ckpt_path a file that fit wrote"):
         checkpoint = read(path)
-    except ValueError as error:
-        raise Mistake(f"{error}; give --ckpt_path a file that fit wrote") from error
     try:
-        return _settings(checkpoint, Path(path), given)
-    except ValueError as error:
-        raise Mistake(f"{path}: {error}") from error
+        with mistakes(f"{path}: "):
+            return _settings(checkpoint, Path(path), given)
     except (KeyError, TypeError, AttributeError) as error:
         raise Mistake(f"{path} was not written by dynadapter fit; give --ckpt_path a file that was") from error
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from dynadapter.calibrate.stored import RESULT, Calibration, beside, read_calibration
-from dynadapter.cli.errors import Mistake, one_line
+from dynadapter.cli.errors import Mistake, mistakes
 
 
 def policy_from(place: str) -> Calibration:
@@ -19,7 +19,7 @@ def policy_from(place: str) -> Calibration:
     from dynadapter.serve.bundle.hub import HUB, local
 
     path = Path(place).expanduser()
-    try:
+    with mistakes("policy_from: "):
         if place.startswith(HUB):
             return _of_bundle(local(place))
         if (path / "config.json").is_file():
@@ -28,8 +28,6 @@ def policy_from(place: str) -> Calibration:
         for file in (path / RESULT, beside(path) if path.suffix == ".ckpt" else path, *runs[-1:]):
             if file.is_file():
                 return read_calibration(file)
-    except ValueError as error:
-        raise Mistake(f"policy_from: {one_line(error)}") from error
     raise Mistake(
         f"policy_from={place} holds no calibration; give a folder that dynadapter calibrate wrote, a bundle, or a "
         "checkpoint or run that was calibrated"

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from dynadapter.cli.errors import Failed, Mistake, Stopped, Terminated, one_line, stoppable
+from dynadapter.cli.errors import Failed, Mistake, Stopped, Terminated, mistakes, one_line, stoppable
 from dynadapter.cli.imports import import_own
 from dynadapter.cli.networks import BACKEND, BUNDLE, check_network, load_network
 from dynadapter.cli.parser import CommandParser
@@ -144,10 +144,8 @@ def prepared(given: Any, number: int = 0) -> Iterator[tuple["Bundle", Prediction
         given: The settings.
         number: Index of this process; the first one begins and finishes the table.
     """
-    try:
+    with mistakes("--images: "):
         files = list_images(given.images, given.path_column)
-    except ValueError as error:
-        raise Mistake(f"--images: {error}") from error
     if number == 0:
         for line in accounts(given.images, files):
             print(line, flush=True)
@@ -191,10 +189,8 @@ def _take_value_range(bundle: "Bundle", value_range: list[float] | None) -> None
     if value_range is None:
         return
     assert bundle.preprocess is not None
-    try:
+    with mistakes():
         preprocess = replace(bundle.preprocess, value_range=value_range)  # type: ignore[arg-type]
-    except ValueError as error:
-        raise Mistake(str(error)) from error
     if preprocess != bundle.preprocess:
         before = bundle.preprocess.value_range or "all 16 bits"
         print(f"note: value_range={preprocess.value_range}, in training {before}", file=sys.stderr)

@@ -1,6 +1,6 @@
 """``dynadapter push OWNER/NAME --bundle FOLDER``: upload a bundle to the Hugging Face Hub."""
 
-from dynadapter.cli.errors import Mistake, one_line
+from dynadapter.cli.errors import Mistake, mistakes
 from dynadapter.cli.networks import check_network
 from dynadapter.cli.parser import CommandParser
 
@@ -35,12 +35,10 @@ def run(args: list[str]) -> None:
     check_network(given.bundle)
     from dynadapter.serve.bundle import push_to_hub
 
-    try:
+    with mistakes():
         address = push_to_hub(
             given.bundle, given.name, private=given.private or None, revision=given.revision, license=given.license
         )
-    except ValueError as error:
-        raise Mistake(one_line(error)) from error
     place = f"hf-hub:{given.name}" + (f"@{given.revision}" if given.revision else "")
     print(f"the bundle is at {address}")
     print(f"classify images with: dynadapter predict --bundle {place} --images FOLDER --out labels.csv")

@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only
 
 from dynadapter.cli import imports
-from dynadapter.cli.errors import Mistake
+from dynadapter.cli.errors import Mistake, mistakes
 from dynadapter.cli.runs import Metrics, is_first_process, read_lines
 from dynadapter.files import Busy, locked, write
 from dynadapter.limits import read_json, read_yaml
@@ -137,9 +137,8 @@ def _data_settings(config: Path) -> Any:
 
 def _checkpoint_folder(run: Path, config: Path) -> Path:
     try:
-        given = read_yaml(config)["checkpoint"]["dirpath"]
-    except ValueError as error:
-        raise Mistake(str(error)) from error
+        with mistakes():
+            given = read_yaml(config)["checkpoint"]["dirpath"]
     except (KeyError, TypeError):
         given = None
     return Path(given) if isinstance(given, str) and given else run / "checkpoints"
@@ -181,10 +180,8 @@ def earlier_run(path: Path, log: Path | None = None) -> Earlier:
     checkpoint = read(path)
     if "optimizer_states" not in checkpoint:
         raise Mistake(f"{path} holds only the trained part, without the optimiser's state; give last.ckpt to continue")
-    try:
+    with mistakes(f"{path}: "):
         require_entries(checkpoint, TRAINING)
-    except ValueError as error:
-        raise Mistake(f"{path}: {error}") from error
     step = checkpoint["global_step"]
     file = (log or path.parent.parent) / "metrics.csv"
     lines = [line for line in read_lines(file) if _is_before(line, step)] if file.is_file() else []

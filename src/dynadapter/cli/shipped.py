@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from rich.table import Table
 
 from dynadapter.cli.configs import config_files
-from dynadapter.cli.errors import Mistake, one_line
+from dynadapter.cli.errors import mistakes
 from dynadapter.cli.networks import BACKEND, BUNDLE, check_network, load_network
 from dynadapter.cli.parser import CommandParser
 from dynadapter.cli.verify import data_section
@@ -55,10 +55,8 @@ def run(args: list[str]) -> None:
     check_network(given.bundle)
     data: ImageData = made.instantiate(given).data
     bundle = load_network(given)
-    try:
+    with mistakes():
         tables = [table for one in (data, *data.further_tests()) for table in measure(bundle, one)]
-    except ValueError as error:
-        raise Mistake(one_line(error)) from error
     print_tables(*tables)
 
 

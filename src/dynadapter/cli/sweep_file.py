@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dynadapter.cli.configs import find_config, read_config
-from dynadapter.cli.errors import Mistake
+from dynadapter.cli.errors import Mistake, mistakes
 from dynadapter.cli.parser import CommandParser
 from dynadapter.sweep import lines
 from dynadapter.sweep.goals import SweepGoal, goals_of
@@ -220,10 +220,8 @@ def _choice(name: str, given: dict[str, Any], recipes: list[str]) -> Choice:
 
 
 def _goals(given: dict[str, Any] | list[dict[str, Any]]) -> tuple[SweepGoal, ...]:
-    try:
+    with mistakes(after="; give {accuracy_drop: POINTS} or {cost: FRACTION OF STATIC}"):
         return goals_of([given] if isinstance(given, dict) else given)
-    except ValueError as error:
-        raise Mistake(f"{error}; give {{accuracy_drop: POINTS}} or {{cost: FRACTION OF STATIC}}") from error
 
 
 def _check_references(sweep: Sweep) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from dynadapter.cli import imports
 from dynadapter.cli.configs import config_files, read_config
-from dynadapter.cli.errors import Mistake, Stopped, nearest, nearest_place, one_line
+from dynadapter.cli.errors import Mistake, Stopped, mistakes, nearest, nearest_place
 
 if TYPE_CHECKING:  # Lightning takes seconds to import
     from dynadapter.data import ImageData
@@ -129,10 +129,8 @@ def _check_goal(goal: Sequence[str]) -> None:
             given[key] = value if key in ("reference", "metric") else float(value)
         except ValueError as error:
             raise Mistake(f"goal.{key}: expected a number, not {value!r:.40}") from error
-    try:
+    with mistakes():
         Goal(**given)
-    except ValueError as error:
-        raise Mistake(one_line(error)) from error
 
 
 def train(wanted: Wanted) -> None:

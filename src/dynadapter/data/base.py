@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, DistributedSampler, Sampler
 
 from dynadapter.data.account import account_of
 from dynadapter.data.augment import Augment, Augmentation
-from dynadapter.data.classes import is_numbered, match_classes, renumbered
+from dynadapter.data.classes import match_classes, renumbered
 from dynadapter.data.dataset import ImageDataset, Padded, Sample, collate, room_on
 from dynadapter.data.preprocessing import Auto, Wanted, differences
 from dynadapter.data.readable import readable
@@ -26,6 +26,7 @@ from dynadapter.data.workers import TIMEOUT, check_shared_memory
 from dynadapter.images.accounting import Account
 from dynadapter.images.preprocess import Interpolation, Normalization, Resize
 from dynadapter.images.values import Range
+from dynadapter.training.meeting import unnamed
 
 Split = Literal["train", "val", "test"]
 
@@ -230,7 +231,7 @@ class ImageData(LightningDataModule, ABC):
         """
         own = self._own_classes or self.class_names
         index = match_classes(own, names)
-        if is_numbered(names) and len(own) == len(names) and index == list(range(len(own))):
+        if unnamed(names) and len(own) == len(names) and index == list(range(len(own))):
             names = own  # a model without names
         change = dict(zip(self._index or range(len(own)), index, strict=True))
         self._own_classes, self._index, self.class_names = own, index, list(names)

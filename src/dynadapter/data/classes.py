@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dynadapter.data.dataset import Sample
 from dynadapter.data.lists import LABEL
 from dynadapter.images.reading import shown
+from dynadapter.training.meeting import unnamed
 
 
 def match_classes(own: Sequence[str], names: Sequence[str]) -> list[int]:
@@ -34,16 +35,16 @@ def match_classes(own: Sequence[str], names: Sequence[str]) -> list[int]:
         place = {number: label for label, number in enumerate(theirs)}
         if all(number in place for number in ours):
             return [place[number] for number in ours]
-    elif is_numbered(names) and len(own) == len(names):
+    elif unnamed(names) and len(own) == len(names):
         return list(range(len(own)))
     elif ours and sorted(ours) == list(range(len(names))):
         return ours
-    if is_numbered(names) and not ours:
+    if unnamed(names) and not ours:
         raise ValueError(
             f"the model has {len(names)} classes without names, and the data have {len(own)}: {listed(own)}; give the "
             "model class_names, or data with all of its classes"
         )
-    if is_numbered(own) and not theirs:
+    if unnamed(own) and not theirs:
         raise ValueError(
             f"the data have {len(own)} classes without names, and the model has {len(names)}: {listed(names)}; name "
             "the classes of the data, for lists in classes.txt"
@@ -59,11 +60,6 @@ def sorted_names(names: Iterable[str]) -> list[str]:
     """Return class names sorted by value if all are whole numbers, else alphabetically."""
     found = sorted(names)
     return sorted(found, key=lambda name: (int(name), name)) if all(map(LABEL.fullmatch, found)) else found
-
-
-def is_numbered(names: Sequence[str]) -> bool:
-    """Check whether class names are only the indices "0", "1", ..., which stand for missing names."""
-    return list(names) == [str(k) for k in range(len(names))]
 
 
 def renumbered(samples: Sequence[Sample], index: Sequence[int] | Mapping[int, int]) -> list[Sample]:

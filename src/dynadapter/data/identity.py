@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dynadapter.data.clips import Clip
 from dynadapter.data.held import Held
-from dynadapter.files import open_regular
+from dynadapter.files import sha256
 
 Source = Path | Image.Image | Held | Clip
 """Where the pixels of an image are."""
@@ -125,21 +125,8 @@ def image_hash(source: Source) -> str:
     if isinstance(content, bytes):
         return hashlib.sha256(content).hexdigest()
     if isinstance(content, Path | Clip):
-        return file_hash(content)
+        return sha256(content)
     source = content
     width, height = source.size
     head = f"{source.mode} {width} {height} {source.getpalette() if source.mode in ('P', 'PA') else ''}"
     return hashlib.sha256(head.encode() + b"\n" + source.tobytes()).hexdigest()
-
-
-def file_hash(path: str | os.PathLike[str]) -> str:
-    """Hash a file's content.
-
-    Returns:
-        SHA-256 in hexadecimal.
-
-    Raises:
-        OSError: The file cannot be read, or is a pipe, a device or a folder.
-    """
-    with open_regular(path) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -3,9 +3,8 @@
 import math
 from colorsys import hsv_to_rgb
 from functools import lru_cache
-from pathlib import Path
 from random import Random
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from PIL import Image, ImageDraw
 
@@ -235,46 +234,3 @@ class Shapes(ImageData):
 
     def _drawn(self, split: Split) -> tuple[Drawn, ...]:
         return draw_split(split, self.images[split], self.seed, self.image_size)
-
-
-def write_shapes(
-    root: str | Path,
-    layout: Literal["VTAB1k", "ImageFolder"] = "ImageFolder",
-    *,
-    train: int = 800,
-    val: int = 200,
-    test: int = 200,
-    seed: int = 0,
-    size: int = 48,
-) -> Path:
-    """Write drawn shapes as PNG files: a data set for trying out a command, an example, or a test.
-
-    Args:
-        root: Folder of the data set, created if it is missing. `VTAB1k` creates the task ``shapes`` in it.
-        layout: ``ImageFolder`` (``train/CLASS/0.png``), or ``VTAB1k`` with its four lists and ``classes.txt``.
-        train: Images for training.
-        val: Images for validation.
-        test: Images for testing.
-        seed: Random seed of the images.
-        size: Height and width in pixels.
-
-    Returns:
-        The folder of the images: `root`, or ``root/shapes``.
-    """
-    folder = Path(root) / "shapes" if layout == "VTAB1k" else Path(root)
-    lists: dict[str, str] = {}
-    for split, count in (("train", train), ("val", val), ("test", test)):
-        lines = []
-        for index, (image, label, _) in enumerate(draw_split(split, count, seed, size)):
-            name = f"images/{split}/{index:05d}.png" if layout == "VTAB1k" else f"{split}/{CLASSES[label]}/{index}.png"
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            image.save(folder / name)
-            lines.append(f"{name} {label}\n")
-        lists[split] = "".join(lines)
-    if layout == "VTAB1k":
-        both = lists["train"] + lists["val"]
-        files = {"train800": lists["train"], "val200": lists["val"], "train800val200": both, "test": lists["test"]}
-        for name, content in files.items():
-            (folder / f"{name}.txt").write_text(content)
-        (folder / "classes.txt").write_text("\n".join(CLASSES) + "\n")
-    return folder

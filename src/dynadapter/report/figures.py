@@ -46,13 +46,12 @@ def png(figure: Figure) -> bytes:
     return file.getvalue()
 
 
-def figures_of(run: Run, measured: Measured | None, static: float | None = None) -> dict[str, Figure]:
+def figures_of(run: Run, measured: Measured | None) -> dict[str, Figure]:
     """Draw all figures for which there are measurements.
 
     Args:
         run: The run.
         measured: Measurements of its network on labelled images; None if it cannot be measured.
-        static: Accuracy of a static network on the same split, in [0, 1].
     """
     figures: dict[str, Figure] = {}
     with quiet_fonts():
@@ -60,7 +59,7 @@ def figures_of(run: Run, measured: Measured | None, static: float | None = None)
             figures["learning"] = learning(run)
         if measured is not None:
             if measured.exits > 1:
-                figures["cost"] = accuracy_over_cost(measured, static)
+                figures["cost"] = accuracy_over_cost(measured)
                 figures["shares"] = exit_shares(measured)
             figures["confusion"] = confusions(measured)
             figures["recall"] = recalls(measured)
@@ -94,7 +93,7 @@ def learning(run: Run) -> Figure:
     return figure
 
 
-def accuracy_over_cost(measured: Measured, static: float | None = None) -> Figure:
+def accuracy_over_cost(measured: Measured) -> Figure:
     """Draw the exits, random mixtures of them, all thresholds of the confidence, and the policy's point."""
     figure = Figure(figsize=(6.4, 4.8), layout="constrained")
     axes = figure.subplots()
@@ -113,9 +112,6 @@ def accuracy_over_cost(measured: Measured, static: float | None = None) -> Figur
         axes.annotate(
             f"{k + 1}", (cost, accuracy), xytext=(0, -13), textcoords="offset points", ha="center", color=GREY
         )
-    if static is not None:
-        axes.axhline(static, color="black", linewidth=0.8)
-        axes.plot([1.0], [static], "s", color="black", label="static network")
     words = f"chosen: {measured.accuracy:.1%} at {measured.cost:.1%}"
     axes.plot([measured.cost], [measured.accuracy], "*", markersize=15, color=CHOSEN, label=words)
     axes.margins(y=0.12)

@@ -20,25 +20,16 @@ class WeightAverage(EMAWeightAveraging):
 
     Args:
         decay: Fraction of the average that a step keeps, in [0, 1).
-        every_n_steps: Steps between updates.
-        from_step: The first step that is averaged.
 
     Raises:
         ValueError: If ``decay`` is out of range; at the start of fit, if the network is sharded, or its trained tensors
             have 16 bits.
     """
 
-    def __init__(self, decay: float = 0.999, every_n_steps: int = 1, from_step: int = 0) -> None:
+    def __init__(self, decay: float = 0.999) -> None:
         if not 0 <= decay < 1:
             raise ValueError(f"decay={decay} must be at least 0 and below 1; 0 averages nothing")
-        if every_n_steps < 1:
-            raise ValueError(f"every_n_steps={every_n_steps} must be at least 1")
-        super().__init__(
-            use_buffers=False,
-            decay=decay,
-            update_every_n_steps=every_n_steps,
-            update_starting_at_step=from_step,
-        )
+        super().__init__(use_buffers=False, decay=decay)
         self.decay = decay
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

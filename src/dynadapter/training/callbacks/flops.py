@@ -31,17 +31,14 @@ class FlopsReport(Callback):
     Args:
         image_size: Pixels of the square input; None uses that of the data module, else that of the first batch, and
             until then the backbone's own.
-        class_first: Also show the GMACs that routing runs where the last block before an exit computes the class
-            token's row first; all other numbers count whole blocks.
         show: Whether to print the tables.
 
     Attributes:
         costs: MACs of one image up to each exit; available from ``setup`` on.
     """
 
-    def __init__(self, image_size: int | None = None, class_first: bool = False, show: bool = True) -> None:
+    def __init__(self, image_size: int | None = None, show: bool = True) -> None:
         self.image_size = image_size
-        self.class_first = class_first
         self.show = show
         self.costs: ExitCosts | None = None
         self._size: int | tuple[int, int] | None = None
@@ -67,7 +64,7 @@ class FlopsReport(Callback):
         self._size = self.image_size or getattr(getattr(trainer, "datamodule", None), "image_size", None)
         net = exit_net(pl_module, self)
         if not is_sharded(net):
-            self.costs = exit_costs(net, self._size, class_first=self.class_first)
+            self.costs = exit_costs(net, self._size)
         elif self.costs is None:
             raise ValueError(
                 "FlopsReport cannot count the MACs of a sharded network; use the callback of an earlier stage, or "
@@ -96,7 +93,7 @@ class FlopsReport(Callback):
         if self._size is None and isinstance(images, Tensor) and images.ndim in (4, 5):
             self._size = (images.shape[-2], images.shape[-1])
             if not is_sharded(net := exit_net(pl_module, self)):  # a sharded one keeps its costs
-                self.costs = exit_costs(net, self._size, class_first=self.class_first)
+                self.costs = exit_costs(net, self._size)
         exits = outputs.get("exit_index") if isinstance(outputs, Mapping) else getattr(outputs, "exit_index", None)
         if exits is not None and self._own is not None:
             self._own.update(torch.as_tensor(exits, device=self._own.device))

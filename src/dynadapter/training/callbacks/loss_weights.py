@@ -1,7 +1,5 @@
 """ExitWeights: a loss-weight schedule for the exits."""
 
-from typing import Any
-
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
@@ -20,20 +18,15 @@ class ExitWeights(Callback):
 
     Args:
         weighting: The weights as a function of progress.
-        every_n_steps: Optimiser steps between updates of the weights.
 
     Raises:
         ValueError: At the start of fit, if the module holds no ExitNet or several, or if the weights vary and
             training has no known end.
     """
 
-    def __init__(self, weighting: Weighting = LateToEarly(), every_n_steps: int = 1) -> None:  # noqa: B008 - frozen
+    def __init__(self, weighting: Weighting = LateToEarly()) -> None:  # noqa: B008 - frozen
         super().__init__()
-        if every_n_steps < 1:
-            raise ValueError(f"every_n_steps={every_n_steps} must be at least 1")
         self.weighting = weighting
-        self.every_n_steps = every_n_steps
-        self._progress: float | None = None  # at the last update
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._net: ExitNet = exit_net(pl_module, self)
@@ -43,21 +36,10 @@ class ExitWeights(Callback):
         start_progress(trainer, type(self).__name__, self.weighting.varies)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
-        if self._progress is None or trainer.global_step % self.every_n_steps == 0:
-            self._progress = progress(trainer)
-        weights = self.weighting(self._progress, self._net.num_exits)
+        weights = self.weighting(progress(trainer), self._net.num_exits)
         with torch.no_grad():
             self._net.exit_weights.copy_(torch.tensor(weights))  # in place: a compiled step needs no recompilation
         pl_module.log_dict({f"exit_weights/{k}": weight for k, weight in enumerate(weights, 1)})
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the progress at the last update, which a resume between two updates needs."""
-        return {} if self.every_n_steps == 1 else {"progress": self._progress}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue with the weights of the last update."""
-        self._progress = state_dict.get("progress")
-
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.__dict__.pop("_net", None)  # the callback may be used for another network
-        self._progress = None
