@@ -12,10 +12,11 @@ import torch
 from PIL import Image
 
 from dynadapter.data import Augment, ImageFolder, Shapes
-from dynadapter.data.augment import Augmentation, drawing
+from dynadapter.data.augment import Augmentation
 from dynadapter.data.samplers import EpochOrder
 from dynadapter.images.preprocess import Preprocess
 from dynadapter.spec import plain, restore
+from dynadapter.training.random_state import seeded
 
 PLAIN = {"scale": None, "hflip": 0.0}
 """Nothing is changed."""
@@ -85,7 +86,7 @@ def test_results_are_those_of_timm(auto):
     )
     ours = Augmentation(Augment(scale=(0.3, 1.0), hflip=0, auto=auto), PREPROCESS)
     for number in range(6):
-        with drawing(number):
+        with seeded(number):
             expected = reference(picture(number))
         assert torch.allclose(ours(picture(number), number), expected, atol=1e-6)
 

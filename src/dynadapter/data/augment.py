@@ -1,9 +1,7 @@
 """Augmentation of training images, by timm's and torchvision's transforms."""
 
-import random
 import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +15,7 @@ from dynadapter.data.normalize import normalize
 from dynadapter.images.preprocess import Preprocess
 from dynadapter.images.reading import Source
 from dynadapter.spec import Spec
+from dynadapter.training.random_state import seeded
 
 Change = Callable[[Any], Any]
 PART = re.compile(r"(mstd|mmax|inc|[mnwptdab])\d+(\.\d+)?")
@@ -114,7 +113,7 @@ class Augmentation:
             ValueError: The image has another size after the transforms.
         """
         size = self.preprocess.image_size
-        with self.preprocess.opened(source) as image, drawing(number):
+        with self.preprocess.opened(source) as image, seeded(number):
             if self.crop is not None:
                 image = self.crop(image.convert("RGB"))
             else:
@@ -166,18 +165,3 @@ def _named(given: Mapping[str, Mapping[str, Any]]) -> Change:
         return kind(**(args or {}))
     except (TypeError, ValueError) as error:
         raise ValueError(f"transforms: {name}: {str(error).splitlines()[0]}") from error
-
-
-@contextmanager
-def drawing(number: int) -> Iterator[None]:
-    """Seed the global random numbers of Python, numpy and torch inside, and restore them afterwards."""
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002 - timm draws from it
-    random.seed(number)
-    np.random.seed(number % 2**32)  # noqa: NPY002
-    torch.manual_seed(number)
-    try:
-        yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])  # noqa: NPY002
-        torch.set_rng_state(states[2])

@@ -1,5 +1,6 @@
-"""Seed the random numbers of a training step from seed and step only, so that a training can be resumed exactly."""
+"""Seed random numbers from a number alone, so that a training can be resumed exactly."""
 
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -18,21 +19,24 @@ def step_seed(seed: int, draw: int) -> int:
 
 
 @contextmanager
-def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Seed torch and numpy inside the context; restore their random states afterwards.
+def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
+    """Seed torch, numpy and Python inside the context; restore their random states afterwards.
 
     Args:
         seed: From 0 to 2**63 - 1.
         device: The device whose generator is seeded, in addition to the CPU's.
     """
-    numpy_state = np.random.get_state()  # noqa: NPY002  (timm's mixing draws from numpy's global generator)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002  (timm draws from both)
+    gpu = device is not None and device.type == "cuda"
+    with torch.random.fork_rng(devices=[device] if gpu else []):
         # torch.manual_seed would seed every accelerator of the machine
         torch.default_generator.manual_seed(seed)
-        if device.type == "cuda":
+        if gpu:
             torch.cuda.manual_seed(seed)
+        random.seed(seed)
         np.random.seed(seed % 2**32)  # noqa: NPY002
         try:
             yield
         finally:
+            random.setstate(python_state)
             np.random.set_state(numpy_state)  # noqa: NPY002
