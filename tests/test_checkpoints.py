@@ -20,7 +20,7 @@ from dynadapter.data import Shapes
 from dynadapter.exits.heads import LinearHeads
 from dynadapter.exits.net import ExitNet
 from dynadapter.images.preprocess import Preprocess
-from dynadapter.training.callbacks import BidirectionalSparsity, ExitWeights, WeightAverage
+from dynadapter.training.callbacks import BidirectionalSparsity, ExitWeights
 from dynadapter.training.contents import trainable_only
 from dynadapter.training.mixing import Mixing
 from dynadapter.training.module import ExitClassifier
@@ -169,37 +169,6 @@ def test_dropout_depends_on_the_seed() -> None:
 
 
 # ---- averaging, copies, other modules
-
-
-def test_weight_averaging(tmp_path: Path) -> None:
-    class ByHand(Callback):
-        """Average the trained tensors only."""
-
-        def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
-            now = {name: p.detach().clone() for name, p in pl_module.named_parameters() if p.requires_grad}
-            old = getattr(self, "average", now)
-            self.average = {name: 0.9 * old[name] + 0.1 * now[name] for name in now}
-
-    def train(*more: Callback, **where: Any) -> tuple[ExitClassifier, Any]:
-        torch.manual_seed(0)
-        module = make_classifier(lr_schedule=Constant(1.0))
-        fitting = trainer(WeightAverage(decay=0.9), *more, max_epochs=2)
-        fitting.fit(module, loader(3), loader(1), **where)
-        return module, fitting
-
-    by_hand = ByHand()
-    straight, _ = train(by_hand, SaveFirstEpoch(tmp_path / "0.ckpt"))
-    held = read(tmp_path / "0.ckpt")
-    trained = {name for name, p in straight.named_parameters() if p.requires_grad}
-    assert set(held["state_dict"]) == set(held["current_model_state"]) == trained
-    after = straight.state_dict()
-    assert all(torch.allclose(after[name], by_hand.average[name], atol=1e-6) for name in trained)
-    resumed, _ = train(ckpt_path=tmp_path / "0.ckpt", weights_only=True)
-    assert all(torch.allclose(after[name], resumed.state_dict()[name], atol=1e-6) for name in trained)
-    fresh = dict(make_classifier().named_parameters())
-    for name, p in straight.named_parameters():
-        if name not in trained:
-            assert torch.equal(p, fresh[name]), name
 
 
 def test_copies_are_independent(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from jsonargparse import Namespace
 from PIL import Image
+from test_calibrate import lost
 from test_data_vtab import make as make_vtab
 from tiny import make_classifier
 from torch import Tensor
@@ -26,7 +27,6 @@ from dynadapter.calibrate import (
     curve,
     evaluate,
     fit_temperatures,
-    losses,
     solve,
     with_guarantee,
 )
@@ -90,7 +90,7 @@ def agrees(written: dict[str, Any], logits: Tensor, targets: Tensor, costs: Exit
     outcome = evaluate(policy, logits, targets, costs.macs, static=costs.static)
     one = written["calibration"]
     assert (one["cost"], one["accuracy"], tuple(one["shares"])) == (outcome.cost, outcome.accuracy, outcome.shares)
-    assert one["lost"] == losses(policy, logits, targets).mean().item()
+    assert one["lost"] == lost(policy, logits, targets).mean().item()
     assert one["accuracy_last_exit"] == (logits[-1].argmax(-1) == targets).double().mean()
     found = solve(logits, targets, costs.macs, static=costs.static, samples="validation images", **options)
     assert found.found.policy == policy

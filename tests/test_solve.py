@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from test_calibrate import COSTS, GOALS, agrees, chosen, fake
+from test_calibrate import COSTS, GOALS, agrees, chosen, fake, lost
 
-from dynadapter.calibrate import Goal, choosing, evaluate, losses, policy_for, solve, split_folds
+from dynadapter.calibrate import Goal, choosing, evaluate, policy_for, solve, split_folds
 from dynadapter.exits.combining import decision
 from dynadapter.exits.policies import Confidence, Never, Patience, read_off
 from dynadapter.exits.temperature import Scaled
@@ -118,7 +118,7 @@ def test_risk_holds_at_its_confidence() -> None:
         i = torch.randint(len(answers), (200,), generator=g)
         policy = policy_for(goal, population[:, i], answers[i], [1, 2, 3])
         if policy not in truth:
-            truth[policy] = losses(policy, population, answers).mean().item()
+            truth[policy] = lost(policy, population, answers).mean().item()
         broken += truth[policy] > goal.amount
         costs += evaluate(policy, population[:, i], answers[i], [1, 2, 3]).cost / draws
     assert 0 < broken / draws <= 0.2 + 3 * math.sqrt(0.2 * 0.8 / draws)
