@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from dynadapter.adapters import adapter_layers
-from dynadapter.cli import arguments, calibrate, flops
+from dynadapter.cli import arguments, calibrate
 from dynadapter.cli.arguments import CALLBACKS, SECTIONS
 from dynadapter.cli.configs import config_files, find_config, read_config, require_no_file
 from dynadapter.cli.errors import Mistake, Stopped, Terminated, describe, mistakes, one_line, outage
@@ -35,7 +35,9 @@ from dynadapter.cli.runs import RUN_FOLDERS, SaveConfig, create_run_folder, logg
 from dynadapter.cli.safety import check_config, check_run
 from dynadapter.cli.signals import StopOnSignal
 from dynadapter.cli.strategies import require_known, require_own_processes
+from dynadapter.cost import cost_table, exit_costs, exit_parameters
 from dynadapter.data import ImageData
+from dynadapter.printing import print_tables
 from dynadapter.spec import plain
 from dynadapter.training.callbacks import BidirectionalSparsity, EarlyExit, FlopsReport, LearningCheck
 from dynadapter.training.checkpoints import RunCheckpoint, newest
@@ -267,7 +269,7 @@ class DynCLI(LightningCLI):
             trainer.fit(**parts, ckpt_path=config.ckpt_path)
             self.after_fit()
         elif self.command == "flops":
-            flops.print_costs(self.model, self.datamodule, config.merged)
+            self._print_costs(config.merged)
         elif self.command == "calibrate":
             calibrate.calibrate(trainer, self.model, self.datamodule, self.calibration)
         else:
@@ -275,6 +277,14 @@ class DynCLI(LightningCLI):
             measure(**parts, ckpt_path=config.ckpt_path, verbose=config.verbose)
             if self.command == "test":
                 self._test_further(config.verbose)
+
+    def _print_costs(self, merged: bool) -> None:
+        parameters = [f"{count:,}" for count in exit_parameters(self.model.net)]  # those trained, merged or not
+        if merged:
+            self.model.merge()
+        table = cost_table(exit_costs(self.model.net, self.datamodule.image_size), parameters=parameters)
+        table.title = f"{self.model.backbone_name}, one image{', adapters merged' if merged else ''}"
+        print_tables(table)
 
     def _start_from(self, path: str) -> None:
         with mistakes():
