@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from jsonargparse import ArgumentParser
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import CSVLogger
 from tiny import QUIET, SaveFirstEpoch, TinyModule, loader, trainer
@@ -174,11 +173,3 @@ def test_wrong_number_of_schedules() -> None:
     with pytest.raises(ValueError, match="gives 1 weights, this network has 3 exits"):
         trainer(ExitWeights(PerExit((Constant(1.0),)))).fit(module, loader())
     assert not module.seen
-
-
-def test_a_config_builds_it() -> None:
-    parser = ArgumentParser()
-    parser.add_class_arguments(ExitWeights, "weights")
-    config = parser.parse_args(["--weights.weighting=LateToEarly", "--weights.weighting.floor=0.2"])
-    built = (getattr(parser, "instantiate", None) or parser.instantiate_classes)(config).weights
-    assert built.weighting == LateToEarly(0.2)

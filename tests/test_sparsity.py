@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from jsonargparse import ArgumentParser
 from lightning.pytorch import Callback
 from lightning.pytorch.plugins import MixedPrecision
 from tiny import QUIET, SaveFirstEpoch, TinyModule, adamw, loader, trainer
@@ -352,22 +351,6 @@ def test_invalid_settings_stop_before_a_step(callback, module: type[TinyModule],
 def test_unknown_mask_is_named() -> None:
     with pytest.raises(ValueError, match="masked='off' is unknown; choose 'frozen' or 'gradient'"):
         BidirectionalSparsity(masked="off")  # type: ignore[arg-type]
-
-
-def test_a_config_builds_it() -> None:
-    parser = ArgumentParser()
-    parser.add_class_arguments(BidirectionalSparsity, "sparsity")
-    arguments = [
-        "--sparsity.shallow=null",
-        "--sparsity.keep=Linear",
-        "--sparsity.keep.start=0.5",
-        "--sparsity.keep.end=1",
-    ]
-    config = parser.parse_args(arguments)
-    built = (getattr(parser, "instantiate", None) or parser.instantiate_classes)(config).sparsity
-    assert built.shallow is None
-    assert built.deep == Constant(0.0)
-    assert built.keep == Linear(0.5, 1.0)
 
 
 class FrozenAdapters(TinyModule):
