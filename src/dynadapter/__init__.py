@@ -98,7 +98,8 @@ _HOMES = {
     "backbones.layout": "lay_out_for_cpu",
     "calibrate": "Calibrated Goal evaluate policy_for solve with_guarantee",
     "cost": "ExitCosts exit_costs",
-    "data": "Augment Shapes ImageData ImageFolder ImageTable ImageLists VideoLists HubDataset TorchVisionDataset VTAB1k",
+    "data": "Augment Shapes ImageData ImageFolder ImageTable ImageLists VideoLists HubDataset TorchVisionDataset "
+    "VTAB1k",
     "exits.attentive": "Attentive",
     "exits.combining": "Combined",
     "exits.exit_tokens": "ExitTokens",
