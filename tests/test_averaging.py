@@ -21,7 +21,6 @@ class ByHand(Callback):
         self.average: dict[str, Tensor] = {}
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
-        step = trainer.global_step - 1
         now = {name: p.detach().clone() for name, p in pl_module.named_parameters() if p.requires_grad}
         old = self.average or now
         self.average = {name: self.decay * old[name] + (1 - self.decay) * now[name] for name in now}
