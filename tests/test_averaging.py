@@ -83,7 +83,7 @@ def test_resume_continues_the_average(tmp_path: Path) -> None:
 
 
 def test_average_of_doubles_is_double() -> None:
-    module, by_hand = make_classifier(lr_schedule=Constant(1.0)), ByHand(0.9, 1, 0)
+    module, by_hand = make_classifier(lr_schedule=Constant(1.0)), ByHand(0.9)
     trainer(WeightAverage(0.9), by_hand, precision="64-true").fit(module, loader(3), loader(1))
     for name, tensor in module.named_parameters():
         if tensor.requires_grad:
