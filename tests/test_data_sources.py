@@ -162,7 +162,7 @@ def test_wrong_sets_are_one_line(case, tmp_path):
     [
         ("nowhere", "is neither a folder nor a name on the Hub"),
         ("a/b", "download: true"),
-        ("../a", "is not a folder, and no name"),
+        ("../a", "is neither a folder nor a name"),
     ],
 )
 def test_names_are_not_fetched_by_themselves(path, words, monkeypatch, tmp_path):
