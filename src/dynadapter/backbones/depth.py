@@ -88,8 +88,9 @@ def _(model: ResNet, count: int) -> None:
 
 @remove_last_blocks.register
 def _(model: RegNet, count: int) -> None:
-    for name in list(model.s4._modules)[len(model.s4._modules) - count :]:
-        delattr(model.s4, name)
+    last: Any = model.s4
+    for name in list(last._modules)[len(last._modules) - count :]:
+        delattr(last, name)
 
 
 @remove_last_blocks.register

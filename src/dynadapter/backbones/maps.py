@@ -52,7 +52,8 @@ def _(model: ResNet) -> Any:
 
 @stages.register
 def _(model: RegNet) -> Any:
-    return [list(stage.children()) for stage in (model.s1, model.s2, model.s3, model.s4)]
+    parts: Any = (model.s1, model.s2, model.s3, model.s4)
+    return [list(stage.children()) for stage in parts]
 
 
 @stages.register

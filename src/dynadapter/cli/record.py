@@ -20,6 +20,7 @@ from dynadapter.cli import imports
 from dynadapter.cli.errors import one_line
 from dynadapter.cli.resume import Earlier
 from dynadapter.data import ImageData
+from dynadapter.data.base import STAGES, Split
 from dynadapter.files import write
 from dynadapter.serve.formats import Unread, write_unread
 from dynadapter.training.module import ExitClassifier
@@ -40,7 +41,6 @@ PACKAGES = (
     "numpy",
     "pillow",
 )
-SPLITS = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
 SCHEDULED = ("exit_weights/", "sparsity/")
 """Logged settings that a schedule changes; they are no results."""
 
@@ -97,7 +97,7 @@ class Record(Callback):
             "class": f"{type(data).__module__}.{type(data).__qualname__}",
             "settings": plain({name: value for name, value in data.hparams.items() if not name.startswith("_")}),
             "class_names": list(data.class_names),
-            "splits": splits | {split: described(data, split) for split in SPLITS.get(stage, ())},
+            "splits": splits | {split: described(data, split) for split in STAGES.get(stage, ())},
         }
         self.content["protocol"] = protocol(trainer, pl_module, data)
         self._write()
@@ -179,7 +179,7 @@ def git_state() -> dict[str, Any] | None:
     return {"commit": done[0].strip(), "dirty": bool(done[1].strip())}
 
 
-def described(data: ImageData, split: str) -> dict[str, Any]:
+def described(data: ImageData, split: Split) -> dict[str, Any]:
     """Return the number of images of a split, in total and by class, and their hash."""
     samples = data.dataset(split).samples
     count = Counter(label for _, label in samples)
