@@ -158,7 +158,7 @@ def test_waiting_for_workers_ends(monkeypatch):
     data = Shapes(8, 8, 8, image_size=8, num_workers=1)
     assert data.test_dataloader().timeout > 0
     monkeypatch.setattr("dynadapter.data.base.TIMEOUT", 1)
-    monkeypatch.setattr(ImageDataset, "pixels", lambda self, source: __import__("time").sleep(4))
+    monkeypatch.setattr(ImageDataset, "pixels", lambda *given: __import__("time").sleep(4))
     with pytest.raises(TimeoutError, match="no batch came from the worker processes") as error:
         list(data.test_dataloader())
     assert "\n" not in str(error.value)

@@ -272,7 +272,7 @@ def test_curve_is_drawn(checkpoint, tmp_path):
         ("--goal.cost=0.5 --data_split=val200", ("data_split", "val, test, train")),
         ("--goal.cost=0.5 --bundle={W}", ("exists", "bundle=", "--overwrite true")),
         ("--goal.cost=0.5 --bundle={W} --overwrite=true", ("holds calibration.json", "--overwrite true replaces")),
-        ("--goal.cost=0.5 --merge=true", ("merge belongs to the bundle", "--bundle FOLDER")),
+        ("--goal.cost=0.5 --merge=true", ("merge is a setting of the bundle", "--bundle FOLDER")),
         ("--goal.cost=0.5 --out={W}", ("calibration.json already",)),
         ("--goal.cost=0.5 --ckpt_path=null --data=Shapes", ("calibrate needs a checkpoint",)),
         ("--goal.cost=0.01", ("goal.cost=0.01 cannot be reached", "of static; give that or more")),

@@ -84,7 +84,7 @@ TYPOS = [
     ("test --bundle flowers --data ImageFolder", "root must be given, as in --data.root"),
     ("test --bundle flowers --data ImagFolder --data.root photos", "did you mean 'ImageFolder'?"),
     ("test run/checkpoints/last.ckpt", "a checkpoint is given as --ckpt_path run/checkpoints/last.ckpt"),
-    ("calibrate --ckpt_path run/checkpoints/last.ckpt --cost 0.5", "no checkpoint"),
+    ("calibrate --ckpt_path run/checkpoints/last.ckpt --cost 0.5", "not a readable checkpoint"),
     ("export flowers --out e", "a bundle is given as --bundle flowers"),
     ("export --bundle flowers", "--out must be given"),
     ("bench --bundle flowers --batch_size 8", "did you mean 'batch_sizes'?"),

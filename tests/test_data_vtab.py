@@ -141,7 +141,7 @@ def test_missing_list_is_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "line", ["images/0.png", "images/0.png one", "images/0.png 1_0", "images/0.png ١", "1", "a 1.0"]
+    "line", ["images/0.png", "images/0.png one", "images/0.png 1_0", "images/0.png ١", "1", ",1", "a 1.0"]
 )
 def test_malformed_line_is_refused(tmp_path, line):
     make(tmp_path, val200=f"images/0.png 0\n{line}\n")

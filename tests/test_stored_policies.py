@@ -143,5 +143,5 @@ def test_policy_from_its_twin(checkpoint, tmp_path, capsys):
         file.write_text(json.dumps(content | changes))
         args = ["calibrate", "--ckpt_path", str(checkpoint), *QUIET, "--policy_from", str(file)]
         assert words in fails(args, capsys)
-    assert "one of the two" in fails([*args, "--goal.cost=0.5"], capsys)
+    assert "give only one of them" in fails([*args, "--goal.cost=0.5"], capsys)
     assert "holds no calibration" in fails([*args[:-1], str(tmp_path)], capsys)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import CLASSES
 from exported_networks import POLICY, noise
-from test_kinds_by_family import KINDS, shaken
+from test_kinds_by_family import kinds
 from tiny import make_classifier, trainer
 from tiny import shaken as shaken_module
 from torch import Tensor, nn
@@ -54,7 +54,7 @@ TOKENS, WIDTH, DEPTH = 2 * 4 * 4, 48, 3
 @functools.cache
 def built(depth: int) -> nn.Module:
     model = create_backbone(NAME, CLASSES, **(ARGS | {"depth": depth}))
-    shaken(model, list(model.parameters()))
+    kinds.shake(model.parameters())
     return model
 
 
@@ -122,7 +122,7 @@ def test_clip_does_not_see_its_batch() -> None:
 # ---- adapters
 
 
-@pytest.mark.parametrize("spec", KINDS, ids=lambda spec: f"{type(spec).__name__} {getattr(spec, 'placement', '')}")
+@pytest.mark.parametrize("spec", kinds.KINDS, ids=kinds.label)
 def test_every_kind(spec: AdapterSpec) -> None:
     model, x = backbone(depth=2), clips(2)
     before = model(x)
@@ -134,7 +134,7 @@ def test_every_kind(spec: AdapterSpec) -> None:
     trained = [p for p in net.parameters() if p.requires_grad]
     heads = {id(p) for p in (*net.heads.parameters(), *model.get_classifier().parameters())}
     assert {id(p) for p in trained} == {id(p) for p in adapters} | heads
-    shaken(net, trained)
+    kinds.shake(trained)
     net.train()(x).pow(2).sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in adapters)
     with torch.no_grad():
@@ -163,7 +163,7 @@ def test_convpass_stays_in_its_moment() -> None:
     model = backbone()
     inject(model, Convpass(bottleneck=2))
     layer = model.blocks[0].mlp
-    shaken(layer, [layer.kernel, layer.up])
+    kinds.shake([layer.kernel, layer.up])
     x = torch.randn(1, TOKENS, WIDTH)
     other = x.clone()
     other[:, 16:] = 0  # the second moment
@@ -286,7 +286,7 @@ def test_weights_of_a_pretraining(tmp_path: Path) -> None:
         ({"dynamic_img_size": True}, "takes no argument"),
         ({"dynamic_img_pad": True}, "dynamic_img_pad does not fit clips; leave it out"),
         ({"pretrained": True}, "give a local file as weights="),
-        ({"img_size": None, "image_size": 36}, "image_size=36 is no multiple of 8 pixels"),
+        ({"img_size": None, "image_size": 36}, "image_size=36 is not a multiple of 8 pixels"),
     ],
     ids=lambda given: str(given) if isinstance(given, dict) else "",
 )

@@ -45,7 +45,7 @@ def read_list(file: Path, folder: Path) -> list[Line]:
         place = f"{file}:{number}"
         path, label = _split(content.strip())
         path = path.removeprefix(f"{folder}/")  # lists of some data sets name their files from the root
-        if not LABEL.fullmatch(label) or CONTROL.search(path):
+        if not path or not LABEL.fullmatch(label) or CONTROL.search(path):
             given = content.strip()[:100]
             raise ValueError(f"{place}: {given!r} is not 'PATH LABEL', for example 'images/train800/000000.jpg 12'")
         if _leaves_folder(path):
