@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dynadapter.backbones import create_backbone
+from dynadapter.exits.policies import Confidence
 
 # A shell without a terminal starts jobs that ignore these signals, which tests send
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -85,6 +86,17 @@ def any_backbone(request: pytest.FixtureRequest) -> nn.Module:
 @pytest.fixture
 def images() -> Tensor:
     return torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+def parting(logits: Tensor) -> Confidence:
+    """Return the policy that parts these images, from their logits at the first exit.
+
+    Its threshold is the middle of the widest gap between two confidences. Where one image lies on the threshold, the
+    last bit of a kernel decides about it, and another machine decides otherwise.
+    """
+    confidences = logits.float().softmax(-1).amax(-1).sort().values
+    widest = int(confidences.diff().argmax())
+    return Confidence(confidences[widest : widest + 2].mean().item())
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from conftest import BACKBONES, make_vit
+from conftest import BACKBONES, make_vit, parting
 from torch.nn import functional as F
 
 from dynadapter.cost import exit_costs
 from dynadapter.exits.attentive import Attentive, AttentiveHead
 from dynadapter.exits.heads import LinearHeads
 from dynadapter.exits.net import ExitNet
-from dynadapter.exits.policies import Confidence, route
+from dynadapter.exits.policies import route
 from dynadapter.exits.token_merging import TokenMerging
 
 WIDTH, CLASSES, TOKENS = 24, 5, 10
@@ -52,7 +52,7 @@ def test_routing_equals_stacked_logits(kind):
     images = torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         logits = net(images)
-        policy = Confidence(logits[0].softmax(-1).amax(-1).median().item())
+        policy = parting(logits[0])
         routed = net.early(images, policy, class_first=True)
     index = route(policy, logits)
     assert routed.exit_index.tolist() == index.tolist()

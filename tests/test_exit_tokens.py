@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import CLASSES, VIT, make_vit
+from conftest import CLASSES, VIT, make_vit, parting
 from lightning.pytorch import Trainer
 from timm.layers import SwiGLU
 from timm.models import create_model
@@ -121,7 +121,7 @@ def test_routing_and_stream_equal_stacked(merging, backbone):
     net = network(merging=MERGINGS[merging], **args).eval()
     with torch.no_grad():
         logits = net(IMAGES)
-        policy = Confidence(logits[0].softmax(-1).amax(-1).median().item())
+        policy = parting(logits[0])
         index = route(policy, logits)
         assert 0 < index.bool().sum() < len(index)
         routed, never = net.early(IMAGES, policy), net.early(IMAGES, Never())

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import parting
 from test_backbones import ARCHITECTURES
 
-from dynadapter import VPT, Confidence, Convpass, LoRA, RepAdapter
+from dynadapter import VPT, Convpass, LoRA, RepAdapter
 from dynadapter.adapters import AdapterSpec
 from dynadapter.backbones import create_backbone
 from dynadapter.exits.policies import read_off
@@ -62,7 +63,7 @@ def test_every_kind_in_every_family(name: str, spec: AdapterSpec) -> None:
     unmerged = () if spec.label in MERGED else ("merge",)
     assert missing == {*unmerged, *(("identity",) if isinstance(spec, VPT) else ())}
     with torch.no_grad():
-        policy = Confidence(case.logits[0].softmax(-1).amax(-1).median().item())
+        policy = parting(case.logits[0])
         routed, expected = case.net.early(kinds.images(), policy), read_off(policy, case.logits)
     assert routed.exit_index.equal(expected.exit_index)
     torch.testing.assert_close(routed.logits, expected.logits, rtol=1e-4, atol=1e-5)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import BACKBONES, CLASSES, make_convnext, make_vit
+from conftest import BACKBONES, CLASSES, make_convnext, make_vit, parting
 from exported_networks import NAMES, noise
 from test_backbones import shake
 from test_configs import small
@@ -88,7 +88,7 @@ def test_method_in_every_respect(method, images):
         live = not torch.equal(net(images)[-1], net(images)[-1])
         logits = net.eval()(images)
         assert torch.equal(net(images), logits)
-        policy = Confidence(logits[0].softmax(-1).amax(-1).median().item())
+        policy = parting(logits[0])
         assert net.early(images, policy).exit_index.equal(read_off(policy, logits).exit_index)
     assert live is (method == "LoRA")
     assert not torch.allclose(logits[-1], expected, atol=1e-3)

@@ -4,10 +4,11 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import parting
 from test_backbones import CONVNEXT, HIERA, MAXVIT, NAFLEX, SWIN
 from test_backbones import VIT as DEEP
 
-from dynadapter import Confidence, ExitNet, LoRA, create_backbone, exit_costs, inject
+from dynadapter import ExitNet, LoRA, create_backbone, exit_costs, inject
 from dynadapter.exits.policies import read_off
 
 VIT = DEEP | {"depth": 2}
@@ -43,7 +44,7 @@ def test_small_input_is_timms_result(name: str, options: dict[str, Any], shape: 
         inject(backbone, LoRA(rank=2))
         net = ExitNet(backbone, every=1).eval()
         logits = net(images)
-        policy = Confidence(logits[0].softmax(-1).amax(-1).median().item())
+        policy = parting(logits[0])
         routed, read = net.early(images, policy), read_off(policy, logits)
     assert torch.equal(logits[-1], expected)
     assert routed.exit_index.equal(read.exit_index)

@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CLASSES
+from conftest import CLASSES, parting
 from test_backbones import shake
 from torch import Tensor, nn
 
-from dynadapter import AdapterPlus, Confidence, DoRA, ExitNet, LoRA, RepAdapter, create_backbone, exit_costs, inject
+from dynadapter import AdapterPlus, DoRA, ExitNet, LoRA, RepAdapter, create_backbone, exit_costs, inject
 from dynadapter.adapters import Adapter, adapter_layers
 from dynadapter.backbones import blocks
 from dynadapter.exits.policies import read_off
@@ -77,7 +77,7 @@ def test_architecture_works(name: str) -> None:
     with torch.no_grad():
         logits = net(images())
         assert torch.equal(logits[-1], expected)  # timm's own forward pass, before the injection
-        policy = Confidence(logits[0].softmax(-1).amax(-1).median().item())
+        policy = parting(logits[0])
         routed, read = net.early(images(), policy), read_off(policy, logits)
     assert routed.exit_index.equal(read.exit_index)
     torch.testing.assert_close(routed.logits, read.logits, rtol=1e-4, atol=1e-4)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CLASSES
+from conftest import CLASSES, parting
 from exported_networks import POLICY, noise
 from test_kinds_by_family import kinds
 from tiny import make_classifier, trainer
@@ -21,7 +21,6 @@ from torch.utils.data import DataLoader, TensorDataset
 from dynadapter import (
     SSF,
     VPT,
-    Confidence,
     Convpass,
     ExitNet,
     LoRA,
@@ -110,7 +109,7 @@ def test_clip_does_not_see_its_batch() -> None:
     net, x = ExitNet(backbone(), every=1).eval(), clips(6)
     alone = torch.cat([net(clip[None]) for clip in x], 1)
     torch.testing.assert_close(net(x), alone, rtol=1e-4, atol=1e-5)
-    policy = Confidence(alone[0].softmax(-1).amax(-1).median().item())
+    policy = parting(alone[0])
     routed, expected = net.early(x, policy), read_off(policy, alone)
     assert routed.exit_index.equal(expected.exit_index)
     assert len(routed.exit_index.unique()) > 1
