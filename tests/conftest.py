@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dynadapter.backbones import create_backbone
+from dynadapter.cli.ray_session import LOOPBACK
 from dynadapter.exits.policies import Confidence
 
 # A shell without a terminal starts jobs that ignore these signals, which tests send
@@ -86,6 +87,14 @@ def any_backbone(request: pytest.FixtureRequest) -> nn.Module:
 @pytest.fixture
 def images() -> Tensor:
     return torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def alone_on_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the test start Ray on this machine, as a command does that nothing has imported Ray before."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv(LOOPBACK, "0")
+    pytest.importorskip("ray", reason="Ray is not installed: pip install 'dynadapter[ray]'")
 
 
 def parting(logits: Tensor) -> Confidence:

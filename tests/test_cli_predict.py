@@ -679,3 +679,35 @@ def test_checkpoint_that_names_code(where, checkpoint, images, tmp_path, capsys,
 def test_gpu_that_is_not_there(bundle, images, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "torch finds no GPU here" in refused(capsys, arguments(bundle, images, tmp_path / "o.csv", "--device=cuda"))
+
+
+# ---- Ray Data
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")
+def test_ray_writes_the_same_bytes(bundle, many, damaged, alone_on_ray, tmp_path, capsys, monkeypatch):
+    expected = run(bundle, many, tmp_path / "one.csv")
+    assert run(bundle, many, tmp_path / "two.csv", "--engine", "ray", "--processes", "2").read_bytes() == (
+        expected.read_bytes()
+    )
+    error = refused(capsys, arguments(bundle, damaged, tmp_path / "t.csv", "--engine", "ray", "--max_skipped", "1"))
+    assert "images cannot be read, more than max_skipped=1, listed in " in error
+    assert "the same command continues from there with a higher --max_skipped" in error
+    monkeypatch.setattr(engine, "predict", None)  # nothing is computed in this process
+    resumed = run(bundle, damaged, tmp_path / "t.csv", "--engine", "ray", "--processes", "2")
+    assert "continuing after" in capsys.readouterr().out
+    monkeypatch.undo()
+    assert resumed.read_bytes() == run(bundle, damaged, tmp_path / "u.csv").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--engine", "ray", "--backend", "auto"], "--engine ray takes one --backend for all machines"),
+        (["--engine", "ray", "--device", "cpu"], "--gpus instead of --device"),
+        (["--gpus", "-1"], "gpus=-1.0 must be at least 0"),
+    ],
+)
+def test_options_of_ray(options, words, bundle, images, tmp_path, capsys):
+    assert words in refused(capsys, arguments(bundle, images, tmp_path / "t.csv", *options))

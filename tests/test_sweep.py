@@ -736,9 +736,6 @@ def test_killed_sweep_ends_with_the_same_table(data, finished, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")
-def test_ray_does_the_same_runs(data, finished, tmp_path, monkeypatch):
-    pytest.importorskip("ray", reason="Ray is not installed: pip install 'dynadapter[ray]'")
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+def test_ray_does_the_same_runs(data, finished, tmp_path, alone_on_ray):
     main(["sweep", str(write_sweep(tmp_path, data)), "--engine", "ray"])
     assert table_of(tmp_path / "out") == table_of(finished)

@@ -46,7 +46,7 @@ OPTIONS: dict[str, tuple[Any, Any, str]] = {
         None,
         "Threshold instead of the policy's own: one, or a list.",
     ),
-    "top_k": (int, 1, "Number of classes for each image: adds class_2, confidence_2 and so on."),
+    "top_k": (int, 1, "Classes for each image: adds class_2, confidence_2 and so on."),
     "probabilities": (bool, False, "Whether to add a column with the probability of each class."),
     "weights": (str | None, None, "File of the backbone's weights, where the network needs one."),
     "pretrained": (bool | None, None, "Whether timm may fetch the backbone's weights; default: as in training."),
@@ -56,7 +56,9 @@ OPTIONS: dict[str, tuple[Any, Any, str]] = {
         "Values [low, high] that become 0 and 255 in images of over 8 bits.",
     ),
     "batch_size": (int, 32, "Images that are computed at once."),
-    "processes": (int, 1, "Processes that share the images, one for each GPU or part of the CPU."),
+    "processes": (int, 1, "Processes that share the images, for example one for each GPU."),
+    "engine": (Literal["local", "ray"], "local", "local, or Ray Data (RAY_ADDRESS names a cluster)."),
+    "gpus": (float, 0.0, "GPUs of a process under Ray, such as 0.5."),
     "num_workers": (int | None, None, "Threads of a process that read images ahead; 0 reads in turn."),
     "backend": BACKEND,
     "device": (Literal["auto", "cpu", "cuda"], "auto", "Where the network runs; auto takes a GPU if there is one."),
@@ -109,7 +111,7 @@ def predict(given: Any, args: list[str]) -> None:
             print(f"continuing after {table.done:,} of {len(table.files):,} images, from {table.folder}", flush=True)
         try:
             with helpers(given, args):
-                speed = fill(bundle, table, given)
+                speed = fill(bundle, table, given, args)
             table.finish()
         except (KeyboardInterrupt, Terminated) as stop:
             how, code = (stop, stop.code) if isinstance(stop, Terminated) else ("interrupted", 130)
@@ -126,6 +128,10 @@ def check(given: Any, output: Path) -> None:
     for name, least in (("batch_size", 1), ("num_workers", 0), ("max_skipped", 0), ("top_k", 1), ("processes", 1)):
         if given[name] is not None and given[name] < least:
             raise Mistake(f"{name}={given[name]} must be at least {least}")
+    if given.gpus < 0:
+        raise Mistake(f"gpus={given.gpus} must be at least 0")
+    if given.engine == "ray" and (given.backend == "auto" or given.device != "auto"):
+        raise Mistake("--engine ray takes one --backend for all machines, and --gpus instead of --device")
     if (given.bundle is None) == (given.ckpt_path is None):
         raise Mistake("give --bundle FOLDER or --ckpt_path FILE, one of the two")
     unfinished = output.with_name(f"{output.name}.partial")
@@ -156,6 +162,9 @@ def prepared(given: Any, number: int = 0) -> Iterator[tuple["Bundle", Prediction
     threads = torch.get_num_threads()
     if given.processes > 1:
         torch.set_num_threads(max(1, threads // given.processes))
+    on_ray = given.engine == "ray"
+    if on_ray:  # the first process describes the table, and only the workers compute
+        given.device = "cuda" if given.gpus and number else "cpu"
     try:
         bundle = load_network(given, number, given.batch_size)
         _take_value_range(bundle, given.value_range)
@@ -164,7 +173,7 @@ def prepared(given: Any, number: int = 0) -> Iterator[tuple["Bundle", Prediction
         identity = {
             "network": hashlib.sha256(bundle.config.dumps().encode()).hexdigest(),
             "policy": repr(bundle.policy),
-            "device": bundle.device.type,
+            "device": "cuda" if on_ray and given.gpus else bundle.device.type,
             "backend": bundle.backend,
         }
         names = columns(bundle.class_names, given.top_k, given.probabilities)
@@ -204,8 +213,8 @@ def accounts(places: list[str], files: list[str]) -> Iterator[str]:
             yield str(account(folder, {"images": files}))
 
 
-def fill(bundle: "Bundle", table: PredictionTable, given: Any) -> float:
-    """Fill the table with this process's share of the images, and return its speed in images per second."""
+def fill(bundle: "Bundle", table: PredictionTable, given: Any, args: list[str]) -> float:
+    """Fill the table, alone or with helpers, and return the speed in images per second."""
     from dynadapter.serve.predict import NonFinite, TooManyUnread, predict
 
     start, before, speed = time.monotonic(), table.done, 0.0
@@ -220,15 +229,20 @@ def fill(bundle: "Bundle", table: PredictionTable, given: Any) -> float:
             bar.update(bar.task_ids[0], completed=table.done, speed=f"{speed:.1f} images/s", exit=average)
 
         try:
-            predict(
-                bundle,
-                table,
-                top_k=given.top_k,
-                probabilities=given.probabilities,
-                max_skipped=given.max_skipped,
-                workers=workers,
-                on_batch=show,
-            )
+            if given.engine == "ray":
+                from dynadapter.cli.predict_on_ray import fill_on_ray
+
+                fill_on_ray(given, args, table, show)
+            else:
+                predict(
+                    bundle,
+                    table,
+                    top_k=given.top_k,
+                    probabilities=given.probabilities,
+                    max_skipped=given.max_skipped,
+                    workers=workers,
+                    on_batch=show,
+                )
         except NonFinite as error:
             raise Mistake(str(error)) from error
         except TooManyUnread as error:
@@ -246,7 +260,8 @@ def fill(bundle: "Bundle", table: PredictionTable, given: Any) -> float:
 def helpers(given: Any, args: list[str]) -> Iterator[None]:
     """Run further processes that share the images, and wait for them; a killed process loses at most one batch."""
     command = [sys.executable, "-m", "dynadapter.cli.predict"]
-    started = [subprocess.Popen([*command, str(number), *args]) for number in range(1, given.processes)]
+    count = given.processes if given.engine == "local" else 1
+    started = [subprocess.Popen([*command, str(number), *args]) for number in range(1, count)]
     try:
         yield
         for process in started:
@@ -263,7 +278,7 @@ def help_out(number: int, args: list[str]) -> None:
     import_own()
     given = parser().parse_args(args)
     with suppress(KeyboardInterrupt, Terminated), stoppable(), prepared(given, number) as (bundle, table):
-        fill(bundle, table, given)
+        fill(bundle, table, given, args)
 
 
 # ---- what is printed

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from dynadapter.cli.errors import Failed, Mistake, Stopped, one_line
+from dynadapter.cli.ray_session import ray_session
 from dynadapter.cli.sweep_file import SweepFile
 from dynadapter.sweep.plan import Unit
 
@@ -90,7 +91,6 @@ def spread(path: str, processes: int) -> None:
 def run_on_ray(file: SweepFile, cpus: float, gpus: float, say: Callable[[str], None]) -> dict[Unit, str]:
     """Run the sweep on Ray, with as many runs at a time as its resources allow.
 
-    Ray connects to the cluster that ``RAY_ADDRESS`` names, or starts on this machine and listens on loopback alone.
     All machines of a cluster must see the folders of the sweep and of the data under the same paths.
 
     Args:
@@ -103,22 +103,12 @@ def run_on_ray(file: SweepFile, cpus: float, gpus: float, say: Callable[[str], N
         The runs that failed, with the reason.
 
     Raises:
-        Mistake: Ray is not installed.
+        Mistake: Ray is not installed, or its cluster does not answer.
     """
-    try:
-        import ray
-    except ImportError as error:
-        raise Mistake("--engine ray needs Ray; install it with: pip install 'dynadapter[ray]'") from error
-    own = not ray.is_initialized()
-    if own:
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        local: dict[str, Any] = {"_node_ip_address": "127.0.0.1", "include_dashboard": False}
-        local = {} if "RAY_ADDRESS" in os.environ else local
-        ray.init(log_to_driver=False, **local)
-    remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=0)(do_unit)
     failed: dict[Unit, str] = {}
     running: dict[Any, Unit] = {}
-    try:
+    with ray_session() as ray:
+        remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=0)(do_unit)
         while True:
             ready = file.sweep.ready(file.done())
             for unit in ready:
@@ -138,9 +128,6 @@ def run_on_ray(file: SweepFile, cpus: float, gpus: float, say: Callable[[str], N
                         say(summary(file.done(), unit))
                     elif unit not in file.done():
                         time.sleep(WAIT)  # a process outside of Ray does this run
-    finally:
-        if own:
-            ray.shutdown()
 
 
 def do_unit(file: SweepFile, unit: Unit) -> bool:

@@ -103,6 +103,7 @@ def predict(
     probabilities: bool = False,
     max_skipped: int = 10,
     workers: int = 4,
+    numbers: Sequence[int] | None = None,
     on_batch: Callable[[], None] = lambda: None,
 ) -> None:
     """Fill a table with this process's share of the images; the caller then finishes the table.
@@ -115,6 +116,7 @@ def predict(
         probabilities: As in :func:`columns`.
         max_skipped: More unreadable images than this are an error.
         workers: Threads that read images ahead; 0 reads each batch when it is due.
+        numbers: Batches to compute, which the caller shares out; by default those that no other process has claimed.
         on_batch: Called after each batch.
 
     Raises:
@@ -122,9 +124,11 @@ def predict(
         TooManyUnread: More images cannot be read; they are listed in ``table.unread_list``.
     """
     assert bundle.preprocess is not None
-    for wait in (False, True):  # at the end, take over what another process has claimed and not finished
-        numbers = table.claim(wait)
-        with closing(read_batches(bundle.preprocess, table, numbers, 0 if wait else workers)) as batches:
+    passes: list[tuple[Iterable[int], int]] = [(numbers or (), workers)]
+    if numbers is None:  # at the end, take over what another process has claimed and not finished
+        passes = [(table.claim(), workers), (table.claim(wait=True), 0)]
+    for some, threads in passes:
+        with closing(read_batches(bundle.preprocess, table, some, threads)) as batches:
             for number, batch in batches:
                 unread = [Unread(read.file, read.reason) for read in batch if read.pixels is None]
                 _check_cap(table, unread, max_skipped)

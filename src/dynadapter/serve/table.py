@@ -88,7 +88,7 @@ class PredictionTable:
                 self._begin()
             self._claims = self._locks.enter_context(io.FileIO(self.folder / "claims", "ab"))
             for number in range(self.batches):
-                self._look(number)
+                self.look(number)
         except BaseException:
             self.close()
             raise
@@ -123,6 +123,19 @@ class PredictionTable:
         """Return the files of a batch."""
         return self.files[number * self.batch_size : (number + 1) * self.batch_size]
 
+    def look(self, number: int) -> bool:
+        """Count a batch once it is finished, and return whether it is."""
+        if number not in self._finished and (content := self._read(number)) is not None:
+            self._finished.add(number)
+            for entry in content:
+                if isinstance(entry, Unread):
+                    self.unread += 1
+                else:
+                    self.answered += 1
+                    self.exits += entry[3]
+                    self.nonfinite += entry[2] is None
+        return number in self._finished
+
     def claim(self, wait: bool = False) -> Iterator[int]:
         """Yield the numbers of unfinished batches, each claimed for this process until it is saved.
 
@@ -131,8 +144,8 @@ class PredictionTable:
                 each one before the next is requested, or two processes may wait for each other.
         """
         for number in range(self.batches):
-            if not self._look(number) and self._lock(number, wait):
-                if self._look(number):
+            if not self.look(number) and self._lock(number, wait):
+                if self.look(number):
                     self._unlock(number)
                 else:
                     yield number
@@ -161,7 +174,7 @@ class PredictionTable:
             with contextlib.suppress(OSError):
                 new.unlink()
             raise
-        self._look(number)
+        self.look(number)
         self._unlock(number)
 
     def finish(self) -> None:
@@ -263,19 +276,6 @@ class PredictionTable:
 
     def _path(self, number: int) -> Path:
         return self.folder / f"{number}.json"
-
-    def _look(self, number: int) -> bool:
-        """Count a batch once it is finished, and return whether it is."""
-        if number not in self._finished and (content := self._read(number)) is not None:
-            self._finished.add(number)
-            for entry in content:
-                if isinstance(entry, Unread):
-                    self.unread += 1
-                else:
-                    self.answered += 1
-                    self.exits += entry[3]
-                    self.nonfinite += entry[2] is None
-        return number in self._finished
 
     def _read(self, number: int) -> list[Row | Unread] | None:
         """Read a batch; None if it is missing or damaged."""
