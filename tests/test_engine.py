@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from served import COSTS, Gate, make_bundle, make_net, photos, tensors, until
+from test_together import bundle as task
 
 from dynadapter.exits.combining import Combined, with_threshold
 from dynadapter.exits.policies import Confidence, Entropy, Never, Patience, combined, route
@@ -281,6 +282,21 @@ def test_nonfinite_logits_are_an_error():
         with pytest.raises(Failed, match="logits of exit 3 are not finite"):
             bad.result(60)
         assert good.result(60).exit_index == 2
+
+
+def test_sizes_in_one_batch_are_an_error():
+    gate, parts = Gate(), {"costs": COSTS, "preprocessing": None}
+    with Engine(task(family="convnext", parts=parts), compute=gate) as engine:
+        with gate.closed():
+            first = engine.submit(IMAGES[0])
+            gate.holds()
+            others = [engine.submit(image) for image in (IMAGES[1], torch.zeros(3, 64, 64))]
+            until(lambda: waiting(engine) == 2)
+        for job in others:
+            with pytest.raises(Failed, match=r"stage 1 failed on its batch \(RuntimeError: Sizes of tensors"):
+                job.result(60)
+        assert first.result(60)
+        assert engine.submit(torch.zeros(3, 64, 64)).result(60)
 
 
 def test_cancelled_request_is_not_computed():
