@@ -44,6 +44,7 @@ SECTIONS: list[tuple[str, str, str]] = [
     ("A block with an adapter", "adapters", "adapters.jsonl"),
     ("Serving", "serving", "serving.jsonl"),
     ("Servers under load", "load", "load.jsonl"),
+    ("Several tasks on one backbone", "several_tasks", "several_tasks.jsonl"),
 ]
 """Title, program and file of each section on time."""
 

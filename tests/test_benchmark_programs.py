@@ -72,6 +72,7 @@ PROGRAMS: dict[str, list[str]] = {
     "token_merging": [],
     "adapters": [],
     "serving": ["--batches", "1", "4", "--parts", "stream", "baselines"],
+    "several_tasks": [],
     "load": ["--clients", "2", "--seconds", "0.2"],
 }
 SLOW = ("stage_compile", "load")

@@ -8,16 +8,18 @@ import signal
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import VIT, make_vit
 from served import NAMES, make_bundle, make_net, parts_of, photos
 
-from dynadapter.adapters import LoRA, inject
+from dynadapter.adapters import Adapter, AdapterSpec, LoRA, inject
 from dynadapter.backbones import fingerprint
 from dynadapter.backbones.layout import lay_out_for_cpu
 from dynadapter.cli import main, serve
+from dynadapter.cli.errors import Mistake
 from dynadapter.exits.heads import Balanced
 from dynadapter.exits.net import ExitNet
 from dynadapter.exits.policies import Never
@@ -50,6 +52,8 @@ def test_help_and_mistakes_load_no_torch(tmp_path):
         ("--bundle a --queue 16", "queue=16 must be above batch=16"),
         ("--bundle x/a y/a", "two bundles have the name a; give them as NAME=PLACE, as in a2=y/a"),
         ("--bundle ä", "'ä' is not a valid name for a path; give letters"),
+        ("--bundle a --together true", "--together true needs at least two bundles; give more, or leave it out"),
+        ("--bundle a b --together true --backend auto", "--together true runs by torch, not by --backend auto"),
         ("--bundle a --prot 1", "did you mean"),
     ],
 )
@@ -91,11 +95,14 @@ def test_missing_package_is_named(capsys, monkeypatch):
 # ---- one backbone for several bundles
 
 
-def task(seed: int) -> Bundle:
-    """A task on the same backbone: LoRA and heads of its own."""
+LORA = LoRA(rank=2)
+
+
+def task(seed: int, adapter: AdapterSpec = LORA) -> Bundle:
+    """A task on the same backbone: an adapter and heads of its own."""
     backbone = make_vit()
     source = BackboneSource("vit_tiny_patch16_224", fingerprint(backbone), "seed", VIT)
-    inject(backbone, LoRA(rank=2))
+    inject(backbone, adapter)
     net = ExitNet(backbone, Balanced(), every=2).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -103,7 +110,7 @@ def task(seed: int) -> Bundle:
             if p.requires_grad:
                 p.add_(torch.randn(p.shape, generator=generator) * 0.3)
     net.requires_grad_(False)
-    parts = {"backbone": source, "adapter": LoRA(rank=2), "heads": Balanced(), "policy": Never(), "class_names": NAMES}
+    parts = {"backbone": source, "adapter": adapter, "heads": Balanced(), "policy": Never(), "class_names": NAMES}
     return Bundle(net, Never(), describe(net, **parts))
 
 
@@ -124,6 +131,39 @@ def test_bundles_hold_a_backbone_once():
     own = sum(p.nbytes for p in tasks[0].net.parameters()) - frozen
     assert sum(held.values()) == frozen + 3 * own
     assert share_backbones([other]) == 0
+
+
+def saved_task(place: Path, seed: int, adapter: AdapterSpec = LORA, merged: bool = False) -> str:
+    """Write a task as a bundle, and return its folder."""
+    one = task(seed, adapter)
+    if merged:
+        one.net.merge(1e-3)
+    parts = {"backbone": one.config.backbone, "adapter": adapter, "merged": merged}
+    return str(save_bundle(one.net, place, **parts_of(one.net, Never(), **parts)))
+
+
+def test_bundles_share_batches_on_request(tmp_path, capsys):
+    places = {name: saved_task(tmp_path / name, seed) for seed, name in enumerate(("flowers", "birds"))}
+    line = ["--bundle", *(f"{name}={place}" for name, place in places.items()), "--device", "cpu", "--together"]
+    for wanted in (True, False):
+        given = serve.parser().parse_args([*line, str(wanted).lower()])
+        engines = serve._engines(given, serve.read(given))
+        assert list(engines) == ["flowers", "birds"]
+        assert (len({engine._worker for engine in engines.values()}) == 1) == wanted
+        assert ("flowers, birds run in one batch" in capsys.readouterr().out) == wanted
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [({"adapter": Adapter(bottleneck=2)}, "its adapter is Adapter"), ({"merged": True}, "qkv.weight differs, because")],
+)
+def test_bundles_that_cannot_share_batches(tmp_path, options, reason):
+    places = [saved_task(tmp_path / "flowers", 0), saved_task(tmp_path / "birds", 1, **options)]
+    given = serve.parser().parse_args(["--bundle", *places, "--together", "true", "--device", "cpu"])
+    with pytest.raises(Mistake, match="--together true: birds cannot be in one batch with flowers: ") as error:
+        serve._engines(given, serve.read(given))
+    assert reason in str(error.value)
+    assert str(error.value).endswith("; run it by itself, without --together")
 
 
 # ---- a process

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from served import COSTS, Gate, make_bundle, make_net, photos, tensors, until
+from test_together import bundle as task
 
 from dynadapter.exits.combining import Combined, with_threshold
 from dynadapter.exits.policies import Confidence, Entropy, Never, Patience, combined, route
@@ -38,7 +39,7 @@ STRICT = Confidence(1.0)
 
 
 def waiting(engine: Engine) -> int:
-    return sum(map(count, engine._queues))
+    return sum(count(queue) for queues in engine._worker.queues for queue in queues)
 
 
 def engine_of(policy=STRICT, **options) -> Engine:
@@ -176,7 +177,7 @@ def test_exits_close_before_any_is_refused():
 
 def test_deadline_stops_at_the_exit_in_reach():
     with engine_of() as engine:
-        engine._seconds = [0.0, 0.0, 1000.0]
+        engine._worker.seconds = [0.0, 0.0, 1000.0]
         answer = engine.submit(IMAGES[0], Limits(deadline=500)).result(60)
         assert (answer.exit_index, answer.limited) == (1, "deadline")
         assert engine.submit(IMAGES[0]).result(60).exit_index == 2
@@ -195,8 +196,8 @@ def test_deadline_passed_in_a_queue():
         assert first.result(60).exit_index == 2
         job = engine._job(IMAGES[1], Limits(deadline=100))  # as one that waits before the last stage
         engine.taken += 1
-        engine._seconds[2] = 1000.0
-        assert not engine._sorted_out(2, Waiting([job], 0.0, (IMAGES[1:2],), LOGITS[:2, 1:2])).items
+        engine._worker.seconds[2] = 1000.0
+        assert not engine.drop_late(2, Waiting([job], 0.0, (IMAGES[1:2],), LOGITS[:2, 1:2])).items
         answer = job.result(0)
         assert (answer.exit_index, answer.limited) == (1, "deadline")
         torch.testing.assert_close(answer.probabilities, LOGITS[1, 1].softmax(-1))
@@ -256,9 +257,9 @@ def test_failed_stage_answers_its_batch_only(kind, monkeypatch, caplog):
 def test_dead_thread_is_started_again(monkeypatch):
     with engine_of() as engine:
         with monkeypatch.context() as patch:
-            patch.setattr(engine, "_next", lambda: exec("raise SystemExit"))
+            patch.setattr(engine._worker, "_next", lambda: exec("raise SystemExit"))
             first = engine.submit(IMAGES[0])
-            until(lambda: not engine._worker.is_alive())
+            until(lambda: not engine._worker.thread.is_alive())
         assert engine.ready()
         assert first.result(60).exit_index == 2
         assert engine.submit(IMAGES[1]).result(60).exit_index == 2
@@ -281,6 +282,21 @@ def test_nonfinite_logits_are_an_error():
         with pytest.raises(Failed, match="logits of exit 3 are not finite"):
             bad.result(60)
         assert good.result(60).exit_index == 2
+
+
+def test_sizes_in_one_batch_are_an_error():
+    gate, parts = Gate(), {"costs": COSTS, "preprocessing": None}
+    with Engine(task(family="convnext", parts=parts), compute=gate) as engine:
+        with gate.closed():
+            first = engine.submit(IMAGES[0])
+            gate.holds()
+            others = [engine.submit(image) for image in (IMAGES[1], torch.zeros(3, 64, 64))]
+            until(lambda: waiting(engine) == 2)
+        for job in others:
+            with pytest.raises(Failed, match=r"stage 1 failed on its batch \(RuntimeError: Sizes of tensors"):
+                job.result(60)
+        assert first.result(60)
+        assert engine.submit(torch.zeros(3, 64, 64)).result(60)
 
 
 def test_cancelled_request_is_not_computed():
@@ -313,7 +329,7 @@ def test_close_answers_what_waits():
     closing.join(60)
     assert results == [None]
     assert [future.result(0).exit_index for future in futures] == [2] * 10
-    assert not engine._worker.is_alive()
+    assert not engine._worker.thread.is_alive()
 
 
 def test_nothing_is_kept():
@@ -324,4 +340,4 @@ def test_nothing_is_kept():
         gc.collect()
         assert [job for job in jobs if job() is not None and job().source is not None] == []
         assert sum(job() is not None for job in jobs) <= 3
-        assert not any(engine._queues)
+        assert waiting(engine) == 0

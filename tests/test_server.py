@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 
 import pytest
 from PIL import Image
-from served import NAMES, Gate, make_bundle, make_net, parts_of, photos, until
+from served import COSTS, NAMES, Gate, make_bundle, make_net, parts_of, photos, until
+from test_together import bundle as task
 
 pytest.importorskip("fastapi")
 pytest.importorskip("uvicorn")
@@ -22,6 +23,7 @@ pytest.importorskip("prometheus_client")
 from prometheus_client.parser import text_string_to_metric_families
 
 from dynadapter.exits.policies import Confidence, Never
+from dynadapter.images.preprocess import Preprocess
 from dynadapter.serve import listening
 from dynadapter.serve.bundle import load, save_bundle
 from dynadapter.serve.engine import Engine
@@ -183,6 +185,26 @@ def test_drift_is_a_metric_and_a_log_line(caplog):
     assert "old: exit 1 has a share of 1.000 in the last 100 images, in calibration 0.000" in caplog.text
 
 
+def test_bundles_of_one_batch():
+    parts = {"costs": COSTS, "preprocessing": Preprocess(32)}
+    pair = {"flowers": task(classes=5, policy=Never(), parts=parts)}
+    pair["birds"] = task(classes=3, seed=1, policy=Never(), parts=parts)
+    engines = Engine.together(pair)
+    asked = [(name, photo) for photo in range(12) for name in pair]
+    with serving(engines) as client, ThreadPoolExecutor(6) as pool:
+        answers = list(pool.map(lambda one: client.ask(f"/v1/{one[0]}/predict", PHOTOS[one[1]]), asked))
+        assert client.ask("/v1/birds/predict", b"?").status == 422
+        assert client.metric("dynadapter_answers_total", bundle="birds") == 12
+        assert client.metric("dynadapter_stage_images_total", bundle="flowers", stage="3") == 12
+        assert client.metric("dynadapter_requests_total", bundle="flowers", status="422") == 0
+    for (name, photo), answer in zip(asked, answers, strict=True):
+        [expected] = pair[name].predict([PHOTOS[photo]])
+        assert (answer.status, answer.content["bundle"]) == (200, name)
+        assert (answer.content["label"], answer.content["exit"]) == (expected.label, 3)
+        assert answer.content["confidence"] == pytest.approx(expected.confidence, abs=1e-5)
+    assert all(engine.closing and not engine._worker.thread.is_alive() for engine in engines.values())
+
+
 # ---- bad requests
 
 
@@ -304,7 +326,7 @@ def test_client_that_leaves_is_not_computed():
             first = client.open(text)  # runs at the lock
             gate.holds()
             with client.open(text):
-                until(lambda: any(engine._queues))
+                until(lambda: any(map(any, engine._worker.queues)))
             until(lambda: client.metric("dynadapter_requests_total", status="499") == 1)
         assert b"200 OK" in first.recv(1000)
         first.close()
@@ -356,9 +378,9 @@ def test_dead_thread_is_started_by_ready(monkeypatch):
     engine, _ = gated()
     with serving({"one": engine}) as client, ThreadPoolExecutor(1) as pool:
         with monkeypatch.context() as patch:
-            patch.setattr(engine, "_next", lambda: exec("raise SystemExit"))
+            patch.setattr(engine._worker, "_next", lambda: exec("raise SystemExit"))
             waiting = pool.submit(client.ask, "/v1/one/predict", PHOTOS[0])
-            until(lambda: engine.taken == 1 and not engine._worker.is_alive())
+            until(lambda: engine.taken == 1 and not engine._worker.thread.is_alive())
         assert client.ask("/ready").status == 200
         assert waiting.result().status == 200
 
@@ -376,7 +398,7 @@ def test_stop_answers_what_waits():
     client.stop()
     assert not client.thread.is_alive()
     assert engine.closing
-    assert not engine._worker.is_alive()
+    assert not engine._worker.thread.is_alive()
 
 
 def refuses(port: int) -> bool:

@@ -1,5 +1,7 @@
 """Several tasks in one batch, against each bundle by itself."""
 
+from typing import Any
+
 import pytest
 import torch
 from conftest import BACKBONES
@@ -11,6 +13,7 @@ from dynadapter.adapters import AdapterSpec, adapter_layers
 from dynadapter.backbones import fingerprint
 from dynadapter.exits.heads import Balanced, LinearHeads
 from dynadapter.exits.net import ExitNet
+from dynadapter.exits.policies import Policy
 from dynadapter.serve.bundle import BackboneSource, Bundle
 from dynadapter.serve.bundle.saving import describe
 
@@ -22,8 +25,9 @@ def bundle(
     classes: int = 5,
     family: str = "vit",
     seed: int = 0,
-    policy: Confidence = POLICY,
+    policy: Policy = POLICY,
     every: int = 2,
+    parts: dict[str, Any] | None = None,
     **options,
 ) -> Bundle:
     """Return a bundle whose frozen tensors are those of every other one of this family."""
@@ -38,6 +42,7 @@ def bundle(
         nn.init.normal_(one, std=0.3)
     net.requires_grad_(False)
     own = {"costs": None, "adapter": adapter, "backbone": source, "class_names": tuple("abcdefghij"[:classes])}
+    own |= parts or {}
     return Bundle(net, policy, describe(net, **parts_of(net, policy, **own)))
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from jsonargparse import Namespace
 
-from dynadapter.cli.errors import Mistake, stopping_signals
+from dynadapter.cli.errors import Mistake, one_line, stopping_signals
 from dynadapter.cli.networks import BACKEND, BUNDLE, check_bundle, load_network
 from dynadapter.cli.parser import CommandParser
 
@@ -39,6 +39,7 @@ OPTIONS: dict[str, tuple[Any, Any, str]] = {
     "drift_window": (int, 500, "Images after which exits and confidence are compared with the calibration."),
     "weights": (str | None, None, "File of the backbone's weights, where the bundles need one."),
     "pretrained": (bool | None, None, "Whether timm may fetch the backbone's weights; default: as in training."),
+    "together": (bool, False, "Run all bundles in one batch: one backbone, LoRA or FacT of each, by torch."),
     "backend": BACKEND,
     "device": (Literal["auto", "cpu", "cuda"], "auto", "Where the networks run; auto takes a GPU if there is one."),
 }
@@ -118,7 +119,17 @@ def read(given: Any) -> dict[str, str]:
             raise Mistake(f"two bundles have the name {name}; give them as NAME=PLACE, as in {name}2={place}")
         check_bundle(place)
         places[name] = place
+    _check_together(given, len(places))
     return places
+
+
+def _check_together(given: Any, bundles: int) -> None:
+    if not given.together:
+        return
+    if bundles < 2:
+        raise Mistake("--together true needs at least two bundles; give more, or leave it out")
+    if given.backend != "torch":
+        raise Mistake(f"--together true runs by torch, not by --backend {given.backend}; leave one of them out")
 
 
 def _serve(given: Any, places: dict[str, str], listening: "socket.socket") -> None:
@@ -148,7 +159,11 @@ def _serve(given: Any, places: dict[str, str], listening: "socket.socket") -> No
 
 
 def _engines(given: Any, places: dict[str, str]) -> dict[str, "Engine"]:
-    """Load the bundles; bundles of one backbone share its tensors, and bundles on a CPU take turns."""
+    """Load the bundles; bundles of one backbone share its tensors, and bundles on a CPU take turns or share batches.
+
+    Raises:
+        Mistake: A bundle cannot be loaded, or two cannot be in one batch.
+    """
     from dynadapter.serve.engine import Engine
     from dynadapter.serve.sharing import share_backbones
 
@@ -160,12 +175,18 @@ def _engines(given: Any, places: dict[str, str]) -> dict[str, "Engine"]:
     }
     if saved := share_backbones(bundles.values()):
         print(f"one backbone serves several bundles: {saved / 1e6:.1f} MB are held once")
-    turns = threading.Lock()
+    wait, turns = given.wait_ms / 1000, threading.Lock()
     sizes = {"batch": given.batch, "queue": given.queue, "readers": given.readers, "window": given.drift_window}
-    engines = {
-        name: Engine(bundle, **sizes, wait=given.wait_ms / 1000, compute=turns, name=name)
-        for name, bundle in bundles.items()
-    }
+    if given.together:
+        try:
+            engines = Engine.together(bundles, **sizes, wait=wait)
+        except ValueError as error:
+            raise Mistake(f"--together true: {one_line(error)}, without --together") from error
+        print(f"{', '.join(engines)} run in one batch")
+    else:
+        engines = {
+            name: Engine(bundle, **sizes, wait=wait, compute=turns, name=name) for name, bundle in bundles.items()
+        }
     for name, engine in engines.items():
         if not engine.drift.expected:
             print(f"{name} stores no calibration of its own to compare with: drift is not watched")

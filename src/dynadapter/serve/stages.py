@@ -52,6 +52,11 @@ def count(queue: deque[Waiting[T]]) -> int:
 
 def take(queue: deque[Waiting[T]], most: int) -> Waiting[T]:
     """Remove and return up to the given number of samples from a queue that is not empty, in order of arrival."""
+    return joined(pop(queue, most))
+
+
+def pop(queue: deque[Waiting[T]], most: int) -> list[Waiting[T]]:
+    """Remove up to the given number of samples from a queue, and return them in order of arrival, not yet joined."""
     taken, number = list[Waiting[T]](), 0
     while queue and number < most:
         first, room = queue.popleft(), most - number
@@ -60,12 +65,26 @@ def take(queue: deque[Waiting[T]], most: int) -> Waiting[T]:
             first = first.part(slice(room))
         taken.append(first)
         number += len(first.items)
-    if len(taken) == 1:
-        return taken[0]
-    histories = [part.history for part in taken if part.history is not None]
+    return taken
+
+
+def joined(parts: Sequence[Waiting[T]]) -> Waiting[T]:
+    """Join samples that wait for the same stage, at least one part.
+
+    Raises:
+        RuntimeError: The samples have several sizes.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    histories = [part.history for part in parts if part.history is not None]
     history = torch.cat(histories, dim=1) if histories else None
-    inputs = tuple(torch.cat(parts) for parts in zip(*(part.inputs for part in taken), strict=True))
-    return Waiting([item for part in taken for item in part.items], taken[0].since, inputs, history)
+    inputs = tuple(torch.cat(tensors) for tensors in zip(*(part.inputs for part in parts), strict=True))
+    return Waiting([item for part in parts for item in part.items], parts[0].since, inputs, history)
+
+
+def lengthened(history: Tensor | None, logits: Tensor) -> Tensor:
+    """Return a history (exits so far, samples, classes) with the logits (samples, classes) of one more exit."""
+    return logits[None] if history is None else torch.cat([history, logits[None]])
 
 
 def computed(step: Step, k: int, now: Waiting[T]) -> Waiting[T]:
@@ -82,8 +101,7 @@ def computed(step: Step, k: int, now: Waiting[T]) -> Waiting[T]:
     held, logits = step(k, now.inputs)
     if logits is None:
         return replace(now, inputs=held)
-    history = logits[None] if now.history is None else torch.cat([now.history, logits[None]])
-    return replace(now, inputs=held, history=history)
+    return replace(now, inputs=held, history=lengthened(now.history, logits))
 
 
 def nonfinite(k: int) -> ValueError:

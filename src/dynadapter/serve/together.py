@@ -15,6 +15,7 @@ from dynadapter.serve.bundle import Bundle, Prediction
 from dynadapter.serve.bundle.loading import Source
 from dynadapter.serve.bundle.tensors import frozen_names
 from dynadapter.serve.sharing import share_backbones
+from dynadapter.serve.stages import lengthened
 
 
 class TaskRows:
@@ -87,18 +88,24 @@ class Together:
     >>> both.predict(["rose.jpg", "robin.jpg"], [0, 1])                       # doctest: +SKIP
 
     Args:
-        bundles: At least two, on one device, with their adapters not merged. They are changed in place: they hold the
-            frozen tensors once.
+        bundles: At least two, on one device, run by torch, with their adapters not merged. They are changed in place:
+            they hold the frozen tensors once.
+        names: Names of the bundles in messages; None for their places.
 
     Raises:
         ValueError: Something other than adapters, heads and policies differs, or an adapter is not low-rank.
     """
 
-    def __init__(self, bundles: Sequence[Bundle]) -> None:
+    def __init__(self, bundles: Sequence[Bundle], names: Sequence[str] | None = None) -> None:
+        if len(bundles) < 2:
+            raise ValueError("bundles: one bundle has batches of its own; give at least two")
         share_backbones(bundles)
+        names = names or [f"bundle {place}" for place in range(len(bundles))]
         for place, bundle in enumerate(bundles):
             if reason := _differs(bundles[0], bundle):
-                raise ValueError(f"bundle {place} cannot be in one batch with bundle 0: {reason}; run it by itself")
+                raise ValueError(
+                    f"{names[place]} cannot be in one batch with {names[0 if place else 1]}: {reason}; run it by itself"
+                )
         self.bundles = tuple(bundles)
         self.batch = TaskRows(len(bundles))
         first = bundles[0].net
@@ -167,6 +174,26 @@ class Together:
                 found[row], exits[row] = wide(logits), place
         return found, exits
 
+    def step(
+        self, k: int, inputs: tuple[Tensor, ...], counts: Sequence[int], class_first: bool | None = True
+    ) -> tuple[tuple[Tensor, ...], dict[int, Tensor]]:
+        """Run stage ``k`` for rows of several tasks, and the head of each task for its own rows.
+
+        Args:
+            k: Exit index, from 0.
+            inputs: The first result for stage ``k - 1``, one row for each sample; the images for stage 0. The rows of a
+                task are neighbours, in the order of the tasks.
+            counts: Rows of each task.
+            class_first: See :meth:`ExitNet.early`; None decides by :meth:`ExitNet.prefers_class_first`.
+
+        Returns:
+            What the next stage takes, and by task the logits (rows, classes) of those that have rows.
+        """
+        self.batch.counts = list(counts)
+        x = self.net.complete(k - 1, inputs) if k else self.net.embed(*inputs)
+        seen, held = self.net.begin(k, x, self.net.prefers_class_first(x) if class_first is None else class_first)
+        return held, {task: self.bundles[task].net.head(k, seen[rows]) for task, rows in self.batch.slices(len(seen))}
+
     def _routed(self, images: Tensor, owners: list[tuple[int, int]]) -> Iterator[tuple[int, Tensor, int]]:
         """Yield the row, logits and exit of each sample of a chunk.
 
@@ -174,16 +201,14 @@ class Together:
             images: (batch, channels, height, width), in the order of the tasks.
             owners: The row and the task of each.
         """
-        self._count(owners)
-        x = self.net.embed(images)
-        class_first = self.net.prefers_class_first(x)
+        inputs: tuple[Tensor, ...] = (images,)
         history: dict[int, Tensor] = {}  # by task, (exits so far, samples, classes)
         for k in range(self.net.num_exits):
-            seen, held = self.net.begin(k, x, class_first)
+            inputs, logits = self.step(k, inputs, self._counted(owners), None)
             stay: list[int] = []
             for task, rows in list(self.batch.slices(len(owners))):
-                policy, logits = self.bundles[task].policy, self.bundles[task].net.head(k, seen[rows])[None]
-                history[task] = torch.cat([history[task], logits]) if k else logits
+                policy = self.bundles[task].policy
+                history[task] = lengthened(history.get(task), logits[task])
                 last = k == self.net.num_exits - 1
                 stops = [True] * (rows.stop - rows.start) if last else policy.should_exit(history[task]).tolist()
                 answers = combined(policy, history[task])[-1]
@@ -196,14 +221,12 @@ class Together:
             if not stay:
                 return
             owners = [owners[place] for place in stay]
-            self._count(owners)
             index = torch.tensor(stay, device=images.device)
-            x = self.net.complete(k, tuple(part.index_select(0, index) for part in held))
+            inputs = tuple(part.index_select(0, index) for part in inputs)
 
-    def _count(self, owners: list[tuple[int, int]]) -> None:
-        self.batch.counts = [0] * len(self.bundles)
-        for _, task in owners:
-            self.batch.counts[task] += 1
+    def _counted(self, owners: list[tuple[int, int]]) -> list[int]:
+        tasks = [task for _, task in owners]
+        return [tasks.count(task) for task in range(len(self.bundles))]
 
     def _check(self, images: int, tasks: Sequence[int]) -> None:
         if len(tasks) != images:
@@ -216,6 +239,8 @@ class Together:
 def _differs(first: Bundle, other: Bundle) -> str | None:
     """Return what keeps two bundles out of one batch, None if nothing does."""
     a, b = first.net, other.net
+    if other.graphs is not None:
+        return f"it runs by {other.backend}, and only torch runs several tasks in one batch"
     for layer in adapter_layers(b.backbone).values():
         if not isinstance(layer, LowRankLayer):
             return f"its adapter is {layer.kind}, and only low-rank ones, such as LoRA, differ by row"

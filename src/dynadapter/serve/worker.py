@@ -1,0 +1,253 @@
+"""The thread that runs the stages of a network, for one bundle or for several in one batch."""
+
+import logging
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from dynadapter.exits.combining import with_decision
+from dynadapter.exits.policies import AtExit, combined, wide
+from dynadapter.serve.bundle import Bundle
+from dynadapter.serve.requests import Failed, Job, Served
+from dynadapter.serve.stages import Waiting, count, joined, lengthened, pop, release_tensors
+
+LOG = logging.getLogger("dynadapter.serve")
+
+Step = Callable[[int, tuple[Tensor, ...], Sequence[int]], tuple[tuple[Tensor, ...], dict[int, Tensor]]]
+"""Runs a stage: from its number, its inputs and the rows of each task to the inputs of the next stage and the logits of
+each task that has rows. An input has one row for each sample; the rows of a task are neighbours."""
+
+
+class Judged(NamedTuple):
+    """The predictions of an exit for the samples of one task.
+
+    ``probabilities`` (samples, classes) are on the CPU, ``finite`` tells which logits are finite, and ``stops`` which
+    samples their policies stop there.
+    """
+
+    probabilities: Tensor
+    finite: list[bool]
+    stops: list[bool]
+
+
+class Owner(Protocol):
+    """The engine to which the jobs of one task belong, as the worker sees it."""
+
+    name: str
+    bundle: Bundle
+    closing: bool
+    taken: int
+
+    def drop_late(self, k: int, now: Waiting[Job]) -> Waiting[Job]:
+        """Return the samples that stage ``k`` shall run; the others are ended."""
+
+    def answer_stopped(self, k: int, now: Waiting[Job], judged: Judged, seconds: float) -> list[int]:
+        """Answer the samples that stop at exit ``k``, and return the rows of the others."""
+
+    def end(self, job: Job, answer: Served | BaseException | None) -> None:
+        """End a job by an answer, by an error, or without either after it was cancelled."""
+
+
+class Worker:
+    """Run the stages of one network in one thread, for one engine or for several whose samples share batches.
+
+    A stage runs when `batch` samples wait for it; otherwise the first stage with a sample runs. Engines share a batch
+    evenly; places that one does not need are left to the others.
+
+    Args:
+        step: Runs a stage.
+        exits: Number of exits.
+        batch: Samples in a full batch.
+        wait: Seconds after which a sample waits no longer for a full batch, at each stage.
+        compute: Lock that is held while a stage runs; None for no lock.
+        name: Name of the thread.
+
+    Attributes:
+        changed: Lock of the queues and of the owners' states; it wakes the thread.
+        queues: The samples that wait for each stage, by task.
+        seconds: Time of a run of each stage, a running mean; 0 before the first.
+        owners: The engines in the order of their tasks.
+    """
+
+    def __init__(
+        self, step: Step, exits: int, batch: int, wait: float, compute: AbstractContextManager[Any] | None, name: str
+    ) -> None:
+        self.batch, self.wait = batch, wait
+        self.changed = threading.Condition()
+        self.queues: list[list[deque[Waiting[Job]]]] = [[] for _ in range(exits)]
+        self.seconds = [0.0] * exits
+        self.owners: list[Owner] = []
+        self._step, self._compute, self._name = step, compute or nullcontext(), name
+        self.thread = self._new_thread()
+
+    def register(self, owner: Owner) -> int:
+        """Add an engine, and return the number of its task."""
+        with self.changed:
+            self.owners.append(owner)
+            for queues in self.queues:
+                queues.append(deque())
+            return len(self.owners) - 1
+
+    def ensure(self) -> None:
+        """Start the thread unless it runs; the caller holds the lock."""
+        if not self.thread.is_alive():
+            self.thread = self._new_thread()
+            self.thread.start()
+
+    def add(self, k: int, task: int, part: Waiting[Job]) -> None:
+        """Let samples wait for a stage."""
+        with self.changed:
+            self.queues[k][task].append(replace(part, since=time.monotonic()))
+            self.changed.notify_all()
+
+    def finish(self, owner: Owner) -> None:
+        """Wait until the jobs of an engine that closes are ended; with the last engine the thread ends."""
+        with self.changed:
+            while owner.taken and self.thread.is_alive():
+                self.changed.wait(0.1)  # a thread that fails wakes nobody
+            last = all(one.closing and not one.taken for one in self.owners)
+        while last and self.thread.is_alive():
+            self.thread.join()
+
+    # ---- the thread
+
+    def _new_thread(self) -> threading.Thread:
+        return threading.Thread(target=self._work, name=f"run-{self._name}", daemon=True)
+
+    def _work(self) -> None:
+        try:
+            while True:
+                with self.changed:
+                    while (k := self._next()) is None:
+                        if all(owner.closing and not owner.taken for owner in self.owners):
+                            return
+                        self.changed.wait()
+                    taken = self._take(k)
+                self._serve(k, taken)
+                del taken  # while the thread waits
+        except BaseException:
+            LOG.exception("%s: the thread that runs the network ended; the next request starts another", self._name)
+            raise
+
+    def _next(self) -> int | None:
+        """Return the stage to run: the deepest that is due, the deepest that is full, or the first with a sample."""
+        now = time.monotonic()
+        some = [k for k, queues in enumerate(self.queues) if any(queues)]
+        due = [k for k in some if any(self._due(k, part) <= now for queue in self.queues[k] for part in queue)]
+        full = [k for k in some if sum(map(count, self.queues[k])) >= self.batch]
+        return next(iter(due[-1:] or full[-1:] or some[:1]), None)
+
+    def _due(self, k: int, part: Waiting[Job]) -> float:
+        return min(part.since + self.wait, min(job.deadline for job in part.items) - 2 * self.seconds[k])
+
+    def _take(self, k: int) -> dict[int, list[Waiting[Job]]]:
+        """Remove the next batch of a stage from its queues, and return it by task; the tasks share it evenly."""
+        queues = self.queues[k]
+        waiting = {task: count(queue) for task, queue in enumerate(queues) if queue}
+        turns = deque(sorted(waiting, key=lambda task: queues[task][0].since))  # the longest wait comes first
+        shares = Counter[int]()
+        while turns and shares.total() < self.batch:
+            shares[task := turns.popleft()] += 1
+            if shares[task] < waiting[task]:
+                turns.append(task)
+        with torch.inference_mode():
+            return {task: pop(queues[task], shares[task]) for task in sorted(shares)}
+
+    def _serve(self, k: int, taken: dict[int, list[Waiting[Job]]]) -> None:
+        now = dict[int, Waiting[Job]]()
+        for task, parts in taken.items():
+            with self._failing(k, task, [job for part in parts for job in part.items]), torch.inference_mode():
+                if (left := self.owners[task].drop_late(k, joined(parts))).items:
+                    now[task] = left
+        if now:
+            self._run(k, now)
+
+    def _run(self, k: int, now: dict[int, Waiting[Job]]) -> None:
+        """Run a stage on the samples of some tasks; if it fails on several tasks, run each by itself."""
+        try:
+            found, seconds = self._computed(k, now)
+        except BaseException as error:
+            found, seconds = {}, 0.0
+            if len(now) > 1:
+                LOG.warning("stage %d failed on several bundles, so each runs by itself: %s", k + 1, error)
+            else:
+                [(task, part)] = now.items()
+                self._fail(k, task, part.items, error)
+            release_tensors(error)
+        if not found and len(now) > 1:
+            for task, part in now.items():
+                self._run(k, {task: part})
+        samples = sum(len(part.items) for part in now.values())
+        for task, (part, judged) in found.items():
+            with self._failing(k, task, part.items), torch.inference_mode():
+                share = seconds * len(part.items) / samples
+                if stay := self.owners[task].answer_stopped(k, part, judged, share):
+                    self.add(k + 1, task, part.chosen(stay))
+
+    def _computed(self, k: int, now: dict[int, Waiting[Job]]) -> tuple[dict[int, tuple[Waiting[Job], Judged]], float]:
+        """Run a stage and its heads; return each task's samples with its predictions, and the seconds."""
+        found, row = dict[int, tuple[Waiting[Job], Judged]](), 0
+        with self._compute, torch.inference_mode():
+            start = time.perf_counter()
+            device = self.owners[0].bundle.device
+            parts = [part.inputs for part in now.values()]
+            inputs = parts[0] if len(parts) == 1 else tuple(map(torch.cat, zip(*parts, strict=True)))
+            counts = [len(now[task].items) if task in now else 0 for task in range(len(self.owners))]
+            held, logits = self._step(k, tuple(tensor.to(device) for tensor in inputs), counts)
+            for task, part in now.items():
+                rows = slice(row, row := row + counts[task])
+                history = lengthened(part.history, logits[task])
+                part = replace(part, inputs=tuple(tensor[rows] for tensor in held), history=history)
+                found[task] = part, judge(part, k, last=k == len(self.queues) - 1)
+            seconds = time.perf_counter() - start
+        self.seconds[k] = 0.9 * self.seconds[k] + 0.1 * seconds if self.seconds[k] else seconds
+        return found, seconds
+
+    @contextmanager
+    def _failing(self, k: int, task: int, jobs: Sequence[Job]) -> Iterator[None]:
+        """Answer the jobs by :class:`Failed` if the block raises an error."""
+        try:
+            yield
+        except BaseException as error:
+            self._fail(k, task, jobs, error)
+            release_tensors(error)
+
+    def _fail(self, k: int, task: int, jobs: Sequence[Job], error: BaseException) -> None:
+        owner = self.owners[task]
+        LOG.error("%s: stage %d failed on %d images", owner.name, k + 1, len(jobs), exc_info=error)
+        why = f"stage {k + 1} failed on its batch ({type(error).__name__}: {' '.join(str(error).split())})"
+        for job in jobs:
+            owner.end(job, Failed(why))
+
+
+def judge(now: Waiting[Job], k: int, last: bool) -> Judged:
+    """Return the predictions of exit ``k``, whose logits are the newest in the history, and who stops there.
+
+    Args:
+        now: Samples of one bundle; those with the same threshold share a policy.
+        k: Exit index, from 0.
+        last: Whether it is the last exit, at which every sample stops.
+    """
+    assert now.history is not None
+    groups = dict[float | None, list[int]]()
+    for row, job in enumerate(now.items):
+        groups.setdefault(job.threshold, []).append(row)
+    found, stops = list[Tensor](), [last] * len(now.items)
+    for rows in groups.values():
+        policy, history = now.items[rows[0]].policy, now.history if len(groups) == 1 else now.history[:, rows]
+        # A policy without early exits knows the temperature of the last exit alone, unless it is told the exit.
+        view = policy if last or policy.uses_early_exits else with_decision(policy, AtExit(k + 1))
+        found.append(combined(view, history)[-1])
+        if not last:
+            for row, stop in zip(rows, policy.should_exit(history).tolist(), strict=True):
+                stops[row] = stop
+    order = [row for rows in groups.values() for row in rows]
+    logits = found[0] if len(found) == 1 else torch.cat(found)[torch.tensor(order).argsort()]
+    return Judged(wide(logits).softmax(-1).cpu(), logits.isfinite().all(-1).tolist(), stops)
