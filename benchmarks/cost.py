@@ -19,7 +19,7 @@ from typing import Any
 
 from common import RESULTS, Line, Row, show
 
-from dynadapter import ExitNet, exit_costs
+from dynadapter import Balanced, ExitNet, exit_costs
 from dynadapter.bench.timing import machine
 
 # The references are the tests' own
@@ -34,7 +34,7 @@ def measure(name: str) -> dict[str, Any]:
     """Count one model in the three ways."""
     architecture = MODELS[name]
     depth = len(architecture.parts(SIDE)[1])
-    net = ExitNet(build(name, CLASSES), every=depth // 4)
+    net = ExitNet(build(name, CLASSES), Balanced(), every=depth // 4)
     start = time.perf_counter()
     costs = exit_costs(net, SIDE)
     seconds = time.perf_counter() - start

@@ -30,6 +30,7 @@ from dynadapter import (
     Adapter,
     AdapterPlus,
     AdaptFormer,
+    Balanced,
     BitFit,
     Convpass,
     DoRA,
@@ -154,7 +155,7 @@ class Pair:
         """
         model = self.backbone()
         inject(model, self.spec)
-        return ExitNet(model, **self.exits).eval()
+        return ExitNet(model, Balanced(), **self.exits).eval()
 
     @cached_property
     def net(self) -> ExitNet:
@@ -227,7 +228,7 @@ def merge(pair: Pair) -> str:
 def cost(pair: Pair) -> str:
     """The adapters' multiply-adds are counted, on top of the bare network's; merged, none is left."""
     found = exit_costs(pair.net, SIZE)
-    bare = exit_costs(ExitNet(pair.backbone(), **pair.exits).eval(), SIZE)
+    bare = exit_costs(ExitNet(pair.backbone(), Balanced(), **pair.exits).eval(), SIZE)
     assert (found.macs[-1] > bare.macs[-1]) is not isinstance(pair.spec, FREE)
     assert found.macs[-1] >= bare.macs[-1]
     assert found.relative[-1] > 1  # the heads of the early exits

@@ -23,7 +23,7 @@ import torch
 from common import BACKBONES, GPU_BACKBONES, TINY, Line, Log, Row, add_device, arguments, interleave, place, show
 from torch import nn
 
-from dynadapter import ExitNet, LoRA, inject, joint_loss
+from dynadapter import Balanced, ExitNet, LoRA, inject, joint_loss
 from dynadapter.backbones import freeze
 from dynadapter.bench.timing import is_void, ratio
 
@@ -54,7 +54,7 @@ def network(arm: str, name: str, **options: Any) -> nn.Module:
         return backbone
     inject(backbone, LoRA(rank=8))
     every = max(len(backbone.blocks) // 4, 1)
-    return ExitNet(backbone, every=every) if arm == "LoRA + 4 exits" else ExitNet(backbone, exit_depths=[])
+    return ExitNet(backbone, Balanced(), every=every) if arm == "LoRA + 4 exits" else ExitNet(backbone, exit_depths=[])
 
 
 def step(arm: str, batch: int, options: dict[str, Any], device: str = "cpu", bf16: bool = False) -> Callable[[], None]:

@@ -35,7 +35,7 @@ class ShapeClassifier(LightningModule):
         backbone = create_backbone("micro", num_classes, pretrained=True)
         # Adapters around the layers that a pattern names
         inject(backbone, LoRA(rank=8, targets=("*.qkv",)))
-        # An exit after every third of the 12 blocks: MLP heads first, linear heads later
+        # An exit after every third of the 12 blocks: MLP heads first, linear heads later, as in the paper
         self.net = ExitNet(backbone, heads=Balanced(), every=3)
         # The exit policy; Entropy, Margin, Patience or your own subclass work too
         self.policy = Confidence(threshold)

@@ -58,7 +58,7 @@ VITS = {
 def network(backbone: nn.Module, adapter: AdapterSpec | None = None, **options) -> ExitNet:
     if adapter is not None:
         inject(backbone, adapter)
-    net = ExitNet(backbone, every=2, **options).eval()
+    net = ExitNet(backbone, every=2, **({"heads": LinearHeads()} | options)).eval()
     torch.manual_seed(0)
     for name, parameter in net.named_parameters():  # blocks that do something, adapters that are no identity
         if parameter.ndim > 1 and "pos_embed" not in name:

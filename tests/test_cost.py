@@ -30,7 +30,7 @@ def exact(costs: ExitCosts) -> list[int]:
 
 
 def small_net(make=make_vit, **changes) -> ExitNet:
-    return ExitNet(make(**changes), every=2)
+    return ExitNet(make(**changes), Balanced(), every=2)
 
 
 # ---- three counts of the same network ----
@@ -40,7 +40,7 @@ def small_net(make=make_vit, **changes) -> ExitNet:
 def test_three_counts_agree(name):
     architecture = MODELS[name]
     depth = len(architecture.parts(SIDE)[1])
-    net = ExitNet(build(name), every=depth // 4)  # 4 does not divide the 18 blocks of ConvNeXt-T: five exits
+    net = ExitNet(build(name), Balanced(), every=depth // 4)  # 4 does not divide the 18 blocks of ConvNeXt-T
     costs = exit_costs(net, SIDE)
     assert exact(costs) == by_torch(net) == by_hand(architecture, net.exit_depths)
     assert all(isinstance(count, int) for count in (*costs.macs, *costs.light, costs.static))
@@ -48,7 +48,7 @@ def test_three_counts_agree(name):
 
 
 def test_known_costs_of_vit_base():
-    costs = exit_costs(ExitNet(build("vit_base_patch16_224"), every=3))
+    costs = exit_costs(ExitNet(build("vit_base_patch16_224"), Balanced(), every=3))
     assert [round(gmacs, 2) for gmacs in costs.gmacs] == pytest.approx([4.48, 8.85, 13.21, 17.58], abs=0.011)
     assert 17.56e9 <= costs.static <= 17.59e9
     # LayerNorm counts 5 for each element: two a block and the last one over all tokens, and one row a head.

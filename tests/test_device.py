@@ -5,7 +5,7 @@ import torch
 from conftest import make_vit, parting
 from torch import Tensor
 
-from dynadapter import ExitNet, LoRA, Never, TokenMerging, inject, joint_loss, merge
+from dynadapter import ExitNet, LinearHeads, LoRA, Never, TokenMerging, inject, joint_loss, merge
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 TYPES = {"fp32": (torch.float32, 1e-3), "bf16": (torch.bfloat16, 1e-1)}
@@ -21,7 +21,7 @@ def network(device: str, dtype: torch.dtype = torch.float32, **options) -> ExitN
     torch.manual_seed(0)
     backbone = make_vit()
     inject(backbone, LoRA(rank=2))
-    net = ExitNet(backbone, every=2, **options).eval()
+    net = ExitNet(backbone, LinearHeads(), every=2, **options).eval()
     for parameter in net.parameters():
         torch.nn.init.normal_(parameter, std=0.1)  # no adapter starts at zero
     return net.to(device, dtype)

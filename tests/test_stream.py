@@ -6,6 +6,7 @@ from conftest import make_convnext, make_swin, make_vit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dynadapter.exits.heads import LinearHeads
 from dynadapter.exits.net import ExitNet
 from dynadapter.exits.policies import Confidence, Never, Patience
 from dynadapter.serve.stream import Stream
@@ -13,7 +14,7 @@ from dynadapter.serve.stream import Stream
 
 def network(make=make_vit) -> ExitNet:
     torch.manual_seed(0)
-    net = ExitNet(make(), every=2).eval()
+    net = ExitNet(make(), LinearHeads(), every=2).eval()
     for parameter in net.parameters():
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.15)

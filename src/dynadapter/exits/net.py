@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from dynadapter import backbones as cut
 from dynadapter.adapters import merge, needs_grid
+from dynadapter.exits.attentive import Attentive
 from dynadapter.exits.depths import exit_blocks
-from dynadapter.exits.heads import Balanced, Heads, build_head, check_logits
+from dynadapter.exits.heads import Heads, build_head, check_logits
 from dynadapter.exits.policies import Policy, Routed
 from dynadapter.exits.stages import run_stages
 from dynadapter.exits.token_merging import TokenMerging
@@ -37,8 +38,7 @@ class ExitNet(nn.Module):
 
     Args:
         backbone: A timm model of a known family, with or without adapters.
-        heads: Configuration of the early heads; None for :class:`Balanced`. (``fit`` and :class:`ExitClassifier` use
-            :class:`Attentive` by default.)
+        heads: Configuration of the early heads; None for :class:`Attentive`.
         every: Blocks between two exits (the paper's interval T); see :func:`~dynadapter.exits.depths.exit_blocks`.
         exit_depths: Block counts instead of the interval.
         token_merging: Where similar tokens are merged; None keeps all tokens. For ViTs only.
@@ -93,7 +93,7 @@ class ExitNet(nn.Module):
                     "token_merging out, or use a ViT with timm's own blocks and another adapter than Convpass"
                 )
         self.token_merging = token_merging
-        widths, heads = cut.widths(backbone), heads or Balanced()
+        widths, heads = cut.widths(backbone), heads or Attentive()
         self._width = widths[0]
         self.heads = nn.ModuleList(
             build_head(
