@@ -185,6 +185,10 @@ class Outcomes:
         names = [name for name in self.sweep.get("recipes", {}) if name == prefix or name.startswith(f"{prefix} at ")]
         return {self.exit_depths(adapter, name)[-1]: name for name in names}
 
+    def least_cost(self, adapter: str, recipe: str) -> float:
+        """Return the cost of the first exit of an arm, in % of static."""
+        return statistics.fmean(task[0]["exits"][0]["percent_of_static"] for task in self.all_of(adapter, recipe))
+
     # ---- choices on val200
 
     def best_goal(self, adapter: str, recipe: str, bound: float) -> str:

@@ -135,7 +135,7 @@ ALL = {
     "ordinary, no such backbone": "open",
     "X at 33 %, exits": "held",
     "X +1 at 45 %, exits": "held",
-    "X at 20 %, tokens": "open",  # no goal is so cheap
+    "X at 20 %, tokens": "missed",  # exit 1 alone costs 25 %
     "X +1 at 30 %, tokens": "held",
 }
 
