@@ -839,7 +839,7 @@ def test_other_channels_take_tensors_alone(tmp_path):
     arguments = arguments | {"in_chans": 5}
     backbone = create_backbone(name, CLASSES, **arguments)
     source = BackboneSource(name, fingerprint(backbone), "seed", arguments)
-    net = ExitNet(backbone, every=2)
+    net = ExitNet(backbone, Balanced(), every=2)
     with pytest.raises(ValueError, match="images of 3 channels, the backbone takes 5"):
         save(tmp_path / "b", net=net, backbone=source, adapter=None)
     bundle = load(save(tmp_path / "b", net=net, backbone=source, adapter=None, preprocessing=None)[1])

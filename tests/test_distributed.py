@@ -62,7 +62,7 @@ def test_all_scenarios_ran(folder: Path) -> None:
         ("a_weight_of_zero", 1e-6),
         ("accumulated_and_clipped", 1e-6),
         ("one_batch_that_does_not_divide", 1e-6),
-        ("masked", 5e-6),  # Adam enlarges rounding where a gradient is small
+        ("masked", 2e-5),  # Adam enlarges rounding where a gradient is small
         ("averaged", 1e-6),
         ("resumed", 1e-6),
         ("bfloat16", 1e-2),  # sums of 8 bits, in another order

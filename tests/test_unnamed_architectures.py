@@ -28,7 +28,7 @@ REFUSED = {
     "cait_xxs24_224": "Cait",
     "pvt_v2_b0": "PyramidVisionTransformerV2",
     "levit_128s": "LevitDistilled",
-    "densenet121": "DenseNet",
+    "dla34": "DLA",
     "vgg11": "VGG",
     "fastvit_t8": "FastVit",
     "edgenext_xx_small": "EdgeNeXt",
