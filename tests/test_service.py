@@ -31,7 +31,7 @@ IMAGES = torch.randn(30, 3, 32, 32, generator=torch.Generator().manual_seed(3))
 @pytest.fixture(scope="module")
 def net() -> ExitNet:
     torch.manual_seed(0)
-    net = ExitNet(make_vit(), Balanced(), every=2).eval()
+    net = ExitNet(make_vit(), every=2).eval()
     for parameter in net.parameters():
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.15)

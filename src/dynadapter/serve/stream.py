@@ -167,6 +167,7 @@ class Stream:
         except Exception as error:
             release_tensors(error)
             answers, remaining = [Answer(ticket, None, None, error) for ticket in now.items], None
+            del now  # the frames of the error lead back to this one
         except BaseException:  # Ctrl-C: the samples wait again
             self._queues[k].appendleft(now)
             raise
