@@ -96,7 +96,7 @@ def fill_on_ray(given: Any, args: list[str], table: PredictionTable, on_batch: C
     """
     if not (todo := [number for number in range(table.batches) if not table.look(number)]):
         return
-    with ray_session() as ray:
+    with ray_session():
         import ray.data
 
         for name in ("ray.data", "ray.data._internal"):
