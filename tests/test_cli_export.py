@@ -114,7 +114,7 @@ def test_adapters_that_cannot_be_merged_stay(merge, images, tmp_path, capsys, gi
 
 @pytest.mark.slow
 def test_int8_with_labels(bundle, images, tmp_path, capsys):
-    out = run(bundle, tmp_path / "int8", "--int8=true", f"--images={images}", "--max_images=20")
+    out = run(bundle, tmp_path / "int8", "--int8=dynamic", f"--images={images}", "--max_images=20")
     content, shown = manifest(out), capsys.readouterr().out
     files = find_images(images)
     some = [files[k * 26 // 20] for k in range(20)]
@@ -134,11 +134,11 @@ def test_int8_with_labels(bundle, images, tmp_path, capsys):
 
 
 def test_int8_labels_come_from_subfolders(bundle, images, tmp_path, capsys, given):
-    args = ["--int8=true", "--merge=false", "--class_first=false", "--tolerance=0.5"]
+    args = ["--int8=dynamic", "--merge=false", "--class_first=false", "--tolerance=0.5"]
     run(bundle, tmp_path / "a", *args, f"--images={images / 'ant'}")
     assert given["check_labels"] is None
     assert len(given["check_images"]) == 9
-    assert (given["merge"], given["class_first"], given["tolerance"], given["int8"]) == (False, False, 0.5, True)
+    assert (given["merge"], given["class_first"], given["tolerance"], given["int8"]) == (False, False, 0.5, "dynamic")
     assert "images are in no subfolder in" in capsys.readouterr().out
     other = Path(shutil.copytree(images, tmp_path / "other"))
     (other / "cat").rename(other / "cow")
@@ -186,7 +186,7 @@ def test_help_lists_the_settings(capsys):
             "there holds no manifest.json, so it is not an exported folder",
         ),
         ("--out={W}/a.png", "exists and is not a folder"),
-        ("--out=o --int8=true", "give --images, a folder of real ones"),
+        ("--out=o --int8=dynamic", "give --images, a folder of real ones"),
         ("--out=o --opset=17", "opset=17 must be at least 18"),
         ("--out=o --tolerance=0", "tolerance=0.0 must be above 0"),
         ("--out=o --max_images=0", "max_images=0 must be at least 1"),

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -252,22 +252,31 @@ def test_static_network_with_adapters(kinds: list[AdapterSpec], tmp_path: Path) 
     assert [path.name for path in folder.glob("*.onnx")] == ["stage0.onnx"]
 
 
+@pytest.mark.parametrize("way", ["dynamic", "static"])
 @pytest.mark.parametrize("exported", ["vit"], indirect=True)
-def test_int8_change_is_measured(exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_int8_change_is_measured(
+    exported: Exported, way: Literal["dynamic", "static"], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if way == "static":
+        pytest.importorskip("nncf")
     net, images, folder = exported.net, noise(40, 3), tmp_path / "int8"
     reuse_graphs(exported.folder, monkeypatch)
     with torch.no_grad():
         expected = net(images)
     labels = expected[-1].argmax(-1)
-    content = export_onnx(net, folder, **options(), int8=True, check_images=images, check_labels=labels)
+    content = export_onnx(net, folder, **options(), int8=way, check_images=images, check_labels=labels)
     assert content == read_manifest(folder).content
     assert content["precision"] == "int8"
     runner, measured = Runner(folder), content["quantization"]
-    parts = [runner.route(part.numpy()) for part in images.split([1, 3, 32, 4])]  # the scales depend on the batch
+    if way == "static":  # the other images determined the ranges
+        images, expected, labels = images[1::2], expected[:, 1::2], labels[1::2]
+    count = len(images)
+    sizes = [1, 3, 32, 4] if way == "dynamic" else [count]  # for dynamic, the ranges depend on the batch
+    parts = [runner.route(part.numpy()) for part in images.split(sizes)]
     logits, after = (torch.cat([torch.from_numpy(part[i]) for part in parts]) for i in range(2))
     before = route(POLICY, expected)
-    classes = expected[before, torch.arange(40)].argmax(-1)
-    assert measured["images"] == 40
+    classes = expected[before, torch.arange(count)].argmax(-1)
+    assert (measured["way"], measured["images"]) == (way, count)
     assert measured["products"] >= 8  # qkv, projection and two of the MLP in each block
     assert measured["same_exit"] == pytest.approx((after == before).double().mean().item())
     assert measured["same_class"] == pytest.approx((logits.argmax(-1) == classes).double().mean().item())
@@ -282,11 +291,36 @@ def test_int8_change_is_measured(exported: Exported, tmp_path: Path, monkeypatch
         assert stage["sha256"] == sha256(folder / stage["file"])
 
 
+@pytest.mark.parametrize("exported", ["vit"], indirect=True)
+def test_static_int8_is_the_same_in_any_batch(
+    exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("nncf")
+    reuse_graphs(exported.folder, monkeypatch)
+    images = noise(12, 5)
+    export_onnx(exported.net, tmp_path / "int8", **options(), int8="static", check_images=images)
+    pixels, runner = images.numpy(), Runner(tmp_path / "int8", threads=1)
+    together = runner.every_exit(pixels)
+    alone = np.concatenate([runner.every_exit(pixels[k : k + 1]) for k in range(12)], axis=1)
+    np.testing.assert_allclose(together, alone, atol=1e-4)
+    pytest.importorskip("openvino")
+    other = Runner(tmp_path / "int8", threads=1, engine="openvino")
+    np.testing.assert_allclose(other.every_exit(pixels), together, atol=0.1)
+
+
 @pytest.mark.usefixtures("small_graphs")
 def test_int8_without_products_is_refused(small: ExitNet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(export, "quantise", lambda file: 0)
+    monkeypatch.setattr(export, "quantise_dynamic", lambda file: 0)
     with pytest.raises(ValueError, match="int8 finds no matrix product in this network's blocks; leave it out"):
-        export_onnx(small, tmp_path / "exported", **SMALL, int8=True, check_images=noise(2))
+        export_onnx(small, tmp_path / "exported", **SMALL, int8="dynamic", check_images=noise(2))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("small_graphs")
+def test_static_int8_without_nncf(small: ExitNet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "nncf", None)
+    with pytest.raises(ImportError, match=r"pip install 'dynadapter\[int8\]'"):
+        export_onnx(small, tmp_path / "exported", **SMALL, int8="static", check_images=noise(2))
     assert not list(tmp_path.iterdir())
 
 
@@ -397,7 +431,9 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"check_labels": torch.zeros(4)}, r"check_labels have shape \(4,\) for no images"),
     ({"check_images": IMAGES, "check_labels": torch.zeros(3)}, r"check_labels have shape \(3,\) for 4 images"),
     ({"opset": 17}, "opset=17 must be a whole number of at least 18"),
-    ({"int8": True}, "int8 changes predictions; give check_images"),
+    ({"int8": "dynamic"}, "int8 changes predictions; give check_images"),
+    ({"int8": True}, "int8=True must be one of dynamic, static"),
+    ({"int8": "static", "check_images": IMAGES[:1]}, "needs at least 2 check_images"),
 ]
 
 

@@ -5,6 +5,7 @@ import math
 import os
 import shlex
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -35,7 +36,8 @@ def parser() -> CommandParser:
     words = "Compute the class token's row first where a head reads only that row; images that stop there save more."
     add("--class_first", type=bool, default=True, help=words)
     add("--opset", type=int, default=20, help="Version of ONNX's operators, at least 18.")
-    add("--int8", type=bool, default=False, help="Run the blocks' matrix products in 8 bits; measured on --images.")
+    words = "Run the blocks' products in 8 bits, measured on --images: dynamic (ONNX Runtime), static (OpenVINO too)."
+    add("--int8", type=Literal["dynamic", "static"] | None, help=words)
     words = "Folder of images to compare on, with a subfolder for each class to measure the accuracy in int8."
     add("--images", type=str | None, help=words)
     add("--max_images", type=int, default=512, help="Use at most this many images, evenly spread.")
@@ -68,6 +70,8 @@ def check(given: Any) -> None:
     """
     if given.int8 and given.images is None:
         raise Mistake("int8 changes predictions; give --images, a folder of real ones, to measure by how much")
+    if given.int8 == "static" and find_spec("nncf") is None:
+        raise Mistake("--int8 static needs nncf; install it with: pip install 'dynadapter[int8]'")
     if given.opset < 18:
         raise Mistake(f"opset={given.opset} must be at least 18")
     if not 0 < given.tolerance < math.inf:  # refuses NaN as well

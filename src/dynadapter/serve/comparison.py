@@ -83,7 +83,7 @@ def quantization_change(
         labels: Class indices (images,); None if unknown.
 
     Returns:
-        The manifest's entry ``quantization``: fractions of images, and exit shares from exit 1 on.
+        For the manifest's entry ``quantization``: fractions of images, and exit shares from exit 1 on.
     """
     every = torch.arange(len(images))
     before = read_off(policy, expected)
@@ -91,8 +91,6 @@ def quantization_change(
     logits, after = (torch.cat(column) for column in zip(*parts, strict=True))
     classes = {"float32": before.logits.argmax(-1), "int8": logits.argmax(-1)}
     measured = {
-        "weights": "7 of 8 bits, per channel",
-        "activations": "8 bits, per batch",
         "images": len(images),
         "same_exit": (before.exit_index == after).double().mean().item(),
         "same_class": (classes["float32"] == classes["int8"]).double().mean().item(),

@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -34,7 +34,8 @@ from dynadapter.exits.temperature import Scaled
 from dynadapter.files import checksum, replacing_folder, sha256
 from dynadapter.images.preprocess import Preprocess
 from dynadapter.serve.comparison import compare, quantization_change
-from dynadapter.serve.graphs import quantise, standalone, write_graphs
+from dynadapter.serve.graphs import standalone, write_graphs
+from dynadapter.serve.quantise import ACTIVATIONS, quantise_dynamic, quantise_static
 from dynadapter.serve.runtime import Runner
 from dynadapter.serve.runtime.manifest import CODE, FORMAT, MANIFEST, files_of
 from dynadapter.serve.runtime.policies import FIELDS
@@ -42,6 +43,7 @@ from dynadapter.serve.runtime.policies import Policy as RuntimePolicy
 from dynadapter.spec import plain
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+Int8 = Literal["dynamic", "static"]
 
 
 def export_onnx(
@@ -58,7 +60,7 @@ def export_onnx(
     merge: bool = True,
     class_first: bool = True,
     opset: int = 20,
-    int8: bool = False,
+    int8: Int8 | None = None,
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """Write an exported folder and compare it with the network.
@@ -77,8 +79,10 @@ def export_onnx(
         class_first: Compute the class token's row first where a head reads only the class token: an image that stops
             there saves five sixths of a block, and that block is stored in two files.
         opset: Version of ONNX's operators, at least 18.
-        int8: Quantise the blocks' matrix products to 8 bits. Activations are quantised batch by batch, so a prediction
-            depends a little on its batch. The change is measured on `check_images`.
+        int8: Quantise the blocks' matrix products to 8 bits, and measure the change on `check_images`. ``dynamic``: by
+            ONNX Runtime, which alone runs these graphs. Each batch determines the ranges of its activations, so a
+            prediction depends a little on its batch. ``static``: by NNCF, for ONNX Runtime and OpenVINO. Every second
+            image determines the ranges, and the change is measured on the others.
         overwrite: Replace an exported folder.
 
     Returns:
@@ -86,22 +90,27 @@ def export_onnx(
 
     Raises:
         ValueError: An argument does not fit, the folder exists, or the graphs differ; nothing is written.
-        ImportError: onnx, onnxscript or onnxruntime is missing.
+        ImportError: onnx, onnxscript, onnxruntime, or for ``static`` nncf, is missing.
     """
     manifest = _manifest(net, policy, class_names, preprocess, costs, opset)
     clip, size = frames(net.backbone), preprocess.image_size
     shape = (3, size, size) if clip is None else (clip, 3, size, size)
-    images, labels = _check_images(check_images, shape), _check_labels(check_labels, check_images, int8)
+    _check_int8(int8, check_images)
+    images, labels = _check_images(check_images, shape), _check_labels(check_labels, check_images)
     reference, network = standalone(net, images, merge)
     with replacing_folder(_check_place(folder, overwrite), overwrite) as draft:
         stages = write_graphs(network, draft, images, class_first, opset)
         copy_runtime(draft)
         _write_manifest(draft, manifest, stages)
-        expected, manifest["check"] = compare(_open(draft, opset), reference, policy, images, tolerance)
+        runner = _open(draft, opset)
+        expected, manifest["check"] = compare(runner, reference, policy, images, tolerance)
         if int8:
-            manifest |= {"precision": "int8", "quantization": {"products": _quantise_all(draft, stages)}}
+            manifest |= {"precision": "int8", "quantization": _quantise(draft, runner, int8, images)}
             _write_manifest(draft, manifest, stages)
-            manifest["quantization"] |= quantization_change(_open(draft, opset), expected, policy, images, labels)
+            rest = slice(1, None, 2) if int8 == "static" else slice(None)  # images that determined no range
+            measured = images[rest], None if labels is None else labels[rest]
+            change = quantization_change(_open(draft, opset), expected[:, rest], policy, *measured)
+            manifest["quantization"] |= change
         _write_manifest(draft, manifest, stages)
     return manifest
 
@@ -176,9 +185,21 @@ def _check_images(images: Tensor | None, shape: tuple[int, ...]) -> Tensor:
     return images.detach().to("cpu", torch.float32)
 
 
-def _check_labels(labels: Tensor | None, images: Tensor | None, int8: bool) -> Tensor | None:
-    if int8 and images is None:
+def _check_int8(int8: Int8 | None, images: Tensor | None) -> None:
+    if int8 is None:
+        return
+    if int8 not in ACTIVATIONS:
+        raise ValueError(f"int8={int8!r} must be one of {', '.join(ACTIVATIONS)}, or None for float32")
+    if images is None:
         raise ValueError("int8 changes predictions; give check_images, real ones, to measure by how much")
+    if int8 == "static":
+        if len(images) < 2:
+            raise ValueError("int8='static' needs at least 2 check_images: for the ranges, and to measure the change")
+        if find_spec("nncf") is None:
+            raise ImportError("int8='static' needs nncf: pip install 'dynadapter[int8]'")
+
+
+def _check_labels(labels: Tensor | None, images: Tensor | None) -> Tensor | None:
     if labels is None:
         return None
     if images is None or labels.shape != images.shape[:1]:
@@ -232,9 +253,25 @@ def _open(folder: Path, opset: int) -> Runner:
         raise ValueError(f"graphs of opset={opset} do not run here ({error}); give a smaller opset, or none") from error
 
 
-def _quantise_all(folder: Path, stages: Sequence[Mapping[str, Any]]) -> int:
-    """Quantise the graphs and return the number of products in 8 bits."""
-    products = sum(quantise(folder / stage["file"]) for stage in stages)
+def _quantise(folder: Path, runner: Runner, way: Int8, images: Tensor) -> dict[str, Any]:
+    """Quantise the graphs.
+
+    Args:
+        folder: Where they are.
+        runner: The graphs in float32, opened.
+        way: How to quantise.
+        images: (images, 3, size, size) float32; every second one determines the ranges of ``static``.
+
+    Returns:
+        The beginning of the manifest's entry ``quantization``.
+    """
+    products, inputs = 0, [[part.numpy()] for part in images[::2].split(32)]
+    for k, stage in enumerate(runner.manifest.stages):
+        if way == "dynamic":
+            products += quantise_dynamic(stage.file)
+            continue
+        products += quantise_static(stage.file, [dict(zip(stage.inputs, part, strict=True)) for part in inputs])
+        inputs = [runner.stage(k, part)[0] for part in inputs]
     if not products:
         raise ValueError("int8 finds no matrix product in this network's blocks; leave it out")
-    return products
+    return {"way": way, "products": products, "weights": "7 of 8 bits, per channel", "activations": ACTIVATIONS[way]}

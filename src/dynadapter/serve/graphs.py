@@ -1,4 +1,4 @@
-"""Write the stages of a network as ONNX graphs, and quantise them to 8 bits."""
+"""Write the stages of a network as ONNX graphs."""
 
 import contextlib
 import copy
@@ -152,32 +152,3 @@ def _quiet(name: str) -> Iterator[None]:
         yield
     finally:
         logger.setLevel(before)
-
-
-def quantise(file: Path) -> int:
-    """Quantise a graph's matrix products of tokens with weights to 8 bits, and return their number.
-
-    The heads keep 32 bits. Weights are quantised once, activations batch by batch.
-    """
-    import onnx
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-    from onnxruntime.quantization.quant_utils import add_pre_process_metadata
-
-    model = onnx.load(file)
-    graph = model.graph
-    weights = {tensor.name for tensor in graph.initializer}
-    products = [node.name for node in graph.node if node.op_type == "MatMul" and node.input[1] in weights]
-    if not products:  # onnxruntime would take an empty list for all products
-        return 0
-    del graph.value_info[:]  # onnxruntime transposes the heads' weights and fails at their old shapes
-    add_pre_process_metadata(model)  # torch has optimised the graph; without this, onnxruntime asks for that
-    quantize_dynamic(
-        model,
-        file,
-        op_types_to_quantize=["MatMul"],
-        nodes_to_quantize=products,
-        per_channel=True,
-        reduce_range=True,  # 7 bits: CPUs without VNNI add up products in 16 bits, which 8 bits would overflow
-        weight_type=QuantType.QInt8,
-    )
-    return len(products)

@@ -49,7 +49,7 @@ class Runner:
         folder: The exported folder.
         providers: Execution providers of ONNX Runtime, as for ``InferenceSession``; None for the CPU.
         threads: Threads of an operator; None for one on each core.
-        engine: ``onnxruntime``, or ``openvino``, which runs on the CPU in float32.
+        engine: ``onnxruntime``, or ``openvino``, on the CPU.
 
     Attributes:
         manifest: The checked content of ``manifest.json``.

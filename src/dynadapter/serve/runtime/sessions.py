@@ -73,7 +73,7 @@ class OnnxRuntime:
 
 
 class OpenVino:
-    """OpenVINO on the CPU, in float32 as the graphs are.
+    """OpenVINO on the CPU, in the graphs' own precision: float32, or the 8 bits of ``export --int8 static``.
 
     Its own choice on processors with 16-bit arithmetic is bfloat16, whose rounding makes token merging choose other
     tokens.
@@ -100,9 +100,12 @@ class OpenVino:
 
     def check(self, manifest: Mapping[str, Any]) -> None:
         """Refuse graphs that ONNX Runtime quantised."""
-        if manifest.get("precision", "float32") != "float32":
+        found = manifest.get("quantization")
+        static = isinstance(found, dict) and found.get("way") == "static"
+        if manifest.get("precision", "float32") != "float32" and not static:
             raise ValueError(
-                f"the folder is in {manifest['precision']} for ONNX Runtime; export it without int8 for OpenVINO"
+                f"the folder is in {manifest['precision']} for ONNX Runtime; for OpenVINO export it with "
+                "--int8 static, or without int8"
             )
 
     def open(self, graph: bytes) -> Session:
