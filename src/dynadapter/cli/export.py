@@ -228,6 +228,7 @@ def _print(manifest: Mapping[str, Any], bundle: "Bundle", given: Any) -> None:
 def _int8_rows(found: Mapping[str, Any]) -> list[tuple[str, str]]:
     rows = [
         ("products in 8 bits", str(found["products"])),
+        ("change measured on", f"{found['images']} images"),
         ("same class as float32", f"{found['same_class']:.2%}"),
         ("same exit as float32", f"{found['same_exit']:.2%}"),
     ]
