@@ -32,7 +32,7 @@ from dynadapter.calibrate import (
 )
 from dynadapter.calibrate.report import temperatures
 from dynadapter.cli import main
-from dynadapter.cli.calibrate import ARGUMENTS, Combine, Kind, Search, Settings, _check_mergeable, calibrate
+from dynadapter.cli.calibrate import Combine, Kind, Search, Settings, _check_mergeable, calibrate
 from dynadapter.cli.calibration_images import check_images, some_images
 from dynadapter.cli.errors import Mistake
 from dynadapter.cost import ExitCosts, exit_costs
@@ -317,10 +317,10 @@ def test_mistake_is_one_line(args, names, checkpoint, tmp_path, capsys):
 )
 def test_invalid_settings_raise(goal, changes, words):
     """Checked without the command line, which takes long to start."""
-    settings = {name: default for name, (_, default, _) in ARGUMENTS.items()} | {"ckpt_path": "last.ckpt"} | changes
+    settings = vars(Settings(None, "last.ckpt")) | changes
     none = dict.fromkeys(Goal.__dataclass_fields__)
     with pytest.raises(Mistake, match=re.escape(words)):
-        Settings.read(Namespace(**settings, goal=Namespace(**{**none, **goal})))
+        Settings.read(Namespace(**settings | {"goal": Namespace(**{**none, **goal})}))
 
 
 def test_unmergeable_adapter_raises():

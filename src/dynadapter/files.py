@@ -1,4 +1,4 @@
-"""Write files and folders atomically, so that a stop at any time leaves no partial file; read and hash regular files.
+"""Write files and folders atomically, so that a stop at any time leaves no partial file; read, hash and name them.
 
 This file imports the standard library alone: an exported folder holds a copy of it.
 """
@@ -15,7 +15,8 @@ import shutil
 import stat
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Iterable, Iterator, Mapping
 from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -28,7 +29,8 @@ except ImportError:  # Windows: there is no protection against other processes
 _HELD: set[Path] = set()
 """The lock files that this process holds: the system's lock does not exclude other threads of it."""
 _TURN = threading.Lock()
-
+WAIT = 0.1
+"""Seconds between two attempts to lock."""
 
 PARTIAL = ".partial"
 """Ending of the hidden name of what is being written; nothing reads it."""
@@ -74,23 +76,25 @@ def append(path: Path, data: bytes) -> None:
 
 
 @contextlib.contextmanager
-def locked(place: Path) -> Iterator[None]:
+def locked(place: Path, wait: bool = False) -> Iterator[None]:
     """Lock a path, which need not exist, against other processes and threads; the lock file is next to it.
 
     The system releases the lock when the process ends. On a file system without locks there is no protection.
 
     Raises:
-        Busy: Another process or thread holds the lock.
+        Busy: Another process or thread holds the lock, and `wait` is false.
     """
     real = Path(os.path.realpath(place))
-    file, path = None, real.with_name(f".{real.name}.lock")
-    with _TURN:
-        if path in _HELD:
-            raise Busy(f"{place} is being written by another thread; wait for it, or name another place")
-        if fcntl is not None:
-            with contextlib.suppress(PermissionError, FileNotFoundError):
-                file = _lock_file(place, path)
-        _HELD.add(path)
+    path = real.with_name(f".{real.name}.lock")
+    while True:
+        try:
+            file = _hold(place, path)
+        except Busy:
+            if not wait:
+                raise
+            time.sleep(WAIT)
+        else:
+            break
     try:
         yield
     finally:
@@ -100,6 +104,19 @@ def locked(place: Path) -> Iterator[None]:
                 with contextlib.suppress(OSError):
                     path.unlink()
                 file.close()
+
+
+def _hold(place: Path, path: Path) -> BinaryIO | None:
+    """Hold a lock file for this thread; return None where there are no locks."""
+    file = None
+    with _TURN:
+        if path in _HELD:
+            raise Busy(f"{place} is being written by another thread; wait for it, or name another place")
+        if fcntl is not None:
+            with contextlib.suppress(PermissionError, FileNotFoundError):
+                file = _lock_file(place, path)
+        _HELD.add(path)
+    return file
 
 
 def _lock_file(place: Path, path: Path) -> BinaryIO:
@@ -166,13 +183,7 @@ def replacing_folder(folder: Path, overwrite: bool = True) -> Iterator[Path]:
 
 
 def write_folder(folder: Path, files: Mapping[str, bytes], overwrite: bool = True) -> None:
-    """Write files into a new folder, which gets its name once all of them are on the disk; see `replacing_folder`.
-
-    Args:
-        folder: Where to write.
-        files: Content by name, in the order of writing.
-        overwrite: Whether an old folder may be replaced.
-    """
+    """Write files into a new folder, which gets its name once all of them are on the disk; see `replacing_folder`."""
     with replacing_folder(folder, overwrite) as unfinished:
         for name, data in files.items():
             write(unfinished / name, data)
@@ -181,6 +192,21 @@ def write_folder(folder: Path, files: Mapping[str, bytes], overwrite: bool = Tru
 def left_over(folder: Path) -> Path | None:
     """Return the old folder that an interrupted :func:`replacing_folder` left under a hidden name, if there is one."""
     return next(folder.parent.glob(f".{folder.name}.*.previous"), None)
+
+
+def shown(source: object) -> str:
+    r"""Return a file name as one printable line.
+
+    >>> shown("a\nb.png")
+    'a\\nb.png'
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(source))
+
+
+def listed(names: Iterable[object], most: int = 10) -> str:
+    """Return the first names as text, and the number of the others."""
+    named = [shown(name) for name in names]
+    return ", ".join(named[:most]) + (f" and {len(named) - most:,} more" if len(named) > most else "")
 
 
 def checksum(content: Mapping[str, Any]) -> str:

@@ -72,11 +72,7 @@ def require_bounded(content: Any, where: str, most: int = MAX_VALUES) -> None:
 
 
 def require_few_classes(count: Any) -> None:
-    """Refuse a number of classes above the limit.
-
-    Raises:
-        ValueError: The number is above the limit.
-    """
+    """Refuse a number of classes above the limit."""
     if not isinstance(count, int) or count > MAX_CLASSES:
         raise ValueError(f"the file has {count!r:.40} classes; at most {MAX_CLASSES:,} are read from a file")
 

@@ -4,10 +4,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from dynadapter.adapters.base import AdapterLayer, AdapterSpec
-from dynadapter.adapters.lowrank import by_channel
+from dynadapter.adapters.lowrank import by_channel, some_outputs
 from dynadapter.adapters.merging import exact, rebuilt
 
 TAKES = "a linear layer, a convolution or a norm with learned tensors"
@@ -65,9 +64,8 @@ class AffineLayer(AdapterLayer):
 
     def some(self, x: Tensor, start: int, stop: int) -> Tensor:
         """Compute only the outputs ``start:stop`` for tokens (..., width)."""
-        layer: Any = self.base_layer
-        bias = None if layer.bias is None else layer.bias[start:stop]
-        return self.changed(F.linear(x, layer.weight[start:stop], bias), slice(start, stop))
+        rows = slice(start, stop)
+        return self.changed(some_outputs(self.base_layer, x, rows), rows)
 
     def merged(self) -> nn.Module:
         """Return the base layer with ``factor * W`` and ``factor * b + offset``."""

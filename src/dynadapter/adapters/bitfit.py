@@ -42,15 +42,11 @@ class BitFit(AdapterSpec):
     """
 
     takes = "a linear layer, a convolution or a norm with a bias"
+    places = ("*",)
 
     def __post_init__(self) -> None:
         check_no_dropout(self)
         super().__post_init__()
-
-    @property
-    def places(self) -> tuple[str, ...]:
-        """Every layer with a bias."""
-        return ("*",)
 
     def fits(self, layer: nn.Module) -> bool:
         """Check whether the layer has a bias."""

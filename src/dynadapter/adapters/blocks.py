@@ -10,11 +10,7 @@ from dynadapter.backbones import blocks, widths
 
 
 def block_widths(model: nn.Module) -> dict[int, int]:
-    """Return the channels after each block, by the ``id`` of the block without its wrapper.
-
-    Raises:
-        TypeError: If no cut is known for the model's class.
-    """
+    """Return the channels after each block, by the ``id`` of the block without its wrapper."""
     units = zip(blocks(model), widths(model), strict=True)
     return {id(unwrapped(unit[-1])): width for unit, width in units}
 
@@ -29,11 +25,7 @@ class BlockSpec(AdapterSpec):
     """Base of the kinds that wrap whole blocks."""
 
     takes = "a block of the backbone"
-
-    @property
-    def places(self) -> tuple[str, ...]:
-        """The blocks; the patterns match any name."""
-        return ("*",)
+    places = ("*",)  # any name; `defaults` chooses
 
     def fits(self, layer: nn.Module) -> bool:
         """Check whether the layer can be a block; :meth:`wrap` checks that it is one."""
@@ -45,11 +37,7 @@ class BlockSpec(AdapterSpec):
         return [name for name, layer in layers.items() if id(layer) in known]
 
     def width(self, model: nn.Module, name: str) -> int:
-        """Return the channels after a block.
-
-        Raises:
-            ValueError: If that layer is not a block.
-        """
+        """Return the channels after a block."""
         known, layer = block_widths(model), model.get_submodule(name)
         if id(layer) not in known:
             raise ValueError(

@@ -165,17 +165,13 @@ class AdaptFormer(AdapterSpec):
     norms: tuple[str, ...] = ("norm2", "norm")
 
     takes = f"{Adapter.takes}; a convolution must keep the number of pixels"
+    places = ("*blocks.*.mlp",)
     once_a_block = True
 
     def __post_init__(self) -> None:
         check_size("bottleneck", self.bottleneck)
         check_names("norms", self.norms, "norm2")
         super().__post_init__()
-
-    @property
-    def places(self) -> tuple[str, ...]:
-        """Beside the MLP of each block."""
-        return ("*blocks.*.mlp",)
 
     def fits(self, layer: nn.Module) -> bool:
         """Check whether the layer or one of its children is a matrix, or it is a convolution that keeps the grid."""

@@ -50,11 +50,7 @@ class ByBlocks(Adapters):
         return ", ".join(parts)
 
     def check(self, depth: int) -> None:
-        """Check that each block of a backbone is in a range.
-
-        Raises:
-            ValueError: If a block is in no range, or a range is beyond the last block.
-        """
+        """Check that each block of a backbone is in a range."""
         end = 0
         for start, stop, text, _ in [*self.in_order(), (depth + 1, depth, "", None)]:
             if stop > depth:

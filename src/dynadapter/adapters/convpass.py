@@ -93,16 +93,12 @@ class Convpass(AdapterSpec):
     bottleneck: int = 8
 
     takes = AdaptFormer.takes
+    places = ("*blocks.*.attn", "*blocks.*.mlp")
     once_a_block = True
 
     def __post_init__(self) -> None:
         check_size("bottleneck", self.bottleneck)
         super().__post_init__()
-
-    @property
-    def places(self) -> tuple[str, ...]:
-        """Beside the attention and the MLP of each block."""
-        return ("*blocks.*.attn", "*blocks.*.mlp")
 
     def fits(self, layer: nn.Module) -> bool:
         """Check whether the layer or one of its children is a matrix, or it is a convolution that keeps the grid."""

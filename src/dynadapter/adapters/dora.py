@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from dynadapter.adapters.base import AdapterSpec, check_size, matrices
 from dynadapter.adapters.lora import PLACES, LoRALayer
-from dynadapter.adapters.lowrank import add_product, by_channel, project
+from dynadapter.adapters.lowrank import add_product, by_channel, some_outputs
 from dynadapter.adapters.merging import exact, rebuilt
 
 
@@ -39,9 +39,8 @@ class DoRALayer(LoRALayer):
 
     def some(self, x: Tensor, start: int, stop: int) -> Tensor:
         """Compute only the outputs ``start:stop`` for tokens (..., width)."""
-        matrix, rows = matrices(self.base_layer)[0], slice(start, stop)
-        bias = None if matrix.bias is None else matrix.bias[rows]
-        return self._lengthened(project(x, matrix.weight.flatten(1)[rows], bias, False), x, rows, False)
+        rows = slice(start, stop)
+        return self._lengthened(some_outputs(matrices(self.base_layer)[0], x, rows), x, rows, False)
 
     def _lengthened(self, y: Tensor, x: Tensor, rows: slice, channels_first: bool) -> Tensor:
         """Adapt the base layer's outputs ``rows``; exactly ``y`` while lengths and directions are unchanged."""
@@ -75,14 +74,11 @@ class DoRA(AdapterSpec):
 
     rank: int = 8
 
+    places = PLACES
+
     def __post_init__(self) -> None:
         check_size("rank", self.rank)
         super().__post_init__()
-
-    @property
-    def places(self) -> tuple[str, ...]:
-        """The places of LoRA."""
-        return PLACES
 
     def wrap(self, model: nn.Module, name: str) -> DoRALayer:
         """Build the wrapper of one layer."""

@@ -5,11 +5,7 @@ from torch import Tensor, nn
 
 
 def check_rate(rate: float, name: str = "dropout") -> float:
-    """Return the rate as a float.
-
-    Raises:
-        ValueError: If it is not in [0, 1).
-    """
+    """Return the rate as a float."""
     if not 0 <= rate < 1:
         raise ValueError(f"{name}={rate} must be a fraction of at least 0 and below 1; 0 switches it off")
     return float(rate)
@@ -39,11 +35,7 @@ class DropRate(nn.Module):
         self.active = rate > 0
 
     def set(self, rate: float) -> None:
-        """Set the rate in place.
-
-        Raises:
-            ValueError: If the rate is not in [0, 1).
-        """
+        """Set the rate in place."""
         self.rate.fill_(check_rate(rate))
         # Never back to False: a rate that is sometimes 0 must not recompile at each change
         self.active = self.active or rate > 0

@@ -77,15 +77,14 @@ class FacT(AdapterSpec):
 
     rank: int = 16
 
+    places = (
+        *(f"*blocks.*.attn.{name}" for name in ("qkv", "q_proj", "k_proj", "v_proj", "proj")),
+        "*blocks.*.mlp.fc*",
+    )
+
     def __post_init__(self) -> None:
         check_size("rank", self.rank)
         super().__post_init__()
-
-    @property
-    def places(self) -> tuple[str, ...]:
-        """The matrices of attention and MLP in each block."""
-        attention = ("qkv", "q_proj", "k_proj", "v_proj", "proj")
-        return (*(f"*blocks.*.attn.{name}" for name in attention), "*blocks.*.mlp.fc*")
 
     def wrap(self, model: nn.Module, name: str) -> FacTLayer:
         """Build the wrapper of one layer."""

@@ -112,10 +112,6 @@ class Peft(Adapters):
     def settings(self, model: nn.Module, layers: Mapping[str, nn.Module]) -> Any:
         """Return a new configuration object of peft.
 
-        Args:
-            model: The backbone.
-            layers: The layers by name from which the default ``target_modules`` are chosen.
-
         Raises:
             ValueError: peft is missing, or refuses an argument.
         """

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dynadapter.adapters.base import AdapterLayer, AdapterSpec, check_choice, check_size, matrices, parameter
-from dynadapter.adapters.lowrank import add_product, project
+from dynadapter.adapters.lowrank import add_product, project, some_outputs
 from dynadapter.adapters.merging import exact, rebuilt
 
 PLACES = ("*.attn.qkv", "*.attn.q_proj", "*.attn.k_proj", "*.attn.v_proj", "stages.*.mlp.fc1")
@@ -44,9 +44,7 @@ class LowRankLayer(AdapterLayer):
 
     def some(self, x: Tensor, start: int, stop: int) -> Tensor:
         """Compute only the outputs ``start:stop`` for tokens (..., width)."""
-        matrix = matrices(self.base_layer)[0]
-        bias = None if matrix.bias is None else matrix.bias[start:stop]
-        y = project(x, matrix.weight.flatten(1)[start:stop], bias, False)
+        y = some_outputs(matrices(self.base_layer)[0], x, slice(start, stop))
         hidden = self.dropout(project(x, self.matrix_down(), None, False))
         return add_product(y, hidden, self.matrix_up()[start:stop], None, self.scale, False, own=True)
 
@@ -112,15 +110,12 @@ class LoRA(AdapterSpec):
     rank: int = 8
     split: Literal["fused", "qv"] = "fused"
 
+    places = PLACES
+
     def __post_init__(self) -> None:
         check_size("rank", self.rank)
         check_choice("split", self.split, "fused", "qv")
         super().__post_init__()
-
-    @property
-    def places(self) -> tuple[str, ...]:
-        """The q, k and v of each attention, or the first matrix of each MLP in a ConvNeXt."""
-        return PLACES
 
     def wrap(self, model: nn.Module, name: str) -> LoRALayer:
         """Build the wrapper of one layer.

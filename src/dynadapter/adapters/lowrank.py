@@ -1,7 +1,7 @@
 """Matrix products of the adapter kinds, for tokens and for maps with channels first."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 
@@ -27,6 +27,12 @@ def project(x: Tensor, weight: Tensor, bias: Tensor | None, channels_first: bool
     if channels_first:
         return F.conv2d(x, weight[:, :, None, None], bias)
     return F.linear(x, weight, bias)
+
+
+def some_outputs(matrix: nn.Module, x: Tensor, outputs: slice) -> Tensor:
+    """Compute only some outputs of a frozen linear layer, or 1x1 convolution, for tokens (..., width)."""
+    weight, bias = matrix.weight, matrix.bias
+    return project(x, weight.flatten(1)[outputs], None if bias is None else bias[outputs], False)  # type: ignore[operator, index]
 
 
 def add_product(

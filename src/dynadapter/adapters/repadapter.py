@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from dynadapter.adapters.base import AdapterLayer, AdapterSpec, check_choice, check_size, is_matrix, matrices, parameter
-from dynadapter.adapters.lowrank import add_product, project
+from dynadapter.adapters.lowrank import add_product, project, some_outputs
 from dynadapter.adapters.merging import exact, rebuilt
 
 
@@ -52,9 +52,7 @@ class RepAdapterLayer(AdapterLayer):
 
     def some(self, u: Tensor, start: int, stop: int) -> Tensor:
         """Compute only the outputs ``start:stop`` for tokens (..., width)."""
-        matrix = matrices(self.base_layer)[0]
-        bias = None if matrix.bias is None else matrix.bias[start:stop]
-        return project(self.adapted(u), matrix.weight.flatten(1)[start:stop], bias, False)
+        return some_outputs(matrices(self.base_layer)[0], self.adapted(u), slice(start, stop))
 
     def merged(self) -> nn.Module:
         """Return the base layer with ``W M`` and ``b + W c``, where ``f(u) = M u + c``, for each pixel of a kernel."""

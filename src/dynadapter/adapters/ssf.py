@@ -51,17 +51,13 @@ class SSF(AdapterSpec):
     std: float = 0.02
 
     takes = TAKES
+    places = ("*",)
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.std) and self.std >= 0):
             raise ValueError(f"std={self.std} must be a finite number of at least 0; 0 starts as the identity")
         check_no_dropout(self)
         super().__post_init__()
-
-    @property
-    def places(self) -> tuple[str, ...]:
-        """Every layer: patch embedding, norms, qkv, output projection and both matrices of the MLP in a ViT."""
-        return ("*",)
 
     def fits(self, layer: nn.Module) -> bool:
         """Check whether the layer's output can be scaled by its weight."""

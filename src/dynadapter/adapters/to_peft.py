@@ -64,7 +64,9 @@ def save_peft(
         state = backbone.get_submodule(name).state_dict()
         tensors |= {f"{PREFIX}{name}.{key}": value for key, value in state.items()}
     files = {
-        TENSORS: safetensors.torch.save({name: _copied(value) for name, value in tensors.items()}, {"format": "pt"}),
+        TENSORS: safetensors.torch.save(
+            {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}, {"format": "pt"}
+        ),
         CONFIG: (json.dumps(_config(sizes, trained, base_model), indent=2) + "\n").encode(),
     }
     write_folder(place, files, overwrite)
@@ -87,8 +89,3 @@ def _config(sizes: dict[str, tuple[int, float]], trained: list[str], base_model:
         "target_modules": list(sizes),
         "modules_to_save": trained,
     }
-
-
-def _copied(tensor: Tensor) -> Tensor:
-    """Copy a tensor to the CPU, in storage of its own."""
-    return tensor.detach().cpu().contiguous().clone()

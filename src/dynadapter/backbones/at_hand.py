@@ -40,12 +40,7 @@ def published(name: str) -> Published:
 
 
 def is_at_hand(name: str, seconds: float = SECONDS) -> bool:
-    """Check whether the pretrained weights of a backbone are packaged, in the hub's cache, or offered by the hub now.
-
-    Args:
-        name: As in :func:`~dynadapter.backbones.create_backbone`; a timm model with weights on the Hugging Face hub.
-        seconds: How long to wait for an answer.
-    """
+    """Check whether pretrained weights of a backbone are packaged, in the hub's cache, or offered by the hub now."""
     if find(name) is not None:
         return True
     place, config = published(name).repo, get_pretrained_cfg(name)

@@ -219,11 +219,7 @@ def classify(model: nn.Module, features: Tensor, logs: Tensor | None = None) -> 
 
 
 def _count_prefix_tokens(model: Any, count: int) -> None:
-    """Count more prefix tokens in timm's ViT or Eva.
-
-    Raises:
-        ValueError: If the model would count them among its position embeddings.
-    """
+    """Count more prefix tokens in timm's ViT or Eva."""
     if model.dynamic_img_size and model.pos_embed is not None and not model.no_embed_class:
         raise ValueError(
             "dynamic_img_size does not fit tokens in front of the first block; leave it out, or add them in each block"
@@ -266,11 +262,7 @@ def _staged_widths(model: nn.Module, stages: nn.Sequential) -> list[int]:
 
 
 def _square(patches: int) -> tuple[int, int]:
-    """Return rows and columns of the patches of a square image.
-
-    Raises:
-        ValueError: The patches do not form a square.
-    """
+    """Return rows and columns of the patches of a square image."""
     side = math.isqrt(patches)
     if side * side != patches:
         raise ValueError(f"{patches} patches do not form a square; give square images")

@@ -23,9 +23,6 @@ class DrawFrom(TorchDispatchMode):
     ...     first = torch.rand(2)
     >>> bool(torch.equal(first, torch.rand(2, generator=torch.Generator().manual_seed(0))))
     True
-
-    Args:
-        seed: Random seed of the generator.
     """
 
     def __init__(self, seed: int) -> None:

@@ -46,11 +46,7 @@ def _(model: Eva, unit: tuple[nn.Module, ...], x: Tensor) -> dict[str, Any]:
 
 
 def _grid(model: Eva, patches: int) -> tuple[int, int]:
-    """Return rows and columns of the patches.
-
-    Raises:
-        ValueError: The images are neither square nor of the model's own size.
-    """
+    """Return rows and columns of the patches."""
     rows, columns = model.patch_embed.grid_size
     if rows * columns == patches:
         return rows, columns

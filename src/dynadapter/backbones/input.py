@@ -13,11 +13,6 @@ from dynadapter.backbones.packaged import find
 def own_preprocessing(model: nn.Module, name: str, image_size: int | None = None) -> dict[str, Any]:
     """Return the preprocessing of a backbone's pre-training, from timm's ``pretrained_cfg`` or the package.
 
-    Args:
-        model: The backbone.
-        name: Its name.
-        image_size: The wanted size in pixels; None for the backbone's own.
-
     Returns:
         ``image_size``, ``interpolation`` and ``normalization`` as :class:`~dynadapter.images.preprocess.Preprocess`
         takes them. Without a fixed position embedding the size is the one that timm names.

@@ -13,12 +13,6 @@ def run_unit(model: nn.Module, unit: tuple[nn.Module, ...], x: Tensor, bias: Ten
 
     After ``model.set_grad_checkpointing()`` a forward pass with gradients keeps only the unit's input, and the backward
     pass computes the unit again: less memory for more time.
-
-    Args:
-        model: The timm model.
-        unit: The modules of the block, in order.
-        x: The block's input, not changed.
-        bias: See :func:`run`.
     """
     if torch.is_grad_enabled() and checkpointing(model):
         # A reentrant pass would give no gradients to adapters whose input needs none

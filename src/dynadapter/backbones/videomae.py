@@ -67,11 +67,7 @@ class TubeletEmbed(nn.Module):
         )
 
     def forward(self, clips: Tensor) -> Tensor:
-        """Map clips (batch, frames, channels, height, width) to tokens (batch, tokens, width), frame by frame.
-
-        Raises:
-            ValueError: If the clips have another shape.
-        """
+        """Map clips (batch, frames, channels, height, width) to tokens (batch, tokens, width), frame by frame."""
         wanted = (self.frames, self.in_chans, *self.img_size)
         if not torch.jit.is_tracing() and tuple(clips.shape[1:]) != wanted:
             raise ValueError(
@@ -118,11 +114,7 @@ class VideoMAE(VisionTransformer):
         self.register_buffer("pos_embed", positions(self.patch_embed.num_patches, self.embed_dim), persistent=False)
 
     def set_input_size(self, img_size: Any = None, patch_size: Any = None) -> None:
-        """Refuse another size, for which the positions of a trained model mean nothing.
-
-        Raises:
-            ValueError: Always.
-        """
+        """Refuse another size, for which the positions of a trained model mean nothing."""
         built = self.patch_embed.img_size[0]
         raise ValueError(f"the backbone takes clips of {built} pixels alone; leave the data's image_size out")
 
@@ -182,6 +174,8 @@ def _join_qkv(state: dict[str, Tensor]) -> None:
         state[f"{start}qkv.bias"] = torch.cat([query, state.pop(f"{start}k_bias", torch.zeros_like(query)), value])
 
 
+SIZES = {"small": (384, 12, 6), "base": (768, 12, 12), "large": (1024, 24, 16), "huge": (1280, 32, 16)}
+"""Width, depth and heads of ViT-S, ViT-B, ViT-L and ViT-H."""
 default_cfgs = generate_default_cfgs(
     {
         f"videomae_{size}_patch16_224": {
@@ -194,39 +188,22 @@ default_cfgs = generate_default_cfgs(
             "first_conv": "patch_embed.proj",
             "classifier": "head",
         }
-        for size in ("small", "base", "large", "huge")
+        for size in SIZES
     }
 )
 """timm reads the preprocessing of its registry's models here. No weights are fetched: give a file."""
 
 
-def _create(name: str, pretrained: bool, **settings: Any) -> VideoMAE:
-    return build_model_with_cfg(VideoMAE, name, pretrained, **settings)
+def _register(name: str, width: int, depth: int, heads: int) -> None:
+    """Add the encoder of one size to timm's registry."""
+
+    def create(pretrained: bool = False, **settings: Any) -> VideoMAE:
+        sizes = {"patch_size": 16, "embed_dim": width, "depth": depth, "num_heads": heads}
+        return build_model_with_cfg(VideoMAE, name, pretrained, **(sizes | settings))
+
+    create.__name__ = name
+    register_model(create)
 
 
-@register_model
-def videomae_small_patch16_224(pretrained: bool = False, **settings: Any) -> VideoMAE:
-    """Build the encoder of the size of ViT-S."""
-    sizes = {"patch_size": 16, "embed_dim": 384, "depth": 12, "num_heads": 6}
-    return _create("videomae_small_patch16_224", pretrained, **(sizes | settings))
-
-
-@register_model
-def videomae_base_patch16_224(pretrained: bool = False, **settings: Any) -> VideoMAE:
-    """Build the encoder of the size of ViT-B."""
-    sizes = {"patch_size": 16, "embed_dim": 768, "depth": 12, "num_heads": 12}
-    return _create("videomae_base_patch16_224", pretrained, **(sizes | settings))
-
-
-@register_model
-def videomae_large_patch16_224(pretrained: bool = False, **settings: Any) -> VideoMAE:
-    """Build the encoder of the size of ViT-L."""
-    sizes = {"patch_size": 16, "embed_dim": 1024, "depth": 24, "num_heads": 16}
-    return _create("videomae_large_patch16_224", pretrained, **(sizes | settings))
-
-
-@register_model
-def videomae_huge_patch16_224(pretrained: bool = False, **settings: Any) -> VideoMAE:
-    """Build the encoder of the size of ViT-H."""
-    sizes = {"patch_size": 16, "embed_dim": 1280, "depth": 32, "num_heads": 16}
-    return _create("videomae_huge_patch16_224", pretrained, **(sizes | settings))
+for size, numbers in SIZES.items():
+    _register(f"videomae_{size}_patch16_224", *numbers)

@@ -86,15 +86,7 @@ class Work:
 
 
 def build(name: str, work: Work) -> Arm:
-    """Create an arm.
-
-    Args:
-        name: One of :data:`~dynadapter.bench.settings.ARMS`.
-        work: The images and networks.
-
-    Raises:
-        Absent: If the arm cannot be timed.
-    """
+    """Create an arm."""
     return BUILDERS[name](work)
 
 

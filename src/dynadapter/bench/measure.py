@@ -135,17 +135,7 @@ def _row(
     batch: int,
     static: int,
 ) -> dict[str, Any]:
-    """Return the numbers of one arm.
-
-    Args:
-        name: The arm.
-        arms: All arms.
-        shares: Exit shares of the arm, (exits,); None for a static one.
-        times: Seconds of each call, by arm.
-        seconds: Seconds of each round, by arm.
-        batch: Images per call.
-        static: MACs of the static network.
-    """
+    """Return the numbers of one arm."""
     arm = arms[name]
     if isinstance(arm.cost, ExitCosts):
         assert shares is not None

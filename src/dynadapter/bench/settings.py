@@ -1,6 +1,6 @@
 """The settings of a benchmark. This file imports nothing heavy, so that invalid settings are reported at once."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -22,17 +22,20 @@ class Settings:
     """The settings of a benchmark.
 
     Args:
-        bundle: Folder of the bundle, or ``hf-hub:NAME``.
-        batch_sizes: Images per call.
-        rounds: Number of counted rounds; every arm runs once in each round.
+        bundle: The network: a folder that calibrate wrote, or hf-hub:OWNER/NAME on the Hugging Face Hub (@REVISION if
+            not the newest).
+        batch_sizes: Images per call, such as [1,8,64].
+        rounds: Counted rounds; every arm runs once in each.
         threads: Threads of torch and of ONNX Runtime.
-        device: Device of the arms.
+        device: Where to run.
         precision: Type of the network's tensors.
-        images: Folder of real images, for real exit shares; None for noise.
-        shares: Wanted exit shares, (exits,); None for the exit shares of the bundle's own policy.
-        arms: Names from :data:`ARMS` to time.
+        images: Folder of images of the task, for real exit shares; noise if not given.
+        shares: Exit shares, as in [0.5,0.3,0.15,0.05]; thresholds on the confidence are set for them. By default those
+            of the bundle's own policy.
+        arms: What to time, of: static, smaller static, static token merging, unmerged, merged, onnx static, onnx
+            staged, openvino staged.
         weights: File of the backbone's weights, for a bundle that needs one.
-        pretrained: Whether timm may fetch the backbone's weights; None for the choice of the training.
+        pretrained: Whether timm may fetch the backbone's weights; by default as in training.
         out: File for all results.
         overwrite: Replace an existing file.
 
@@ -41,18 +44,18 @@ class Settings:
     """
 
     bundle: str
-    batch_sizes: list[int]
-    rounds: int
-    threads: int
-    device: Literal["cpu", "cuda"]
-    precision: Literal["32", "bf16"]
-    images: str | None
-    shares: list[float] | None
-    arms: list[str]
-    weights: str | None
-    pretrained: bool | None
-    out: str
-    overwrite: bool
+    batch_sizes: list[int] = field(default_factory=lambda: [1, 8])
+    rounds: int = 20
+    threads: int = 1
+    device: Literal["cpu", "cuda"] = "cpu"
+    precision: Literal["32", "bf16"] = "32"
+    images: str | None = None
+    shares: list[float] | None = None
+    arms: list[str] = field(default_factory=lambda: list(ARMS))
+    weights: str | None = None
+    pretrained: bool | None = None
+    out: str = "bench.json"
+    overwrite: bool = False
 
     def __post_init__(self) -> None:
         for name in ("rounds", "threads"):

@@ -6,15 +6,7 @@ from rich.table import Table
 
 
 def bench_table(batch: dict[str, Any], result: dict[str, Any]) -> Table:
-    """Create the table of one batch size.
-
-    Args:
-        batch: One entry of ``result["batches"]``.
-        result: All results, as :func:`~dynadapter.bench.measure.measure` returns them, with the settings.
-
-    Returns:
-        The table, to be printed by rich.
-    """
+    """Create the table of one batch size."""
     shares = "/".join(f"{100 * share:.0f}" for share in batch["shares"])
     table = Table(
         title=f"batch {batch['batch']}: {batch['images']} images a round, exit shares {shares} %, control "

@@ -168,15 +168,7 @@ def is_void(control: float) -> bool:
 def best_chunk(
     make: Callable[[int], Call], batch: int, clock: Clock = "cpu", device: torch.device | str = "cpu", rounds: int = 3
 ) -> int:
-    """Return the chunk size with which an arm is fastest; a large batch may exceed a CPU's caches.
-
-    Args:
-        make: Maps a chunk size to the arm.
-        batch: The whole batch; it and smaller chunks are tried.
-        clock: The clock for the comparison.
-        device: Device of the arm.
-        rounds: Number of timed rounds.
-    """
+    """Return the chunk size with which an arm is fastest; a large batch may exceed a CPU's caches."""
     chunks = [*(chunk for chunk in CHUNKS if chunk < batch), batch]
     if len(chunks) == 1:
         return batch

@@ -154,11 +154,7 @@ def choose(data: Samples, goal: Goal) -> Chosen:
 
 
 def candidates(data: Samples, goal: Goal) -> Candidates:
-    """Try every setting that the options allow, within the budget of a cost.
-
-    Raises:
-        ValueError: If the budget is below the lowest cost, or the options fit no setting.
-    """
+    """Try every setting that the options allow, within the budget of a cost."""
     heat = data.temperatures(goal)
     belief = beliefs(data, heat)
     budget = goal.amount if goal.name == "cost" else math.inf
@@ -253,9 +249,6 @@ def cheapest(tried: Candidates, goal: Goal) -> int:
 
     The paired difference plus half of its standard error must be within the goal. Among candidates within one standard
     error of the lowest cost, the one with the fewest thresholds is taken.
-
-    Raises:
-        ValueError: If there is none; the message names the best.
     """
     drop = tried.compared - tried.credit
     doubt = drop.mean(1) + SAFETY * _standard_error(drop)
@@ -331,11 +324,7 @@ def _certified(data: Samples, goal: Goal) -> Calibrated:
 
 
 def _reachable(budget: float, data: Stacked) -> float:
-    """Return the budget, raised to the lowest cost if they differ only by rounding.
-
-    Raises:
-        ValueError: If the budget is below the lowest cost.
-    """
+    """Return the budget, raised to the lowest cost if they differ only by rounding."""
     lowest = data.cost(data.counts(route(at_exit(0, data.exits), data.predicted))).item()
     if budget >= lowest or math.isclose(budget, lowest, rel_tol=1e-9):
         return max(budget, lowest)

@@ -13,12 +13,7 @@ from dynadapter.spec import plain
 
 
 def thresholds(policy: Policy, exits: int) -> list[float | None]:
-    """Return the threshold of a policy at each exit, or the number of exits that must agree; None at exits without one.
-
-    Args:
-        policy: The policy, with temperatures and combination or without.
-        exits: Number of exits.
-    """
+    """Return the threshold of a policy at each exit, or the exits that must agree; None at exits without one."""
     policy = decision(policy)
     if isinstance(policy, Thresholded):
         return [*(policy.threshold_at(k) for k in range(exits - 1)), None]
@@ -34,16 +29,7 @@ def temperatures(policy: Policy, exits: int) -> tuple[float, ...]:
 
 
 def solution_table(solution: Solution, exit_depths: Sequence[int], title: str) -> Table:
-    """Create a table of both measurements: cost, accuracy, and each exit's share, threshold and temperature.
-
-    Args:
-        solution: The solution.
-        exit_depths: After how many blocks each exit stands.
-        title: Title of the table.
-
-    Returns:
-        The table, to be printed by rich.
-    """
+    """Create a table of both measurements: cost, accuracy, and each exit's share, threshold and temperature."""
     both = solution.calibration, solution.cross_fitted
     table = Table(title=title)
     table.add_column("")
@@ -96,13 +82,7 @@ def solution_data(solution: Solution) -> dict[str, Any]:
 
 
 def measured_data(solution: Solution, split: str, data: str) -> dict[str, Any]:
-    """Return the measured accuracy and cost for a bundle, as plain data.
-
-    Args:
-        solution: The solution.
-        split: Split of the images: val, test or train.
-        data: Description of the images.
-    """
+    """Return the measured accuracy and cost for a bundle, as plain data."""
     crossed = solution.cross_fitted
     in_words = {  # a list of two numbers would look like one for each of two exits
         "accuracy_interval": "{:.1%} to {:.1%}, at 95 %".format(*crossed.accuracy_interval),
@@ -122,13 +102,7 @@ def measured_data(solution: Solution, split: str, data: str) -> dict[str, Any]:
 
 
 def draw_curve(file: BinaryIO, solution: Solution, title: str) -> None:
-    """Draw accuracy against cost on the calibration images, and the cross-fitted result.
-
-    Args:
-        file: Where to write the figure, as PNG.
-        solution: The solution.
-        title: Title of the figure.
-    """
+    """Draw accuracy against cost on the calibration images, and the cross-fitted result."""
     from matplotlib.figure import Figure  # takes half a second to import
 
     figure = Figure(figsize=(6, 4), layout="constrained")

@@ -21,11 +21,7 @@ def has_thresholds(kind: object) -> TypeGuard[type[Thresholded]]:
 
 
 def thresholded(kind: type[Policy]) -> type[Thresholded]:
-    """Return the kind if it has thresholds.
-
-    Raises:
-        ValueError: If it has no thresholds.
-    """
+    """Return the kind if it has thresholds."""
     if not has_thresholds(kind):
         names = [known.__name__ for known in kinds(Thresholded)]  # type: ignore[type-abstract]
         raise ValueError(
@@ -84,13 +80,7 @@ class Scores:
 
 
 def exit_indices(policies: Sequence[Policy], data: Stacked, scores: Scores | None = None) -> Tensor:
-    """Return the exit indices (policies, samples) of policies without temperatures and combination.
-
-    Args:
-        policies: The policies.
-        data: The samples.
-        scores: Their scores, if they are known already.
-    """
+    """Return the exit indices (policies, samples) of policies without temperatures and combination."""
     index = torch.full((len(policies), data.samples), data.exits - 1, device=data.logits.device)
     places: dict[type[Thresholded], list[int]] = {}
     for place, policy in enumerate(policies):

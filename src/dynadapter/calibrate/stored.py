@@ -35,11 +35,7 @@ class Calibration:
     checkpoint_sha256: str = ""
 
     def require_twin(self, exit_depths: tuple[int, ...], class_names: tuple[str, ...], backbone_hash: str) -> None:
-        """Check that a network has the exits, classes and backbone of the calibrated one.
-
-        Raises:
-            ValueError: Exits, classes or backbone differ.
-        """
+        """Check that a network has the exits, classes and backbone of the calibrated one."""
         for what, ours, theirs in (
             ("exits after blocks", list(exit_depths), list(self.exit_depths)),
             ("the classes", list(class_names), list(self.class_names)),
@@ -58,11 +54,7 @@ def beside(checkpoint: Path) -> Path:
 
 
 def read_calibration(file: Path) -> Calibration:
-    """Read a file that ``calibrate`` wrote.
-
-    Raises:
-        ValueError: It holds something else.
-    """
+    """Read a file that ``calibrate`` wrote."""
     if not file.is_file() or file.stat().st_size > LARGEST:
         raise ValueError(f"{file} is not a calibration: give a file or folder that dynadapter calibrate wrote")
     try:
@@ -78,11 +70,7 @@ def read_calibration(file: Path) -> Calibration:
 
 
 def calibration_of(checkpoint: Path) -> Calibration | None:
-    """Return the calibration of a checkpoint; None if there is none, or the checkpoint has changed since.
-
-    Raises:
-        ValueError: The file is damaged.
-    """
+    """Return the calibration of a checkpoint; None if there is none, or the checkpoint has changed since."""
     file = beside(checkpoint)
     if not file.exists():
         return None

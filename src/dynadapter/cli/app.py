@@ -49,11 +49,7 @@ from dynadapter.training.starting import start_from
 
 
 class DynCLI(LightningCLI):
-    """Build model, data and callbacks from a configuration in layers, and run a command on them.
-
-    Args:
-        args: The command line; the command comes first.
-    """
+    """Build model, data and callbacks from a configuration in layers, and run a command on them."""
 
     model: ExitClassifier
     datamodule: ImageData
@@ -107,8 +103,8 @@ class DynCLI(LightningCLI):
         if {"-h", "--help"} & {*args}:
             print(short_help(self.command, arguments.DESCRIPTIONS[self.command], parser))
             raise SystemExit(0)
-        args = expand_short(["--help" if arg == "--help_all" else arg for arg in args], self.command)
-        files, rest = config_files(args)
+        files, rest = config_files(["--help" if arg == "--help_all" else arg for arg in args])
+        rest = expand_short(rest, self.command)
         require_no_file(dict(assignments(rest)), SECTIONS, "")
         log = None
         if self.command == "fit":

@@ -39,12 +39,7 @@ DESCRIPTIONS = {
 
 
 class ConfigParser(LightningArgumentParser):
-    """A parser of a whole configuration that explains a mistake in one line.
-
-    Args:
-        command: The name on the command line.
-        **kwargs: Passed to jsonargparse.
-    """
+    """A parser of a whole configuration that explains a mistake in one line."""
 
     def __init__(self, command: str = "", **kwargs: Any) -> None:
         if command:

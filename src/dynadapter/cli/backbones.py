@@ -20,11 +20,7 @@ def parser() -> CommandParser:
 
 
 def run(args: list[str]) -> None:
-    """Run the command.
-
-    Raises:
-        Mistake: No family and no architecture has this name.
-    """
+    """Run the command."""
     given = parser().parse_args(args)
     from dynadapter.backbones.coverage import architectures
 
@@ -52,15 +48,7 @@ def table(found: list["Architecture"]) -> list[str]:
 
 
 def listed(found: list["Architecture"], wanted: str) -> list[str]:
-    """Return a line for each weight tag, and for each architecture without weights or that is not accepted.
-
-    Args:
-        found: All architectures.
-        wanted: The name of a class, or a pattern of architectures.
-
-    Raises:
-        Mistake: Nothing matches.
-    """
+    """Return a line for each weight tag, and for each architecture without weights or that is not accepted."""
     few = [one for one in found if wanted.lower() == one.family.lower() or fnmatchcase(one.name, wanted)]
     if not few:
         names = {one.family for one in found if one.accepted} | {one.name for one in found}

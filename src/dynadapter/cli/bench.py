@@ -5,11 +5,11 @@ import os
 import secrets
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from dynadapter.bench.settings import ARMS, Settings
-from dynadapter.cli.errors import Mistake, nearest
-from dynadapter.cli.networks import BUNDLE, check_network
+from dynadapter.cli.errors import Mistake, mistakes, nearest
+from dynadapter.cli.networks import check_network
 from dynadapter.cli.parser import CommandParser
 from dynadapter.files import write
 
@@ -21,33 +21,10 @@ average.  static token merging: the whole backbone, which merges tokens as routi
 the adapters beside the backbone, or merged into it.  onnx static, onnx staged: ONNX Runtime with one graph, or with one
 graph per stage and routing between them.  openvino staged: the same graphs in OpenVINO.
 """
-ARGUMENTS: dict[str, tuple[Any, Any, str]] = {
-    "batch_sizes": (list[int], [1, 8], "Images per call, such as [1,8,64]."),
-    "rounds": (int, 20, "Counted rounds; every arm runs once in each."),
-    "threads": (int, 1, "Threads of torch and of ONNX Runtime."),
-    "device": (Literal["cpu", "cuda"], "cpu", "Where to run."),
-    "precision": (Literal["32", "bf16"], "32", "Type of the network's tensors."),
-    "images": (str | None, None, "Folder of images of the task, for real exit shares; noise if not given."),
-    "shares": (
-        list[float] | None,
-        None,
-        "Exit shares, as in [0.5,0.3,0.15,0.05]; thresholds on the confidence are set for them.",
-    ),
-    "arms": (list[str], list(ARMS), f"What to time, of: {', '.join(ARMS)}."),
-    "weights": (str | None, None, "File of the backbone's weights, for a bundle that needs one."),
-    "pretrained": (bool | None, None, "Whether timm may fetch the backbone's weights; by default as in training."),
-    "out": (str, "bench.json", "File for all results."),
-    "overwrite": (bool, False, "Replace an existing file."),
-}
-"""The settings beside the bundle: type, default, help."""
 
 
 def run(args: list[str]) -> None:
-    """Run the command.
-
-    Raises:
-        Mistake: If a setting is invalid.
-    """
+    """Run the command."""
     settings = read(args)
     # Imported here, because torch takes seconds to load and invalid settings are reported at once.
     from dynadapter.bench.measure import measure
@@ -63,23 +40,15 @@ def run(args: list[str]) -> None:
 def parser() -> CommandParser:
     """Return the parser of the command."""
     made = CommandParser("bench", DESCRIPTION)
-    made.add_argument("--bundle", type=str, required=True, help=f"The network: {BUNDLE}.")
-    for name, (kind, default, words) in ARGUMENTS.items():
-        made.add_argument(f"--{name}", type=kind, default=default, help=words)
+    made.add_class_arguments(Settings, as_group=False, instantiate=False)
     return made
 
 
 def read(args: list[str]) -> Settings:
-    """Return the settings of a command line.
-
-    Raises:
-        Mistake: If one of them is invalid.
-    """
-    given = {name: value for name, value in vars(parser().parse_args(args)).items() if name in ("bundle", *ARGUMENTS)}
-    try:
+    """Return the settings of a command line."""
+    given = vars(parser().parse_args(args))
+    with mistakes():
         settings = Settings(**given | {"arms": _arms(given["arms"])})
-    except ValueError as error:
-        raise Mistake(str(error)) from error
     check_network(settings.bundle)
     _check_out(settings.place, settings.overwrite)
     return settings

@@ -7,7 +7,7 @@ import io
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,7 +38,6 @@ from dynadapter.exits.policies import Policy
 from dynadapter.files import locked, replacing, sha256, write
 from dynadapter.printing import print_tables
 from dynadapter.serve.bundle import bundle_from_classifier
-from dynadapter.serve.bundle.config import FILES
 from dynadapter.serve.bundle.place import check_place
 from dynadapter.serve.bundle.reading import read as read_bundle
 from dynadapter.spec import plain
@@ -54,45 +53,33 @@ OPTIMISTIC = {
     "test": "thresholds fitted to the test images leave none to measure them on",
     "train": "a network is more confident and more accurate on its training images than on new ones",
 }
-ARGUMENTS: dict[str, tuple[Any, Any, str]] = {
-    "policy": (Kind, "confidence", "What thresholds are compared with; patience is a number of exits that agree."),
-    "temperatures": (
-        bool | None,
-        None,
-        "Fit a temperature to each exit first; by default not for goal.risk, which then certifies on all images.",
-    ),
-    "search": (
-        Search,
-        "auto",
-        "Choose one exit for all images, one threshold for all exits, or thresholds by exit; auto: one exit or "
-        "thresholds by exit, whichever is best. goal.risk has one threshold.",
-    ),
-    "combine": (
-        Combine,
-        "auto",
-        "Exits predict by their own logits, or by the mean or the geometric mean of the exits so far; auto: whichever "
-        "is best.",
-    ),
-    "seed": (int, 0, "Random seed of the folds of the cross-fitting."),
-    "bundle": (str | None, None, "Write the bundle, the folder to deploy, here."),
-    "merge": (bool, False, "Merge the adapters into the backbone of the bundle; it then needs no backbone file."),
-    "overwrite": (bool, False, "Replace an existing bundle."),
-    "out": (str | None, None, "Folder of calibration.json and the curve; by default a new one next to the run."),
-    "data_split": (Split, "val", "Images to calibrate on; test and train need accept_optimistic_numbers."),
-    "policy_from": (
-        str | None,
-        None,
-        "Instead of a goal: use the policy of this calibration, calibrated checkpoint or run, or bundle. For a network "
-        "that was also trained on the validation images: the policy of a run with the same settings that was not.",
-    ),
-    "accept_optimistic_numbers": (bool, False, "Calibrate on test or training images, with too optimistic numbers."),
-}
-"""The settings beside the goal: type, default, help."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The checked settings of the command: the goal (None with ``policy_from``), the checkpoint, and ``ARGUMENTS``."""
+    """The checked settings of the command.
+
+    Args:
+        goal: What to calibrate for; None with ``policy_from``.
+        ckpt_path: The checkpoint.
+        policy: What thresholds are compared with; patience is a number of exits that agree.
+        temperatures: Fit a temperature to each exit first; by default not for goal.risk, which then certifies on all
+            images.
+        search: Choose one exit for all images, one threshold for all exits, or thresholds by exit; auto: one exit or
+            thresholds by exit, whichever is best. goal.risk has one threshold.
+        combine: Exits predict by their own logits, or by the mean or the geometric mean of the exits so far; auto:
+            whichever is best.
+        seed: Random seed of the folds of the cross-fitting.
+        bundle: Write the bundle, the folder to deploy, here.
+        merge: Merge the adapters into the backbone of the bundle; it then needs no backbone file.
+        overwrite: Replace an existing bundle.
+        out: Folder of calibration.json and the curve; by default a new one next to the run.
+        data_split: Images to calibrate on; test and train need accept_optimistic_numbers.
+        policy_from: Instead of a goal: use the policy of this calibration, calibrated checkpoint or run, or bundle. For
+            a network that was also trained on the validation images: the policy of a run with the same settings that
+            was not.
+        accept_optimistic_numbers: Calibrate on test or training images, with too optimistic numbers.
+    """
 
     goal: Goal | None
     ckpt_path: str
@@ -111,13 +98,9 @@ class Settings:
 
     @classmethod
     def read(cls, config: Any) -> "Settings":
-        """Return the settings of a parsed configuration.
-
-        Raises:
-            Mistake: If the goal is invalid, settings exclude each other, or an output exists already.
-        """
+        """Return the settings of a parsed configuration."""
         goal = _goal(config)
-        settings = cls(goal, config.ckpt_path, **{name: config[name] for name in ARGUMENTS})
+        settings = cls(goal, **{field.name: config[field.name] for field in fields(cls) if field.name != "goal"})
         if goal is not None and goal.name == "risk" and settings.search not in ("auto", "one_threshold"):
             raise Mistake(
                 f"search={settings.search} does not fit goal.risk: a guarantee tests policies that are fixed "
@@ -159,10 +142,8 @@ def _check_bundle(settings: Settings) -> None:
     place = Path(settings.bundle).expanduser()
     if os.path.lexists(place) and not settings.overwrite:
         raise Mistake(f"bundle={place} exists; give a folder that does not, or --overwrite true to replace a bundle")
-    try:
-        check_place(place, FILES, settings.overwrite)
-    except ValueError as error:
-        raise Mistake(str(error).replace("overwrite=True", "--overwrite true")) from error
+    with mistakes():
+        check_place(place, settings.overwrite)
 
 
 def _check_out(out: Path) -> None:
@@ -190,17 +171,13 @@ def add_arguments(parser: LightningArgumentParser) -> None:
     goal.add_argument("--goal.reference", type=str | None, help=words)
     words = "What counts as accuracy; balanced_accuracy is the mean over classes, and suits classes of unequal size."
     goal.add_argument("--goal.metric", type=Metric | None, help=words)
-    for name, (kind, default, words) in ARGUMENTS.items():
-        parser.add_argument(f"--{name}", type=kind, default=default, help=words)
+    parser.add_class_arguments(Settings, as_group=False, skip={"goal", "ckpt_path"}, instantiate=False)
 
 
 def calibrate(trainer: Trainer, model: ExitClassifier, data: ImageData, settings: Settings) -> Solution | None:
     """Run the images through the network once, solve the goal, print a table, and write the files.
 
     With ``policy_from`` the network does not run: the policy is checked and written, and there is no solution.
-
-    Raises:
-        Mistake: If there are no images, the network was trained on them, or the goal cannot be reached.
     """
     if trainer.world_size > 1:
         raise Mistake(f"calibrate runs on one device, not on {trainer.world_size}; give --trainer.devices 1")
@@ -251,11 +228,7 @@ def _calibrate(trainer: Trainer, model: ExitClassifier, data: ImageData, setting
 
 
 def _adopt(trainer: Trainer, model: ExitClassifier, data: ImageData, settings: Settings) -> None:
-    """Write the policy of another calibration for this network.
-
-    Raises:
-        Mistake: If there is no policy, or it belongs to a network with other exits, classes or another backbone.
-    """
+    """Write the policy of another calibration for this network."""
     found = policy_from(str(settings.policy_from))
     checkpoint = read_checkpoint(settings.ckpt_path)
     model.on_load_checkpoint(checkpoint)
@@ -300,11 +273,7 @@ def solved(
     notes: tuple[str, ...] = (),
     reference: Tensor | None = None,
 ) -> Solution:
-    """Solve the goal of the settings, and add notes.
-
-    Raises:
-        Mistake: If the goal cannot be reached.
-    """
+    """Solve the goal of the settings, and add notes."""
     split, goal = settings.data_split, settings.goal
     assert goal is not None
     with mistakes():

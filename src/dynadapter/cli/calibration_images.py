@@ -29,17 +29,8 @@ def check_images(data: ImageData, split: Split, ckpt_path: str, guarantee: bool 
 
     A few validation images that are copies of training images are left out.
 
-    Args:
-        data: The images.
-        split: val, test or train.
-        ckpt_path: The checkpoint.
-        guarantee: Whether the goal is a risk, with a guarantee for future images.
-
     Returns:
         Notes about the images.
-
-    Raises:
-        Mistake: If there are no images, or the network was trained on them.
     """
     images = data.dataset(split)
     if not len(images):
@@ -99,18 +90,8 @@ def stack_logits(
 ) -> tuple[Tensor, Tensor]:
     """Run the images of a split through the network once.
 
-    Args:
-        trainer: Runs the network.
-        model: The model; its tensors are read from the checkpoint.
-        data: The images.
-        split: val, test or train.
-        ckpt_path: The checkpoint.
-
     Returns:
         Logits (exits, samples, classes) float32 and targets (samples,), on the CPU.
-
-    Raises:
-        Mistake: If there are fewer than 2 images.
     """
     stacked = StackedLogits()
     trainer.callbacks.append(stacked)  # type: ignore[attr-defined]
@@ -147,9 +128,6 @@ def reference_classes(place: str, data: ImageData, split: Split, class_names: Se
 
     Returns:
         The classes that its last exit predicts (samples,).
-
-    Raises:
-        Mistake: It cannot be loaded, has other classes, or was trained on these images.
     """
     folder = Path(place).expanduser().is_dir()
     check_network(place if folder else None, None if folder else place)

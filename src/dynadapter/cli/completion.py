@@ -23,11 +23,7 @@ PLACES = {"train": FOLDERS, "report": FOLDERS, "sweep": FILES}
 
 
 def run(args: Sequence[str]) -> None:
-    """Print the script for the shell that ``--print_shtab=SHELL`` names.
-
-    Raises:
-        Mistake: shtab is not installed, or does not know the shell.
-    """
+    """Print the script for the shell that ``--print_shtab=SHELL`` names."""
     try:
         import shtab
     except ImportError as error:

@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import os
+import re
 from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,32 +35,35 @@ def _first_comment(file: Path) -> str:
 
 
 def config_files(args: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Separate the config files from the other arguments of a command.
+    """Separate the config files from the other arguments of a command, each of which is joined with its value.
 
     >>> config_files(["--model.every=2", "-c", "a.yaml", "--config=b.yaml", "--sparsity", "null"])
-    (['a.yaml', 'b.yaml'], ['--model.every=2', '--sparsity', 'null'])
-
-    Args:
-        args: The command line without the command.
-
-    Returns:
-        The config files as given, and the other arguments, both in their order.
+    (['a.yaml', 'b.yaml'], ['--model.every=2', '--sparsity=null'])
     """
+    files, rest = take(args, "-c needs a file; give a config in YAML, such as -c quickstart", "-c", "--config")
+    joined: list[str] = []
+    for arg in rest:
+        last = joined[-1] if joined else ""
+        if last.startswith("--") and "=" not in last and not re.match("-[-a-z]", arg):
+            joined[-1] += f"={arg}"
+        else:
+            joined.append(arg)
+    return files, joined
+
+
+def take(args: Sequence[str], missing: str, *names: str) -> tuple[list[str], list[str]]:
+    """Separate the values of an option from the other arguments; `missing` is the message if one has no value."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("-c", "--config", action="append", default=[])
+    parser.add_argument(*names, action="append", default=[], dest="values")
     try:
         given, rest = parser.parse_known_args(args)
     except argparse.ArgumentError as error:
-        raise Mistake("-c needs a file; give a config in YAML, such as -c quickstart") from error
-    return given.config, rest
+        raise Mistake(missing) from error
+    return given.values, rest
 
 
 def find_config(name: str) -> Path:
-    """Return the file for ``-c NAME``: a local file, or else a packaged config, with or without ``.yaml``.
-
-    Raises:
-        Mistake: If there is none; the message lists the existing names, the most similar first.
-    """
+    """Return the file for ``-c NAME``: a local file, or else a packaged config, with or without ``.yaml``."""
     ours = packaged()
     for path in (Path(name), Path(f"{name}.yaml"), ours.get(name.removesuffix(".yaml"))):
         if path is not None and path.is_file():
@@ -84,26 +88,14 @@ def packaged() -> dict[str, Path]:
 
 
 def require_no_file(content: Mapping[Any, Any], sections: Container[str], where: str) -> None:
-    """Refuse a file as the value of a section: jsonargparse would not check it, and would wait forever for a pipe.
-
-    Raises:
-        Mistake: A section is given as a file.
-    """
+    """Refuse a file as the value of a section: jsonargparse would not check it, and would wait forever for a pipe."""
     for key, value in content.items():
         if key in sections and isinstance(value, str) and os.path.exists(value) and not os.path.isdir(value):
             raise Mistake(f"{where}{key} is the file {value}; give the settings themselves, or a config by -c {value}")
 
 
 def read_config(name: str, sections: Container[str]) -> dict[str, Any]:
-    """Read a config file.
-
-    Args:
-        name: A file, or the name of a packaged config.
-        sections: Keys that must hold a mapping, a class name or nothing.
-
-    Raises:
-        Mistake: If it does not exist, is not valid YAML, or is not a mapping of such sections.
-    """
+    """Read a config file."""
     file = find_config(name)
     with mistakes():
         content = read_yaml(file)

@@ -12,16 +12,14 @@ from pathlib import Path
 
 
 class Mistake(Exception):
-    """Invalid input (exit code 2). The message is one line: what was given, what is allowed, what to do."""
+    """Invalid input (exit code 2). The message is one line: what was given, what is allowed, what to do.
+
+    Any function of the command line may raise it.
+    """
 
 
 class Stopped(Exception):
-    """A command ended before it was finished.
-
-    Args:
-        line: One line that says how to continue.
-        code: The exit code; 128 plus the number of the signal that stopped it.
-    """
+    """A command ended before it was finished."""
 
     def __init__(self, line: str, code: int) -> None:
         super().__init__(line)
@@ -29,22 +27,14 @@ class Stopped(Exception):
 
 
 class Failed(Stopped):
-    """Some parts of the work failed (exit code 1).
-
-    Args:
-        line: One line that names the failed parts.
-    """
+    """Some parts of the work failed (exit code 1)."""
 
     def __init__(self, line: str) -> None:
         super().__init__(f"error: {line}", 1)
 
 
 class Terminated(BaseException):
-    """A signal stops the process. This is not an ``Exception``, so that no handler of errors catches it.
-
-    Args:
-        number: The signal.
-    """
+    """A signal stops the process. This is not an ``Exception``, so that no handler of errors catches it."""
 
     def __init__(self, number: int = signal.SIGTERM) -> None:
         super().__init__(f"stopped by {signal.Signals(number).name}")
@@ -83,23 +73,29 @@ def one_line(error: BaseException | str) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+TYPED = {
+    "weights='...'": "--weights FILE",
+    "pretrained=True": "--pretrained true",
+    "overwrite=True": "--overwrite true",
+    "or overwrite it": "or --overwrite true",
+}
+"""Settings in messages for Python, and as they are typed on the command line."""
+
+
 @contextmanager
-def mistakes(before: str = "", after: str = "") -> Iterator[None]:
-    """Raise a ValueError of the body as a :class:`Mistake`, its message in one line between two texts."""
+def mistakes(before: str = "", after: str = "", kinds: tuple[type[Exception], ...] = (ValueError,)) -> Iterator[None]:
+    """Raise an error of the body as a :class:`Mistake`, its message in one line between two texts."""
     try:
         yield
-    except ValueError as error:
-        raise Mistake(f"{before}{one_line(error)}{after}") from error
+    except kinds as error:
+        line = one_line(error)
+        for python, typed in TYPED.items():
+            line = line.replace(python, typed)
+        raise Mistake(f"{before}{line}{after}") from error
 
 
 def closest(given: str, names: Iterable[str], cutoff: float = 0.7) -> str | None:
-    """Return the valid name that is most similar to a wrong or shortened one; None if none is similar.
-
-    Args:
-        given: The wrong name; case is ignored.
-        names: The valid ones.
-        cutoff: Lowest accepted similarity, in [0, 1].
-    """
+    """Return the valid name that is most similar to a wrong or shortened one; None if none is similar."""
     lower = {name.lower(): name for name in names}
     near = difflib.get_close_matches(given.lower(), lower, n=1, cutoff=cutoff)
     begun = [name for name in lower if len(given) > 3 and name.startswith(given.lower())]

@@ -68,13 +68,7 @@ def _most_specific(bullets: str) -> str:
 
 
 def explain(message: str, sections: Sections, keys: Iterable[str]) -> str:
-    """Return a message of jsonargparse as one line with the valid names.
-
-    Args:
-        message: The parser's message.
-        sections: The class behind each section.
-        keys: All keys of the parser, sections included, such as ``model.every``.
-    """
+    """Return a message of jsonargparse as one line with the valid names."""
     error, keys = innermost(message), [key for key in keys if not key.endswith(".help")]
     text = re.sub(r"^Group '(.+?)' does not accept option '(.+?)'.*", r"unrecognized arguments: --\1.\2", error.text)
     if not error.key:
@@ -107,7 +101,11 @@ def _unknown_key(error: ParserError, given: str, sections: Sections, keys: list[
     begun = [name for name in keys if name.startswith(f"{key}_") and "." not in name]
     exact = [name for name in keys if name.rpartition(".")[2] == key]
     homes = inside or [name for name in keys if name.startswith("model.")]
-    deeper = [f"{name}.{last}" for name in homes if last in _settings_of(bases(name, sections))]
+    deeper = [
+        f"{name}.{last}"
+        for name in homes
+        if any(last in parameters(cls) for cls in _classes_below(bases(name, sections)))
+    ]
     found = [*([f"{section}.{similar}"] if similar else []), *([f"{near}.{rest}"] if near else []), *begun, *exact]
     if name := next(iter([*found, *deeper]), None if inside else closest(key, keys)):
         return f"there is no key {key!r}{meant(name)}"
@@ -147,13 +145,10 @@ def _unknown_setting(error: ParserError, given: str, sections: Sections, keys: l
         return f"{_about(error)}{named[1]} has no setting {given!r}{hint}"
     owners = [cls.__name__ for cls in classes if given in parameters(cls)]
     if owners:
-        return f"{_about(error)}the class given has no setting {given!r}; {', '.join(owners[:5])} {_has(owners)}"
+        has = "has it" if len(owners) == 1 else "have it"
+        return f"{_about(error)}the class given has no setting {given!r}; {', '.join(owners[:5])} {has}"
     hint = nearest(given, (*settings, "class_path", "init_args"))
     return f"{_about(error)}there is no setting {given!r}{hint or f'; --{error.key}.help CLASS lists those of a class'}"
-
-
-def _has(owners: list[str]) -> str:
-    return "has it" if len(owners) == 1 else "have it"
 
 
 def _unknown_class(error: ParserError, given: str, sections: Sections, keys: list[str]) -> str:
@@ -179,14 +174,6 @@ def _missing(error: ParserError, given: str, sections: Sections, keys: list[str]
     return (
         f"{error.key}: {line}, as in {' '.join(f'--{error.key}.{name} ...' for name in names)}" if error.key else line
     )
-
-
-def _linked(error: ParserError, given: str, sections: Sections, keys: list[str]) -> str:
-    return f"{given} cannot be set, it comes from the data; leave it out"
-
-
-def _no_value(error: ParserError, given: str, sections: Sections, keys: list[str]) -> str:
-    return f"{given.rpartition('/')[2]} needs a value"
 
 
 def _no_section_file(error: ParserError, given: str, sections: Sections, keys: list[str]) -> str:
@@ -228,8 +215,8 @@ RULES: tuple[tuple[str, Callable[[ParserError, str, Sections, list[str]], str]],
     (r"Option '(.+?)' is not accepted", _unknown_setting),
     (r"(?:string|format): (.*)$|^Import path (\S+) does not|subclass of \w+. Got value: (.*)$", _unknown_class),
     (r"^the following arguments are required: (.+)", _missing),
-    (r'^Linked "(.+?)"', _linked),
-    (r"^argument (\S+): expected one argument", _no_value),
+    (r'^Linked "(.+?)"', lambda _, given, *__: f"{given} cannot be set, it comes from the data; leave it out"),
+    (r"^argument (\S+): expected one argument", lambda _, given, *__: f"{given.rpartition('/')[2]} needs a value"),
     (r"""^Unable to load config ["'](.*?)["']""", _no_section_file),
     (_TYPE, _wrong_type),
 )
@@ -273,10 +260,6 @@ def classes_in(hint: Any) -> Iterator[type]:
 def _classes_below(found: Iterable[type]) -> Iterator[type]:
     for base in found:
         yield from subclasses(base)
-
-
-def _settings_of(found: Iterable[type]) -> set[str]:
-    return {name for cls in _classes_below(found) for name in parameters(cls)}
 
 
 def subclasses(cls: type) -> Iterator[type]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from dynadapter.cli.errors import Mistake, Stopped, Terminated, mistakes, stoppable
-from dynadapter.cli.networks import BUNDLE, check_bundle, load_bundle
+from dynadapter.cli.networks import BUNDLE, WEIGHTS, check_bundle, load_bundle
 from dynadapter.cli.parser import CommandParser
 
 if TYPE_CHECKING:  # torch takes seconds to load, and invalid settings are reported without it
@@ -29,9 +29,7 @@ def parser() -> CommandParser:
     add("--overwrite", type=bool, default=False, help="Replace an exported folder.")
     words = "onnx; or peft: only the LoRA adapters and the last head, for peft.PeftModel.from_pretrained."
     add("--format", type=Literal["onnx", "peft"], default="onnx", help=words)
-    add("--weights", type=str | None, help="File of the backbone's weights, if the bundle needs one.")
-    words = "Let timm fetch the backbone's weights; by default as in training."
-    add("--pretrained", type=bool | None, help=words)
+    parser.add_options(WEIGHTS)
     add("--merge", type=bool, default=True, help="Merge the adapters into the backbone if all of them can be merged.")
     words = "Compute the class token's row first where a head reads only that row; images that stop there save more."
     add("--class_first", type=bool, default=True, help=words)
@@ -63,11 +61,7 @@ def run(args: list[str]) -> None:
 
 
 def check(given: Any) -> None:
-    """Refuse invalid settings before anything heavy is loaded.
-
-    Raises:
-        Mistake: A setting is out of range, or the bundle or the output cannot be used.
-    """
+    """Refuse invalid settings before anything heavy is loaded."""
     if given.int8 and given.images is None:
         raise Mistake("int8 changes predictions; give --images, a folder of real ones, to measure by how much")
     if given.int8 == "static" and find_spec("nncf") is None:
@@ -91,11 +85,7 @@ def check(given: Any) -> None:
 
 
 def export(given: Any) -> None:
-    """Export the bundle and print what was written.
-
-    Raises:
-        Mistake: The bundle, the images or the result cannot be used.
-    """
+    """Export the bundle and print what was written."""
     from dynadapter.adapters import adapter_layers
     from dynadapter.serve.export import export_onnx
 

@@ -8,6 +8,7 @@ import os
 import sys
 from importlib import import_module
 
+from dynadapter.cli.configs import take
 from dynadapter.cli.errors import Mistake, one_line
 
 OPTION = "--import"
@@ -16,34 +17,16 @@ VARIABLE = "DYNADAPTER_IMPORT"
 
 
 def take_imports(args: list[str]) -> list[str]:
-    """Move the modules that ``--import`` names into the environment, and return the other arguments.
-
-    Raises:
-        Mistake: The option has no value.
-    """
-    left: list[str] = []
-    names = [name for name in os.environ.get(VARIABLE, "").split(",") if name]
-    arguments = iter(args)
-    for arg in arguments:
-        key, equals, value = arg.partition("=")
-        if key != OPTION:
-            left.append(arg)
-            continue
-        value = value if equals else next(arguments, "")
-        if not value or value.startswith("-"):
-            raise Mistake(f"{OPTION} needs the name of a module, as in {OPTION} my_parts")
-        names += [name for name in value.split(",") if name not in names]
+    """Move the modules that ``--import`` names into the environment, and return the other arguments."""
+    given, left = take(args, f"{OPTION} needs the name of a module, as in {OPTION} my_parts", OPTION)
+    names = [name for part in (os.environ.get(VARIABLE, ""), *given) for name in part.split(",") if name]
     if names:
-        os.environ[VARIABLE] = ",".join(names)
+        os.environ[VARIABLE] = ",".join(dict.fromkeys(names))
     return left
 
 
 def import_own() -> None:
-    """Import the modules; the working folder is searched last.
-
-    Raises:
-        Mistake: A module cannot be imported.
-    """
+    """Import the modules; the working folder is searched last."""
     names = [name for name in os.environ.get(VARIABLE, "").split(",") if name]
     if names and os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())

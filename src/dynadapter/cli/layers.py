@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,42 +32,28 @@ def inline(config: Mapping[str, Any]) -> str:
 
 
 def assignments(args: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Yield the keys of a command line with their values.
+    """Yield the keys of arguments with their values.
 
-    >>> list(assignments(["--seed=1", "--model", "a.yaml"]))
+    >>> list(assignments(["--seed=1", "stray", "--model=a.yaml"]))
     [('seed', '1'), ('model', 'a.yaml')]
     """
-    for arg, following in pairwise([*args, ""]):
-        key, equals, value = arg.partition("=")
-        if arg.startswith("--"):
-            yield key.removeprefix("--"), value if equals else following
+    for key, _, value in (arg.removeprefix("--").partition("=") for arg in args if arg.startswith("--")):
+        yield key, value
 
 
 def expand_short(args: Sequence[str], command: str) -> list[str]:
     """Replace short options by their full keys.
 
-    >>> expand_short(["--lr", "1e-3", "--threshold=0.8"], "fit")[:2]
-    ['--model.optimizer.lr', '1e-3']
-
-    Args:
-        args: The command line without the command.
-        command: A command that takes a full configuration.
+    >>> expand_short(["--lr=1e-3", "--threshold=0.8"], "fit")[:1]
+    ['--model.optimizer.lr=1e-3']
     """
     long: list[str] = []
-    waiting = False  # the threshold is the next argument
     for arg in args:
         name, equals, value = arg.removeprefix("--").partition("=")
         key, commands = SHORT.get(name, ("", ()))
-        if waiting:
-            long[-1] += _one_policy(arg)
-            waiting = False
-        elif not arg.startswith("--") or command not in commands:
-            long.append(arg)
-        elif name == "threshold":
-            long.append(f"--{key}={_one_policy(value) if equals else ''}")
-            waiting = not equals
-        else:
-            long.append(f"--{key}{equals}{value}")
+        if name == "threshold" and equals:
+            value = _one_policy(value)
+        long.append(f"--{key}{equals}{value}" if command in commands and arg.startswith("--") else arg)
     return long
 
 
@@ -94,27 +79,14 @@ def checkpoint_path(contents: Iterable[Mapping[str, Any]], rest: Sequence[str]) 
 
 
 def switched_off(rest: Sequence[str], keys: Container[str]) -> tuple[set[str], list[str]]:
-    """Find the parts that the command line switches off, such as ``--sparsity null``.
+    """Return the parts that are switched off, such as by ``--sparsity null``, and the other arguments.
 
     >>> switched_off(["--sparsity=null", "--model.every=2"], ["sparsity"])
     ({'sparsity'}, ['--model.every=2'])
-
-    Returns:
-        Their keys, and the other arguments.
     """
-    off, left = set(), []
-    arguments = iter(rest)
-    for arg in arguments:
-        key, equals, value = arg.removeprefix("--").partition("=")
-        if not arg.startswith("--") or key not in keys:
-            left.append(arg)
-            continue
-        value = value if equals else next(arguments, "")
-        if value in OFF:
-            off.add(key)
-        else:
-            left += [f"--{key}={value}"] if value else [f"--{key}"]
-    return off, left
+    off = {key for key, value in assignments(rest) if key in keys and value in OFF}
+    parts = [(arg, *arg.removeprefix("--").partition("=")) for arg in rest]
+    return off, [arg for arg, key, _, value in parts if key not in off or value not in OFF]
 
 
 def with_fresh_adapters(args: Sequence[str], contents: Contents) -> list[str]:
@@ -124,21 +96,17 @@ def with_fresh_adapters(args: Sequence[str], contents: Contents) -> list[str]:
 
     >>> with_fresh_adapters(["--config=a", "--model.adapter=RepAdapter"], {"a": {"model": {"adapter": "LoRA"}}})
     ['--model.adapter=null', '--config=a', '--model.adapter=null', '--model.adapter=RepAdapter']
-
-    Args:
-        args: The arguments in the order in which they are read.
-        contents: The config files among them.
     """
     fresh: list[str] = []
     below = None  # the kind of the class default is not looked up: any kind replaces it
-    for arg, following in pairwise([*args, ""]):
-        key, equals, value = arg.partition("=")
+    for arg in args:
+        key, _, value = arg.partition("=")
         adapter: Any = None
         if key == "--config":
             section = contents[value].get("model")
             adapter = section.get("adapter") if isinstance(section, dict) else None
         elif key == "--model.adapter":
-            adapter = value if equals else following
+            adapter = value
         name = adapter.get("class_path") if isinstance(adapter, dict) else adapter
         if isinstance(name, str) and name not in OFF:
             kind = name.rpartition(".")[2]
@@ -176,15 +144,7 @@ class Trained(NamedTuple):
 
 
 def checkpoint_settings(path: str, given: Collection[str] = ()) -> tuple[dict[str, Any], Trained]:
-    """Return the settings of model and data in a checkpoint, which config files override, and :class:`Trained`.
-
-    Args:
-        path: The checkpoint.
-        given: The result of :func:`overridden`.
-
-    Raises:
-        Mistake: If there is no such file, or fit did not write it.
-    """
+    """Return the settings of model and data in a checkpoint, which config files override, and :class:`Trained`."""
     if not Path(path).is_file():
         there = "is a folder" if Path(path).is_dir() else "does not exist"
         raise Mistake(f"checkpoint {path} {there}; give --ckpt_path the file that fit wrote, such as {_newest(path)}")

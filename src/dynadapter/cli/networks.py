@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from dynadapter.cli.errors import Mistake, nearest_place, one_line
+from dynadapter.cli.errors import Mistake, mistakes, nearest_place
+from dynadapter.cli.parser import Options
 
 if TYPE_CHECKING:  # torch takes seconds to load, and invalid input is answered without it
     from torch import Tensor
@@ -14,22 +15,35 @@ if TYPE_CHECKING:  # torch takes seconds to load, and invalid input is answered 
     from dynadapter.serve.bundle import Bundle
 
 
-BACKEND: tuple[Any, str, str] = (
-    Literal["torch", "onnx", "openvino", "auto"],
-    "torch",
-    "What computes: torch; onnx or openvino, by exported graphs on a CPU; or auto, the fastest as measured once here.",
-)
-"""The option ``--backend``: type, default, help."""
+POLICY: Options = {
+    "policy": (dict | str | None, None, "Exit policy instead of the stored one, such as Never or Patience."),
+    "threshold": (float | list[float] | None, None, "Threshold instead of the policy's own: one, or a list."),
+}
+"""The options that replace the exit policy of a network."""
+WEIGHTS: Options = {
+    "weights": (str | None, None, "File of the backbone's weights, where the network needs one."),
+    "pretrained": (bool | None, None, "Whether timm may fetch the backbone's weights; default: as in training."),
+}
+"""The options that name the weights of a backbone."""
+DEVICE: Options = {
+    "device": (Literal["auto", "cpu", "cuda"], "auto", "Where the network runs; auto takes a GPU if there is one."),
+}
+BACKEND: Options = {
+    "backend": (
+        Literal["torch", "onnx", "openvino", "auto"],
+        "torch",
+        "What computes: torch; onnx or openvino, by exported graphs on a CPU; or auto, the fastest as measured once "
+        "here.",
+    ),
+    **DEVICE,
+}
+"""The options that name what computes, and where."""
 BUNDLE = "a folder that calibrate wrote, or hf-hub:OWNER/NAME on the Hugging Face Hub (@REVISION if not the newest)"
 """What ``--bundle`` may be, for the help of the commands."""
 
 
 def check_network(bundle: str | None, checkpoint: str | None = None) -> None:
-    """Refuse a place without a network, before anything heavy is loaded.
-
-    Raises:
-        Mistake: The checkpoint does not exist, or the bundle is something else.
-    """
+    """Refuse a place without a network, before anything heavy is loaded."""
     if checkpoint is not None and not (path := Path(checkpoint).expanduser()).is_file():
         saved = next(iter(sorted(path.glob("checkpoints/*.ckpt"))), "last.ckpt")
         what = "is a folder" if path.is_dir() else "does not exist"
@@ -63,18 +77,11 @@ def check_bundle(place: str) -> None:
 
 
 def load_bundle(place: str, weights: str | None, pretrained: bool | None) -> "Bundle":
-    """Load a bundle.
-
-    Raises:
-        Mistake: The bundle cannot be loaded; the message names settings as on the command line.
-    """
+    """Load a bundle."""
     from dynadapter.serve.bundle import load
 
-    file = _weights(weights)
-    try:
-        return load(place, file, pretrained)
-    except ValueError as error:
-        raise Mistake(_as_typed(error)) from error
+    with mistakes():
+        return load(place, _weights(weights), pretrained)
 
 
 def load_network(given: Any, number: int = 0, batch_size: int = 32) -> "Bundle":
@@ -85,21 +92,13 @@ def load_network(given: Any, number: int = 0, batch_size: int = 32) -> "Bundle":
             ``backend``, and perhaps ``policy_from``.
         number: Index of this process among several; each takes the next GPU.
         batch_size: Images at a time, for which ``backend: auto`` chooses.
-
-    Raises:
-        Mistake: It cannot be loaded, takes no images, or the policy does not fit.
     """
-    import torch
-
     from dynadapter.backbones import frames
     from dynadapter.backbones.layout import lay_out_for_cpu
     from dynadapter.cli.policies import policy_from
     from dynadapter.serve.backends import use_backend
 
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if given.device == "cuda" and not count:
-        raise Mistake("--device cuda, but torch finds no GPU here; give --device cpu, or leave it out")
-    device = f"cuda:{number % count}" if count and given.device != "cpu" else "cpu"
+    device = device_of(given.device, number)
     if given.bundle is not None:
         bundle, origin = load_bundle(given.bundle, given.weights, given.pretrained), "the bundle's"
     else:
@@ -112,7 +111,7 @@ def load_network(given: Any, number: int = 0, batch_size: int = 32) -> "Bundle":
                 "dynadapter test, or predict in Python"
             )
         raise Mistake(f"{given.bundle} has no preprocessing and takes only tensors, no image files")
-    try:
+    with mistakes(kinds=(ValueError, TypeError)):
         if given.get("policy_from") is not None:
             found = policy_from(given.policy_from)
             found.require_twin(bundle.net.exit_depths, bundle.class_names, bundle.config.backbone.fingerprint)
@@ -120,44 +119,40 @@ def load_network(given: Any, number: int = 0, batch_size: int = 32) -> "Bundle":
         if given.policy is not None or given.threshold is not None:
             bundle.policy, origin = chosen_policy(bundle.policy, given.policy, given.threshold), "as given"
         bundle.policy.check(bundle.net.num_exits)
-    except (ValueError, TypeError) as error:
-        raise Mistake(one_line(error)) from error
     if not number:
         print(f"exit policy {bundle.policy.name} ({origin})", flush=True)
     bundle.to(device)
     lay_out_for_cpu(bundle.net)
-    try:
+    with mistakes(kinds=(ValueError, ImportError)):
         words = use_backend(bundle, given.backend, batch_size)
-    except (ValueError, ImportError) as error:
-        raise Mistake(one_line(error)) from error
     if not number and given.backend != "torch":
         print(words, flush=True)
     return bundle
 
 
-def load_checkpoint(path: str, weights: str | None, pretrained: bool | None) -> "tuple[Bundle, str]":
-    """Load a checkpoint as a bundle in memory, with its calibrated policy or its training's first, and the origin.
+def device_of(wanted: str, number: int = 0) -> str:
+    """Return the device for ``--device``; of several processes, each takes the next GPU."""
+    import torch
 
-    Raises:
-        Mistake: It cannot be loaded.
-    """
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if wanted == "cuda" and not count:
+        raise Mistake("--device cuda, but torch finds no GPU here; give --device cpu, or leave it out")
+    return f"cuda:{number % count}" if count and wanted != "cpu" else "cpu"
+
+
+def load_checkpoint(path: str, weights: str | None, pretrained: bool | None) -> "tuple[Bundle, str]":
+    """Load a checkpoint as a bundle in memory, with its calibrated policy or its training's first, and the origin."""
     from dynadapter.serve.bundle import in_memory
     from dynadapter.training.restoring import load_classifier, stored_policies
 
     place, file = Path(path).expanduser(), _weights(weights)
-    try:
+    with mistakes(kinds=(ValueError, TypeError, OSError)):
         classifier, stored = load_classifier(place, file, pretrained), stored_policies(place)
         return in_memory(classifier, stored.policies[0]), stored.origin
-    except (ValueError, TypeError, OSError) as error:
-        raise Mistake(_as_typed(error)) from error
 
 
 def chosen_policy(stored: "Policy", policy: dict[str, Any] | str | None, threshold: Any) -> "Policy":
-    """Return the stored policy, or one of another kind or threshold with the same temperatures and combination.
-
-    Raises:
-        ValueError: There is no such kind of policy, or it has no threshold.
-    """
+    """Return the stored policy, or one of another kind or threshold with the same temperatures and combination."""
     from dynadapter.exits.combining import decision, with_decision, with_threshold
     from dynadapter.exits.policies import Policy, Thresholded
     from dynadapter.spec import restore
@@ -183,16 +178,8 @@ def _weights(given: str | None) -> Path | None:
     return Path(given).expanduser()
 
 
-def _as_typed(error: Exception) -> str:
-    return one_line(error).replace("weights='...'", "--weights FILE").replace("pretrained=True", "--pretrained true")
-
-
 def stacked(bundle: "Bundle", data: "ImageData", split: Any) -> "Iterator[tuple[Tensor, Tensor]]":
-    """Yield the logits of all exits (exits, batch, classes) and the targets (batch,), batch by batch, on the CPU.
-
-    Raises:
-        ValueError: The data have no images for the split, or a class that the network does not know.
-    """
+    """Yield the logits of all exits (exits, batch, classes) and the targets (batch,), batch by batch, on the CPU."""
     import torch
     from rich.console import Console
     from rich.progress import track

@@ -1,5 +1,8 @@
 """The parser of the commands with few settings and no trainer."""
 
+from argparse import HelpFormatter
+from collections.abc import Mapping
+from functools import partial
 from types import MappingProxyType
 from typing import Any, NoReturn
 
@@ -7,6 +10,9 @@ from jsonargparse import ArgumentParser
 
 from dynadapter.cli.errors import Mistake
 from dynadapter.cli.explain import Sections, explain
+
+Options = Mapping[str, tuple[Any, Any, str]]
+"""Options of a command by name: type, default, help."""
 
 
 class CommandParser(ArgumentParser):
@@ -16,17 +22,32 @@ class CommandParser(ArgumentParser):
         command: The name on the command line.
         description: What the command does, in one sentence.
         sections: The class behind each key that takes a class.
+        short: Print the help without types, and a default only where one is worth a word.
         **kwargs: Passed to jsonargparse.
     """
 
     def __init__(
-        self, command: str = "", description: str = "", sections: Sections = MappingProxyType({}), **kwargs: Any
+        self,
+        command: str = "",
+        description: str = "",
+        sections: Sections = MappingProxyType({}),
+        short: bool = False,
+        **kwargs: Any,
     ) -> None:
+        if short:
+            kwargs["formatter_class"] = partial(HelpFormatter, max_help_position=22, width=100)
         # jsonargparse creates parsers of this class for its own use, without a command.
         own = {"prog": f"dynadapter {command}", "usage": f"dynadapter {command} [--KEY VALUE ...]"} if command else {}
         # An abbreviated key would be read as the long one, and a typing error would pass unnoticed.
         super().__init__(**{**own, "description": description, "allow_abbrev": False, **kwargs})
-        self.command, self.sections = command, sections
+        self.command, self.sections, self.short = command, sections, short
+
+    def add_options(self, options: Options) -> None:
+        """Add options; the short help names defaults other than none and false."""
+        for name, (kind, default, words) in options.items():
+            if self.short and default is not None and default is not False:
+                words = f"{words.rstrip('.')} (default: {default})."
+            self.add_argument(f"--{name}", type=kind, default=default, help=words)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise a :class:`Mistake`."""

@@ -12,9 +12,6 @@ def policy_from(place: str) -> Calibration:
     Args:
         place: A folder that calibrate wrote, its ``calibration.json``, a bundle (also ``hf-hub:``), a calibrated
             checkpoint, or the run of one.
-
-    Raises:
-        Mistake: There is none, or it is damaged.
     """
     from dynadapter.serve.bundle.hub import HUB, local
 

@@ -6,11 +6,9 @@ import os
 import subprocess
 import sys
 import time
-from argparse import HelpFormatter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,8 +17,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from dynadapter.cli.errors import Failed, Mistake, Stopped, Terminated, mistakes, one_line, stoppable
 from dynadapter.cli.imports import import_own
-from dynadapter.cli.networks import BACKEND, BUNDLE, check_network, load_network
-from dynadapter.cli.parser import CommandParser
+from dynadapter.cli.networks import BACKEND, BUNDLE, POLICY, WEIGHTS, check_network, load_network
+from dynadapter.cli.parser import CommandParser, Options
 from dynadapter.images.accounting import account
 from dynadapter.serve.formats import check_output
 from dynadapter.serve.inputs import list_images
@@ -31,7 +29,7 @@ if TYPE_CHECKING:  # torch takes seconds to load, and invalid input is answered 
 
 WAY_ON = "give what it was begun with, delete it, or start over with --overwrite true"
 FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
-OPTIONS: dict[str, tuple[Any, Any, str]] = {
+OPTIONS: Options = {
     "bundle": (str | None, None, f"The network: {BUNDLE}."),
     "ckpt_path": (
         str | None,
@@ -39,29 +37,18 @@ OPTIONS: dict[str, tuple[Any, Any, str]] = {
         "Or a checkpoint that fit wrote, with its calibrated policy or the first policy of its training.",
     ),
     "path_column": (str | None, None, "The column of a CSV file with the paths; by default the first."),
-    "policy": (dict | str | None, None, "Exit policy instead of the stored one, such as Never or Patience."),
+    **POLICY,
     "policy_from": (str | None, None, "Use the policy of this calibration, calibrated checkpoint or run, or bundle."),
-    "threshold": (
-        float | list[float] | None,
-        None,
-        "Threshold instead of the policy's own: one, or a list.",
-    ),
     "top_k": (int, 1, "Classes for each image: adds class_2, confidence_2 and so on."),
     "probabilities": (bool, False, "Whether to add a column with the probability of each class."),
-    "weights": (str | None, None, "File of the backbone's weights, where the network needs one."),
-    "pretrained": (bool | None, None, "Whether timm may fetch the backbone's weights; default: as in training."),
-    "value_range": (
-        list[float] | None,
-        None,
-        "Values [low, high] that become 0 and 255 in images of over 8 bits.",
-    ),
+    **WEIGHTS,
+    "value_range": (list[float] | None, None, "Values [low, high] that become 0 and 255 in images of over 8 bits."),
     "batch_size": (int, 32, "Images that are computed at once."),
     "processes": (int, 1, "Processes that share the images, for example one for each GPU."),
     "engine": (Literal["local", "ray"], "local", "local, or Ray Data (RAY_ADDRESS names a cluster)."),
     "gpus": (float, 0.0, "GPUs of a process under Ray, such as 0.5."),
     "num_workers": (int | None, None, "Threads of a process that read images ahead; 0 reads in turn."),
-    "backend": BACKEND,
-    "device": (Literal["auto", "cpu", "cuda"], "auto", "Where the network runs; auto takes a GPU if there is one."),
+    **BACKEND,
     "max_skipped": (int, 10, "More unreadable images are an error; OUT.skipped.csv lists them."),
     "overwrite": (bool, False, "Whether OUT, and an unfinished table of other images, may be replaced."),
 }
@@ -72,15 +59,13 @@ def parser() -> CommandParser:
     made = CommandParser(
         "predict",
         "Classify images into a table with the columns file, class, confidence and exit (1 ... K).",
-        formatter_class=partial(HelpFormatter, max_help_position=22, width=100),
+        short=True,
     )
     words = "Folders, image files, lists with a path a line (.txt), and CSV files with a column of paths."
     made.add_argument("--images", nargs="+", required=True, help=words)
     words = "The table: .csv, .jsonl or .parquet. The folder OUT.partial keeps what is done if the run is stopped."
     made.add_argument("--out", "--output", type=str, required=True, help=words)
-    for name, (kind, default, words) in OPTIONS.items():
-        shown = words if default is None or default is False else f"{words.rstrip('.')} (default: {default})."
-        made.add_argument(f"--{name}", type=kind, default=default, help=shown)
+    made.add_options(OPTIONS)
     return made
 
 
@@ -98,12 +83,7 @@ def run(args: list[str]) -> None:
 
 
 def predict(given: Any, args: list[str]) -> None:
-    """Classify the images and write the table.
-
-    Raises:
-        Mistake: The input cannot be used.
-        Stopped: A signal stopped the command.
-    """
+    """Classify the images and write the table."""
     output = Path(given.out).expanduser()
     check(given, output)
     with prepared(given) as (bundle, table):
@@ -135,10 +115,8 @@ def check(given: Any, output: Path) -> None:
     if (given.bundle is None) == (given.ckpt_path is None):
         raise Mistake("give --bundle FOLDER or --ckpt_path FILE, one of the two")
     unfinished = output.with_name(f"{output.name}.partial")
-    try:
+    with mistakes():
         check_output(output, given.overwrite or unfinished.exists())
-    except ValueError as error:
-        raise Mistake(_as_typed(error)) from error
     check_network(given.bundle, given.ckpt_path)
 
 
@@ -179,11 +157,8 @@ def prepared(given: Any, number: int = 0) -> Iterator[tuple["Bundle", Prediction
         names = columns(bundle.class_names, given.top_k, given.probabilities)
         output = Path(given.out).expanduser()
         try:
-            table = PredictionTable(output, files, given.batch_size, identity, names, given.overwrite, number > 0)
-        except Foreign as error:
-            raise Mistake(f"{error}; {WAY_ON}") from error
-        except ValueError as error:
-            raise Mistake(_as_typed(error)) from error
+            with mistakes(), mistakes(after=f"; {WAY_ON}", kinds=(Foreign,)):
+                table = PredictionTable(output, files, given.batch_size, identity, names, given.overwrite, number > 0)
         except OSError as error:
             what = f"{error.filename} cannot be read" if error.filename in files else f"{output} cannot be written"
             raise Mistake(f"{what}: {error.strerror}") from error
@@ -296,10 +271,6 @@ def _bar(total: int, done: int) -> Progress:
     bar = Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty())
     bar.add_task("", total=total, completed=done, speed="", exit="")
     return bar
-
-
-def _as_typed(error: Exception) -> str:
-    return one_line(error).replace("or overwrite it", "or --overwrite true")
 
 
 def _so_far(table: PredictionTable) -> str:

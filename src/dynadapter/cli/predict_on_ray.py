@@ -27,12 +27,7 @@ TOGETHER = 8
 
 
 class Worker:
-    """A worker of Ray Data: loads the network once, and computes the batches whose numbers it gets.
-
-    Args:
-        args: Arguments of the command.
-        folder: Working folder of the command.
-    """
+    """A worker of Ray Data: loads the network once, and computes the batches whose numbers it gets."""
 
     def __init__(self, args: list[str], folder: str) -> None:
         self.args, self.folder = args, folder
@@ -88,11 +83,6 @@ def fill_on_ray(given: Any, args: list[str], table: PredictionTable, on_batch: C
         args: The same as arguments of the command.
         table: The table, begun by this process.
         on_batch: Called after each batch.
-
-    Raises:
-        TooManyUnread: More images than ``max_skipped`` cannot be read.
-        Failed: A worker failed.
-        Mistake: Ray is not installed, or its cluster does not answer.
     """
     if not (todo := [number for number in range(table.batches) if not table.look(number)]):
         return

@@ -23,11 +23,7 @@ def parser() -> CommandParser:
 
 
 def run(args: list[str]) -> None:
-    """Run the command.
-
-    Raises:
-        Mistake: The name is not valid, the bundle is damaged, or the hub refuses it.
-    """
+    """Run the command."""
     given = parser().parse_args(args)
     owner, _, name = given.name.partition("/")
     if not owner or not name or "/" in name or ":" in given.name:

@@ -19,13 +19,6 @@ def ray_session() -> Iterator[Any]:
     """Connect to the cluster that ``RAY_ADDRESS`` names, or start Ray on this machine, listening on loopback alone.
 
     A session that was open before stays open.
-
-    Yields:
-        The module ``ray``.
-
-    Raises:
-        Mistake: Ray is not installed, or the cluster does not answer.
-        Failed: Ray listens on another address than loopback, because it was imported before.
     """
     if alone := "RAY_ADDRESS" not in os.environ:
         os.environ[LOOPBACK] = "0"  # read when ray is imported, in this process and in those that it starts

@@ -49,12 +49,6 @@ class Record(Callback):
     """Write ``run.json`` when a run begins, and complete it when it ends.
 
     ``how`` is ``finished``, ``stopped`` or ``failed``; null, like ``ended``, for a run that was killed.
-
-    Args:
-        folder: Folder of the run.
-        args: The command line, the command first.
-        seed: The random seed; False where none was set.
-        before: The run that this training continues.
     """
 
     def __init__(self, folder: Path, args: list[str], seed: int | bool, before: Earlier | None = None) -> None:
@@ -101,7 +95,8 @@ class Record(Callback):
         }
         self.content["protocol"] = protocol(trainer, pl_module, data)
         self._write()
-        list_skipped(self.path.with_name(SKIPPED), data)
+        skipped = [Unread(file, reason) for file, reason in data.skipped.items()]
+        write_unread(self.path.with_name(SKIPPED), skipped)
         if stage == "fit":
             list_validation(self.path.with_name(VALIDATION), data)
 
@@ -129,11 +124,6 @@ class Record(Callback):
 
     def _write(self) -> None:
         write(self.path, (json.dumps(plain(self.content), indent=2) + "\n").encode())
-
-
-def list_skipped(path: Path, data: ImageData) -> None:
-    """Write a list of the unreadable images that were left out; write no file if there are none."""
-    write_unread(path, [Unread(file, reason) for file, reason in data.skipped.items()])
 
 
 def list_validation(path: Path, data: ImageData) -> None:

@@ -2,15 +2,14 @@
 
 import csv
 import importlib.util
-from argparse import HelpFormatter
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from dynadapter.cli.errors import Mistake, nearest_place, one_line
-from dynadapter.cli.parser import CommandParser
+from dynadapter.cli.networks import DEVICE, WEIGHTS, device_of
+from dynadapter.cli.parser import CommandParser, Options
 from dynadapter.files import read_bytes, write
 
 if TYPE_CHECKING:  # torch takes seconds to load, and invalid input is answered without it
@@ -21,12 +20,11 @@ PAGE = "report.html"
 MARK = b"<title>dynadapter: "
 """Every page has it; another file is not replaced."""
 CHECKPOINTS = ("best.ckpt", "last.ckpt", "weights.ckpt")
-OPTIONS: dict[str, tuple[Any, Any, str]] = {
+OPTIONS: Options = {
     "split": (Literal["val", "test"], "val", "The images that are measured."),
     "out": (str | None, None, "Folder of the page and the figures, by default RUN/report; for several runs the page."),
-    "weights": (str | None, None, "File of the backbone's weights, where the network needs one."),
-    "pretrained": (bool | None, None, "Whether timm may fetch the backbone's weights; default: as in training."),
-    "device": (Literal["auto", "cpu", "cuda"], "auto", "Where the network runs; auto takes a GPU if there is one."),
+    **WEIGHTS,
+    **DEVICE,
 }
 
 
@@ -48,12 +46,11 @@ def parser() -> CommandParser:
         "report",
         "Measure the network of a run, draw its exits, and write an HTML page; or compare several runs on one page.",
         usage="dynadapter report RUN [RUN ...] [--KEY VALUE ...]",
-        formatter_class=partial(HelpFormatter, max_help_position=22, width=100),
+        short=True,
     )
     words = "Folder of a run, such as runs/quickstart/version_0, or a checkpoint in it."
     made.add_argument("runs", nargs="+", type=str, help=words)
-    for name, (kind, default, words) in OPTIONS.items():
-        made.add_argument(f"--{name}", type=kind, default=default, help=words)
+    made.add_options(OPTIONS)
     words = "Other settings of the images than in the training, such as --data.root FOLDER."
     made.add_argument("--data", type=dict[str, Any], default={}, help=words)
     return made
@@ -77,11 +74,7 @@ def run(args: list[str]) -> None:
 
 
 def find_run(place: str) -> Given:
-    """Return the run at a place: its folder, or a checkpoint in it.
-
-    Raises:
-        Mistake: There is no run.
-    """
+    """Return the run at a place: its folder, or a checkpoint in it."""
     path = Path(place).expanduser()
     if path.is_file() and path.suffix == ".ckpt":
         return Given(path.parent.parent if path.parent.name == "checkpoints" else path.parent, path)
@@ -181,7 +174,7 @@ def measure(place: Given, given: Any) -> "tuple[Measured | None, str]":
         return None, "the run saved no checkpoint"
     try:
         bundle, origin = load_checkpoint(str(place.checkpoint), given.weights, given.pretrained)
-        bundle.to(_device(given.device))
+        bundle.to(device_of(given.device))
         data = images(place.checkpoint, given.data)
         parts = list(stacked(bundle, data, given.split))
     except (Mistake, ValueError, OSError, RuntimeError, KeyError, TypeError, MemoryError) as error:
@@ -207,25 +200,8 @@ def measure(place: Given, given: Any) -> "tuple[Measured | None, str]":
     )
 
 
-def _device(wanted: str) -> str:
-    import torch
-
-    there = torch.cuda.is_available()
-    if wanted == "cuda" and not there:
-        raise Mistake("--device cuda, but torch finds no GPU here; give --device cpu, or leave it out")
-    return "cuda" if there and wanted != "cpu" else "cpu"
-
-
 def images(checkpoint: Path, changes: dict[str, Any]) -> "ImageData":
-    """Build the data module of a training from its checkpoint.
-
-    Args:
-        checkpoint: The file.
-        changes: Settings that differ from the training.
-
-    Raises:
-        Mistake: The checkpoint names no known data module, or its images are missing.
-    """
+    """Build the data module of a training from its checkpoint."""
     from dynadapter.cli.layers import checkpoint_settings
     from dynadapter.cli.safety import check_config
     from dynadapter.data import ImageData

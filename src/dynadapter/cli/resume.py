@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only
 
 from dynadapter.cli import imports
+from dynadapter.cli.configs import take
 from dynadapter.cli.errors import Mistake, mistakes
 from dynadapter.cli.runs import Metrics, is_first_process, read_lines
 from dynadapter.files import Busy, locked, write
@@ -62,30 +63,23 @@ def resume_command(run: Path) -> str:
 def expand_resume(files: list[str], rest: list[str]) -> tuple[list[str], list[str], Path | None]:
     """Replace ``--resume FOLDER`` by the config and the checkpoint of that run; all other settings override them.
 
-    Args:
-        files: The config files.
-        rest: The other arguments.
-
     Returns:
         Config files and arguments, and the folder with the ``metrics.csv`` to continue, or None without a resume.
     """
-    given = [place for place, arg in enumerate(rest) if arg.partition("=")[0] == "--resume"]
-    if not given:
+    needs = "--resume needs a folder, such as runs/version_0"
+    folders, left = take(rest, needs, "--resume")
+    if not folders:
         return files, rest, None
-    place = given[0]
-    _, equals, folder = rest[place].partition("=")
-    left = rest[:place] + rest[place + 1 :]
-    if not equals and left[place:]:
-        folder = left.pop(place)
-    if not folder:
-        raise Mistake("--resume needs a folder, such as runs/version_0")
-    if len(given) > 1 or any(arg.partition("=")[0] == "--ckpt_path" for arg in left):
+    if len(folders) > 1 or any(arg.partition("=")[0] == "--ckpt_path" for arg in left):
         raise Mistake("--resume names the run and its checkpoint; give it once, and no --ckpt_path")
+    if not (folder := folders[0]):
+        raise Mistake(needs)
     found = to_resume(folder, nothing_new=not files and not left)
     run = Path(folder)
     root = (run if run.name not in ("", "..") else run.resolve()).parent
     own = [f"--ckpt_path={found.checkpoint}", f"--trainer.default_root_dir={root}"]
-    if "download" in _data_settings(found.config):  # only the user lets data be fetched
+    data = read_yaml(found.config).get("data")
+    if isinstance(data, dict) and "download" in (data.get("init_args") or {}):  # only the user lets data be fetched
         own.append("--data.download=false")
     return [str(found.config), *files], [*own, *left], found.log
 
@@ -96,9 +90,6 @@ def to_resume(folder: str, nothing_new: bool) -> ToResume:
     Args:
         folder: Folder of the run.
         nothing_new: Whether no other setting is given; then a finished run cannot be continued.
-
-    Raises:
-        Mistake: If there is no such run, or nothing to continue.
     """
     run = Path(folder)
     config = run / "config.yaml"
@@ -128,11 +119,6 @@ def to_resume(folder: str, nothing_new: bool) -> ToResume:
     if not Path(before).is_file():
         raise Mistake(f"{run} saved nothing of its own, and the checkpoint that it continued is missing: {before}")
     return ToResume(config, Path(before), Path(before).parent.parent)
-
-
-def _data_settings(config: Path) -> Any:
-    data = read_yaml(config).get("data")
-    return (data.get("init_args") if isinstance(data, dict) else None) or {}
 
 
 def _checkpoint_folder(run: Path, config: Path) -> Path:
@@ -172,9 +158,6 @@ def earlier_run(path: Path, log: Path | None = None) -> Earlier:
     Args:
         path: The checkpoint.
         log: The folder with the ``metrics.csv``; None if the checkpoint is in its run folder.
-
-    Raises:
-        Mistake: If the checkpoint holds only the weights, or its run has not ended.
     """
     _require_ended(path.parent.parent, path.parent)
     checkpoint = read(path)
@@ -184,16 +167,13 @@ def earlier_run(path: Path, log: Path | None = None) -> Earlier:
         require_entries(checkpoint, TRAINING)
     step = checkpoint["global_step"]
     file = (log or path.parent.parent) / "metrics.csv"
-    lines = [line for line in read_lines(file) if _is_before(line, step)] if file.is_file() else []
+    lines = read_lines(file) if file.is_file() else []
+    lines = [line for line in lines if line.get("step", "").isdigit() and int(line["step"]) < step]
     line = checkpoint.get(LINE, {})
     pending = {str(key): str(value) for key, value in line.items()} if isinstance(line, dict) else {}
     if pending and pending not in lines:
         lines.append(pending)
     return Earlier(path, step, lines)
-
-
-def _is_before(line: dict[str, str], step: int) -> bool:
-    return line.get("step", "").isdigit() and int(line["step"]) < step
 
 
 def read_record(run: Path) -> dict[str, Any]:
@@ -214,9 +194,6 @@ class Continue(Callback):
     Lightning restores the model, the optimiser and the progress of the loops. This callback adds the lines of
     ``metrics.csv`` and the best checkpoint so far, with which later ones are compared. It also corrects the progress
     that Lightning 2.6 restores one too high.
-
-    Args:
-        before: The run to continue; None for a new training.
     """
 
     def __init__(self, before: Earlier | None) -> None:
@@ -292,8 +269,9 @@ class Continue(Callback):
             )
         if self.before is not None:
             _require_moments(trainer)
-        if self.before is not None and _epoch_is_over(trainer.fit_loop.state_dict()):
-            trainer.fit_loop.epoch_loop.restarting = False  # Lightning sets it for a training by max_steps
+            epoch = trainer.fit_loop.epoch_progress.current
+            if epoch.ready == epoch.completed:
+                trainer.fit_loop.epoch_loop.restarting = False  # Lightning sets it for a training by max_steps
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._count_steps(trainer)
@@ -327,11 +305,6 @@ def _complete_epoch(loops: dict[str, Any]) -> None:
             epochs["processed"] = epochs["started"]
         if epochs["processed"] == epochs["started"]:
             epochs["completed"] = epochs["processed"]
-
-
-def _epoch_is_over(loops: dict[str, Any]) -> bool:
-    current = loops["epoch_progress"]["current"]
-    return current["ready"] == current["completed"]
 
 
 def _pending_line(trainer: Trainer) -> dict[str, Any] | None:

@@ -34,9 +34,6 @@ def create_run_folder(root: Path, kind: str) -> Path:
 
     All processes of one training use one folder. Those that Lightning starts read it from the environment. Those that
     a launcher starts write nothing, because Lightning sends the first process's folder to all.
-
-    Raises:
-        ValueError: If ``root`` cannot be a folder.
     """
     if not is_first_process():
         return Path(os.environ.get(RUN_VARIABLE, root / kind))
@@ -46,11 +43,7 @@ def create_run_folder(root: Path, kind: str) -> Path:
 
 
 def next_folder(root: Path, kind: str) -> Path:
-    """Create the next free folder of a kind, for this process only.
-
-    Raises:
-        ValueError: If ``root`` cannot be a folder.
-    """
+    """Create the next free folder of a kind, for this process only."""
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -110,24 +103,14 @@ class SaveConfig(SaveConfigCallback):
 
 
 def loggers(folder: Path, earlier: Sequence[dict[str, str]] = ()) -> list[Logger]:
-    """Return the logger of a run, which writes ``metrics.csv``.
-
-    Args:
-        folder: Folder of the run.
-        earlier: Lines of the run that this one continues.
-    """
+    """Return the logger of a run, which writes ``metrics.csv``."""
     number = folder.name.removeprefix("version_")
     version = int(number) if number.isdigit() else folder.name
     return [Metrics(earlier, save_dir=folder.parent, name="", version=version)]
 
 
 class Metrics(CSVLogger):
-    """``metrics.csv`` of a run; it has only complete lines whenever the process ends.
-
-    Args:
-        earlier: Lines of the run that this one continues.
-        **kwargs: Arguments of Lightning's CSVLogger.
-    """
+    """``metrics.csv`` of a run; it has only complete lines whenever the process ends."""
 
     def __init__(self, earlier: Sequence[dict[str, str]] = (), **kwargs: Any) -> None:
         super().__init__(**kwargs)

@@ -53,15 +53,7 @@ NAME = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+")
 
 
 def check_config(config: Any, key: str = "") -> None:
-    """Refuse a parsed configuration that names anything outside the allow-list.
-
-    Args:
-        config: The parsed configuration, before any object is built.
-        key: The key of this part of the configuration.
-
-    Raises:
-        Mistake: A name is not allowed; the message has the key and the name.
-    """
+    """Refuse a parsed configuration that names anything outside the allow-list."""
     if isinstance(config, Namespace | Mapping):
         parts: dict[str, Any] = (
             vars(config) if isinstance(config, Namespace) else {str(k): v for k, v in config.items()}
@@ -91,9 +83,6 @@ def check_run(file: Path, content: Mapping[str, Any], trusted: Iterable[Any], gi
         content: Content of the file.
         trusted: Contents of the config files that the user gives; the run may name everything that they name.
         given: The result of :func:`~dynadapter.cli.layers.overridden`.
-
-    Raises:
-        Mistake: The config names something that only a user may name.
     """
     model = content.get("model") or {}
     named = {value for config in trusted for _, value in _texts(config)}
@@ -119,16 +108,20 @@ def check_run(file: Path, content: Mapping[str, Any], trusted: Iterable[Any], gi
         ) from error
 
 
-def _texts(part: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """Yield the texts in a config with their keys."""
+def _values(part: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the values in nested settings, each with the key that it stands under."""
     if isinstance(part, Mapping):
         for name, value in part.items():
-            yield from _texts(value, str(name))
+            yield from _values(value, str(name))
     elif isinstance(part, list | tuple):
         for value in part:
-            yield from _texts(value, key)
-    elif isinstance(part, str):
+            yield from _values(value, key)
+    else:
         yield key, part
+
+
+def _texts(part: Any) -> Iterator[tuple[str, str]]:
+    return ((key, value) for key, value in _values(part) if isinstance(value, str))
 
 
 def _run_may_name(key: str, value: str) -> bool:
@@ -154,31 +147,20 @@ def _leaves(value: str) -> bool:
 def _is_allowed(found: Any, bases: tuple[type, ...]) -> bool:
     if not isinstance(found, type) or issubclass(found, REFUSED):
         return False
-    return issubclass(found, bases) or _holds_settings(found)
+    of_library = found.__module__.partition(".")[0] in LIBRARIES
+    return issubclass(found, bases) or (dataclasses.is_dataclass(found) and of_library)
 
 
 def check_saved(settings: Any) -> None:
-    """Refuse settings from a checkpoint that name a class which is not loaded already.
-
-    Raises:
-        ValueError: A class is not loaded.
-    """
-    if isinstance(settings, Mapping):
-        if "class_path" in settings and settings["class_path"] not in _known():
-            raise ValueError(f"it names the class {settings['class_path']!r:.200}")
-        for part in settings.values():
-            check_saved(part)
-    elif isinstance(settings, list | tuple):
-        for part in settings:
-            check_saved(part)
+    """Refuse settings from a checkpoint that name a class which is not loaded already."""
+    known = {path for base in (Spec, ImageData) for cls in _below(base) for path in _paths(cls)}
+    for key, name in _values(settings):
+        if key == "class_path" and name not in known:
+            raise ValueError(f"it names the class {name!r:.200}")
 
 
 def check_sizes(data: Any) -> None:
-    """Refuse settings of data in a file with a number that is too large, such as a million processes.
-
-    Raises:
-        ValueError: A number is too large.
-    """
+    """Refuse settings of data in a file with a number that is too large, such as a million processes."""
     for name, part in data.items() if isinstance(data, Mapping) else ():
         most = WORKERS if name == "num_workers" else LARGEST
         number = int(part) if isinstance(part, int | str) and str(part).isdecimal() else 0  # a text is read as a number
@@ -190,10 +172,6 @@ def check_sizes(data: Any) -> None:
 def data_class(class_path: str) -> type[ImageData] | None:
     """Return the loaded class of image data with this name, or None; a user's own class must be given again."""
     return next((cls for cls in _below(ImageData) if class_path in _paths(cls)), None)
-
-
-def _known() -> set[str]:
-    return {path for base in (Spec, ImageData) for cls in _below(base) for path in _paths(cls)}
 
 
 def _below(cls: type) -> Iterator[type]:
@@ -219,10 +197,6 @@ def _imported(path: str) -> Any:
                 found = getattr(found, name, None)
             return found
     return None
-
-
-def _holds_settings(cls: type) -> bool:
-    return dataclasses.is_dataclass(cls) and cls.__module__.partition(".")[0] in LIBRARIES
 
 
 def _refuse(key: str, name: str) -> None:

@@ -5,18 +5,16 @@ import os
 import re
 import signal
 import threading
-from argparse import HelpFormatter
 from contextlib import suppress
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from jsonargparse import Namespace
 
-from dynadapter.cli.errors import Mistake, one_line, stopping_signals
-from dynadapter.cli.networks import BACKEND, BUNDLE, check_bundle, load_network
-from dynadapter.cli.parser import CommandParser
+from dynadapter.cli.errors import Mistake, mistakes, stopping_signals
+from dynadapter.cli.networks import BACKEND, BUNDLE, WEIGHTS, check_bundle, load_network
+from dynadapter.cli.parser import CommandParser, Options
 
 if TYPE_CHECKING:  # torch takes seconds to load, and invalid input is answered without it
     import socket
@@ -25,7 +23,7 @@ if TYPE_CHECKING:  # torch takes seconds to load, and invalid input is answered 
 
 NEEDED = ("fastapi", "uvicorn", "prometheus_client")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-OPTIONS: dict[str, tuple[Any, Any, str]] = {
+OPTIONS: Options = {
     "host": (str, "127.0.0.1", "Address to listen on; 0.0.0.0 for all addresses of the machine."),
     "port": (int, 8000, "Port to listen on; 0 for a free one, which is printed."),
     "batch": (int, 16, "Images in a full batch of a stage."),
@@ -37,11 +35,9 @@ OPTIONS: dict[str, tuple[Any, Any, str]] = {
     "max_pixels": (int, 40_000_000, "Largest image."),
     "upload_seconds": (float, 10.0, "Time in which a body must arrive."),
     "drift_window": (int, 500, "Images after which exits and confidence are compared with the calibration."),
-    "weights": (str | None, None, "File of the backbone's weights, where the bundles need one."),
-    "pretrained": (bool | None, None, "Whether timm may fetch the backbone's weights; default: as in training."),
+    **WEIGHTS,
     "together": (bool, False, "Run all bundles in one batch: one backbone, LoRA or FacT of each, by torch."),
-    "backend": BACKEND,
-    "device": (Literal["auto", "cpu", "cuda"], "auto", "Where the networks run; auto takes a GPU if there is one."),
+    **BACKEND,
 }
 LEAST: dict[str, float] = {
     "batch": 1,
@@ -60,22 +56,16 @@ def parser() -> CommandParser:
     made = CommandParser(
         "serve",
         "Classify images over HTTP: POST the bytes of an image to /v1/NAME/predict, or open the page / in a browser.",
-        formatter_class=partial(HelpFormatter, max_help_position=22, width=100),
+        short=True,
     )
     words = f"{BUNDLE[0].upper()}{BUNDLE[1:]}; one or several, each as PLACE or NAME=PLACE."
     made.add_argument("--bundle", nargs="+", required=True, help=words)
-    for name, (kind, default, words) in OPTIONS.items():
-        shown = words if default is None else f"{words.rstrip('.')} (default: {default})."
-        made.add_argument(f"--{name}", type=kind, default=default, help=shown)
+    made.add_options(OPTIONS)
     return made
 
 
 def run(args: list[str]) -> None:
-    """Run the command until a signal stops it; accepted requests are answered first.
-
-    Raises:
-        Mistake: A setting is invalid, or a package is missing.
-    """
+    """Run the command until a signal stops it; accepted requests are answered first."""
     given = parser().parse_args(args)
     places = read(given)
     if missing := [name for name in NEEDED if find_spec(name) is None]:
@@ -93,11 +83,7 @@ def run(args: list[str]) -> None:
 
 
 def read(given: Any) -> dict[str, str]:
-    """Return the places of the bundles by name, after a check of all settings.
-
-    Raises:
-        Mistake: A setting is invalid.
-    """
+    """Return the places of the bundles by name, after a check of all settings."""
     for name, least in LEAST.items():
         if given[name] is not None and not given[name] >= least:
             raise Mistake(f"{name}={given[name]} must be at least {least}")
@@ -159,11 +145,7 @@ def _serve(given: Any, places: dict[str, str], listening: "socket.socket") -> No
 
 
 def _engines(given: Any, places: dict[str, str]) -> dict[str, "Engine"]:
-    """Load the bundles; bundles of one backbone share its tensors, and bundles on a CPU take turns or share batches.
-
-    Raises:
-        Mistake: A bundle cannot be loaded, or two cannot be in one batch.
-    """
+    """Load the bundles; bundles of one backbone share its tensors, and bundles on a CPU take turns or share batches."""
     from dynadapter.serve.engine import Engine
     from dynadapter.serve.sharing import share_backbones
 
@@ -178,10 +160,8 @@ def _engines(given: Any, places: dict[str, str]) -> dict[str, "Engine"]:
     wait, turns = given.wait_ms / 1000, threading.Lock()
     sizes = {"batch": given.batch, "queue": given.queue, "readers": given.readers, "window": given.drift_window}
     if given.together:
-        try:
+        with mistakes("--together true: ", ", without --together"):
             engines = Engine.together(bundles, **sizes, wait=wait)
-        except ValueError as error:
-            raise Mistake(f"--together true: {one_line(error)}, without --together") from error
         print(f"{', '.join(engines)} run in one batch")
     else:
         engines = {

@@ -1,30 +1,19 @@
 """``dynadapter test --bundle``: measure a bundle on the test images of a data module."""
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
 
 from rich.table import Table
 
 from dynadapter.cli.configs import config_files
 from dynadapter.cli.errors import mistakes
-from dynadapter.cli.networks import BACKEND, BUNDLE, check_network, load_network
+from dynadapter.cli.networks import BACKEND, BUNDLE, POLICY, WEIGHTS, check_network, load_network
 from dynadapter.cli.parser import CommandParser
 from dynadapter.cli.verify import data_section
 from dynadapter.printing import print_tables
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from dynadapter.data import ImageData
     from dynadapter.serve.bundle import Bundle
-
-OPTIONS: dict[str, tuple[Any, Any, str]] = {
-    "policy": (dict | str | None, None, "Exit policy instead of the stored one, such as Never or Patience."),
-    "threshold": (float | list[float] | None, None, "Threshold instead of the policy's own: one, or a list."),
-    "weights": (str | None, None, "File of the backbone's weights, where the bundle needs one."),
-    "pretrained": (bool | None, None, "Whether timm may fetch the backbone's weights; default: as in training."),
-    "backend": BACKEND,
-    "device": (Literal["auto", "cpu", "cuda"], "auto", "Where the network runs; auto takes a GPU if there is one."),
-}
 
 
 def parser() -> CommandParser:
@@ -35,8 +24,7 @@ def parser() -> CommandParser:
     made.add_argument("--bundle", type=str, required=True, help=f"The bundle: {BUNDLE}.")
     words = "Where the images come from; its settings are --data.NAME VALUE. Or -c FILE with a data section."
     made.add_subclass_arguments(ImageData, "data", required=True, help=words)
-    for name, (kind, default, words) in OPTIONS.items():
-        made.add_argument(f"--{name}", type=kind, default=default, help=words)
+    made.add_options({**POLICY, **WEIGHTS, **BACKEND})
     return made
 
 
@@ -61,18 +49,12 @@ def run(args: list[str]) -> None:
 
 
 def measure(bundle: "Bundle", data: "ImageData") -> list[Table]:
-    """Measure every exit and the policy on the test images; for ``auto``, with the preprocessing of the bundle.
-
-    Returns:
-        The tables that ``test`` prints for a checkpoint.
-
-    Raises:
-        ValueError: The data have no test images, or a class that the bundle does not know.
-    """
+    """Measure every exit and the policy on the test images; for ``auto``, with the preprocessing of the bundle."""
     import torch
 
     from dynadapter.cli.networks import stacked
     from dynadapter.cost import cost_table, exit_costs
+    from dynadapter.cost.table import percents, policy_table
     from dynadapter.exits.policies import read_off
 
     assert bundle.preprocess is not None
@@ -88,16 +70,7 @@ def measure(bundle: "Bundle", data: "ImageData") -> list[Table]:
     shares = counts / samples
     counted = bundle.costs if data.image_size == bundle.preprocess.image_size else None
     costs = counted or exit_costs(bundle.net, data.image_size)
-    table = cost_table(costs, accuracy=_percent(right / samples), share=_percent(shares))
+    table = cost_table(costs, accuracy=percents(right / samples), share=percents(shares))
     table.title = f"Exits ({data.test_label}, shares under {bundle.policy.name})"
-    routing = Table(title=f"Early exits ({data.test_label})")
-    for heading in ("policy", "accuracy", "GMACs", "% of static", "exit shares"):
-        routing.add_column(heading, justify="left" if heading == "policy" else "right")
-    average = costs.average(shares)
-    accuracy, relative = f"{routed_right / samples:.1%}", f"{average / costs.static:.1%}"
-    routing.add_row(bundle.policy.name, accuracy, f"{average / 1e9:.3g}", relative, " / ".join(_percent(shares)))
-    return [table, routing]
-
-
-def _percent(values: "Tensor") -> list[str]:
-    return [f"{value:.1%}" for value in values.tolist()]
+    routed_as = {bundle.policy.name: (routed_right / samples, shares)}
+    return [table, policy_table(f"Early exits ({data.test_label})", costs, routed_as)]

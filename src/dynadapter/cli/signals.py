@@ -30,9 +30,6 @@ class StopOnSignal(Callback):
     SIGTERM, SIGHUP (closed terminal) and SIGUSR1 (warning of a scheduler) do the same as Ctrl-C.
 
     (Lightning's own handling of SIGTERM can stop processes at different steps, or in the middle of a validation.)
-
-    Attributes:
-        signal: The signal that this process received, or None.
     """
 
     def __init__(self) -> None:
@@ -73,11 +70,10 @@ class StopOnSignal(Callback):
                 with contextlib.suppress(OSError):  # not by print, which may be in the middle of printing
                     os.write(2, f"\ndynadapter: stopping after this step{more}\n".encode())
 
-    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._install(self._remember)
-
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._install(self._remember)
+
+    on_sanity_check_start = on_train_start
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "fit":

@@ -42,15 +42,7 @@ StrategyRegistry.register("fsdp2", FSDP2, description=str(FSDP2.__doc__).splitli
 
 
 def require_known(strategy: Any, precision: Any) -> None:
-    """Refuse a strategy that was never tested with this package, or would silently lose data.
-
-    Args:
-        strategy: As configured: a name, or a strategy object of Lightning.
-        precision: As configured.
-
-    Raises:
-        Mistake: With a strategy that works.
-    """
+    """Refuse a strategy that was never tested with this package, or would silently lose data."""
     name = strategy if isinstance(strategy, str) else ""
     if name.startswith("deepspeed") or isinstance(strategy, DeepSpeedStrategy):
         raise Mistake(
@@ -80,9 +72,6 @@ def require_own_processes(trainer: Trainer) -> None:
 
     Strategies for notebooks would lose a run's record and metrics. On a CPU the number of processes has no limit, and a
     typing error could use up the memory.
-
-    Raises:
-        Mistake: With a strategy that works.
     """
     if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
         raise Mistake(

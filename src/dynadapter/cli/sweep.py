@@ -34,15 +34,7 @@ def parser() -> CommandParser:
 
 
 def run(args: list[str]) -> None:
-    """Run the command.
-
-    Args:
-        args: The command line without the command.
-
-    Raises:
-        Mistake: An argument or the file is wrong.
-        Failed: Runs failed.
-    """
+    """Run the command."""
     config = parser().parse_args(args)
     if config.engine not in ("local", "ray"):
         raise Mistake(f"engine={config.engine} is unknown; choose from: local, ray")
@@ -86,14 +78,7 @@ def _say(line: str) -> None:
 
 
 def write_table(file: SweepFile) -> str:
-    """Write the table as Markdown, CSV and a figure beside the results.
-
-    Args:
-        file: The sweep.
-
-    Returns:
-        The Markdown text, with notes on missing results.
-    """
+    """Write the table as Markdown, CSV and a figure beside the results; return the Markdown text."""
     done = file.done()
     table = rows(file.sweep, done)
     if not table:

@@ -14,9 +14,6 @@ def estimate(file: SweepFile) -> str:
     """Return the number of runs, and estimates of their time and disk space.
 
     Time and size come from finished runs of the sweep, or from one short training.
-
-    Args:
-        file: The sweep.
     """
     done = file.done()
     left = file.sweep.remaining(done)
@@ -42,13 +39,7 @@ def estimate(file: SweepFile) -> str:
 
 
 def seconds_of(split: Split, finished: Sequence[Line], test_images: float) -> float:
-    """Return the mean time of a run; for final runs, estimated from train800 runs if none is finished.
-
-    Args:
-        split: Training split of the run.
-        finished: Lines with times.
-        test_images: Mean number of test images of a task.
-    """
+    """Return the mean time of a run; for final runs, estimated from train800 runs if none is finished."""
     same = [line["seconds"]["all"] for line in finished if line["run"]["split"] == split]
     if same:
         return statistics.fmean(same)
@@ -69,11 +60,7 @@ def count_images(file: SweepFile, task: str, split: str) -> int:
 
 
 def probe(file: SweepFile) -> Line:
-    """Train the first run for some steps; return a line with the time that all of its epochs would take.
-
-    Args:
-        file: The sweep.
-    """
+    """Train the first run for some steps; return a line with the time that all of its epochs would take."""
     from dynadapter.cli import quiet
     from dynadapter.cli.sweep_unit import measured
 

@@ -109,11 +109,7 @@ class SweepFile:
 
 
 def read(path: str) -> SweepFile:
-    """Read the file of a sweep.
-
-    Raises:
-        Mistake: A key, a value or a config file that it names is wrong.
-    """
+    """Read the file of a sweep."""
     settings: Settings = _parsed(Settings, read_config(path, ()))
     _check_lists(settings)
     goals = _goals(settings.goal)
@@ -282,11 +278,7 @@ def _fresh(tasks: list[str] | dict[str, Any]) -> list[str]:
 
 
 def _scales(settings: Settings, task: str, adapter: str) -> list[float]:
-    """Return the scales that a task and an adapter choose from.
-
-    Raises:
-        Mistake: None are given, or one is not above 0.
-    """
+    """Return the scales that a task and an adapter choose from."""
     if settings.scale_factors is not None:
         start = _published(task, adapter)
         scales = [factor * start for factor in settings.scale_factors]

@@ -37,15 +37,7 @@ def run_folder(file: SweepFile, unit: Unit) -> Path:
 
 
 def run_unit(file: SweepFile, unit: Unit) -> bool:
-    """Execute one run, unless it is finished or another process executes it.
-
-    Args:
-        file: The sweep.
-        unit: The run; a final one needs the line of its train800 twin.
-
-    Returns:
-        Whether this call executed it.
-    """
+    """Execute one run, unless it is finished or another process executes it; return whether this call did."""
     folder = run_folder(file, unit)
     with lines.claim(folder) as mine:
         if not mine:
@@ -58,14 +50,7 @@ def run_unit(file: SweepFile, unit: Unit) -> bool:
 
 
 def measured(file: SweepFile, unit: Unit, folder: Path, done: Mapping[Unit, Line]) -> dict[str, Any]:
-    """Train and measure; return the line, without appending it.
-
-    Args:
-        file: The sweep.
-        unit: The run.
-        folder: Its folder; an interrupted training in it is continued.
-        done: The finished runs.
-    """
+    """Train in a folder, or continue the training there, and measure; return the line, without appending it."""
     line: dict[str, Any] = {
         "run": as_dict(unit),
         "group": file.sweep.tasks[unit.task],

@@ -17,18 +17,7 @@ WAIT = 1.0
 
 
 def work(file: SweepFile, say: Callable[[str], None]) -> dict[Unit, str]:
-    """Execute every run that no other process executes, until all are finished.
-
-    Args:
-        file: The sweep.
-        say: Called with one line for each finished run.
-
-    Returns:
-        The runs that failed, with the reason.
-
-    Raises:
-        Stopped: A signal stopped the sweep; finished runs are kept.
-    """
+    """Execute every run that no other process executes, until all are finished; return those that failed, and why."""
     from dynadapter.cli.sweep_unit import remove_lost, run_unit
 
     failed: dict[Unit, str] = {}
@@ -65,15 +54,7 @@ def summary(done: Mapping[Unit, Any], unit: Unit) -> str:
 
 
 def spread(path: str, processes: int) -> None:
-    """Work at a sweep with several processes of this command; wait for all of them.
-
-    Args:
-        path: The file of the sweep.
-        processes: Number of processes.
-
-    Raises:
-        Failed: A process failed.
-    """
+    """Work at a sweep with several processes of this command; wait for all of them."""
     environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes)), **os.environ}
     command = [sys.executable, "-m", "dynadapter.cli", "sweep", path, "--no_table"]
     started = [subprocess.Popen(command, env=environment) for _ in range(processes)]
@@ -89,21 +70,9 @@ def spread(path: str, processes: int) -> None:
 
 
 def run_on_ray(file: SweepFile, cpus: float, gpus: float, say: Callable[[str], None]) -> dict[Unit, str]:
-    """Run the sweep on Ray, with as many runs at a time as its resources allow.
+    """Run the sweep on Ray, as many runs at a time as its resources allow; return those that failed, and why.
 
     All machines of a cluster must see the folders of the sweep and of the data under the same paths.
-
-    Args:
-        file: The sweep.
-        cpus: Processors of a run.
-        gpus: GPUs of a run; 0.25 lets four runs share one.
-        say: Called with one line for each finished run.
-
-    Returns:
-        The runs that failed, with the reason.
-
-    Raises:
-        Mistake: Ray is not installed, or its cluster does not answer.
     """
     failed: dict[Unit, str] = {}
     running: dict[Any, Unit] = {}
@@ -131,15 +100,7 @@ def run_on_ray(file: SweepFile, cpus: float, gpus: float, say: Callable[[str], N
 
 
 def do_unit(file: SweepFile, unit: Unit) -> bool:
-    """Execute one run, as a task on a worker of Ray.
-
-    Args:
-        file: The sweep.
-        unit: The run.
-
-    Returns:
-        Whether it was done here.
-    """
+    """Execute one run, as a task on a worker of Ray; return whether it was done here."""
     from dynadapter.cli import quiet
     from dynadapter.cli.imports import import_own
     from dynadapter.cli.sweep_unit import run_unit

@@ -80,11 +80,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def read(args: Sequence[str]) -> Wanted:
-    """Read the command line.
-
-    Raises:
-        Mistake: There is no such folder or table, or a value is missing.
-    """
+    """Read the command line."""
     if args[0].startswith("-"):
         raise Mistake("train needs the images first, as in: dynadapter train FOLDER --epochs 20")
     try:
@@ -134,11 +130,7 @@ def _check_goal(goal: Sequence[str]) -> None:
 
 
 def train(wanted: Wanted) -> None:
-    """Run fit, calibrate and report, and print the next command.
-
-    Raises:
-        Mistake: The images cannot be used, or the folder of the results holds another training.
-    """
+    """Run fit, calibrate and report, and print the next command."""
     from dynadapter.cli import report
     from dynadapter.cli.app import DynCLI
 
@@ -199,11 +191,7 @@ def _trained(wanted: Wanted, arguments: list[str]) -> Path:
 
 
 def _fit_arguments(wanted: Wanted) -> list[str]:
-    """Return the arguments of fit, including those that depend on the images and the machine.
-
-    Raises:
-        Mistake: The images cannot be used.
-    """
+    """Return the arguments of fit, including those that depend on the images and the machine."""
     from dynadapter.cli.layers import assignments
 
     files, rest = config_files(wanted.settings)

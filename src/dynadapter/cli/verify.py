@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING
 from dynadapter.cli.configs import config_files, read_config
 from dynadapter.cli.errors import Mistake
 from dynadapter.cli.parser import CommandParser
-from dynadapter.files import write
-from dynadapter.images.reading import shown
+from dynadapter.files import shown, write
 
 if TYPE_CHECKING:  # Lightning takes seconds to import
     from rich.console import Console
@@ -45,13 +44,7 @@ def parser() -> CommandParser:
 
 
 def run(args: list[str]) -> None:
-    """Run the command.
-
-    Raises:
-        SystemExit: With code 1 if the data have errors.
-        Mistake: If a setting is invalid.
-        ValueError: If the data module cannot read its lists or folders.
-    """
+    """Run the command."""
     from dynadapter.cli.safety import check_config
     from dynadapter.data.verify import verify
 

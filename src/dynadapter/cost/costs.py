@@ -134,12 +134,6 @@ def exit_costs(
 def _count_without_trace(net: ExitNet, image: Tensor, reason: CannotTrace | NoCount, given: bool) -> Counts:
     """Count by torch's counter, with a warning.
 
-    Args:
-        net: The network.
-        image: (1, channels, height, width).
-        reason: Why fvcore could not count.
-        given: Whether the caller gave counts of operators by traced name, which this counter cannot use.
-
     Raises:
         ValueError: If the network does not run on the image, or ``given``.
     """

@@ -23,11 +23,7 @@ class CannotTrace(Exception):
 
 
 class Part(nn.Module):
-    """One method of the network as a module, so that a meter can count it separately.
-
-    Args:
-        method: Maps the part's input to its output.
-    """
+    """One method of the network as a module, so that a meter can count it separately."""
 
     def __init__(self, method: Callable[[Any], Any]) -> None:
         super().__init__()
@@ -116,10 +112,6 @@ def count_by_torch(parts: Parts, image: Tensor) -> Counts:
     """Count with one run under torch's ``FlopCounterMode``.
 
     It counts only products, convolutions and attention; an unknown operator costs 0 without a warning.
-
-    Args:
-        parts: The network.
-        image: (1, channels, height, width).
     """
     aten = torch.ops.aten
     in_place = {aten.addmm_: flop_registry[aten.addmm], aten.baddbmm_: flop_registry[aten.baddbmm]}

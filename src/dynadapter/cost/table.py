@@ -1,6 +1,6 @@
 """Tabulate the costs of the exits and the trained parameters up to each exit."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import takewhile
 
 from rich.table import Table
@@ -75,6 +75,29 @@ def cost_table(costs: ExitCosts, **columns: Sequence[object]) -> Table:
     for row in zip(*cells.values(), strict=True):
         table.add_row(*map(_cell, row))
     return table
+
+
+def policy_table(title: str, costs: ExitCosts, routed: Mapping[str, tuple[float | None, Tensor]]) -> Table:
+    """Create a table with a row for each exit policy.
+
+    Args:
+        title: Title of the table.
+        costs: The costs of the exits.
+        routed: Accuracy, None if unknown, and exit shares (exits,) by the name of the policy.
+    """
+    table = Table(title=title)
+    for heading in ("policy", "accuracy", "GMACs", "% of static", "exit shares"):
+        table.add_column(heading, justify="left" if heading == "policy" else "right")
+    for name, (accuracy, shares) in routed.items():
+        shown, average = "" if accuracy is None else f"{accuracy:.1%}", costs.average(shares)
+        by_exit = " / ".join(percents(shares))
+        table.add_row(name, shown, f"{average / 1e9:.3g}", f"{average / costs.static:.1%}", by_exit)
+    return table
+
+
+def percents(values: Iterable[float | Tensor]) -> list[str]:
+    """Return fractions in percent with one decimal."""
+    return [f"{float(value):.1%}" for value in values]
 
 
 def _cell(value: object) -> str:

@@ -13,14 +13,7 @@ if TYPE_CHECKING:
 
 
 def account_of(data: "ImageData") -> Account | None:
-    """Count the files of a data module's folder by split, and by the reason why they are not read.
-
-    Args:
-        data: The data module.
-
-    Returns:
-        The counts; None without a folder.
-    """
+    """Count the files of a data module's folder by split, and by the reason why they are not read."""
     folder = getattr(data, "folder", None)
     if not isinstance(folder, Path) or not folder.is_dir():
         return None

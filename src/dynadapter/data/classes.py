@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from dynadapter.data.dataset import Sample
 from dynadapter.data.lists import LABEL
-from dynadapter.images.reading import shown
+from dynadapter.files import listed
 from dynadapter.training.meeting import unnamed
 
 
@@ -65,12 +65,6 @@ def sorted_names(names: Iterable[str]) -> list[str]:
 def renumbered(samples: Sequence[Sample], index: Sequence[int] | Mapping[int, int]) -> list[Sample]:
     """Return samples with label k replaced by ``index[k]``."""
     return [(source, index[label]) for source, label in samples]
-
-
-def listed(names: Sequence[str], most: int = 10) -> str:
-    """Return the first names as text, and the number of the others."""
-    rest = f" and {len(names) - most:,} more" if len(names) > most else ""
-    return ", ".join(map(shown, names[:most])) + rest
 
 
 def _numbers(names: Sequence[str]) -> list[int]:

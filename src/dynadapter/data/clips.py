@@ -137,11 +137,7 @@ def frame_indices(count: int, frames: int, sampling: Sampling, stride: int = 4, 
 
 
 def require_av() -> None:
-    """Check that the package av is there.
-
-    Raises:
-        ValueError: It is missing.
-    """
+    """Check that the package av is there."""
     if find_spec("av") is None:
         raise ValueError("videos are read by the package av; install it by pip install 'dynadapter[video]'")
 

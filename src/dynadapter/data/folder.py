@@ -5,15 +5,17 @@ from typing import Any
 
 from dynadapter.data.base import ImageData, Split
 from dynadapter.data.dataset import Sample
-from dynadapter.data.splits import MissingSplit, hold_out
+from dynadapter.data.held_out import HeldOutData
+from dynadapter.data.splits import MissingSplit
 from dynadapter.data.test_sets import check_test_sets, open_test_sets
-from dynadapter.images.reading import SUFFIXES, image_files, shown
+from dynadapter.files import shown
+from dynadapter.images.reading import SUFFIXES, image_files
 
 SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
 """The names of the splits' folders."""
 
 
-class ImageFolder(ImageData):
+class ImageFolder(HeldOutData):
     """Images in ``root/train/CLASS/``, ``root/val/CLASS/`` and ``root/test/CLASS/``, at any depth below the class.
 
     They may also be called ``training``, ``valid``, ``validation`` or ``testing``; case does not matter. Classes are
@@ -26,30 +28,17 @@ class ImageFolder(ImageData):
 
     Args:
         root: Folder with ``train``, ``val`` and ``test``, as far as they exist, or with the classes.
-        val_fraction: Probability that a training image is held out if ``val`` is missing, in [0, 1); 0 for no
-            validation.
-        split_seed: Seed of the held-out images.
         test_sets: Further test sets by name: folders like `root`. Each is measured after the first as
             ``test/NAME/...``, by its test split, or by all of its images if it has none. Its classes must be among
             those of the training.
+        kwargs: As for :class:`~dynadapter.data.held_out.HeldOutData`.
     """
 
     validation_switch = "val_fraction above 0, or make a folder 'val'"
 
-    def __init__(
-        self,
-        root: str | Path,
-        val_fraction: float = 0.2,
-        split_seed: int = 0,
-        test_sets: dict[str, str] | None = None,
-        **kwargs: Any,
-    ):
+    def __init__(self, root: str | Path, test_sets: dict[str, str] | None = None, **kwargs: Any):
         super().__init__(**kwargs)
-        if not 0 <= val_fraction < 1:
-            raise ValueError(f"val_fraction must lie in [0, 1), not {val_fraction}")
         self.root = Path(root).expanduser()
-        self.val_fraction = val_fraction
-        self.split_seed = split_seed
         self.test_sets = check_test_sets(test_sets)
         if not self.root.is_dir():
             raise ValueError(f"root {self.root} does not exist or is not a folder")
@@ -74,8 +63,7 @@ class ImageFolder(ImageData):
             return train
         places = [Path(str(path)).relative_to(self._folder("train")) for path, _ in train]
         images = [(place.parts[0], "/".join(place.parts[1:])) for place in places]
-        kept, held = hold_out(images, self.val_fraction, self.split_seed)
-        return [train[i] for i in (kept if split == "train" else held)]
+        return self.half(split, train, images)
 
     def further_tests(self) -> list[ImageData]:
         def build(settings: dict[str, Any], place: str) -> ImageFolder:
@@ -121,11 +109,7 @@ class ImageFolder(ImageData):
 
 
 def find_splits(root: Path) -> dict[str, Path]:
-    """Return the folders of a root that hold ``train``, ``val`` and ``test``, under any of their names.
-
-    Raises:
-        ValueError: Two folders stand for one split.
-    """
+    """Return the folders of a root that hold ``train``, ``val`` and ``test``, under any of their names."""
     found: dict[str, Path] = {}
     for name in _subfolders(root):
         split = next((split for split, names in SPLITS.items() if name.lower() in names), None)

@@ -22,11 +22,7 @@ class HeldImages(ABC):
 
     @abstractmethod
     def fetch(self, index: int) -> Path | bytes | Image.Image:
-        """Return an image: its file, the bytes of its file, or its pixels.
-
-        Raises:
-            ValueError: The item is something else.
-        """
+        """Return an image: its file, the bytes of its file, or its pixels."""
 
     def images(self) -> list["Held"]:
         """Return an object for each image."""

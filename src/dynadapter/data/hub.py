@@ -15,7 +15,7 @@ from dynadapter.data.held import HeldImages
 from dynadapter.data.lists import PathCheck
 from dynadapter.data.mapped import MappedData
 from dynadapter.data.table import COLUMNS, ONE_LABEL
-from dynadapter.images.reading import shown
+from dynadapter.files import shown
 
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 

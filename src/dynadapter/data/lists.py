@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path, PureWindowsPath
 from typing import Any, Literal, NamedTuple
 
-from dynadapter.files import open_regular
-from dynadapter.images.reading import shown
+from dynadapter.files import open_regular, shown
 
 LISTS = ("train800.txt", "val200.txt", "train800val200.txt", "test.txt")
 LABEL = re.compile("-?[0-9]{1,9}")  # int() alone also accepts '1_0' and digits of other scripts
@@ -33,11 +32,7 @@ class Line(NamedTuple):
 
 
 def read_list(file: Path, folder: Path) -> list[Line]:
-    """Read a list of lines ``PATH LABEL`` or ``PATH,LABEL``, with paths relative to a folder.
-
-    Raises:
-        ValueError: A line is malformed, a path leaves the folder, or the list is empty.
-    """
+    """Read a list of lines ``PATH LABEL`` or ``PATH,LABEL``, with paths relative to a folder."""
     lines = []
     for number, content in enumerate(read_text(file).split("\n"), start=1):
         if not content.strip():
@@ -104,10 +99,6 @@ def listed_classes(lines: Sequence[Line], file: Path | None, expected: int | Non
 def read_classes(file: Path, expected: int | None = None) -> list[str]:
     """Read class names, one per line.
 
-    Args:
-        file: ``classes.txt``.
-        expected: Number of classes, if known.
-
     Raises:
         ValueError: A name occurs twice, or the number of names is not the expected one.
     """
@@ -120,11 +111,7 @@ def read_classes(file: Path, expected: int | None = None) -> list[str]:
 
 
 def read_text(file: Path) -> str:
-    """Read a text file in UTF-8 with line breaks of any system.
-
-    Raises:
-        ValueError: The file is not UTF-8, or larger than `MAX_LIST`.
-    """
+    """Read a text file in UTF-8 with line breaks of any system."""
     with open_regular(file) as opened:
         content = opened.read(MAX_LIST + 1)
     if len(content) > MAX_LIST:

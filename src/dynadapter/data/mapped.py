@@ -3,13 +3,14 @@
 from abc import abstractmethod
 from typing import Any
 
-from dynadapter.data.base import ImageData, Split
+from dynadapter.data.base import Split
 from dynadapter.data.dataset import Sample
 from dynadapter.data.held import HeldImages
-from dynadapter.data.splits import MissingSplit, hold_out
+from dynadapter.data.held_out import HeldOutData
+from dynadapter.data.splits import MissingSplit
 
 
-class MappedData(ImageData):
+class MappedData(HeldOutData):
     """Base of data modules whose images are inside data sets of other libraries.
 
     A subclass sets `class_names` in its ``__init__`` and defines `open_part`. Without a validation split, a fraction of
@@ -17,19 +18,11 @@ class MappedData(ImageData):
     split of the others.
 
     Args:
-        val_fraction: Probability that a training image is held out if there is no validation split, in [0, 1); 0 for no
-            validation.
-        split_seed: Seed of the held-out images.
+        kwargs: As for :class:`~dynadapter.data.held_out.HeldOutData`.
     """
 
-    validation_switch = "val_fraction above 0"
-
-    def __init__(self, *, val_fraction: float = 0.2, split_seed: int = 0, **kwargs: Any):
+    def __init__(self, **kwargs: Any):
         super().__init__(**kwargs)
-        if not 0 <= val_fraction < 1:
-            raise ValueError(f"val_fraction must lie in [0, 1), not {val_fraction}")
-        self.val_fraction = val_fraction
-        self.split_seed = split_seed
         self._parts: dict[str, HeldImages | None] = {}
 
     @abstractmethod
@@ -53,5 +46,4 @@ class MappedData(ImageData):
         if not held_out:
             return found
         names = [(str(label), str(index)) for index, label in enumerate(whole.labels)]
-        kept, held = hold_out(names, self.val_fraction, self.split_seed)
-        return [found[index] for index in (kept if split == "train" else held)]
+        return self.half(split, found, names)

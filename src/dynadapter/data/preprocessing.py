@@ -25,11 +25,7 @@ class Wanted:
     value_range: Range | Auto | None = "auto"
 
     def resolve(self, own: Mapping[str, Any]) -> Preprocess:
-        """Return the settings with the model's own for ``auto``, or the defaults of `Preprocess` if there are none.
-
-        Raises:
-            ValueError: A setting is not valid.
-        """
+        """Return the settings with the model's own for ``auto``, or the defaults of `Preprocess` if there are none."""
         known = {field.name for field in fields(Preprocess)}
         given = {name: value for name, value in vars(self).items() if value != "auto"}
         done = Preprocess(**{name: value for name, value in own.items() if name in known} | given)

@@ -134,9 +134,6 @@ def share_batch(size: int, together: int | None, processes: int, accumulated: in
         together: Images in a step over all processes and accumulated batches.
         processes: Number of processes.
         accumulated: Batches of a step.
-
-    Raises:
-        ValueError: `together` cannot be divided.
     """
     rest = 0
     if together is not None:

@@ -181,12 +181,6 @@ def draw_split(split: str, images: int, seed: int = 0, size: int = 48) -> tuple[
 
     An image depends only on the seed, the split's name and its index. A shorter split is the start of a longer one, and
     two splits have different images.
-
-    Args:
-        split: Any name.
-        images: Number of images.
-        seed: Random seed.
-        size: Height and width in pixels.
     """
     drawn = []
     for index in range(images):

@@ -12,10 +12,11 @@ from dynadapter.data.base import ImageData, Split
 from dynadapter.data.classes import sorted_names
 from dynadapter.data.dataset import Sample
 from dynadapter.data.folder import SPLITS
+from dynadapter.data.held_out import HeldOutData
 from dynadapter.data.lists import listed_files, read_text
-from dynadapter.data.splits import MissingSplit, hold_out
+from dynadapter.data.splits import MissingSplit
 from dynadapter.data.test_sets import check_test_sets, open_test_sets
-from dynadapter.images.reading import shown
+from dynadapter.files import shown
 
 COLUMNS = {
     "path": ("path", "file", "filename", "file_name", "image", "image_path"),
@@ -46,7 +47,7 @@ class Row(NamedTuple):
     place: str
 
 
-class ImageTable(ImageData):
+class ImageTable(HeldOutData):
     """Images in a CSV or Parquet file, one per row, with paths and labels.
 
     A column of splits has ``train``, ``val`` (or ``valid``, ``validation``) and ``test``; case does not matter. Without
@@ -61,12 +62,10 @@ class ImageTable(ImageData):
         path_column: Name of the column of paths; None finds ``path``, ``file``, ``filename``, ``image`` and the like.
         label_column: Name of the column of labels; None finds ``label``, ``class``, ``category`` or ``target``.
         split_column: Name of the column of splits; None finds ``split``, ``set`` or ``subset``, if there is one.
-        val_fraction: Probability that a training image is held out if no row is for ``val``, in [0, 1); 0 for no
-            validation.
-        split_seed: Seed of the held-out images.
         test_sets: Further test sets by name: tables in their folders. Each is measured after the first as
             ``test/NAME/...``, by its test split, or by all of its images if it has none. Its classes must be among
             those of the training.
+        kwargs: As for :class:`~dynadapter.data.held_out.HeldOutData`.
     """
 
     validation_switch = "val_fraction above 0, or add rows for val"
@@ -78,18 +77,12 @@ class ImageTable(ImageData):
         path_column: str | None = None,
         label_column: str | None = None,
         split_column: str | None = None,
-        val_fraction: float = 0.2,
-        split_seed: int = 0,
         test_sets: dict[str, str] | None = None,
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
-        if not 0 <= val_fraction < 1:
-            raise ValueError(f"val_fraction must lie in [0, 1), not {val_fraction}")
         self.file = Path(file).expanduser()
         self.folder = self.file.parent if root is None else Path(root).expanduser()
-        self.val_fraction = val_fraction
-        self.split_seed = split_seed
         self.test_sets = check_test_sets(test_sets)
         if not self.file.is_file():
             raise ValueError(f"{self.file} does not exist or is not a file; give a .csv or .parquet file")
@@ -102,10 +95,9 @@ class ImageTable(ImageData):
 
     def samples(self, split: Split) -> list[Sample]:
         rows = [row for row in self.rows if row.split == split]
-        if not rows and split == "val":
-            rows = self._halves()[1]
-        elif split == "train" and not any(row.split == "val" for row in self.rows):
-            rows = self._halves()[0]
+        if split != "test" and not any(row.split == "val" for row in self.rows):
+            train = [row for row in self.rows if row.split == "train"]
+            rows = self.half(split, train, [(row.label, row.path) for row in train])
         if not rows and split != "val":
             there = ", ".join(sorted({row.split for row in self.rows}))
             raise MissingSplit(f"{self.file} has no row for {split}; it has rows for: {there}")
@@ -124,12 +116,6 @@ class ImageTable(ImageData):
 
     def listed(self) -> list[Path]:
         return [self.folder / row.path for row in self.rows]
-
-    def _halves(self) -> tuple[list[Row], list[Row]]:
-        """Return the rows of ``train`` that are kept and those that are held out."""
-        train = [row for row in self.rows if row.split == "train"]
-        kept, held = hold_out([(row.label, row.path) for row in train], self.val_fraction, self.split_seed)
-        return [train[k] for k in kept], [train[k] for k in held]
 
 
 def read_rows(file: Path, given: dict[str, str | None]) -> list[Row]:

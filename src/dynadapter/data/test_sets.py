@@ -11,11 +11,7 @@ NAME = re.compile(r"[\w-][\w.-]*")
 
 
 def check_test_sets(given: Mapping[str, str] | None) -> dict[str, str]:
-    """Return the places of further test sets by name.
-
-    Raises:
-        ValueError: A name cannot be a part of a metric's name.
-    """
+    """Return the places of further test sets by name."""
     for name in given or {}:
         if not NAME.fullmatch(name):
             raise ValueError(f"test_sets names {name!r:.40}; a name has letters, digits, dots, - and _ only")
@@ -26,11 +22,6 @@ def open_test_sets(
     data: ImageData, places: Mapping[str, str], build: Callable[[dict[str, Any], str], ImageData]
 ) -> list[ImageData]:
     """Return a data module for each further test set.
-
-    Args:
-        data: The data module that names them.
-        places: Folders or files by name.
-        build: Maps the settings of `data` and a place to a data module.
 
     Raises:
         ValueError: A set cannot be read, or has a class that `data` does not have; the message names the set.

@@ -106,11 +106,7 @@ class _Items(HeldImages):
 
 
 def _kind(name: str) -> Any:
-    """Return the class of a name.
-
-    Raises:
-        ValueError: torchvision has no such class for images.
-    """
+    """Return the class of a name."""
     short = name.removeprefix("torchvision.datasets.")
     kind = getattr(torchvision.datasets, short, None) if short in torchvision.datasets.__all__ else None
     base = torchvision.datasets.VisionDataset

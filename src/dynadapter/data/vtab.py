@@ -130,11 +130,7 @@ class VTAB1k(ImageData):
 
 
 def find_task(root: Path, name: str) -> Path:
-    """Return the folder of a task, under its own or another name.
-
-    Raises:
-        ValueError: `root` or the task does not exist. The message lists what exists.
-    """
+    """Return the folder of a task, under its own or another name."""
     if not root.is_dir():
         raise ValueError(f"root {root} does not exist or is not a folder")
     known = vtab_task(name)

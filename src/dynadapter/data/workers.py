@@ -14,16 +14,6 @@ def check_shared_memory(workers: int, images: int, batch_size: int, image_size: 
     """Check that the batches that worker processes keep ready fit into shared memory.
 
     Without free shared memory a worker is killed or waits forever, and so does the training.
-
-    Args:
-        workers: Worker processes of a loader.
-        images: Images of the loader.
-        batch_size: Images in a batch, float32 of three colours.
-        image_size: Height and width in pixels.
-        processes: Number of loaders on the machine.
-
-    Raises:
-        ValueError: They do not fit.
     """
     if not workers or not os.path.isdir(SHARED_MEMORY):
         return

@@ -63,11 +63,7 @@ def linear(inputs: int, outputs: int) -> nn.Linear:
 
 
 def build_head(heads: "Heads", **place: Any) -> nn.Module:
-    """Build the head of one early exit, with the arguments of :meth:`Heads.build`.
-
-    Raises:
-        TypeError: If it is not a configuration of heads, or builds something else than a module.
-    """
+    """Build the head of one early exit, with the arguments of :meth:`Heads.build`."""
     if not isinstance(heads, Heads):
         raise TypeError(f"heads={heads!r:.100} is not a configuration of heads; give an object such as Balanced()")
     head = heads.build(**place)
@@ -77,11 +73,7 @@ def build_head(heads: "Heads", **place: Any) -> nn.Module:
 
 
 def check_logits(logits: object, head: nn.Module, batch: int, classes: int) -> Tensor:
-    """Return the logits of a head.
-
-    Raises:
-        ValueError: If they have another shape.
-    """
+    """Return the logits of a head."""
     if not isinstance(logits, Tensor) or logits.shape != (batch, classes):
         raise ValueError(
             f"the head {type(head).__name__} returned {returned(logits)}; return logits (batch, classes), here "

@@ -316,11 +316,7 @@ class ExitNet(nn.Module):
         return CPU_CHUNK if self.token_merging is None else 2 * CPU_CHUNK
 
     def prefers_class_first(self, x: Tensor) -> bool:
-        """Check whether :meth:`early` computes the class token's row first by default.
-
-        Args:
-            x: The output of :meth:`embed` for the batch.
-        """
+        """Check whether :meth:`early` computes the class token's row first by default."""
         large = x.device.type == "cpu" and x[:1].numel() * x.shape[-1] >= CLASS_FIRST_WORK
         return large or len(x) >= CLASS_FIRST_FROM
 

@@ -263,13 +263,8 @@ class Patience(Policy):
 class Never(Policy):
     """No sample exits early: every sample runs the whole backbone."""
 
-    @property
-    def name(self) -> str:
-        return "never"
-
-    @property
-    def uses_early_exits(self) -> bool:
-        return False
+    name = "never"
+    uses_early_exits = False
 
     def meets_condition(self, history: Tensor) -> Tensor:
         return torch.zeros(history.shape[1], dtype=torch.bool, device=history.device)

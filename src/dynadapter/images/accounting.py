@@ -6,7 +6,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from dynadapter.images.reading import SUFFIXES, shown
+from dynadapter.files import shown
+from dynadapter.images.reading import SUFFIXES
 
 HIDDEN, BROKEN, LINKED, OUTSIDE = "hidden", "broken links", "behind links to folders", "images in no split"
 UNREADABLE = "unreadable"

@@ -28,11 +28,7 @@ class Budget:
 
     @contextlib.contextmanager
     def reserved(self, size: int) -> Iterator[None]:
-        """Wait until `size` bytes are free, and reserve them inside the context.
-
-        Raises:
-            ValueError: The whole budget is smaller than `size`.
-        """
+        """Wait until `size` bytes are free, and reserve them inside the context."""
         if size > self.total:
             raise ValueError(f"{size / 1e9:.1f} GB of memory are more than the limit of {self.total / 1e9:.1f} GB")
         with self._changed:

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from dynadapter.files import open_regular
+from dynadapter.files import open_regular, shown
 from dynadapter.images.memory import Budget
 from dynadapter.images.values import Range, decode_deep_colour, from_array, to_rgb
 
@@ -275,15 +275,6 @@ def why_unreadable(source: Source, value_range: Range | None = None) -> str | No
         return error.reason
 
 
-def shown(source: object) -> str:
-    r"""Return a file name as one printable line.
-
-    >>> shown("a\nb.png")
-    'a\\nb.png'
-    """
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(source))
-
-
 def reason(error: Exception) -> str:
     """Return in a few words why decoding failed."""
     if isinstance(error, UnidentifiedImageError):  # Pillow's message repeats the path
@@ -324,11 +315,7 @@ def image_files(folder: Path) -> list[Path]:
 
 
 def find_images(places: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> list[Path]:
-    """List the images of a folder and its subfolders, a single file, or the images of several of these.
-
-    Raises:
-        ValueError: A path does not exist, or there is no image.
-    """
+    """List the images of a folder and its subfolders, a single file, or the images of several of these."""
     if isinstance(places, (str, os.PathLike)):
         places = [places]
     files: list[Path] = []

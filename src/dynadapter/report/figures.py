@@ -47,12 +47,7 @@ def png(figure: Figure) -> bytes:
 
 
 def figures_of(run: Run, measured: Measured | None) -> dict[str, Figure]:
-    """Draw all figures for which there are measurements.
-
-    Args:
-        run: The run.
-        measured: Measurements of its network on labelled images; None if it cannot be measured.
-    """
+    """Draw all figures for which there are measurements."""
     figures: dict[str, Figure] = {}
     with quiet_fonts():
         if run.exits or run.series("train/loss")[0]:
@@ -85,10 +80,9 @@ def learning(run: Run) -> Figure:
         right.plot(*run.series(f"val/acc_exit{k + 1}"), **style)
     left.set(xlabel="epoch", ylabel="cross-entropy", title="Loss")
     right.set(xlabel="epoch", ylabel="accuracy", title="Validation accuracy")
-    right.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    for axes in (left, right):
+    for axes, percent in ((left, ""), (right, "y")):
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-        _tidy(axes)
+        _tidy(axes, percent)
     _legend_below(figure)
     return figure
 
@@ -118,9 +112,7 @@ def accuracy_over_cost(measured: Measured) -> Figure:
     axes.set(
         xlabel="mean cost, % of the static network", ylabel="accuracy", title=f"Accuracy over cost ({measured.split})"
     )
-    axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    _tidy(axes)
+    _tidy(axes, percent="xy")
     _legend_below(figure)
     return figure
 
@@ -154,8 +146,7 @@ def exit_shares(measured: Measured) -> Figure:
     axes.invert_yaxis()
     axes.set(xlim=(0, 1.28), xlabel="share of images", title=f"Where images stop ({measured.split})")
     axes.set_xticks([0, 0.25, 0.5, 0.75, 1.0])
-    axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    _tidy(axes, grid=False)
+    _tidy(axes, percent="x", grid=False)
     _legend_below(figure)
     return figure
 
@@ -217,8 +208,7 @@ def recalls(measured: Measured) -> Figure:
     axes.set_yticks(range(len(order)), [_short(measured.class_names[k]) for k in order], fontsize=8.5)
     what = f", the lowest {LOWEST} of {len(known)} classes" if len(order) < len(known) else ""
     axes.set(xlim=(-0.02, 1.02), xlabel="recall: share of the class that is right", title=f"Recall by class{what}")
-    axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    _tidy(axes, grid=False)
+    _tidy(axes, percent="x", grid=False)
     axes.invert_yaxis()
     _legend_below(figure)
     return figure
@@ -244,11 +234,9 @@ def reliabilities(measured: Measured) -> Figure:
             title=f"exit {k + 1}, ECE {found.error:.1%}", xlabel="confidence", xlim=(-0.04, 1.04), ylim=(-0.04, 1.04)
         )
         axes.set_aspect("equal")
-        axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         if k % columns == 0:
             axes.set_ylabel("accuracy")
-        _tidy(axes)
+        _tidy(axes, percent="xy")
     return figure
 
 
@@ -304,8 +292,11 @@ def _legend_below(figure: Figure) -> None:
         figure.legend(loc="outside lower center", ncols=3, fontsize=8, frameon=False)
 
 
-def _tidy(axes: Any, grid: bool = True) -> None:
+def _tidy(axes: Any, percent: str = "", grid: bool = True) -> None:
+    """Take frame lines away, and label the axes named in `percent` in percent."""
     axes.spines[["top", "right"]].set_visible(False)
+    for name in percent:
+        getattr(axes, f"{name}axis").set_major_formatter(PercentFormatter(1, decimals=0))
     if grid:
         axes.grid(alpha=0.25, linewidth=0.6)
 
@@ -332,8 +323,6 @@ def compared(runs: Sequence[tuple[str, Measured]]) -> Figure:
                 **style,
             )
         axes.set(xlabel="mean cost, % of the static network", ylabel="accuracy", title="Accuracy over cost")
-        axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-        _tidy(axes)
+        _tidy(axes, percent="xy")
         _legend_below(figure)
     return figure

@@ -59,14 +59,7 @@ CAPTIONS = {
 
 
 def run_page(run: Run, measured: Measured | None, figures: Mapping[str, bytes], notes: Iterable[str] = ()) -> str:
-    """Return the page of one run.
-
-    Args:
-        run: The run.
-        measured: Measurements of its network on labelled images; None if it could not be measured.
-        figures: PNG files by name.
-        notes: What is missing and why, one line each.
-    """
+    """Return the page of one run."""
     parts = [f"<h1>{escape(run.name)}</h1>"]
     if measured is not None:
         parts.append(f'<p class="result">{escape(result(measured))}</p>')
@@ -88,13 +81,7 @@ def run_page(run: Run, measured: Measured | None, figures: Mapping[str, bytes], 
 def comparison_page(
     runs: Sequence[tuple[Run, Measured | None]], figure: bytes | None, notes: Iterable[str] = ()
 ) -> str:
-    """Return the page that compares runs.
-
-    Args:
-        runs: The runs, each with its measurements; None if it could not be measured.
-        figure: Accuracy over cost of all runs, a PNG file.
-        notes: What is missing and why, one line each.
-    """
+    """Return the page that compares runs."""
     parts = ["<h1>Comparison of runs</h1>", *(f'<p class="note">{escape(note)}</p>' for note in notes)]
     parts.append(_table(*comparison_table(runs)))
     if figure is not None:

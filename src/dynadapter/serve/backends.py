@@ -124,11 +124,7 @@ def cache_of(bundle: "Bundle") -> Path:
 
 
 def image_size(bundle: "Bundle") -> int:
-    """Return the height and width in pixels of the images that a bundle's graphs take.
-
-    Raises:
-        ValueError: The bundle has no preprocessing, and its network takes any size.
-    """
+    """Return the height and width in pixels of the images that a bundle's graphs take."""
     size = bundle.preprocess.image_size if bundle.preprocess else built_for(bundle.net.backbone)
     if not size:
         raise ValueError("graphs have one image size, and this bundle names none; write it with its preprocessing")

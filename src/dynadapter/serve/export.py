@@ -154,11 +154,7 @@ def _manifest(
 
 
 def policy_settings(policy: Policy, num_exits: int) -> tuple[dict[str, Any], list[float] | None]:
-    """Return a policy as plain values: its kind and field, and one temperature for each exit.
-
-    Raises:
-        ValueError: The exported runtime does not know this kind of policy.
-    """
+    """Return a policy as plain values: its kind and field, and one temperature for each exit."""
     temperatures, combined = None, {}
     if isinstance(policy, Scaled):
         own, policy = policy.temperatures, policy.policy

@@ -42,10 +42,6 @@ def fastest(bundle: "Bundle", batch_size: int) -> tuple[Backend, str]:
     The times are measured at the first use, in some seconds beside the export, and kept with the graphs; those of
     another processor, number of threads, batch size or version are measured anew. Each stage runs on noise, on as many
     images as reach it by the exit shares of the bundle's calibration; without those, every image reaches every stage.
-
-    Args:
-        bundle: On the CPU.
-        batch_size: Images at a time.
     """
     offered: list[Backend] = [name for name in ("onnx", "openvino") if not missing(name)]
     lacking = [f"{name} not installed" for name in NEEDED if name not in offered]

@@ -35,14 +35,7 @@ class Unread(NamedTuple):
 
 
 def write_table(file: BinaryIO, suffix: str, columns: Sequence[str], rows: Iterable[Row]) -> None:
-    """Write a table into an open file.
-
-    Args:
-        file: Where to write.
-        suffix: Suffix of the output's name, which decides the format.
-        columns: Names of the columns.
-        rows: One row of column values for each image.
-    """
+    """Write a table into an open file."""
     _WRITERS[suffix.lower()](file, columns, rows)
 
 
@@ -97,10 +90,6 @@ def cell(value: Any, path: bool = False) -> str:
 
     >>> print(cell("=1+1"), cell("-a.png", path=True), cell("a;b"))
     '=1+1 ./-a.png "a;b"
-
-    Args:
-        value: Text or a number.
-        path: Whether the value is a path, which may get the prefix ``./``.
     """
     text = str(value)
     if isinstance(value, str) and text.startswith(FORMULA):

@@ -50,13 +50,6 @@ def standalone(net: ExitNet, images: Tensor, merge: bool) -> tuple[ExitNet, Exit
 def write_graphs(net: ExitNet, folder: Path, images: Tensor, class_first: bool, opset: int) -> list[dict[str, Any]]:
     """Write ``stage0.onnx``, ``stage1.onnx``, ... with their weights inside.
 
-    Args:
-        net: A copy of the network, on the CPU in evaluation mode.
-        folder: Where to write.
-        images: Example images; they determine the shape of the input.
-        class_first: Compute the class token's row first where a head reads only the class token.
-        opset: Version of ONNX's operators.
-
     Returns:
         For each stage the name of its file and its ``inputs`` and ``outputs``.
 

@@ -21,9 +21,6 @@ def list_images(places: Iterable[str], path_column: str | None = None) -> list[s
         places: Folders (searched with their subfolders), text files with one path per line, CSV files, image files.
             Paths in a list are relative to its folder. They are only read as images.
         path_column: The column of a CSV file that holds the paths; None for the first.
-
-    Raises:
-        ValueError: A place does not exist, or holds no image.
     """
     found: list[str] = []
     for place in (Path(place).expanduser() for place in places):

@@ -69,11 +69,7 @@ def server_of(app: FastAPI) -> uvicorn.Server:
 
 
 def bound(host: str, port: int) -> socket.socket:
-    """Return a socket that is bound and does not listen yet.
-
-    Raises:
-        OSError: The port is taken, or the host is not an address of this machine.
-    """
+    """Return a socket that is bound and does not listen yet."""
     family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     made = socket.socket(family, kind, protocol)
     try:

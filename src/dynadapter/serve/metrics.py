@@ -12,11 +12,7 @@ SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 
 
 class Metrics(Collector):
-    """Count requests, and describe the engines.
-
-    Args:
-        engines: The engines by the name of their bundle.
-    """
+    """Count requests, and describe the engines."""
 
     def __init__(self, engines: Mapping[str, Engine]) -> None:
         self.engines = engines

@@ -53,14 +53,6 @@ def rows(
 ) -> list[Row]:
     """Compute a batch's rows.
 
-    Args:
-        bundle: The network.
-        policy: Decides at which exit an image stops.
-        files: Names of the images.
-        pixels: The images, (3, size, size) uint8 each.
-        top_k: As in :func:`columns`.
-        probabilities: As in :func:`columns`.
-
     Raises:
         NonFinite: Logits of an image are not finite.
     """
@@ -157,12 +149,6 @@ def read_batches(
     preprocess: Preprocess, table: PredictionTable, numbers: Iterable[int], workers: int
 ) -> Generator[tuple[int, list[_Read]]]:
     """Read batches ahead of their use.
-
-    Args:
-        preprocess: Decides the size of the pixels.
-        table: Knows the files of a batch.
-        numbers: Numbers of the batches.
-        workers: Threads; 0 reads a batch when it is requested.
 
     Yields:
         The number of a batch, and its images in order.

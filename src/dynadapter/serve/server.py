@@ -53,13 +53,7 @@ class Settings:
 
 
 class Problem(Exception):
-    """A request that is answered by an error.
-
-    Args:
-        status: HTTP status.
-        message: Error message in one line.
-        headers: Headers of the answer.
-    """
+    """A request that is answered by an error."""
 
     def __init__(self, status: int, message: str, headers: Mapping[str, str] | None = None) -> None:
         super().__init__(message)
@@ -75,11 +69,7 @@ class Upload:
         self.data, self.max_pixels = data, max_pixels
 
     def fetch(self) -> bytes:
-        """Return the bytes.
-
-        Raises:
-            ValueError: The image has too many pixels.
-        """
+        """Return the bytes."""
         with Image.open(io.BytesIO(self.data), formats=FORMATS) as image:
             width, height = image.size
         if width * height > self.max_pixels:
@@ -239,12 +229,7 @@ class Service:
             raise Problem(400, "the body is empty; send the bytes of an image, as curl --data-binary @photo.jpg does")
 
     async def _served(self, request: Request, engine: Engine, source: Upload, limits: Limits) -> Served:
-        """Wait for the answer of the engine, unless the client disconnects.
-
-        Raises:
-            ClientDisconnect: The client disconnected; its request is cancelled.
-            Problem: The engine returned an error.
-        """
+        """Wait for the answer of the engine, unless the client disconnects."""
         with _as_problem():
             if limits.deadline is not None and limits.deadline <= 0:
                 raise Late("the deadline passed while the image was sent; give a longer one")

@@ -29,11 +29,8 @@ def share_backbones(bundles: Iterable[Bundle]) -> int:
             own = state[name]
             key = (bundle.config.backbone.fingerprint, name.replace(".base_layer.", "."))  # as without adapters
             first = kept.setdefault(key, own)
-            if first is not own and _equal(first, own):
+            alike = (first.shape, first.dtype, first.device) == (own.shape, own.dtype, own.device)
+            if first is not own and alike and torch.equal(first, own):
                 own.data = first.data
                 saved += own.nbytes
     return saved
-
-
-def _equal(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)

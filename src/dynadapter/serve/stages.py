@@ -69,11 +69,7 @@ def pop(queue: deque[Waiting[T]], most: int) -> list[Waiting[T]]:
 
 
 def joined(parts: Sequence[Waiting[T]]) -> Waiting[T]:
-    """Join samples that wait for the same stage, at least one part.
-
-    Raises:
-        RuntimeError: The samples have several sizes.
-    """
+    """Join samples that wait for the same stage, at least one part."""
     if len(parts) == 1:
         return parts[0]
     histories = [part.history for part in parts if part.history is not None]
@@ -89,11 +85,6 @@ def lengthened(history: Tensor | None, logits: Tensor) -> Tensor:
 
 def computed(step: Step, k: int, now: Waiting[T]) -> Waiting[T]:
     """Run stage ``k`` and its head.
-
-    Args:
-        step: Runs a stage, such as :meth:`ExitNet.step`.
-        k: Exit index, from 0.
-        now: The samples.
 
     Returns:
         The same samples, waiting for the next stage; if a head ran, the new exit is the last one in their history.

@@ -153,10 +153,6 @@ class PredictionTable:
     def save(self, number: int, entries: Iterable[Row | Unread]) -> None:
         """Add a batch atomically.
 
-        Args:
-            number: Number of the batch.
-            entries: A row for each of its images, or why it could not be read; in the order of the images.
-
         Raises:
             ValueError: The entries do not belong to the images of this batch.
             OSError: For example if the disk is full. The table is as it was.
@@ -204,11 +200,7 @@ class PredictionTable:
         shutil.rmtree(self._trash, ignore_errors=True)
 
     def list_unread(self, more: Iterable[Unread] = ()) -> None:
-        """Write the list of unreadable images, or remove an old list where there are none.
-
-        Args:
-            more: Unreadable images that are not in the table.
-        """
+        """Write the list of unreadable images, or remove an old list where there are none."""
         found = [entry for entry in self._entries() if isinstance(entry, Unread)] if self.unread else []
         write_unread(self.unread_list, [*found, *more])
 

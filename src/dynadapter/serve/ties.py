@@ -28,11 +28,6 @@ class _Watched:
 def tied_images(net: ExitNet, images: Tensor, batch_size: int = 32) -> Tensor:
     """Find the images with a tie in token merging.
 
-    Args:
-        net: The network; without token merging no image has a tie.
-        images: (images, 3, size, size), preprocessed.
-        batch_size: Images that are run at once.
-
     Returns:
         (images,) bool, on the CPU.
     """

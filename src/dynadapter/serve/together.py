@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from dynadapter.adapters import AdapterLayer, LoRA, adapter_layers
 from dynadapter.adapters.lora import LowRankLayer
-from dynadapter.adapters.lowrank import add_product, project
+from dynadapter.adapters.lowrank import add_product, some_outputs
 from dynadapter.exits.net import ExitNet
 from dynadapter.exits.policies import combined, confidence, wide
 from dynadapter.serve.bundle import Bundle, Prediction
@@ -62,10 +62,8 @@ class ByTaskLayer(AdapterLayer):
 
     def some(self, x: Tensor, start: int, stop: int) -> Tensor:
         """Compute only the outputs ``start:stop`` for tokens (..., width)."""
-        weight, bias = self.base_layer.weight, self.base_layer.bias
         part = slice(start, stop)
-        y = project(x, weight.flatten(1)[part], None if bias is None else bias[part], False)  # type: ignore[operator, index]
-        return self._updated(y, x, part)
+        return self._updated(some_outputs(self.base_layer, x, part), x, part)
 
     def _updated(self, y: Tensor, x: Tensor, outputs: slice) -> Tensor:
         parts = []

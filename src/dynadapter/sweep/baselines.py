@@ -89,10 +89,7 @@ def oracle(right: np.ndarray, cost: np.ndarray) -> tuple[float, float]:
 def readings(line: Line, twin: Line, right: np.ndarray) -> dict[str, tuple[float, float]]:
     """Return accuracy and cost in % of a run for each reading: every exit, policy and baseline.
 
-    Args:
-        line: The run.
-        twin: The line of its train800 run, which chooses the exit for all images.
-        right: (ways, exits, images).
+    The twin is the line of its train800 run, which chooses the exit for all images; ``right`` (ways, exits, images).
     """
     accuracy, cost = accuracies(line), costs(line)
     found = {f"exit {k + 1}": (float(accuracy[0, k]), float(cost[k])) for k in range(len(cost))}

@@ -41,12 +41,7 @@ class SweepGoal:
         return f"{self.goal.name} {self.goal.amount:g}{start}"
 
     def target(self, last: float, reference: float | None) -> dict[str, float]:
-        """Return the target of the policy on val200: ``{cost: ...}`` or ``{accuracy: ...}``, both fractions.
-
-        Args:
-            last: Accuracy of the last exit, in [0, 1].
-            reference: Accuracy of the reference, in [0, 1]; None for the last exit's.
-        """
+        """Return the target of the policy on val200: ``{cost: ...}`` or ``{accuracy: ...}``, both fractions."""
         if self.goal.cost is not None:
             return {"cost": self.goal.cost}
         return {"accuracy": (last if reference is None else reference) - self.goal.amount / 100}

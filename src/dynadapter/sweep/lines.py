@@ -1,12 +1,11 @@
 """Store the results of runs: one JSON line each, with the values for a bootstrap; and the lock of a run."""
 
 import base64
-import fcntl
 import io
 import json
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,8 @@ import torch
 from torch import Tensor
 
 from dynadapter.exits.policies import confidence
+from dynadapter.files import Busy, locked, replacing
 from dynadapter.files import append as append_bytes
-from dynadapter.files import replacing
 from dynadapter.sweep.plan import Line, Unit, as_unit
 
 RESULTS = "results.jsonl"
@@ -26,29 +25,19 @@ LOGITS = "logits.npz"
 
 @contextmanager
 def claim(folder: Path, wait: bool = False) -> Iterator[bool]:
-    """Hold the lock of a folder; yield False if another process holds it.
-
-    The operating system releases the lock whenever the process ends.
-
-    Args:
-        folder: The folder; it is created if it is missing.
-        wait: Wait for the other process instead.
-    """
+    """Create a folder and hold its lock; yield False if another process holds it, unless to wait for that."""
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as file:
+    with ExitStack() as held:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield False
-        else:
-            yield True
+            held.enter_context(locked(folder, wait))
+            mine = True
+        except Busy:
+            mine = False
+        yield mine
 
 
 def read(out: Path) -> dict[Unit, dict[str, Any]]:
     """Read the finished runs of a sweep; the last line of a run counts.
-
-    Args:
-        out: Folder of the sweep.
 
     Raises:
         ValueError: A line is not a run's.
@@ -69,15 +58,9 @@ def read(out: Path) -> dict[Unit, dict[str, Any]]:
 
 
 def append(out: Path, line: Mapping[str, Any]) -> None:
-    """Append the line of a run, after which the run counts as finished.
-
-    Args:
-        out: Folder of the sweep.
-        line: Plain data; its key ``run`` names the run.
-    """
+    """Append the line of a run, after which the run counts as finished."""
     data = json.dumps(line, allow_nan=False).encode() + b"\n"
-    with (out / RESULTS).open("a+b") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with locked(out / RESULTS, wait=True), (out / RESULTS).open("a+b") as file:
         file.seek(0)
         content = file.read()
         if not content.endswith(b"\n"):
@@ -114,11 +97,7 @@ def pack(folder: Path, logits: Tensor, targets: Tensor, files: Tensor) -> None:
 
 
 def unpack(folder: Path) -> tuple[Tensor, Tensor]:
-    """Read the logits (exits, images, classes) float32 and the targets (images,) that :func:`pack` wrote.
-
-    Args:
-        folder: Folder of the run.
-    """
+    """Read the logits (exits, images, classes) float32 and the targets (images,) that :func:`pack` wrote."""
     with np.load(folder / LOGITS) as logits, np.load(folder / PREDICTIONS) as others:
         return torch.from_numpy(logits["logits"]).float(), torch.from_numpy(others["targets"].astype(np.int64))
 

@@ -144,10 +144,6 @@ class Sweep:
         Of equal scores, the one with the lower validation loss of the last exit wins. A scale is not chosen if one of
         the arm's runs failed, also a final one: near the limit of stable training, seeds differ much.
 
-        Args:
-            arm: The arm.
-            done: The finished runs.
-
         Returns:
             The scale; None before all runs of the search are finished, or if a run failed at every scale.
         """
@@ -219,11 +215,7 @@ class Sweep:
     # ---- all of them
 
     def ready(self, done: Mapping[Unit, Line]) -> list[Unit]:
-        """Return the unfinished runs that can start now; seeds vary slowest.
-
-        Args:
-            done: The finished runs.
-        """
+        """Return the unfinished runs that can start now; seeds vary slowest."""
         found: list[Unit] = []
         for arm in self.arms():
             found += self.search(arm)
@@ -281,10 +273,6 @@ def score(line: Line, goal: str) -> tuple[float, float]:
     """Return the score of a train800 run on val200, and the negative loss of its last exit.
 
     The score is the accuracy of the last exit; with early exits, the mean of this and of the accuracy by the policy.
-
-    Args:
-        line: The line of the run.
-        goal: Name of the policy's goal.
     """
     if "failed" in line:
         return -math.inf, -math.inf
@@ -306,11 +294,7 @@ def fingerprint(*contents: Any) -> str:
 
 
 def as_unit(line: Line) -> Unit:
-    """Return the run that a line belongs to.
-
-    Raises:
-        ValueError: The line names no run.
-    """
+    """Return the run that a line belongs to."""
     try:
         return Unit(**line["run"])
     except (KeyError, TypeError) as error:

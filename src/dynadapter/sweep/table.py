@@ -16,13 +16,7 @@ GROUPS = ("Natural", "Specialized", "Structured")
 
 @dataclass(frozen=True)
 class Value:
-    """Mean and standard deviation over the seeds.
-
-    Args:
-        mean: Mean over the seeds.
-        std: Sample standard deviation over the seeds, None for a single one.
-        seeds: Number of seeds.
-    """
+    """Mean and standard deviation over the seeds."""
 
     mean: float
     std: float | None
@@ -59,19 +53,17 @@ Numbers = Mapping[int, tuple[float, float]]
 
 
 def rows(sweep: Sweep, done: Mapping[Unit, Line]) -> list[Row]:
-    """Return all rows for which the runs are finished; a mean needs all of its parts.
-
-    Args:
-        sweep: The sweep.
-        done: The finished runs.
-    """
+    """Return all rows for which the runs are finished; a mean needs all of its parts."""
     found = []
     for adapter in sweep.adapters:
         for recipe in (*sweep.recipes, *sweep.choices):
             units = _units(sweep, done, adapter, recipe)
             scales = {task: unit.scale for task, by_seed in units.items() for unit in by_seed.values()}
             results = {
-                task: {seed: _readings(sweep, done, unit) for seed, unit in by_seed.items()}
+                task: {
+                    seed: readings(done[unit], done[sweep.twin(unit)], right_of(done[unit])[0])
+                    for seed, unit in by_seed.items()
+                }
                 for task, by_seed in units.items()
             }
             for reading in _names(results, sweep):
@@ -112,12 +104,6 @@ def _chosen(sweep: Sweep, done: Mapping[Unit, Line], arm: Arm) -> Arm | None:
         if found[0]["percent_of_static"] <= 100 * choice.cost + SLACK:
             accuracy[other] = statistics.fmean(entry["accuracy"] for entry in found)
     return max(accuracy, key=lambda other: accuracy[other], default=None)
-
-
-def _readings(sweep: Sweep, done: Mapping[Unit, Line], unit: Unit) -> dict[str, tuple[float, float]]:
-    """Return accuracy and cost of a run, both in %, by reading."""
-    line = done[unit]
-    return readings(line, done[sweep.twin(unit)], right_of(line)[0])
 
 
 def _names(results: Mapping[str, Mapping[int, Mapping[str, Any]]], sweep: Sweep) -> list[str]:
@@ -182,12 +168,7 @@ def as_csv(table: Sequence[Row]) -> str:
 
 
 def as_markdown(table: Sequence[Row], sweep: Sweep) -> str:
-    """Return two tables: one column per adapter and recipe (first policy), and one row per reading.
-
-    Args:
-        table: From :func:`rows`.
-        sweep: The sweep, which names the seeds and the goals.
-    """
+    """Return two tables: one column per adapter and recipe (first policy), and one row per reading."""
     policy = [row for row in table if row.reading == sweep.goals[0].name]
     arms = list(dict.fromkeys((row.adapter, row.recipe) for row in policy))
     cells = {(row.what, row.adapter, row.recipe): _cell(row) for row in policy}
@@ -250,16 +231,7 @@ def _count(number: int, one: str) -> str:
 
 
 def draw(table: Sequence[Row], sweep: Sweep, title: str) -> Any:
-    """Draw mean accuracy over % of static: a line through the exits of each arm, and a star for each of its policies.
-
-    Args:
-        table: From :func:`rows`.
-        sweep: The sweep.
-        title: Title of the figure.
-
-    Returns:
-        A matplotlib figure.
-    """
+    """Draw mean accuracy over % of static: a line through the exits of each arm, and a star for each policy."""
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 

@@ -18,9 +18,6 @@ def named_images(batch: Any) -> tuple[Tensor, list[str | None]]:
 
     Returns:
         The images, and for each image its name, "" without names, or None for padding.
-
-    Raises:
-        ValueError: The batch has another form.
     """
     parts = [batch] if isinstance(batch, Tensor) else list(batch) if isinstance(batch, Sequence) else []
     if not parts or not isinstance(parts[0], Tensor) or parts[0].dim() != 4:

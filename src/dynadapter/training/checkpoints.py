@@ -249,10 +249,6 @@ def newest(folder: Path) -> Resumable | None:
 def read(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
     """Read a checkpoint, under ``weights_only=True``.
 
-    Args:
-        path: A local file.
-        map_location: As in :func:`torch.load`.
-
     Raises:
         ValueError: The file is damaged, not a checkpoint, or not local.
     """

@@ -7,6 +7,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from dynadapter.files import listed
+
 ClassWeights = Literal["auto"] | Mapping[str, float]
 
 
@@ -35,9 +37,6 @@ def class_weights(given: ClassWeights, names: Sequence[str], counts: Sequence[in
 
     Returns:
         ``(classes,)`` float32.
-
-    Raises:
-        ValueError: A name is not a class, all weights of the training images are 0, or ``auto`` has no counts.
     """
     images = None if counts is None else torch.tensor(counts, dtype=torch.float64)
     if given == "auto":
@@ -47,8 +46,7 @@ def class_weights(given: ClassWeights, names: Sequence[str], counts: Sequence[in
     else:
         assert isinstance(given, Mapping)
         if unknown := [name for name in given if name not in names]:
-            few = ", ".join(names[:8]) + (" ..." if len(names) > 8 else "")
-            raise ValueError(f"class_weights: {unknown[0]} is not a class; the classes are {few}")
+            raise ValueError(f"class_weights: {unknown[0]} is not a class; the classes are {listed(names)}")
         weights = torch.tensor([float(given.get(name, 1.0)) for name in names], dtype=torch.float64)
     if images is not None:
         mean = (images * weights).sum() / images.sum()
@@ -83,14 +81,9 @@ def without_images(data: Any) -> list[str]:
     for split, word in (("train", "training"), ("val", "validation")) if hasattr(data, "dataset") else ():
         count = Counter(label for _, label in data.dataset(split).samples)
         if count and (missing := [name for label, name in enumerate(data.class_names) if not count[label]]):
-            lines.append(f"no {word} image of: {_listed(missing)}")
+            lines.append(f"no {word} image of: {listed(missing)}")
         shots = getattr(data, "shots", None) or 0
         few = [f"{name} ({count[label]})" for label, name in enumerate(data.class_names) if 0 < count[label] < shots]
         if split == "train" and few:
-            lines.append(f"fewer than {shots} training images, all of them used, of: {_listed(few)}")
+            lines.append(f"fewer than {shots} training images, all of them used, of: {listed(few)}")
     return lines
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - 8:,} more" if len(names) > 8 else ""
-    return ", ".join(names[:8]) + more

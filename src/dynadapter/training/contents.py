@@ -9,11 +9,10 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 
-from dynadapter.adapters import adapter_layers
-from dynadapter.backbones import classifier
 from dynadapter.exits.net import ExitNet
 from dynadapter.exits.token_merging import TokenMerging
 from dynadapter.limits import require_bounded, require_few_classes
+from dynadapter.serve.bundle.tensors import frozen_names
 from dynadapter.spec import plain, restore
 from dynadapter.training.callbacks.early_exit import EarlyExit
 from dynadapter.training.entries import MODEL, OURS, require_entries
@@ -38,20 +37,9 @@ def trainable_only(module: nn.Module) -> None:
 
 
 def frozen_keys(module: nn.Module) -> set[str]:
-    """Return the state-dict keys of a module that belong to a frozen backbone.
-
-    These are all keys of the backbone except adapters, its own head, and other trained tensors.
-    """
-    keys = set()
-    for path, net in module.named_modules():
-        if isinstance(net, ExitNet):
-            ours = {id(p) for head in classifier(net.backbone) for p in head.parameters()}
-            for layer in adapter_layers(net.backbone).values():
-                ours |= set(map(id, layer.own_parameters().values()))
-            for name, tensor in net.backbone.state_dict(keep_vars=True).items():
-                if id(tensor) not in ours and not tensor.requires_grad:
-                    keys.add(f"{path}.backbone.{name}" if path else f"backbone.{name}")
-    return keys
+    """Return the state-dict keys of a module that belong to a frozen backbone, as :func:`frozen_names` does."""
+    nets = {path: net for path, net in module.named_modules() if isinstance(net, ExitNet)}
+    return {f"{path}.{name}".lstrip(".") for path, net in nets.items() for name in frozen_names(net)}
 
 
 def _drop_frozen(module: nn.Module, state: dict[str, Any], prefix: str, _metadata: dict[str, Any]) -> None:
@@ -67,11 +55,7 @@ def _allow_frozen(module: nn.Module, keys: _IncompatibleKeys) -> None:
 
 
 def require_keys(found: AbstractSet[str], module: nn.Module) -> None:
-    """Check that a checkpoint holds all trained tensors, and nothing unknown.
-
-    Raises:
-        ValueError: A key is missing or unknown.
-    """
+    """Check that a checkpoint holds all trained tensors, and nothing unknown."""
     own = module.state_dict().keys()
     faults = [f"Missing: {key}." for key in own - found]
     faults += [f"Unknown: {key}." for key in found - own - frozen_keys(module)]
@@ -142,11 +126,7 @@ def saved_contents(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def require_finite(checkpoint: Mapping[str, Any]) -> None:
-    """Check that no tensor of a checkpoint holds NaN or infinity.
-
-    Raises:
-        ValueError: A tensor holds NaN or infinity.
-    """
+    """Check that no tensor of a checkpoint holds NaN or infinity."""
     state = checkpoint.get("state_dict", {})
     broken = [name for name, x in state.items() if isinstance(x, Tensor) and not local_part(x).isfinite().all()]
     if broken:
@@ -157,16 +137,7 @@ def require_finite(checkpoint: Mapping[str, Any]) -> None:
 
 
 def compare_backbones(saved: Mapping[str, Any], name: str, fingerprint: str) -> None:
-    """Check that a checkpoint without the frozen tensors was trained on this backbone.
-
-    Args:
-        saved: The result of :func:`saved_contents`.
-        name: The model's backbone.
-        fingerprint: Its hash.
-
-    Raises:
-        ValueError: It was trained on another backbone.
-    """
+    """Check that a checkpoint without the frozen tensors was trained on this backbone."""
     if saved["backbone_hash"] != fingerprint and not saved["full"]:
         raise ValueError(
             f"the checkpoint was trained on backbone {saved['backbone']!r} with weights "
@@ -176,12 +147,7 @@ def compare_backbones(saved: Mapping[str, Any], name: str, fingerprint: str) -> 
 
 
 def compare_token_merging(settings: Mapping[str, Any], ours: TokenMerging | None) -> None:
-    """Warn if token merging differs from the training: all tensors fit, but the logits differ.
-
-    Args:
-        settings: The checkpoint's hyper-parameters.
-        ours: The model's token merging.
-    """
+    """Warn if token merging differs from the training: all tensors fit, but the logits differ."""
     theirs = restore(settings.get("token_merging"), TokenMerging | None, "token_merging")
     if theirs != ours:
         rank_zero_warn(

@@ -35,16 +35,7 @@ ADVICE = "the checkpoint is damaged: give another one of this run, or train agai
 
 
 def require_entries(content: Mapping[str, Any], kinds: Kinds, where: str = "") -> None:
-    """Check that entries exist and have the right types.
-
-    Args:
-        content: The checkpoint, or a part of it.
-        kinds: The types that each entry may have.
-        where: The key of that part with a dot, for messages.
-
-    Raises:
-        ValueError: An entry is missing or has another type; the message names it.
-    """
+    """Check that entries exist and have the right types."""
     for name, kind in kinds.items():
         choices = kind if isinstance(kind, tuple) else (kind,)
         if name not in content:

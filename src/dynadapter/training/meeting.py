@@ -6,6 +6,7 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_info
 
 from dynadapter.backbones import fixed_size, frames, set_image_size
+from dynadapter.files import listed
 from dynadapter.training.class_weights import require_one_correction, without_images
 from dynadapter.training.contents import different_class
 
@@ -71,24 +72,14 @@ def _adopted(names: list[str], classes: int) -> list[str]:
         return [str(k) for k in range(classes)]
     if len(names) <= classes:
         return names + [f"unused {k}" for k in range(len(names), classes)]
-    few = ", ".join(names[:8]) + (" ..." if len(names) > 8 else "")
     raise ValueError(
-        f"the model has {classes} classes and the data have {len(names)} ({few}); give num_classes={len(names)}, or "
-        "class_names with the names of all classes"
+        f"the model has {classes} classes and the data have {len(names)} ({listed(names)}); give "
+        f"num_classes={len(names)}, or class_names with the names of all classes"
     )
 
 
 def common_classes(theirs: list[str], ours: list[str], data: Any) -> list[str]:
-    """Return the class names of a model that reads a checkpoint.
-
-    Args:
-        theirs: Class names of the checkpoint.
-        ours: Class names of the model so far.
-        data: The data module, which can use another order; None without one.
-
-    Raises:
-        ValueError: The names differ.
-    """
+    """Return the class names of a model that reads a checkpoint."""
     difference = different_class(theirs, ours)
     if not difference:
         return theirs

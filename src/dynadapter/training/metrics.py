@@ -102,11 +102,7 @@ class Accuracy(ExactMetric):
 
 
 class ClassCounts(ExactMetric):
-    """Counts of samples by class; the base of metrics in which all classes have equal weight.
-
-    Args:
-        classes: Number of classes.
-    """
+    """Counts of samples by class; the base of metrics in which all classes have equal weight."""
 
     samples: Tensor
     right: Tensor

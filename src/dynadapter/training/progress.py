@@ -24,13 +24,7 @@ def start_progress(trainer: Trainer, caller: str, varies: bool, batches: int | N
     """Check that a training whose schedules vary has a known end, and convert the position of a resume in its epoch.
 
     Call it in ``on_train_start``. Lightning counts the batches of an epoch. After a resume with another batch size an
-    epoch has another number of batches, and the count is converted.
-
-    Args:
-        trainer: The trainer, in fit.
-        caller: Name of the setting that varies, for the message.
-        varies: Whether anything varies.
-        batches: Batches of an epoch before the resume; None if unknown.
+    epoch has another number of batches than the ``batches`` before, and the count is converted.
 
     Raises:
         ValueError: Something varies, and the end is unknown.

@@ -62,9 +62,6 @@ class StoredPolicies(NamedTuple):
 def stored_policies(path: str | Path) -> StoredPolicies:
     """Return the exit policies of a checkpoint: the calibrated one if there is one, then those of its training.
 
-    Args:
-        path: The checkpoint. For the path of its calibration see :func:`dynadapter.calibrate.stored.beside`.
-
     Raises:
         ValueError: The checkpoint or its calibration is damaged, or a policy is unknown.
     """

@@ -43,12 +43,10 @@ class Constant(Schedule):
 
     value: float
 
+    varies = False
+
     def __post_init__(self) -> None:
         _check_finite(value=self.value)
-
-    @property
-    def varies(self) -> bool:
-        return False
 
     def __call__(self, progress: float) -> float:
         return self.value

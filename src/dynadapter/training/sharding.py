@@ -17,10 +17,6 @@ def shard(net: ExitNet, mesh: "DeviceMesh") -> None:
     Each block is gathered while it runs and released afterwards. Parameters outside of blocks (embedding, heads) are
     gathered for the whole pass. Afterwards only :meth:`ExitNet.forward` can be called, by all processes at once.
 
-    Args:
-        net: The network.
-        mesh: Device mesh with one dimension.
-
     Raises:
         ValueError: If the network has exit tokens, which call the layers of a block separately.
     """

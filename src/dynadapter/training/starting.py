@@ -9,16 +9,9 @@ from dynadapter.training.contents import ADVICE, compare_backbones, frozen_keys,
 
 
 def start_from(module: Any, path: str | Path) -> str:
-    """Load the trained tensors of another training; heads only if it had the same classes.
+    """Load the trained tensors of another training, heads only if it had the same classes; return a message.
 
     Optimiser, schedules and progress start from the beginning.
-
-    Args:
-        module: An :class:`~dynadapter.training.module.ExitClassifier` with its class names.
-        path: The checkpoint of the other training.
-
-    Returns:
-        A message on what was loaded.
 
     Raises:
         ValueError: The file is not a checkpoint, or has another backbone, adapter or depth.

@@ -134,9 +134,7 @@ class LateToEarly(_Shifting):
 class Uniform(Weighting):
     """The same weight for all exits (MSDNet)."""
 
-    @property
-    def varies(self) -> bool:
-        return False
+    varies = False
 
     def profile(self, progress: float, exits: int) -> Sequence[float]:
         return [1.0] * exits
@@ -146,9 +144,7 @@ class Uniform(Weighting):
 class LinearInDepth(Weighting):
     """Weights proportional to the exit's number: exit k counts k times as much as exit 1 (PABEE)."""
 
-    @property
-    def varies(self) -> bool:
-        return False
+    varies = False
 
     def profile(self, progress: float, exits: int) -> Sequence[float]:
         return [float(k) for k in range(1, exits + 1)]

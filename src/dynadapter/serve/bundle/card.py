@@ -10,7 +10,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from dynadapter.backbones.at_hand import published
 from dynadapter.backbones.packaged import find
-from dynadapter.images.reading import shown
+from dynadapter.files import shown
 from dynadapter.serve.bundle.config import MODEL, Config
 from dynadapter.spec import plain
 
@@ -30,12 +30,7 @@ LICENSES = ["apache-2.0", "mit", "bsd-3-clause", "cc-by-4.0", "cc-by-nc-4.0", "a
 
 
 def card(config: Config, size: int) -> str:
-    """Return the text of ``README.md``.
-
-    Args:
-        config: Configuration of the bundle.
-        size: Size of ``model.safetensors`` in bytes.
-    """
+    """Return the text of ``README.md``."""
     classes = config.class_names
     more = f", ... (all {len(classes)} in `config.json`)" if len(classes) > SHOWN_CLASSES else ""
     parts = [

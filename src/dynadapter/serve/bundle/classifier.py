@@ -18,7 +18,7 @@ from dynadapter.exits.net import ExitNet
 from dynadapter.exits.policies import Policy
 from dynadapter.images.preprocess import Preprocess
 from dynadapter.images.reading import Source
-from dynadapter.serve.bundle.config import FILES, BackboneSource
+from dynadapter.serve.bundle.config import BackboneSource
 from dynadapter.serve.bundle.loading import Bundle
 from dynadapter.serve.bundle.place import check_place
 from dynadapter.serve.bundle.proof import merged_copy
@@ -75,7 +75,7 @@ def bundle_from_classifier(
         ValueError: As :func:`~dynadapter.serve.bundle.save_bundle`; the classifier knows no preprocessing; the adapters
             cannot be merged.
     """
-    check_place(Path(os.path.realpath(Path(folder).expanduser())), FILES, overwrite)
+    check_place(Path(os.path.realpath(Path(folder).expanduser())), overwrite)
     net, proof = classifier.net, None
     preprocess = as_preprocess(_preprocessing(classifier, preprocessing), net.backbone)
     if merge:
@@ -90,11 +90,7 @@ def bundle_from_classifier(
 
 
 def in_memory(classifier: Classifier, policy: Policy) -> Bundle:
-    """Return a classifier as a bundle without writing it; the network is shared.
-
-    Raises:
-        ValueError: The classifier knows no preprocessing, or parts do not fit each other.
-    """
+    """Return a classifier as a bundle without writing it; the network is shared."""
     net = classifier.net.eval().requires_grad_(False)
     fields = _fields(classifier) | {"policy": policy, "preprocessing": _preprocessing(classifier, None)}
     config = describe(net, **fields)

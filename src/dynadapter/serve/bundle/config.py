@@ -163,10 +163,6 @@ class Config:
     def loads(cls, text: str, where: str) -> "Config":
         """Parse the text of ``config.json``.
 
-        Args:
-            text: The JSON.
-            where: The file's path, for messages.
-
         Raises:
             ValueError: The text is not JSON, lacks an entry, or was written by another version.
         """

@@ -82,14 +82,7 @@ def local(place: str | os.PathLike[str]) -> Path:
 
 
 def fetch(name: str) -> Path:
-    """Fetch the files of a bundle that loading reads into the hub's cache, and return that folder.
-
-    Args:
-        name: ``owner/name``, or ``owner/name@revision``.
-
-    Raises:
-        ValueError: The files cannot be fetched and are not in the cache.
-    """
+    """Fetch what loading reads of ``owner/name`` or ``owner/name@revision`` into the hub's cache; return the folder."""
     from huggingface_hub import snapshot_download
 
     repo_id, _, revision = name.partition("@")

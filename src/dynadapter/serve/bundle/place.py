@@ -4,19 +4,11 @@ import os
 from pathlib import Path
 
 from dynadapter.limits import read_json
+from dynadapter.serve.bundle.config import CONFIG, FILES
 
 
-def check_place(folder: Path, names: tuple[str, ...], overwrite: bool) -> None:
-    """Raise an error for a folder in use. An empty folder, or a folder with only a bundle, can be overwritten.
-
-    Args:
-        folder: The folder to write.
-        names: The files of a bundle, its configuration last.
-        overwrite: Whether an existing bundle may be replaced.
-
-    Raises:
-        ValueError: The folder is in use.
-    """
+def check_place(folder: Path, overwrite: bool) -> None:
+    """Raise an error for a folder in use. An empty folder, or a folder with only a bundle, can be overwritten."""
     if not os.path.lexists(folder):
         return
     if not folder.is_dir():
@@ -24,8 +16,8 @@ def check_place(folder: Path, names: tuple[str, ...], overwrite: bool) -> None:
     if not overwrite:
         raise ValueError(f"{folder} exists; give another folder, or overwrite=True to replace the bundle in it")
     inside = sorted(path.name for path in folder.iterdir())
-    foreign = [name for name in inside if name not in names]
-    if inside and (foreign or not _is_bundle(folder / names[-1])):
+    foreign = [name for name in inside if name not in FILES]
+    if inside and (foreign or not _is_bundle(folder / CONFIG)):
         what = f"holds {', '.join(foreign[:3])}" if foreign else "holds something else"
         raise ValueError(
             f"{folder} {what}; overwrite=True replaces a bundle and nothing more: move that away, or give another place"

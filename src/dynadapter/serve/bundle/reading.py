@@ -14,10 +14,6 @@ from dynadapter.serve.bundle.tensors import from_bytes
 def read(folder: Path, *, check_finite: bool = True) -> tuple[Config, dict[str, Tensor]]:
     """Read the configuration and the tensors of a bundle.
 
-    Args:
-        folder: The bundle.
-        check_finite: Refuse tensors that hold NaN or infinity.
-
     Raises:
         ValueError: There is no bundle, or it is damaged.
     """

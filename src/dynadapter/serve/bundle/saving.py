@@ -18,7 +18,7 @@ from dynadapter.exits.policies import Policy
 from dynadapter.files import write_folder
 from dynadapter.images.preprocess import Preprocess
 from dynadapter.serve.bundle.card import card
-from dynadapter.serve.bundle.config import CARD, CONFIG, FILES, MODEL, BackboneSource, Config
+from dynadapter.serve.bundle.config import CARD, CONFIG, MODEL, BackboneSource, Config
 from dynadapter.serve.bundle.place import check_place
 from dynadapter.serve.bundle.proof import MergeProof
 from dynadapter.serve.bundle.rebuilding import check_rebuilt, tensor_type
@@ -76,7 +76,7 @@ def save_bundle(
         ValueError: The folder is in use, parts do not fit each other, or the network cannot be rebuilt from them.
     """
     place = Path(os.path.realpath(Path(folder).expanduser()))
-    check_place(place, FILES, overwrite)
+    check_place(place, overwrite)
     config = describe(net, preprocessing=preprocessing, measured=measured, **parts)
     tensors = saved_tensors(net, config.whole)
     if check_finite:
@@ -92,11 +92,7 @@ def save_bundle(
 def describe(
     net: ExitNet, *, preprocessing: Preprocessing | None = None, measured: Any = None, **parts: Unpack[Parts]
 ) -> Config:
-    """Return the configuration of a bundle of this network; arguments as in :func:`save_bundle`.
-
-    Raises:
-        ValueError: Parts do not fit each other.
-    """
+    """Return the configuration of a bundle of this network; arguments as in :func:`save_bundle`."""
     merged, name = parts.get("merged", False), parts["backbone"].name
     if merged and adapter_layers(net.backbone):
         raise ValueError("merged=True, but the network still has adapters; merge a copy by merged_copy first")
@@ -125,9 +121,6 @@ def as_preprocess(given: Preprocessing | None, backbone: nn.Module) -> Preproces
     """Return the preprocessing as an object, after checking it against the backbone.
 
     There is none for a backbone of videos: which frames of a file are taken is up to the data.
-
-    Raises:
-        ValueError: The backbone takes images of another size, or not of 3 channels.
     """
     if isinstance(given, Preprocess):
         preprocess = given

@@ -1,7 +1,7 @@
 """The tensors of ``model.safetensors``: choose, write, read and check them, and load them into a network."""
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import safetensors.torch
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 from dynadapter.adapters import adapter_layers
 from dynadapter.backbones import classifier
 from dynadapter.exits.net import ExitNet
+from dynadapter.files import listed
 
 
 def frozen_names(net: ExitNet) -> set[str]:
@@ -22,12 +23,7 @@ def frozen_names(net: ExitNet) -> set[str]:
 
 
 def saved_tensors(net: ExitNet, whole: bool) -> dict[str, Tensor]:
-    """Copy the tensors that belong in the file to the CPU.
-
-    Args:
-        net: The network.
-        whole: Whether to copy all tensors instead of only the trained ones.
-    """
+    """Copy the tensors that belong in the file to the CPU."""
     left_out = set() if whole else frozen_names(net)
     state = net.state_dict()
     # Each in its own storage: safetensors refuses tensors that share one.
@@ -45,11 +41,7 @@ def to_bytes(tensors: Mapping[str, Tensor]) -> tuple[bytes, str]:
 
 
 def from_bytes(data: bytes, sha256: str, where: str) -> dict[str, Tensor]:
-    """Read the content of a safetensors file whose hash is known.
-
-    Raises:
-        ValueError: The hash differs, or the content is not a safetensors file.
-    """
+    """Read the content of a safetensors file whose hash is known."""
     found = hashlib.sha256(data).hexdigest()
     if found != sha256:
         raise ValueError(
@@ -64,27 +56,17 @@ def from_bytes(data: bytes, sha256: str, where: str) -> dict[str, Tensor]:
 
 
 def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
-    """Refuse tensors that hold NaN or infinity.
-
-    Raises:
-        ValueError: A tensor holds NaN or infinity.
-    """
+    """Refuse tensors that hold NaN or infinity."""
     broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if broken:
         raise ValueError(
-            f"{where}: {len(broken)} of {len(tensors)} tensors hold NaN or infinity ({_listed(broken)}); such a "
+            f"{where}: {len(broken)} of {len(tensors)} tensors hold NaN or infinity ({listed(broken, 3)}); such a "
             "network predicts nothing: train it again, or pass check_finite=False to look into it"
         )
 
 
 def fill(net: ExitNet, tensors: dict[str, Tensor], whole: bool, where: str) -> None:
-    """Replace the network's tensors by those of a file, with the file's types.
-
-    Args:
-        net: A network as it was before training.
-        tensors: Tensors by name; the network uses them without a copy.
-        whole: Whether all tensors are required, instead of the trained ones.
-        where: The file's path, for messages.
+    """Replace the network's tensors by those of a file, which are not copied and keep their types.
 
     Raises:
         ValueError: A tensor is missing, unknown, or of another shape.
@@ -100,7 +82,7 @@ def fill(net: ExitNet, tensors: dict[str, Tensor], whole: bool, where: str) -> N
             if name in own and tensor.shape != own[name].shape
         ],
     }
-    lines = [f"{fault} {len(names)} tensors ({_listed(names)})" for fault, names in faults.items() if names]
+    lines = [f"{fault} {len(names)} tensors ({listed(names, 3)})" for fault, names in faults.items() if names]
     if lines:
         raise ValueError(
             f"{where} {' and '.join(lines)}: it does not belong to the backbone, adapter, heads, exits and class names "
@@ -108,8 +90,3 @@ def fill(net: ExitNet, tensors: dict[str, Tensor], whole: bool, where: str) -> N
         )
     for name, tensor in tensors.items():
         own[name].data = tensor
-
-
-def _listed(names: Iterable[str], most: int = 3) -> str:
-    names = list(names)
-    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")

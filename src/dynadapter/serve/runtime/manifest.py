@@ -9,9 +9,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from dynadapter.files import checksum, open_regular, read_bytes, sha256
+from dynadapter.files import checksum, open_regular, read_bytes, sha256, shown
 from dynadapter.images.preprocess import Preprocess
-from dynadapter.images.reading import shown
 from dynadapter.serve.runtime.policies import Policy
 
 FORMAT = 3

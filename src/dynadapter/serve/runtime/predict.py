@@ -12,7 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from dynadapter.images.reading import shown
+from dynadapter.files import shown
 from dynadapter.serve.formats import COLUMNS, write_table
 from dynadapter.serve.runtime.runner import Runner, list_sources
 from dynadapter.serve.runtime.sessions import ENGINES

@@ -260,11 +260,7 @@ class Runner:
 
 
 def list_sources(images: Source | Iterable[Source]) -> list[Source]:
-    """List images: the files of a folder and its subfolders, a file, an image in memory, or several of these.
-
-    Raises:
-        ValueError: A folder holds no image, or something is neither a path nor an image.
-    """
+    """List images: the files of a folder and its subfolders, a file, an image in memory, or several of these."""
     found: list[Source] = []
     sources: Iterable[Any] = [images] if is_source(images) else images  # type: ignore[assignment]
     for source in sources:

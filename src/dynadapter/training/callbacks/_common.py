@@ -1,16 +1,12 @@
-"""Find the network in a module, for the callbacks."""
+"""Find the network in a module, and the split that a trainer measures, for the callbacks."""
 
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 
 from dynadapter.exits.net import ExitNet
 
 
 def exit_net(module: LightningModule, caller: object) -> ExitNet:
-    """Return the one :class:`ExitNet` in a module.
-
-    Raises:
-        ValueError: The module has no ExitNet, or more than one.
-    """
+    """Return the one :class:`ExitNet` in a module."""
     nets = [part for part in module.modules() if isinstance(part, ExitNet)]
     if len(nets) != 1:
         found = "none" if not nets else f"{len(nets)} of them"
@@ -24,3 +20,9 @@ def exit_net(module: LightningModule, caller: object) -> ExitNet:
 def test_label(trainer: object) -> str:
     """Return the prefix of the metrics of a test: ``test``, or ``test/NAME`` for a further test set."""
     return getattr(getattr(trainer, "datamodule", None), "test_label", "test")
+
+
+def split_of(trainer: Trainer) -> str:
+    """Return the prefix of the metrics of a trainer: ``val``, in fit too, that of the test, or ``predict``."""
+    function = trainer.state.fn
+    return test_label(trainer) if function == "test" else "predict" if function == "predict" else "val"

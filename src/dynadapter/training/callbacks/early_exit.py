@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dynadapter.exits.net import ExitNet
 from dynadapter.exits.policies import Confidence, Policy, read_off
-from dynadapter.training.callbacks._common import exit_net, test_label
+from dynadapter.training.callbacks._common import exit_net, split_of
 from dynadapter.training.losses import IGNORED
 from dynadapter.training.metrics import BalancedAccuracy, ExitUse, MacroF1
 from dynadapter.training.sharding import is_sharded
@@ -40,12 +40,7 @@ class PolicyResult:
 
 
 class PolicyUse(ExitUse):
-    """Count how many samples stop at each exit, how many of them are right, and non-finite logits.
-
-    Args:
-        exits: Number of all exits, the last included.
-        classes: Number of classes.
-    """
+    """Count how many samples stop at each exit, how many of them are right, and non-finite logits."""
 
     right: Tensor
     nonfinite: Tensor
@@ -142,39 +137,23 @@ class EarlyExit(Callback):
         self._uses = {}
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._reset(pl_module)
-
-    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._reset(pl_module)
-
-    def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
-    ) -> None:
-        """Read the exits of a batch off its logits."""
-        self._read_off(trainer, pl_module, outputs, batch, batch_idx, "validation")
-
-    def on_test_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
-    ) -> None:
-        """Read the exits of a batch off its logits."""
-        self._read_off(trainer, pl_module, outputs, batch, batch_idx, "test")
-
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log the results of each policy."""
-        self._log(pl_module, "val")
-
-    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log the results of each policy."""
-        self._log(pl_module, test_label(trainer))
-
-    def _reset(self, pl_module: LightningModule) -> None:
         net = exit_net(pl_module, self)
         made = {policy.name: PolicyUse(net.num_exits, net.num_classes) for policy in self.policies}
         self._uses = {name: use.to(pl_module.device) for name, use in made.items()}
 
-    def _read_off(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, step: str
+    on_test_epoch_start = on_validation_epoch_start
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
+        """Read the exits of a batch off its logits."""
+        step = "test" if trainer.state.fn == "test" else "validation"
         stacked, targets = _output(outputs, "logits", step), _output(outputs, "targets", step)
         counted = (targets != IGNORED).nonzero()[:, 0]
         logits, targets = stacked[:, counted], targets[counted]
@@ -187,7 +166,11 @@ class EarlyExit(Callback):
                 for policy in self.policies:
                     _compare_routing(net, policy, batch[0], stacked, f"{step} batch {batch_idx}")
 
-    def _log(self, pl_module: LightningModule, split: str) -> None:
+    on_test_batch_end = on_validation_batch_end
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the results of each policy."""
+        split = split_of(trainer)
         for result in self.results:
             values = {f"{split}/{result.name}/acc": result.accuracy}
             values[f"{split}/{result.name}/balanced_acc"] = result.balanced
@@ -204,6 +187,8 @@ class EarlyExit(Callback):
                     f"{split}, {result.name}: {result.nonfinite} sample(s) have logits that are not finite; they count "
                     "as wrong and cannot exit early"
                 )
+
+    on_test_epoch_end = on_validation_epoch_end
 
 
 def _output(outputs: Any, key: str, step: str) -> Tensor:

@@ -75,8 +75,7 @@ class FiniteCheck(Callback):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._check_last(trainer)
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._check_last(trainer)
+    on_train_end = on_validation_start
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self._check_last(trainer)
@@ -120,11 +119,7 @@ def _describe_images(last: _Step, trainer: Trainer) -> str:
 
 
 def require_finite_weights(module: LightningModule, checkpoint: Mapping[str, Any]) -> None:
-    """Check the trained tensors in a checkpoint before it replaces an earlier one.
-
-    Raises:
-        ValueError: One of them is not finite, in this process or another.
-    """
+    """Check the trained tensors in a checkpoint before it replaces an earlier one."""
     trained = {name for name, tensor in module.named_parameters() if tensor.requires_grad}
     states = [checkpoint.get(key, {}) for key in ("state_dict", "current_model_state")]
     broken = [

@@ -10,8 +10,9 @@ from rich.table import Table
 from torch import Tensor
 
 from dynadapter.cost import ExitCosts, cost_table, exit_costs, exit_parameters
+from dynadapter.cost.table import percents, policy_table
 from dynadapter.printing import print_tables
-from dynadapter.training.callbacks._common import exit_net, test_label
+from dynadapter.training.callbacks._common import exit_net, split_of
 from dynadapter.training.callbacks.early_exit import EarlyExit, PolicyResult
 from dynadapter.training.metrics import ExitUse
 from dynadapter.training.sharding import is_sharded
@@ -76,19 +77,22 @@ class FlopsReport(Callback):
 
     # ---- counting the exits that a step's output holds
 
-    def _start(self, pl_module: LightningModule) -> None:
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin to count."""
         self._own = ExitUse(exit_net(pl_module, self).num_exits).to(pl_module.device)
 
-    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._start(pl_module)
+    on_test_epoch_start = on_predict_epoch_start = on_validation_epoch_start
 
-    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._start(pl_module)
-
-    def on_predict_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._start(pl_module)
-
-    def _count(self, pl_module: LightningModule, outputs: Any, batch: Any) -> None:
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Count the exits of a batch; the first batch gives the image size where nothing else did."""
         images = batch[0] if isinstance(batch, Sequence) and len(batch) else batch
         if self._size is None and isinstance(images, Tensor) and images.ndim in (4, 5):
             self._size = (images.shape[-2], images.shape[-1])
@@ -98,34 +102,17 @@ class FlopsReport(Callback):
         if exits is not None and self._own is not None:
             self._own.update(torch.as_tensor(exits, device=self._own.device))
 
-    def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any
-    ) -> None:
-        self._count(pl_module, outputs, batch)
-
-    def on_test_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any
-    ) -> None:
-        self._count(pl_module, outputs, batch)
-
-    def on_predict_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any
-    ) -> None:
-        self._count(pl_module, outputs, batch)
+    on_test_batch_end = on_predict_batch_end = on_validation_batch_end
 
     # ---- logging
 
-    def _log(self, pl_module: LightningModule, split: str) -> None:
-        values = {f"{split}/{name}/gmacs" if name else f"{split}/gmacs": v for name, v in self.average_gmacs.items()}
-        pl_module.log_dict(values, sync_dist=True)
-
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the average cost of an image."""
-        self._log(pl_module, "val")
+        average, split = self.average_gmacs, split_of(trainer)
+        values = {f"{split}/{name}/gmacs" if name else f"{split}/gmacs": value for name, value in average.items()}
+        pl_module.log_dict(values, sync_dist=True)
 
-    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log the average cost of an image."""
-        self._log(pl_module, test_label(trainer))
+    on_test_epoch_end = on_validation_epoch_end
 
     def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Gather the counts of all processes; Lightning logs nothing in predict."""
@@ -134,59 +121,34 @@ class FlopsReport(Callback):
     # ---- printing
 
     def tables(self, trainer: Trainer, pl_module: LightningModule, split: str) -> list[Table]:
-        """Return the table of the exits, and that of the policies if there are any.
-
-        Args:
-            trainer: The trainer, after a run.
-            pl_module: The module that ran.
-            split: ``val``, ``test`` or ``predict``.
-        """
+        """Return the table of the exits, and that of the policies if there are any."""
         assert self.costs is not None
         net, shares = exit_net(pl_module, self), self._shares()
         logged = [trainer.callback_metrics.get(f"{split}/acc_exit{k}") for k in range(1, net.num_exits + 1)]
         columns: dict[str, list[str]] = {}
         if None not in logged:
-            columns["accuracy"] = [f"{float(accuracy):.1%}" for accuracy in logged]  # type: ignore[arg-type]
+            columns["accuracy"] = percents(logged)  # type: ignore[arg-type]
         first = next(iter(shares), None)  # the table of the policies has all of them
         if first is not None:
-            columns["share"] = _percent(shares[first])
+            columns["share"] = percents(shares[first])
         columns["parameters"] = [f"{count:,}" for count in exit_parameters(net)]
         exits = cost_table(self.costs, **columns)
         exits.title = f"Exits ({split}{', shares under ' + first if first else ''})"
         if not shares:
             return [exits]
-        routing = Table(title=f"Early exit ({split})")
-        for heading in ("policy", "accuracy", "GMACs", "% of static", "exit shares"):
-            routing.add_column(heading, justify="left" if heading == "policy" else "right")
-        accuracy = {result.name: f"{result.accuracy:.1%}" for result in self._results()}
-        for name, gmacs in self.average_gmacs.items():
-            relative = f"{1e9 * gmacs / self.costs.static:.1%}"
-            by_exit = " / ".join(_percent(shares[name]))
-            routing.add_row(name or "as routed", accuracy.get(name, ""), f"{gmacs:.3g}", relative, by_exit)
-        return [exits, routing]
+        accuracy = {result.name: result.accuracy for result in self._results()}
+        routed = {name or "as routed": (accuracy.get(name), by_exit) for name, by_exit in shares.items()}
+        return [exits, policy_table(f"Early exit ({split})", self.costs, routed)]
 
     @rank_zero_only
-    def _print(self, trainer: Trainer, pl_module: LightningModule, split: str) -> None:
-        if self.show:
-            print_tables(*self.tables(trainer, pl_module, split))
-
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print the tables of the last validation."""
-        self._print(trainer, pl_module, "val")
+        """Print the tables of the last validation, or of what the trainer has measured."""
+        if self.show:
+            print_tables(*self.tables(trainer, pl_module, split_of(trainer)))
+
+    on_test_end = on_predict_end = on_fit_end
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the tables, unless the validation belongs to a training."""
         if trainer.state.fn == "validate":
-            self._print(trainer, pl_module, "val")
-
-    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print the tables."""
-        self._print(trainer, pl_module, test_label(trainer))
-
-    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print the tables."""
-        self._print(trainer, pl_module, "predict")
-
-
-def _percent(shares: Tensor) -> list[str]:
-    return [f"{share:.1%}" for share in shares.tolist()]
+            self.on_fit_end(trainer, pl_module)

@@ -28,14 +28,16 @@ class StackedLogits(Callback):
         return torch.cat(self._targets)
 
     def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         """Keep what the step returned."""
         self._logits.append(outputs["logits"].float().cpu())
         self._targets.append(outputs["targets"].cpu())
 
-    def on_test_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
-    ) -> None:
-        """Keep what the step returned."""
-        self.on_validation_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+    on_test_batch_end = on_validation_batch_end
