@@ -1,4 +1,4 @@
-"""Scenarios for the tests of several processes: run as a program, it forks groups of 1, 2 and 3 processes.
+"""Scenarios for the tests of several processes: run as a program, it forks groups of 2, 1 and 3 processes.
 
 Each process runs every scenario of its group and leaves what it returns in ``FOLDER/<scenario>.<processes>.<rank>.pt``.
 """
@@ -122,7 +122,7 @@ class Losses(Callback):
 # ---- scenarios: same weights
 
 SCENARIOS: dict[str, Callable[[Where], Any]] = {}
-MOST: dict[str, int] = {}  # processes, where not all of the groups run a scenario
+UNEVEN: set[str] = set()  # scenarios of 3 processes too, among which the samples do not divide
 
 
 def scenario(run: Callable[[Where], Any]) -> Callable[[Where], Any]:
@@ -130,15 +130,21 @@ def scenario(run: Callable[[Where], Any]) -> Callable[[Where], Any]:
     return run
 
 
-def of_two(run: Callable[[Where], Any]) -> Callable[[Where], Any]:
-    MOST[run.__name__] = 2
+def also_of_three(run: Callable[[Where], Any]) -> Callable[[Where], Any]:
+    UNEVEN.add(run.__name__)
     return scenario(run)
 
 
-@scenario
+def runs(name: str, processes: int) -> bool:
+    return processes < 3 or name in UNEVEN
+
+
+@also_of_three
 def plain(where: Where) -> Any:
-    losses = Losses()
-    state, _ = where.fit(losses)
+    """Save after every step, also within an epoch."""
+    folder, losses = where.folder / f"saved.{where.processes}", Losses()
+    saving = ModelCheckpoint(folder, every_n_train_steps=1, save_top_k=-1, filename="{step}")
+    state, _ = where.fit(losses, saving, enable_checkpointing=True)
     return {"state": state, "losses": losses.seen}
 
 
@@ -156,7 +162,7 @@ def accumulated_and_clipped(where: Where) -> Any:
     return {"state": state, "steps": run.global_step}
 
 
-@scenario
+@also_of_three
 def one_batch_that_does_not_divide(where: Where) -> Any:
     return {"state": where.fit(data=Noise(train=11, global_batch_size=30))[0]}
 
@@ -195,15 +201,7 @@ def drawn(where: Where) -> Any:
     return {"state": where.fit(BidirectionalSparsity(), module=module)[0]}
 
 
-@scenario
-def saved(where: Where) -> Any:
-    """Save after every step, also within an epoch."""
-    folder = where.folder / f"saved.{where.processes}"
-    saving = ModelCheckpoint(folder, every_n_train_steps=1, save_top_k=-1, filename="{step}")
-    return {"state": where.fit(saving, enable_checkpointing=True)[0]}
-
-
-@scenario
+@also_of_three
 def resumed(where: Where) -> Any:
     """Resume what two processes saved within the second epoch."""
     return {"state": where.fit(checkpoint=where.folder / "saved.2" / "step=4.ckpt")[0]}
@@ -231,12 +229,12 @@ def measured(where: Where, rest: int) -> Any:
     return results
 
 
-@scenario
+@also_of_three
 def measured_on_twentythree(where: Where) -> Any:
     return measured(where, 23)
 
 
-@scenario
+@also_of_three
 def measured_on_two(where: Where) -> Any:
     return measured(where, 2)
 
@@ -307,7 +305,7 @@ def a_global_batch_that_does_not_divide(where: Where) -> Any:
     return message(lambda: where.fit(data=Noise(global_batch_size=7)))
 
 
-# ---- sharded: two processes
+# ---- sharded
 
 
 def sharded_trainer(where: Where, *callbacks: Callback, **options: Any) -> Any:
@@ -322,7 +320,7 @@ def sharded_trainer(where: Where, *callbacks: Callback, **options: Any) -> Any:
     return trainer(*callbacks, **({"devices": where.processes, "strategy": strategy, "max_epochs": 2} | options))
 
 
-@of_two
+@scenario
 def sharded(where: Where) -> Any:
     path = where.folder / f"sharded.{where.processes}.ckpt"
     torch.manual_seed(0)
@@ -336,7 +334,7 @@ def sharded(where: Where) -> Any:
     return {"numbers": fitted | tested, "gmacs": flops.average_gmacs}
 
 
-@of_two
+@scenario
 def sharded_resumed(where: Where) -> Any:
     run = sharded_trainer(where, max_epochs=3)
     run.fit(make_classifier(), datamodule=Noise(), ckpt_path=where.folder / "sharded.2.ckpt")
@@ -344,7 +342,7 @@ def sharded_resumed(where: Where) -> Any:
     return {"steps": run.global_step}
 
 
-@of_two
+@scenario
 def sharded_files(where: Where) -> Any:
     """Save each process's part, and resume from these files."""
 
@@ -365,7 +363,7 @@ def sharded_files(where: Where) -> Any:
     return {name: tensor.full_tensor() for name, tensor in state.items()}
 
 
-@of_two
+@scenario
 def sharded_mistakes(where: Where) -> Any:
     def fit(*callbacks: Callback, strategy: Any = None) -> None:
         run = trainer(*callbacks, devices=2, strategy=strategy) if strategy else sharded_trainer(where, *callbacks)
@@ -403,7 +401,7 @@ def child(where: Where, names: list[str], port: int) -> int:
     if where.processes > 1:
         os.environ |= {"LOCAL_RANK": str(where.rank), "NODE_RANK": "0", "WORLD_SIZE": str(where.processes)}
     for name in names:
-        if where.processes > MOST.get(name, where.processes):
+        if not runs(name, where.processes):
             continue
         start = time.monotonic()
         try:

@@ -12,7 +12,9 @@ from urllib.parse import unquote
 
 import huggingface_hub
 import pytest
+from huggingface_hub.utils import disable_progress_bars
 
+disable_progress_bars()
 WRITER, READER = "hf_writer", "hf_reader"
 """A token that may write as ``me``, and one that may not."""
 

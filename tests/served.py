@@ -27,13 +27,17 @@ NAMES = tuple("abcde")
 COSTS = ExitCosts(macs=(10**9, 2 * 10**9, 3 * 10**9), light=(0, 0, 0), static=28 * 10**8, exit_depths=(2, 4, 6))
 
 
-def make_net(seed: int = 0) -> ExitNet:
+def lively(net: ExitNet, seed: int = 0) -> ExitNet:
+    """Return the network with other matrices, so that its exits differ from image to image."""
     torch.manual_seed(seed)
-    net = ExitNet(make_vit(), Balanced(), every=2).eval()
     for parameter in net.parameters():
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.15)
-    return net
+    return net.eval()
+
+
+def make_net(seed: int = 0) -> ExitNet:
+    return lively(ExitNet(make_vit(), Balanced(), every=2), seed)
 
 
 def parts_of(net: ExitNet, policy: Policy = POLICY, **more: Any) -> dict[str, Any]:

@@ -4,12 +4,13 @@ import copy
 import io
 import math
 import pickle
+from collections.abc import Callable
 from dataclasses import FrozenInstanceError, replace
 
 import pytest
 import timm
 import torch
-from conftest import BACKBONES, make_convnext, make_vit
+from conftest import make_convnext, make_swin, make_vit, raises_one_line
 from timm.models.vision_transformer import Block, ResPostBlock
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -35,7 +36,13 @@ from dynadapter.adapters import (
 from dynadapter.adapters.droprate import DropRate
 from dynadapter.spec import kinds
 
-FAMILIES = BACKBONES | {"convnext_1x1": lambda: make_convnext(conv_mlp=True)}
+CONVNEXT = {"depths": (1, 1, 1, 1)}
+FAMILIES: dict[str, Callable[[], nn.Module]] = {  # of four blocks each
+    "vit": lambda: make_vit(depth=4),
+    "swin": lambda: make_swin(depths=(1, 2, 1)),
+    "convnext": lambda: make_convnext(**CONVNEXT),
+    "convnext_1x1": lambda: make_convnext(conv_mlp=True, **CONVNEXT),
+}
 
 KINDS = [kind for kind in kinds(AdapterSpec) if kind.__module__.startswith("dynadapter.")]
 VARIANTS = {kind.__name__: kind() for kind in KINDS if kind is not VPT} | {  # which has a file of its own
@@ -121,9 +128,10 @@ def test_injection_is_exactly_the_identity(variant, family, images):
     frozen = {name: p.requires_grad for name, p in model.named_parameters()}
     classifier = {name for name, trains in frozen.items() if trains}
     expected = model(images)
-    names = inject(model, spec_for(variant, family))
+    spec = spec_for(variant, family)
+    names = inject(model, spec)
     assert names == list(adapter_layers(model))
-    assert names
+    assert {layer.kind for layer in adapter_layers(model).values()} == {type(spec).__name__}
     assert torch.equal(model(images), expected)
     with torch.inference_mode():
         assert torch.equal(model(images), expected)
@@ -262,7 +270,7 @@ def test_depth_from_first_to_last_block(variant, family):
         place = "".join(part for part in name.split(".") if not part.isdigit())
         by_place.setdefault(place, []).append(layer.depth)
     for depths in by_place.values():
-        assert depths == pytest.approx([block / 5 for block in range(6)])
+        assert depths == pytest.approx([block / 3 for block in range(4)])
 
 
 @each
@@ -448,17 +456,6 @@ def test_gradients_equal_finite_differences(variant, channels_first):
         assert torch.autograd.gradcheck(lambda x, *_, layer=layer: layer(x), (x, *own))
 
 
-def test_lora_qv_leaves_k_alone(vit):
-    inject(vit, LoRA(split="qv"))
-    scramble(vit)
-    layer = vit.blocks[0].attn.qkv
-    x = torch.randn(2, 3, 48)
-    change = (layer(x) - layer.base_layer(x)).chunk(3, -1)
-    assert change[0].abs().max() > 0.1
-    assert torch.equal(change[1], torch.zeros_like(change[1]))
-    assert change[2].abs().max() > 0.1
-
-
 def test_readable_keys(vit):
     before = set(vit.state_dict())
     inject(vit, LoRA())
@@ -538,9 +535,8 @@ def test_dropout_rate_change_no_recompile():
 
 def untouched(model: nn.Module, spec: AdapterSpec, match: str) -> None:
     before = {name: id(module) for name, module in model.named_modules()}
-    with pytest.raises(ValueError, match=match) as error:
+    with raises_one_line(ValueError, match=match):
         inject(model, spec)
-    assert "\n" not in str(error.value)
     assert {name: id(module) for name, module in model.named_modules()} == before
 
 
@@ -556,11 +552,6 @@ def test_pattern_without_match_lists_layers(convnext, vit):
         r"'\*.fc3'.*: patch_embed.proj, blocks.\*.attn.qkv, .*head$",
     )
     untouched(nn.Sequential(nn.ReLU()), LoRA(), "it can wrap: none")
-
-
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind is not VPT], ids=lambda kind: kind.__name__)
-def test_default_places_in_every_family(kind, any_backbone):
-    assert len(inject(any_backbone, kind())) >= 6  # one a block at least
 
 
 def test_layers_that_a_kind_cannot_take(vit, convnext):
@@ -724,11 +715,3 @@ def test_merge_equals_peft(vit):
     layer = vit.blocks[0].attn.qkv
     expected = layer.base_layer.weight + 16 / 4 * layer.lora_b @ layer.lora_a
     torch.testing.assert_close(layer.merged().weight, expected)
-
-
-def test_every_kind_has_named_layer():
-    for kind in KINDS:
-        model = make_vit()
-        inject(model, kind())
-        layers = adapter_layers(model).values()
-        assert all(isinstance(layer, AdapterLayer) and layer.kind == kind.__name__ for layer in layers)

@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import io
+import itertools
 import json
 import re
 import shutil
@@ -17,13 +18,13 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from conftest import CLASSES
+from conftest import CLASSES, raises_one_line
 from PIL import Image
 from torch import Tensor, nn
 
 import dynadapter
 from dynadapter import files as folder
-from dynadapter.adapters import VPT, Adapter, AdapterLayer, AdapterSpec, LoRA, RepAdapter, adapter_layers, inject
+from dynadapter.adapters import Adapter, AdapterLayer, AdapterSpec, LoRA, RepAdapter, adapter_layers, inject
 from dynadapter.backbones import create_backbone, fingerprint
 from dynadapter.calibrate import Calibrated, Outcome
 from dynadapter.cost import exit_costs
@@ -153,11 +154,11 @@ def same(bundle: Bundle, net: ExitNet, images: Tensor) -> None:
 # ---- the same network comes back
 
 
-@pytest.mark.parametrize("kind", [None, *kinds(AdapterSpec)])
-@pytest.mark.parametrize("family", SOURCES)
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [*(("vit", kind) for kind in [None, *kinds(AdapterSpec)]), *itertools.product(["swin", "convnext"], [None, LoRA])],
+)
 def test_same_network_bit_for_bit(family, kind, images, tmp_path):
-    if kind is VPT and family != "vit":
-        pytest.skip("prompts are tokens of a ViT")
     before = torch.random.get_rng_state()
     net, place = save(tmp_path / "new" / "bundle", family, kind)
     bundle = load(place)
@@ -313,13 +314,32 @@ def test_loaded_network_is_saved_again(whole, tmp_path, images):
     assert (place / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
 
 
-def test_no_lightning_for_loading(whole):
-    code = (
-        "import sys; from dynadapter.serve.bundle import load; b = load(sys.argv[1]); "
-        "import torch; print(len(b.predict(torch.zeros(2, 3, 32, 32))), 'lightning' in sys.modules)"
-    )
-    done = subprocess.run([sys.executable, "-c", code, str(whole)], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["2", "False"]
+NEW_PROCESS = """
+import sys
+import torch
+from dynadapter.serve.bundle import load
+from dynadapter.spec import Spec
+def names(base):
+    return {base.__name__}.union(*map(names, base.__subclasses__()))
+there = names(Spec)
+assert len(load(sys.argv[1]).predict(torch.zeros(2, 3, 32, 32))) == 2
+assert "lightning" not in sys.modules
+print(*there)
+"""
+
+
+def test_loading_in_a_new_process(whole):
+    """Without Lightning, and a file names heads, policies and adapters by classes that come with the reader."""
+    done = subprocess.run([sys.executable, "-c", NEW_PROCESS, str(whole)], capture_output=True, text=True, check=True)
+    for name in dynadapter.__all__:  # loads all of the package
+        getattr(dynadapter, name)
+    for base in (Heads, Policy, AdapterSpec):
+        kinds = {kind.__name__ for kind in subclasses(base) if kind.__module__.startswith("dynadapter.")}
+        assert kinds <= set(done.stdout.split())
+
+
+def subclasses(base: type) -> set[type]:
+    return {base}.union(*map(subclasses, base.__subclasses__()))
 
 
 # ---- what does not belong together is not written
@@ -345,9 +365,8 @@ def test_no_lightning_for_loading(whole):
     ],
 )
 def test_parts_that_do_not_fit(changes, message, tmp_path):
-    with pytest.raises(ValueError, match=message) as caught:
+    with raises_one_line(ValueError, match=message):
         save(tmp_path / "b", **changes)
-    assert "\n" not in str(caught.value)
     assert not list(tmp_path.iterdir())
 
 
@@ -653,18 +672,16 @@ def test_overwriting_replaces_bundles_alone(whole, tmp_path):
 )
 def test_wrong_config_is_one_line(path, value, message, whole):
     edited(whole, *path, value=value)
-    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+    with raises_one_line(ValueError, match=re.escape(message)) as caught:
         load(whole)
-    assert "\n" not in str(caught.value)
     assert str(whole) in str(caught.value) or "timm" in message or "rising" in message
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1, 2]", "null", '{"library": "dynadapter"}', "[" * 100_000, "\x00"])
 def test_no_config(text, whole):
     (whole / "config.json").write_text(text)
-    with pytest.raises(ValueError, match=r"is not JSON|does not belong|has format None") as caught:
+    with raises_one_line(ValueError, match=r"is not JSON|does not belong|has format None"):
         load(whole)
-    assert "\n" not in str(caught.value)
 
 
 def test_damaged_tensors(whole):
@@ -673,13 +690,11 @@ def test_damaged_tensors(whole):
     flipped[-1] ^= 1
     for data in (good[:-1], good[:100], b"", bytes(flipped)):
         model.write_bytes(data)
-        with pytest.raises(ValueError, match=r"has SHA-256 .* its config\.json says") as caught:
+        with raises_one_line(ValueError, match=r"has SHA-256 .* its config\.json says"):
             load(whole)
-        assert "\n" not in str(caught.value)
     for data in (good[:-1], b"", b"no tensors"):
-        with pytest.raises(ValueError, match="is not a readable safetensors file") as caught:
+        with raises_one_line(ValueError, match="is not a readable safetensors file"):
             load(rewritten(whole, data))
-        assert "\n" not in str(caught.value)
     assert load(rewritten(whole, good)).policy == POLICY
 
 
@@ -807,9 +822,8 @@ def loaded(original, tmp_path_factory):
 )
 def test_wrong_shapes_and_types_are_refused(given, loaded):
     for bundle in loaded:
-        with pytest.raises(ValueError, match=r"an image|images are|an array|cannot read|no preprocessing") as caught:
+        with raises_one_line(ValueError, match=r"an image|images are|an array|cannot read|no preprocessing"):
             bundle.predict(given)
-        assert "\n" not in str(caught.value)
         if isinstance(given, torch.Tensor) and given.ndim == 4:
             with pytest.raises(ValueError, match="an image is a tensor"):
                 bundle.route(given)
@@ -1072,25 +1086,3 @@ def test_origin_in_a_full_checkpoint(tmp_path, images):
         load(place)
     drawn = classifier(full_checkpoint=True)
     same(load(bundle_from_classifier(drawn, tmp_path / "d", policy=POLICY, whole=False)), drawn.net, images)
-
-
-def test_every_kind_is_known_in_a_new_process():
-    """A file names heads, policies and adapters by their classes, which must be loaded with the reader."""
-    code = """
-import dynadapter.serve.bundle
-def names(base):
-    return {base.__name__}.union(*map(names, base.__subclasses__()))
-from dynadapter.spec import Spec
-print(*sorted(names(Spec)))
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    there = set(done.stdout.split())
-    for name in dynadapter.__all__:  # loads all of the package
-        getattr(dynadapter, name)
-    for base in (Heads, Policy, AdapterSpec):
-        kinds = {kind.__name__ for kind in subclasses(base) if kind.__module__.startswith("dynadapter.")}
-        assert kinds <= there, kinds - there
-
-
-def subclasses(base: type) -> set[type]:
-    return {base}.union(*map(subclasses, base.__subclasses__()))

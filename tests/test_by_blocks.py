@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from commands import printed
 from conftest import BACKBONES, CLASSES, VIT, make_vit
 from test_configs import small, stacked
 from tiny import make_classifier, shaken, trainer
@@ -177,8 +178,6 @@ def test_mistake_is_one_line(ranges, words, build, capsys):
 
 
 def test_help_lists_the_settings(capsys):
-    with pytest.raises(SystemExit):
-        main(["fit", "--model.adapter.help", "ByBlocks"])
-    text = capsys.readouterr().out
+    text = printed(["fit", "--model.adapter.help", "ByBlocks"], capsys)
     assert "--model.adapter.ranges RANGES" in text
     assert "Blocks count from 1" in " ".join(text.split())

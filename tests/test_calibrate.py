@@ -5,6 +5,7 @@ from itertools import pairwise, product
 
 import pytest
 import torch
+from conftest import raises_one_line
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
@@ -25,6 +26,7 @@ from dynadapter.calibrate import (
     with_guarantee,
 )
 from dynadapter.calibrate.choosing import Options, Samples, choose, levels
+from dynadapter.calibrate.guarantee import binomial_cdf, p_value, samples_needed
 from dynadapter.calibrate.ladder import ladder
 from dynadapter.calibrate.report import solution_data, thresholds
 from dynadapter.calibrate.scores import Scores
@@ -200,9 +202,8 @@ def test_nonfinite_logits_take_the_last_exit():
 def test_lowest_named_budget_is_reachable():
     logits, targets = fake(77)
     costs = [4.476, 8.838, 13.2, 17.583]
-    with pytest.raises(ValueError, match=r"is 0\.2546 of static") as caught:
+    with raises_one_line(ValueError, match=r"is 0\.2546 of static"):
         chosen(logits, targets, costs, Goal(cost=0.1))
-    assert "\n" not in str(caught.value)
     assert chosen(logits, targets, costs, Goal(cost=0.2546)).shares[0] == 1
     assert chosen(logits, targets, costs, Goal(cost=costs[0] / costs[-1])).shares[0] == 1
 
@@ -455,9 +456,8 @@ LOGITS, TARGETS = fake(12)
     ],
 )
 def test_bad_input_is_one_line(call, words):
-    with pytest.raises(ValueError, match=words) as caught:
+    with raises_one_line(ValueError, match=words):
         call()
-    assert "\n" not in str(caught.value)
 
 
 def test_scores_keep_the_logits_dtype():
@@ -467,3 +467,29 @@ def test_scores_keep_the_logits_dtype():
         assert agrees(found, found.policy, logits.to(dtype), targets, [1, 2, 3, 4])
         assert found.cost == pytest.approx(0.5, abs=0.01)
     assert confidence(logits[0].bfloat16()).dtype == torch.float32
+
+
+@pytest.mark.parametrize("samples", [1, 10, 137, 20000])
+@pytest.mark.parametrize("p", [0.001, 0.02, 0.5, 0.97])
+def test_binomial_cdf_is_scipys(samples, p):
+    k = torch.arange(samples + 1)
+    expected = torch.from_numpy(stats.binom.cdf(k.numpy(), samples, p))
+    torch.testing.assert_close(binomial_cdf(samples, p), expected, rtol=1e-8, atol=1e-14)
+
+
+@pytest.mark.parametrize("limit", [0.05, 0.5])
+@pytest.mark.parametrize("samples", [30, 400])
+def test_false_rejections_are_within_level(limit, samples):
+    """At the limit, where a test errs most."""
+    draws = 4000
+    lost = torch.rand(draws, samples, generator=torch.Generator().manual_seed(1)) < limit
+    p = torch.tensor([p_value(count, samples, limit) for count in lost.sum(1).tolist()])
+    for level in (0.1, 0.02):
+        rejected = (p <= level).double().mean().item()
+        assert rejected <= level + 3 * math.sqrt(level * (1 - level) / draws)
+
+
+@pytest.mark.parametrize(("limit", "level"), [(0.02, 0.1), (0.05, 0.05), (0.3, 0.2)])
+def test_samples_needed_is_the_smallest(limit, level):
+    needed = samples_needed(limit, level)
+    assert p_value(0, needed, limit) <= level < p_value(0, needed - 1, limit)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CLASSES, VIT
+from conftest import CLASSES, VIT, raises_one_line
 from saved import fitted, read
 from tiny import FAMILIES, loader, make_classifier, trainer
 
@@ -45,9 +45,8 @@ def test_changed_checkpoint_is_refused(edit: Any, message: str, way: str, tmp_pa
         "python": lambda: ExitClassifier.load_from_checkpoint(path),
         "trainer": lambda: trainer().validate(make_classifier(), loader(1), ckpt_path=path, weights_only=True),
     }
-    with pytest.raises(ValueError, match=message) as error:
+    with raises_one_line(ValueError, match=message):
         ways[way]()
-    assert "\n" not in str(error.value)
 
 
 ABC = [f"class {k}" for k in range(CLASSES)]
@@ -77,9 +76,8 @@ ABC = [f"class {k}" for k in range(CLASSES)]
 )
 def test_checkpoint_of_another_model(changes: dict, message: str, tmp_path: Path) -> None:
     path = fitted(make_classifier(class_names=ABC), tmp_path / "a.ckpt")
-    with pytest.raises(ValueError, match=message) as error:
+    with raises_one_line(ValueError, match=message) as error:
         ExitClassifier.load_from_checkpoint(path, **changes)
-    assert "\n" not in str(error.value)
     assert len(str(error.value)) < 700
 
 
@@ -92,9 +90,8 @@ def test_older_formats_are_refused(format: int | None, tmp_path: Path) -> None:
 
     path = change(fitted(make_classifier(), tmp_path / "a.ckpt"), age)
     line = f"old format {format or 0}, this dynadapter reads 2; train again, or use the version of dynadapter that"
-    with pytest.raises(ValueError, match=line) as error:
+    with raises_one_line(ValueError, match=line):
         ExitClassifier.load_from_checkpoint(path)
-    assert "\n" not in str(error.value)
 
 
 def test_missing_keys_are_counted(tmp_path: Path) -> None:

@@ -2,52 +2,31 @@
 
 import csv
 import shutil
-import signal
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from commands import TINY, printed, refused
 from lightning.pytorch import Trainer
-from PIL import Image
 
-from dynadapter.adapters import LoRA, RepAdapter
+from dynadapter.adapters import LoRA
 from dynadapter.cli import main
 from dynadapter.cli.app import DynCLI
 from dynadapter.cli.runs import RUN_VARIABLE, create_run_folder
 from dynadapter.data import Shapes
-from dynadapter.data.shapes import CLASSES
-from dynadapter.training.callbacks import EarlyExit
 from dynadapter.training.module import ExitClassifier
 
-TINY = str(Path(__file__).parent / "conf" / "tiny.yaml")
 pytestmark = pytest.mark.filterwarnings(  # about a user's own settings
     "ignore:The number of training batches", "ignore:The `srun` command is available"
 )
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a finished run."""
-    root = tmp_path_factory.mktemp("runs")
-    main(["fit", "-c", TINY, f"--trainer.default_root_dir={root}"])
-    return root / "version_0"
-
-
 @pytest.fixture
-def checkpoint(trained: Path, tmp_path: Path) -> Path:
+def checkpoint(tiny_run: Path, tmp_path: Path) -> Path:
     """A copy of that run's checkpoint, in a run of its own."""
-    return Path(shutil.copytree(trained, tmp_path / "runs" / "version_0")) / "checkpoints" / "last.ckpt"
-
-
-@pytest.fixture
-def pictures(tmp_path: Path) -> Path:
-    folder = tmp_path / "pictures"
-    (folder / "more").mkdir(parents=True)
-    for k, name in enumerate(("a.png", "b.png", "more/c.png")):
-        Image.new("RGB", (40, 30), (80 * k, 90, 200)).save(folder / name)
-    return folder
+    return Path(shutil.copytree(tiny_run, tmp_path / "runs" / "version_0")) / "checkpoints" / "last.ckpt"
 
 
 @pytest.fixture
@@ -77,53 +56,46 @@ def write(path: Path, config: dict) -> Path:
 
 
 def test_help_names_sections_in_order(capsys):
-    with pytest.raises(SystemExit) as ending:
-        main(["fit", "--help"])
-    text = capsys.readouterr().out
-    assert not ending.value.code
+    text = printed(["fit", "--help"], capsys)
     assert text.startswith("usage: dynadapter fit [--config FILE ...] [--KEY VALUE ...]\n")
     sections = ("model", "data", "early_exit", "exit_weights", "sparsity", "flops_report", "checkpoint", "trainer")
     assert sorted(sections, key=lambda name: text.index(f"\n{name}: ")) == list(sections)
 
 
 def test_help_of_a_class(capsys):
-    with pytest.raises(SystemExit):
-        main(["fit", "--model.adapter.help", "LoRA"])
-    assert "rank" in capsys.readouterr().out
+    assert "rank" in printed(["fit", "--model.adapter.help", "LoRA"], capsys)
 
 
 def test_printed_config_can_be_read_back(capsys, tmp_path, built):
-    with pytest.raises(SystemExit):
-        main(["fit", "-c", TINY, "--model.adapter.rank=3", "--print_config"])
-    printed = tmp_path / "printed.yaml"
-    printed.write_text(capsys.readouterr().out)
-    cli = built("fit", "-c", printed, "--trainer.fast_dev_run=true")
+    file = tmp_path / "printed.yaml"
+    file.write_text(printed(["fit", "-c", TINY, "--model.adapter.rank=3", "--print_config"], capsys))
+    cli = built("fit", "-c", file, "--trainer.fast_dev_run=true")
     assert next(iter(cli.model.net.backbone.blocks)).attn.qkv.lora_a.shape[0] == 3
 
 
 # ---- runs
 
 
-def test_run_folder_holds_everything(trained):
-    assert {path.name for path in trained.iterdir()} >= {"config.yaml", "metrics.csv", "checkpoints"}
-    assert not list(trained.rglob("events.out.tfevents.*"))  # TensorBoard only on request
-    resumable, weights = (trained / "checkpoints" / name for name in ("last.ckpt", "weights.ckpt"))
-    assert set((trained / "checkpoints").iterdir()) == {resumable, weights}
+def test_run_folder_holds_everything(tiny_run):
+    assert {path.name for path in tiny_run.iterdir()} >= {"config.yaml", "metrics.csv", "checkpoints"}
+    assert not list(tiny_run.rglob("events.out.tfevents.*"))  # TensorBoard only on request
+    resumable, weights = (tiny_run / "checkpoints" / name for name in ("last.ckpt", "weights.ckpt"))
+    assert set((tiny_run / "checkpoints").iterdir()) == {resumable, weights}
     assert weights.stat().st_size < resumable.stat().st_size
     whole, part = (torch.load(path, weights_only=True)["state_dict"] for path in (resumable, weights))
     assert whole.keys() == part.keys()
     assert all(torch.equal(whole[name], part[name]) for name in whole)
-    assert any(row.get("val/acc") for row in rows(trained / "metrics.csv"))
-    assert yaml.safe_load((trained / "config.yaml").read_text())["model"]["adapter"]["class_path"] == "dynadapter.LoRA"
+    assert any(row.get("val/acc") for row in rows(tiny_run / "metrics.csv"))
+    assert yaml.safe_load((tiny_run / "config.yaml").read_text())["model"]["adapter"]["class_path"] == "dynadapter.LoRA"
 
 
-def test_run_repeats_from_its_config(trained, tmp_path):
+def test_run_repeats_from_its_config(tiny_run, tmp_path):
     root = tmp_path / "runs"
     for _ in range(2):
-        main(["fit", "-c", str(trained / "config.yaml"), f"--trainer.default_root_dir={root}"])
+        main(["fit", "-c", str(tiny_run / "config.yaml"), f"--trainer.default_root_dir={root}"])
     states = [
         torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
-        for folder in (trained, root / "version_0", root / "version_1")
+        for folder in (tiny_run, root / "version_0", root / "version_1")
     ]
     for state in states[1:]:
         assert state.keys() == states[0].keys()
@@ -149,8 +121,7 @@ def test_run_folder_shared_by_processes(tmp_path, monkeypatch):
 
 def test_failed_start_leaves_no_folder(tmp_path, capsys):
     policy = "[{class_path: Confidence, init_args: {threshold: [0.1, 0.2, 0.3, 0.4]}}]"
-    with pytest.raises(SystemExit):
-        main(["fit", "-c", TINY, f"--trainer.default_root_dir={tmp_path}", f"--early_exit.policies={policy}"])
+    refused(["fit", "-c", TINY, f"--trainer.default_root_dir={tmp_path}", f"--early_exit.policies={policy}"], capsys)
     assert not list(tmp_path.iterdir())
 
 
@@ -189,40 +160,14 @@ def test_monitor_keeps_best_and_last(tmp_path):
 
 
 def test_fit_from_checkpoint_needs_config(checkpoint, capsys):
-    with pytest.raises(SystemExit):
-        main(["fit", "--ckpt_path", str(checkpoint)])
+    assert f"--resume {checkpoint.parent.parent}" in refused(["fit", "--ckpt_path", checkpoint], capsys)
     config = str(checkpoint.parent.parent / "config.yaml")
-    assert f"--resume {checkpoint.parent.parent}" in capsys.readouterr().err
     root, saved = checkpoint.parent.parent.parent, checkpoint.read_bytes()
     more = [f"--trainer.default_root_dir={root}", "--trainer.max_epochs=2"]
     main(["fit", "--config", config, "--ckpt_path", str(checkpoint), *more])
     assert checkpoint.read_bytes() == saved
     again = torch.load(root / "version_1" / "checkpoints" / "last.ckpt", weights_only=True)
     assert again["global_step"] == 4  # two steps an epoch
-
-
-def test_ctrl_c_prints_resume_command(tmp_path, monkeypatch, capsys):
-    def interrupted(self, *args):
-        if self.current_epoch == 1:
-            raise KeyboardInterrupt
-        return step(self, *args)
-
-    step = ExitClassifier.training_step
-    monkeypatch.setattr(ExitClassifier, "training_step", interrupted)
-    handler = signal.getsignal(signal.SIGINT)  # Lightning turns it off for its way out
-    try:
-        with pytest.raises(SystemExit) as ending:
-            main(["fit", "-c", TINY, f"--trainer.default_root_dir={tmp_path}", "--trainer.max_epochs=2"])
-    finally:
-        signal.signal(signal.SIGINT, handler)
-    assert ending.value.code == 130
-    last = capsys.readouterr().err.splitlines()[-1]
-    run = tmp_path / "version_0"
-    way = f"dynadapter fit --resume {run}"
-    assert last == f"dynadapter: interrupted; continue with: {way}"
-    monkeypatch.setattr(ExitClassifier, "training_step", step)
-    main(way.split()[1:])
-    assert (tmp_path / "version_1" / "checkpoints" / "last.ckpt").is_file()
 
 
 # ---- layers of settings
@@ -279,14 +224,6 @@ def test_config_file_names_checkpoint(checkpoint, tmp_path, built):
     assert built("test", "-c", file).model.net.exit_depths == (1, 2, 3)
 
 
-def test_policies_given_at_test_time(checkpoint, capsys):
-    policies = "[{class_path: Margin, init_args: {threshold: 0.0}}, {class_path: Patience, init_args: {patience: 1}}]"
-    main(["test", "--ckpt_path", str(checkpoint), f"--early_exit.policies={policies}"])
-    text = capsys.readouterr().out
-    assert "margin" in text
-    assert "patience" in text
-
-
 def test_parts_switched_off(tmp_path, built, capsys):
     file = write(tmp_path / "off.yaml", {"sparsity": None, "early_exit": False})
     cli = built("fit", "-c", TINY, "-c", file, "--exit_weights", "null", f"--trainer.default_root_dir={tmp_path}")
@@ -327,69 +264,8 @@ def test_checkpoint_made_in_python(adapter, tmp_path, built):
 # ---- predict
 
 
-def test_predict_with_checkpoint_and_images(checkpoint, pictures, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    main(["predict", "--ckpt_path", str(checkpoint), "--images", str(pictures), "--output", "out.csv"])
-    table = rows(tmp_path / "out.csv")
-    assert list(table[0])[:4] == ["file", "class", "confidence", "exit"]
-    assert [Path(row["file"]).name for row in table] == ["a.png", "b.png", "c.png"]
-    assert {row["class"] for row in table} <= {*CLASSES}
-    assert {path.name for path in tmp_path.iterdir()} == {"runs", "pictures", "out.csv"}  # no new run
-
-
-def test_predict_uses_first_policy(checkpoint, pictures, tmp_path):
-    out = tmp_path / "out.csv"
-    common = ["predict", "--ckpt_path", str(checkpoint), "--images", str(pictures), "--overwrite=true"]
-    for options, exit in ((["--threshold=0"], "1"), (["--policy=Never"], "3")):
-        main([*common, "--output", str(out), *options])
-        assert {row["exit"] for row in rows(out)} == {exit}
-
-
 # ---- flops
-
-BACKBONES = {
-    "vit": ["vit_tiny_patch16_224", "{patch_size: 16, embed_dim: 24, depth: 3, num_heads: 3}"],
-    "swin": [
-        "swin_tiny_patch4_window7_224",
-        "{patch_size: 4, window_size: 4, embed_dim: 12, depths: [1, 2], num_heads: [2, 2]}",
-    ],
-    "convnext": ["convnext_tiny", "{dims: [8, 12, 12, 16], depths: [1, 1, 1, 1]}"],
-}
-
-
-@pytest.mark.parametrize("family", BACKBONES)
-@pytest.mark.parametrize("adapter", ["Adapter", "AdaptFormer", "LoRA", "RepAdapter"])
-def test_flops_of_every_family_and_adapter(family, adapter, capsys):
-    backbone, arguments = BACKBONES[family]
-    common = ["flops", "-c", TINY, "--model.backbone", backbone, f"--model.backbone_args={arguments}"]
-    where = {"Adapter": "*.mlp", "AdaptFormer": "*.mlp"}.get(adapter, "*.mlp.fc1")
-    targets = [f"--model.adapter.targets=['{where}']"] if family == "convnext" else []
-    main([*common, "--model.adapter", adapter, *targets])
-    assert "GMACs" in capsys.readouterr().out
 
 
 def test_flops_fetches_no_weights(built):
     assert not built("flops", "-c", TINY, "--model.pretrained=true").model.hparams.pretrained
-
-
-def test_flops_of_a_checkpoint(checkpoint, capsys):
-    main(["flops", "--ckpt_path", str(checkpoint)])
-    assert "GMACs" in capsys.readouterr().out
-
-
-def test_flops_merged_equal_the_backbone(built):
-    counted = {}
-    for adapter in ("null", "RepAdapter"):
-        cli = built("flops", "-c", TINY, f"--model.adapter={adapter}")
-        if adapter != "null":
-            assert isinstance(cli.model.hparams.adapter, dict | RepAdapter)
-            cli.model.merge()
-        from dynadapter.cost import exit_costs
-
-        counted[adapter] = exit_costs(cli.model.net, 32).macs
-    assert counted["null"] == counted["RepAdapter"]
-
-
-def test_early_exit_by_default(checkpoint, built):
-    cli = built("test", "--ckpt_path", checkpoint)
-    assert any(isinstance(callback, EarlyExit) for callback in cli.trainer.callbacks)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from commands import refused
 from PIL import Image
 from test_bundle import made, save
 
@@ -49,16 +50,6 @@ def run(bundle: Path, out: Path, *more: str) -> dict[str, Any]:
     """Run the command with few rounds; return what it wrote."""
     main(["bench", "--bundle", str(bundle), "--out", str(out), "--rounds=2", *more])
     return json.loads(out.read_text())
-
-
-def error_line(capsys: pytest.CaptureFixture[str], *args: str) -> str:
-    """Run the command, which fails; return its one line."""
-    with pytest.raises(SystemExit) as stopped:
-        main(["bench", *args])
-    assert stopped.value.code == 2
-    printed = capsys.readouterr()
-    assert printed.err.count("\n") == 1
-    return printed.err
 
 
 # ---- numbers
@@ -273,7 +264,7 @@ def test_threads_are_restored(bundle, tmp_path):
 def test_existing_file_stays(bundle, tmp_path, capsys):
     out = tmp_path / "b.json"
     out.write_text("mine")
-    line = error_line(capsys, f"--bundle={bundle}", f"--out={out}")
+    line = refused(["bench", f"--bundle={bundle}", f"--out={out}"], capsys)
     assert f"out={out} exists; give another file, or --overwrite true" in line
     assert out.read_text() == "mine"
     run(bundle, out, "--overwrite=true", "--arms=[static]", "--batch_sizes=[1]")
@@ -314,20 +305,21 @@ def test_file_written_meanwhile_stays(tmp_path):
 def test_invalid_setting_is_one_line(bundle, tmp_path, monkeypatch, capsys, args, line):
     monkeypatch.chdir(tmp_path)
     given = [] if not args or args[0].startswith("--bundle") else [f"--bundle={bundle}"]
-    assert line in error_line(capsys, *given, *args)
+    assert line in refused(["bench", *given, *args], capsys)
     assert not list(tmp_path.iterdir())
 
 
 def test_unusable_images_raise(bundle, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
-    assert "holds no image" in error_line(capsys, f"--bundle={bundle}", "--images=empty")
+    args = ["bench", f"--bundle={bundle}", "--images=empty"]
+    assert "holds no image" in refused(args, capsys)
     (tmp_path / "empty" / "a.png").write_bytes(b"?")
-    assert "none of the 1 images in empty can be read" in error_line(capsys, f"--bundle={bundle}", "--images=empty")
+    assert "none of the 1 images in empty can be read" in refused(args, capsys)
     _, place = save(tmp_path / "tensors", preprocessing=None)
-    assert "has no preprocessing" in error_line(capsys, f"--bundle={place}", "--images=empty")
+    assert "has no preprocessing" in refused(["bench", f"--bundle={place}", "--images=empty"], capsys)
     if not torch.cuda.is_available():
-        assert "torch finds no CUDA device here" in error_line(capsys, f"--bundle={bundle}", "--device=cuda")
+        assert "torch finds no CUDA device here" in refused(["bench", f"--bundle={bundle}", "--device=cuda"], capsys)
 
 
 def test_help_loads_no_torch():

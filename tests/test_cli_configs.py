@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from commands import printed, refused
 
 from dynadapter.cli import COMMANDS, TRAINER, main
 from dynadapter.cli.configs import find_config, read_config
@@ -69,10 +70,7 @@ def test_configs_prints_one(capsys):
 
 @pytest.mark.parametrize("args", [["nope"], ["vtab", "lora"], ["--all"]])
 def test_configs_with_invalid_arguments(args, capsys):
-    with pytest.raises(SystemExit) as ending:
-        main(["configs", *args])
-    assert ending.value.code == 2
-    assert capsys.readouterr().err.startswith("dynadapter: error: ")
+    assert refused(["configs", *args], capsys).startswith("dynadapter: error: ")
 
 
 # ---- answers without torch
@@ -117,10 +115,7 @@ def test_usage_names_every_command(capsys):
 @pytest.mark.parametrize("command", TRAINER)
 def test_help_fits_on_two_screens(command, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-    with pytest.raises(SystemExit) as ending:
-        main([command, "--help"])
-    assert not ending.value.code
-    text = capsys.readouterr().out
+    text = printed([command, "--help"], capsys)
     assert len(text.splitlines()) <= 120
     assert max(map(len, text.splitlines())) <= 80
     assert all(f"--{key}" in text for key in ("ckpt_path", "model.adapter", "data", "trainer.devices"))
@@ -128,9 +123,7 @@ def test_help_fits_on_two_screens(command, capsys, monkeypatch):
 
 
 def test_help_names_no_unknown_key(capsys):
-    with pytest.raises(SystemExit):
-        main(["fit", "--help_all"])
-    text = capsys.readouterr().out
+    text = printed(["fit", "--help_all"], capsys)
     assert {key for key in ESSENTIAL if f"--{key}" not in text} == set()
     assert "--trainer.num_sanity_val_steps" in text
     assert "dynadapter.LoRA" in text  # by the name that a config may use
@@ -152,16 +145,11 @@ def test_help_names_no_unknown_key(capsys):
     ],
 )
 def test_short_options_are_long_ones(short, long, capsys):
-    printed = []
+    configs = []
     for line in (short, long):
-        with pytest.raises(SystemExit):
-            main(["fit", "--data=Shapes", *line.split(), "--print_config"])
-        printed.append(yaml.safe_load(capsys.readouterr().out))
-    assert printed[0] == printed[1]
-    defaults = ["fit", "--data=Shapes", "--print_config"]
-    with pytest.raises(SystemExit):
-        main(defaults)
-    assert printed[0] != yaml.safe_load(capsys.readouterr().out)
+        configs.append(yaml.safe_load(printed(["fit", "--data=Shapes", *line.split(), "--print_config"], capsys)))
+    assert configs[0] == configs[1]
+    assert configs[0] != yaml.safe_load(printed(["fit", "--data=Shapes", "--print_config"], capsys))
 
 
 @pytest.mark.parametrize(
@@ -176,7 +164,4 @@ def test_short_options_are_long_ones(short, long, capsys):
     ],
 )
 def test_wrong_short_options_are_one_line(line, words, capsys):
-    with pytest.raises(SystemExit) as ended:
-        main(line.split())
-    assert ended.value.code == 2
-    assert words in capsys.readouterr().err
+    assert words in refused(line.split(), capsys)

@@ -1,22 +1,21 @@
 """Invalid input: one line with the wrong name and the way out, exit code 2, and no traceback."""
 
+import runpy
 import shlex
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
+from commands import TINY, refused
 from PIL import Image
 
 from dynadapter.cli import main
 from dynadapter.cli.errors import Mistake, describe
 from dynadapter.cli.explain import explain
 from dynadapter.training.callbacks import FlopsReport
-
-TINY = str(Path(__file__).parent / "conf" / "tiny.yaml")
 
 
 class Row(NamedTuple):
@@ -154,13 +153,7 @@ TABLE = [
     # data
     fit("--data=VTAB1k --data.root=nowhere --data.task=cifar", "nowhere", "does not exist"),
     data("task_", "task_", "did you mean task"),
-    data("nolists", "nolists", "none of the lists", "train800.txt"),
     data("task", "train800val200.txt", "train800.txt", more="--data.split=train800val200"),
-    data("label", "train800.txt:2", "label 7", "0 to 1"),
-    data("negative", "train800.txt:1", "label -1"),
-    data("line", "train800.txt:1", "PATH LABEL"),
-    data("outside", "train800.txt:1", "leaves"),
-    data("missing", "images/9.png", "does not exist"),
     data("broken", "images/broken.png", "on_error"),
     fit("--data=ImageFolder --data.root={W}", "train", "train/CLASS/image.png"),
     # checkpoints
@@ -193,7 +186,7 @@ TABLE = [
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def world(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with tasks, checkpoints and other files, most of them with one fault."""
     folder = tmp_path_factory.mktemp("world")
     shutil.copy(TINY, folder)
@@ -204,27 +197,17 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (images / "broken.png").write_bytes((images / "0.png").read_bytes()[:40])
     for task, lines in {
         "task": "images/0.png 0\nimages/1.png 1",
-        "label": "images/0.png 0\nimages/1.png 7",
-        "negative": "images/0.png -1",
-        "line": "images/0.png",
-        "outside": "../images/0.png 0",
-        "missing": "images/9.png 0\nimages/1.png 1",
         "broken": "images/broken.png 0\nimages/1.png 1",
     }.items():
         (folder / task).mkdir()
         (folder / task / "images").symlink_to(images)
         (folder / task / "train800.txt").write_text(lines)
-        if task in ("label", "missing", "broken"):
-            (folder / task / "classes.txt").write_text("a\nb\n")
         (folder / task / "val200.txt").write_text("images/0.png 0\nimages/1.png 1")
         (folder / task / "test.txt").write_text("images/0.png 0\nimages/1.png 1")
     (folder / "nolists").mkdir()
 
-    main(["fit", "-c", TINY, f"--trainer.default_root_dir={folder / 'runs'}", "--trainer.logger=false"])
-    saved = folder / "runs" / "version_0" / "checkpoints" / "last.ckpt"
-    content = torch.load(saved, weights_only=True)
-    shutil.move(saved, folder / "good.ckpt")
-    shutil.rmtree(folder / "runs")
+    shutil.copy(tiny_run / "checkpoints" / "last.ckpt", folder / "good.ckpt")
+    content = torch.load(folder / "good.ckpt", weights_only=True)
     whole = (folder / "good.ckpt").read_bytes()
     (folder / "short.ckpt").write_bytes(whole[: len(whole) // 2])
     (folder / "broken.pth").write_bytes(whole[: len(whole) // 2])
@@ -262,16 +245,15 @@ def test_mistake_is_one_line(row, world, tmp_path, monkeypatch, capsys):
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]  # nothing is left behind
 
 
-def test_table_covers_forty_mistakes():
-    assert len(TABLE) >= 40
-
-
-def test_no_traceback_from_the_program(world, tmp_path):
-    args = [sys.executable, "-m", "dynadapter.cli", "fit", "-c", TINY, "--model.every=9", "--trainer.fast_dev_run=true"]
-    done = subprocess.run(args, capture_output=True, text=True, check=False, cwd=tmp_path)
-    assert done.returncode == 2
-    assert [line[:19] for line in done.stderr.splitlines() if "every=9" in line] == ["dynadapter: error: "]
-    assert "Traceback" not in done.stderr
+def test_no_traceback_from_the_program(monkeypatch, capsys):
+    args = ["dynadapter", "fit", "-c", TINY, "--model.every=9", "--trainer.fast_dev_run=true"]
+    monkeypatch.setattr(sys, "argv", args)
+    with pytest.raises(SystemExit) as ending:
+        runpy.run_module("dynadapter.cli", run_name="__main__")
+    shown = capsys.readouterr().err
+    assert ending.value.code == 2
+    assert [line[:19] for line in shown.splitlines() if "every=9" in line] == ["dynadapter: error: "]
+    assert "Traceback" not in shown
 
 
 def test_debug_shows_traceback():
@@ -287,10 +269,7 @@ def test_bug_has_exit_code_1(kind, monkeypatch, capsys):
         raise kind("oh dear")
 
     monkeypatch.setattr(FlopsReport, "setup", fails)
-    with pytest.raises(SystemExit) as ending:
-        main(["fit", "-c", TINY, "--trainer.fast_dev_run=true"])
-    line = capsys.readouterr().err.splitlines()[-1]
-    assert ending.value.code == 1
+    line = refused(["fit", "-c", TINY, "--trainer.fast_dev_run=true"], capsys, code=1)
     assert line.startswith(f"dynadapter: bug: {kind.__name__}: ")
     assert "oh dear" in line
     assert "--debug" in line
@@ -298,10 +277,7 @@ def test_bug_has_exit_code_1(kind, monkeypatch, capsys):
 
 def test_bug_in_an_operation(monkeypatch, capsys):
     monkeypatch.setattr(FlopsReport, "setup", lambda self, *args, **kwargs: len(None))
-    with pytest.raises(SystemExit) as ending:
-        main(["fit", "-c", TINY, "--trainer.fast_dev_run=true"])
-    assert ending.value.code == 1
-    assert "bug: TypeError" in capsys.readouterr().err
+    assert "bug: TypeError" in refused(["fit", "-c", TINY, "--trainer.fast_dev_run=true"], capsys, code=1)
 
 
 def test_out_of_memory_is_input_error():

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from commands import printed, refused
 from safetensors.torch import save_file
-from test_cli_predict import ARGUMENTS, NAME, NAMES, PREPROCESS, refused, write_bundle, write_images
+from test_cli_predict import ARGUMENTS, NAME, NAMES, PREPROCESS, write_bundle, write_images
 
 from dynadapter.adapters import AdaptFormer
 from dynadapter.backbones import create_backbone
@@ -96,7 +97,7 @@ def given(monkeypatch) -> dict[str, Any]:
 
 def test_overwrite_replaces_an_exported_folder(bundle, tmp_path, capsys, given):
     (tmp_path / "manifest.json").write_text("{}")
-    assert "--overwrite true" in refused(capsys, ["export", f"--bundle={bundle}", f"--out={tmp_path}"])
+    assert "--overwrite true" in refused(["export", f"--bundle={bundle}", f"--out={tmp_path}"], capsys)
     run(bundle, tmp_path, "--overwrite=true")
     assert given["overwrite"] is True
 
@@ -168,10 +169,7 @@ def test_weights_of_the_backbone_from_a_file(images, tmp_path, given):
 
 
 def test_help_lists_the_settings(capsys):
-    with pytest.raises(SystemExit) as ending:
-        main(["export", "--help"])
-    assert not ending.value.code
-    shown = capsys.readouterr().out
+    shown = printed(["export", "--help"], capsys)
     for key in ("--bundle", "--out", "--int8", "--images", "--opset", "--tolerance"):
         assert key in shown
 
@@ -213,7 +211,7 @@ def test_wrong_settings_give_one_line(more, words, bundle, images, tmp_path, cap
     (tmp_path / "last.ckpt").write_text("")
     (tmp_path / "a.png").write_text("no image")
     given = more.replace("{I}", str(images)).replace("{W}", str(tmp_path)).split()
-    line = refused(capsys, ["export", f"--bundle={bundle}", *given])
+    line = refused(["export", f"--bundle={bundle}", *given], capsys)
     assert words in line
     assert not (tmp_path / "o").exists()
 
@@ -227,7 +225,7 @@ FAILURES = {
 @pytest.mark.slow
 @pytest.mark.parametrize("arg", FAILURES)
 def test_failed_export_leaves_nothing(arg, bundle, tmp_path, capsys):
-    assert FAILURES[arg] in refused(capsys, ["export", f"--bundle={bundle}", f"--out={tmp_path / 'o'}", arg])
+    assert FAILURES[arg] in refused(["export", f"--bundle={bundle}", f"--out={tmp_path / 'o'}", arg], capsys)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -237,11 +235,11 @@ def test_sigterm_leaves_nothing(bundle, tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(library, "write_graphs", stopped)
     args = ["export", f"--bundle={bundle}", f"--out={tmp_path / 'o'}"]
-    assert "stopped by SIGTERM; nothing was written" in refused(capsys, args, 143)
+    assert "stopped by SIGTERM; nothing was written" in refused(args, capsys, 143)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_bundle_without_preprocessing(images, tmp_path, capsys):
     bundle = write_bundle(tmp_path / "bundle", images, preprocessing=None)
-    line = refused(capsys, ["export", f"--bundle={bundle}", f"--out={tmp_path / 'o'}"])
+    line = refused(["export", f"--bundle={bundle}", f"--out={tmp_path / 'o'}"], capsys)
     assert "has no preprocessing, which an exported folder needs" in line

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from commands import TINY, refused
 from PIL import Image
 
 from dynadapter.cli import main
 
-TINY = str(Path(__file__).parent / "conf" / "tiny.yaml")
 NAMES = ("dark", "grey", "white")
 OPTIONS = ["--data=VTAB1k", "--data.task=task", "--data.image_size=32", "--data.batch_size=8"]
 
@@ -72,10 +72,8 @@ def test_images_skipped_in_predict_are_listed(trained, tmp_path):
 
 def test_too_many_unreadable_images(trained, capsys):
     data = trained.parent / "data"
-    with pytest.raises(SystemExit) as ending:
-        main(["fit", "-c", TINY, *OPTIONS, f"--data.root={data}", "--data.on_error=skip", "--data.max_skipped=0"])
-    line = capsys.readouterr().err.splitlines()[-1]
-    assert ending.value.code == 2
+    args = ["fit", "-c", TINY, *OPTIONS, f"--data.root={data}", "--data.on_error=skip", "--data.max_skipped=0"]
+    line = refused(args, capsys)
     assert "error: 1 images cannot be read, more than max_skipped=0: " in line
     assert "7.png" in line
 
@@ -98,10 +96,8 @@ def test_classes_are_matched_by_name(command, trained, tmp_path):
 def test_other_classes_are_refused(trained, tmp_path, capsys):
     root = make(tmp_path)
     (root / "task" / "classes.txt").write_text("dark\ngray\nwhite")
-    with pytest.raises(SystemExit) as ending:
-        main(["test", "--ckpt_path", str(trained / "checkpoints" / "last.ckpt"), *OPTIONS, f"--data.root={root}"])
-    line = capsys.readouterr().err.splitlines()[-1]
-    assert ending.value.code == 2
+    ckpt = trained / "checkpoints" / "last.ckpt"
+    line = refused(["test", "--ckpt_path", ckpt, *OPTIONS, f"--data.root={root}"], capsys)
     assert "classes that the model does not know: gray" in line
     assert "dark, grey, white; the data have dark, gray, white" in line
     assert "compute_fn" not in line

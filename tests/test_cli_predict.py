@@ -11,13 +11,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from commands import refused
 from PIL import Image
 from torch import nn
 
@@ -94,17 +94,6 @@ def arguments(bundle: Path, images: Path, out: Path, *more: str) -> list[str]:
 def run(bundle: Path, images: Path, out: Path, *more: str) -> Path:
     main(arguments(bundle, images, out, *more))
     return out
-
-
-def refused(capsys: pytest.CaptureFixture[str], args: Sequence[str], code: int = 2) -> str:
-    """The one line of a command that ends with a code."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as ending:
-        main(list(args))
-    [line] = capsys.readouterr().err.splitlines()
-    assert ending.value.code == code, line
-    assert line.startswith("dynadapter: ")
-    return line
 
 
 def read(path: Path) -> list[dict[str, str]]:
@@ -213,7 +202,7 @@ def test_lists_and_single_images(bundle, images, tmp_path):
 def test_output_is_replaced_on_request(bundle, images, tmp_path, capsys):
     out = tmp_path / "out.csv"
     out.write_text("mine")
-    assert "--overwrite true" in refused(capsys, arguments(bundle, images, out))
+    assert "--overwrite true" in refused(arguments(bundle, images, out), capsys)
     assert out.read_text() == "mine"
     run(bundle, images, out, "--overwrite=true")
     assert len(read(out)) == 26
@@ -295,6 +284,7 @@ def test_checkpoint_gives_its_bundles_rows(checkpoint, images, tmp_path):
     main([*place, f"--bundle={checkpoint.parent.parent / 'bundle'}", f"--out={tmp_path / 'b.csv'}"])
     assert (tmp_path / "c.csv").read_bytes() == (tmp_path / "b.csv").read_bytes()
     assert {row["exit"] for row in read(tmp_path / "c.csv")} == {"3"}  # the first policy of its training
+    assert names(checkpoint.parents[2]) == ["version_0"]  # no new run
 
 
 def test_checkpoint_resumes(checkpoint, images, tmp_path, capsys, monkeypatch):
@@ -302,7 +292,7 @@ def test_checkpoint_resumes(checkpoint, images, tmp_path, capsys, monkeypatch):
     args = ["predict", f"--images={images}", f"--ckpt_path={checkpoint}", f"--out={out}", "--batch_size=4"]
     with monkeypatch.context() as patch:
         interrupted_after(patch, 2, signal.SIGINT)
-        assert "8 of 26 images" in refused(capsys, args, 130)
+        assert "8 of 26 images" in refused(args, capsys, 130)
     main(args)
     assert "continuing after 8 of 26 images" in capsys.readouterr().out
     assert len(read(out)) == 26
@@ -341,7 +331,7 @@ def test_unreadable_images_are_listed(bundle, damaged, tmp_path, capsys):
 def test_past_the_cap_it_stops_and_resumes(bundle, damaged, tmp_path, capsys):
     whole = run(bundle, damaged, tmp_path / "whole.csv", "--max_skipped=3")
     out = tmp_path / "out.csv"
-    line = refused(capsys, arguments(bundle, damaged, out, "--max_skipped=2"))
+    line = refused(arguments(bundle, damaged, out, "--max_skipped=2"), capsys)
     for words in ("3 images cannot be read, more than max_skipped=2", f"{out}.skipped.csv", "higher --max_skipped"):
         assert words in line
     assert "28 of 29 images, kept in" in line
@@ -352,14 +342,14 @@ def test_past_the_cap_it_stops_and_resumes(bundle, damaged, tmp_path, capsys):
     assert out.read_bytes() == whole.read_bytes()
     assert Path(f"{out}.skipped.csv").read_bytes() == Path(f"{whole}.skipped.csv").read_bytes()
     assert "continuing after 28 of 29 images" in capsys.readouterr().out
-    refused(capsys, arguments(bundle, damaged, tmp_path / "no.csv", "--max_skipped=0"))
+    refused(arguments(bundle, damaged, tmp_path / "no.csv", "--max_skipped=0"), capsys)
     assert len(read(tmp_path / "no.csv.skipped.csv")) == 2  # both are in the first batch
 
 
 def test_no_readable_image(bundle, tmp_path, capsys):
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.png").write_text("no image")
-    line = refused(capsys, arguments(bundle, tmp_path / "in", tmp_path / "out.csv"))
+    line = refused(arguments(bundle, tmp_path / "in", tmp_path / "out.csv"), capsys)
     assert "none of the images can be read" in line
     assert not (tmp_path / "out.csv").exists()
 
@@ -524,7 +514,7 @@ def test_stopped_and_resumed(number, code, words, bundle, images, tmp_path, caps
     before = signal.getsignal(number)
     with monkeypatch.context() as patch:
         interrupted_after(patch, 2, number)
-        line = refused(capsys, arguments(bundle, images, out), code)
+        line = refused(arguments(bundle, images, out), capsys, code)
     for part in (words, "8 of 26 images", "the same command continues from there"):
         assert part in line
     assert signal.getsignal(number) is before
@@ -545,7 +535,7 @@ def test_full_disk(bundle, images, tmp_path, capsys, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "write_bytes", full)
-        line = refused(capsys, arguments(bundle, images, out))
+        line = refused(arguments(bundle, images, out), capsys)
     assert f"the disk of {out} is full after 12 of 26 images" in line
     assert "the same command continues from there once there is room" in line
     run(bundle, images, out)
@@ -557,7 +547,7 @@ def test_two_commands_at_once(bundle, images, tmp_path, capsys):
     pytest.importorskip("fcntl")
     out = tmp_path / "out.csv"
     with PredictionTable(out, ["a.png"], 4, {}):
-        line = refused(capsys, arguments(bundle, images, out, "--overwrite=true"))
+        line = refused(arguments(bundle, images, out, "--overwrite=true"), capsys)
         assert "out.csv.partial is being written by another thread; wait for it" in line
     run(bundle, images, out, "--overwrite=true")
 
@@ -571,7 +561,7 @@ def test_table_of_something_else(bundle, images, tmp_path, capsys, monkeypatch):
     out = tmp_path / "out.csv"
     with monkeypatch.context() as patch:
         interrupted_after(patch, 0, signal.SIGINT)
-        refused(capsys, arguments(bundle, images, out), 130)
+        refused(arguments(bundle, images, out), capsys, 130)
     for args, words in (
         (arguments(other, images, out), "begun with another network"),
         (arguments(bundle, copied, out), "begun with other images"),
@@ -580,12 +570,12 @@ def test_table_of_something_else(bundle, images, tmp_path, capsys, monkeypatch):
         (arguments(bundle, images, out, "--top_k=2"), "begun with other columns"),
         (arguments(bundle, images, out, "--threshold=0.8"), "begun with policy=Scaled("),
     ):
-        line = refused(capsys, args)
+        line = refused(args, capsys)
         assert words in line
         assert "delete it, or start over with --overwrite true" in line
         assert Path(f"{out}.partial").exists()
     os.utime(next(images.rglob("*.png")), (1, 1))
-    assert "sizes or times of the files have changed" in refused(capsys, arguments(bundle, images, out))
+    assert "sizes or times of the files have changed" in refused(arguments(bundle, images, out), capsys)
     run(other, images, out, "--overwrite=true")
     assert out.read_bytes() == run(other, images, tmp_path / "fresh.csv").read_bytes()
 
@@ -646,7 +636,7 @@ def test_mistake_is_one_line(more, words, bundle, images, tmp_path, capsys, monk
         content["backbone"] |= {"origin": "file", "file": "backbone.pth"}
         needy.write_text(json.dumps(content))
     given = more.replace("{I}", str(images)).replace("{W}", str(tmp_path)).split()
-    line = refused(capsys, ["predict", f"--bundle={bundle}", *given])
+    line = refused(["predict", f"--bundle={bundle}", *given], capsys)
     assert words in line
     assert line.startswith("dynadapter: error: ")
     assert not list(tmp_path.glob("o.csv*"))
@@ -657,7 +647,7 @@ def test_wrong_checkpoint_is_one_line(content, images, tmp_path, capsys):
     path = tmp_path / "last.ckpt"
     if content != "missing":
         path.write_bytes(content)
-    line = refused(capsys, ["predict", f"--ckpt_path={path}", f"--images={images}", f"--out={tmp_path / 'o.csv'}"])
+    line = refused(["predict", f"--ckpt_path={path}", f"--images={images}", f"--out={tmp_path / 'o.csv'}"], capsys)
     assert "last.ckpt" in line
 
 
@@ -672,13 +662,13 @@ def test_checkpoint_that_names_code(where, checkpoint, images, tmp_path, capsys,
     held["hyper_parameters"] |= {"_instantiator": "os.mkdir", "_class_path": "os.mkdir"}
     torch.save(held, tmp_path / "evil.ckpt")
     args = [f"--ckpt_path={tmp_path / 'evil.ckpt'}", f"--images={images}", f"--out={tmp_path / 'o.csv'}"]
-    refused(capsys, ["predict", *args])
+    refused(["predict", *args], capsys)
     assert not (tmp_path / "mark").exists()
 
 
 def test_gpu_that_is_not_there(bundle, images, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "torch finds no GPU here" in refused(capsys, arguments(bundle, images, tmp_path / "o.csv", "--device=cuda"))
+    assert "torch finds no GPU here" in refused(arguments(bundle, images, tmp_path / "o.csv", "--device=cuda"), capsys)
 
 
 # ---- Ray Data
@@ -691,7 +681,7 @@ def test_ray_writes_the_same_bytes(bundle, many, damaged, alone_on_ray, tmp_path
     assert run(bundle, many, tmp_path / "two.csv", "--engine", "ray", "--processes", "2").read_bytes() == (
         expected.read_bytes()
     )
-    error = refused(capsys, arguments(bundle, damaged, tmp_path / "t.csv", "--engine", "ray", "--max_skipped", "1"))
+    error = refused(arguments(bundle, damaged, tmp_path / "t.csv", "--engine", "ray", "--max_skipped", "1"), capsys)
     assert "images cannot be read, more than max_skipped=1, listed in " in error
     assert "the same command continues from there with a higher --max_skipped" in error
     monkeypatch.setattr(engine, "predict", None)  # nothing is computed in this process
@@ -710,4 +700,4 @@ def test_ray_writes_the_same_bytes(bundle, many, damaged, alone_on_ray, tmp_path
     ],
 )
 def test_options_of_ray(options, words, bundle, images, tmp_path, capsys):
-    assert words in refused(capsys, arguments(bundle, images, tmp_path / "t.csv", *options))
+    assert words in refused(arguments(bundle, images, tmp_path / "t.csv", *options), capsys)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import refused
 from conftest import VIT, make_vit
 from served import NAMES, make_bundle, make_net, parts_of, photos
 
@@ -58,10 +59,7 @@ def test_help_and_mistakes_load_no_torch(tmp_path):
     ],
 )
 def test_mistake_is_one_line(args, words, capsys):
-    with pytest.raises(SystemExit) as ending:
-        main(["serve", *args.split()])
-    assert ending.value.code == 2
-    assert words in capsys.readouterr().err
+    assert words in refused(["serve", *args.split()], capsys)
 
 
 def test_names_of_bundles():
@@ -87,9 +85,8 @@ def test_taken_port_is_one_line(tmp_path, capsys):
 
 def test_missing_package_is_named(capsys, monkeypatch):
     monkeypatch.setattr(serve, "find_spec", lambda name: None if name == "uvicorn" else 1)
-    with pytest.raises(SystemExit):
-        main(["serve", "--bundle", "a"])
-    assert "serve needs uvicorn; install what it needs: pip install 'dynadapter[serve]'" in capsys.readouterr().err
+    line = refused(["serve", "--bundle", "a"], capsys)
+    assert "serve needs uvicorn; install what it needs: pip install 'dynadapter[serve]'" in line
 
 
 # ---- one backbone for several bundles

@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from commands import refused
 from PIL import Image
-from test_cli_predict import NAMES, PREPROCESS, refused, write_bundle, write_images
+from test_cli_predict import NAMES, PREPROCESS, write_bundle, write_images
 
 from dynadapter.backbones import set_image_size
 from dynadapter.cli import main
@@ -77,7 +78,7 @@ def test_mistakes_are_one_line(folder, tmp_path, capsys):
         for name in ("ant", "dog"):
             (tmp_path / split / name).mkdir(parents=True)
             Image.new("RGB", (9, 9)).save(tmp_path / split / name / "a.png")
-    line = refused(capsys, arguments(folder, f"--data.root={tmp_path}"))
+    line = refused(arguments(folder, f"--data.root={tmp_path}"), capsys)
     assert "dog" in line
-    assert "is not a folder" in refused(capsys, ["test", f"--bundle={tmp_path}/no", *arguments(folder)[2:]])
-    assert "data" in refused(capsys, ["test", f"--bundle={folder / 'bundle'}"])
+    assert "is not a folder" in refused(["test", f"--bundle={tmp_path}/no", *arguments(folder)[2:]], capsys)
+    assert "data" in refused(["test", f"--bundle={folder / 'bundle'}"], capsys)

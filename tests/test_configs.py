@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable
-from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -10,18 +9,13 @@ import pytest
 import yaml
 from PIL import Image
 
-from dynadapter import Heads, Schedule, Weighting
 from dynadapter.backbones import create_backbone, own_preprocessing, packaged
 from dynadapter.cli import main
 from dynadapter.cli.app import DynCLI
 from dynadapter.data import VTAB_TASKS, Shapes
-from dynadapter.exits.heads import Balanced, LinearHeads
-from dynadapter.exits.policies import Confidence
 from dynadapter.exits.token_merging import TokenMerging
-from dynadapter.spec import restore
 from dynadapter.training.callbacks import BidirectionalSparsity, EarlyExit, ExitWeights
-from dynadapter.training.schedules import Constant, Cosine, Linear, Warmup
-from dynadapter.training.weighting import EarlyToLate
+from dynadapter.training.schedules import Cosine, Warmup
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 ALONE = ("own_images", "quickstart", "vtab")
@@ -158,8 +152,10 @@ def settings(cli: DynCLI) -> dict[str, Any]:
     ids="-".join,
 )
 def test_overlays_in_any_order(overlays, task, built):
-    found = [settings(built("fit", *stacked("vtab", *order), *small(), *task)) for order in permutations(overlays)]
-    assert all(other == found[0] for other in found[1:])
+    first, second = (
+        settings(built("fit", *stacked("vtab", *order), *small(), *task)) for order in (overlays, overlays[::-1])
+    )  # each pair in both orders
+    assert first == second
 
 
 def test_fair_baseline(task, built):
@@ -206,53 +202,11 @@ def test_adapter_of_the_same_kind_is_changed(task, built):
 # ---- what the files hold
 
 
-def test_vtab_protocol():
-    config = read("vtab")
-    model, data, trainer = config["model"], config["data"]["init_args"], config["trainer"]
-    assert (model["backbone"], model["pretrained"]) == ("vit_base_patch16_224.orig_in21k", True)
-    assert model["optimizer"] == {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-3, "weight_decay": 1e-4}}
-    expected = {"resize": "stretch", "augment": "none", "batch_size": 64}
-    assert expected.items() <= data.items()
-    assert {data[name] for name in ("image_size", "interpolation", "normalization")} == {"auto"}
-    assert trainer["max_epochs"] == 100
-
-
-def test_vtab_method(task, built):
-    """An adapter, early heads, weights that change, sparsity in both directions, confidence, no token merging."""
-    cli = built("fit", *stacked("vtab"), *small(), *task)
-    callbacks = {type(callback): callback for callback in cli.trainer.callbacks}
-    sparsity = callbacks[BidirectionalSparsity]
-    assert cli.model.hparams["adapter"]["class_path"].endswith("LoRA")
-    assert cli.model.hparams["adapter"]["init_args"]["rank"] == 8
-    assert cli.model.net.num_exits > 1
-    assert cli.model.net.token_merging is None
-    assert callbacks[ExitWeights].weighting.varies
-    assert sparsity.shallow(0.5) > sparsity.deep(0.5)
-    assert 0 < sparsity.keep(0.5) < 1
-    assert callbacks[EarlyExit].policies == [Confidence(0.9)]
-
-
 def test_vtab_learning_rate(task, built):
     schedule = built("fit", *stacked("vtab"), *small(), *task).model.lr_schedule
     assert schedule == Warmup(0.1, 1e-3, then=Cosine(1.0, 1e-2))
     rates = [1e-3 * schedule(epoch / 100) for epoch in (0, 10, 100)]
     assert rates == pytest.approx([1e-6, 1e-3, 1e-5])
-
-
-def test_paper_recipe():
-    config = read("paper")
-    model, sparsity = config["model"], config["sparsity"]
-    assert restore(model["heads"], Heads) == Balanced(hidden=64)
-    assert (model["token_merging"], model["distillation"]) == (None, None)
-    weighting = restore(config["exit_weights"]["weighting"], Weighting)
-    assert weighting == EarlyToLate(floor=0.1, ease=Linear(0.0, 1.0))
-    rates = [restore(sparsity[name], Schedule) for name in ("shallow", "deep", "keep")]
-    assert rates == [Constant(0.2), Constant(0.0), Constant(0.9)]
-
-
-def test_linear_heads_at_every_exit(task, built):
-    model = built("fit", *stacked("vtab", "linear_heads"), *small(), *task).model
-    assert restore(model.hparams["heads"], Heads) == LinearHeads()
 
 
 def test_published_scales_name_every_task():

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import timm
-from conftest import CLASSES
+from commands import refused
+from conftest import CLASSES, raises_one_line
 from timm.models import model_entrypoint
 from torch import nn
 
@@ -81,14 +82,11 @@ def test_command_lists_names(capsys: pytest.CaptureFixture) -> None:
     assert "hiera_tiny_224.mae" in lines
     assert all(line.startswith("hiera_") for line in lines)
     assert listed(architectures(), "resmlp_12*") == ["resmlp_12_224 (not accepted: MlpMixer)"]
-    with pytest.raises(SystemExit):
-        main(["backbones", "--family", "Hierra"])
-    assert "did you mean 'Hiera'?" in capsys.readouterr().err
+    assert "did you mean 'Hiera'?" in refused(["backbones", "--family", "Hierra"], capsys)
 
 
 @pytest.mark.parametrize("module", ["torchvision.models.vision_transformer", "transformers.models.vit"])
 def test_class_of_the_same_name_is_refused(module: str) -> None:
     other = type("VisionTransformer", (nn.Module,), {"__module__": module})()
-    with pytest.raises(TypeError, match=rf"no cut is known for {module}\.VisionTransformer; known: ") as error:
+    with raises_one_line(TypeError, match=rf"no cut is known for {module}\.VisionTransformer; known: "):
         ExitNet(other)
-    assert "\n" not in str(error.value)

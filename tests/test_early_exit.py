@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CLASSES
+from conftest import CLASSES, raises_one_line
 from jsonargparse import ArgumentParser
 from lightning.pytorch.callbacks import ModelCheckpoint
 from tiny import FAMILIES, TinyModule, loader, make_classifier, trainer
@@ -143,9 +143,8 @@ def test_verify_routing_finds_a_difference(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(module.net, "early", wrong)
     line = r"^verify_routing: confidence_0 differs for 1 of 5 images in test batch 0; image 1 stops at exit 2 with .*"
-    with pytest.raises(ValueError, match=line) as error:
+    with raises_one_line(ValueError, match=line):
         trainer(EarlyExit([Confidence(0.0)], verify_routing=True)).test(module, data(), verbose=False)
-    assert "\n" not in str(error.value)
 
 
 def test_each_split_starts_anew() -> None:
@@ -166,14 +165,6 @@ def test_accuracy_can_be_monitored(tmp_path: Path) -> None:
     run.fit(spread(), loader(1), data())
     assert float(best.best_model_score) == pytest.approx(float(run.callback_metrics["val/confidence_0.5/acc"]), abs=0.3)
     assert Path(best.best_model_path).is_file()
-
-
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true", "64-true"])
-def test_other_precisions(precision: str) -> None:
-    early = EarlyExit([Confidence(0.5), Patience(2)])
-    run = trainer(early, precision=precision)
-    run.test(spread(), data(), verbose=False)
-    assert [float(result.shares.sum()) for result in early.results] == pytest.approx([1, 1])
 
 
 def test_nonfinite_logits_never_exit_early() -> None:
@@ -247,9 +238,8 @@ def test_any_module_with_these_outputs_works() -> None:
     ],
 )
 def test_steps_that_return_something_else(loop: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message) as error:
+    with raises_one_line(ValueError, match=message):
         getattr(trainer(EarlyExit()), loop)(Silent(), loader(1), verbose=False)
-    assert "\n" not in str(error.value)
 
 
 # ---- invalid settings
@@ -263,9 +253,8 @@ def test_wrong_thresholds_stop_before_a_run() -> None:
     batches = DataLoader(Untouched(torch.zeros(4, 3, 32, 32)), batch_size=2)
     run, module = trainer(EarlyExit([Confidence((0.5, 0.6, 0.7))])), make_classifier()
     for loop in (lambda m, b: run.fit(m, b, b), run.validate, run.test, run.predict):
-        with pytest.raises(ValueError, match="threshold has 3 values, this network has 2 early exits") as error:
+        with raises_one_line(ValueError, match="threshold has 3 values, this network has 2 early exits"):
             loop(module, batches)
-        assert "\n" not in str(error.value)
 
 
 def test_a_policy_given_twice() -> None:

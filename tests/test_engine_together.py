@@ -117,7 +117,7 @@ def check(answer: Served, policies: str, name: str, image: int, limits: Limits =
 
 
 @pytest.mark.parametrize("policies", POLICIES)
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(
     chosen=st.lists(
         st.tuples(

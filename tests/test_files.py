@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import TINY
 from tiny import QUIET, loader, make_classifier, trainer
 
 from dynadapter.cli import main
@@ -20,7 +21,6 @@ from dynadapter.serve.formats import Unread, write_unread
 from dynadapter.sweep import lines
 from dynadapter.training.checkpoints import AtomicCheckpointIO, RunCheckpoint
 
-TINY = str(Path(__file__).parent / "conf" / "tiny.yaml")
 BIG = b"x" * 5000
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from conftest import BACKBONES, CLASSES, CONVNEXT, SWIN, VIT
+from conftest import BACKBONES, CLASSES, CONVNEXT, SWIN, VIT, raises_one_line
 from PIL import Image
 from tiny import QUIET, make_classifier, trainer
 from torch import Tensor, nn
@@ -192,6 +192,5 @@ def test_other_channels_are_one_line(loop: str, tmp_path: Any) -> None:
                 Image.new("RGB", (32, 32)).save(tmp_path / split / name / f"{k}.png")
     module = make_classifier(backbone_args=VIT | {"in_chans": 1}, num_classes=2)
     data = ImageFolder(tmp_path, image_size=32, batch_size=2)
-    with pytest.raises(ValueError, match="images of 3 channels do not fit a backbone with in_chans=1; leave") as error:
+    with raises_one_line(ValueError, match="images of 3 channels do not fit a backbone with in_chans=1; leave"):
         getattr(trainer(max_epochs=1, num_sanity_val_steps=0), loop)(module, datamodule=data)
-    assert "\n" not in str(error.value)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import raises_one_line
 from torch.nn import functional as F
 
 from dynadapter.exits.heads import Balanced, ExitHead, Heads, LinearHeads, MLPHeads, PooledHeads
@@ -103,6 +104,5 @@ def test_starts_like_a_timm_head() -> None:
     ],
 )
 def test_mistakes_are_one_line(make, message: str) -> None:
-    with pytest.raises(ValueError, match=message) as error:
+    with raises_one_line(ValueError, match=message):
         make()
-    assert "\n" not in str(error.value)

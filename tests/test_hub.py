@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from commands import refused
 from hub_stand_in import READER, WRITER, StandIn, point_to, serving
 from huggingface_hub import ModelCard
 from test_cli_predict import write_bundle, write_images
@@ -42,16 +43,6 @@ def hub(tmp_path, monkeypatch) -> StandIn:
         point_to(address, tmp_path / "cache", monkeypatch)
         monkeypatch.setenv("HF_TOKEN", WRITER)
         yield stand_in
-
-
-def refusal(capsys, *args: str) -> str:
-    """Return the line of a command that fails with exit code 2."""
-    with pytest.raises(SystemExit, match="2"):
-        main(list(args))
-    lines = capsys.readouterr().err.splitlines()
-    assert lines[-1].startswith("dynadapter: error: ")
-    assert "Traceback" not in "".join(lines)
-    return lines[-1]
 
 
 def table(place: str, images: Path, out: Path) -> str:
@@ -93,7 +84,7 @@ def test_commands_take_the_hub(hub, bundle, images, tmp_path, capsys, monkeypatc
         raise ValueError(f"{parts['class_names']} would be exported")
 
     monkeypatch.setattr("dynadapter.serve.export.export_onnx", exported)
-    assert "'bee, wild', 'cat') would" in refusal(capsys, "export", "--bundle=hf-hub:me/tiny", f"--out={tmp_path}/e")
+    assert "'bee, wild', 'cat') would" in refused(["export", "--bundle=hf-hub:me/tiny", f"--out={tmp_path}/e"], capsys)
 
 
 def test_revision_and_private(hub, bundle, monkeypatch):
@@ -125,7 +116,7 @@ def test_wrong_name_is_one_line(name, words, hub, bundle, images, tmp_path, caps
     push_to_hub(bundle, "me/tiny")
     hub.repos["me/resnet"] = {"main": {"config.json": b"{}", "pytorch_model.bin": b""}}
     args = ["predict", f"--bundle=hf-hub:{name}", f"--images={images}", f"--out={tmp_path}/c.csv"]
-    line = refusal(capsys, *args)
+    line = refused(args, capsys)
     assert f"hf-hub:{name} " in line
     assert words in line
 
@@ -139,12 +130,12 @@ def test_offline_uses_the_cache(bundle, images, tmp_path, monkeypatch, capsys):
     assert table("hf-hub:me/tiny", images, tmp_path / "b.csv") == before
     args = ["predict", "--bundle=hf-hub:me/other", f"--images={images}", f"--out={tmp_path}/c.csv"]
     for way in ("the hub does not answer", "HF_HUB_OFFLINE is set"):
-        line = refusal(capsys, *args)
+        line = refused(args, capsys)
         assert "the bundle hf-hub:me/other could not be fetched" in line
         assert way in line
         assert "only bundles in the cache can be used; check the network" in line
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    assert "HF_HUB_OFFLINE is set" in refusal(capsys, "push", "me/tiny", "--bundle", str(bundle))
+    assert "HF_HUB_OFFLINE is set" in refused(["push", "me/tiny", "--bundle", str(bundle)], capsys)
 
 
 @pytest.mark.parametrize(
@@ -165,7 +156,7 @@ def test_push_is_refused(token, name, words, hub, bundle, monkeypatch, capsys):
     hub.repos["me/bert"] = {"main": {"config.json": b'{"architectures": ["Bert"]}', "model.safetensors": b""}}
     before = json.dumps(hub.repos, default=str)
     monkeypatch.setenv("HF_TOKEN", token) if token else monkeypatch.delenv("HF_TOKEN")
-    line = refusal(capsys, "push", name, "--bundle", str(bundle))
+    line = refused(["push", name, "--bundle", str(bundle)], capsys)
     assert words in line
     assert repr(name) in line
     assert json.dumps(hub.repos, default=str) == before
@@ -175,10 +166,10 @@ def test_push_is_refused(token, name, words, hub, bundle, monkeypatch, capsys):
 def test_damaged_bundle_is_not_pushed(damage, hub, bundle, tmp_path, capsys):
     place = Path(shutil.copytree(bundle, tmp_path / "damaged"))
     shutil.rmtree(place) if damage == "all" else (place / damage).unlink()
-    assert str(place) in refusal(capsys, "push", "me/tiny", "--bundle", str(place))
+    assert str(place) in refused(["push", "me/tiny", "--bundle", str(place)], capsys)
     if damage != "all":
         (place / damage).write_bytes(b"\xff")
-        assert str(place) in refusal(capsys, "push", "me/tiny", "--bundle", str(place))
+        assert str(place) in refused(["push", "me/tiny", "--bundle", str(place)], capsys)
     assert hub.repos == {}
 
 

@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from commands import refused
 from PIL import Image, ImageFile
-from test_cli_predict import arguments, bundle, images, refused, run  # noqa: F401
+from test_cli_predict import arguments, bundle, images, run  # noqa: F401
 from test_image_values import tiff
 
 from dynadapter.images import reading
@@ -129,7 +130,7 @@ def test_predict_stops_and_goes_on(bundle, images, tmp_path, capsys, monkeypatch
 
         with monkeypatch.context() as patch:
             patch.setattr(reading, "open_regular", opened)
-            line = refused(capsys, arguments(bundle, images, out, "--max_skipped=26"), 1)
+            line = refused(arguments(bundle, images, out, "--max_skipped=26"), capsys, 1)
         assert words in line
         assert "the same command continues from there" in line
         assert not out.exists()

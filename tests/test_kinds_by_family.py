@@ -1,5 +1,6 @@
 """Kinds of adapter × families of backbone × properties, with every kind in its default places."""
 
+import functools
 import importlib
 import json
 import sys
@@ -8,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import parting
+from conftest import Copies, parting
 from test_backbones import ARCHITECTURES
 
 from dynadapter import VPT, Convpass, LoRA, RepAdapter
@@ -20,6 +21,14 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 with pytest.MonkeyPatch.context() as patch:
     patch.setattr(sys, "path", [str(BENCHMARKS), *sys.path])
     kinds: Any = importlib.import_module("kinds")
+
+
+@functools.cache
+def copies(*case: Any) -> Copies:
+    return Copies(kinds._built(*case))
+
+
+kinds.Pair.backbone = lambda self: copies(self.name, tuple(self.options.items()), self.cut)()
 
 NAMES = (
     "eva02_tiny_patch14_224",

@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from commands import TINY, refused
 from PIL import Image
 
 from dynadapter.cli import main, record
 from dynadapter.data import ImageFolder, Shapes
 from dynadapter.training.module import ExitClassifier
 
-TINY = str(Path(__file__).parent / "conf" / "tiny.yaml")
 pytestmark = pytest.mark.filterwarnings("ignore:The number of training batches")
 
 
@@ -90,12 +90,12 @@ def test_record_of_a_failed_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
         return step(self, *args)
 
     monkeypatch.setattr(ExitClassifier, "training_step", fails)
-    with pytest.raises(SystemExit):
-        main(["fit", "-c", TINY, f"--trainer.default_root_dir={tmp_path}", "--checkpoint.every_n_train_steps=1"])
+    args = ["fit", "-c", TINY, f"--trainer.default_root_dir={tmp_path}", "--checkpoint.every_n_train_steps=1"]
+    line = refused(args, capsys)
     held = json.loads((tmp_path / "version_0" / "run.json").read_text())
     assert held["how"] == "failed"
     assert "the disk says no" in held["message"]
-    assert held["message"] in capsys.readouterr().err
+    assert held["message"] in line
 
 
 def test_data_hash_independent_of_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,12 +16,12 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from commands import TINY, refused
 
 from dynadapter.cli import main
 from dynadapter.cli.runs import Metrics, read_lines
 from dynadapter.training.module import ExitClassifier
 
-TINY = str(Path(__file__).parent / "conf" / "tiny.yaml")
 COMMAND = [sys.executable, "-m", "dynadapter.cli"]
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The number of training batches"),
@@ -162,15 +163,16 @@ def state_of(run: Path) -> dict[str, tuple[int, bytes]]:
 
 
 FAST = [
-    ("plain", 5, killed, None),
     ("plain", 1, terminated, 143),
-    ("accumulated", 5, terminated, 143),
+    ("accumulated", 5, pressed, 130),
     ("saved by steps", 3, killed, None),
     ("best", 9, killed, None),
 ]
 MORE = [
+    ("plain", 5, killed, None),
     ("plain", 7, terminated, 143),
     ("plain", 6, pressed, 130),
+    ("accumulated", 5, terminated, 143),
     ("augmented", 6, terminated, 143),
     ("without validation", 5, killed, None),
     ("without validation", 3, terminated, 143),
@@ -238,19 +240,12 @@ def test_resume_after_the_last_checkpoint(whole, tmp_path, monkeypatch):
 # ---- messages --------------------------------------------------------------------------------------------------------
 
 
-def refused(*args: Any) -> None:
-    with pytest.raises(SystemExit) as ending:
-        main([str(arg) for arg in args])
-    assert ending.value.code == 2
-
-
 def test_resume_without_checkpoint_is_refused(at, tmp_path, monkeypatch, capsys):
     at(1, killed)
     assert interrupted(tmp_path, "plain", monkeypatch) is None
     run = tmp_path / "version_0"
     assert json.loads((run / "run.json").read_text())["ended"] is None
-    refused("fit", "--resume", run)
-    error = capsys.readouterr().err.splitlines()[-1]
+    error = refused(["fit", "--resume", run], capsys)
     assert f"{run} was interrupted before it saved a checkpoint; " in error
     assert error.endswith(f"start again with: dynadapter fit --config {run / 'config.yaml'}")
     assert [path.name for path in tmp_path.iterdir()] == ["version_0"]
@@ -293,8 +288,8 @@ def test_sigterm_without_checkpoints(at, tmp_path, monkeypatch, capfd):
     assert not list(tmp_path.rglob("*.ckpt"))
 
 
-def test_sigterm_stops_test_at_once(tmp_path, monkeypatch, capfd):
-    fit(tmp_path)
+def test_sigterm_stops_test_at_once(tiny_run, tmp_path, monkeypatch, capfd):
+    shutil.copytree(tiny_run, tmp_path / "version_0")
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     monkeypatch.setattr(ExitClassifier, "test_step", lambda self, *args: terminated())
     with pytest.raises(SystemExit) as ending:
@@ -306,10 +301,8 @@ def test_sigterm_stops_test_at_once(tmp_path, monkeypatch, capfd):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("runs")
-    fit(root)
-    return root / "version_0"
+def finished(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return Path(shutil.copytree(tiny_run, tmp_path_factory.mktemp("runs") / "version_0"))
 
 
 @pytest.mark.parametrize(
@@ -331,8 +324,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_resume_with_invalid_arguments(args, names, finished, capsys):
     root = finished.parent
     (root / "resume.yaml").write_text("resume: runs/version_0")
-    refused("fit", *(arg.replace("{R}", str(root)) for arg in args))
-    error = capsys.readouterr().err.splitlines()[-1]
+    error = refused(["fit", *(arg.replace("{R}", str(root)) for arg in args)], capsys)
     for name in names:
         assert name.replace("{R}", str(root)) in error
     assert {path.name for path in root.iterdir()} == {"version_0", "resume.yaml"}
@@ -359,8 +351,8 @@ def test_resume_skips_damaged_checkpoints(at, tmp_path, monkeypatch, capsys):
     assert f"{saved / 'last.ckpt'} is damaged and left out" in out
     assert f"from {saved / 'best.ckpt'}" in out
     (saved / "best.ckpt").write_bytes(b"")
-    refused("fit", "--resume", tmp_path / "version_0")
-    assert "can be read: best.ckpt, last.ckpt; start again with" in capsys.readouterr().err
+    error = refused(["fit", "--resume", tmp_path / "version_0"], capsys)
+    assert "can be read: best.ckpt, last.ckpt; start again with" in error
 
 
 # ---- the log ---------------------------------------------------------------------------------------------------------

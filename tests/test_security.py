@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from commands import TINY, printed, refused
 from lightning.pytorch.callbacks import LambdaCallback
 from packaging.requirements import Requirement
 from PIL import Image
@@ -26,7 +27,6 @@ from dynadapter.training.module import ExitClassifier
 
 PREPROCESSING = {"image_size": 32, "interpolation": "bicubic", "resize": "stretch", "normalization": "half"}
 ROOT = Path(__file__).parents[1]
-TINY = str(Path(__file__).parent / "conf" / "tiny.yaml")
 
 
 class Code:
@@ -44,18 +44,6 @@ def mark(tmp_path: Path) -> Iterator[Path]:
     """A folder that only hostile code creates."""
     yield tmp_path / "mark"
     assert not (tmp_path / "mark").exists()
-
-
-def refused(args: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """Run a command that must end with exit code 2 and one line, and return that line."""
-    with pytest.raises(SystemExit) as ending:
-        main(args)
-    shown = capsys.readouterr()
-    lines = [line for line in shown.err.splitlines() if line.startswith("dynadapter: ")]
-    assert ending.value.code == 2, shown.err
-    assert len(lines) == 1
-    assert "Traceback" not in shown.err
-    return lines[0]
 
 
 # ---- the source
@@ -120,12 +108,9 @@ def test_bounds_exclude_bad_releases(name, bad, good):
 
 
 @pytest.fixture(scope="module")
-def content(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def content(tiny_run: Path) -> dict[str, Any]:
     """The content of a valid checkpoint."""
-    folder = tmp_path_factory.mktemp("run")
-    main(["fit", "-c", TINY, f"--trainer.default_root_dir={folder}", "--trainer.logger=false"])
-    saved = folder / "version_0" / "checkpoints" / "last.ckpt"
-    held: dict[str, Any] = torch.load(saved, weights_only=True)
+    held: dict[str, Any] = torch.load(tiny_run / "checkpoints" / "last.ckpt", weights_only=True)
     return held
 
 
@@ -276,9 +261,7 @@ def test_config_with_usual_classes_passes(mark, capsys):
         "trainer: {callbacks: [{class_path: EarlyStopping, init_args: {monitor: val/acc}}], logger: "
         "{class_path: CSVLogger, init_args: {save_dir: x}}}\n"
     )
-    with pytest.raises(SystemExit, match="0"):
-        main(["fit", "-c", TINY, "-c", str(path), "--print_config"])
-    assert "torch.optim.SGD" in capsys.readouterr().out
+    assert "torch.optim.SGD" in printed(["fit", "-c", TINY, "-c", path, "--print_config"], capsys)
 
 
 def test_config_may_name_transforms():
@@ -368,10 +351,8 @@ def test_list_leaves_folder(path, tmp_path, capsys):
     root = task(tmp_path, f"{path.replace('{F}', str(tmp_path))} 1")
     with pytest.raises(ValueError, match=r"leaves the folder of the images|is not 'PATH LABEL'"):
         VTAB1k(root, "task")
-    with pytest.raises(SystemExit) as ending:
-        main(["verify", "--data", "VTAB1k", "--data.root", str(root), "--data.task", "task"])
-    assert ending.value.code == 2
-    assert ".txt:2: " in capsys.readouterr().err
+    args = ["verify", "--data", "VTAB1k", "--data.root", root, "--data.task", "task"]
+    assert ".txt:2: " in refused(args, capsys)
 
 
 @pytest.mark.parametrize("skip", [False, True])

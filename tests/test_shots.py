@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import SMALL
 from PIL import Image
 
 from dynadapter.cli import main
@@ -141,17 +142,9 @@ def test_files_beyond_the_shots_are_counted(kind, root):
 
 
 def test_training_is_recorded_and_resumed(root, tmp_path):
-    net = "--model.backbone_args={patch_size: 16, embed_dim: 24, depth: 2, num_heads: 3}"
-    model = ["--model.backbone=vit_tiny_patch16_224", "--model.pretrained=false", net, "--model.every=1"]
-    data = [
-        "--data=ImageFolder",
-        f"--data.root={root}",
-        "--data.image_size=32",
-        "--data.shots=2",
-        "--data.batch_size=3",
-    ]
-    rest = ["--data.balanced=true", "--trainer.accelerator=cpu", f"--trainer.default_root_dir={tmp_path}"]
-    main(["fit", *model, *data, *rest, "--data.shots_seed=1", "--epochs=1", "--trainer.log_every_n_steps=1"])
+    data = ["--data=ImageFolder", f"--data.root={root}", "--data.shots=2", "--data.shots_seed=1", "--data.batch_size=3"]
+    rest = ["--data.balanced=true", f"--trainer.default_root_dir={tmp_path}", "--epochs=1"]
+    main(["fit", *data, *SMALL, *rest])
     run = tmp_path / "version_0"
     main(["fit", "--resume", str(run), "--epochs=2"])
     content = json.loads((run / "run.json").read_text())

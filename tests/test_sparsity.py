@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import raises_one_line
 from lightning.pytorch import Callback
 from lightning.pytorch.plugins import MixedPrecision
-from tiny import QUIET, SaveFirstEpoch, TinyModule, adamw, loader, trainer
+from saved import same
+from tiny import QUIET, ByHand, SaveFirstEpoch, TinyModule, adamw, loader, trainer
 from torch import Tensor, nn
 
 from dynadapter.adapters import AdapterLayer, adapter_layers
@@ -124,10 +126,6 @@ def trained(*callbacks: Callback, **options: Any) -> dict[str, Tensor]:
     return module.state_dict()
 
 
-def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
 def test_keeping_everything_changes_nothing() -> None:
     assert same(trained(sparse(1.0)), trained())
 
@@ -180,31 +178,16 @@ def test_masks_precede_clipping() -> None:
     assert module.norm == pytest.approx(1e-3, rel=1e-2)
 
 
-class ByHand(TinyModule):
-    """Manual optimisation; the heads' optimiser steps first."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.automatic_optimization = False
-
+class Measured(ByHand):
     def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
-        loss = super().training_step(batch, batch_idx)
         before = [p.detach().clone() for p in self.adapter_tensors()]
-        for optimizer in self.optimizers():
-            optimizer.zero_grad()
-        self.manual_backward(loss)
-        for optimizer in self.optimizers():
-            optimizer.step()
+        super().training_step(batch, batch_idx)
         moved = [a != b for a, b in zip(self.adapter_tensors(), before, strict=True)]
         self.share = float(torch.cat([m.flatten() for m in moved]).float().mean())
 
-    def configure_optimizers(self):
-        heads = list(self.net.heads.parameters())
-        return self.optimizer(heads), self.optimizer(self.adapter_tensors())
-
 
 def test_manual_optimisation() -> None:
-    module = ByHand()
+    module = Measured()
     trainer(sparse(0.5)).fit(module, loader(3))
     assert module.share == pytest.approx(0.5, abs=0.1)
 
@@ -342,9 +325,8 @@ class Bare(TinyModule):
 )
 def test_invalid_settings_stop_before_a_step(callback, module: type[TinyModule], options: dict, message: str) -> None:
     instance = module()
-    with pytest.raises(ValueError, match=message) as error:
+    with raises_one_line(ValueError, match=message):
         trainer(callback, **options).fit(instance, loader())
-    assert "\n" not in str(error.value)
     assert not instance.seen
 
 

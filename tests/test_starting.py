@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import TINY, refused
 from tiny import CLASSES, make_classifier, shaken, trainer
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -13,7 +14,6 @@ from dynadapter.cli import main
 from dynadapter.exits.heads import LinearHeads
 from dynadapter.training.starting import start_from
 
-TINY = str(Path(__file__).parent / "conf" / "tiny.yaml")
 NAMES = [f"class {k}" for k in range(CLASSES)]
 MICRO = {"backbone": "micro", "backbone_args": None, "pretrained": True, "every": 6}
 """Its weights do not depend on the number of classes, as drawn ones do."""
@@ -89,6 +89,4 @@ def test_it_is_an_option_of_fit(tmp_path, capsys):
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0] if name != "net.exit_weights")
     main(["fit", "--resume", str(tmp_path / "version_1"), "--epochs=2"])
     assert "starting from" not in capsys.readouterr().out
-    with pytest.raises(SystemExit):
-        main([*common, "--init_from=no.ckpt"])
-    assert "init_from=no.ckpt is not a file" in capsys.readouterr().err
+    assert "init_from=no.ckpt is not a file" in refused([*common, "--init_from=no.ckpt"], capsys)

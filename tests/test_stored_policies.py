@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from commands import refused
 from test_cli_calibrate import QUIET, trained  # noqa: F401  # a fixture
 from tiny import make_classifier, trainer
 
 from dynadapter import load
 from dynadapter.calibrate.stored import beside, calibration_of
 from dynadapter.cli import main
+from dynadapter.cli.policies import policy_from
 from dynadapter.data import Shapes
 from dynadapter.exits.policies import Confidence, Margin, Never, Policy
 from dynadapter.spec import plain, restore
@@ -43,15 +45,6 @@ def change(path: Path, **changes: Any) -> None:
     held = torch.load(path, weights_only=True)
     held["dynadapter"] |= changes
     torch.save(held, path)
-
-
-def fails(args: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    with pytest.raises(SystemExit) as ending:
-        main(args)
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("dynadapter:")]
-    assert ending.value.code == 2
-    assert len(lines) == 1
-    return lines[0]
 
 
 def test_training_policies_are_in_its_checkpoint(tmp_path: Path) -> None:
@@ -101,9 +94,9 @@ def test_calibrated_policy_is_used(checkpoint, photo, tmp_path, capsys, recwarn)
     with pytest.warns(UserWarning, match="has changed since it was calibrated"):
         assert stored_policies(checkpoint).policies == (Never(),)
     # named: whatever lies beside the checkpoint
-    for place in (out, near, checkpoint, checkpoint.parent.parent):
-        main(["validate", "--ckpt_path", str(checkpoint), *QUIET, "--policy_from", str(place)])
-        assert f"exit policies {policy.name} (" in capsys.readouterr().out
+    assert all(policy_from(str(place)).policy == policy for place in (out, near, checkpoint, checkpoint.parent.parent))
+    main(["validate", "--ckpt_path", str(checkpoint), *QUIET, "--policy_from", str(out)])
+    assert f"exit policies {policy.name} (" in capsys.readouterr().out
     near.write_text("{}")
     with pytest.raises(ValueError, match=r"last.calibration.json is damaged .*; calibrate again"):
         stored_policies(checkpoint)
@@ -142,6 +135,6 @@ def test_policy_from_its_twin(checkpoint, tmp_path, capsys):
         file = tmp_path / "other.json"
         file.write_text(json.dumps(content | changes))
         args = ["calibrate", "--ckpt_path", str(checkpoint), *QUIET, "--policy_from", str(file)]
-        assert words in fails(args, capsys)
-    assert "give only one of them" in fails([*args, "--goal.cost=0.5"], capsys)
-    assert "holds no calibration" in fails([*args[:-1], str(tmp_path)], capsys)
+        assert words in refused(args, capsys)
+    assert "give only one of them" in refused([*args, "--goal.cost=0.5"], capsys)
+    assert "holds no calibration" in refused([*args[:-1], str(tmp_path)], capsys)

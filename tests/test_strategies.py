@@ -5,25 +5,16 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from commands import TINY, refused
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 from dynadapter.cli import main
 from dynadapter.cli.errors import Mistake
 from dynadapter.cli.strategies import FSDP2, require_known, require_own_processes
-
-TINY = str(Path(__file__).parent / "conf" / "tiny.yaml")
-
-
-def refused(*args: str, capsys: pytest.CaptureFixture[str]) -> str:
-    with pytest.raises(SystemExit) as ending:
-        main(["fit", "-c", TINY, *args])
-    assert ending.value.code == 2
-    return capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
@@ -37,7 +28,7 @@ def refused(*args: str, capsys: pytest.CaptureFixture[str]) -> str:
     ],
 )
 def test_unsupported_strategy_is_refused(args, words, tmp_path, capsys):
-    line = refused(*args, f"--trainer.default_root_dir={tmp_path}", capsys=capsys)
+    line = refused(["fit", "-c", TINY, *args, f"--trainer.default_root_dir={tmp_path}"], capsys)
     assert re.search(words, line), line
     assert not list(tmp_path.iterdir())
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CLASSES, parting
+from conftest import CLASSES, parting, raises_one_line
 from test_backbones import shake
 from torch import Tensor, nn
 
@@ -62,11 +62,8 @@ def test_architecture_works(name: str) -> None:
     with torch.no_grad():
         expected = model(images())
     if places == "none":
-        with pytest.raises(
-            ValueError, match=r"LoRA has no default places in .*; kinds that have: AdapterPlus;"
-        ) as error:
+        with raises_one_line(ValueError, match=r"LoRA has no default places in .*; kinds that have: AdapterPlus;"):
             inject(model, LoRA(rank=2))
-        assert "\n" not in str(error.value)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         inject(model, AdapterPlus(drop_path=0.0) if places == "none" else LoRA(rank=2))

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from commands import refused
 from PIL import Image
 
 import dynadapter
@@ -307,6 +308,5 @@ def test_commands_take_videos(root: Path, capsys: pytest.CaptureFixture) -> None
     photo = root.parent / "photo.png"
     Image.fromarray(picture(0)).save(photo)
     for network in (f"--ckpt_path={file}", f"--bundle={bundle}"):
-        with pytest.raises(SystemExit):
-            main(["predict", network, f"--images={photo}", f"--out={root.parent / 'out.csv'}"])
-        assert "takes clips of 4 frames, no image files; measure videos by dynadapter test" in capsys.readouterr().err
+        line = refused(["predict", network, f"--images={photo}", f"--out={root.parent / 'out.csv'}"], capsys)
+        assert "takes clips of 4 frames, no image files; measure videos by dynadapter test" in line

@@ -1,17 +1,20 @@
 """A LightningModule of a user's own, and a short training, for the tests of the callbacks."""
 
+import functools
 import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
-from conftest import CLASSES, CONVNEXT, SWIN, VIT, make_vit
+from conftest import CLASSES, CONVNEXT, SWIN, VIT, Copies, make_vit
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from dynadapter.adapters import AdapterLayer, LoRA, inject
+from dynadapter.backbones import create_backbone
 from dynadapter.exits.heads import LinearHeads
 from dynadapter.exits.net import ExitNet
 from dynadapter.training.losses import joint_loss
@@ -61,6 +64,27 @@ class TinyModule(LightningModule):
         return self.optimizer([p for p in self.parameters() if p.requires_grad])
 
 
+class ByHand(TinyModule):
+    """Manual optimisation: two optimisers, each stepping once a batch, that of the heads first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        loss = super().training_step(batch, batch_idx)
+        optimizers = self.optimizers()
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        self.manual_backward(loss)
+        for optimizer in optimizers:
+            optimizer.step()
+
+    def configure_optimizers(self) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]:
+        heads = list(self.net.heads.parameters())
+        return self.optimizer(heads), self.optimizer(self.adapter_tensors())
+
+
 FAMILIES: dict[str, dict[str, Any]] = {
     "vit": {"backbone": "vit_tiny_patch16_224", "backbone_args": VIT},
     "swin": {"backbone": "swin_tiny_patch4_window7_224", "backbone_args": SWIN},
@@ -72,10 +96,22 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
+@functools.cache
+def _copies(name: str, num_classes: int, options: tuple[tuple[str, Any], ...]) -> Copies:
+    return Copies(create_backbone(name, num_classes, **dict(options)))
+
+
+def drawn(name: str, num_classes: int, **options: Any) -> nn.Module:
+    """Return the backbone that ``create_backbone`` returns, as a copy where a seed draws it."""
+    if options["pretrained"] or options["weights"] is not None or options["image_size"] is not None:
+        return create_backbone(name, num_classes, **options)
+    return _copies(name, num_classes, tuple(options.items()))()
+
+
 def make_classifier(family: str = "vit", **changes: Any) -> ExitClassifier:
     """Return an ExitClassifier with three exits on a tiny backbone; its tensors are always the same."""
     options: dict[str, Any] = {"num_classes": CLASSES, "pretrained": False, "adapter": LoRA(rank=2), "every": 2}
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), patch("dynadapter.training.module.create_backbone", drawn):
         torch.default_generator.manual_seed(0)
         return ExitClassifier(**(options | FAMILIES[family] | changes))
 
