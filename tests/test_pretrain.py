@@ -168,10 +168,10 @@ def test_files_of_a_run_fit_each_other(source, tmp_path):
 
 def test_shipped_backbone_fits_its_files():
     folder = ROOT / "tools" / "pretrain" / "backbones"
-    about = json.loads((folder / "tiny.json").read_text())
-    assert hashlib.sha256((folder / "tiny.safetensors").read_bytes()).hexdigest() == about["sha256"]
-    assert (folder / "tiny.md").read_text() == card(about)
-    model = create_backbone(about["architecture"], 3, weights=folder / "tiny.safetensors", **about["timm_args"])
+    about = json.loads((folder / "micro_plain.json").read_text())
+    assert hashlib.sha256((folder / "micro_plain.safetensors").read_bytes()).hexdigest() == about["sha256"]
+    assert (folder / "micro_plain.md").read_text() == card(about)
+    model = create_backbone(about["architecture"], 3, weights=folder / "micro_plain.safetensors", **about["timm_args"])
     classifier = sum(p.numel() for p in model.head.parameters())
     assert sum(p.numel() for p in model.parameters()) - classifier == about["parameters"]["backbone"]
 
