@@ -9,8 +9,8 @@ read once, when everything is chosen. The same versions of numpy and Pillow writ
 command draws other images of a task, to look at them and to judge how difficult it is.
 
 FOLDER holds mosaics of Tiny ImageNet (see tools/pretrain). Its last 20 classes make two tasks; ``tools.pretrain
---classes 180`` leaves them out. ``micro`` and ``tiny`` were trained on all 200 classes, on these very images, so the
-two tasks say nothing about them. The handwritten digits are scikit-learn's; all else is drawn.
+--classes 180`` leaves them out. ``micro`` was trained on all 200 classes, on these very images, so the two tasks say
+nothing about it. The handwritten digits are scikit-learn's; all else is drawn.
 """
 
 import argparse
