@@ -15,6 +15,7 @@ def test_every_example_has_a_test() -> None:
         "clips_by_direction.py",
         "exits_by_difficulty.py",
         "parts_in_your_own_module.py",
+        "torchvision_vit.py",
     }
 
 
@@ -31,6 +32,11 @@ def test_parts_in_your_own_module(
     assert macs[0] <= 1e3 * measured["test/gmacs"] <= macs[3]
     assert measured["test/acc"] > 0.25  # eight classes
     assert list(tmp_path.iterdir()) == []  # leaves nothing behind
+
+
+def test_torchvision_vit(capsys: pytest.CaptureFixture) -> None:
+    runpy.run_path(str(EXAMPLES / "torchvision_vit.py"))["main"]()
+    assert capsys.readouterr().out == "True\n2\n"
 
 
 def test_clips_by_direction(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

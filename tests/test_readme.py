@@ -53,7 +53,7 @@ def test_it_is_short():
 
 @pytest.mark.slow
 def test_commands_run_as_pasted(tmp_path):
-    """All blocks but the installation and the test command, from a built wheel, in a folder that holds photographs."""
+    """All blocks but the installation and the test command, from a built wheel, in a folder that holds images."""
     build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", str(tmp_path)]
     subprocess.run([*build, str(ROOT)], check=True)
     [wheel] = tmp_path.glob("*.whl")
@@ -63,6 +63,8 @@ def test_commands_run_as_pasted(tmp_path):
         (tmp_path / "my_photos" / name).mkdir(parents=True)
         for k in range(12):
             Image.new("RGB", (60, 80), (90 * label, 20 * k, 60)).save(tmp_path / "my_photos" / name / f"{k}.jpg")
+    (tmp_path / "my_shapes").mkdir()
+    Image.new("RGB", (48, 48), (200, 30, 60)).save(tmp_path / "my_shapes" / "red.png")
     blocks = re.findall(r"^```(?:bash)?\n(.*?)^```", (ROOT / "README.md").read_text(), flags=re.MULTILINE | re.DOTALL)
     lines = [line for block in blocks for line in block.strip().splitlines() if "pytest" not in line]
     lines = [line.removeprefix("pip install -e . && ") for line in lines]
