@@ -95,8 +95,8 @@ def compared(
     from sklearn.linear_model import LogisticRegression
     from sklearn.preprocessing import StandardScaler
 
-    view = predicting("geometric", fit_temperatures(logits[:, rows], targets[rows]))
-    data = Stacked(logits, targets, costs, 100.0, view)
+    prediction = predicting("geometric", fit_temperatures(logits[:, rows], targets[rows]))
+    data = Stacked(logits, targets, costs, 100.0, prediction)
     scores = {0: confidence(data.predicted[:-1]), 1: torch.empty(data.exits - 1, data.samples)}
     for k in range(data.exits - 1):
         p = data.predicted[k]

@@ -20,7 +20,7 @@ def main(checkpoint: str, threshold: float = 0.9) -> list[dict[str, list[float] 
     """Print the table and return its rows."""
     model = ExitClassifier.load_from_checkpoint(checkpoint, map_location="cpu").eval()
     data = Shapes()
-    model.meet_data(data)  # read the images as in the training
+    model.match_data(data)  # read the images as in the training
     logits = torch.cat([model(images) for images, _ in data.val_dataloader()], dim=1)  # (exits, images, classes)
     labels = torch.tensor([label for _, label in data.samples("val")])
     difficulty = torch.tensor(data.difficulties("val"))

@@ -24,7 +24,7 @@ from timm.models.resnet import ResNet
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from dynadapter import backbones as cut
+from dynadapter import backbones
 from dynadapter.backbones import create_backbone, fingerprint
 
 VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3}
@@ -109,9 +109,9 @@ def shake(model: nn.Module) -> nn.Module:
 
 def run(model: nn.Module, images: torch.Tensor) -> list[torch.Tensor]:
     """Gives the output of every block, as the family lays it out."""
-    x, outputs = cut.embed(model, images), []
-    for unit in cut.blocks(model):
-        given = cut.arguments(model, unit, x)
+    x, outputs = backbones.embed(model, images), []
+    for unit in backbones.blocks(model):
+        given = backbones.arguments(model, unit, x)
         for module in unit:
             x = module(x, **given)
         outputs.append(x)
@@ -141,7 +141,7 @@ def stage_ends(model: nn.Module) -> list[int]:
         ends = np.cumsum([len(stage) for stage in getattr(model, "blocks", None) or model.stages]) - 1
         return [int(ends[stage - 1]) for stage in model.stage_ends[1:]]
     else:
-        return [int(end) for end in np.flatnonzero(np.diff([*cut.widths(model), 0]))]
+        return [int(end) for end in np.flatnonzero(np.diff([*backbones.widths(model), 0]))]
     return [int(end) for end in np.cumsum([len(stage) for stage in stages]) - 1]
 
 
@@ -157,20 +157,20 @@ def case(request):
 @torch.no_grad()
 def test_cut_is_bit_equal_to_timm(case, images):
     model, _ = case
-    features = cut.finish(model, run(model, images)[-1])
+    features = backbones.finish(model, run(model, images)[-1])
     assert torch.equal(features, model.forward_features(images))
-    assert torch.equal(cut.classify(model, features), model(images))
-    assert torch.equal(cut.pool(model, features), model.forward_head(features, pre_logits=True))
-    assert cut.pool(model, features).shape == (len(images), model.head_hidden_size)
+    assert torch.equal(backbones.classify(model, features), model(images))
+    assert torch.equal(backbones.pool(model, features), model.forward_head(features, pre_logits=True))
+    assert backbones.pool(model, features).shape == (len(images), model.head_hidden_size)
 
 
 @torch.no_grad()
 def test_blocks_equal_timms_intermediates(case, images):
     model, _ = case
     outputs = run(model, images)
-    read = [cut.tokens(model, x) for x in outputs]
-    assert cut.widths(model) == [x.shape[-1] for x in read]
-    if len(set(cut.widths(model))) == 1:
+    read = [backbones.tokens(model, x) for x in outputs]
+    assert backbones.widths(model) == [x.shape[-1] for x in read]
+    if len(set(backbones.widths(model))) == 1:
         expected = model.forward_intermediates(
             images, output_fmt="NLC", return_prefix_tokens=True, intermediates_only=True
         )
@@ -190,21 +190,22 @@ def test_blocks_equal_timms_intermediates(case, images):
 @torch.no_grad()
 def test_prefix_and_class_token(case, images):
     model, (prefix, reads_class) = case
-    assert (cut.prefix_tokens(model), cut.has_class_token(model)) == (prefix, reads_class)
+    assert (backbones.prefix_tokens(model), backbones.has_class_token(model)) == (prefix, reads_class)
     if isinstance(model, VisionTransformer):
-        assert cut.embed(model, images).shape[1] == prefix + (images.shape[-1] // model.patch_embed.patch_size[0]) ** 2
+        patches = (images.shape[-1] // model.patch_embed.patch_size[0]) ** 2
+        assert backbones.embed(model, images).shape[1] == prefix + patches
     # What the head reads shows in what moves its logits: the first token alone, or the others
     features = model.forward_features(images)
     if reads_class and prefix == 1:
         features[:, 1:] = 0
-        assert torch.equal(cut.classify(model, features), model(images))
+        assert torch.equal(backbones.classify(model, features), model(images))
 
 
 def test_classifier_is_all_that_trains(case, images):
     model, _ = case
     assert not any(module.training for module in model.modules())
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    layers = cut.classifier(model)
+    layers = backbones.classifier(model)
     assert all(isinstance(layer, nn.Linear | nn.Conv2d) and len(layer.weight) == CLASSES for layer in layers)
     assert {id(p) for p in model.parameters() if p.requires_grad} == {id(p) for m in layers for p in m.parameters()}
     assert len(trainable) == 2 * len(layers)
@@ -224,7 +225,7 @@ def test_other_image_sizes(images):
         *(create_backbone(name, CLASSES, **options) for name, options, _ in others),
         create_backbone("tf_mobilenetv3_small_minimal_100", CLASSES),
     ):
-        assert torch.equal(cut.finish(model, run(model, wide)[-1]), model.forward_features(wide))
+        assert torch.equal(backbones.finish(model, run(model, wide)[-1]), model.forward_features(wide))
 
 
 @pytest.mark.parametrize("name", ["beitv2", "hiera_tiny", "hiera_small", "coatnet", "naflexvit", "qwen3"])
@@ -236,19 +237,19 @@ def test_second_image_size(name):
     size, (other, options) = 64, found[0]
     options = {key: value for key, value in options.items() if key != "img_size"}
     model = shake(create_backbone(other, CLASSES, image_size=size, **options))
-    assert cut.built_for(model) in (None, size)
+    assert backbones.built_for(model) in (None, size)
     images = torch.randn(2, 3, size, size)
-    features = cut.finish(model, run(model, images)[-1])
+    features = backbones.finish(model, run(model, images)[-1])
     assert torch.equal(features, model.forward_features(images))
-    assert torch.equal(cut.classify(model, features), model(images))
+    assert torch.equal(backbones.classify(model, features), model(images))
 
 
 @torch.no_grad()
 def test_cut_uses_replaced_and_copied_layers(any_backbone, images):
-    before = cut.classify(any_backbone, cut.finish(any_backbone, run(any_backbone, images)[-1]))
+    before = backbones.classify(any_backbone, backbones.finish(any_backbone, run(any_backbone, images)[-1]))
     other = copy.deepcopy(any_backbone)
     mine = {id(module) for module in other.modules()}
-    assert all(id(module) in mine for unit in cut.blocks(other) for module in unit)
+    assert all(id(module) in mine for unit in backbones.blocks(other) for module in unit)
 
     class Doubled(nn.Module):
         def __init__(self, inner):
@@ -260,14 +261,14 @@ def test_cut_uses_replaced_and_copied_layers(any_backbone, images):
 
     name = next(name for name, module in reversed(list(other.named_modules())) if name.endswith("mlp"))
     other.set_submodule(name, Doubled(other.get_submodule(name)))
-    after = cut.classify(other, cut.finish(other, run(other, images)[-1]))
+    after = backbones.classify(other, backbones.finish(other, run(other, images)[-1]))
     assert not torch.equal(before, after)
     assert torch.equal(after, other(images))
 
 
 def test_cut_compiles_as_one_graph(any_backbone, images):
     def forward(x):
-        return cut.classify(any_backbone, cut.finish(any_backbone, run(any_backbone, x)[-1]))
+        return backbones.classify(any_backbone, backbones.finish(any_backbone, run(any_backbone, x)[-1]))
 
     with torch.no_grad():
         torch._dynamo.reset()
@@ -275,11 +276,12 @@ def test_cut_compiles_as_one_graph(any_backbone, images):
 
 
 @pytest.mark.parametrize(
-    "question", [cut.blocks, cut.widths, lambda m: cut.embed(m, None), lambda m: cut.finish(m, None)]
+    "function",
+    [backbones.blocks, backbones.widths, lambda m: backbones.embed(m, None), lambda m: backbones.finish(m, None)],
 )
-def test_unknown_class_names_the_known(question):
+def test_unknown_class_names_the_known(function):
     with pytest.raises(TypeError) as error:
-        question(nn.Linear(2, 2))
+        function(nn.Linear(2, 2))
     check_message(error, "no cut is known for Linear", "'ConvNeXt'", "'SwinTransformer'", "'VisionTransformer'")
 
 
@@ -293,11 +295,11 @@ def test_unknown_family():
 def test_cut_own_forward_refused(any_backbone, images, method):
     family = type(any_backbone)
     any_backbone.__class__ = type("Mine", (family,), {"helper": lambda self: None})
-    assert len(cut.blocks(any_backbone)) == 6
+    assert len(backbones.blocks(any_backbone)) == 6
     any_backbone.__class__ = type("Mine", (family,), {method: lambda self, x: x})
-    for question in (cut.blocks, lambda model: cut.embed(model, images)):
+    for function in (backbones.blocks, lambda model: backbones.embed(model, images)):
         with pytest.raises(TypeError) as error:
-            question(any_backbone)
+            function(any_backbone)
         check_message(error, "no cut is known for Mine", method, family.__name__)
 
 
@@ -328,23 +330,23 @@ def test_image_size_where_family_needs_it(tmp_path):
     ):
         options = {key: value for key, value in options.items() if value is not None}
         model = create_backbone(name, CLASSES, image_size=size or 48, **options)
-        assert cut.built_for(model) == size
+        assert backbones.built_for(model) == size
         assert model(torch.zeros(1, 3, size or 48, size or 48)).shape == (1, CLASSES)
         if size:
             assert same(model, create_backbone(name, CLASSES, img_size=size, **options))
-    assert cut.built_for(make_vit(image_size=48)) == 32  # img_size wins
+    assert backbones.built_for(make_vit(image_size=48)) == 32  # img_size wins
     model = shake(make_vit())
     loaded = make_vit(img_size=None, image_size=64, weights=save(model, tmp_path / "file.pth"))
-    assert cut.built_for(loaded) == 64
+    assert backbones.built_for(loaded) == 64
     assert same_shapes_but_positions(loaded, model)
 
 
 @pytest.mark.parametrize("make", BACKBONES.values(), ids=BACKBONES)
 def test_without_classes(make, images, tmp_path):
     model = make(num_classes=0)
-    assert cut.classifier(model) == []
+    assert backbones.classifier(model) == []
     assert not any(parameter.requires_grad for parameter in model.parameters())
-    assert torch.equal(model(images), cut.pool(model, model.forward_features(images)))
+    assert torch.equal(model(images), backbones.pool(model, model.forward_features(images)))
     loaded = make(num_classes=0, weights=save(make(), tmp_path / "file.pth"))
     assert fingerprint(loaded) == fingerprint(make())
 

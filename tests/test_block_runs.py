@@ -6,17 +6,17 @@ from conftest import BACKBONES, make_vit
 from test_class_first import ADAPTERS, VITS, network, pictures
 from torch import Tensor, nn
 
-from dynadapter import backbones as cut
+from dynadapter import backbones
 from dynadapter.adapters import LoRA
 
 
 def called(net: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
     """A backbone's last block's output by ``run`` and by its modules' own calls."""
-    ours = theirs = cut.embed(net.backbone, images)
-    for unit in cut.blocks(net.backbone):
+    ours = theirs = backbones.embed(net.backbone, images)
+    for unit in backbones.blocks(net.backbone):
         for module in unit:
             before = ours.clone()
-            after = cut.run(module, ours)
+            after = backbones.run(module, ours)
             assert torch.equal(ours, before), "the input was written to"
             ours, theirs = after, module(theirs)
     return ours, theirs
@@ -61,17 +61,17 @@ def test_equal_with_unfused_attention(monkeypatch):
 @pytest.mark.parametrize("biased", [False, True])
 def test_attention_written_out_is_the_same(biased):
     net = network(make_vit(), LoRA(rank=4))
-    x = cut.embed(net.backbone, pictures())
+    x = backbones.embed(net.backbone, pictures())
     bias = torch.rand(x.shape[:2], generator=torch.Generator().manual_seed(0)) if biased else None
 
     def results() -> list[Tensor]:
         block = net.backbone.blocks[0]
-        row, keys_values = cut.class_row(block, x, bias)
-        return [row, cut.other_rows(block, x, keys_values, bias), cut.run(block, x, bias)]
+        row, keys_values = backbones.class_row(block, x, bias)
+        return [row, backbones.other_rows(block, x, keys_values, bias), backbones.run(block, x, bias)]
 
     with torch.no_grad():
         expected = results()
-        with cut.written_out_attention(net.backbone):
+        with backbones.written_out_attention(net.backbone):
             assert not any(getattr(part, "fused_attn", False) for part in net.backbone.modules())
             found = results()
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
@@ -84,12 +84,12 @@ def test_fewer_steps_than_the_block_takes():
     for name, module in net.backbone.blocks[0].named_modules():
         if isinstance(module, nn.Dropout | nn.GELU):
             module.register_forward_hook(lambda *_, name=name: steps.append(name))
-    block, x = net.backbone.blocks[0], cut.embed(net.backbone, pictures())
+    block, x = net.backbone.blocks[0], backbones.embed(net.backbone, pictures())
     with torch.inference_mode():
         block(x)
         assert "attn.proj_drop" in steps
         steps.clear()
-        cut.run(block, x)
+        backbones.run(block, x)
     assert steps == ["mlp.act", "mlp.drop1", "mlp.drop2"]  # an activation with a hook is called, and its MLP as it is
 
 
@@ -126,13 +126,13 @@ def test_a_forward_of_its_own_is_used():
     net = network(make_vit())
     net.backbone.blocks[1].forward = lambda x: torch.zeros_like(x)
     with torch.inference_mode():
-        assert not cut.run(net.backbone.blocks[1], cut.embed(net.backbone, pictures(2))).any()
+        assert not backbones.run(net.backbone.blocks[1], backbones.embed(net.backbone, pictures(2))).any()
 
 
 def test_a_compiled_block_sees_its_own_call():
     """No tensor of a graph is written again: the trace holds the block's own steps."""
     net = network(make_vit())
-    x = cut.embed(net.backbone, pictures(2)).detach()
+    x = backbones.embed(net.backbone, pictures(2)).detach()
     with torch.no_grad():
         program = torch.export.export(_Runs(net.backbone.blocks[0]), (x,))
     assert not any("add_." in str(node.target) or "gelu_" in str(node.target) for node in program.graph.nodes)
@@ -144,4 +144,4 @@ class _Runs(nn.Module):
         self.block = block
 
     def forward(self, x: Tensor) -> Tensor:
-        return cut.run(self.block, x)
+        return backbones.run(self.block, x)

@@ -75,7 +75,7 @@ def brute_force(kind, logits, temperatures):
     """Return every policy with one shared threshold that can make a difference on these logits, and Never."""
     if kind is Patience:
         return [Scaled(p, tuple(temperatures)) for p in (Never(), *map(Patience, range(1, len(logits) + 1)))]
-    scores = Scores(kind, Stacked(logits, None, range(1, len(logits) + 1), view=predicting("own", temperatures)))
+    scores = Scores(kind, Stacked(logits, None, range(1, len(logits) + 1), prediction=predicting("own", temperatures)))
     values = {scores.threshold(v) for v in scores.sure.unique().tolist() if v > -math.inf} | {0.0, 1.0}
     return [Never(), *(Scaled(kind(value), tuple(temperatures)) for value in sorted(values))]
 
@@ -104,7 +104,9 @@ def problems(draw):
 @given(problems(), st.integers(2, 12))
 def test_curve_is_what_routing_does(problem, points):
     logits, targets, costs, static, temperatures, kind = problem
-    found = curve(logits, targets, costs, kind, view=predicting("own", temperatures), static=static, points=points)
+    found = curve(
+        logits, targets, costs, kind, prediction=predicting("own", temperatures), static=static, points=points
+    )
     assert 1 <= len(found.routed) <= points
     assert all(a.cost < b.cost for a, b in pairwise(found.routed))
     for point in found.routed:
@@ -255,8 +257,8 @@ def test_guarantee_holds_at_its_confidence():
 def test_guarantee_is_a_fixed_sequence_test(kind):
     logits, targets = fake(1500)
     temperatures = (2.0, 1.5, 1.0, 1.0)
-    view = predicting("own", temperatures)
-    found = with_guarantee(logits, targets, [1, 2, 3, 4], 0.05, 0.9, kind=kind, view=view)
+    prediction = predicting("own", temperatures)
+    found = with_guarantee(logits, targets, [1, 2, 3, 4], 0.05, 0.9, kind=kind, prediction=prediction)
     counts = [int(lost(Scaled(policy, temperatures), logits, targets).sum()) for policy in candidates(kind, 4)]
     most = max(n for n in range(75) if stats.binom.cdf(n, 1500, 0.05) <= 0.1)
     run = next((i for i, n in enumerate(counts) if n > most), len(counts))
@@ -294,8 +296,8 @@ def test_guarantee_of_given_policies():
     for budget in (0.9, 0.8, 0.7, 0.6, 0.5):
         policy = chosen(logits[:, :1000], targets[:1000], costs, Goal(cost=budget), searches=("thresholds",)).policy
         tested.append(decision(policy))
-    view = predicting("own", temperatures)
-    found = with_guarantee(logits[:, 1000:], targets[1000:], costs, 0.05, policies=tested, view=view)
+    prediction = predicting("own", temperatures)
+    found = with_guarantee(logits[:, 1000:], targets[1000:], costs, 0.05, policies=tested, prediction=prediction)
     assert found.policy in [Scaled(policy, temperatures) for policy in tested]
     assert lost(found.policy, logits[:, 1000:], targets[1000:]).mean().item() == pytest.approx(found.risk)
 

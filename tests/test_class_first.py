@@ -8,7 +8,7 @@ from conftest import make_convnext, make_swin, make_vit
 from cost_references import counting, halved
 from torch import nn
 
-from dynadapter import backbones as cut
+from dynadapter import backbones
 from dynadapter.adapters import (
     SSF,
     Adapter,
@@ -181,9 +181,9 @@ def test_cost_without_class_token_equal():
 
 def test_splits_known_layers_only():
     backbone = make_vit()
-    assert cut.splits(backbone, cut.blocks(backbone)[0])
+    assert backbones.splits(backbone, backbones.blocks(backbone)[0])
     backbone.blocks[0].attn.qkv = nn.Sequential(backbone.blocks[0].attn.qkv)
-    assert not cut.splits(backbone, cut.blocks(backbone)[0])
+    assert not backbones.splits(backbone, backbones.blocks(backbone)[0])
 
 
 def test_class_first_default_by_size(monkeypatch: pytest.MonkeyPatch) -> None:

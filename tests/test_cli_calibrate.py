@@ -124,7 +124,7 @@ def test_goal_cost_with_bundle(checkpoint, stacked, tmp_path, capsys):
 
     with (out / "curve.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    expected = curve(logits, targets, costs.macs, view=restore(written["policy"], Policy), static=costs.static)
+    expected = curve(logits, targets, costs.macs, prediction=restore(written["policy"], Policy), static=costs.static)
     points = [*expected.routed, *expected.anytime]
     assert [float(row["cost"]) for row in rows] == [point.cost for point in points]
     assert [float(row["accuracy"]) for row in rows] == [point.accuracy for point in points]
@@ -206,9 +206,10 @@ def test_goal_risk(checkpoint, stacked, tmp_path):
     logits, targets, costs = stacked
     run(checkpoint, "--goal.risk=0.2", "--confidence=0.8", "--policy=entropy", f"--out={tmp_path / 'out'}")
     written = result(tmp_path / "out")
-    options: dict[str, Any] = {"kind": KINDS["entropy"], "static": costs.static, "ways": 3}
-    views = [predicting(by) for by in COMBINES]
-    tried = [with_guarantee(logits, targets, costs.macs, 0.2, 0.8, view=view, **options) for view in views]
+    options: dict[str, Any] = {"kind": KINDS["entropy"], "static": costs.static, "comparisons": 3}
+    tried = [
+        with_guarantee(logits, targets, costs.macs, 0.2, 0.8, prediction=predicting(by), **options) for by in COMBINES
+    ]
     found = min(tried, key=lambda one: one.cost)
     assert restore(written["policy"], Policy) == found.policy
     assert written["goal"] == {"risk": 0.2, "confidence": 0.8}

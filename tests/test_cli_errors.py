@@ -93,6 +93,11 @@ TABLE = [
     file("model: {adapter: {class_path: collections.OrderedDict}}", "'collections.OrderedDict'", "LoRA"),
     file("model: {adapter: {class_path: nowhere.Mine}}", "'nowhere'"),
     file("trainer: {callbacks: [{class_path: EarlyStoping}]}", "'EarlyStoping'", "'EarlyStopping'"),
+    Row(
+        "fit --data.image_size=32 --data=ImageFolder --data.root={W}",
+        ("data: ", "--data CLASS before its settings", "ImageFolder, ImageLists"),
+    ),
+    fit("--model.heads=Heads", "model.heads: ", "--model.heads CLASS", "Attentive, Balanced"),
     # types
     fit("--model.every=two", "model.every", "whole number", "'two'"),
     fit("--model.every=2.5", "model.every", "whole number", "'2.5'"),

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from dynadapter import load
-from dynadapter.backbones.at_hand import is_at_hand
+from dynadapter.backbones.availability import is_available
 from dynadapter.cli import main, train
 from dynadapter.training.module import ExitClassifier
 
@@ -145,8 +145,8 @@ def test_help_names_what_it_writes(capsys):
 # ---- the backbone
 
 
-def test_packaged_backbone_is_at_hand():
-    assert is_at_hand("micro")
+def test_packaged_backbone_is_available():
+    assert is_available("micro")
 
 
 @pytest.mark.parametrize(
@@ -156,14 +156,14 @@ def test_hub_is_asked_for_a_while(answer, expected, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_: None)
     monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", lambda *_, **__: answer())
     begun = time.monotonic()
-    assert is_at_hand(train.CPU, seconds=0.3) is expected
+    assert is_available(train.CPU, seconds=0.3) is expected
     assert time.monotonic() - begun < 2
 
 
-def test_cached_weights_are_at_hand(monkeypatch):
+def test_cached_weights_are_available(monkeypatch):
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_: "/some/file")
     monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", lambda *_, **__: pytest.fail("asked"))
-    assert is_at_hand(train.CPU)
+    assert is_available(train.CPU)
 
 
 @pytest.mark.parametrize(
@@ -172,6 +172,6 @@ def test_cached_weights_are_at_hand(monkeypatch):
 )
 def test_backbone_fits_the_machine(gpu, hub, expected, monkeypatch, capsys):
     monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
-    monkeypatch.setattr("dynadapter.backbones.at_hand.is_at_hand", lambda name: hub)
+    monkeypatch.setattr("dynadapter.backbones.availability.is_available", lambda name: hub)
     assert train.choose_backbone() == expected
     assert ("micro" in capsys.readouterr().out) is (not hub)

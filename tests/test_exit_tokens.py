@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from dynadapter import Adapter, AdaptFormer, Attentive, Confidence, LinearHeads, LoRA, RepAdapter, Stream, inject
-from dynadapter.backbones import run_beside
+from dynadapter.backbones import run_with_exit_tokens
 from dynadapter.cost import exit_costs
 from dynadapter.cost.table import exit_parameters
 from dynadapter.exits.exit_tokens import ExitTokens
@@ -69,9 +69,9 @@ def test_block_equals_masked_attention():
     """One attention over all tokens, in which a mask hides the exit tokens from all."""
     block = make_vit().double().blocks[0]
     update, more = nn.Linear(48, 48, bias=False).double(), nn.Linear(48, 192).double()
-    x, beside = torch.randn(2, 7, 48, dtype=torch.float64), torch.randn(2, 3, 48, dtype=torch.float64)
+    x, exit_tokens = torch.randn(2, 7, 48, dtype=torch.float64), torch.randn(2, 3, 48, dtype=torch.float64)
     bias = torch.rand(2, 7, dtype=torch.float64)
-    attention, both = block.attn, block.norm1(torch.cat([x, beside], 1))
+    attention, both = block.attn, block.norm1(torch.cat([x, exit_tokens], 1))
     added = torch.cat([update(both[:, 7:]), torch.zeros(2, 3, 96)], -1)
     qkv = attention.qkv(both) + torch.cat([torch.zeros(2, 7, 144), added], 1)
     q, k, v = qkv.view(2, 10, 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4)
@@ -79,13 +79,15 @@ def test_block_equals_masked_attention():
     mask[:, 0, :, 7:] = -torch.inf
     mask[:, 0, :, :7] += bias[:, None]
     mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).reshape(2, 10, 48)
-    y = torch.cat([x, beside], 1) + attention.proj(mixed)
+    y = torch.cat([x, exit_tokens], 1) + attention.proj(mixed)
     normed = block.norm2(y)
     hidden = block.mlp.fc1(normed) + torch.cat([torch.zeros(2, 7, 192), more(normed[:, 7:])], 1)
     expected = y + block.mlp.fc2(F.gelu(hidden))
     for grad in (True, False):
         with torch.set_grad_enabled(grad):
-            torch.testing.assert_close(torch.cat(run_beside(block, x, beside, update, more, bias), 1), expected)
+            torch.testing.assert_close(
+                torch.cat(run_with_exit_tokens(block, x, exit_tokens, update, more, bias), 1), expected
+            )
 
 
 @pytest.mark.parametrize("adapter", [kind for kind in ADAPTERS if kind != "none"])

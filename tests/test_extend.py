@@ -34,6 +34,7 @@ from dynadapter import (
     LoRA,
     Policy,
     Weighting,
+    backbones,
     bundle_from_classifier,
     create_backbone,
     inject,
@@ -42,7 +43,6 @@ from dynadapter import (
     read_off,
     solve,
 )
-from dynadapter import backbones as cut
 from dynadapter.adapters import adapter_layers
 from dynadapter.cli import main
 from dynadapter.cli.imports import VARIABLE
@@ -262,34 +262,34 @@ def test_family_is_bit_equal_to_timm(depths: tuple[int, ...], parts: ModuleType,
     with torch.no_grad():
         logits = net(images)
         assert torch.equal(logits[-1], backbone(images))
-        x = cut.embed(backbone, images)
-        for unit, width in zip(cut.blocks(backbone), cut.widths(backbone), strict=True):
+        x = backbones.embed(backbone, images)
+        for unit, width in zip(backbones.blocks(backbone), backbones.widths(backbone), strict=True):
             for part in unit:
                 x = part(x)
-            assert cut.tokens(backbone, x).shape[::2] == (len(images), width)
-        assert torch.equal(cut.finish(backbone, x), backbone.forward_features(images))
+            assert backbones.tokens(backbone, x).shape[::2] == (len(images), width)
+        assert torch.equal(backbones.finish(backbone, x), backbone.forward_features(images))
 
 
 def test_class_registered_by_two_modules(parts: ModuleType) -> None:
     def _(model: DenseNet) -> list[int]:
         return []
 
-    before = cut.widths.registry[DenseNet]
+    before = backbones.widths.registry[DenseNet]
     with pytest.raises(ValueError, match="widths of DenseNet, which my_parts has registered") as error:
-        cut.widths.register(DenseNet, _)
+        backbones.widths.register(DenseNet, _)
     one_line(error)
     with pytest.raises(ValueError, match="my_parts has registered"):
-        cut.widths.register(DenseNet)(_)
-    assert cut.widths.registry[DenseNet] is before
+        backbones.widths.register(DenseNet)(_)
+    assert backbones.widths.registry[DenseNet] is before
     importlib.reload(parts)  # as a cell of a notebook that runs twice
-    assert cut.widths.registry[DenseNet] is not before
+    assert backbones.widths.registry[DenseNet] is not before
 
 
 def test_family_that_lacks_a_function() -> None:
     class Half(nn.Module):
         pass
 
-    cut.blocks.register(Half, lambda model: [])
+    backbones.blocks.register(Half, lambda model: [])
     with pytest.raises(TypeError, match="family of Half is not whole; also register embed, finish, tokens, widths"):
         ExitNet(Half())
 

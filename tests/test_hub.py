@@ -12,7 +12,7 @@ from hub_stand_in import READER, WRITER, StandIn, point_to, serving
 from huggingface_hub import ModelCard
 from test_cli_predict import write_bundle, write_images
 
-from dynadapter.backbones.at_hand import published
+from dynadapter.backbones.availability import published
 from dynadapter.calibrate import Outcome
 from dynadapter.cli import main
 from dynadapter.cli.policies import policy_from

@@ -25,7 +25,7 @@ def train(check: LearningCheck, losses: list[float], steps: int = 3) -> Learning
     [
         ([1.8, 1.2, 1.9, 1.8, 1.8], True),
         ([1.8, 1.2, 1.9, 1.8, 1.79], False),
-        ([1.8, 1.8, 1.8, 1.8], False),  # too few epochs to judge
+        ([1.8, 1.8, 1.8, 1.8], False),  # too few epochs to check
         ([1.8, float("inf"), 1.0, 0.9, 0.8], False),  # FiniteCheck is there for that
     ],
 )
@@ -60,7 +60,7 @@ def test_resumed_within_an_epoch():
     assert train(first, [1.9, 2.0]).finding == whole.finding
 
 
-def test_module_without_losses_is_not_judged():
+def test_module_without_losses_is_not_checked():
     check = LearningCheck()
     for _ in range(2 * LEAST_EPOCHS):
         check.on_train_batch_end(None, SimpleNamespace(), None, None, 0)

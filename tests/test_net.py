@@ -12,7 +12,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from dynadapter import backbones as cut
+from dynadapter import backbones
 from dynadapter.adapters import AdapterLayer, LoRA, inject
 from dynadapter.exits.depths import exit_blocks
 from dynadapter.exits.heads import LinearHeads
@@ -43,7 +43,7 @@ def network(kind: str) -> ExitNet:
     """A network whose exits differ in class and confidence from sample to sample, as after training."""
     torch.manual_seed(0)
     net = ExitNet(BACKBONES[kind](), LinearHeads(), every=EVERY).eval()
-    for head, logits in zip([*net.heads, *cut.classifier(net.backbone)], net(pictures(64, 0)), strict=True):
+    for head, logits in zip([*net.heads, *backbones.classifier(net.backbone)], net(pictures(64, 0)), strict=True):
         last = [layer for layer in head.modules() if isinstance(layer, nn.Linear)][-1]
         spread, middle = logits.std(0) / 2.5, logits.mean(0)
         last.weight /= spread[:, None]
@@ -59,7 +59,7 @@ def net(request: pytest.FixtureRequest) -> ExitNet:
 @contextmanager
 def rows_seen(net: ExitNet) -> Iterator[list[list[int]]]:
     """Collects for every block the batch sizes with which it is called."""
-    units = cut.blocks(net.backbone)
+    units = backbones.blocks(net.backbone)
     seen: list[list[int]] = [[] for _ in units]
     handles = [
         unit[-1].register_forward_hook(lambda _, args, out, calls=calls: calls.append(len(out)))
@@ -208,9 +208,9 @@ def test_the_last_exit_is_timms_own_model(any_backbone: nn.Module, images: Tenso
 def test_exit_equals_timms_forward_and_head(any_backbone: nn.Module, images: Tensor) -> None:
     net, outputs = ExitNet(any_backbone, every=EVERY), []
     for blocks in net.exit_depths[:-1]:
-        cut.blocks(any_backbone)[blocks - 1][-1].register_forward_hook(lambda _, args, out: outputs.append(out))
+        backbones.blocks(any_backbone)[blocks - 1][-1].register_forward_hook(lambda _, args, out: outputs.append(out))
     any_backbone(images)
-    expected = [head(cut.tokens(any_backbone, x)) for head, x in zip(net.heads, outputs, strict=True)]
+    expected = [head(backbones.tokens(any_backbone, x)) for head, x in zip(net.heads, outputs, strict=True)]
     assert torch.equal(net(images)[:-1], torch.stack(expected))
 
 
@@ -271,7 +271,7 @@ def test_backbone_stays_in_eval_mode(any_backbone: nn.Module) -> None:
     adapters = [module for module in net.modules() if isinstance(module, AdapterLayer)]
     assert adapters
     trained = {
-        id(part) for module in [*adapters, *net.heads, *cut.classifier(any_backbone)] for part in module.modules()
+        id(part) for module in [*adapters, *net.heads, *backbones.classifier(any_backbone)] for part in module.modules()
     }
     trained -= {id(part) for layer in adapters for part in layer.base_layer.modules()}
     for mode in (True, False, True):
@@ -286,7 +286,7 @@ def test_only_heads_and_adapters_learn(any_backbone: nn.Module, images: Tensor) 
     inject(any_backbone, LoRA(targets=("*.mlp.fc1",)))
     net = ExitNet(any_backbone, every=EVERY).train()
     net(images).sum().backward()
-    classifier = {id(p) for head in cut.classifier(any_backbone) for p in head.parameters()}
+    classifier = {id(p) for head in backbones.classifier(any_backbone) for p in head.parameters()}
     for name, parameter in net.named_parameters():
         ours = name.startswith("heads.") or id(parameter) in classifier or "base_layer" not in name
         assert (parameter.grad is not None) == parameter.requires_grad

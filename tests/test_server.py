@@ -419,5 +419,5 @@ def test_replaced_bundle_keeps_answering(tmp_path):
         assert client.ask("/v1/one").content["on_disk"] == "replaced"
         after = client.ask("/v1/one/predict", PHOTOS[0]).content
         place.rename(tmp_path / "away")
-        assert client.ask("/v1/one").content["on_disk"] == "gone"
+        assert client.ask("/v1/one").content["on_disk"] == "removed"
     assert [got | {"milliseconds": 0} for got in (before, after)] == [before | {"milliseconds": 0}] * 2

@@ -14,7 +14,7 @@ from test_cli_calibrate import QUIET, trained  # noqa: F401  # a fixture
 from tiny import make_classifier, trainer
 
 from dynadapter import load
-from dynadapter.calibrate.stored import beside, calibration_of
+from dynadapter.calibrate.stored import calibration_of, calibration_path
 from dynadapter.cli import main
 from dynadapter.cli.policies import policy_from
 from dynadapter.data import Shapes
@@ -126,7 +126,7 @@ def test_policy_from_its_twin(checkpoint, tmp_path, capsys):
         torch.testing.assert_close(bundle.net(images), net(images), atol=1e-4, rtol=1e-4)  # its own tensors
     assert stored_policies(twin).policies[0] == policy
     change(twin, backbone_hash="0" * 64)
-    content = json.loads(beside(checkpoint).read_text())
+    content = json.loads(calibration_path(checkpoint).read_text())
     for changes, words in (
         ({"costs": {"exit_depths": [1, 2, 9]}}, "exits after blocks"),
         ({"class_names": ["a"]}, "the classes"),

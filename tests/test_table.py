@@ -17,7 +17,7 @@ from dynadapter.files import Busy
 from dynadapter.serve import table as module
 from dynadapter.serve.formats import check_output
 from dynadapter.serve.inputs import list_images
-from dynadapter.serve.table import Foreign, PredictionTable, Unread
+from dynadapter.serve.table import OtherRun, PredictionTable, Unread
 
 FILES = ["a.png", "b, c.png", "日本.png", "x\ny.png", "e.png", "f.png", os.fsdecode(b"caf\xe9.png")]
 ENTRIES: list[Any] = [
@@ -200,15 +200,15 @@ def test_table_of_something_else(tmp_path):
         ({"identity": identity, "columns": ("file", "class", "confidence", "exit", "class_2")}, "with other columns"),
         ({"identity": identity, "batch_size": 3}, "begun with batch_size=2, now it is 3"),
     ):
-        with pytest.raises(Foreign, match=words):
+        with pytest.raises(OtherRun, match=words):
             opened(out, **changes)
     header.write_bytes(before.replace(b'"format": 2', b'"format": 9'))
-    with pytest.raises(Foreign, match="begun by another version"):
+    with pytest.raises(OtherRun, match="begun by another version"):
         opened(out, identity=identity)
     for other in (b"[]", b"mine", b"\0" * 50, b"{}", b"[" * 10**5):
         header.write_bytes(other)
         for overwrite in (False, True):
-            with pytest.raises(Foreign, match="is not an unfinished table"):
+            with pytest.raises(OtherRun, match="is not an unfinished table"):
                 opened(out, identity=identity, overwrite=overwrite)
         assert header.read_bytes() == other
     header.write_bytes(before)
@@ -221,7 +221,7 @@ def test_folder_of_somebody_else(tmp_path):
     (tmp_path / "t.csv.partial" / "notes.txt").write_text("mine")
     (tmp_path / "u.csv.partial").write_text("mine")
     for name in ("t.csv", "u.csv"):
-        with pytest.raises(Foreign, match="is not an unfinished table"):
+        with pytest.raises(OtherRun, match="is not an unfinished table"):
             opened(tmp_path / name, overwrite=True)
     assert (tmp_path / "t.csv.partial" / "notes.txt").read_text() == "mine"
 

@@ -11,7 +11,7 @@ from PIL import Image
 from tiny import make_classifier, trainer
 
 from dynadapter.cli import main
-from dynadapter.cli.shipped import measure
+from dynadapter.cli.test_bundle import measure
 from dynadapter.data import ImageFolder, ImageTable
 from dynadapter.exits.policies import Confidence
 from dynadapter.serve.bundle import in_memory

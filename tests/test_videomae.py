@@ -319,11 +319,11 @@ def module(**changes: Any) -> ExitClassifier:
 def test_data_of_another_kind() -> None:
     model, data = module(), SimpleNamespace(take_preprocessing=None, frames=8)
     with pytest.raises(ValueError, match="takes clips of 4 frames, and the data give clips of 8 frames; set frames=4"):
-        model.meet_data(data)
+        model.match_data(data)
     with pytest.raises(ValueError, match="takes clips of 4 frames, and the data give images; read them by VideoLists"):
-        model.meet_data(Shapes(1, 1, 1))
+        model.match_data(Shapes(1, 1, 1))
     with pytest.raises(ValueError, match="takes images, and the data give clips of 8 frames; give a backbone of vid"):
-        make_classifier().meet_data(data)
+        make_classifier().match_data(data)
 
 
 def test_trained_checkpoint_is_the_network(tmp_path: Path) -> None:

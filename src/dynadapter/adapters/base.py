@@ -97,7 +97,7 @@ class AdapterLayer(nn.Module):
 class Adapters(Spec):
     """Configuration of the adapters of a backbone: one kind, a kind for each range of blocks, or a method of peft.
 
-    :func:`~dynadapter.adapters.injection.wrap` is registered for each subclass.
+    :func:`~dynadapter.adapters.injection.build_wrappers` is registered for each subclass.
     """
 
     @property

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from dynadapter.adapters.base import AdapterLayer, Adapters
-from dynadapter.adapters.injection import Layers, wrap
+from dynadapter.adapters.injection import Layers, build_wrappers
 from dynadapter.backbones import blocks
 
 RANGE = re.compile(r"([1-9]\d{0,3})(?:-([1-9]\d{0,3}))?")
@@ -75,7 +75,7 @@ class ByBlocks(Adapters):
         return found
 
 
-@wrap.register
+@build_wrappers.register
 def _(spec: ByBlocks, model: nn.Module, layers: Layers) -> dict[str, AdapterLayer]:
     units = blocks(model)
     spec.check(len(units))
@@ -84,8 +84,9 @@ def _(spec: ByBlocks, model: nn.Module, layers: Layers) -> dict[str, AdapterLaye
         if part is None:
             continue
         members = {id(one) for unit in units[start - 1 : stop] for piece in unit for one in piece.modules()}
+        chosen = {name: place for name, place in layers.items() if id(place[1]) in members}
         try:
-            wrappers |= wrap(part, model, {name: place for name, place in layers.items() if id(place[1]) in members})
+            wrappers |= build_wrappers(part, model, chosen)
         except ValueError as error:
             raise ValueError(f"blocks {text}: {error}") from error
     return wrappers

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dynadapter.adapters.base import AdapterLayer, Adapters, unwrapped
 from dynadapter.adapters.droprate import DropRate
-from dynadapter.adapters.injection import Layers, require_bare, wrap
+from dynadapter.adapters.injection import Layers, build_wrappers, require_bare
 from dynadapter.adapters.lora import LoRA
 from dynadapter.adapters.peft_arguments import checked, described
 from dynadapter.backbones import classifier
@@ -131,7 +131,7 @@ class Peft(Adapters):
         return getattr(peft, self.config)(**given)
 
 
-@wrap.register
+@build_wrappers.register
 def _(spec: Peft, model: nn.Module, layers: Layers) -> dict[str, AdapterLayer]:
     own = classifier(model)
     plain = {name: unwrapped(layer) for name, (_, layer) in layers.items()}
@@ -160,7 +160,7 @@ def _is_leaf(layer: nn.Module) -> bool:
 
 
 def _injected(host: nn.Module, settings: Any) -> nn.Module:
-    """Let peft replace layers of a module; methods that share state among layers need `get_peft_model`."""
+    """Replace layers of a module by peft; methods that share state among layers need `get_peft_model`."""
     import peft
 
     with warnings.catch_warnings():

@@ -41,7 +41,7 @@ def inject(model: nn.Module, spec: Adapters, freeze: bool = True) -> list[str]:
         TypeError: If the spec is not an adapter kind, or returns no :class:`AdapterLayer`. The model is unchanged.
     """
     layers = {name: (path, layer) for name, path, layer in _layers(model)}
-    wrappers = wrap(spec, model, layers)
+    wrappers = build_wrappers(spec, model, layers)
     both = [*adapter_layers(model).values(), *wrappers.values()]
     if any(layer.needs_grid for layer in both) and any(layer.adds_tokens for layer in both):
         raise ValueError(
@@ -62,7 +62,7 @@ def inject(model: nn.Module, spec: Adapters, freeze: bool = True) -> list[str]:
 
 
 @singledispatch
-def wrap(spec: Any, model: nn.Module, layers: Layers) -> dict[str, AdapterLayer]:
+def build_wrappers(spec: Any, model: nn.Module, layers: Layers) -> dict[str, AdapterLayer]:
     """Build the wrappers of a configuration without changing the model.
 
     Args:
@@ -79,7 +79,7 @@ def wrap(spec: Any, model: nn.Module, layers: Layers) -> dict[str, AdapterLayer]
     raise TypeError(f"{spec!r:.100} is not an adapter kind; give an object of AdapterSpec's, such as LoRA(rank=8)")
 
 
-@wrap.register
+@build_wrappers.register
 def _(spec: AdapterSpec, model: nn.Module, layers: Layers) -> dict[str, AdapterLayer]:
     kind = type(spec).__name__
     plain = {name: unwrapped(layer) for name, (_, layer) in layers.items()}

@@ -49,7 +49,7 @@ from dynadapter.backbones.draws import DrawFrom
 from dynadapter.backbones.frozen import freeze, set_mode
 from dynadapter.backbones.input import own_preprocessing, set_image_size
 from dynadapter.backbones.unit import run_unit
-from dynadapter.backbones.vit_block import class_row, other_rows, run, run_beside, splits, takes_exit_tokens
+from dynadapter.backbones.vit_block import class_row, other_rows, run, run_with_exit_tokens, splits, takes_exit_tokens
 from dynadapter.backbones.written_out import written_out_attention
 
 if find_spec("timm.models.qwen3_vit") is not None:  # older releases of timm have none
@@ -88,8 +88,8 @@ __all__ = [
     "reads_class_row",
     "remove_last_blocks",
     "run",
-    "run_beside",
     "run_unit",
+    "run_with_exit_tokens",
     "set_image_size",
     "set_mode",
     "size_step",

@@ -54,9 +54,9 @@ def model_class(name: str) -> type[nn.Module] | None:
 
 def is_accepted(kind: type[nn.Module]) -> bool:
     """Check whether the models of a class can be cut into blocks."""
-    hollow: Any = kind.__new__(kind)  # without layers: only the check of its class can succeed
+    uninitialised: Any = kind.__new__(kind)  # without layers: only the check of its class can succeed
     try:
-        blocks(hollow)
+        blocks(uninitialised)
     except TypeError:
         return False
     except AttributeError:  # the class is known, and the layers are missing

@@ -188,7 +188,7 @@ def frames(model: nn.Module) -> int | None:
 
 
 def input_shape(model: nn.Module, height: int, width: int) -> tuple[int, ...]:
-    """Return the shape of what the model takes: (channels, height, width), with the frames of a clip in front."""
+    """Return the shape of the model's input: (channels, height, width); clips: (frames, channels, height, width)."""
     clip = frames(model)
     image = (in_chans(model) or 3, height, width)
     return image if clip is None else (clip, *image)
@@ -285,26 +285,26 @@ REQUIRED: tuple[Any, ...] = (embed, blocks, finish, tokens, widths)
 """What a family must register."""
 
 
-def _register_once(question: Any) -> None:
+def _register_once(function: Any) -> None:
     """Refuse a second module that registers a function for the same class; a cell of a notebook may run twice."""
-    plain = question.register
+    plain = function.register
 
-    def register(family: Any, function: Any = None) -> Any:
-        if function is None and isinstance(family, type):
+    def register(family: Any, implementation: Any = None) -> Any:
+        if implementation is None and isinstance(family, type):
             return lambda given: register(family, given)
-        before = dict(question.registry)
-        result = plain(family, function)
+        before = dict(function.registry)
+        result = plain(family, implementation)
         for known, old in before.items():
-            new = question.registry[known]
+            new = function.registry[known]
             if new.__module__ != old.__module__:
                 plain(known, old)
                 raise ValueError(
-                    f"{new.__module__} registers {question.__name__} of {known.__name__}, which {old.__module__} has "
+                    f"{new.__module__} registers {function.__name__} of {known.__name__}, which {old.__module__} has "
                     f"registered; register a subclass of {known.__name__}, or import one of the two modules"
                 )
         return result
 
-    question.register = register
+    function.register = register
 
 
 OPTIONAL: tuple[Any, ...] = (
@@ -324,12 +324,12 @@ OPTIONAL: tuple[Any, ...] = (
     classifier,
 )
 """What a family may register where the default does not fit."""
-for _question in (*REQUIRED, *OPTIONAL):
-    _register_once(_question)
+for _function in (*REQUIRED, *OPTIONAL):
+    _register_once(_function)
 
 
-def _is_default(question: Any, model: nn.Module) -> bool:
-    return question.dispatch(type(model)) is question.dispatch(object)
+def _is_default(function: Any, model: nn.Module) -> bool:
+    return function.dispatch(type(model)) is function.dispatch(object)
 
 
 def check_family(model: nn.Module) -> None:
@@ -339,7 +339,7 @@ def check_family(model: nn.Module) -> None:
         TypeError: If no cut is known for the model's class, or a block is not a tuple of modules.
         ValueError: If there is not one width for each block.
     """
-    if any(_is_default(question, model) for question in REQUIRED):
+    if any(_is_default(function, model) for function in REQUIRED):
         _unknown(model)
     found, channels, name = blocks(model), widths(model), type(model).__name__
     for block in found:
@@ -350,7 +350,7 @@ def check_family(model: nn.Module) -> None:
 
 
 def _unknown(model: nn.Module, why: str = "") -> NoReturn:
-    lacking = [question.__name__ for question in REQUIRED if _is_default(question, model)]
+    lacking = [function.__name__ for function in REQUIRED if _is_default(function, model)]
     if 0 < len(lacking) < len(REQUIRED):
         raise TypeError(
             f"the family of {type(model).__name__} is not whole; also register {', '.join(lacking)} of "

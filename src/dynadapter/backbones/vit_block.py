@@ -1,8 +1,8 @@
 """Faster evaluation of timm's plain ViT block: our own code, with the same results bit for bit.
 
 ``run`` applies a whole block in fewer steps. ``class_row`` computes the row of the class token and ``other_rows`` the
-rest of the block, for an early head that reads only the class token. ``run_beside`` also runs exit tokens, which attend
-to the block's tokens.
+rest of the block, for an early head that reads only the class token. ``run_with_exit_tokens`` also runs exit tokens,
+which attend to the block's tokens.
 """
 
 from collections.abc import Callable, Iterator
@@ -44,7 +44,7 @@ def splits(model: nn.Module, unit: tuple[nn.Module, ...]) -> bool:
 
 
 def takes_exit_tokens(model: nn.Module, unit: tuple[nn.Module, ...]) -> bool:
-    """Check whether :func:`run_beside` can run a block: timm's plain pre-norm ViT block with timm's plain MLP."""
+    """Check whether :func:`run_with_exit_tokens` runs a block: timm's plain pre-norm block with a plain MLP."""
     mlp: Any = _own(unit[-1]).mlp if splits(model, unit) else None
     return type(getattr(mlp, "base_layer", mlp)) is timm.layers.Mlp
 
@@ -143,10 +143,10 @@ def other_rows(block: Any, x: Tensor, keys_values: Tensor, bias: Tensor | None =
     return _after(wrapper, _after_attention(block, x, _attend(attention, query, keys_values, bias)))
 
 
-def run_beside(
+def run_with_exit_tokens(
     block: Any,
     x: Tensor,
-    beside: Tensor,
+    exit_tokens: Tensor,
     to_query: Callable[[Tensor], Tensor],
     to_hidden: Callable[[Tensor], Tensor],
     bias: Tensor | None = None,
@@ -160,7 +160,7 @@ def run_beside(
     Args:
         block: A block for which :func:`takes_exit_tokens` holds.
         x: Its input (batch, tokens, width).
-        beside: Exit tokens (batch, count, width).
+        exit_tokens: Exit tokens (batch, count, width).
         to_query: Maps normalised exit tokens to what is added to their queries, (batch, count, inner).
         to_hidden: Maps normalised exit tokens to what is added to the MLP's hidden channels, (batch, count, hidden).
         bias: (batch, tokens), as in :func:`run`.
@@ -174,12 +174,12 @@ def run_beside(
     qkv = attention.qkv(block.norm1(x))
     query, keys_values = qkv[..., :inner], qkv[..., inner:]
     with _constant(block):
-        normed = block.norm1(beside)
+        normed = block.norm1(exit_tokens)
         own = _some(attention.qkv, normed, 0, inner) + to_query(normed)
         mixed = attention.norm(_attend(attention, own, keys_values.detach(), bias))
-        beside = beside + block.drop_path1(block.ls1(attention.proj_drop(attention.proj(mixed))))
-        beside = beside + block.drop_path2(block.ls2(_mlp_of_exit_tokens(block, beside, to_hidden)))
-    return _after(wrapper, _after_attention(block, x, _attend(attention, query, keys_values, bias))), beside
+        exit_tokens = exit_tokens + block.drop_path1(block.ls1(attention.proj_drop(attention.proj(mixed))))
+        exit_tokens = exit_tokens + block.drop_path2(block.ls2(_mlp_of_exit_tokens(block, exit_tokens, to_hidden)))
+    return _after(wrapper, _after_attention(block, x, _attend(attention, query, keys_values, bias))), exit_tokens
 
 
 def _mlp_of_exit_tokens(block: Any, x: Tensor, to_hidden: Callable[[Tensor], Tensor]) -> Tensor:

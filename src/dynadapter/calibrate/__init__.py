@@ -10,7 +10,7 @@ validation data, and agrees exactly with :func:`dynadapter.exits.policies.route`
 - ``static``: the cost of the static network in the same unit (``ExitCosts.static``). Relative costs and budgets are
   fractions of it; None stands for the cost of the last exit.
 - ``kind``: the class of policy to calibrate, one of :data:`KINDS`.
-- ``view``: a policy whose temperatures and combination of exits are applied to the logits, from
+- ``prediction``: policy that gives temperatures and combination of exits; its thresholds are ignored. See
   :func:`dynadapter.exits.combining.predicting`; None uses the logits themselves.
 
 A sample whose logits are not finite at an exit does not exit there. Logits with NaN predict no class and count as

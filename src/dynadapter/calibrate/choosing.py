@@ -49,7 +49,7 @@ class Options:
     """What to choose among.
 
     Args:
-        kind: Confidence, Entropy, Margin or Patience.
+        kind: A kind in :data:`~dynadapter.calibrate.ladder.KINDS`.
         searches: Some of :data:`SEARCHES`; ``thresholds`` is one number for Patience and for a single early exit.
         combines: Some of :data:`COMBINES`.
         temperatures: Whether to fit a temperature to each exit first; None means yes, except for a risk, because
@@ -313,8 +313,8 @@ def _certified(data: Samples, goal: Goal) -> Calibrated:
             goal.amount,
             goal.confidence or 0.9,
             kind=data.options.kind,
-            view=predicting(by, heat),
-            ways=len(ways),
+            prediction=predicting(by, heat),
+            comparisons=len(ways),
             static=data.static,
         )
         for by in ways

@@ -44,7 +44,7 @@ def curve(
     costs: Sequence[float] | Tensor,
     kind: type[Policy] = Confidence,
     *,
-    view: Policy | None = None,
+    prediction: Policy | None = None,
     slope: float = 0.0,
     static: float | None = None,
     balanced: bool = False,
@@ -56,8 +56,8 @@ def curve(
         logits: (exits, samples, classes).
         targets: (samples,).
         costs: (exits,), cumulative.
-        kind: Confidence, Entropy, Margin or Patience.
-        view: A policy whose temperatures and combination are applied.
+        kind: A kind in :data:`~dynadapter.calibrate.ladder.KINDS`.
+        prediction: Policy that gives temperatures and combination; its thresholds are ignored.
         slope: See :func:`dynadapter.calibrate.ladder.ladder`.
         static: Cost of the static network; None for that of the last exit.
         balanced: Whether accuracies are balanced.
@@ -68,7 +68,7 @@ def curve(
     """
     if points < 2:
         raise ValueError(f"points={points} must be at least 2, for both ends of the curve")
-    data = Stacked(logits, targets, costs, static, view, balanced)
+    data = Stacked(logits, targets, costs, static, prediction, balanced)
     steps = ladder(kind, data, slope)
     kept = torch.arange(len(steps.cost)).flip(0)  # cheapest first
     if len(kept) > points:

@@ -86,8 +86,8 @@ def with_guarantee(
     confidence: float = 0.9,
     *,
     kind: type[Policy] = Confidence,
-    view: Policy | None = None,
-    ways: int = 1,
+    prediction: Policy | None = None,
+    comparisons: int = 1,
     policies: Sequence[Policy] | None = None,
     static: float | None = None,
 ) -> Calibrated:
@@ -99,11 +99,12 @@ def with_guarantee(
         costs: (exits,), cumulative.
         risk: Greatest probability that a sample is lost, between 0 and 1; 0.02 are two percentage points.
         confidence: The probability that the guarantee holds, between 0 and 1.
-        kind: Confidence, Entropy, Margin or Patience.
-        view: A policy whose temperatures, fitted on **other** samples, and combination of exits count.
-        ways: Number of views or kinds that are tried on these samples to choose one; they share the error probability.
+        kind: A kind in :data:`~dynadapter.calibrate.ladder.KINDS`.
+        prediction: Policy that gives temperatures, fitted on **other** samples, and combination; its thresholds are
+            ignored.
+        comparisons: Number of candidates tested on these samples; the error probability is divided by it.
         policies: The policies to test, from strict to lax, chosen on **other** samples; their temperatures and
-            combination come from ``view``. None for :func:`candidates`.
+            combination come from ``prediction``. None for :func:`candidates`.
         static: Cost of the static network; None for that of the last exit.
 
     Raises:
@@ -112,7 +113,7 @@ def with_guarantee(
     for name, value in (("risk", risk), ("confidence", confidence)):
         if not 0 < value < 1:  # NaN fails as well
             raise ValueError(f"{name}={value} must be between 0 and 1, both excluded, e.g. risk 0.02, confidence 0.9")
-    data, level = Stacked(logits, targets, costs, static, view), (1 - confidence) / ways
+    data, level = Stacked(logits, targets, costs, static, prediction), (1 - confidence) / comparisons
     if not data.labelled:
         raise ValueError("a guarantee needs targets; give the class of each sample")
     lost = data.right_last & ~data.right  # (exits, samples)

@@ -43,7 +43,7 @@ def ladder(kind: type[Policy], data: Stacked, slope: float = 0.0, scores: Scores
     """Compute the ladder of a kind of policy.
 
     Args:
-        kind: Confidence, Entropy, Margin or Patience.
+        kind: A kind in :data:`~dynadapter.calibrate.ladder.KINDS`.
         data: The samples.
         slope: Decrease of the log-odds of the threshold from exit to exit; 0 for one threshold for all exits.
         scores: The scores of the samples, if they are known already.

@@ -113,7 +113,7 @@ def solve(
         targets: (samples,).
         costs: (exits,), cumulative.
         goal: The goal.
-        kind: Confidence, Entropy, Margin or Patience.
+        kind: A kind in :data:`~dynadapter.calibrate.ladder.KINDS`.
         searches: What to choose; see :data:`dynadapter.calibrate.choosing.SEARCHES`. A risk has one threshold.
         combines: How exits may predict: by their own logits, the running mean or the weighted geometric mean.
         with_temperatures: Whether to fit a temperature to each exit first; None means yes, except for a risk, because
@@ -143,7 +143,7 @@ def solve(
         calibration=_measured(data, _routed(found.policy, logits)),
         cross_fitted=_with_intervals(data, routed),
         curve=curve(
-            logits, targets, costs, kind, view=found.policy, slope=slope, static=static, balanced=goal.balanced
+            logits, targets, costs, kind, prediction=found.policy, slope=slope, static=static, balanced=goal.balanced
         ),
         notes=tuple(notes),
         nonfinite=nonfinite,

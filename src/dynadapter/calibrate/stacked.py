@@ -18,7 +18,7 @@ class Outcome:
 
     Args:
         cost: Average cost as a fraction of static.
-        accuracy: Fraction of right predictions, in [0, 1], or the balanced accuracy if that was asked for; NaN without
+        accuracy: Fraction of right predictions, in [0, 1], or balanced accuracy if `balanced` is true; NaN without
             targets.
         shares: Exit shares (exits,), adding up to 1.
         samples: Number of samples.
@@ -55,7 +55,7 @@ class Stacked:
         targets: (samples,), or None.
         costs: (exits,), cumulative.
         static: Cost of the static network; None for that of the last exit.
-        view: A policy whose temperatures and combination are applied to the predictions.
+        prediction: Policy that gives temperatures and combination; its thresholds are ignored.
         balanced: Whether accuracies are balanced: all occurring classes have equal weight.
 
     Attributes:
@@ -72,15 +72,15 @@ class Stacked:
         targets: Tensor | None,
         costs: Sequence[float] | Tensor,
         static: float | None = None,
-        view: Policy | None = None,
+        prediction: Policy | None = None,
         balanced: bool = False,
     ) -> None:
         check_logits(logits)
         self.logits = logits.detach()
         self.exits, self.samples, _ = logits.shape
-        self.view = view or Never()
-        self.view.check(self.exits)
-        self.predicted = combined(self.view, self.logits)
+        self.prediction = prediction or Never()
+        self.prediction.check(self.exits)
+        self.predicted = combined(self.prediction, self.logits)
         self.predictions, self.last = classes(self.predicted), classes(self.logits[-1])
         self.labelled = targets is not None
         self.right = torch.zeros_like(self.predictions, dtype=torch.bool)
@@ -99,7 +99,7 @@ class Stacked:
 
     def complete(self, policy: Policy) -> Policy:
         """Add temperatures and combination to a policy."""
-        return with_decision(self.view, policy)
+        return with_decision(self.prediction, policy)
 
     def counts(self, exit_index: Tensor) -> Tensor:
         """Count the samples at each exit: exit indices (samples,) to (exits,) int64 on the CPU."""

@@ -48,7 +48,7 @@ class Calibration:
                 )
 
 
-def beside(checkpoint: Path) -> Path:
+def calibration_path(checkpoint: Path) -> Path:
     """Return the path of a checkpoint's calibration: ``last.calibration.json`` for ``last.ckpt``."""
     return checkpoint.with_name(f"{checkpoint.stem}.{RESULT}")
 
@@ -71,7 +71,7 @@ def read_calibration(file: Path) -> Calibration:
 
 def calibration_of(checkpoint: Path) -> Calibration | None:
     """Return the calibration of a checkpoint; None if there is none, or the checkpoint has changed since."""
-    file = beside(checkpoint)
+    file = calibration_path(checkpoint)
     if not file.exists():
         return None
     found = read_calibration(file)

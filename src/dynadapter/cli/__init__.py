@@ -121,7 +121,7 @@ def _run(args: list[str]) -> None:
     for file in config_files(args[1:])[0]:  # torch and Lightning take seconds to load: look for the files first
         find_config(file)
     if command == "test" and any(arg.partition("=")[0] == "--bundle" for arg in args):
-        import_module("dynadapter.cli.shipped").run(args[1:])
+        import_module("dynadapter.cli.test_bundle").run(args[1:])
     elif command in OWN:
         import_module(f"dynadapter.cli.{command}").run(args[1:])
     else:

@@ -42,7 +42,7 @@ from dynadapter.spec import plain
 from dynadapter.training.callbacks import BidirectionalSparsity, EarlyExit, FlopsReport, LearningCheck
 from dynadapter.training.checkpoints import RunCheckpoint, newest
 from dynadapter.training.entries import ADVICE
-from dynadapter.training.meeting import meet
+from dynadapter.training.matching import match
 from dynadapter.training.module import ExitClassifier
 from dynadapter.training.restoring import StoredPolicies, stored_policies
 from dynadapter.training.starting import start_from
@@ -168,7 +168,7 @@ class DynCLI(LightningCLI):
         self.datamodule, self.model = self.config_init["data"], self.config_init["model"]
         if self.parser.trained is not None:
             self.model.preprocessing = self.parser.trained.preprocessing
-        meet(self.model, self.datamodule, self.command)
+        match(self.model, self.datamodule, self.command)
         self.trainer = self.instantiate_trainer()
 
     # ---- the trainer
@@ -307,7 +307,7 @@ class DynCLI(LightningCLI):
         for data in self.datamodule.further_tests():
             if self.record is not None:
                 self.record.keep(self.trainer)
-            meet(self.model, data, "test")
+            match(self.model, data, "test")
             self.trainer.test(self.model, datamodule=data, verbose=verbose)
 
     def _end_record(self, how: str, message: str | None = None) -> None:

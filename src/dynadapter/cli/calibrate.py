@@ -20,7 +20,7 @@ from dynadapter.adapters import adapter_layers
 from dynadapter.calibrate import AUTO, COMBINES, KINDS, Goal, Solution, curve_rows, solve
 from dynadapter.calibrate.goal import Metric
 from dynadapter.calibrate.report import draw_curve, measured_data, solution_data, solution_table
-from dynadapter.calibrate.stored import RESULT, beside
+from dynadapter.calibrate.stored import RESULT, calibration_path
 from dynadapter.cli.calibration_images import (
     WORDS,
     Split,
@@ -76,8 +76,7 @@ class Settings:
         out: Folder of calibration.json and the curve; by default a new one next to the run.
         data_split: Images to calibrate on; test and train need accept_optimistic_numbers.
         policy_from: Instead of a goal: use the policy of this calibration, calibrated checkpoint or run, or bundle. For
-            a network that was also trained on the validation images: the policy of a run with the same settings that
-            was not.
+            a network trained on the validation images, give a run with the same settings that was not trained on them.
         accept_optimistic_numbers: Calibrate on test or training images, with too optimistic numbers.
     """
 
@@ -314,7 +313,7 @@ def _write(folder: Path, content: dict[str, Any], model: ExitClassifier, setting
         "dynadapter": dynadapter.__version__,
     }
     text = json.dumps(content, indent=2, allow_nan=False) + "\n"
-    near = beside(Path(settings.ckpt_path))
+    near = calibration_path(Path(settings.ckpt_path))
     for path in (folder / RESULT, near):
         try:
             write(path, text.encode())

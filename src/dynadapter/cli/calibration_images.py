@@ -79,10 +79,10 @@ def _images_of_the_training(ckpt_path: str) -> tuple[Literal["content", "path"],
 def _compare_held_out(keys: Tensor, held_out: Tensor) -> tuple[str, ...]:
     """Return a note if the validation images are not the ones that the training held out."""
     new = int((~torch.isin(keys, held_out)).sum())
-    gone = int((~torch.isin(held_out, keys)).sum())
-    if not len(held_out) or not (new or gone):
+    missing = int((~torch.isin(held_out, keys)).sum())
+    if not len(held_out) or not (new or missing):
         return ()
-    return (f"of these validation images {new} were not held out in the training, and {gone} that were are missing",)
+    return (f"of these validation images {new} were not held out in the training, and {missing} that were are missing",)
 
 
 def stack_logits(

@@ -67,7 +67,7 @@ def program() -> argparse.ArgumentParser:
 def _parsers(command: str) -> "Iterator[jsonargparse.ArgumentParser]":
     """Yield the parsers that know the options of a command."""
     if command == "test":
-        yield import_module("dynadapter.cli.shipped").parser()
+        yield import_module("dynadapter.cli.test_bundle").parser()
     if command in (*TRAINER, "train"):
         yield import_module("dynadapter.cli.arguments").full_parser("fit" if command == "train" else command)
     if command in OWN and command != "configs":

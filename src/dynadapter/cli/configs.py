@@ -59,6 +59,8 @@ def take(args: Sequence[str], missing: str, *names: str) -> tuple[list[str], lis
         given, rest = parser.parse_known_args(args)
     except argparse.ArgumentError as error:
         raise Mistake(missing) from error
+    if "" in given.values:
+        raise Mistake(missing)
     return given.values, rest
 
 

@@ -164,6 +164,12 @@ def _unknown_class(error: ParserError, given: str, sections: Sections, keys: lis
     return f"{line}{' There' if hint else '; there'} are {', '.join(choices)}"
 
 
+def _no_class(error: ParserError, given: str, sections: Sections, keys: list[str]) -> str:
+    choices = sorted({cls.__name__ for cls in _classes_below(bases(error.key, sections))})
+    way = f"give --{error.key or 'KEY'} CLASS before its settings, or class_path in a config file"
+    return f"{_about(error)}the class is missing or abstract; {way}; there are {', '.join(choices)}"
+
+
 def _missing(error: ParserError, given: str, sections: Sections, keys: list[str]) -> str:
     names = [name.partition(".")[2] or name for name in given.split(", ")]
     if names == ["data"]:
@@ -214,6 +220,7 @@ RULES: tuple[tuple[str, Callable[[ParserError, str, Sections, list[str]], str]],
     (r"^unrecognized arguments: (\S+)", _unknown_key),
     (r"Option '(.+?)' is not accepted", _unknown_setting),
     (r"(?:string|format): (.*)$|^Import path (\S+) does not|subclass of \w+. Got value: (.*)$", _unknown_class),
+    (r"^Expected an instantiatable class, but .*is abstract", _no_class),
     (r"^the following arguments are required: (.+)", _missing),
     (r'^Linked "(.+?)"', lambda _, given, *__: f"{given} cannot be set, it comes from the data; leave it out"),
     (r"^argument (\S+): expected one argument", lambda _, given, *__: f"{given.rpartition('/')[2]} needs a value"),

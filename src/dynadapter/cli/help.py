@@ -40,7 +40,7 @@ ESSENTIAL = {
     "exit_weights.weighting": "EarlyToLate, LateToEarly, LinearInDepth, PerExit or Uniform.",
     "sparsity.shallow": "Dropout in the first block, a schedule.",
     "sparsity.deep": "Dropout in the last block, a schedule.",
-    "sparsity.keep": "Probability that a step updates an adapter element, a schedule.",
+    "sparsity.keep": "Probability that a step updates an element, a schedule.",
     "flops_report.show": "Print the tables.",
     "checkpoint.monitor": "Also keep the best checkpoint by this metric, such as val/acc.",
     "checkpoint.mode": "Whether the best is the largest (max) or the smallest (min).",

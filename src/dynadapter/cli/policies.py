@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from dynadapter.calibrate.stored import RESULT, Calibration, beside, read_calibration
+from dynadapter.calibrate.stored import RESULT, Calibration, calibration_path, read_calibration
 from dynadapter.cli.errors import Mistake, mistakes
 
 
@@ -22,7 +22,7 @@ def policy_from(place: str) -> Calibration:
         if (path / "config.json").is_file():
             return _of_bundle(path)
         runs = sorted(path.glob(f"checkpoints/*.{RESULT}"), key=lambda file: file.stat().st_mtime)
-        for file in (path / RESULT, beside(path) if path.suffix == ".ckpt" else path, *runs[-1:]):
+        for file in (path / RESULT, calibration_path(path) if path.suffix == ".ckpt" else path, *runs[-1:]):
             if file.is_file():
                 return read_calibration(file)
     raise Mistake(

@@ -22,12 +22,12 @@ from dynadapter.cli.parser import CommandParser, Options
 from dynadapter.images.accounting import account
 from dynadapter.serve.formats import check_output
 from dynadapter.serve.inputs import list_images
-from dynadapter.serve.table import Foreign, PredictionTable
+from dynadapter.serve.table import OtherRun, PredictionTable
 
 if TYPE_CHECKING:  # torch takes seconds to load, and invalid input is answered without it
     from dynadapter.serve.bundle import Bundle
 
-WAY_ON = "give what it was begun with, delete it, or start over with --overwrite true"
+HOW_TO_CONTINUE = "give what it was begun with, delete it, or start over with --overwrite true"
 FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
 OPTIONS: Options = {
     "bundle": (str | None, None, f"The network: {BUNDLE}."),
@@ -157,7 +157,7 @@ def prepared(given: Any, number: int = 0) -> Iterator[tuple["Bundle", Prediction
         names = columns(bundle.class_names, given.top_k, given.probabilities)
         output = Path(given.out).expanduser()
         try:
-            with mistakes(), mistakes(after=f"; {WAY_ON}", kinds=(Foreign,)):
+            with mistakes(), mistakes(after=f"; {HOW_TO_CONTINUE}", kinds=(OtherRun,)):
                 table = PredictionTable(output, files, given.batch_size, identity, names, given.overwrite, number > 0)
         except OSError as error:
             what = f"{error.filename} cannot be read" if error.filename in files else f"{output} cannot be written"

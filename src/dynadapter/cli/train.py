@@ -260,10 +260,10 @@ def choose_backbone() -> str:
     """Return the backbone for this machine; print a message if only the packaged one is possible."""
     import torch
 
-    from dynadapter.backbones.at_hand import is_at_hand
+    from dynadapter.backbones.availability import is_available
 
     name = GPU if torch.cuda.is_available() else CPU
-    if is_at_hand(name):
+    if is_available(name):
         return name
     print(
         f"the hub does not answer, and {name} is not in its cache: training {OFFLINE}, a small research backbone of "

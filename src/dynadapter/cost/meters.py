@@ -56,10 +56,10 @@ class Parts(nn.Module):
         x = self.embed(image)
         logits = []
         for begin, head, complete in zip(self.begins, self.heads, self.completions, strict=True):
-            seen, held = begin(x)
-            logits.append(head(seen))
+            head_input, stage_state = begin(x)
+            logits.append(head(head_input))
             if len(logits) < len(self.heads):
-                x = complete(held)
+                x = complete(stage_state)
         return logits
 
     def named(self) -> dict[str, nn.Module]:

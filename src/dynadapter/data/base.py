@@ -26,7 +26,7 @@ from dynadapter.data.workers import TIMEOUT, check_shared_memory
 from dynadapter.images.accounting import Account
 from dynadapter.images.preprocess import Interpolation, Normalization, Resize
 from dynadapter.images.values import Range
-from dynadapter.training.meeting import unnamed
+from dynadapter.training.matching import unnamed
 
 Split = Literal["train", "val", "test"]
 
@@ -263,15 +263,15 @@ class ImageData(LightningDataModule, ABC):
                     f"valid are classes 0 to {self.num_classes - 1}"
                 )
 
-    def _ask_model(self) -> None:
+    def _match_model(self) -> None:
         """Get preprocessing and classes from the trainer's model, which has read its checkpoint by now."""
-        meet = getattr(getattr(self.trainer, "lightning_module", None), "meet_data", None)
-        if meet is not None:
-            meet(self)
+        match = getattr(getattr(self.trainer, "lightning_module", None), "match_data", None)
+        if match is not None:
+            match(self)
 
     def train_dataloader(self) -> DataLoader:
         """Return the loader of the training images, at the restored position in the epoch if there is one."""
-        self._ask_model()
+        self._match_model()
         dataset, accumulated, seed = self.dataset("train"), 1, torch.initial_seed()
         processes, rank = self._processes()
         if self.trainer is not None:
@@ -327,7 +327,7 @@ class ImageData(LightningDataModule, ABC):
 
     def val_dataloader(self) -> DataLoader | list[DataLoader]:
         """Return the loader of the validation images; an empty list if there are none."""
-        self._ask_model()
+        self._match_model()
         if len(self.dataset("val")):
             return self._evaluation_loader("val")
         # Lightning warns because an empty list could be a mistake; here it is intended.
@@ -339,7 +339,7 @@ class ImageData(LightningDataModule, ABC):
         return self._evaluation_loader("test")
 
     def _evaluation_loader(self, split: Split) -> DataLoader:
-        self._ask_model()
+        self._match_model()
         dataset, (processes, rank) = self.dataset(split), self._processes()
         if processes == 1:
             return self.loader(dataset, batch_size=self.batch_size)

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dynadapter.data.dataset import Sample
 from dynadapter.data.lists import LABEL
 from dynadapter.files import listed
-from dynadapter.training.meeting import unnamed
+from dynadapter.training.matching import unnamed
 
 
 def match_classes(own: Sequence[str], names: Sequence[str]) -> list[int]:

@@ -14,13 +14,13 @@ from torch.utils.data import Dataset
 
 from dynadapter.data.augment import Augmentation
 from dynadapter.data.clips import Clip
-from dynadapter.data.held import Held
 from dynadapter.data.identity import image_keys
+from dynadapter.data.library_images import LibraryImage
 from dynadapter.data.normalize import normalize
 from dynadapter.images.preprocess import Preprocess
 from dynadapter.training.losses import IGNORED
 
-Sample = tuple[Path | Image.Image | Held | Clip, int]
+Sample = tuple[Path | Image.Image | LibraryImage | Clip, int]
 """Where the pixels are, and the class index."""
 
 Item = tuple[Tensor, int]
@@ -93,8 +93,8 @@ class ImageDataset(Dataset[Item]):
         device = None if self._cached is None else self._cached.device
         self._targets = torch.tensor(labels, dtype=torch.int64, device=device)
 
-    def pixels(self, source: Path | Image.Image | Held | Clip, number: int | None = None) -> Tensor:
-        """Return the resized bytes of one image, ``(3, size, size)`` uint8, or of a clip, with its frames in front."""
+    def pixels(self, source: Path | Image.Image | LibraryImage | Clip, number: int | None = None) -> Tensor:
+        """Return the resized bytes of an image, ``(3, size, size)`` uint8; of clips: ``(frames, 3, size, size)``."""
         if isinstance(source, Clip):
             return torch.stack([torch.from_numpy(self.preprocess.pixels(frame)) for frame in source.read(number)])
         return torch.from_numpy(self.preprocess.read(source))

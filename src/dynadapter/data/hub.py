@@ -11,7 +11,7 @@ from PIL import Image
 from dynadapter.data.base import Split
 from dynadapter.data.classes import sorted_names
 from dynadapter.data.folder import SPLITS
-from dynadapter.data.held import HeldImages
+from dynadapter.data.library_images import LibraryImages
 from dynadapter.data.lists import PathCheck
 from dynadapter.data.mapped import MappedData
 from dynadapter.data.table import COLUMNS, ONE_LABEL
@@ -78,14 +78,14 @@ class HubDataset(MappedData):
         labels = {split: list(found[name][self.columns[1]]) for split, name in self.splits.items()}
         self.class_names, self._labels = _classes(found[next(iter(self.splits.values()))], self.columns[1], labels)
 
-    def open_part(self, split: Split) -> HeldImages | None:
+    def open_part(self, split: Split) -> LibraryImages | None:
         if split not in self.splits:
             return None
         name = self.splits[split]
         return _Rows(f"{self.path}/{name}", self._labels[split], self._found[name], self.columns[0], self._check)
 
 
-class _Rows(HeldImages):
+class _Rows(LibraryImages):
     """The rows of a split."""
 
     def __init__(self, place: str, labels: list[int], rows: Any, column: str, check: PathCheck) -> None:

@@ -13,10 +13,10 @@ from PIL import Image
 from torch import Tensor
 
 from dynadapter.data.clips import Clip
-from dynadapter.data.held import Held
+from dynadapter.data.library_images import LibraryImage
 from dynadapter.files import sha256
 
-Source = Path | Image.Image | Held | Clip
+Source = Path | Image.Image | LibraryImage | Clip
 """Where the pixels of an image are."""
 HASHED_BYTES = 4 * 2**30
 """Larger sets of images are not read only to be hashed: a run would wait too long."""
@@ -78,7 +78,7 @@ def list_hash(samples: Sequence[tuple[Source, int | str]], folder: Path | None) 
 def size_of(source: Source) -> int:
     """Return the approximate number of bytes to read for an image; 0 if it is in memory or missing."""
     try:
-        if isinstance(source, Held):
+        if isinstance(source, LibraryImage):
             return source.images.size
         return 0 if isinstance(source, Image.Image) else os.stat(source).st_size
     except OSError:
@@ -92,7 +92,7 @@ def _key(source: Source, by: str, folder: Path | None) -> int:
         except OSError:
             return 0
     else:
-        place = str(source) if isinstance(source, Held) or folder is None else os.path.relpath(source, folder)
+        place = str(source) if isinstance(source, LibraryImage) or folder is None else os.path.relpath(source, folder)
         digest = hashlib.sha256(Path(place).as_posix().encode("utf-8", "surrogateescape")).digest()
     return int.from_bytes(digest[:8], signed=True)
 
@@ -121,7 +121,7 @@ def image_hash(source: Source) -> str:
     Raises:
         OSError: The file cannot be read, or is a pipe, a device or a folder.
     """
-    content = source.fetch() if isinstance(source, Held) else source
+    content = source.fetch() if isinstance(source, LibraryImage) else source
     if isinstance(content, bytes):
         return hashlib.sha256(content).hexdigest()
     if isinstance(content, Path | Clip):

@@ -5,8 +5,8 @@ from typing import Any
 
 from dynadapter.data.base import Split
 from dynadapter.data.dataset import Sample
-from dynadapter.data.held import HeldImages
 from dynadapter.data.held_out import HeldOutData
+from dynadapter.data.library_images import LibraryImages
 from dynadapter.data.splits import MissingSplit
 
 
@@ -23,13 +23,13 @@ class MappedData(HeldOutData):
 
     def __init__(self, **kwargs: Any):
         super().__init__(**kwargs)
-        self._parts: dict[str, HeldImages | None] = {}
+        self._parts: dict[str, LibraryImages | None] = {}
 
     @abstractmethod
-    def open_part(self, split: Split) -> HeldImages | None:
+    def open_part(self, split: Split) -> LibraryImages | None:
         """Return the images of a split of the data set; None if it has no such split."""
 
-    def part(self, split: Split) -> HeldImages | None:
+    def part(self, split: Split) -> LibraryImages | None:
         """Return the images of a split; it is opened at the first call."""
         if split not in self._parts:
             self._parts[split] = self.open_part(split)

@@ -12,7 +12,7 @@ from dynadapter.data.dataset import ImageDataset, Padded
 from dynadapter.data.identity import list_hash
 from dynadapter.data.workers import too_late
 
-DECISIVE = {
+ORDER_SETTINGS = {
     "images": "{} training images",
     "listing": "the list of images and labels {}",
     "global_batch": "batches of {} images",
@@ -181,8 +181,8 @@ class ResumableLoader(DataLoader):
     def _batches_seen(self, state: dict[str, Any]) -> int:
         """Return how many batches of this epoch were used before a saved state."""
         for key, now in self.state_dict().items():
-            if state["batches"] and key in DECISIVE and state.get(key) != now:
-                then, now = DECISIVE[key].format(state.get(key)), DECISIVE[key].format(now)
+            if state["batches"] and key in ORDER_SETTINGS and state.get(key) != now:
+                then, now = ORDER_SETTINGS[key].format(state.get(key)), ORDER_SETTINGS[key].format(now)
                 raise ValueError(
                     f"the checkpoint was saved in the middle of epoch {state['epoch']} with {then}, and it would "
                     f"go on with {now}; give the same again, or a checkpoint from the end of an epoch"

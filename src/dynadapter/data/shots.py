@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dynadapter.data.dataset import Sample
-from dynadapter.data.held import Held
+from dynadapter.data.library_images import LibraryImage
 from dynadapter.data.splits import draw
 
 
@@ -34,5 +34,5 @@ def few_shot(samples: Sequence[Sample], shots: int | None, seed: int, folder: Pa
 
 def _name(index: int, source: Any, folder: Path | None) -> str:
     if not isinstance(source, os.PathLike):
-        return str(source.index if isinstance(source, Held) else index)
+        return str(source.index if isinstance(source, LibraryImage) else index)
     return str(source).removeprefix(str(folder or "")).replace(os.sep, "/")

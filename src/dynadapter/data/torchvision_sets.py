@@ -10,7 +10,7 @@ import torchvision.datasets
 from PIL import Image
 
 from dynadapter.data.base import Split
-from dynadapter.data.held import HeldImages
+from dynadapter.data.library_images import LibraryImages
 from dynadapter.data.mapped import MappedData
 from dynadapter.data.table import ONE_LABEL
 
@@ -81,7 +81,7 @@ class TorchVisionDataset(MappedData):
             raise ValueError(f"{place} cannot be opened: {' '.join(str(error).split())[:300]}{advice}") from error
 
 
-class _Items(HeldImages):
+class _Items(LibraryImages):
     """The items of a data set."""
 
     def __init__(self, place: str, items: Any) -> None:

@@ -16,8 +16,8 @@ from PIL import Image
 
 from dynadapter.data.base import ImageData, Split
 from dynadapter.data.clips import Clip
-from dynadapter.data.held import Held
 from dynadapter.data.identity import Source, combine_hashes, image_hash
+from dynadapter.data.library_images import LibraryImage
 from dynadapter.data.splits import MissingSplit
 from dynadapter.data.vtab import VTAB1k
 from dynadapter.images.accounting import Account
@@ -193,7 +193,7 @@ def _look(source: Source, value_range: Range | None = None) -> tuple[str, tuple[
 def _name(source: Source, folder: Path | None, index: int) -> str:
     if isinstance(source, Image.Image):
         return f"image {index}"
-    return str(source) if isinstance(source, Held) or not folder else os.path.relpath(source, folder)
+    return str(source) if isinstance(source, LibraryImage) or not folder else os.path.relpath(source, folder)
 
 
 def _summarise(split: Split, entries: list[_Entry], class_names: list[str]) -> SplitReport:

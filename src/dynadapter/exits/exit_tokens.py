@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dynadapter import backbones as cut
+from dynadapter import backbones
 from dynadapter.adapters import AdapterLayer, needs_grid
 from dynadapter.adapters.base import check_size, matrices, unwrapped
 from dynadapter.exits.heads import Heads, linear
@@ -54,7 +54,7 @@ class Updates(nn.Module):
         self.hidden = Update(width, hidden, rank, scale)
 
 
-class Beside(nn.Module):
+class ExitTokenUpdates(nn.Module):
     """The exit tokens of a network and their low-rank updates in each block that they pass.
 
     Args:
@@ -70,8 +70,8 @@ class Beside(nn.Module):
 
     def __init__(self, backbone: nn.Module, blocks: int, count: int, rank: int, scale: float) -> None:
         super().__init__()
-        units: Any = cut.blocks(backbone)[:blocks]
-        other = next((unit[-1] for unit in units if not cut.takes_exit_tokens(backbone, unit)), None)
+        units: Any = backbones.blocks(backbone)[:blocks]
+        other = next((unit[-1] for unit in units if not backbones.takes_exit_tokens(backbone, unit)), None)
         if other is not None:
             kind = f"{type(other).__name__} of {type(backbone).__name__}"
             if isinstance(other, AdapterLayer) or needs_grid(other):
@@ -81,7 +81,7 @@ class Beside(nn.Module):
                 "Attentive"
             )
         self.count = count
-        self.first = nn.Parameter(torch.empty(count, cut.widths(backbone)[0]))
+        self.first = nn.Parameter(torch.empty(count, backbones.widths(backbone)[0]))
         nn.init.trunc_normal_(self.first, std=0.02)
         self.updates = nn.ModuleList(Updates(unit[-1], rank, scale) for unit in units)
 
@@ -93,12 +93,12 @@ class Beside(nn.Module):
         return torch.cat([x, x[:, :1].detach() + self.first.to(x.dtype)], 1)
 
     def run(
-        self, backbone: nn.Module, place: int, x: Tensor, beside: Tensor, bias: Tensor | None
+        self, backbone: nn.Module, place: int, x: Tensor, exit_tokens: Tensor, bias: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Run the block after ``place`` blocks; see :func:`dynadapter.backbones.run_beside`."""
-        (block,) = cut.blocks(backbone)[place]
+        """Run the block after ``place`` blocks; see :func:`dynadapter.backbones.run_with_exit_tokens`."""
+        (block,) = backbones.blocks(backbone)[place]
         updates: Any = self.updates[place]
-        return cut.run_beside(block, x, beside, updates.query, updates.hidden, bias)
+        return backbones.run_with_exit_tokens(block, x, exit_tokens, updates.query, updates.hidden, bias)
 
 
 class ExitTokenHead(nn.Module):
@@ -120,15 +120,15 @@ class ExitTokenHead(nn.Module):
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.classify = linear(count * width, num_classes)
 
-    def forward(self, tokens: Tensor, logs: Tensor | None, beside: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, logs: Tensor | None, exit_tokens: Tensor) -> Tensor:
         """Map exit tokens to logits (batch, classes).
 
         Args:
             tokens: (batch, tokens, width), not read.
             logs: Not read.
-            beside: Exit tokens (batch, count, width).
+            exit_tokens: Exit tokens (batch, count, width).
         """
-        return self.classify(self.norm(beside).flatten(1))
+        return self.classify(self.norm(exit_tokens).flatten(1))
 
 
 @dataclass(frozen=True)
@@ -159,8 +159,8 @@ class ExitTokens(Heads):
         if not 0 < self.scale < math.inf:
             raise ValueError(f"scale={self.scale} must be a finite number above 0")
 
-    def beside(self, backbone: nn.Module, blocks: int) -> Beside:
-        return Beside(backbone, blocks, self.count, self.rank, self.scale)
+    def build_exit_tokens(self, backbone: nn.Module, blocks: int) -> ExitTokenUpdates:
+        return ExitTokenUpdates(backbone, blocks, self.count, self.rank, self.scale)
 
     def build(
         self, exit: int, exits: int, width: int, num_classes: int, prefix_tokens: int, class_token: bool

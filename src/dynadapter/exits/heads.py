@@ -86,7 +86,7 @@ def check_logits(logits: object, head: nn.Module, batch: int, classes: int) -> T
 class Heads(Spec):
     """Configuration of the early heads; the last exit is the backbone's own head."""
 
-    def beside(self, backbone: nn.Module, blocks: int) -> nn.Module | None:
+    def build_exit_tokens(self, backbone: nn.Module, blocks: int) -> nn.Module | None:
         """Build the exit tokens that the heads read; None for heads without exit tokens.
 
         Args:

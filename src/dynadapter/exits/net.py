@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dynadapter import backbones as cut
+from dynadapter import backbones
 from dynadapter.adapters import merge, needs_grid
 from dynadapter.exits.attentive import Attentive
 from dynadapter.exits.depths import exit_blocks
@@ -41,7 +41,8 @@ class ExitNet(nn.Module):
         heads: Configuration of the early heads; None for :class:`Attentive`.
         every: Blocks between two exits (the paper's interval T); see :func:`~dynadapter.exits.depths.exit_blocks`.
         exit_depths: Block counts instead of the interval.
-        token_merging: Where similar tokens are merged; None keeps all tokens. For ViTs only.
+        token_merging: Where similar tokens are merged; None keeps all tokens. For timm's VisionTransformer
+            and VideoMAE, not Eva.
         freeze: False leaves ``requires_grad`` of the backbone as it is, and the whole backbone follows :meth:`train`.
 
     Attributes:
@@ -67,18 +68,18 @@ class ExitNet(nn.Module):
         freeze: bool = True,
     ) -> None:
         super().__init__()
-        cut.check_family(backbone)
+        backbones.check_family(backbone)
         self.num_classes = int(backbone.num_classes)  # type: ignore[arg-type]
         if self.num_classes < 1:
             raise ValueError("the backbone has no classifier; create it with num_classes of at least 1")
-        self.depth = len(cut.blocks(backbone))
+        self.depth = len(backbones.blocks(backbone))
         self.exit_depths = exit_blocks(self.depth, every, exit_depths)
         self.backbone = backbone
-        self.in_chans = cut.in_chans(backbone)
+        self.in_chans = backbones.in_chans(backbone)
         self._frozen = freeze
         if freeze:
-            cut.freeze(backbone)
-        classifier = (p for layer in cut.classifier(backbone) for p in layer.parameters())
+            backbones.freeze(backbone)
+        classifier = (p for layer in backbones.classifier(backbone) for p in layer.parameters())
         if any(p.requires_grad for p in backbone.parameters()) and not any(p.requires_grad for p in classifier):
             warnings.warn(
                 "the adapters are trained and the backbone's classifier is frozen (peft freezes it), so the last exit "
@@ -87,13 +88,13 @@ class ExitNet(nn.Module):
             )
         if token_merging is not None:
             token_merging.check(self.depth)
-            if needing := cut.needs_all_tokens(backbone) or needs_grid(backbone):
+            if needing := backbones.needs_all_tokens(backbone) or needs_grid(backbone):
                 raise ValueError(
                     f"token_merging does not fit {needing}, which can need every token in its place; leave "
                     "token_merging out, or use a ViT with timm's own blocks and another adapter than Convpass"
                 )
         self.token_merging = token_merging
-        widths, heads = cut.widths(backbone), heads or Attentive()
+        widths, heads = backbones.widths(backbone), heads or Attentive()
         self._width = widths[0]
         self.heads = nn.ModuleList(
             build_head(
@@ -102,13 +103,14 @@ class ExitNet(nn.Module):
                 exits=self.num_exits,
                 width=widths[blocks_so_far - 1],
                 num_classes=self.num_classes,
-                prefix_tokens=cut.prefix_tokens(backbone),
-                class_token=cut.has_class_token(backbone),
+                prefix_tokens=backbones.prefix_tokens(backbone),
+                class_token=backbones.has_class_token(backbone),
             )
             for k, blocks_so_far in enumerate(self.exit_depths[:-1])
         )
         early = self.exit_depths[:-1]
-        self.beside: Any = heads.beside(backbone, early[-1]) if early else None
+        # Checkpoints have the keys `beside.*`
+        self.beside: Any = heads.build_exit_tokens(backbone, early[-1]) if early else None
         self.register_buffer(
             "exit_weights", torch.full((self.num_exits,), 1 / self.num_exits, dtype=torch.float32), persistent=False
         )
@@ -130,7 +132,7 @@ class ExitNet(nn.Module):
         """Set the mode of heads, adapters and stochastic depth; the rest of a frozen backbone is in evaluation mode."""
         super().train(mode)
         if self._frozen:
-            cut.set_mode(self.backbone, mode)
+            backbones.set_mode(self.backbone, mode)
         return self
 
     def embed(self, images: Tensor) -> Tensor:
@@ -141,12 +143,12 @@ class ExitNet(nn.Module):
         """
         if not torch.jit.is_tracing():
             self.check_images(images)
-        x = cut.embed(self.backbone, images)
+        x = backbones.embed(self.backbone, images)
         return x if self.beside is None else self.beside.append(x)
 
     def check_images(self, images: Tensor) -> None:
         """Raise a ValueError if the backbone does not take images of so many channels, or takes clips instead."""
-        clips, channels = cut.frames(self.backbone), images.shape[-3]
+        clips, channels = backbones.frames(self.backbone), images.shape[-3]
         if images.ndim != (4 if clips is None else 5):
             wanted = "images (batch," if clips is None else f"clips (batch, {clips} frames,"
             raise ValueError(
@@ -169,13 +171,13 @@ class ExitNet(nn.Module):
     def _units(self, k: int) -> list[tuple[int, tuple[nn.Module, ...]]]:
         """List the blocks of stage ``k``, each with the number of blocks before it."""
         start = self.exit_depths[k - 1] if k else 0
-        return list(enumerate(cut.blocks(self.backbone)[start : self.exit_depths[k]], start))
+        return list(enumerate(backbones.blocks(self.backbone)[start : self.exit_depths[k]], start))
 
     def _merge_tokens(self, place: int, x: Tensor, logs: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Merge tokens if ``token_merging`` has a place after this number of blocks."""
         if self.token_merging is None or place not in self.token_merging.after:
             return x, logs
-        return self.token_merging(x, cut.prefix_tokens(self.backbone), logs)
+        return self.token_merging(x, backbones.prefix_tokens(self.backbone), logs)
 
     def _split(self, x: Tensor, ended: bool = False) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Split the output of a stage into tokens, logarithms of their numbers (see :meth:`stage`), and exit tokens.
@@ -184,30 +186,30 @@ class ExitNet(nn.Module):
             x: The output of a stage, or of :meth:`embed`.
             ended: Whether that is the last stage, whose output has no exit tokens.
         """
-        beside = logs = None
+        exit_tokens = logs = None
         if self.token_merging is not None and x.shape[-1] != self._width:
             x, logs = x[..., :-1], x[..., -1]
         if self.beside is not None and not ended:
             end = x.shape[1] - self.beside.count
-            x, beside, logs = x[:, :end], x[:, end:], None if logs is None else logs[:, :end]
-        return x, None if logs is None else logs.contiguous(), beside
+            x, exit_tokens, logs = x[:, :end], x[:, end:], None if logs is None else logs[:, :end]
+        return x, None if logs is None else logs.contiguous(), exit_tokens
 
     def _bias(self, logs: Tensor | None) -> Tensor | None:
         """Return the bias of the keys' attention scores: the logarithms, or None if each token counts once."""
         if logs is None or self.token_merging is None:
             return None
         given = self.token_merging.proportional
-        return logs if (not cut.pools_mean(self.backbone) if given is None else given) else None
+        return logs if (not backbones.pools_mean(self.backbone) if given is None else given) else None
 
     @staticmethod
-    def _join(x: Tensor, logs: Tensor | None, beside: Tensor | None = None) -> Tensor:
+    def _join(x: Tensor, logs: Tensor | None, exit_tokens: Tensor | None = None) -> Tensor:
         """Join the parts of :meth:`_split`, so that between stages a sample is one row of one tensor.
 
         Exit tokens come after the other tokens; the logarithms are one more channel.
         """
-        if beside is not None:
-            x = torch.cat([x, beside], 1)
-            logs = None if logs is None else nn.functional.pad(logs, (0, beside.shape[1]))
+        if exit_tokens is not None:
+            x = torch.cat([x, exit_tokens], 1)
+            logs = None if logs is None else nn.functional.pad(logs, (0, exit_tokens.shape[1]))
         return x if logs is None else torch.cat([x, logs[..., None]], -1)
 
     def stage(self, k: int, x: Tensor) -> Tensor:
@@ -217,25 +219,25 @@ class ExitNet(nn.Module):
         for. Exit tokens follow the other tokens. :meth:`head` and the next stage expect this layout. The last stage
         runs without exit tokens.
         """
-        x, logs, beside = self._split(x)
+        x, logs, exit_tokens = self._split(x)
         if k == self.num_exits - 1:
-            beside = None
+            exit_tokens = None
         for place, unit in self._units(k):
             x, logs = self._merge_tokens(place, x, logs)
-            if beside is None:
-                x = cut.run_unit(self.backbone, unit, x, self._bias(logs))
+            if exit_tokens is None:
+                x = backbones.run_unit(self.backbone, unit, x, self._bias(logs))
             else:
-                x, beside = self.beside.run(self.backbone, place, x, beside, self._bias(logs))
-        return self._join(x, logs, beside)
+                x, exit_tokens = self.beside.run(self.backbone, place, x, exit_tokens, self._bias(logs))
+        return self._join(x, logs, exit_tokens)
 
     def head(self, k: int, x: Tensor) -> Tensor:
         """Compute logits (batch, classes) from the output of stage ``k``."""
         last = k == self.num_exits - 1
-        x, logs, beside = self._split(x, ended=last)
+        x, logs, exit_tokens = self._split(x, ended=last)
         if last:
-            return cut.classify(self.backbone, cut.finish(self.backbone, x), logs)
-        x = cut.tokens(self.backbone, x)
-        more = (logs, beside) if beside is not None else () if logs is None else (logs,)
+            return backbones.classify(self.backbone, backbones.finish(self.backbone, x), logs)
+        x = backbones.tokens(self.backbone, x)
+        more = (logs, exit_tokens) if exit_tokens is not None else () if logs is None else (logs,)
         logits = self.heads[k](x, *more)
         if torch.jit.is_tracing() or torch.compiler.is_compiling():
             return logits
@@ -300,8 +302,8 @@ class ExitNet(nn.Module):
             x = self.complete(k - 1, inputs) if k else inputs[0]
             if k < self.num_exits - 1 and not policy.uses_early_exits:
                 return (self.stage(k, x),), None
-            seen, held = self.begin(k, x, first)
-            return held, self.head(k, seen)
+            head_input, stage_state = self.begin(k, x, first)
+            return stage_state, self.head(k, head_input)
 
         return run_stages(step, self.num_exits, (x,), policy)
 
@@ -338,18 +340,18 @@ class ExitNet(nn.Module):
         x, logs, _ = self._split(x)  # the last stage drops exit tokens, and before the others no class token goes first
         for place, unit in units:
             x, logs = self._merge_tokens(place, x, logs)
-            x = cut.run_unit(self.backbone, unit, x, self._bias(logs))
+            x = backbones.run_unit(self.backbone, unit, x, self._bias(logs))
         x, logs = self._merge_tokens(last, x, logs)
-        row, keys_values = cut.class_row(block, x, self._bias(logs))
+        row, keys_values = backbones.class_row(block, x, self._bias(logs))
         return row, (self._join(x, logs), keys_values)
 
-    def complete(self, k: int, held: tuple[Tensor, ...]) -> Tensor:
+    def complete(self, k: int, stage_state: tuple[Tensor, ...]) -> Tensor:
         """Finish stage ``k``, which :meth:`begin` started, for the given rows of its second result."""
-        if len(held) == 1:
-            return held[0]
+        if len(stage_state) == 1:
+            return stage_state[0]
         *_, block = self.stage_modules(k)
-        (x, logs, _), keys_values = self._split(held[0], ended=True), held[1]
-        return self._join(cut.other_rows(block, x, keys_values, self._bias(logs)), logs)
+        (x, logs, _), keys_values = self._split(stage_state[0], ended=True), stage_state[1]
+        return self._join(backbones.other_rows(block, x, keys_values, self._bias(logs)), logs)
 
     def step(self, k: int, inputs: tuple[Tensor, ...], class_first: bool = True) -> tuple[tuple[Tensor, ...], Tensor]:
         """Run stage ``k`` and its head, for samples that continue.
@@ -362,18 +364,18 @@ class ExitNet(nn.Module):
         Returns:
             What the next stage takes, and the logits (batch, classes).
         """
-        seen, held = self.begin(k, self.complete(k - 1, inputs) if k else self.embed(*inputs), class_first)
-        return held, self.head(k, seen)
+        head_input, stage_state = self.begin(k, self.complete(k - 1, inputs) if k else self.embed(*inputs), class_first)
+        return stage_state, self.head(k, head_input)
 
     def splits(self, k: int) -> bool:
         """Check whether stage ``k`` can compute the class token's row first and its head reads only that row."""
-        last = cut.blocks(self.backbone)[self.exit_depths[k] - 1]
-        return self.reads_class_token(k) and cut.splits(self.backbone, last)
+        last = backbones.blocks(self.backbone)[self.exit_depths[k] - 1]
+        return self.reads_class_token(k) and backbones.splits(self.backbone, last)
 
     def reads_class_token(self, k: int) -> bool:
         """Check whether the head of exit ``k`` reads only the class token."""
         if k == self.num_exits - 1:
-            return cut.reads_class_row(self.backbone)
+            return backbones.reads_class_row(self.backbone)
         return bool(getattr(self.heads[k], "reads_class_token", False))
 
     def at(self, k: int) -> Truncated:

@@ -91,7 +91,9 @@ def accuracy_over_cost(measured: Measured) -> Figure:
     """Draw the exits, random mixtures of them, all thresholds of the confidence, and the policy's point."""
     figure = Figure(figsize=(6.4, 4.8), layout="constrained")
     axes = figure.subplots()
-    found = curve(measured.logits, measured.targets, torch.tensor(measured.costs), view=measured.policy, static=1.0)
+    found = curve(
+        measured.logits, measured.targets, torch.tensor(measured.costs), prediction=measured.policy, static=1.0
+    )
     axes.plot(
         [point.cost for point in found.routed],
         [point.accuracy for point in found.routed],

@@ -62,7 +62,7 @@ def missing(backend: str) -> list[str]:
 
 
 def use_backend(bundle: "Bundle", backend: Backend, batch_size: int = 32) -> str:
-    """Let a backend run a bundle's stages.
+    """Run a bundle's stages by a backend.
 
     The graphs are exported once for each bundle and kept in a cache, ``~/.cache/dynadapter`` or what the environment
     variable ``DYNADAPTER_CACHE`` names. They are compared with the network when they are written, and their hashes are

@@ -18,7 +18,7 @@ from dynadapter.serve.drift import Drift, Reference
 from dynadapter.serve.requests import UNLIMITED, Closed, Counts, Failed, Full, Job, Late, Limit, Limits, Served
 from dynadapter.serve.stages import Waiting, nonfinite
 from dynadapter.serve.together import Together
-from dynadapter.serve.worker import Judged, Worker, judge
+from dynadapter.serve.worker import ExitPredictions, Worker, predict_exit
 
 LOG = logging.getLogger("dynadapter.serve")
 EASE = 0.5
@@ -217,8 +217,8 @@ class Engine:
         self, k: int, inputs: tuple[Tensor, ...], counts: Sequence[int]
     ) -> tuple[tuple[Tensor, ...], dict[int, Tensor]]:
         """Run a stage of a bundle by itself."""
-        held, logits = self.bundle.runs.step(k, inputs)
-        return held, {0: logits}
+        stage_state, logits = self.bundle.runs.step(k, inputs)
+        return stage_state, {0: logits}
 
     def end(self, job: Job, answer: Served | BaseException | None) -> None:
         """Free a job's place in the queue and answer it, unless it was cancelled."""
@@ -249,18 +249,18 @@ class Engine:
                 self.end(now.items[row], _late())
         elif late:
             part = now.chosen(late)
-            found = judge(part, k - 1, last=False)
+            found = predict_exit(part, k - 1, last=False)
             for job, row, good in zip(part.items, found.probabilities, found.finite, strict=True):
                 self._answer(job, Served(row, k - 1, "deadline") if good else Failed(str(nonfinite(k - 1))))
         return now.chosen(stay)
 
-    def answer_stopped(self, k: int, now: Waiting[Job], judged: Judged, seconds: float) -> list[int]:
+    def answer_stopped(self, k: int, now: Waiting[Job], predictions: ExitPredictions, seconds: float) -> list[int]:
         """Answer the samples that stop at exit ``k``.
 
         Args:
             k: Exit index, from 0.
             now: The samples after the stage.
-            judged: Their predictions.
+            predictions: Their predictions.
             seconds: Their part of the time of the stage.
 
         Returns:
@@ -270,11 +270,11 @@ class Engine:
         self.counts.images[k] += len(now.items)
         self.counts.seconds += seconds
         open_exits, clock, stay = self.open_exits(), time.monotonic(), []
-        for row, (job, stop, good) in enumerate(zip(now.items, judged.stops, judged.finite, strict=True)):
+        for row, (job, stop, good) in enumerate(zip(now.items, predictions.stops, predictions.finite, strict=True)):
             job.plain = job.plain and open_exits == self.exits
             limit = None if stop else self._limit(job, k, open_exits, clock)
             if stop or limit:
-                answer = Served(judged.probabilities[row], k, limit) if good else Failed(str(nonfinite(k)))
+                answer = Served(predictions.probabilities[row], k, limit) if good else Failed(str(nonfinite(k)))
                 self._answer(job, answer)
             else:
                 stay.append(row)

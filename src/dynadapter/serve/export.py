@@ -76,13 +76,11 @@ def export_onnx(
         check_labels: Their class indices (images,), for the accuracy in int8.
         tolerance: Largest difference of a logit; relative to the image's largest logit if that is above 1.
         merge: Merge the adapters into the backbone if all of them can be merged.
-        class_first: Compute the class token's row first where a head reads only the class token: an image that stops
-            there saves five sixths of a block, and that block is stored in two files.
+        class_first: See :meth:`ExitNet.early`; such a block is stored in two files.
         opset: Version of ONNX's operators, at least 18.
-        int8: Quantise the blocks' matrix products to 8 bits, and measure the change on `check_images`. ``dynamic``: by
-            ONNX Runtime, which alone runs these graphs. Each batch determines the ranges of its activations, so a
-            prediction depends a little on its batch. ``static``: by NNCF, for ONNX Runtime and OpenVINO. Every second
-            image determines the ranges, and the change is measured on the others.
+        int8: Quantise the blocks' matrix products to 8 bits, and measure the change on `check_images`. ``dynamic``: for
+            ONNX Runtime alone; each batch determines its ranges, so a prediction depends on its batch. ``static``: by
+            NNCF, also for OpenVINO; every second image determines the ranges, the others measure the change.
         overwrite: Replace an exported folder.
 
     Returns:
@@ -93,24 +91,19 @@ def export_onnx(
         ImportError: onnx, onnxscript, onnxruntime, or for ``static`` nncf, is missing.
     """
     manifest = _manifest(net, policy, class_names, preprocess, costs, opset)
-    clip, size = frames(net.backbone), preprocess.image_size
-    shape = (3, size, size) if clip is None else (clip, 3, size, size)
     _check_int8(int8, check_images)
-    images, labels = _check_images(check_images, shape), _check_labels(check_labels, check_images)
+    images = _check_images(check_images, frames(net.backbone), preprocess.image_size)
+    labels = _check_labels(check_labels, check_images)
     reference, network = standalone(net, images, merge)
     with replacing_folder(_check_place(folder, overwrite), overwrite) as draft:
         stages = write_graphs(network, draft, images, class_first, opset)
         copy_runtime(draft)
-        _write_manifest(draft, manifest, stages)
-        runner = _open(draft, opset)
+        runner = _write_and_open(draft, manifest, stages, opset)
         expected, manifest["check"] = compare(runner, reference, policy, images, tolerance)
         if int8:
             manifest |= {"precision": "int8", "quantization": _quantise(draft, runner, int8, images)}
-            _write_manifest(draft, manifest, stages)
-            rest = slice(1, None, 2) if int8 == "static" else slice(None)  # images that determined no range
-            measured = images[rest], None if labels is None else labels[rest]
-            change = quantization_change(_open(draft, opset), expected[:, rest], policy, *measured)
-            manifest["quantization"] |= change
+            quantised = _write_and_open(draft, manifest, stages, opset)
+            manifest["quantization"] |= _change(quantised, int8, policy, expected, images, labels)
         _write_manifest(draft, manifest, stages)
     return manifest
 
@@ -169,8 +162,9 @@ def policy_settings(policy: Policy, num_exits: int) -> tuple[dict[str, Any], lis
     return plain({"kind": kind, **dataclasses.asdict(policy), **combined}), temperatures
 
 
-def _check_images(images: Tensor | None, shape: tuple[int, ...]) -> Tensor:
+def _check_images(images: Tensor | None, clip: int | None, size: int) -> Tensor:
     """Return the images to compare on, in float32 on the CPU: the given ones, or noise."""
+    shape = (3, size, size) if clip is None else (clip, 3, size, size)
     if images is None:
         return torch.randn(12, *shape, generator=torch.Generator().manual_seed(0))
     if images.shape[1:] != shape or not len(images) or not images.is_floating_point():
@@ -242,7 +236,9 @@ def _write_manifest(folder: Path, manifest: dict[str, Any], stages: Sequence[Map
     (folder / MANIFEST).write_text(text, encoding="utf-8")
 
 
-def _open(folder: Path, opset: int) -> Runner:
+def _write_and_open(folder: Path, manifest: dict[str, Any], stages: Sequence[Mapping[str, Any]], opset: int) -> Runner:
+    """Write the manifest and open the graphs."""
+    _write_manifest(folder, manifest, stages)
     try:
         return Runner(folder).load()
     except ValueError as error:
@@ -271,3 +267,13 @@ def _quantise(folder: Path, runner: Runner, way: Int8, images: Tensor) -> dict[s
     if not products:
         raise ValueError("int8 finds no matrix product in this network's blocks; leave it out")
     return {"way": way, "products": products, "weights": "7 of 8 bits, per channel", "activations": ACTIVATIONS[way]}
+
+
+def _change(
+    runner: Runner, way: Int8, policy: Policy, expected: Tensor, images: Tensor, labels: Tensor | None
+) -> dict[str, Any]:
+    """Measure the change by int8 on the images that determined no range."""
+    rest = slice(1, None, 2) if way == "static" else slice(None)
+    return quantization_change(
+        runner, expected[:, rest], policy, images[rest], None if labels is None else labels[rest]
+    )

@@ -238,14 +238,14 @@ class Service:
             except ValueError as error:  # of the budget
                 raise Problem(400, str(error).replace("deadline=", "deadline_ms=")) from None
             answer: asyncio.Future[Any] = asyncio.wrap_future(job)
-            gone: asyncio.Future[Any] = asyncio.ensure_future(request.receive())
+            disconnected: asyncio.Future[Any] = asyncio.ensure_future(request.receive())
             try:
-                await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait({answer, disconnected}, return_when=asyncio.FIRST_COMPLETED)
                 if not answer.done():
                     raise ClientDisconnect
                 return answer.result()
             finally:
-                gone.cancel()
+                disconnected.cancel()
                 answer.cancel()
 
 
@@ -305,7 +305,7 @@ def _on_disk(place: Path | None, sha256: str) -> str:
     try:
         found = read_json(place / CONFIG)
     except (OSError, ValueError):
-        return "gone"
+        return "removed"
     return "as loaded" if isinstance(found, dict) and found.get("sha256") == sha256 else "replaced"
 
 

@@ -89,10 +89,10 @@ def computed(step: Step, k: int, now: Waiting[T]) -> Waiting[T]:
     Returns:
         The same samples, waiting for the next stage; if a head ran, the new exit is the last one in their history.
     """
-    held, logits = step(k, now.inputs)
+    stage_state, logits = step(k, now.inputs)
     if logits is None:
-        return replace(now, inputs=held)
-    return replace(now, inputs=held, history=lengthened(now.history, logits))
+        return replace(now, inputs=stage_state)
+    return replace(now, inputs=stage_state, history=lengthened(now.history, logits))
 
 
 def nonfinite(k: int) -> ValueError:

@@ -33,7 +33,7 @@ FORMAT = 2
 TITLE = "predictions of dynadapter"
 
 
-class Foreign(ValueError):
+class OtherRun(ValueError):
     """An unfinished table belongs to another network, other images or other settings."""
 
 
@@ -59,7 +59,7 @@ class PredictionTable:
         nonfinite: How many of the answered images have no confidence, because their logits were not finite.
 
     Raises:
-        Foreign: There is an unfinished table with another identity.
+        OtherRun: There is an unfinished table with another identity.
         Busy: Another process is writing this table.
         ValueError: The output cannot be written.
     """
@@ -220,7 +220,7 @@ class PredictionTable:
         check_output(self.output, self.overwrite or self.folder.exists())
         self.output.parent.mkdir(parents=True, exist_ok=True)
         if self.folder.exists() and not self.folder.is_dir():
-            raise Foreign(f"{self.folder} is not an unfinished table of predictions")
+            raise OtherRun(f"{self.folder} is not an unfinished table of predictions")
         self._locks.enter_context(locked(self.folder))
         self.folder.mkdir(exist_ok=True)
         there = _read_json(self.folder / "table.json")
@@ -239,14 +239,14 @@ class PredictionTable:
         """Raise an error for a folder without ``table.json`` that holds other files."""
         there = {path.name for path in self.folder.iterdir() if not path.name.startswith(".table.json.")}
         if strange := there - {"claims"}:
-            raise Foreign(f"{self.folder} is not an unfinished table of predictions: it holds {min(strange)}")
+            raise OtherRun(f"{self.folder} is not an unfinished table of predictions: it holds {min(strange)}")
         if os.path.lexists(self.output) and not self.overwrite:  # finished by another process just now
             shutil.rmtree(self.folder)
             check_output(self.output, overwrite=False)
 
     def _compare(self, there: Any) -> None:
         if there != self._header:
-            raise Foreign(f"{self.folder} {_difference(there, self._header)}")
+            raise OtherRun(f"{self.folder} {_difference(there, self._header)}")
 
     def _lock(self, number: int, wait: bool) -> bool:
         """Claim a batch, and return whether that worked."""

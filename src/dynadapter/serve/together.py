@@ -128,9 +128,9 @@ class Together:
             One prediction for each image, in order.
 
         Raises:
-            ValueError: As of :meth:`Bundle.predict`, or a task that is none.
+            ValueError: As of :meth:`Bundle.predict`, or a task index is out of range.
             OSError: The machine fails to read a file.
-            TypeError: Something is no image.
+            TypeError: An item is not an image.
         """
         self._check(len(images), tasks)
         predictions: list[Prediction] = []
@@ -160,7 +160,7 @@ class Together:
             The logits of each image (classes of its task,), in float32 or wider, and the zero-based exits (batch,).
 
         Raises:
-            ValueError: There are more or fewer tasks than images, or one is none.
+            ValueError: There are more or fewer tasks than images, or a task index is out of range.
         """
         self._check(len(images), tasks)
         found: list[Tensor] = [images.new_empty(0)] * len(images)
@@ -189,8 +189,10 @@ class Together:
         """
         self.batch.counts = list(counts)
         x = self.net.complete(k - 1, inputs) if k else self.net.embed(*inputs)
-        seen, held = self.net.begin(k, x, self.net.prefers_class_first(x) if class_first is None else class_first)
-        return held, {task: self.bundles[task].net.head(k, seen[rows]) for task, rows in self.batch.slices(len(seen))}
+        first = self.net.prefers_class_first(x) if class_first is None else class_first
+        head_input, stage_state = self.net.begin(k, x, first)
+        tasks = self.batch.slices(len(head_input))
+        return stage_state, {task: self.bundles[task].net.head(k, head_input[rows]) for task, rows in tasks}
 
     def _routed(self, images: Tensor, owners: list[tuple[int, int]]) -> Iterator[tuple[int, Tensor, int]]:
         """Yield the row, logits and exit of each sample of a chunk.

@@ -25,7 +25,7 @@ Step = Callable[[int, tuple[Tensor, ...], Sequence[int]], tuple[tuple[Tensor, ..
 each task that has rows. An input has one row for each sample; the rows of a task are neighbours."""
 
 
-class Judged(NamedTuple):
+class ExitPredictions(NamedTuple):
     """The predictions of an exit for the samples of one task.
 
     ``probabilities`` (samples, classes) are on the CPU, ``finite`` tells which logits are finite, and ``stops`` which
@@ -48,7 +48,7 @@ class Owner(Protocol):
     def drop_late(self, k: int, now: Waiting[Job]) -> Waiting[Job]:
         """Return the samples that stage ``k`` shall run; the others are ended."""
 
-    def answer_stopped(self, k: int, now: Waiting[Job], judged: Judged, seconds: float) -> list[int]:
+    def answer_stopped(self, k: int, now: Waiting[Job], predictions: ExitPredictions, seconds: float) -> list[int]:
         """Answer the samples that stop at exit ``k``, and return the rows of the others."""
 
     def end(self, job: Job, answer: Served | BaseException | None) -> None:
@@ -102,7 +102,7 @@ class Worker:
             self.thread.start()
 
     def add(self, k: int, task: int, part: Waiting[Job]) -> None:
-        """Let samples wait for a stage."""
+        """Add samples to the queue of a stage."""
         with self.changed:
             self.queues[k][task].append(replace(part, since=time.monotonic()))
             self.changed.notify_all()
@@ -111,7 +111,7 @@ class Worker:
         """Wait until the jobs of an engine that closes are ended; with the last engine the thread ends."""
         with self.changed:
             while owner.taken and self.thread.is_alive():
-                self.changed.wait(0.1)  # a thread that fails wakes nobody
+                self.changed.wait(0.1)  # a failed thread sends no notification
             last = all(one.closing and not one.taken for one in self.owners)
         while last and self.thread.is_alive():
             self.thread.join()
@@ -185,27 +185,29 @@ class Worker:
             for task, part in now.items():
                 self._run(k, {task: part})
         samples = sum(len(part.items) for part in now.values())
-        for task, (part, judged) in found.items():
+        for task, (part, predictions) in found.items():
             with self._failing(k, task, part.items), torch.inference_mode():
                 share = seconds * len(part.items) / samples
-                if stay := self.owners[task].answer_stopped(k, part, judged, share):
+                if stay := self.owners[task].answer_stopped(k, part, predictions, share):
                     self.add(k + 1, task, part.chosen(stay))
 
-    def _computed(self, k: int, now: dict[int, Waiting[Job]]) -> tuple[dict[int, tuple[Waiting[Job], Judged]], float]:
+    def _computed(
+        self, k: int, now: dict[int, Waiting[Job]]
+    ) -> tuple[dict[int, tuple[Waiting[Job], ExitPredictions]], float]:
         """Run a stage and its heads; return each task's samples with its predictions, and the seconds."""
-        found, row = dict[int, tuple[Waiting[Job], Judged]](), 0
+        found, row = dict[int, tuple[Waiting[Job], ExitPredictions]](), 0
         with self._compute, torch.inference_mode():
             start = time.perf_counter()
             device = self.owners[0].bundle.device
             parts = [part.inputs for part in now.values()]
             inputs = parts[0] if len(parts) == 1 else tuple(map(torch.cat, zip(*parts, strict=True)))
             counts = [len(now[task].items) if task in now else 0 for task in range(len(self.owners))]
-            held, logits = self._step(k, tuple(tensor.to(device) for tensor in inputs), counts)
+            stage_state, logits = self._step(k, tuple(tensor.to(device) for tensor in inputs), counts)
             for task, part in now.items():
                 rows = slice(row, row := row + counts[task])
                 history = lengthened(part.history, logits[task])
-                part = replace(part, inputs=tuple(tensor[rows] for tensor in held), history=history)
-                found[task] = part, judge(part, k, last=k == len(self.queues) - 1)
+                part = replace(part, inputs=tuple(tensor[rows] for tensor in stage_state), history=history)
+                found[task] = part, predict_exit(part, k, last=k == len(self.queues) - 1)
             seconds = time.perf_counter() - start
         self.seconds[k] = 0.9 * self.seconds[k] + 0.1 * seconds if self.seconds[k] else seconds
         return found, seconds
@@ -227,8 +229,8 @@ class Worker:
             owner.end(job, Failed(why))
 
 
-def judge(now: Waiting[Job], k: int, last: bool) -> Judged:
-    """Return the predictions of exit ``k``, whose logits are the newest in the history, and who stops there.
+def predict_exit(now: Waiting[Job], k: int, last: bool) -> ExitPredictions:
+    """Return the predictions of exit ``k``, whose logits are the newest in the history, and which samples stop there.
 
     Args:
         now: Samples of one bundle; those with the same threshold share a policy.
@@ -243,11 +245,11 @@ def judge(now: Waiting[Job], k: int, last: bool) -> Judged:
     for rows in groups.values():
         policy, history = now.items[rows[0]].policy, now.history if len(groups) == 1 else now.history[:, rows]
         # A policy without early exits knows the temperature of the last exit alone, unless it is told the exit.
-        view = policy if last or policy.uses_early_exits else with_decision(policy, AtExit(k + 1))
-        found.append(combined(view, history)[-1])
+        prediction = policy if last or policy.uses_early_exits else with_decision(policy, AtExit(k + 1))
+        found.append(combined(prediction, history)[-1])
         if not last:
             for row, stop in zip(rows, policy.should_exit(history).tolist(), strict=True):
                 stops[row] = stop
     order = [row for rows in groups.values() for row in rows]
     logits = found[0] if len(found) == 1 else torch.cat(found)[torch.tensor(order).argsort()]
-    return Judged(wide(logits).softmax(-1).cpu(), logits.isfinite().all(-1).tolist(), stops)
+    return ExitPredictions(wide(logits).softmax(-1).cpu(), logits.isfinite().all(-1).tolist(), stops)

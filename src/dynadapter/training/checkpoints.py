@@ -97,7 +97,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 def use_atomic_checkpoints(trainer: Trainer) -> None:
-    """Let a trainer write and read checkpoints by :class:`AtomicCheckpointIO`, unless the user chose another plugin."""
+    """Set :class:`AtomicCheckpointIO` for a trainer's checkpoints, unless the user chose another plugin."""
     try:
         default = type(trainer.strategy.checkpoint_io) is TorchCheckpointIO
     except NotImplementedError:  # a strategy that shards its checkpoints

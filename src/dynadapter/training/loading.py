@@ -51,7 +51,7 @@ class CheckedLoading(LightningModule):
     """A LightningModule that can load untrusted checkpoints."""
 
     def setup(self, stage: str) -> None:
-        """Let the trainer use :class:`AtomicCheckpointIO` before it reads a checkpoint."""
+        """Set :class:`AtomicCheckpointIO` for the trainer before it reads a checkpoint."""
         use_atomic_checkpoints(self.trainer)
 
     @classmethod

@@ -34,7 +34,7 @@ from dynadapter.training.contents import (
 )
 from dynadapter.training.loading import CheckedLoading
 from dynadapter.training.losses import IGNORED, Distillation, exit_losses
-from dynadapter.training.meeting import common_classes, describe_images, meet, take_from_data, take_from_loader
+from dynadapter.training.matching import common_classes, describe_images, match, take_from_data, take_from_loader
 from dynadapter.training.metrics import KINDS, metrics_of_exits
 from dynadapter.training.mixing import Mixing, mix
 from dynadapter.training.processes import is_distributed, mean_over_processes
@@ -74,8 +74,8 @@ class ExitClassifier(CheckedLoading):
         heads: Kind of the early heads.
         every: Number of blocks between exits; the end of the backbone is always the last exit.
         exit_depths: List of block counts instead of the interval; an empty list is the static network.
-        token_merging: Merge similar tokens between blocks, in training and evaluation; None keeps all. For backbones of
-            the ViT family.
+        token_merging: Merge similar tokens between blocks, in training and evaluation; None keeps all. For timm's
+            VisionTransformer and VideoMAE, not Eva.
         optimizer: Function from the trainable parameters to an optimiser. It is not saved: give it again to resume.
         lr_schedule: Factor on the optimiser's learning rate as a function of training progress, set at every step.
         label_smoothing: Probability spread evenly over all classes, in [0, 1).
@@ -173,13 +173,13 @@ class ExitClassifier(CheckedLoading):
         callbacks: list[Callback] = getattr(self.trainer, "callbacks", [])
         return [] if any(isinstance(callback, FiniteCheck) for callback in callbacks) else [FiniteCheck()]
 
-    def meet_data(self, data: Any) -> None:
+    def match_data(self, data: Any) -> None:
         """Match classes, preprocessing and image size with a data module; data modules call it before they read images.
 
         Raises:
             ValueError: The data have a class that this model does not know, or images that do not fit it.
         """
-        meet(self, data, self._stage)
+        match(self, data, self._stage)
 
     @property
     def _datamodule(self) -> Any:
@@ -217,7 +217,7 @@ class ExitClassifier(CheckedLoading):
         """Store the global seed, from which the random numbers of all steps follow, and the settings of the data."""
         self.seed = torch.initial_seed()
         if self._datamodule is not None:
-            self.meet_data(self._datamodule)
+            self.match_data(self._datamodule)
             take_from_data(self, self._datamodule)
         if self.class_weights is not None:
             counts = count_classes(self._datamodule, self.net.num_classes)
@@ -361,7 +361,7 @@ class ExitClassifier(CheckedLoading):
         self._batches = saved.get("batches")
         self.images = saved.get("images", {})
         if self._datamodule is not None:
-            self.meet_data(self._datamodule)
+            self.match_data(self._datamodule)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load the trained tensors, and the backbone's tensors if they are given.

@@ -6,7 +6,7 @@ from typing import NamedTuple
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from dynadapter.backbones import DrawFrom
-from dynadapter.calibrate.stored import beside, calibration_of
+from dynadapter.calibrate.stored import calibration_of, calibration_path
 from dynadapter.exits.policies import Confidence, Policy
 from dynadapter.spec import restore
 from dynadapter.training.checkpoints import read
@@ -71,6 +71,6 @@ def stored_policies(path: str | Path) -> StoredPolicies:
     if calibration is not None:
         others = [policy for policy in trained if policy.name != calibration.policy.name]
         return StoredPolicies((calibration.policy, *others), f"calibrated: {calibration.where}")
-    if beside(Path(path)).exists():
-        rank_zero_warn(f"{beside(Path(path))} is not used: {path} has changed since it was calibrated")
+    if calibration_path(Path(path)).exists():
+        rank_zero_warn(f"{calibration_path(Path(path))} is not used: {path} has changed since it was calibrated")
     return StoredPolicies(trained, "the training's") if trained else StoredPolicies((Confidence(0.9),), "the default")

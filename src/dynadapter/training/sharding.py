@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from dynadapter import backbones as cut
+from dynadapter import backbones
 from dynadapter.exits.net import ExitNet
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ def shard(net: ExitNet, mesh: "DeviceMesh") -> None:
         raise ValueError("ExitTokens cannot be trained sharded; use Attentive, or strategy: ddp")
     from torch.distributed.fsdp import fully_shard
 
-    for unit in cut.blocks(net.backbone):
+    for unit in backbones.blocks(net.backbone):
         for module in unit:
             fully_shard(module, mesh=mesh)
     fully_shard(net, mesh=mesh)

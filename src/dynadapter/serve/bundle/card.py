@@ -8,7 +8,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from dynadapter.backbones.at_hand import published
+from dynadapter.backbones.availability import published
 from dynadapter.backbones.packaged import find
 from dynadapter.files import shown
 from dynadapter.serve.bundle.config import MODEL, Config

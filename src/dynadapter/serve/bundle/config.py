@@ -27,7 +27,7 @@ from dynadapter.serve.bundle.tensors import fill
 from dynadapter.spec import plain, restore
 
 FORMAT = 3
-"""Version of the layout; a reader takes this one alone."""
+"""Version of the layout; readers accept only this version."""
 
 CONFIG, MODEL, CARD = "config.json", "model.safetensors", "README.md"
 FILES = (MODEL, CARD, CONFIG)

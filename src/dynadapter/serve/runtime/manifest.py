@@ -14,7 +14,7 @@ from dynadapter.images.preprocess import Preprocess
 from dynadapter.serve.runtime.policies import Policy
 
 FORMAT = 3
-"""Version of the folder's layout; a reader accepts this one alone."""
+"""Version of the folder's layout; readers accept only this version."""
 MANIFEST = "manifest.json"
 MAX_BYTES = 2**26
 """Largest size of a manifest."""
@@ -55,7 +55,7 @@ class Manifest:
         class_names: Names of the classes in the order of their indices.
         preprocess: Maps a decoded image to an array.
         policy: Decides at which exit an image stops.
-        image_shape: Channels, height and width of the input, of a video behind the frames of a clip.
+        image_shape: (channels, height, width); for video (frames, channels, height, width).
     """
 
     content: dict[str, Any]

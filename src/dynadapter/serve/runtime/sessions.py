@@ -131,7 +131,7 @@ ENGINES: dict[str, Callable[[Sequence[Provider] | None, int | None], Engine]] = 
 
 
 def _share_memory(onnxruntime: Any, options: Any) -> None:
-    """Let a session allocate from the arena that all such sessions of the process share.
+    """Configure a session to allocate from the arena that all such sessions of the process share.
 
     Otherwise each session keeps all memory that it has ever needed, and the caches do not help the next stage. ONNX
     Runtime's memory patterns would prevent this, so they are off.

@@ -7,7 +7,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 LEAST_EPOCHS = 5
-"""A training of fewer epochs is not judged."""
+"""A training of fewer epochs is not checked."""
 
 
 class LearningCheck(Callback):

@@ -33,7 +33,7 @@ class BidirectionalSparsity(Callback):
     Args:
         shallow: Dropout rate in the first block; null keeps every adapter's own rate and ignores ``deep``.
         deep: Dropout rate in the last block.
-        keep: Probability that a step updates an adapter element; at 1 there are no masks and no cost.
+        keep: Probability that a step updates an element; at 1 there are no masks and no cost.
         masked: What happens to a masked element: ``frozen`` keeps the element and its optimiser state unchanged in this
             step; ``gradient`` sets only its gradient to zero, so that momentum and weight decay still change it.
         seed: Seed of the masks.

@@ -7,7 +7,7 @@ from pathlib import Path
 from PIL import Image
 
 
-class HeldImages(ABC):
+class LibraryImages(ABC):
     """The images of one split with their labels.
 
     Args:
@@ -24,9 +24,9 @@ class HeldImages(ABC):
     def fetch(self, index: int) -> Path | bytes | Image.Image:
         """Return an image: its file, the bytes of its file, or its pixels."""
 
-    def images(self) -> list["Held"]:
+    def images(self) -> list["LibraryImage"]:
         """Return an object for each image."""
-        return [Held(self, index) for index in range(len(self.labels))]
+        return [LibraryImage(self, index) for index in range(len(self.labels))]
 
     def _size_of_first(self) -> int:
         """Return the size of the first image in bytes, as an estimate for all; 0 if it cannot be read."""
@@ -42,7 +42,7 @@ class HeldImages(ABC):
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
+class LibraryImage:
     """An image inside a data set.
 
     Args:
@@ -50,7 +50,7 @@ class Held:
         index: Its index in the split, from 0.
     """
 
-    images: HeldImages
+    images: LibraryImages
     index: int
 
     @property

@@ -39,7 +39,7 @@ def published(name: str) -> Published:
     return Published(config.hf_hub_id or None, config.license or None)
 
 
-def is_at_hand(name: str, seconds: float = SECONDS) -> bool:
+def is_available(name: str, seconds: float = SECONDS) -> bool:
     """Check whether pretrained weights of a backbone are packaged, in the hub's cache, or offered by the hub now."""
     if find(name) is not None:
         return True

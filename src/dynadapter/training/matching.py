@@ -16,7 +16,7 @@ def unnamed(names: Sequence[str]) -> bool:
     return list(names) == [str(k) for k in range(len(names))]
 
 
-def meet(module: Any, data: Any, stage: str) -> None:
+def match(module: Any, data: Any, stage: str) -> None:
     """Set preprocessing and classes of the data from the model, or in a first training class names from the data.
 
     Args:
@@ -32,9 +32,9 @@ def meet(module: Any, data: Any, stage: str) -> None:
         require_one_correction(getattr(module, "class_weights", None), data)
     trained = bool(module.preprocessing)
     if hasattr(data, "take_preprocessing"):
-        _meet_frames(frames(module.net.backbone), getattr(data, "frames", None))
+        _match_frames(frames(module.net.backbone), getattr(data, "frames", None))
         data.take_preprocessing(module.preprocessing or module.own_preprocessing, trained)
-        _meet_size(module, data.image_size, stage)
+        _match_size(module, data.image_size, stage)
     names = getattr(data, "class_names", None)
     if names is None:
         return
@@ -44,7 +44,7 @@ def meet(module: Any, data: Any, stage: str) -> None:
         data.take_classes(module.class_names)
 
 
-def _meet_frames(wanted: int | None, given: int | None) -> None:
+def _match_frames(wanted: int | None, given: int | None) -> None:
     if wanted == given:
         return
     ours, theirs = (f"clips of {one} frames" if one else "images" for one in (wanted, given))
@@ -55,7 +55,7 @@ def _meet_frames(wanted: int | None, given: int | None) -> None:
     raise ValueError(f"the backbone takes {ours}, and the data give {theirs}; {advice}")
 
 
-def _meet_size(module: Any, size: int, stage: str) -> None:
+def _match_size(module: Any, size: int, stage: str) -> None:
     built = fixed_size(module.net.backbone)
     if stage != "fit":
         set_image_size(module.net.backbone, size)
