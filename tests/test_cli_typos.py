@@ -19,7 +19,7 @@ TYPOS = [
     # configs
     ("fit -c quick", "'quick'; did you mean 'quickstart'?"),
     ("fit -c vtba", "'vtba'; did you mean 'vtab'?"),
-    ("fit --config=", "''"),
+    ("fit --config=", "-c needs a file"),
     ("fit -c photos", "'photos' cannot be read: it is not a file; give a YAML file"),
     ("fit --conf vtab", "did you mean 'config'?"),
     ("fit vtab.yaml", "a config file is given as -c vtab.yaml"),

@@ -110,7 +110,7 @@ def _write(program: ExportedProgram, file: Path, tensors: Mapping[str, Any], ops
             f"{file.stem} has {size / 1e9:.1f} GB of weights, one file holds {LARGEST / 1e9:.1f}; set more exits for "
             "smaller stages"
         )
-    with _quiet("onnxscript"):
+    with quiet("onnxscript"):
         graph = torch.onnx.export(
             program,
             dynamo=True,
@@ -136,7 +136,7 @@ def _unused(program: ExportedProgram) -> set[str]:
 
 
 @contextlib.contextmanager
-def _quiet(name: str) -> Iterator[None]:
+def quiet(name: str) -> Iterator[None]:
     """Silence a library that logs remarks and tracebacks; the graphs are run afterwards, which shows real errors."""
     logger = logging.getLogger(name)
     before = logger.level

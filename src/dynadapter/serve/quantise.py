@@ -5,7 +5,6 @@ Both ways give the weights 7 of 8 bits: CPUs without VNNI add up products in 16 
 
 import contextlib
 import io
-import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,6 +12,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from dynadapter.serve.graphs import quiet
 
 ACTIVATIONS = {
     "dynamic": "8 bits, a range for each batch",
@@ -73,10 +74,10 @@ def quantise_static(file: Path, batches: Sequence[Mapping[str, NDArray[np.float3
     products = _products(model)
     if not products:
         return 0
-    nncf.set_log_level(logging.ERROR)
     others = {node.op_type for node in model.graph.node} - {"MatMul"}
     kept = [node.name for node in model.graph.node if node.op_type == "MatMul" and node.name not in products]
-    with contextlib.redirect_stdout(io.StringIO()):  # progress bars
+    # nncf.set_log_level would change the handlers of every logger; what goes to stdout are progress bars
+    with quiet("nncf"), contextlib.redirect_stdout(io.StringIO()):
         quantised = nncf.quantize(
             model,
             nncf.Dataset(batches),
