@@ -705,6 +705,18 @@ def test_failed_run_does_not_stop_the_others(data, tmp_path, capsys):
     assert "1 run failed" in error
 
 
+def test_final_run_without_logits_is_not_trained(data, finished, tmp_path, capsys, monkeypatch):
+    """Only the lines of a sweep were kept: the run folder with the logits for thresholds is missing."""
+    out = tmp_path / "out"
+    out.mkdir()
+    searched = [line for line in (finished / lines.RESULTS).read_text().splitlines() if '"train800"' in line]
+    (out / lines.RESULTS).write_text("\n".join(searched) + "\n")
+    monkeypatch.setattr(sweep_unit, "_fit", lambda *_: pytest.fail("it was trained"))
+    error = refused(["sweep", write_sweep(tmp_path, data)], capsys, code=1)
+    assert "predictions.npz is missing, and thresholds come from it" in error
+    assert "delete the run's line in results.jsonl" in error
+
+
 @pytest.mark.slow
 def test_killed_sweep_ends_with_the_same_table(data, finished, tmp_path):
     """Killed in the middle of a training, then finished by two processes."""

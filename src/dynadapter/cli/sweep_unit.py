@@ -59,6 +59,8 @@ def measured(file: SweepFile, unit: Unit, folder: Path, done: Mapping[Unit, Line
     }
     if unit.split == FINAL and "failed" in done[file.sweep.twin(unit)]:
         return {**line, "failed": "its train800 run failed, so there are no thresholds to take over", **_about()}
+    if unit.split == FINAL:
+        lines.require_logits(run_folder(file, file.sweep.twin(unit)))
     start = time.perf_counter()
     with _quietly(folder / "log.txt"):
         try:

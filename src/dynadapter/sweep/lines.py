@@ -96,6 +96,20 @@ def pack(folder: Path, logits: Tensor, targets: Tensor, files: Tensor) -> None:
             np.savez_compressed(file, **content)
 
 
+def require_logits(folder: Path) -> None:
+    """Check that a folder has what :func:`pack` wrote.
+
+    Raises:
+        FileNotFoundError: A file is missing.
+    """
+    for name in (PREDICTIONS, LOGITS):
+        if not (folder / name).exists():
+            raise FileNotFoundError(
+                f"{folder / name} is missing, and thresholds come from it: restore the run folder, or delete the "
+                f"run's line in {RESULTS} to train it again"
+            )
+
+
 def unpack(folder: Path) -> tuple[Tensor, Tensor]:
     """Read the logits (exits, images, classes) float32 and the targets (images,) that :func:`pack` wrote."""
     with np.load(folder / LOGITS) as logits, np.load(folder / PREDICTIONS) as others:
