@@ -232,6 +232,20 @@ def test_load_of_one_task_is_its_own():
         assert "load" in {job.result(60).limited for job in many}
 
 
+def test_retry_after_counts_the_images_of_all_tasks():
+    gate = Gate()
+    with Serving("last exit", batch=2, queue=12, compute=gate) as engines:
+        with gate.closed():
+            many = [engine.submit(image) for engine in engines.values() for image in IMAGES[:12]]
+            for engine in engines.values():
+                engine.counts.seconds, engine.counts.exits = 30.0, [10, *[0] * (EXITS - 1)]
+            with pytest.raises(Full) as error:
+                engines["flowers"].submit(IMAGES[0])
+            assert error.value.retry_after == 3 * 12 * len(engines)
+        for job in many:
+            job.result(60)
+
+
 @pytest.mark.parametrize("broken", [b"?", photos(1)[0][:60], torch.full((3, 32, 32), float("nan"))])
 def test_bad_image_of_one_task(broken):
     gate = Gate()

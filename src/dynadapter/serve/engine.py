@@ -181,8 +181,10 @@ class Engine:
 
     def _full(self) -> Full:
         error = Full(f"{self.queue} images wait already; send this one again later")
-        answered = max(1, sum(self.counts.exits))
-        error.retry_after = max(1, math.ceil(self.taken * self.counts.seconds / answered))
+        sharing = self._worker.owners
+        answered = max(1, sum(sum(engine.counts.exits) for engine in sharing))
+        seconds = sum(engine.counts.seconds for engine in sharing) / answered
+        error.retry_after = max(1, math.ceil(sum(engine.taken for engine in sharing) * seconds))
         return error
 
     def _job(self, image: Source, limits: Limits) -> Job:

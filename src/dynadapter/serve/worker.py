@@ -15,7 +15,7 @@ from torch import Tensor
 from dynadapter.exits.combining import with_decision
 from dynadapter.exits.policies import AtExit, combined, wide
 from dynadapter.serve.bundle import Bundle
-from dynadapter.serve.requests import Failed, Job, Served
+from dynadapter.serve.requests import Counts, Failed, Job, Served
 from dynadapter.serve.stages import Waiting, count, joined, lengthened, pop, release_tensors
 
 LOG = logging.getLogger("dynadapter.serve")
@@ -44,6 +44,7 @@ class Owner(Protocol):
     bundle: Bundle
     closing: bool
     taken: int
+    counts: Counts
 
     def drop_late(self, k: int, now: Waiting[Job]) -> Waiting[Job]:
         """Return the samples that stage ``k`` shall run; the others are ended."""
