@@ -3,12 +3,12 @@
     python benchmarks/load.py
     python benchmarks/load.py --bundle runs/photos/bundle --images photos --clients 1 8 32 200
 
-*engine* is the server of the package. *threads* is FastAPI with the same bundle, each image alone on a thread of its
-pool. *static* is the same with the whole backbone and no exits. The load comes from one core and each server runs on
-another, with one thread of torch. Every client sends the next photo when the answer to the last one is there. In each
-round every arm is loaded once, in a new random order; *static* runs twice, and its two throughputs tell a void run.
-Latencies are percentiles over all rounds. Without ``--bundle`` the backbone has random weights, and thresholds that
-give exit shares of 50/30/15/5 on the photos, which are drawn.
+*engine* is the server of the package, and *waiting* the same with `--wait_ms 100`. *threads* is FastAPI with the same
+bundle, each image alone on a thread of its pool. *static* is the same with the whole backbone and no exits. The load
+comes from one core and each server runs on another, with one thread of torch. Every client sends the next photo when
+the answer to the last one is there. In each round every arm is loaded once, in a new random order; *static* runs twice,
+and its two throughputs tell a void run. Latencies are percentiles over all rounds. Without ``--bundle`` the backbone
+has random weights, and thresholds that give exit shares of 50/30/15/5 on the photos, which are drawn.
 """
 
 import argparse
@@ -41,7 +41,7 @@ from dynadapter.cost import exit_costs
 from dynadapter.images.preprocess import Preprocess
 from dynadapter.images.reading import find_images
 
-ARMS = ("engine", "threads", "static", "control")
+ARMS = ("engine", "waiting", "threads", "static", "control")
 CLIENTS = (1, 8, 32)
 PHOTOS = 64
 MIX = "50/30/15/5"

@@ -17,7 +17,7 @@ from dynadapter.serve.engine import Engine
 from dynadapter.serve.listening import bound, server_of
 from dynadapter.serve.server import Service, Settings
 
-ARMS = ("engine", "threads", "static")
+ARMS = ("engine", "waiting", "threads", "static")
 
 
 def plain(classify: Callable[[bytes], dict[str, Any]]) -> Any:
@@ -68,8 +68,9 @@ def main() -> None:
     torch.set_num_threads(1)
     bundle = load(args.bundle, args.weights)
     lay_out_for_cpu(bundle.net)
-    if args.arm == "engine":
-        app = Service({"net": Engine(bundle, name="net")}, Settings()).app()
+    if args.arm in ("engine", "waiting"):
+        engine = Engine(bundle, name="net", wait=0.1 if args.arm == "waiting" else 0.0)
+        app = Service({"net": engine}, Settings()).app()
     else:
         app = plain((routed if args.arm == "threads" else static)(bundle))
     listening, server = bound("127.0.0.1", 0), server_of(app)

@@ -28,7 +28,7 @@ OPTIONS: Options = {
     "port": (int, 8000, "Port to listen on; 0 for a free one, which is printed."),
     "batch": (int, 16, "Images in a full batch of a stage."),
     "queue": (int, 128, "Images of a bundle that are accepted and not answered; more get 429."),
-    "wait_ms": (float, 100.0, "Time that an image waits at most for a full batch, at each stage."),
+    "wait_ms": (float, 0.0, "Longest wait of an image for a full batch, at each stage."),
     "threads": (int | None, None, "Threads of torch; by default as many as cores."),
     "readers": (int, 2, "Threads of each bundle that decode images."),
     "max_bytes": (int, 2**24, "Largest image file."),

@@ -28,9 +28,10 @@ EASE = 0.5
 class Engine:
     """Answer images from many threads.
 
-    One thread runs the network, and other threads decode images. A stage runs when `batch` samples wait for it;
-    otherwise the first stage with a sample runs. So samples are collected before deep stages, and no sample waits while
-    the network is idle. A sample waits at most `wait` seconds for a full batch at each stage. Answers equal those of
+    One thread runs the network, and other threads decode images. The deepest stage with a sample runs first, on at most
+    `batch` samples, so that samples are answered before others begin. With `wait` above 0 a stage runs when `batch`
+    samples wait for it or one has waited that long; otherwise the first stage with a sample runs. Deep batches are then
+    fuller and slow answers slower. No sample waits while the network is idle. Answers equal those of
     :meth:`Bundle.route` up to rounding. When more than half of the queue is taken, the deepest exits are closed one
     after the other, so that samples stop earlier before any is refused.
 
@@ -42,7 +43,7 @@ class Engine:
             (:func:`~dynadapter.backbones.layout.lay_out_for_cpu`).
         batch: Samples in a full batch.
         queue: Most requests that are accepted and not yet answered.
-        wait: Seconds after which a sample waits no longer for a full batch, at each stage.
+        wait: Longest time in seconds that a sample waits for a full batch, at each stage.
         readers: Threads that decode images.
         window: Number of images after which exits and confidence are compared with the calibration.
         compute: Lock that is held while a stage runs; give several engines on one CPU the same lock.
@@ -59,7 +60,7 @@ class Engine:
         bundle: Bundle,
         batch: int = 16,
         queue: int = 128,
-        wait: float = 0.1,
+        wait: float = 0.0,
         readers: int = 2,
         window: int = 500,
         compute: AbstractContextManager[Any] | None = None,
@@ -88,7 +89,7 @@ class Engine:
         cls,
         bundles: Mapping[str, Bundle],
         batch: int = 16,
-        wait: float = 0.1,
+        wait: float = 0.0,
         compute: AbstractContextManager[Any] | None = None,
         **options: Any,
     ) -> dict[str, "Engine"]:

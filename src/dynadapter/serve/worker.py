@@ -59,14 +59,14 @@ class Owner(Protocol):
 class Worker:
     """Run the stages of one network in one thread, for one engine or for several whose samples share batches.
 
-    A stage runs when `batch` samples wait for it; otherwise the first stage with a sample runs. Engines share a batch
-    evenly; places that one does not need are left to the others.
+    The deepest stage with a sample that has waited `wait` seconds runs, else the deepest with a full batch, else the
+    first one with a sample. Engines share a batch evenly; places that one does not need are left to the others.
 
     Args:
         step: Runs a stage.
         exits: Number of exits.
         batch: Samples in a full batch.
-        wait: Seconds after which a sample waits no longer for a full batch, at each stage.
+        wait: Longest time in seconds that a sample waits for a full batch, at each stage.
         compute: Lock that is held while a stage runs; None for no lock.
         name: Name of the thread.
 
