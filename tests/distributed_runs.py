@@ -216,7 +216,7 @@ def policies() -> list:
 
 def measured(where: Where, rest: int) -> Any:
     module = shaken(make_classifier(heads=LinearHeads()))
-    early, flops = EarlyExit(policies()), FlopsReport(show=False)
+    early, flops = EarlyExit(policies(), by_class=True), FlopsReport(show=False)
     run = where.trainer(early, flops)
     results = {}
     for split in (run.validate, run.test):
@@ -226,6 +226,7 @@ def measured(where: Where, rest: int) -> Any:
         for one in early.results:
             shares = {f"{split.__name__} {one.name} {k}": float(share) for k, share in enumerate(one.shares)}
             results |= shares | {f"{split.__name__} {one.name}": one.accuracy}
+            results |= {f"{split.__name__} {one.name} of {c}": value for c, value in enumerate(one.by_class.tolist())}
     return results
 
 

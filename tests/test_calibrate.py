@@ -61,7 +61,7 @@ def by_hand(policy, logits, targets, costs, static=None):
     right = 0
     for i, k in enumerate(taken):
         row = predicted[k, i]
-        right += not row.isnan().any() and row.argmax().item() == targets[i].item()
+        right += row.isfinite().all().item() and row.argmax().item() == targets[i].item()
     cost = math.fsum(costs[k] for k in taken) / (samples * (static or costs[-1]))
     return cost, right / samples, tuple(taken.count(k) / samples for k in range(exits))
 
@@ -199,6 +199,14 @@ def test_nonfinite_logits_take_the_last_exit():
     assert with_guarantee(nothing, labels, [1, 2, 3, 4]).shares == (0, 0, 0, 1)
     with pytest.raises(ValueError, match="the average cost is 1 of"):
         chosen(nothing, labels, [1, 2, 3, 4], Goal(cost=0.5))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_nonfinite_logits_count_as_wrong(value):
+    logits, targets = fake(40)
+    logits[:, torch.arange(10), targets[:10]] = value  # of the class that is right
+    right = (logits[-1, 10:].argmax(-1) == targets[10:]).sum().item()
+    assert evaluate(Never(), logits, targets, [1, 2, 3, 4]).accuracy == right / 40
 
 
 def test_lowest_named_budget_is_reachable():

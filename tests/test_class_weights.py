@@ -9,7 +9,7 @@ import pytest
 import torch
 from commands import SMALL
 from PIL import Image
-from tiny import make_classifier, trainer
+from tiny import Losses, make_classifier, noise_batches, trainer
 from torch.nn import functional as F
 
 from dynadapter.cli import main
@@ -18,6 +18,7 @@ from dynadapter.data.samplers import EpochOrder
 from dynadapter.training.class_weights import class_weights, without_images
 from dynadapter.training.losses import exit_losses
 from dynadapter.training.metrics import BalancedAccuracy, MacroF1
+from dynadapter.training.mixing import Mixing
 
 NAMES = ["ant", "bee", "cat"]
 
@@ -114,6 +115,33 @@ def test_training_uses_them(folder, monkeypatch):
     weighted = [weights for weights in seen if weights is not None]
     assert [w.tolist() for w in weighted] == [pytest.approx([17 / 36, 17 / 12, 17 / 3])]
     assert len(seen) > len(weighted)  # validation has none
+
+
+def test_smoothing_has_the_weight_of_the_image(folder):
+    seen = []
+    for mixing in (None, Mixing(cutmix=0.0, prob=0.0)):
+        torch.manual_seed(0)
+        losses = Losses()
+        module = make_classifier(num_classes=3, class_weights="auto", label_smoothing=0.1, mixing=mixing)
+        trainer(losses, max_steps=1).fit(module, datamodule=ImageFolder(folder, batch_size=4, image_size=32))
+        seen += losses.seen
+    assert seen[1] == pytest.approx(seen[0])
+
+
+def test_balanced_draws_have_mean_one(folder):
+    module = make_classifier(num_classes=3, class_weights={"cat": 9.0})
+    data = ImageFolder(folder, batch_size=4, image_size=32, balanced=True)
+    trainer(max_steps=1).fit(module, datamodule=data)
+    assert module._class_weights.tolist() == pytest.approx([3 / 11, 3 / 11, 27 / 11])
+
+
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
+def test_loader_without_a_data_module_names_classes():
+    module, batches = make_classifier(num_classes=2, class_weights={"a": 2.0}), noise_batches(4, 2)
+    batches.dataset.tensors[1].remainder_(2)
+    batches.dataset.classes = ["a", "b"]
+    trainer(max_steps=1).fit(module, batches)
+    assert module._class_weights.tolist() == [2, 1]
 
 
 def test_it_is_a_setting_of_the_command(folder, tmp_path, caplog):

@@ -158,6 +158,22 @@ def test_wrong_sets_are_one_line(case, tmp_path):
 
 
 @needs_datasets
+@pytest.mark.parametrize("other", [["dog", "cat"], ["cat", "dog", "emu"], None])
+def test_splits_with_other_classes_are_named(other, tmp_path):
+    import datasets
+
+    parts = {}
+    for split, names in (("train", ["cat", "dog"]), ("test", other)):
+        feature = datasets.ClassLabel(names=names) if names else datasets.Value("int64")
+        columns = {"image": [picture(0), picture(1)], "label": [0, 1]}
+        parts[split] = datasets.Dataset.from_dict(columns, features=features(label=feature))
+    datasets.DatasetDict(parts).save_to_disk(str(tmp_path / "set"))
+    words = "set: column label has other classes in split test than in split train; cast both to one ClassLabel"
+    with raises_one_line(ValueError, match=words):
+        HubDataset(tmp_path / "set")
+
+
+@needs_datasets
 @pytest.mark.parametrize(
     ("path", "words"),
     [

@@ -1,6 +1,7 @@
 """FlopsReport: average cost over the exit shares, in any module, and the tables."""
 
 import io
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from dynadapter.cost import exit_costs
+from dynadapter.data import Shapes
 from dynadapter.exits.heads import Balanced
 from dynadapter.exits.policies import Confidence, Never, Patience, Policy, Routed
 from dynadapter.training.callbacks import EarlyExit, FlopsReport
@@ -182,6 +184,31 @@ class Sized(LightningDataModule):
 
     def test_dataloader(self) -> DataLoader:
         return DataLoader(TensorDataset(torch.zeros(2, 3, self.image_size, self.image_size), torch.zeros(2).long()))
+
+
+def short(**options: Any) -> Shapes:
+    return Shapes(8, 8, 8, batch_size=4, **options)
+
+
+@pytest.mark.parametrize("loop", ["fit", "validate", "test"])
+@pytest.mark.parametrize(("family", "size"), [("vit", 32), ("convnext", 64)])
+def test_size_of_the_data_is_that_of_the_model(family: str, size: int, loop: str) -> None:
+    """The data's own size is 48."""
+    options = {"image_size": size} if family == "convnext" else {}
+    module, report = make_classifier(family, num_classes=8, **options), FlopsReport(show=False)
+    getattr(trainer(report, max_steps=1), loop)(module, datamodule=short())
+    assert report.costs == exit_costs(module.net, size)
+
+
+@pytest.mark.parametrize("loop", ["fit", "test"])
+def test_size_comes_from_the_checkpoint(loop: str, tmp_path: Path) -> None:
+    fitting = trainer(max_epochs=1)
+    fitting.fit(make_classifier("convnext", num_classes=8, image_size=64), datamodule=short())
+    fitting.save_checkpoint(tmp_path / "a.ckpt")
+    module, report = make_classifier("convnext", num_classes=8, image_size=32), FlopsReport(show=False)
+    run = trainer(report, max_epochs=2, limit_val_batches=0)
+    getattr(run, loop)(module, datamodule=short(), ckpt_path=tmp_path / "a.ckpt", weights_only=True)
+    assert report.costs == exit_costs(module.net, 64)
 
 
 def test_the_image_size() -> None:

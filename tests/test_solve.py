@@ -125,8 +125,11 @@ def test_risk_uses_all_images_without_temperatures() -> None:
     assert half.calibration.shares == (0, 0, 1)
     assert "100 samples are too few, 114 are needed" in half.notes[0]
     assert "the temperatures were fitted on the other half" in half.protocol
-    # patience reads no temperatures, so the certificate has all samples
-    assert solve(logits, targets, COSTS, Goal(risk=0.02), kind=Patience, with_temperatures=True).found.samples == 200
+    # patience by the exits' own logits reads no temperatures, so the certificate has all samples
+    for combines, used in ((("own",), 200), (("own", "mean"), 100)):
+        found = solve(logits, targets, COSTS, Goal(risk=0.1), kind=Patience, combines=combines, with_temperatures=True)
+        assert found.found.samples == used
+        assert ("fitted on the other half" in found.protocol) == (used == 100)
     # three ways of combining share the error: 169 samples with no loss certify 0.02 at 1 - 0.1 / 3
     few = solve(logits[:, :168], targets[:168], COSTS, Goal(risk=0.02))
     assert any("168 samples are too few, 169 are needed" in note for note in few.notes)

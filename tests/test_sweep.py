@@ -384,6 +384,17 @@ def test_choice_among_recipes(cost, best):
     assert found["best", "mean of 1 fresh task"] == found["best", "kitti"]
 
 
+def test_choice_reads_the_cost_of_every_seed():
+    choices = {"best": Choice(["large", "small"], 0.5)}
+    sweep = make_sweep(recipes=["large", "small"], seeds=[0, 1, 2], choices=choices)
+    accuracy, percent = {"large": 0.7, "small": 0.6}, {"large": [48.0, 70.0, 75.0], "small": [45.0] * 3}
+    done: dict[Unit, Any] = {}
+    while ready := sweep.ready(done):
+        done |= {one: make_line(one, accuracy[one.recipe], 1, percent=percent[one.recipe][one.seed]) for one in ready}
+    found = {(row.recipe, row.what): row.accuracy.mean for row in rows(sweep, done) if row.reading == GOAL.name}
+    assert found["best", "cifar"] == pytest.approx(60)
+
+
 def test_table_of_a_sweep_without_final_runs():
     sweep = make_sweep(seeds=[], search_seeds=[0, 1])
     done = finish(sweep, lambda unit: 0.5 + 0.1 * (unit.scale == 10) + 0.02 * unit.seed)

@@ -339,7 +339,7 @@ def test_trained_checkpoint_is_the_network(tmp_path: Path) -> None:
 
 def test_mixing_takes_all_frames_alike() -> None:
     x = torch.arange(4.0).view(4, 1, 1, 1, 1).expand(4, 3, 2, 8, 8)
-    mixed, _ = mix(Mixing(mixup=0).mixer(CLASSES, 0.0), x, torch.arange(4))
+    mixed, _ = mix(Mixing(mixup=0).mixer(CLASSES), x, torch.arange(4))
     assert mixed.shape == x.shape
     assert torch.equal(mixed, mixed[:, :1, :1].expand_as(mixed))
 

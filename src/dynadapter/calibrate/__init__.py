@@ -13,8 +13,8 @@ validation data, and agrees exactly with :func:`dynadapter.exits.policies.route`
 - ``prediction``: policy that gives temperatures and combination of exits; its thresholds are ignored. See
   :func:`dynadapter.exits.combining.predicting`; None uses the logits themselves.
 
-A sample whose logits are not finite at an exit does not exit there. Logits with NaN predict no class and count as
-wrong. A threshold lies halfway between the scores of two samples, so that rounding differences between machines do not
+A sample whose logits are not finite at an exit does not exit there. Such logits predict no class and count as wrong.
+A threshold lies halfway between the scores of two samples, so that rounding differences between machines do not
 change the decision.
 
     found = solve(logits, targets, costs.macs, Goal(cost=0.5), static=costs.static)

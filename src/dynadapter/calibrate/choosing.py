@@ -63,6 +63,12 @@ class Options:
     temperatures: bool | None = None
     seed: int = 0
 
+    @property
+    def halves_a_risk(self) -> bool:
+        """Whether a risk is certified on half of the samples, because the other half fits temperatures."""
+        read = self.kind is not Patience or set(self.combines) != {"own"}  # patience compares classes alone
+        return bool(self.temperatures) and read
+
 
 @dataclass(frozen=True)
 class Samples:
@@ -302,7 +308,7 @@ def _certified(data: Samples, goal: Goal) -> Calibrated:
     """
     ways = data.options.combines
     heat, certify = None, data
-    if data.options.temperatures and data.options.kind is not Patience:
+    if data.options.halves_a_risk:
         first, second = split_folds(len(data.targets), 2, data.options.seed)
         certify, heat = data.part(first), data.part(second).temperatures(goal)
     found = [

@@ -269,7 +269,7 @@ def _doubts(samples: str, count: int, nonfinite: int, missed: int, folds: int) -
 def _protocol(data: Samples, goal: Goal, samples: str, folds: int) -> str:
     risk = goal.name == "risk"
     where = f"all {len(data.targets)} {samples}"
-    if risk and data.options.temperatures:
+    if risk and data.options.halves_a_risk:
         where = f"a random half of the {len(data.targets)} {samples}, the temperatures were fitted on the other half"
     elif not risk and data.options.temperatures is not False:
         where += ", and the temperatures fitted"

@@ -60,10 +60,10 @@ class Stacked:
 
     Attributes:
         predicted: Prediction of each exit, as logits (exits, samples, classes).
-        predictions: Classes (exits, samples), -1 for logits with NaN.
+        predictions: Classes (exits, samples), -1 for logits that are not finite.
         right: (exits, samples) bool, True for a right prediction; all False without targets.
         weights: Weight of each sample in an accuracy (samples,) float64; 1 on average.
-        last: Classes of the last exit by its own logits (samples,), -1 for logits with NaN.
+        last: Classes of the last exit by its own logits (samples,), -1 for logits that are not finite.
     """
 
     def __init__(
@@ -143,8 +143,8 @@ def balancing(targets: Tensor) -> Tensor:
 
 
 def classes(logits: Tensor) -> Tensor:
-    """Return the predicted classes of logits (..., classes), -1 for logits with NaN."""
-    return torch.where(logits.isnan().any(-1), -1, logits.argmax(-1))
+    """Return the predicted classes of logits (..., classes), -1 for logits that are not finite."""
+    return torch.where(logits.isfinite().all(-1), logits.argmax(-1), -1)
 
 
 def _check_costs(costs: Sequence[float] | Tensor, static: float | None, exits: int) -> tuple[list[float], float]:

@@ -26,7 +26,7 @@ from dynadapter.data.workers import TIMEOUT, check_shared_memory
 from dynadapter.images.accounting import Account
 from dynadapter.images.preprocess import Interpolation, Normalization, Resize
 from dynadapter.images.values import Range
-from dynadapter.training.matching import unnamed
+from dynadapter.training.matching import match_images, unnamed
 
 Split = Literal["train", "val", "test"]
 
@@ -172,10 +172,13 @@ class ImageData(LightningDataModule, ABC):
         """Find the images of a stage: ``fit``, ``validate`` or ``test``.
 
         Raises:
-            ValueError: The stage is unknown, or has no images.
+            ValueError: The stage is unknown or has no images, or the trainer's model cannot take them.
         """
         if stage not in STAGES:
             raise ValueError(f"unknown stage {stage!r}; choose from: {', '.join(STAGES)}")
+        module = getattr(self.trainer, "lightning_module", None)
+        if hasattr(module, "own_preprocessing"):  # its classes may change with a checkpoint, which is read later
+            match_images(module, self, stage)
         for split in STAGES[stage]:
             if not len(self.dataset(split)) and (split != "val" or stage == "validate"):
                 advice = f"; set {self.validation_switch}" if split == "val" and self.validation_switch else ""

@@ -75,6 +75,7 @@ class HubDataset(MappedData):
             raise ValueError(f"{self.path} has the splits {_named(found)}; give train_split, val_split or test_split")
         self.columns = _columns(self.path, next(iter(found.values())).features, image_column, label_column)
         self._found = found
+        _require_one_order(self.path, self.columns[1], {name: found[name].features for name in self.splits.values()})
         labels = {split: list(found[name][self.columns[1]]) for split, name in self.splits.items()}
         self.class_names, self._labels = _classes(found[next(iter(self.splits.values()))], self.columns[1], labels)
 
@@ -166,6 +167,18 @@ def _columns(path: str, features: Mapping[str, Any], image: str | None, label: s
     if label is None:
         raise ValueError(f"{path} has no column called label or class; set label_column to one of: {_named(features)}")
     return image, label
+
+
+def _require_one_order(path: str, column: str, features: Mapping[str, Any]) -> None:
+    """Raise a ValueError unless the splits, each with its features, have equal classes in the column of labels."""
+    names = {split: getattr(kinds[column], "names", None) for split, kinds in features.items()}  # None: no ClassLabel
+    first, *others = names
+    for other in others:
+        if names[other] != names[first]:
+            raise ValueError(
+                f"{path}: column {column} has other classes in split {shown(other)} than in split {shown(first)}; cast "
+                "both to one ClassLabel (cast_column)"
+            )
 
 
 def _classes(rows: Any, column: str, labels: dict[str, list[Any]]) -> tuple[list[str], dict[str, list[int]]]:

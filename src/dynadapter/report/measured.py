@@ -51,7 +51,7 @@ class Measured:
     @cached_property
     def predictions(self) -> Tensor:
         """Classes by each exit's own logits (exits, images); -1 for non-finite logits."""
-        return classes(torch.where(self.logits.isfinite().all(-1, keepdim=True), self.logits, torch.nan))
+        return classes(self.logits)
 
     @cached_property
     def routed(self) -> Routed:
@@ -61,8 +61,7 @@ class Measured:
     @cached_property
     def predicted(self) -> Tensor:
         """Classes under the policy (images,); -1 for non-finite logits."""
-        logits = self.routed.logits
-        return classes(torch.where(logits.isfinite().all(-1, keepdim=True), logits, torch.nan))
+        return classes(self.routed.logits)
 
     @cached_property
     def accuracies(self) -> list[float]:

@@ -101,8 +101,9 @@ def _chosen(sweep: Sweep, done: Mapping[Unit, Line], arm: Arm) -> Arm | None:
         if not twins or any(unit not in done or "failed" in done[unit] for unit in twins):
             return None
         found = [done[unit]["policies"][goal] for unit in twins]
-        if found[0]["percent_of_static"] <= 100 * choice.cost + SLACK:
-            accuracy[other] = statistics.fmean(entry["accuracy"] for entry in found)
+        cost, mean = (statistics.fmean(one[key] for one in found) for key in ("percent_of_static", "accuracy"))
+        if cost <= 100 * choice.cost + SLACK:
+            accuracy[other] = mean
     return max(accuracy, key=lambda other: accuracy[other], default=None)
 
 

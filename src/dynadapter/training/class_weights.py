@@ -28,12 +28,12 @@ def class_weights(given: ClassWeights, names: Sequence[str], counts: Sequence[in
 
     ``auto`` weighs class c by ``N / (K n_c)``, with N training images, n_c of them of class c, and K classes that have
     images (scikit-learn's ``balanced``). A mapping has weights by name; classes without an entry have weight 1. Both
-    are scaled so that the mean over the training images is 1, which leaves the effective learning rate unchanged.
+    are scaled so that the mean over the drawn images is 1, which leaves the effective learning rate unchanged.
 
     Args:
         given: ``auto``, or weights by class name.
         names: Class names in the order of their indices.
-        counts: Number of training images of each class; None if unknown.
+        counts: Number of training images of each class, as :func:`count_classes` returns it; None if unknown.
 
     Returns:
         ``(classes,)`` float32.
@@ -57,13 +57,16 @@ def class_weights(given: ClassWeights, names: Sequence[str], counts: Sequence[in
 
 
 def count_classes(data: Any, classes: int) -> list[int] | None:
-    """Return the number of training images of each class; None if the data do not provide it."""
+    """Return the number of training images of each class; None if the data do not provide it.
+
+    Balanced data draw each class equally often: then 1 for a class with images, and 0 for the others.
+    """
     if not hasattr(data, "dataset"):
         return None
     counts = [0] * classes
     for _, label in data.dataset("train").samples:
         counts[label] += 1
-    return counts
+    return [min(count, 1) for count in counts] if getattr(data, "balanced", False) else counts
 
 
 def require_one_correction(given: ClassWeights | None, data: Any) -> None:

@@ -30,18 +30,26 @@ def match(module: Any, data: Any, stage: str) -> None:
     """
     if stage == "fit":
         require_one_correction(getattr(module, "class_weights", None), data)
-    trained = bool(module.preprocessing)
     if hasattr(data, "take_preprocessing"):
-        _match_frames(frames(module.net.backbone), getattr(data, "frames", None))
-        data.take_preprocessing(module.preprocessing or module.own_preprocessing, trained)
-        _match_size(module, data.image_size, stage)
+        match_images(module, data, stage)
     names = getattr(data, "class_names", None)
     if names is None:
         return
-    if stage == "fit" and not trained and unnamed(module.class_names):
+    if stage == "fit" and not module.preprocessing and unnamed(module.class_names):
         module.class_names = _adopted(list(names), module.net.num_classes)
     if hasattr(data, "take_classes"):
         data.take_classes(module.class_names)
+
+
+def match_images(module: Any, data: Any, stage: str) -> None:
+    """Set preprocessing and image size as :func:`match` does, and leave the classes.
+
+    Raises:
+        ValueError: The backbone cannot take the images.
+    """
+    _match_frames(frames(module.net.backbone), getattr(data, "frames", None))
+    data.take_preprocessing(module.preprocessing or module.own_preprocessing, bool(module.preprocessing))
+    _match_size(module, data.image_size, stage)
 
 
 def _match_frames(wanted: int | None, given: int | None) -> None:

@@ -126,7 +126,21 @@ class ClassCounts(ExactMetric):
         self.predicted += torch.bincount(predicted[predicted >= 0], minlength=classes)
 
 
-class BalancedAccuracy(ClassCounts):
+class Recall(ClassCounts):
+    """The fraction of each class that is right; NaN for a class without samples.
+
+    >>> recall = Recall(classes=3)
+    >>> recall.update(torch.tensor([0, 0, 0, 0]), torch.tensor([0, 0, 0, 1]))
+    >>> recall.compute().tolist()
+    [1.0, 0.0, nan]
+    """
+
+    def compute(self) -> Tensor:
+        """Return the fractions ``(classes,)`` in float64."""
+        return self.right.to(self.real) / self.samples
+
+
+class BalancedAccuracy(Recall):
     """The mean over classes of the fraction of right samples; classes without samples are left out.
 
     >>> balanced = BalancedAccuracy(classes=3)
@@ -135,13 +149,9 @@ class BalancedAccuracy(ClassCounts):
     0.5
     """
 
-    def recall(self) -> Tensor:
-        """Return the fraction of each class that is right ``(classes,)``; NaN for a class without samples."""
-        return self.right.to(self.real) / self.samples
-
     def compute(self) -> Tensor:
         """Return the balanced accuracy, a float64 scalar; 0 if there was no sample."""
-        return self.recall().nansum() / (self.samples > 0).sum().clamp(min=1)
+        return super().compute().nansum() / (self.samples > 0).sum().clamp(min=1)
 
 
 class MacroF1(ClassCounts):

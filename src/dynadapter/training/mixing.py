@@ -39,8 +39,11 @@ class Mixing(Spec):
             if not 0 <= share <= 1:
                 raise ValueError(f"{name}={share} must be in [0, 1]")
 
-    def mixer(self, num_classes: int, label_smoothing: float) -> Mixer:
-        """Return timm's mixer: from images and class indices to mixed images and class probabilities."""
+    def mixer(self, num_classes: int) -> Mixer:
+        """Return timm's mixer: from images and class indices to mixed images and class probabilities.
+
+        It does not smooth labels; the loss does, so that class weights do not depend on the smoothing.
+        """
         from timm.data import Mixup
 
         return Mixup(
@@ -48,7 +51,7 @@ class Mixing(Spec):
             cutmix_alpha=self.cutmix,
             prob=self.prob,
             switch_prob=self.switch,
-            label_smoothing=label_smoothing,
+            label_smoothing=0.0,  # timm has 0.1
             num_classes=num_classes,
         )
 

@@ -160,7 +160,7 @@ class ExitClassifier(CheckedLoading):
         self.lr_schedule = lr_schedule
         self.label_smoothing = label_smoothing
         self.class_weights = class_weights
-        self.mixing = None if mixing is None else mixing.mixer(num_classes, label_smoothing)
+        self.mixing = None if mixing is None else mixing.mixer(num_classes)
         self.distillation = distillation
         self.full_checkpoint = full_checkpoint
         for split in ("val", "test"):
@@ -219,23 +219,18 @@ class ExitClassifier(CheckedLoading):
         if self._datamodule is not None:
             self.match_data(self._datamodule)
             take_from_data(self, self._datamodule)
-        if self.class_weights is not None:
-            counts = count_classes(self._datamodule, self.net.num_classes)
-            self._class_weights = class_weights(self.class_weights, self.class_names, counts).to(self.device)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Return the joint loss of all exits on a batch of images and class indices."""
         images, targets = batch
         if targets.device.type == "cpu":  # reading them on another device would wait for it
             require_classes(targets, self.net.num_classes)
-        smoothing = self.label_smoothing
         draw = self.trainer.fit_loop.total_batch_idx * self.trainer.world_size + self.global_rank
         with seeded(step_seed(self.seed, draw), images.device):
             if self.mixing is not None:
                 images, targets = mix(self.mixing, images, targets)
-                smoothing = 0.0  # timm smooths while it mixes
             logits = self.net(images)
-        losses = exit_losses(logits, targets, smoothing, self._class_weights)
+        losses = exit_losses(logits, targets, self.label_smoothing, self._class_weights)
         if self.distillation is not None:
             losses = self.distillation.mix(losses, logits)
         # 1 unless the processes have different numbers of images
@@ -246,9 +241,12 @@ class ExitClassifier(CheckedLoading):
         return (self.net.exit_weights * losses).sum()
 
     def on_train_start(self) -> None:
-        """Read the settings of a loader without data module, print how images are read, and check the progress."""
+        """Read the settings of a loader without data module, weigh the classes, and check the progress."""
         if self._datamodule is None:
             take_from_loader(self, self.trainer.train_dataloader)
+        if self.class_weights is not None:
+            counts = count_classes(self._datamodule, self.net.num_classes)
+            self._class_weights = class_weights(self.class_weights, self.class_names, counts).to(self.device)
         if self.preprocessing:
             describe_images(self.preprocessing)
         start_progress(self.trainer, "lr_schedule", self.lr_schedule.varies, self._batches)

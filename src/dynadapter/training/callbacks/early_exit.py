@@ -12,7 +12,7 @@ from dynadapter.exits.net import ExitNet
 from dynadapter.exits.policies import Confidence, Policy, read_off
 from dynadapter.training.callbacks._common import exit_net, split_of
 from dynadapter.training.losses import IGNORED
-from dynadapter.training.metrics import BalancedAccuracy, ExitUse, MacroF1
+from dynadapter.training.metrics import BalancedAccuracy, ExitUse, MacroF1, Recall
 from dynadapter.training.sharding import is_sharded
 
 
@@ -47,6 +47,7 @@ class PolicyUse(ExitUse):
 
     def __init__(self, exits: int, classes: int) -> None:
         super().__init__(exits)
+        self.by_class = Recall(classes)
         self.balanced = BalancedAccuracy(classes)
         self.macro_f1 = MacroF1(classes)
         self._add_sum("right")
@@ -65,8 +66,8 @@ class PolicyUse(ExitUse):
         predicted = logits.argmax(-1).masked_fill(~finite, -1)
         self.right += (predicted == targets).sum()
         self.nonfinite += (~finite).sum()
-        self.balanced.update(predicted, targets)
-        self.macro_f1.update(predicted, targets)
+        for metric in (self.by_class, self.balanced, self.macro_f1):
+            metric.update(predicted, targets)
 
     def compute(self) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
         """Return the exit shares ``(exits,)``, the accuracy, and the number of samples with non-finite logits."""
@@ -120,7 +121,7 @@ class EarlyExit(Callback):
                     float(accuracy),
                     balanced=float(use.balanced.compute()),
                     macro_f1=float(use.macro_f1.compute()),
-                    by_class=use.balanced.recall().cpu(),
+                    by_class=use.by_class.compute().cpu(),
                     shares=shares.cpu().reshape(-1),
                     nonfinite=int(nonfinite),
                 )

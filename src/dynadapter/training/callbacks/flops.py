@@ -62,26 +62,34 @@ class FlopsReport(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Trace the network once; a sharded network keeps its earlier costs."""
-        self._size = self.image_size or getattr(getattr(trainer, "datamodule", None), "image_size", None)
-        net = exit_net(pl_module, self)
+        self._count(pl_module, self._given_size(trainer))
+        self._own = None
+        callbacks: list[Callback] = getattr(trainer, "callbacks", [])
+        self._early = [callback for callback in callbacks if isinstance(callback, EarlyExit)]
+
+    def _given_size(self, trainer: Trainer) -> int | None:
+        return self.image_size or getattr(getattr(trainer, "datamodule", None), "image_size", None)
+
+    def _count(self, pl_module: LightningModule, size: int | tuple[int, int] | None) -> None:
+        """Count the MACs of an image of this size, unless the network is sharded."""
+        self._size, net = size, exit_net(pl_module, self)
         if not is_sharded(net):
-            self.costs = exit_costs(net, self._size)
+            self.costs = exit_costs(net, size)
         elif self.costs is None:
             raise ValueError(
                 "FlopsReport cannot count the MACs of a sharded network; use the callback of an earlier stage, or "
                 "`dynadapter flops`"
             )
-        self._own = None
-        callbacks: list[Callback] = getattr(trainer, "callbacks", [])
-        self._early = [callback for callback in callbacks if isinstance(callback, EarlyExit)]
 
     # ---- counting the exits that a step's output holds
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin to count."""
+        """Begin to count; trace the network again if a checkpoint has changed the size of the images."""
+        if (size := self._given_size(trainer)) not in (None, self._size):
+            self._count(pl_module, size)
         self._own = ExitUse(exit_net(pl_module, self).num_exits).to(pl_module.device)
 
-    on_test_epoch_start = on_predict_epoch_start = on_validation_epoch_start
+    on_train_start = on_test_epoch_start = on_predict_epoch_start = on_validation_epoch_start
 
     def on_validation_batch_end(
         self,
@@ -95,9 +103,7 @@ class FlopsReport(Callback):
         """Count the exits of a batch; the first batch gives the image size where nothing else did."""
         images = batch[0] if isinstance(batch, Sequence) and len(batch) else batch
         if self._size is None and isinstance(images, Tensor) and images.ndim in (4, 5):
-            self._size = (images.shape[-2], images.shape[-1])
-            if not is_sharded(net := exit_net(pl_module, self)):  # a sharded one keeps its costs
-                self.costs = exit_costs(net, self._size)
+            self._count(pl_module, (images.shape[-2], images.shape[-1]))
         exits = outputs.get("exit_index") if isinstance(outputs, Mapping) else getattr(outputs, "exit_index", None)
         if exits is not None and self._own is not None:
             self._own.update(torch.as_tensor(exits, device=self._own.device))
