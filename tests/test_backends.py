@@ -1,6 +1,9 @@
 """A bundle answers the same by torch, ONNX Runtime and OpenVINO, and `auto` takes what was measured to be fastest."""
 
+import importlib.metadata
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,16 +12,19 @@ import torch
 from jsonargparse import Namespace
 from served import make_bundle, parts_of, tensors
 
+from dynadapter.bench.timing import machine
 from dynadapter.cli import networks
 from dynadapter.cli.errors import Mistake
 from dynadapter.exits.policies import AtExit, Confidence, Never, Patience
-from dynadapter.serve import backends, fastest
-from dynadapter.serve.backends import cache_of, use_backend
+from dynadapter.files import replacing_folder
+from dynadapter.serve import backends, export, fastest
+from dynadapter.serve.backends import cache_of, open_graphs, use_backend
 from dynadapter.serve.bundle import Bundle, load, save_bundle
 from dynadapter.serve.engine import Engine
+from dynadapter.serve.runtime.manifest import MANIFEST
 
 pytest.importorskip("onnxscript")
-pytest.importorskip("onnxruntime")
+onnxruntime = pytest.importorskip("onnxruntime")
 
 GRAPHS = ["onnx", "openvino"]
 
@@ -95,6 +101,46 @@ def test_load_exports_once(reference, tmp_path, monkeypatch):
     assert load(tmp_path / "b", backend="onnx").backend == "ONNX Runtime"
 
 
+def test_two_exports_at_once(tmp_path, monkeypatch):
+    folder, written = tmp_path / "new" / "graphs", []
+
+    def slow(_, place):
+        with replacing_folder(place, overwrite=False) as draft:
+            time.sleep(0.3)
+            (draft / MANIFEST).touch()
+        written.append(place)
+
+    monkeypatch.setattr(backends, "cache_of", lambda _: folder.parent)
+    monkeypatch.setattr(backends, "_export", slow)
+    monkeypatch.setattr(backends, "Runner", lambda *_, **__: SimpleNamespace(load=lambda: "opened"))
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda _: open_graphs(None, "onnx").runner, range(2)))
+    assert found == ["opened", "opened"]
+    assert written == [folder]
+
+
+def test_module_of_another_package(reference, tmp_path, monkeypatch):
+    """onnxruntime-gpu provides the module onnxruntime, and there is no package of this name."""
+    distribution, place = importlib.metadata.distribution, cache_of(reference)
+
+    def lacking(name):
+        if name == "onnxruntime":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return distribution(name)
+
+    monkeypatch.setattr(importlib.metadata, "distribution", lacking)
+    with pytest.raises(importlib.metadata.PackageNotFoundError):
+        importlib.metadata.version("onnxruntime")
+    assert cache_of(reference) == place
+    parts = (reference.class_names, reference.preprocess, None, 20)
+    written = export._manifest(reference.net, Never(), *parts)["versions"]["onnxruntime"]
+    assert written == machine()["onnxruntime"] == onnxruntime.__version__
+    monkeypatch.setattr(fastest, "cache_of", lambda _: tmp_path)
+    monkeypatch.setattr(fastest, "missing", lambda name: [] if name == "onnx" else [name])
+    monkeypatch.setattr(fastest, "measure", lambda *_: {"torch": 2.0, "onnx": 1.0})
+    assert fastest.fastest(reference, 8)[0] == "onnx"
+
+
 @pytest.mark.parametrize(
     ("backend", "words"), [("tensorrt", "choose from: torch, onnx, openvino, auto"), ("onnx", "pip install")]
 )
@@ -102,6 +148,11 @@ def test_wrong_backend_is_refused(backend, words, reference, monkeypatch):
     monkeypatch.setattr(backends, "missing", lambda _: ["onnxruntime"])
     with pytest.raises((ValueError, ImportError), match=words):
         use_backend(reference, backend)
+
+
+def test_batch_size_is_checked(reference):
+    with pytest.raises(ValueError, match="batch_size=0 must be at least 1"):
+        use_backend(reference, "auto", batch_size=0)
 
 
 def test_device_of_graphs_is_checked(reference):

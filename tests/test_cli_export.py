@@ -200,6 +200,10 @@ def test_help_lists_the_settings(capsys):
         ("--out=o --bundle={W}/nowhere", "nowhere is not a folder; give a bundle's folder"),
         ("--out=o --pretrained=perhaps", "pretrained: expected true or false"),
         ("--out=o --weights={W}/no.pth", "no.pth does not exist; give a file of weights"),
+        ("--out=o --format=peft --int8=dynamic", "--int8 belongs to --format onnx; leave it out for peft"),
+        ("--out=o --format=peft --images={I}", "--images belongs to --format onnx"),
+        ("--out=o --format=peft --merge=false", "--merge belongs to --format onnx"),
+        ("--out=o --format=peft --max_images=9", "--max_images belongs to --format onnx"),
         ("--out=o --clas_first=true", "there is no key 'clas_first'; did you mean 'class_first'?"),
     ],
 )

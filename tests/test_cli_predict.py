@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from commands import refused
+from jsonargparse import Namespace
 from PIL import Image
 from torch import nn
 
@@ -25,6 +26,7 @@ from dynadapter.adapters import AdapterSpec, LoRA, inject
 from dynadapter.backbones import create_backbone, fingerprint
 from dynadapter.cli import main
 from dynadapter.cli.networks import chosen_policy
+from dynadapter.cli.predict_on_ray import fill_on_ray
 from dynadapter.exits.combining import Combined
 from dynadapter.exits.heads import LinearHeads
 from dynadapter.exits.net import ExitNet
@@ -34,7 +36,7 @@ from dynadapter.images.preprocess import Preprocess
 from dynadapter.images.reading import find_images, load_image
 from dynadapter.serve import predict as engine
 from dynadapter.serve.bundle import BackboneSource, bundle_from_classifier, load, save_bundle
-from dynadapter.serve.formats import COLUMNS
+from dynadapter.serve.formats import COLUMNS, Unread
 from dynadapter.serve.table import PredictionTable
 from dynadapter.training.callbacks import EarlyExit
 
@@ -206,6 +208,31 @@ def test_output_is_replaced_on_request(bundle, images, tmp_path, capsys):
     assert out.read_text() == "mine"
     run(bundle, images, out, "--overwrite=true")
     assert len(read(out)) == 26
+
+
+def test_output_that_exists_costs_no_work(bundle, images, tmp_path, capsys, monkeypatch):
+    """The rerun of a stopped ``--overwrite true`` is refused at once; a file that appears meanwhile is at the end."""
+    out = tmp_path / "out.csv"
+    out.write_text("mine")
+    with monkeypatch.context() as patch:
+        interrupted_after(patch, 2, signal.SIGINT)
+        refused(arguments(bundle, images, out, "--overwrite=true"), capsys, 130)
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "rows", lambda *_: pytest.fail("computed"))
+        line = refused(arguments(bundle, images, out), capsys)
+    assert line.endswith("out.csv exists; give another name, or --overwrite true")
+    later, rows = tmp_path / "later.csv", engine.rows
+    monkeypatch.setattr(engine, "rows", lambda *args: (later.write_text("mine"), rows(*args))[1])
+    line = refused(arguments(bundle, images, later), capsys)
+    assert line.endswith("later.csv exists; give another name, or --overwrite true")
+    assert later.read_text() == out.read_text() == "mine"
+
+
+def test_images_whose_names_begin_like_a_user(bundle, images, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copyfile(find_images(images)[0], "~a.png")
+    Path("~list.txt").write_text("~a.png\n")
+    assert [row["file"] for row in read(run(bundle, Path("~list.txt"), Path("~out.csv")))] == ["~a.png"]
 
 
 def test_terminal_shows_a_bar(bundle, images, tmp_path, monkeypatch):
@@ -681,14 +708,30 @@ def test_ray_writes_the_same_bytes(bundle, many, damaged, alone_on_ray, tmp_path
     assert run(bundle, many, tmp_path / "two.csv", "--engine", "ray", "--processes", "2").read_bytes() == (
         expected.read_bytes()
     )
-    error = refused(arguments(bundle, damaged, tmp_path / "t.csv", "--engine", "ray", "--max_skipped", "1"), capsys)
-    assert "images cannot be read, more than max_skipped=1, listed in " in error
-    assert "the same command continues from there with a higher --max_skipped" in error
+    for _ in range(2):  # the same command again does not get past the limit
+        error = refused(arguments(bundle, damaged, tmp_path / "t.csv", "--engine", "ray", "--max_skipped", "1"), capsys)
+        assert "images cannot be read, more than max_skipped=1, listed in " in error
+        assert "the same command continues from there with a higher --max_skipped" in error
+        assert len(read(tmp_path / "t.csv.skipped.csv")) > 1
     monkeypatch.setattr(engine, "predict", None)  # nothing is computed in this process
     resumed = run(bundle, damaged, tmp_path / "t.csv", "--engine", "ray", "--processes", "2")
     assert "continuing after" in capsys.readouterr().out
     monkeypatch.undo()
     assert resumed.read_bytes() == run(bundle, damaged, tmp_path / "u.csv").read_bytes()
+
+
+@pytest.mark.parametrize("saved", [3, 4])
+def test_cap_of_finished_batches_on_ray(saved, tmp_path):
+    """The limit holds for what an earlier run has saved, whether or not anything is left to compute."""
+    files = ["a.png", "b.png", "c.png", "d.png"]
+    with PredictionTable(tmp_path / "t.csv", files, 1, {}) as table:
+        for number in range(saved):
+            table.save(number, [Unread(files[number], "empty") if number < 2 else [files[number], "ant", 0.5, 1]])
+        with pytest.raises(engine.TooManyUnread, match="2 images cannot be read, more than max_skipped=1"):
+            fill_on_ray(Namespace(max_skipped=1), [], table, lambda: None)
+        assert [row["file"] for row in read(table.unread_list)] == files[:2]
+        if saved == len(files):
+            fill_on_ray(Namespace(max_skipped=2), [], table, lambda: None)
 
 
 @pytest.mark.parametrize(
@@ -697,6 +740,8 @@ def test_ray_writes_the_same_bytes(bundle, many, damaged, alone_on_ray, tmp_path
         (["--engine", "ray", "--backend", "auto"], "--engine ray takes one --backend for all machines"),
         (["--engine", "ray", "--device", "cpu"], "--gpus instead of --device"),
         (["--gpus", "-1"], "gpus=-1.0 must be at least 0"),
+        (["--gpus", "1"], "gpus=1.0 belongs to --engine ray"),
+        (["--engine", "ray", "--gpus", "1", "--backend", "onnx"], "--backend onnx runs on a CPU; leave out --gpus"),
     ],
 )
 def test_options_of_ray(options, words, bundle, images, tmp_path, capsys):

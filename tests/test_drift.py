@@ -53,6 +53,21 @@ def test_chance_is_no_drift(shares, samples, window):
     assert outside <= 3
 
 
+def test_live_values_appear_together():
+    """Another thread may read them at any time."""
+    seen = []
+
+    class Watched(Drift):
+        def __setattr__(self, name, value):
+            if name == "live":
+                seen.append(list(value))
+            super().__setattr__(name, value)
+
+    drift = Watched(Reference((0.5, 0.3, 0.2), 400, 0.8, 0.1), window=1)
+    drift.add(0, 0.8)
+    assert seen == [[], ["exit 1", "exit 2", "exit 3", "confidence"]]
+
+
 def test_drift_is_told_once_and_taken_back():
     drift = Drift(Reference((0.5, 0.3, 0.2), 400, 0.8, 0.1), window=100)
     same = [0] * 50 + [1] * 30 + [2] * 20

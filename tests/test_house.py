@@ -32,6 +32,12 @@ def test_file_and_functions_are_short(path):
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_home_is_expanded_by_os_path(path):
+    """``Path.expanduser`` raises an error for a file such as ``~a.png``, because there is no user of this name."""
+    assert ".expanduser()" not in path.read_text()
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
 def test_docstrings_are_imperative(path):
     nodes = [
         n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.FunctionDef | ast.ClassDef | ast.Module)

@@ -415,6 +415,9 @@ def test_replaced_bundle_keeps_answering(tmp_path):
     with serving({"one": engine}, places={"one": place}) as client:
         before = client.ask("/v1/one/predict", PHOTOS[0]).content
         assert client.ask("/v1/one").content["on_disk"] == "as loaded"
+        for policy, state in ((Confidence(0.9), "replaced"), (Never(), "as loaded")):  # the same tensors
+            save_bundle(NET, place, **parts_of(NET, policy), overwrite=True)
+            assert client.ask("/v1/one").content["on_disk"] == state
         (place / "config.json").write_text('{"sha256": "of another"}')
         assert client.ask("/v1/one").content["on_disk"] == "replaced"
         after = client.ask("/v1/one/predict", PHOTOS[0]).content

@@ -747,6 +747,18 @@ def test_killed_sweep_ends_with_the_same_table(data, finished, tmp_path):
     assert table_of(out) == table_of(finished)
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--gpus=1"], "--cpus and --gpus belong to --engine ray"),
+        (["--cpus=2"], "--cpus and --gpus belong to --engine ray"),
+        (["--engine=ray", "--processes=2"], "--processes belongs to --engine local"),
+    ],
+)
+def test_options_of_another_engine(options, words, capsys):
+    assert words in refused(["sweep", "sweep.yaml", *options], capsys)
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")
 def test_ray_does_the_same_runs(data, finished, tmp_path, alone_on_ray):

@@ -14,9 +14,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dynadapter.files import Busy
+from dynadapter.images.reading import find_images
 from dynadapter.serve import table as module
 from dynadapter.serve.formats import check_output
 from dynadapter.serve.inputs import list_images
+from dynadapter.serve.runtime.runner import list_sources
 from dynadapter.serve.table import OtherRun, PredictionTable, Unread
 
 FILES = ["a.png", "b, c.png", "日本.png", "x\ny.png", "e.png", "f.png", os.fsdecode(b"caf\xe9.png")]
@@ -24,7 +26,7 @@ ENTRIES: list[Any] = [
     [FILES[0], "ant", 0.9877, 1],
     Unread(FILES[1], "broken, quite"),
     [FILES[2], 'say "bee"', 1.0, 3],
-    [FILES[3], "ant", None, 2],
+    [FILES[3], "ant", 0.75, 2],
     [FILES[4], "cat", 0.5, 1],
     Unread(FILES[5], "empty"),
     [FILES[6], "cat", 0.25, 2],
@@ -61,7 +63,7 @@ def test_csv(tmp_path):
     assert (
         content
         == (
-            'file,class,confidence,exit\na.png,ant,0.9877,1\n日本.png,"say ""bee""",1.0000,3\n"x\ny.png",ant,nan,2\n'
+            'file,class,confidence,exit\na.png,ant,0.9877,1\n日本.png,"say ""bee""",1.0000,3\n"x\ny.png",ant,0.7500,2\n'
             "e.png,cat,0.5000,1\n"
         ).encode()
         + b"caf\xe9.png,cat,0.2500,2\n"
@@ -98,7 +100,7 @@ def test_csv_is_no_formula(name, tmp_path):
 def test_json_lines(tmp_path):
     lines = list(map(json.loads, fill(tmp_path / "t.JSONL").read_text(encoding="utf-8").splitlines()))
     assert [line["file"] for line in lines] == [entry[0] for entry in ENTRIES if not isinstance(entry, Unread)]
-    assert lines[2] == {"file": "x\ny.png", "class": "ant", "confidence": None, "exit": 2}
+    assert lines[2] == {"file": "x\ny.png", "class": "ant", "confidence": 0.75, "exit": 2}
 
 
 def test_parquet(tmp_path):
@@ -108,7 +110,7 @@ def test_parquet(tmp_path):
     found = read_table(fill(tmp_path / "t.parquet"))
     assert found.column_names == ["file", "class", "confidence", "exit"]
     assert found["exit"].to_pylist() == [1, 3, 2, 1, 2]
-    assert found["confidence"].to_pylist() == [0.9877, 1.0, None, 0.5, 0.25]
+    assert found["confidence"].to_pylist() == [0.9877, 1.0, 0.75, 0.5, 0.25]
     assert found["file"].to_pylist()[-1] == r"caf\udce9.png"  # no UTF-8
 
 
@@ -131,9 +133,9 @@ def test_output_that_is_refused(name, words, tmp_path):
 def test_counts(tmp_path):
     with opened(tmp_path / "t.csv", 7) as table:
         table.save(0, ENTRIES)
-        assert (table.done, table.answered, table.unread, table.exits, table.nonfinite) == (7, 5, 2, 9, 1)
+        assert (table.done, table.answered, table.unread, table.exits) == (7, 5, 2, 9)
     with opened(tmp_path / "t.csv", 7) as table:
-        assert (table.done, table.exits, table.nonfinite) == (7, 9, 1)
+        assert (table.done, table.exits) == (7, 9)
 
 
 def test_finished_whole_and_once(tmp_path):
@@ -160,6 +162,18 @@ def test_finished_whole_and_once(tmp_path):
     with pytest.raises(ValueError, match="exists"):
         opened(out)
     assert names(tmp_path) == ["t.csv", "t.csv.skipped.csv"]
+
+
+def test_output_after_a_stopped_overwrite(tmp_path):
+    """Without ``overwrite`` an unfinished table does not hide that the output exists, until all is computed."""
+    out = tmp_path / "t.csv"
+    out.write_text("mine")
+    with opened(out, overwrite=True) as table:
+        table.save(0, ENTRIES[:2])
+    with pytest.raises(ValueError, match="exists; give another name, or overwrite it"):
+        opened(out)
+    with opened(out, overwrite=True) as table, opened(out, helper=True) as helper:
+        assert table.done == helper.done == 2
 
 
 @given(st.data())
@@ -300,6 +314,14 @@ def test_inputs(tmp_path):
     assert list_images([tmp_path / "list.txt", photos / "a.png"]) == [*listed, str(photos / "a.png")]
     rows = [str(photos / "two\nlines.png"), str(photos / "b, c.png")]
     assert list_images([tmp_path / "t.csv"]) == list_images([tmp_path / "t.csv"], "path") == rows
+
+
+def test_input_that_begins_like_a_user(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("~a.png").touch()
+    Path("list.txt").write_text("~a.png\n")
+    assert list_images(["~a.png", "list.txt"]) == ["~a.png", "~a.png"]
+    assert list_sources("~a.png") == find_images("~a.png") == [Path("~a.png")]
 
 
 def test_inputs_that_are_refused(tmp_path):

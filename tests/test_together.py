@@ -129,6 +129,12 @@ def test_task_is_checked(tasks, message):
         Together([bundle(), bundle(seed=1)]).route(images(2), tasks)
 
 
+@pytest.mark.parametrize("batch_size", [0, -1])
+def test_batch_size_is_checked(batch_size):
+    with pytest.raises(ValueError, match=f"batch_size={batch_size} must be at least 1"):
+        Together([bundle(), bundle(seed=1)]).predict(list(images(2)), [0, 1], batch_size=batch_size)
+
+
 def test_nonfinite_image_is_named():
     broken = images(2)
     broken[1] = float("nan")

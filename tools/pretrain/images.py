@@ -54,7 +54,7 @@ def read(root: str | Path, size: int, limit: int = 0, cache: Path | None = None)
     Raises:
         ValueError: If there are no such images, or a mosaic is not a grid of such tiles.
     """
-    root = Path(root).expanduser()
+    root = Path(os.path.expanduser(root))
     names = class_names(root)
     names = names[:limit] if limit else names
     files = {split: [files_of(root / split, name) for name in names] for split in ("train", "val")}

@@ -47,7 +47,7 @@ def save_peft(
             f"the adapters are {', '.join(others) or 'merged or missing'}; only LoRA that is not merged can be "
             "written for peft"
         )
-    place = Path(folder).expanduser()
+    place = Path(os.path.expanduser(folder))
     tensors: dict[str, Tensor] = {}
     sizes: dict[str, tuple[int, float]] = {}
     if place.exists() and not overwrite:

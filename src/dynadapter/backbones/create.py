@@ -78,7 +78,7 @@ def create_backbone(
     _check_memory(model, name)
     model = _build(name, num_classes, seed, timm_args, pretrained=pretrained and weights is None)
     if weights is not None:
-        load_weights(model, given, Path(weights).expanduser())
+        load_weights(model, given, Path(os.path.expanduser(weights)))
     _require_finite(model, given)
     freeze(model)
     if "drop_path_rate" not in timm_args:

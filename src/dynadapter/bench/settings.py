@@ -1,5 +1,6 @@
 """The settings of a benchmark. This file imports nothing heavy, so that invalid settings are reported at once."""
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -65,10 +66,10 @@ class Settings:
             raise ValueError(f"batch_sizes={self.batch_sizes} must be some whole numbers of at least 1, such as [1, 8]")
         if self.shares is not None and not (min(self.shares, default=-1) >= 0 and abs(sum(self.shares) - 1) <= 1e-3):
             raise ValueError(f"shares={self.shares} must be at least 0 and sum to 1, as in [0.5, 0.3, 0.15, 0.05]")
-        if self.images is not None and not Path(self.images).expanduser().is_dir():
+        if self.images is not None and not Path(os.path.expanduser(self.images)).is_dir():
             raise ValueError(f"images={self.images} is not a folder; give one with images of the task")
 
     @property
     def place(self) -> Path:
         """The file to write."""
-        return Path(self.out).expanduser()
+        return Path(os.path.expanduser(self.out))

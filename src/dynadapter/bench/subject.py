@@ -2,6 +2,7 @@
 
 import copy
 import math
+import os
 from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
@@ -69,7 +70,7 @@ class Subject:
             self.notes.append(
                 f"the static arms keep every token; all others have token_merging={self.net.token_merging}"
             )
-        pool = self._read(Path(settings.images).expanduser()) if settings.images else self._noise()
+        pool = self._read(Path(os.path.expanduser(settings.images))) if settings.images else self._noise()
         self.exact = copy.deepcopy(self.net) if self.dtype != torch.float32 else self.net
         self.costs = cache(self._costs)
         self.net.to(device, self.dtype)

@@ -7,7 +7,6 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from itertools import chain
 from typing import Any, Literal
 
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dynadapter.exits.policies import Confidence, confidence
+from dynadapter.serve.backends import version_of
 from dynadapter.serve.fastest import cpu_name
 
 Call = Callable[[], Any]
@@ -44,8 +44,8 @@ def machine(packages: Iterable[str] = PACKAGES) -> dict[str, Any]:
         found |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
     for package in packages:
         try:
-            found[package] = version(package)
-        except PackageNotFoundError:
+            found[package] = version_of(package)
+        except ImportError:
             continue
     return found
 

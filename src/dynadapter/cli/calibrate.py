@@ -138,7 +138,7 @@ def _check_bundle(settings: Settings) -> None:
             what = "merge" if settings.merge else "overwrite"
             raise Mistake(f"{what} is a setting of the bundle, and no bundle is written; give --bundle FOLDER")
         return
-    place = Path(settings.bundle).expanduser()
+    place = Path(os.path.expanduser(settings.bundle))
     if os.path.lexists(place) and not settings.overwrite:
         raise Mistake(f"bundle={place} exists; give a folder that does not, or --overwrite true to replace a bundle")
     with mistakes():
@@ -195,7 +195,7 @@ def _held(out: str | None) -> Iterator[None]:
     if out is None:  # a new folder
         yield
         return
-    Path(out).expanduser().parent.mkdir(parents=True, exist_ok=True)
+    Path(os.path.expanduser(out)).parent.mkdir(parents=True, exist_ok=True)
     with locked(Path(out)):
         _check_out(Path(out))
         yield

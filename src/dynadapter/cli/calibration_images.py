@@ -1,5 +1,6 @@
 """The images of a calibration: check that the network was not trained on them, and compute their logits."""
 
+import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -129,10 +130,10 @@ def reference_classes(place: str, data: ImageData, split: Split, class_names: Se
     Returns:
         The classes that its last exit predicts (samples,).
     """
-    folder = Path(place).expanduser().is_dir()
+    folder = Path(os.path.expanduser(place)).is_dir()
     check_network(place if folder else None, None if folder else place)
     images = data.dataset(split)
-    if not folder and (known := _images_of_the_training(str(Path(place).expanduser()))) is not None:
+    if not folder and (known := _images_of_the_training(str(Path(os.path.expanduser(place))))) is not None:
         both = int(torch.isin(images.image_keys(known[0])[1], known[1]).sum())
         if both:
             raise Mistake(

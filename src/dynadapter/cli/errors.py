@@ -2,6 +2,7 @@
 
 import difflib
 import dis
+import os
 import re
 import signal
 import threading
@@ -119,7 +120,7 @@ def meant(name: str | None) -> str:
 
 def nearest_place(given: str) -> str:
     """Return the same question for a path that does not exist, from the names in the same folder."""
-    path = Path(given).expanduser()
+    path = Path(os.path.expanduser(given))
     if path.exists():
         return ""
     beside = path.parent.iterdir() if path.parent.is_dir() else ()

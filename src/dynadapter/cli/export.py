@@ -19,6 +19,9 @@ if TYPE_CHECKING:  # torch takes seconds to load, and invalid settings are repor
     from dynadapter.cost import ExitCosts
     from dynadapter.serve.bundle import Bundle
 
+ONNX_ALONE = ("int8", "images", "max_images", "merge", "class_first", "opset", "tolerance")
+"""Settings without a meaning for ``--format peft``."""
+
 
 def parser() -> CommandParser:
     """Return the command's parser."""
@@ -62,6 +65,10 @@ def run(args: list[str]) -> None:
 
 def check(given: Any) -> None:
     """Refuse invalid settings before anything heavy is loaded."""
+    if given.format == "peft":
+        defaults = parser().get_defaults()
+        if foreign := [name for name in ONNX_ALONE if given[name] != defaults[name]]:
+            raise Mistake(f"--{foreign[0]} belongs to --format onnx; leave it out for peft")
     if given.int8 and given.images is None:
         raise Mistake("int8 changes predictions; give --images, a folder of real ones, to measure by how much")
     if given.int8 == "static" and find_spec("nncf") is None:
@@ -73,7 +80,7 @@ def check(given: Any) -> None:
     if given.max_images < 1:
         raise Mistake(f"max_images={given.max_images} must be at least 1")
     check_bundle(given.bundle)
-    out = Path(given.out).expanduser()
+    out = Path(os.path.expanduser(given.out))
     if os.path.lexists(out):
         if not out.is_dir():
             raise Mistake(f"{given.out} exists and is not a folder; give another --out")
@@ -147,7 +154,7 @@ def _files(place: str, most: int) -> list[Path]:
     """List at most a given number of images of a folder, evenly spread."""
     from dynadapter.images.reading import find_images
 
-    folder = Path(place).expanduser()
+    folder = Path(os.path.expanduser(place))
     if not folder.is_dir():
         raise Mistake(f"--images {place} is not a folder; give a folder of images")
     with mistakes():
@@ -162,7 +169,7 @@ def _labels(files: Sequence[Path], place: str, names: Sequence[str]) -> "tuple[T
 
     if not files:
         return None, ""
-    tops = [path.relative_to(Path(place).expanduser()).parts[:-1][:1] for path in files]
+    tops = [path.relative_to(Path(os.path.expanduser(place))).parts[:-1][:1] for path in files]
     odd = next((top for top in tops if not top or top[0] not in names), None)
     if odd is not None:
         where = f"no class has the name of the subfolder {odd[0]!r}" if odd else "images are in no subfolder"

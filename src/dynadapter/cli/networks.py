@@ -1,5 +1,6 @@
 """Load the network of a command: a bundle, or a checkpoint as a bundle in memory."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -44,7 +45,7 @@ BUNDLE = "a folder that calibrate wrote, or hf-hub:OWNER/NAME on the Hugging Fac
 
 def check_network(bundle: str | None, checkpoint: str | None = None) -> None:
     """Refuse a place without a network, before anything heavy is loaded."""
-    if checkpoint is not None and not (path := Path(checkpoint).expanduser()).is_file():
+    if checkpoint is not None and not (path := Path(os.path.expanduser(checkpoint))).is_file():
         saved = next(iter(sorted(path.glob("checkpoints/*.ckpt"))), "last.ckpt")
         what = "is a folder" if path.is_dir() else "does not exist"
         way = nearest_place(checkpoint) or f"; give the file that fit wrote, such as {saved}"
@@ -55,7 +56,7 @@ def check_network(bundle: str | None, checkpoint: str | None = None) -> None:
 
 def check_bundle(place: str) -> None:
     """Refuse an exported folder or a checkpoint that is given as a bundle."""
-    folder = Path(place).expanduser()
+    folder = Path(os.path.expanduser(place))
     if (folder / "config.json").exists() or (not folder.exists() and not nearest_place(place)):
         return  # load reports what is wrong with it
     if not folder.exists():
@@ -145,7 +146,7 @@ def load_checkpoint(path: str, weights: str | None, pretrained: bool | None) -> 
     from dynadapter.serve.bundle import in_memory
     from dynadapter.training.restoring import load_classifier, stored_policies
 
-    place, file = Path(path).expanduser(), _weights(weights)
+    place, file = Path(os.path.expanduser(path)), _weights(weights)
     with mistakes(kinds=(ValueError, TypeError, OSError)):
         classifier, stored = load_classifier(place, file, pretrained), stored_policies(place)
         return in_memory(classifier, stored.policies[0]), stored.origin
@@ -173,9 +174,9 @@ def chosen_policy(stored: "Policy", policy: dict[str, Any] | str | None, thresho
 def _weights(given: str | None) -> Path | None:
     if given is None:
         return None
-    if not Path(given).expanduser().is_file():
+    if not Path(os.path.expanduser(given)).is_file():
         raise Mistake(f"--weights {given} does not exist; give a file of weights")
-    return Path(given).expanduser()
+    return Path(os.path.expanduser(given))
 
 
 def stacked(bundle: "Bundle", data: "ImageData", split: Any) -> "Iterator[tuple[Tensor, Tensor]]":

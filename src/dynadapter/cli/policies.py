@@ -1,5 +1,6 @@
 """Read the policy that ``--policy_from`` names: from a calibration, a calibrated checkpoint or run, or a bundle."""
 
+import os
 from pathlib import Path
 
 from dynadapter.calibrate.stored import RESULT, Calibration, calibration_path, read_calibration
@@ -15,7 +16,7 @@ def policy_from(place: str) -> Calibration:
     """
     from dynadapter.serve.bundle.hub import HUB, local
 
-    path = Path(place).expanduser()
+    path = Path(os.path.expanduser(place))
     with mistakes("policy_from: "):
         if place.startswith(HUB):
             return _of_bundle(local(place))

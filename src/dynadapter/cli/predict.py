@@ -84,7 +84,7 @@ def run(args: list[str]) -> None:
 
 def predict(given: Any, args: list[str]) -> None:
     """Classify the images and write the table."""
-    output = Path(given.out).expanduser()
+    output = Path(os.path.expanduser(given.out))
     check(given, output)
     with prepared(given) as (bundle, table):
         if table.done:
@@ -92,7 +92,8 @@ def predict(given: Any, args: list[str]) -> None:
         try:
             with helpers(given, args):
                 speed = fill(bundle, table, given, args)
-            table.finish()
+            with mistakes():
+                table.finish()
         except (KeyboardInterrupt, Terminated) as stop:
             how, code = (stop, stop.code) if isinstance(stop, Terminated) else ("interrupted", 130)
             raise Stopped(f"{how} after {_so_far(table)}", code) from stop
@@ -110,6 +111,10 @@ def check(given: Any, output: Path) -> None:
             raise Mistake(f"{name}={given[name]} must be at least {least}")
     if given.gpus < 0:
         raise Mistake(f"gpus={given.gpus} must be at least 0")
+    if given.gpus and given.engine != "ray":
+        raise Mistake(f"gpus={given.gpus} belongs to --engine ray; use --device cuda, and --processes for several GPUs")
+    if given.gpus and given.backend in ("onnx", "openvino"):
+        raise Mistake(f"--backend {given.backend} runs on a CPU; leave out --gpus, or use --backend torch")
     if given.engine == "ray" and (given.backend == "auto" or given.device != "auto"):
         raise Mistake("--engine ray takes one --backend for all machines, and --gpus instead of --device")
     if (given.bundle is None) == (given.ckpt_path is None):
@@ -155,7 +160,7 @@ def prepared(given: Any, number: int = 0) -> Iterator[tuple["Bundle", Prediction
             "backend": bundle.backend,
         }
         names = columns(bundle.class_names, given.top_k, given.probabilities)
-        output = Path(given.out).expanduser()
+        output = Path(os.path.expanduser(given.out))
         try:
             with mistakes(), mistakes(after=f"; {HOW_TO_CONTINUE}", kinds=(OtherRun,)):
                 table = PredictionTable(output, files, given.batch_size, identity, names, given.overwrite, number > 0)
@@ -183,7 +188,7 @@ def _take_value_range(bundle: "Bundle", value_range: list[float] | None) -> None
 
 def accounts(places: list[str], files: list[str]) -> Iterator[str]:
     """Yield one line for each folder: the number of images, and of other files by reason."""
-    for folder in (Path(place).expanduser() for place in places):
+    for folder in (Path(os.path.expanduser(place)) for place in places):
         if folder.is_dir():
             yield str(account(folder, {"images": files}))
 

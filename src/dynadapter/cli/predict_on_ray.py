@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from dynadapter.cli.errors import Failed, Mistake, one_line
 from dynadapter.cli.ray_session import ray_session
-from dynadapter.serve.predict import NonFinite, TooManyUnread, predict
+from dynadapter.serve.predict import NonFinite, check_cap, predict
 from dynadapter.serve.table import PredictionTable
 
 if TYPE_CHECKING:
@@ -83,7 +83,12 @@ def fill_on_ray(given: Any, args: list[str], table: PredictionTable, on_batch: C
         args: The same as arguments of the command.
         table: The table, begun by this process.
         on_batch: Called after each batch.
+
+    Raises:
+        TooManyUnread: More than ``max_skipped`` images cannot be read; they are listed in ``table.unread_list``.
+        Failed: A worker, or Ray, failed.
     """
+    check_cap(table, given.max_skipped)  # of the batches that an earlier run has saved
     if not (todo := [number for number in range(table.batches) if not table.look(number)]):
         return
     with ray_session():
@@ -106,9 +111,6 @@ def fill_on_ray(given: Any, args: list[str], table: PredictionTable, on_batch: C
                     raise Failed(row["error"])
                 if table.look(row["number"]):
                     on_batch()
-                if table.unread > given.max_skipped:
-                    raise TooManyUnread(
-                        f"{table.unread} images cannot be read, more than max_skipped={given.max_skipped}"
-                    )
+                check_cap(table, given.max_skipped)
         except ray.exceptions.RayError as error:
             raise Failed(f"Ray stopped: {one_line(error)}") from error

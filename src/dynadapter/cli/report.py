@@ -2,6 +2,7 @@
 
 import csv
 import importlib.util
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -64,18 +65,18 @@ def run(args: list[str]) -> None:
     given = parser().parse_args(args)
     runs = [find_run(place) for place in given.runs]
     if len(runs) == 1:
-        out = Path(given.out).expanduser() if given.out else runs[0].folder / "report"
+        out = Path(os.path.expanduser(given.out)) if given.out else runs[0].folder / "report"
         check_page(out / PAGE)
         one_run(runs[0], out, given)
     else:
-        out = Path(given.out or PAGE).expanduser()
+        out = Path(os.path.expanduser(given.out or PAGE))
         check_page(out)
         compare(runs, out, given)
 
 
 def find_run(place: str) -> Given:
     """Return the run at a place: its folder, or a checkpoint in it."""
-    path = Path(place).expanduser()
+    path = Path(os.path.expanduser(place))
     if path.is_file() and path.suffix == ".ckpt":
         return Given(path.parent.parent if path.parent.name == "checkpoints" else path.parent, path)
     if not path.is_dir():

@@ -128,7 +128,9 @@ def _serve(given: Any, places: dict[str, str], listening: "socket.socket") -> No
     torch.set_num_threads(given.threads or os.cpu_count() or 1)
     engines = _engines(given, places)
     settings = Settings(given.max_bytes, given.max_pixels, given.upload_seconds, max(2**28, given.max_bytes))
-    folders = {name: Path(place).expanduser() for name, place in places.items() if not place.startswith("hf-hub:")}
+    folders = {
+        name: Path(os.path.expanduser(place)) for name, place in places.items() if not place.startswith("hf-hub:")
+    }
     server = server_of(Service(engines, settings, folders).app())
     host, port = listening.getsockname()[:2]
     address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

@@ -40,6 +40,10 @@ def run(args: list[str]) -> None:
         raise Mistake(f"engine={config.engine} is unknown; choose from: local, ray")
     if config.processes < 1 or config.cpus < 0 or config.gpus < 0:
         raise Mistake("processes must be at least 1, cpus and gpus at least 0")
+    if config.engine == "local" and (config.gpus or config.cpus != 1):
+        raise Mistake("--cpus and --gpus belong to --engine ray; leave them out")
+    if config.engine == "ray" and config.processes > 1:
+        raise Mistake("--processes belongs to --engine local; on Ray, --cpus and --gpus decide how many runs share it")
     file = read(config.file)
     file.out.mkdir(parents=True, exist_ok=True)
     if config.dry_run:

@@ -1,5 +1,6 @@
 """Read and check the YAML file of a sweep, and build the plan of its runs."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import chain
@@ -146,7 +147,7 @@ def read(path: str) -> SweepFile:
         choices={name: _choice(name, given, list(recipes)) for name, given in settings.choices.items()},
     )
     _check_references(sweep)
-    out, root = (Path(folder).expanduser().absolute() for folder in (settings.out, settings.root))
+    out, root = (Path(os.path.expanduser(folder)).absolute() for folder in (settings.out, settings.root))
     return SweepFile(Path(path), out, root, layers, sweep)
 
 
@@ -175,7 +176,7 @@ def _check_lists(settings: Settings) -> None:
         raise Mistake("seeds and search_seeds are empty; give seeds, or search_seeds alone for no final runs")
     if (settings.scales is None) == (settings.scale_factors is None):
         raise Mistake("give either scales, such as [1, 10], or scale_factors on the published scales, such as [1]")
-    if not Path(settings.root).expanduser().is_dir():
+    if not Path(os.path.expanduser(settings.root)).is_dir():
         raise Mistake(f"root={settings.root} is not a folder; give the one that holds the tasks")
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 import shlex
 from collections import Counter
 from collections.abc import Sequence
@@ -87,7 +88,7 @@ def read(args: Sequence[str]) -> Wanted:
         given, rest = parser().parse_known_args(args[1:])
     except argparse.ArgumentError as error:
         raise Mistake(f"{error.argument_name} needs a value") from error
-    place = Path(args[0]).expanduser()
+    place = Path(os.path.expanduser(args[0]))
     if not place.is_dir() and not (place.is_file() and place.suffix.lower() in TABLES):
         what = "is neither a folder nor a .csv or .parquet file" if place.exists() else "does not exist"
         way = nearest_place(args[0]) or "; give the folder of your images, with a folder for each class"
@@ -106,7 +107,7 @@ def read(args: Sequence[str]) -> Wanted:
     if all(arg.startswith(("--goal.metric", "--goal.reference")) for arg in goal):
         goal.append("--goal.cost=0.5")
     _check_goal(goal)
-    out = Path("runs", place.resolve().stem) if given.out is None else Path(given.out).expanduser()
+    out = Path("runs", place.resolve().stem) if given.out is None else Path(os.path.expanduser(given.out))
     line = shlex.join(["dynadapter", "train", *args, *imports.given()])
     return Wanted(place, out, tuple(goal), tuple(settings), line)
 

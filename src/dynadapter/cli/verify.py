@@ -55,7 +55,7 @@ def run(args: list[str]) -> None:
     check_config(given)
     if given.threads is not None and given.threads < 1:
         raise Mistake(f"threads={given.threads} must be at least 1")
-    out = Path(given.out).expanduser() if given.out is not None else None
+    out = Path(os.path.expanduser(given.out)) if given.out is not None else None
     if out is not None:
         _check_out(out)
     data = made.instantiate(given).data

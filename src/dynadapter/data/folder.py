@@ -1,5 +1,6 @@
 """Read images from one folder for each class."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ class ImageFolder(HeldOutData):
 
     def __init__(self, root: str | Path, test_sets: dict[str, str] | None = None, **kwargs: Any):
         super().__init__(**kwargs)
-        self.root = Path(root).expanduser()
+        self.root = Path(os.path.expanduser(root))
         self.test_sets = check_test_sets(test_sets)
         if not self.root.is_dir():
             raise ValueError(f"root {self.root} does not exist or is not a folder")

@@ -1,6 +1,7 @@
 """Images of a data set of the library `datasets`: on disk, or on the Hugging Face Hub."""
 
 import importlib.util
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -62,7 +63,7 @@ class HubDataset(MappedData):
         if importlib.util.find_spec("datasets") is None:
             raise ValueError("HubDataset needs the package datasets; install it by pip install 'dynadapter[datasets]'")
         self.path = str(path)
-        folder = Path(path).expanduser()
+        folder = Path(os.path.expanduser(path))
         if folder.is_dir():
             found = _on_disk(folder)
             roots = [folder]

@@ -1,5 +1,6 @@
 """Read images from text lists of paths and labels, such as the lists of few-shot benchmarks."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -36,19 +37,19 @@ class ImageLists(ImageData):
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
-        self.folder = Path(root).expanduser()
+        self.folder = Path(os.path.expanduser(root))
         if not self.folder.is_dir():
             raise ValueError(f"root {self.folder} does not exist or is not a folder")
         given = {"train": train, "val": val, "test": test}
-        files = {split: Path(file).expanduser() for split, file in given.items() if file is not None}
-        for name, file in (files | ({} if classes is None else {"classes": Path(classes).expanduser()})).items():
+        files = {split: Path(os.path.expanduser(file)) for split, file in given.items() if file is not None}
+        for name, file in (files | ({} if classes is None else {"classes": Path(os.path.expanduser(classes))})).items():
             if not file.is_file():
                 raise ValueError(f"{name}: {file} does not exist or is not a file")
         if not files:
             raise ValueError("there is no list; give train, val or test")
         self.lists = {split: read_list(file, self.folder) for split, file in files.items()}
         lines = [line for part in self.lists.values() for line in part]
-        self.class_names = listed_classes(lines, None if classes is None else Path(classes).expanduser())
+        self.class_names = listed_classes(lines, None if classes is None else Path(os.path.expanduser(classes)))
 
     def samples(self, split: Split) -> list[Sample]:
         if split == "val" and split not in self.lists:

@@ -81,8 +81,8 @@ class ImageTable(HeldOutData):
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
-        self.file = Path(file).expanduser()
-        self.folder = self.file.parent if root is None else Path(root).expanduser()
+        self.file = Path(os.path.expanduser(file))
+        self.folder = self.file.parent if root is None else Path(os.path.expanduser(root))
         self.test_sets = check_test_sets(test_sets)
         if not self.file.is_file():
             raise ValueError(f"{self.file} does not exist or is not a file; give a .csv or .parquet file")

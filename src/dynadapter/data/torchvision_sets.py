@@ -1,6 +1,7 @@
 """Images of the data sets of torchvision."""
 
 import inspect
+import os
 import threading
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ class TorchVisionDataset(MappedData):
     ):
         super().__init__(**kwargs)
         self.kind = _kind(dataset)
-        self.root = Path(root).expanduser()
+        self.root = Path(os.path.expanduser(root))
         self.download = download
         self.args = dict(args or {})
         self.splits = _splits(self.kind) if splits is None else splits

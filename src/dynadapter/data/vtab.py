@@ -1,5 +1,6 @@
 """Read VTAB-1k, and any other task in its layout."""
 
+import os
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -97,7 +98,7 @@ class VTAB1k(ImageData):
             raise ValueError(f"unknown split {split!r}; choose from: train800, train800val200")
         self.split = split
         self.task = vtab_task(task)
-        self.root = Path(root).expanduser()
+        self.root = Path(os.path.expanduser(root))
         self.folder = find_task(self.root, task)
         self.lists = {
             name: read_list(self.folder / name, self.folder) for name in LISTS if (self.folder / name).is_file()

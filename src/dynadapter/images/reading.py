@@ -319,7 +319,7 @@ def find_images(places: str | os.PathLike[str] | Iterable[str | os.PathLike[str]
     if isinstance(places, (str, os.PathLike)):
         places = [places]
     files: list[Path] = []
-    for place in (Path(place).expanduser() for place in places):
+    for place in (Path(os.path.expanduser(place)) for place in places):
         if place.is_dir():
             inside = image_files(place)
             if not inside:

@@ -2,7 +2,8 @@
 
 import hashlib
 import os
-from importlib.metadata import version
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
@@ -13,6 +14,7 @@ from torch import Tensor
 from dynadapter.backbones import built_for
 from dynadapter.exits.policies import Never, Policy, Routed
 from dynadapter.exits.stages import run_stages
+from dynadapter.files import locked
 from dynadapter.images.preprocess import Preprocess
 from dynadapter.serve.runtime import Runner
 from dynadapter.serve.runtime.manifest import MANIFEST
@@ -61,6 +63,20 @@ def missing(backend: str) -> list[str]:
     return [name for name in NEEDED.get(backend, ()) if find_spec(name) is None]
 
 
+def version_of(module: str) -> str:
+    """Return the version of an installed module.
+
+    A package may have another name than its module: onnxruntime-gpu provides onnxruntime.
+
+    Raises:
+        ImportError: It is not installed.
+    """
+    try:
+        return version(module)
+    except PackageNotFoundError:
+        return str(import_module(module).__version__)
+
+
 def use_backend(bundle: "Bundle", backend: Backend, batch_size: int = 32) -> str:
     """Run a bundle's stages by a backend.
 
@@ -78,11 +94,14 @@ def use_backend(bundle: "Bundle", backend: Backend, batch_size: int = 32) -> str
         One line that names the backend, and for ``auto`` the measured times.
 
     Raises:
-        ValueError: There is no such backend, the bundle is not on a CPU, or its network cannot be exported.
+        ValueError: There is no such backend, `batch_size` is below 1, the bundle is not on a CPU, or its network cannot
+            be exported.
         ImportError: A package is missing.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r} is unknown; choose from: {', '.join(BACKENDS)}")
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} must be at least 1")
     on_gpu = bundle.device.type != "cpu"
     if on_gpu and backend not in ("torch", "auto"):
         raise ValueError(f"backend={backend} runs on a CPU, and the network is on {bundle.device}; set device to cpu")
@@ -101,14 +120,17 @@ def open_graphs(bundle: "Bundle", backend: str) -> Graphs:
     """Open a bundle's graphs, which are exported at the first use.
 
     Raises:
-        ValueError: The network cannot be exported, or another process exports it at this moment.
+        ValueError: The network cannot be exported.
         ImportError: A package is missing.
     """
     if lacking := missing(backend):
         raise ImportError(f"backend={backend} needs {', '.join(lacking)}: pip install 'dynadapter[{backend}]'")
     folder = cache_of(bundle) / "graphs"
     if not (folder / MANIFEST).exists():
-        _export(bundle, folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with locked(folder.parent, wait=True):  # another process or thread may export at this moment
+            if not (folder / MANIFEST).exists():
+                _export(bundle, folder)
     engine = "openvino" if backend == "openvino" else "onnxruntime"
     return Graphs(Runner(folder, threads=torch.get_num_threads(), engine=engine).load())
 
@@ -117,10 +139,10 @@ def cache_of(bundle: "Bundle") -> Path:
     """Return the folder for what is derived from a bundle: its name depends on the network and on the packages."""
     given = os.environ.get("DYNADAPTER_CACHE")
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    packages = [f"{name} {version(name)}" for name in ("torch", "timm", *NEEDED["onnx"]) if find_spec(name)]
+    packages = [f"{name} {version_of(name)}" for name in ("torch", "timm", *NEEDED["onnx"]) if find_spec(name)]
     named = "\n".join([bundle.config.dumps(), str(image_size(bundle)), *packages])
     root = Path(given) if given else Path(base) / "dynadapter"
-    return root.expanduser() / hashlib.sha256(named.encode()).hexdigest()[:32]
+    return Path(os.path.expanduser(root)) / hashlib.sha256(named.encode()).hexdigest()[:32]
 
 
 def image_size(bundle: "Bundle") -> int:
@@ -134,7 +156,6 @@ def image_size(bundle: "Bundle") -> int:
 def _export(bundle: "Bundle", folder: Path) -> None:
     from dynadapter.serve.export import export_onnx
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
     export_onnx(
         bundle.net,
         folder,

@@ -109,8 +109,8 @@ class Drift:
         self._sum += confidence
         if (images := sum(self._counts)) < self.window:
             return []
-        self.live = {f"exit {number}": count / images for number, count in enumerate(self._counts, 1)}
-        self.live[CONFIDENCE] = self._sum / images
+        shares = {f"exit {number}": count / images for number, count in enumerate(self._counts, 1)}
+        self.live = shares | {CONFIDENCE: self._sum / images}  # whole at once: another thread may read it
         self._counts, self._sum = [0] * len(self._counts), 0.0
         before = self.outside
         self.outside = frozenset(

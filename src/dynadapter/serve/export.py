@@ -15,7 +15,6 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -33,6 +32,7 @@ from dynadapter.exits.policies import Policy
 from dynadapter.exits.temperature import Scaled
 from dynadapter.files import checksum, replacing_folder, sha256
 from dynadapter.images.preprocess import Preprocess
+from dynadapter.serve.backends import version_of
 from dynadapter.serve.comparison import compare, quantization_change
 from dynadapter.serve.graphs import standalone, write_graphs
 from dynadapter.serve.quantise import ACTIVATIONS, quantise_dynamic, quantise_static
@@ -142,7 +142,11 @@ def _manifest(
         # Numbers instead of a name, for readers that do not know it
         "preprocessing": plain(dataclasses.replace(preprocess, normalization=preprocess.statistics)),
         "costs": plain(costs),
-        "versions": {"dynadapter": dynadapter.__version__, "opset": opset} | {name: version(name) for name in packages},
+        "versions": {
+            "dynadapter": dynadapter.__version__,
+            "opset": opset,
+            **{name: version_of(name) for name in packages},
+        },
     }
 
 
@@ -203,7 +207,7 @@ def _check_labels(labels: Tensor | None, images: Tensor | None) -> Tensor | None
 
 def _check_place(folder: str | os.PathLike[str], overwrite: bool) -> Path:
     """Return the absolute path of the folder to create; refuse to replace anything but an exported folder."""
-    target = Path(folder).expanduser().absolute()
+    target = Path(os.path.expanduser(folder)).absolute()
     if os.path.lexists(target):
         if not overwrite:
             raise ValueError(f"{folder} exists; name another folder, or set overwrite=True")

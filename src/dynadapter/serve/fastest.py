@@ -5,7 +5,6 @@ import platform
 import statistics
 import time
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +15,7 @@ from dynadapter.backbones import in_chans
 from dynadapter.exits.stages import Step
 from dynadapter.files import write
 from dynadapter.limits import read_json
-from dynadapter.serve.backends import NEEDED, Backend, cache_of, image_size, missing, open_graphs
+from dynadapter.serve.backends import NEEDED, Backend, cache_of, image_size, missing, open_graphs, version_of
 from dynadapter.serve.drift import Reference
 
 if TYPE_CHECKING:
@@ -48,7 +47,7 @@ def fastest(bundle: "Bundle", batch_size: int) -> tuple[Backend, str]:
     if not offered:
         return "torch", f"backend torch (auto: {', '.join(lacking)})"
     here = f"{cpu_name()}, {torch.get_num_threads()} threads, batch {batch_size}, " + ", ".join(
-        f"{name} {version(name)}" for name in ("torch", *NEEDED[offered[-1]])
+        f"{name} {version_of(name)}" for name in ("torch", *NEEDED[offered[-1]])
     )
     file = cache_of(bundle) / "measured.json"
     stored: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""Write a table of predictions as CSV, JSON lines or Parquet: one writer for the command and the callback."""
+"""Write a table of predictions as CSV, JSON lines or Parquet."""
 
 import importlib.util
 import io
@@ -24,7 +24,7 @@ SPECIAL = re.compile(r'[",;\t\r\n]')
 ENDINGS = "give a name that ends in .csv, .jsonl or .parquet"
 
 Row = list[Any]
-"""Values of a table's columns for one image: text, numbers, and None for a confidence that is not finite."""
+"""Values of a table's columns for one image: texts and finite numbers."""
 
 
 class Unread(NamedTuple):
@@ -80,8 +80,6 @@ def _write_csv(file: BinaryIO, columns: Sequence[str], rows: Iterable[Sequence[A
 
 
 def _number(value: Any, form: str) -> Any:
-    if value is None:
-        return "nan"
     return format(value, form) if isinstance(value, float) else value
 
 
@@ -99,7 +97,7 @@ def cell(value: Any, path: bool = False) -> str:
 
 def _write_json_lines(file: BinaryIO, columns: Sequence[str], rows: Iterable[Row]) -> None:
     for row in rows:
-        content = dict(zip(columns, row, strict=True))  # JSON has no NaN: None becomes null
+        content = dict(zip(columns, row, strict=True))
         try:
             line = json.dumps(content, ensure_ascii=False).encode()
         except UnicodeEncodeError:  # a file name that is not text in any encoding

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -23,7 +24,7 @@ def list_images(places: Iterable[str], path_column: str | None = None) -> list[s
         path_column: The column of a CSV file that holds the paths; None for the first.
     """
     found: list[str] = []
-    for place in (Path(place).expanduser() for place in places):
+    for place in (Path(os.path.expanduser(place)) for place in places):
         if not place.exists():
             raise ValueError(f"{place} does not exist; give a folder, a list, a CSV file or an image")
         if place.suffix.lower() == ".csv":
@@ -35,7 +36,7 @@ def list_images(places: Iterable[str], path_column: str | None = None) -> list[s
             continue
         if not names:
             raise ValueError(f"{place} lists no image; give a file with one path per line, or a CSV file with a header")
-        found += [str(place.parent / Path(name).expanduser()) for name in names]
+        found += [str(place.parent / Path(os.path.expanduser(name))) for name in names]
     return found
 
 

@@ -123,7 +123,7 @@ def predict(
         with closing(read_batches(bundle.preprocess, table, some, threads)) as batches:
             for number, batch in batches:
                 unread = [Unread(read.file, read.reason) for read in batch if read.pixels is None]
-                _check_cap(table, unread, max_skipped)
+                check_cap(table, max_skipped, unread)
                 files, pixels = [], []
                 for read in batch:
                     if read.pixels is not None:
@@ -135,10 +135,20 @@ def predict(
                 skipped: Iterator[Row | Unread] = iter(unread)
                 table.save(number, [next(skipped if read.pixels is None else found) for read in batch])
                 on_batch()
-    _check_cap(table, [], max_skipped)
+    check_cap(table, max_skipped)
 
 
-def _check_cap(table: PredictionTable, unread: Sequence[Unread], most: int) -> None:
+def check_cap(table: PredictionTable, most: int, unread: Sequence[Unread] = ()) -> None:
+    """Compare the number of unreadable images with a limit, and list them if there are more.
+
+    Args:
+        table: The table.
+        most: The limit.
+        unread: Unreadable images that the table does not have yet.
+
+    Raises:
+        TooManyUnread: There are more; they are listed in ``table.unread_list``.
+    """
     count = table.unread + len(unread)
     if count > most:
         table.list_unread(unread)

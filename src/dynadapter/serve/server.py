@@ -20,8 +20,8 @@ from starlette.requests import ClientDisconnect
 
 import dynadapter
 from dynadapter.images.reading import FORMATS, UnreadableImage
-from dynadapter.limits import read_json
-from dynadapter.serve.bundle.config import CONFIG
+from dynadapter.serve.bundle.config import Config
+from dynadapter.serve.bundle.reading import read_config
 from dynadapter.serve.engine import Engine
 from dynadapter.serve.metrics import Metrics
 from dynadapter.serve.requests import Closed, Full, Late, Limits, Served
@@ -195,7 +195,7 @@ class Service:
             "gmacs": list(costs.gmacs),
             "static_gmacs": costs.static / 1e9,
             "sha256": bundle.config.sha256,
-            "on_disk": _on_disk(self.places.get(name), bundle.config.sha256),
+            "on_disk": _on_disk(self.places.get(name), bundle.config),
         }
 
     @contextlib.asynccontextmanager
@@ -298,15 +298,17 @@ def _too_large(max_bytes: int) -> Problem:
     return Problem(413, f"the body has more than {max_bytes:,} bytes; send a smaller file")
 
 
-def _on_disk(place: Path | None, sha256: str) -> str:
+def _on_disk(place: Path | None, loaded: Config) -> str:
     """Compare the bundle on the disk with the loaded one; the loaded one is served until the next start."""
     if place is None:
         return "unknown"
     try:
-        found = read_json(place / CONFIG)
-    except (OSError, ValueError):
+        found = read_config(place)
+    except OSError:
         return "removed"
-    return "as loaded" if isinstance(found, dict) and found.get("sha256") == sha256 else "replaced"
+    except ValueError:  # not a configuration of this version
+        return "replaced"
+    return "as loaded" if found.dumps() == loaded.dumps() else "replaced"
 
 
 # ---- errors as JSON

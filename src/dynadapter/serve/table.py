@@ -56,7 +56,6 @@ class PredictionTable:
         answered: How many images have a row.
         unread: How many images could not be read.
         exits: Sum of the exits of the answered images, from 1.
-        nonfinite: How many of the answered images have no confidence, because their logits were not finite.
 
     Raises:
         OtherRun: There is an unfinished table with another identity.
@@ -76,7 +75,7 @@ class PredictionTable:
     ) -> None:
         self.output, self.files, self.batch_size = Path(output), files, batch_size
         self.columns, self.overwrite = tuple(columns), overwrite
-        self.answered = self.unread = self.exits = self.nonfinite = 0
+        self.answered = self.unread = self.exits = 0
         self._finished: set[int] = set()
         self._locks = contextlib.ExitStack()
         self._header: dict[str, Any] = {"unfinished": TITLE, "format": FORMAT, "batch_size": batch_size, **identity}
@@ -89,6 +88,8 @@ class PredictionTable:
             self._claims = self._locks.enter_context(io.FileIO(self.folder / "claims", "ab"))
             for number in range(self.batches):
                 self.look(number)
+            if not helper and not overwrite and self.done < len(files):
+                check_output(self.output, overwrite)  # also where an unfinished table let it pass so far
         except BaseException:
             self.close()
             raise
@@ -133,7 +134,6 @@ class PredictionTable:
                 else:
                     self.answered += 1
                     self.exits += entry[3]
-                    self.nonfinite += entry[2] is None
         return number in self._finished
 
     def claim(self, wait: bool = False) -> Iterator[int]:

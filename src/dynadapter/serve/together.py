@@ -128,10 +128,12 @@ class Together:
             One prediction for each image, in order.
 
         Raises:
-            ValueError: As of :meth:`Bundle.predict`, or a task index is out of range.
+            ValueError: As of :meth:`Bundle.predict`, a task index is out of range, or `batch_size` is below 1.
             OSError: The machine fails to read a file.
             TypeError: An item is not an image.
         """
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size} must be at least 1")
         self._check(len(images), tasks)
         predictions: list[Prediction] = []
         like = next(self.net.backbone.parameters())

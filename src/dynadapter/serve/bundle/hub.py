@@ -47,7 +47,7 @@ def push_to_hub(
     """
     from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
 
-    place = Path(folder).expanduser()
+    place = Path(os.path.expanduser(folder))
     config, tensors = read(place)
     config.assemble(config.backbone.create(config.num_classes), tensors, str(place / MODEL))
     try:
@@ -78,7 +78,7 @@ def local(place: str | os.PathLike[str]) -> Path:
         ValueError: The bundle cannot be fetched and is not in the cache.
     """
     name = str(place)
-    return fetch(name.removeprefix(HUB)) if name.startswith(HUB) else Path(place).expanduser()
+    return fetch(name.removeprefix(HUB)) if name.startswith(HUB) else Path(os.path.expanduser(place))
 
 
 def fetch(name: str) -> Path:

@@ -29,13 +29,23 @@ def read(folder: Path, *, check_finite: bool = True) -> tuple[Config, dict[str, 
             raise ValueError(
                 f"{folder} has no {name}: it is not a bundle, or only a part of one; fetch or write it again"
             )
-    try:
-        text = read_bytes(folder / CONFIG, MAX_JSON).decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{folder / CONFIG} is not JSON ({error}); the bundle is damaged: fetch it again") from error
-    config = Config.loads(text, str(folder / CONFIG))
+    config = read_config(folder)
     where = str(folder / MODEL)
     tensors = from_bytes((folder / MODEL).read_bytes(), config.sha256, where)
     if check_finite:
         refuse_nonfinite(tensors, where)
     return config, tensors
+
+
+def read_config(folder: Path) -> Config:
+    """Read the configuration of a bundle.
+
+    Raises:
+        OSError: There is no such file, or it cannot be read.
+        ValueError: It is damaged.
+    """
+    try:
+        text = read_bytes(folder / CONFIG, MAX_JSON).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{folder / CONFIG} is not JSON ({error}); the bundle is damaged: fetch it again") from error
+    return Config.loads(text, str(folder / CONFIG))

@@ -75,7 +75,7 @@ def save_bundle(
     Raises:
         ValueError: The folder is in use, parts do not fit each other, or the network cannot be rebuilt from them.
     """
-    place = Path(os.path.realpath(Path(folder).expanduser()))
+    place = Path(os.path.realpath(os.path.expanduser(folder)))
     check_place(place, overwrite)
     config = describe(net, preprocessing=preprocessing, measured=measured, **parts)
     tensors = saved_tensors(net, config.whole)

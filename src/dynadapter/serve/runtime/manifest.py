@@ -72,7 +72,7 @@ def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
     Raises:
         ValueError: A file is missing, damaged or changed, or the manifest is not valid.
     """
-    path = Path(folder).expanduser() / MANIFEST
+    path = Path(os.path.expanduser(folder)) / MANIFEST
     content = _read_json(path)
     if content.get("format") != FORMAT:
         raise ValueError(

@@ -265,7 +265,7 @@ def list_sources(images: Source | Iterable[Source]) -> list[Source]:
     sources: Iterable[Any] = [images] if is_source(images) else images  # type: ignore[assignment]
     for source in sources:
         if isinstance(source, str | os.PathLike):
-            path = Path(source).expanduser()
+            path = Path(os.path.expanduser(source))
             found += find_images(path) if path.is_dir() else [path]  # reading reports a missing file
         elif is_source(source):
             found.append(source)
