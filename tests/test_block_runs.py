@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from dynadapter import backbones
 from dynadapter.adapters import LoRA
+from dynadapter.exits.policies import AtExit
 
 
 def called(net: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -83,7 +84,7 @@ def test_fewer_steps_than_the_block_takes():
     net, steps = network(make_vit()), []
     for name, module in net.backbone.blocks[0].named_modules():
         if isinstance(module, nn.Dropout | nn.GELU):
-            module.register_forward_hook(lambda *_, name=name: steps.append(name))
+            module.register_forward_pre_hook(lambda *_, name=name: steps.append(name))
     block, x = net.backbone.blocks[0], backbones.embed(net.backbone, pictures())
     with torch.inference_mode():
         block(x)
@@ -101,6 +102,27 @@ def test_hooks_are_called(place):
     with torch.inference_mode():
         net(pictures(2))
     assert len(seen) == net.depth
+
+
+PLACES = ["attn.qkv", "attn.proj", "mlp", "mlp.fc1", "mlp.act", "mlp.fc2", "mlp.drop2", "ls1", "ls2", "norm2"]
+
+
+@pytest.mark.parametrize("adapter", [None, LoRA(rank=2, targets=("*.qkv", "*.proj", "*.fc1", "*.fc2"))], ids=str)
+@pytest.mark.parametrize("options", [{}, {"init_values": 0.5}], ids=["plain", "layer scale"])
+def test_hooks_keep_whole_tensors(adapter, options):
+    """No later step writes to a tensor that a hook keeps."""
+    net = network(make_vit(**options), adapter)
+    block, kept = net.backbone.blocks[1], []
+    for place in [*PLACES, *(name for name, _ in block.named_modules() if name.endswith("base_layer"))]:
+        layer = block.get_submodule(place)
+        handle = layer.register_forward_hook(lambda *given: kept.append((given[-1], given[-1].clone())))
+        with torch.no_grad():
+            net(pictures(2))
+            net.early(pictures(), AtExit(1), class_first=True)
+        handle.remove()
+        assert kept, place
+        assert all(torch.equal(tensor, copy) for tensor, copy in kept), place
+        kept.clear()
 
 
 def test_who_watches_all_modules_sees_them():

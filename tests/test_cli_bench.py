@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from commands import refused
+from conftest import CLASSES, make_vit
 from PIL import Image
 from test_bundle import made, save
 
@@ -20,6 +21,7 @@ from dynadapter.bench.timing import interleave
 from dynadapter.cli import bench, main
 from dynadapter.cli.errors import Mistake
 from dynadapter.cost import exit_costs
+from dynadapter.exits.exit_tokens import ExitTokens
 from dynadapter.exits.net import ExitNet
 from dynadapter.exits.policies import Never, route
 from dynadapter.serve.bundle import load
@@ -128,6 +130,14 @@ def test_cut_after(depth):
         else:
             assert torch.equal(shallow.stage(0, shallow.embed(x)), _blocks(net, depth, x))
     assert not any(layer.training for layer in net.modules())
+
+
+def test_cut_after_exit_tokens():
+    """The heads read exit tokens, which the shorter network does not have."""
+    net = ExitNet(make_vit(), ExitTokens(count=2), every=2)
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert arms.cut_after(net, 2).at(0)(x).shape == (2, CLASSES)
 
 
 def _blocks(net: ExitNet, depth: int, x: torch.Tensor) -> torch.Tensor:

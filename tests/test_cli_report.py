@@ -24,6 +24,7 @@ from dynadapter.cli import main
 from dynadapter.cli.report import find_run, measure, read_run
 from dynadapter.report import Measured, Run, confusion, figures_of, recall, reliability, run_page
 from dynadapter.report.figures import mixtures, png
+from dynadapter.training.restoring import load_classifier
 
 FIT = [
     "fit",
@@ -302,6 +303,10 @@ def test_runs_are_compared(folder, run, tmp_path, monkeypatch, capsys):
     assert first[5] == "confidence_0.9"
     assert second[1:4] == ["", "", ""]
     assert second[4] == f"{last_values(static)['val/acc_exit1']:.1%}"
+    for row, place in ((first, run), (second, static)):
+        net = load_classifier(place / "checkpoints" / "last.ckpt").net
+        trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
+        assert row[head.index("trained parameters")] == f"{trained:,}" != "0"
     (tmp_path / "version_1").mkdir()
     (tmp_path / "version_1" / "run.json").write_text("{}")
     main(["report", str(run), "version_1"])  # replaces the page

@@ -12,7 +12,7 @@ from PIL import Image
 
 from dynadapter import load
 from dynadapter.backbones.availability import is_available
-from dynadapter.cli import main, train
+from dynadapter.cli import imports, main, train
 from dynadapter.training.module import ExitClassifier
 
 TINY = [
@@ -87,8 +87,25 @@ def test_table_becomes_a_bundle(photos, tmp_path):
     assert bundle.config.measured["goal"].startswith("balanced accuracy at most 5 points below")
 
 
+def test_monitored_checkpoint_is_calibrated(photos):
+    main(train_on(photos, "--checkpoint.monitor=val/acc", "--checkpoint.mode=max"))
+    assert Path("runs/photos/version_0/checkpoints/best.calibration.json").is_file()
+    assert "calibrated" in Path("runs/photos/version_0/report/report.html").read_text()
+
+
+def test_config_file_names_the_columns(photos, tmp_path, capsys):
+    rows = [f"photos/{name}/{k}.png,{name},{k % 3}" for name in COLOURS for k in range(20)]
+    (tmp_path / "list.csv").write_text("\n".join(["path,colour,label", *rows]))
+    section = "{class_path: ImageTable, init_args: {label_column: colour, val_fraction: 0.5}}"
+    (tmp_path / "table.yaml").write_text(f"data: {section}")
+    main(train_on("list.csv", "-c", "table.yaml"))
+    assert re.search(r"(1\d|2\d) images of 2 classes to train on", capsys.readouterr().out)
+    assert load("runs/list/bundle").class_names == ("blue", "red")
+
+
 def test_same_command_continues(photos, monkeypatch, capsys):
     """A signal after the first epoch, then the same command, then one whose goal cannot be reached."""
+    monkeypatch.setenv(imports.VARIABLE, "math")  # as --import=math
     after_epoch = ExitClassifier.on_train_epoch_end
     monkeypatch.setattr(ExitClassifier, "on_train_epoch_end", lambda self: os.kill(os.getpid(), signal.SIGTERM))
     line = train_on(photos)

@@ -128,8 +128,9 @@ def test_drop_path_equals_timm_in_training(family: str, gradients: bool, images:
 
 @pytest.mark.parametrize("family", PLAIN)
 def test_drop_path_is_off_by_default(family: str, images: Tensor) -> None:
-    net = ExitNet(BACKBONES[family](), every=2)
-    assert torch.equal(net.train()(images), net.eval()(images))
+    for changes in ({}, {"drop_path_rate": None}):
+        net = ExitNet(BACKBONES[family](**changes), every=2)
+        assert torch.equal(net.train()(images), net.eval()(images))
 
 
 @pytest.mark.parametrize("name", ["drop_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate", "attn_drop_rate"])

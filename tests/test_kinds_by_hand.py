@@ -15,6 +15,7 @@ from dynadapter.adapters import (
     VPT,
     AdapterPlus,
     AdapterSpec,
+    AdaptFormer,
     BitFit,
     Convpass,
     DoRA,
@@ -24,6 +25,7 @@ from dynadapter.adapters import (
     inject,
     merge,
 )
+from dynadapter.backbones import set_image_size
 from dynadapter.exits.exit_tokens import ExitTokens
 from dynadapter.exits.heads import LinearHeads
 from dynadapter.exits.net import ExitNet
@@ -227,6 +229,24 @@ def test_drop_path_drops_whole_samples() -> None:
     assert set(kept.mean(1).round(decimals=6).tolist()) == {0.0, 2.0}
 
 
+def test_adaptformer_beside_attention(images: Tensor) -> None:
+    """timm's block gives an attention mask to the layer."""
+    plain, model = scrambled(AdaptFormer(targets=("*.attn",), norms=("norm1",), bottleneck=2, scale=2.0))
+    x, block, adapted = tokens(), plain.blocks[0], model.blocks[0].attn
+    update = F.relu(x @ adapted.down.T + adapted.down_bias) @ adapted.up.T + adapted.up_bias
+    y = x + block.attn(block.norm1(x)) + 2 * update
+    torch.testing.assert_close(model.blocks[0](x), y + block.mlp(block.norm2(y)))
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+def test_autocast_keeps_the_residual_stream(gradients: bool, images: Tensor) -> None:
+    model = make_vit(depth=2)
+    inject(model, AdapterPlus(drop_path=0.0))
+    with torch.autocast("cpu", torch.bfloat16), torch.set_grad_enabled(gradients):
+        x = model._pos_embed(model.patch_embed(images))
+        assert x.dtype == model.blocks[0](x).dtype == torch.float32
+
+
 # ---- prompts, exits and token merging --------------------------------------------------------------------------------
 
 
@@ -242,6 +262,19 @@ def test_shallow_prompts_pass_all_blocks(images: Tensor) -> None:
     last = plain.fc_norm(plain.blocks[1](x)[:, 1:17].mean(1))
     torch.testing.assert_close(net(images.double()), torch.stack([early, plain.head(last)]))
     torch.testing.assert_close(model(images.double()), plain.head(last))
+
+
+@pytest.mark.parametrize("placement", ["deep", "shallow"])
+def test_prompts_have_no_position(placement: Any) -> None:
+    plain, model = make_vit(depth=1), make_vit(depth=1)
+    inject(model, VPT(prompts=5, placement=placement))
+    count = model.num_prefix_tokens
+    for size in (48, 32):
+        set_image_size(plain, size)
+        set_image_size(model, size)
+        assert torch.equal(model.pos_embed, plain.pos_embed)
+        assert model.num_prefix_tokens == count
+        assert model(torch.zeros(1, 3, size, size)).isfinite().all()
 
 
 @pytest.mark.parametrize("placement", ["deep", "shallow"])

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from commands import refused
-from conftest import BACKBONES, CLASSES, make_convnext, make_vit, parting, raises_one_line
+from conftest import BACKBONES, CLASSES, VIT, make_convnext, make_vit, parting, raises_one_line
 from exported_networks import NAMES, noise
 from test_backbones import shake
 from test_configs import small
@@ -122,6 +122,11 @@ def test_default_places_in_every_family(method, family, images):
     expected = model(images)
     merge(model)
     torch.testing.assert_close(model(images), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_default_places_are_those_of_lora():
+    ours, theirs = (create_backbone("test_resnet", CLASSES) for _ in range(2))
+    assert inject(ours, Peft("LoraConfig")) == inject(theirs, LoRA(rank=2)) != []
 
 
 @each
@@ -285,8 +290,9 @@ def test_command_line_reads_it(monkeypatch):
         (make_vit, LoRA(rank=2, split="qv", targets=("*.qkv", "*.fc1"))),
         (make_vit, ByBlocks({"1": LoRA(rank=2, scale=3.0), "2-5": LoRA(rank=4), "6": None})),
         (lambda: make_convnext(conv_mlp=True), LoRA(rank=2)),
+        (lambda: shake(create_backbone("test_resnet", CLASSES)), LoRA(rank=2)),
     ],
-    ids=["qv", "ranges", "convolutions"],
+    ids=["qv", "ranges", "convolutions", "resnet"],
 )
 def test_peft_loads_our_lora(make, spec: Adapters, images, tmp_path):
     backbone = make()
@@ -306,6 +312,16 @@ def test_peft_loads_our_lora(make, spec: Adapters, images, tmp_path):
     for model, match in ((backbone, "merged or missing; only LoRA"), (make_vit_with("IA3"), "Peft; only LoRA")):
         with pytest.raises(ValueError, match=f"the adapters are {match}"):
             save_peft(model, tmp_path / "other")
+
+
+def test_layers_that_peft_would_change(tmp_path):
+    """timm's BEiT reads only the weight of its qkv, and peft leaves out the dilation of a convolution."""
+    beit = create_backbone("beit_base_patch16_224", CLASSES, **VIT)
+    resnet = create_backbone("resnet18", CLASSES, output_stride=8)
+    for model, match in ((beit, "no effect on blocks.0.attn.qkv"), (resnet, r"dilation \(2, 2\) of layer3.0.conv2")):
+        inject(model, LoRA(rank=2))
+        with raises_one_line(ValueError, match=match):
+            save_peft(model, tmp_path / "adapter")
 
 
 def test_export_writes_it(tmp_path: Path, images, capsys):

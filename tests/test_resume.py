@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ import yaml
 from commands import TINY, refused
 
 from dynadapter.cli import main
+from dynadapter.cli.resume import apply_settings
 from dynadapter.cli.runs import Metrics, read_lines
 from dynadapter.training.module import ExitClassifier
 
@@ -337,6 +339,59 @@ def test_resume_with_changed_settings(finished, tmp_path):
     assert [line["step"] for line in lines(run / "metrics.csv")] == ["0", "1", "1", "2", "3", "3"]
     record = json.loads((run / "run.json").read_text())
     assert record["resumed_from"] == str((finished / "checkpoints" / "last.ckpt").resolve())
+
+
+def test_resume_with_another_learning_rate(finished, tmp_path):
+    settings = ["--trainer.max_epochs=2", "--lr=1e-5", "--model.optimizer.weight_decay=0.5"]
+    main(["fit", "--resume", str(finished), *settings, f"--trainer.default_root_dir={tmp_path}"])
+    state = torch.load(tmp_path / "version_0" / "checkpoints" / "last.ckpt", weights_only=True)
+    [group] = state["optimizer_states"][0]["param_groups"]
+    assert (group["initial_lr"], group["weight_decay"]) == (1e-5, 0.5)
+    assert 0 < group["lr"] <= 1e-5
+    assert state["lr_schedulers"][0]["base_lrs"] == [1e-5]
+
+
+class Counting(torch.optim.SGD):
+    """Its groups also count steps, as those of optimisers without schedules do."""
+
+    def __init__(self, params: Any, lr: float, momentum: float) -> None:
+        super().__init__(params, lr, momentum)
+        for group in self.param_groups:
+            group["steps"] = 0
+
+
+@pytest.mark.parametrize("decays", [True, False])
+def test_changed_settings_of_several_groups(decays):
+    def groups(lr: float, momentum: float) -> torch.optim.Optimizer:
+        own = [{"params": [torch.nn.Parameter(torch.ones(2))], "lr": rate} for rate in (lr, 0.5)]
+        return Counting(own, lr=1.0, momentum=momentum)
+
+    def schedule(optimizer: torch.optim.Optimizer) -> Any:
+        kinds = torch.optim.lr_scheduler
+        return kinds.ExponentialLR(optimizer, 0.5) if decays else kinds.ReduceLROnPlateau(optimizer)
+
+    trained = groups(0.1, 0.9)
+    schedule_before = schedule(trained)
+    for group in trained.param_groups:
+        group["params"][0].grad = torch.ones(2)
+        group["steps"] = 1
+    trained.step()
+    schedule_before.step(*([] if decays else [1.0]))
+    for lr, momentum in ((0.1, 0.9), (0.2, 0.8)):
+        resumed = groups(lr, momentum)
+        scheduler = schedule(resumed)
+        given = [resumed.state_dict()["param_groups"]]
+        resumed.load_state_dict(trained.state_dict())
+        scheduler.load_state_dict(schedule_before.state_dict())
+        trainer = SimpleNamespace(optimizers=[resumed], lr_scheduler_configs=[SimpleNamespace(scheduler=scheduler)])
+        apply_settings(trainer, given)
+        same = lr == 0.1
+        assert equal(resumed.state_dict(), trained.state_dict()) == same
+        assert equal(resumed.state_dict()["state"], trained.state_dict()["state"])
+        assert [(group["momentum"], group["steps"]) for group in resumed.param_groups] == [(momentum, 1)] * 2
+        if decays:
+            assert [group["lr"] for group in resumed.param_groups] == pytest.approx([lr / 2, 0.25])
+            assert scheduler.base_lrs == [lr, 0.5]
 
 
 def test_resume_skips_damaged_checkpoints(at, tmp_path, monkeypatch, capsys):

@@ -134,7 +134,8 @@ def test_policy_from_its_twin(checkpoint, tmp_path, capsys):
     ):
         file = tmp_path / "other.json"
         file.write_text(json.dumps(content | changes))
-        args = ["calibrate", "--ckpt_path", str(checkpoint), *QUIET, "--policy_from", str(file)]
-        assert words in refused(args, capsys)
+        for command in ("validate", "test", "calibrate"):
+            args = [command, "--ckpt_path", str(checkpoint), *QUIET, "--policy_from", str(file)]
+            assert words in refused(args, capsys)
     assert "give only one of them" in refused([*args, "--goal.cost=0.5"], capsys)
     assert "holds no calibration" in refused([*args[:-1], str(tmp_path)], capsys)

@@ -652,12 +652,15 @@ def test_training_without_a_line_is_not_repeated(data, finished, tmp_path):
     assert table_of(tmp_path / "out") == table_of(finished)
 
 
-def test_terminated_within_an_epoch(data, finished, tmp_path, monkeypatch):
+def test_terminated_within_an_epoch(data, finished, tmp_path, monkeypatch, capsys):
     """The checkpoint lies within an epoch, whose start the resumed process does not see."""
 
     def terminate(self, trainer, *_):
         if trainer.global_step == 1:
             signal.raise_signal(signal.SIGTERM)
+
+    def offline(self):
+        raise ValueError("offline")
 
     command = ["sweep", str(write_sweep(tmp_path, data))]
     with monkeypatch.context() as patch:
@@ -665,6 +668,12 @@ def test_terminated_within_an_epoch(data, finished, tmp_path, monkeypatch):
         with pytest.raises(SystemExit):
             main(command)
     assert not lines.read(tmp_path / "out")
+    [saved] = (tmp_path / "out").glob("runs/*/version_0/checkpoints/last.ckpt")
+    before = saved.read_bytes()
+    with monkeypatch.context() as patch:  # an error that passes keeps what was trained
+        patch.setattr(sweep_unit.TimedCLI, "run", offline)
+        assert "offline" in refused(command, capsys, code=1)
+    assert saved.read_bytes() == before
     main(command)
     assert table_of(tmp_path / "out") == table_of(finished)
 

@@ -301,6 +301,9 @@ def test_commands_take_videos(root: Path, capsys: pytest.CaptureFixture) -> None
     assert (kept["image_size"], kept["resize"], kept["interpolation"]) == (16, "crop", "bilinear")
     main(["test", f"--ckpt_path={file}", "--trainer.accelerator=cpu", f"--trainer.default_root_dir={runs}"])
     assert "Exits (test, shares under confidence_0.9)" in capsys.readouterr().out
+    main(["report", str(runs / "version_0")])
+    assert "the network is not measured: it takes clips of videos, no image files" in capsys.readouterr().out
+    assert (runs / "version_0" / "report" / "report.html").is_file()
     bundle = root.parent / "bundle"
     main(["calibrate", f"--ckpt_path={file}", "--goal.cost=0.9", f"--bundle={bundle}", "--trainer.accelerator=cpu"])
     assert dynadapter.load(bundle).preprocess is None

@@ -139,9 +139,10 @@ class ParallelLayer(BottleneckLayer):
         if self.norm_name:
             model.set_submodule(self.norm_name, nn.Identity())
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map the norm's input to the adapted output of the base layer."""
-        return self.add_up_projection(self.base_layer(self.norm(x)), self.dropout(F.relu(self.project_down(x))))
+    def forward(self, x: Tensor, **context: Tensor) -> Tensor:
+        """Map the norm's input to the adapted output; ``context`` passes an attention mask through."""
+        y = self.base_layer(self.norm(x), **context)
+        return self.add_up_projection(y, self.dropout(F.relu(self.project_down(x))))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -89,8 +89,8 @@ class Peft(Adapters):
             of these classes.
         arguments: The arguments of that class, as in peft. Names of layers are endings in a list, not regular
             expressions; for ranges of blocks there is :class:`ByBlocks`. Without ``target_modules`` the layers are
-            those of :class:`LoRA`, for ``IA3Config`` also the second matrix of each MLP, and for ``LNTuningConfig``
-            the norms of the blocks.
+            those of :class:`LoRA`, for ``IA3Config`` also the second matrix of each MLP, for ``VeraConfig`` only
+            linear layers, and for ``LNTuningConfig`` the norms of the blocks.
     """
 
     config: Any
@@ -109,8 +109,13 @@ class Peft(Adapters):
         """Name of the class, with "of peft"."""
         return f"{self.config} of peft"
 
-    def settings(self, model: nn.Module, layers: Mapping[str, nn.Module]) -> Any:
+    def settings(self, model: nn.Module, layers: Mapping[str, nn.Module], leaves: Mapping[str, nn.Module]) -> Any:
         """Return a new configuration object of peft.
+
+        Args:
+            model: The backbone.
+            layers: Its layers by name, without wrappers.
+            leaves: Those that peft may change.
 
         Raises:
             ValueError: peft is missing, or refuses an argument.
@@ -121,10 +126,12 @@ class Peft(Adapters):
             raise ValueError("Peft needs the package peft; install it by pip install 'dynadapter[peft]'") from error
         given = {name: list(value) if isinstance(value, tuple) else value for name, value in self.arguments.items()}
         if not given.get("target_modules"):
-            places: list[str] = [] if self.config == "LNTuningConfig" else LoRA().defaults(model, layers)
+            places = [] if self.config == "LNTuningConfig" else LoRA().defaults(model, layers)
+            if self.config == "VeraConfig":  # which takes no convolution
+                places = [name for name in places if isinstance(layers[name], nn.Linear)]
             patterns = {"LNTuningConfig": NORMS, "IA3Config": ("*blocks.*.mlp.fc2",)}.get(self.config, ())
             places += [name for name in layers if any(fnmatchcase(name, pattern) for pattern in patterns)]
-            given["target_modules"] = places
+            given["target_modules"] = [name for name in places if name in leaves]
         if self.config == "IA3Config":
             chosen = [name for name in given["target_modules"] if name.endswith(FEEDFORWARD)]
             given.setdefault("feedforward_modules", chosen)
@@ -134,11 +141,11 @@ class Peft(Adapters):
 @build_wrappers.register
 def _(spec: Peft, model: nn.Module, layers: Layers) -> dict[str, AdapterLayer]:
     own = classifier(model)
-    plain = {name: unwrapped(layer) for name, (_, layer) in layers.items()}
-    plain = {name: layer for name, layer in plain.items() if _is_leaf(layer) and layer not in own}
+    bare = {name: unwrapped(layer) for name, (_, layer) in layers.items()}
+    plain = {name: layer for name, layer in bare.items() if _is_leaf(layer) and layer not in own}
     trained = {p: p.requires_grad for layer in plain.values() for p in layer.parameters()}
     try:
-        host = _injected(_tree(plain), spec.settings(model, plain))
+        host = _injected(_tree(plain), spec.settings(model, bare, plain))
     except (ValueError, TypeError, KeyError, NotImplementedError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(reason if reason.startswith("Peft needs") else f"{spec.label}: {reason:.300}") from error

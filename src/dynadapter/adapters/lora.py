@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dynadapter.adapters.base import AdapterLayer, AdapterSpec, check_choice, check_size, matrices, parameter
-from dynadapter.adapters.lowrank import add_product, project, some_outputs
+from dynadapter.adapters.lowrank import add_product, is_recorded, project, some_outputs
 from dynadapter.adapters.merging import exact, rebuilt
 
 PLACES = ("*.attn.qkv", "*.attn.q_proj", "*.attn.k_proj", "*.attn.v_proj", "stages.*.mlp.fc1")
@@ -32,7 +32,8 @@ class LowRankLayer(AdapterLayer):
         """Map tokens (..., width) to (..., out), or (batch, width, rows, columns) to (batch, out, rows, columns)."""
         y = self.base_layer(x)
         hidden = self.dropout(self.project_down(x))
-        return add_product(y, hidden, self.matrix_up(), None, self.scale, self.channels_first, own=True)
+        own = not is_recorded(self.base_layer)
+        return add_product(y, hidden, self.matrix_up(), None, self.scale, self.channels_first, own)
 
     def project_down(self, x: Tensor) -> Tensor:
         """Map the base layer's input to the low-rank activations, with the kernel size and stride of the base layer."""

@@ -35,6 +35,11 @@ def some_outputs(matrix: nn.Module, x: Tensor, outputs: slice) -> Tensor:
     return project(x, weight.flatten(1)[outputs], None if bias is None else bias[outputs], False)  # type: ignore[operator, index]
 
 
+def is_recorded(layer: nn.Module) -> bool:
+    """Check whether a forward hook may keep the output of a layer, which then may not be overwritten."""
+    return bool(layer._forward_hooks or nn.modules.module._global_forward_hooks)
+
+
 def add_product(
     x: Tensor,
     hidden: Tensor,
@@ -69,4 +74,13 @@ def add_product(
         rows, own = torch.add(rows, bias.to(x.dtype), alpha=scale), True
     hidden = hidden.reshape(-1, hidden.shape[-1]).to(x.dtype)  # (tokens, rank)
     out = rows if own and not torch.is_grad_enabled() else None  # autograd does not support `out=`
+    if out is None and _is_wider_than_autocast(x):  # addmm would round x too, which may be the residual stream
+        return torch.add(rows, F.linear(hidden, weight.to(x.dtype)), alpha=scale).view(x.shape)
     return torch.addmm(rows, hidden, weight.t().to(x.dtype), alpha=scale, out=out).view(x.shape)
+
+
+def _is_wider_than_autocast(x: Tensor) -> bool:
+    """Check whether autocast is on, with another type than that of ``x``."""
+    kind = x.device.type
+    enabled = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return enabled and x.dtype != torch.get_autocast_dtype(kind)

@@ -8,6 +8,7 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor, nn
 
+from dynadapter.adapters.base import matrices
 from dynadapter.adapters.injection import adapter_layers
 from dynadapter.adapters.lora import LoRALayer
 from dynadapter.backbones import classifier
@@ -37,7 +38,7 @@ def save_peft(
         The folder.
 
     Raises:
-        ValueError: The backbone has no adapters, or another kind than LoRA.
+        ValueError: The backbone has no adapters, or another kind than LoRA, or peft would compute something else.
         FileExistsError: The folder exists.
     """
     layers = adapter_layers(backbone)
@@ -54,10 +55,12 @@ def save_peft(
         raise FileExistsError(f"{folder} exists; give another folder, or overwrite=True")
     for name, layer in layers.items():
         assert isinstance(layer, LoRALayer)
-        down, up = layer.matrix_down(), layer.matrix_up()
+        down, up, base = layer.matrix_down(), layer.matrix_up(), matrices(layer.base_layer)[0]
+        _require_same(backbone.get_submodule(name.rpartition(".")[0]), name, base)
         sizes[name] = (len(down), layer.scale * len(down))
-        for key, matrix in (("lora_A", down), ("lora_B", up)):
-            tensors[f"{PREFIX}{name}.{key}.weight"] = matrix[:, :, None, None] if layer.channels_first else matrix
+        if isinstance(base, nn.Conv2d):
+            down, up = down.unflatten(1, base.weight.shape[1:]), up[:, :, None, None]
+        tensors |= {f"{PREFIX}{name}.lora_A.weight": down, f"{PREFIX}{name}.lora_B.weight": up}
     heads = classifier(backbone)
     trained = [name for name, part in backbone.named_modules() if any(part is head for head in heads)]
     for name in trained:
@@ -71,6 +74,22 @@ def save_peft(
     }
     write_folder(place, files, overwrite)
     return place
+
+
+def _require_same(parent: Any, name: str, base: nn.Module) -> None:
+    """Raise a ValueError for a layer in which peft would compute something else.
+
+    Args:
+        parent: The module that holds the layer.
+        name: The layer's name.
+        base: The layer without its adapter.
+    """
+    way = "merge the adapters into the weights by dynadapter.merge instead"
+    # inject makes these attentions call the layer; peft does not
+    if name.endswith("qkv") and hasattr(parent, "qkv_bias_separate") and parent.q_bias is not None:
+        raise ValueError(f"peft would have no effect on {name}, of which timm's attention reads only the weight; {way}")
+    if getattr(base, "dilation", (1, 1)) != (1, 1):
+        raise ValueError(f"peft would leave out the dilation {base.dilation} of {name}; {way}")
 
 
 def _config(sizes: dict[str, tuple[int, float]], trained: list[str], base_model: str | None) -> dict[str, Any]:

@@ -81,7 +81,7 @@ def create_backbone(
         load_weights(model, given, Path(os.path.expanduser(weights)))
     _require_finite(model, given)
     freeze(model)
-    if "drop_path_rate" not in timm_args:
+    if timm_args.get("drop_path_rate") is None:  # timm would take its own default
         remove_stochastic_depth(model)
     return model.eval()
 

@@ -40,15 +40,21 @@ def set_image_size(model: nn.Module, image_size: int) -> None:
     built = fixed_size(model)
     if built in (None, image_size):
         return
-    own: Any = getattr(model, "_own_position", None) or (built, getattr(model, "pos_embed", None))
+    own: Any = model
+    size, position = getattr(model, "_own_position", None) or (built, getattr(model, "pos_embed", None))
     # Other families have further tensors of one size, such as biases of relative positions
-    if not isinstance(model, VisionTransformer | Eva) or image_size % size_step(model) or own[1] is None:
+    if not isinstance(model, VisionTransformer | Eva) or image_size % size_step(model) or position is None:
         raise ValueError(
-            f"image_size={image_size} does not fit the backbone, which was built for {own[0]} pixels; give that, or "
+            f"image_size={image_size} does not fit the backbone, which was built for {size} pixels; give that, or "
             "leave it out"
         )
-    model._own_position = own
-    model.set_input_size(img_size=(own[0], own[0]))
-    model.pos_embed = own[1]
-    if image_size != own[0]:
-        model.set_input_size(img_size=(image_size, image_size))
+    own._own_position = size, position
+    prefix = own.num_prefix_tokens
+    try:
+        own.num_prefix_tokens = own.pos_embed.shape[1] - own.patch_embed.num_patches  # prompts have no position
+        own.set_input_size(img_size=(size, size))
+        own.pos_embed = position
+        if image_size != size:
+            own.set_input_size(img_size=(image_size, image_size))
+    finally:
+        own.num_prefix_tokens = prefix

@@ -64,8 +64,8 @@ def run(module: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
 
     Without gradients timm's plain ViT block runs in fewer steps: identities are not called, plain layers become
     functions of their tensors, and intermediate tensors are overwritten. On a CPU this saves up to a tenth of a block's
-    time, most for one or two images. A block or layer with a hook, a compiled one, or one with its own forward runs
-    unchanged.
+    time, most for one or two images. A block with forward hooks inside runs unchanged, and so does a block or layer
+    with another hook, a compiled one, or one with its own forward.
 
     Args:
         module: One of :func:`blocks`' modules.
@@ -81,7 +81,7 @@ def run(module: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
     attention = parts["attn"]
     inner: Any = attention._modules
     plain = type(attention) is vision_transformer.Attention and attention.fused_attn and inner.get("gate") is None
-    if not plain or _changed(attention) or parts["drop_path1"].training:
+    if not plain or _changed(attention) or parts["drop_path1"].training or _recorded(module):
         return module(x) if mask is None else module(x, attn_mask=mask)
     batch, tokens, _ = x.shape
     qkv = _direct(inner["qkv"], _direct(parts["norm1"], x))
@@ -229,7 +229,7 @@ def _attend(attention: Any, query: Tensor, keys_values: Tensor, bias: Tensor | N
 
 def _after_attention(block: Any, x: Tensor, mixed: Tensor) -> Tensor:
     """Compute the rest of a block after attention: projection, both residual sums, the MLP."""
-    if not _reuses() or block._modules["drop_path1"].training:
+    if not _reuses() or block._modules["drop_path1"].training or _recorded(block):
         attention = block.attn
         x = x + block.drop_path1(block.ls1(attention.proj_drop(attention.proj(attention.norm(mixed)))))
         return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
@@ -285,6 +285,14 @@ def _reuses() -> bool:
         or torch.jit.is_tracing()
         or nn.modules.module._has_any_global_hook()
     )
+
+
+def _recorded(block: nn.Module) -> bool:
+    """Check whether a module inside a block has forward hooks, which may keep a tensor that would be overwritten."""
+    for part in block._modules.values():
+        if part is not None and (part._forward_hooks or (part._modules and _recorded(part))):
+            return True
+    return False
 
 
 def _changed(module: nn.Module) -> bool:

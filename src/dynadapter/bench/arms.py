@@ -168,10 +168,10 @@ def _in_chunks(serve: Callable[[Any], Any], chunk: int, images: Any) -> list[Any
 def cut_after(net: ExitNet, depth: int) -> ExitNet:
     """Return a network over the same blocks with its first exit after ``depth`` blocks, and no token merging.
 
-    The exit has the head of ``net`` at this depth, or else a new linear head.
+    The exit has the head of ``net`` at this depth, or a new linear head where there is none or it reads exit tokens.
     """
     shallow = ExitNet(net.backbone, LinearHeads(), exit_depths=[depth])
-    if depth in net.exit_depths[:-1]:
+    if depth in net.exit_depths[:-1] and net.beside is None:
         shallow.heads[0] = net.heads[net.exit_depths.index(depth)]
     like = next(net.backbone.parameters())
     return shallow.to(like.device, like.dtype).eval().requires_grad_(False)

@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from dynadapter.adapters import adapter_layers
+from dynadapter.calibrate.stored import Calibration
 from dynadapter.cli import arguments, calibrate
 from dynadapter.cli.arguments import CALLBACKS, SECTIONS
 from dynadapter.cli.configs import config_files, find_config, read_config, require_no_file
@@ -40,7 +41,8 @@ from dynadapter.data import ImageData
 from dynadapter.printing import print_tables
 from dynadapter.spec import plain
 from dynadapter.training.callbacks import BidirectionalSparsity, EarlyExit, FlopsReport, LearningCheck
-from dynadapter.training.checkpoints import RunCheckpoint, newest
+from dynadapter.training.checkpoints import RunCheckpoint, newest, read
+from dynadapter.training.contents import saved_contents
 from dynadapter.training.entries import ADVICE
 from dynadapter.training.matching import match
 from dynadapter.training.module import ExitClassifier
@@ -62,6 +64,7 @@ class DynCLI(LightningCLI):
         self.record: Record | None = None
         self.before: Earlier | None = None
         self.stored: StoredPolicies | None = None
+        self.adopted: Calibration | None = None
         self.stopper = StopOnSignal()
         try:
             super().__init__(
@@ -148,7 +151,7 @@ class DynCLI(LightningCLI):
                 "give --ckpt_path the file that fit wrote, such as runs/version_0/checkpoints/last.ckpt"
             )
         if config.get("policy_from") is not None and self.command != "calibrate":
-            found = policy_from(config.policy_from)
+            self.adopted = found = policy_from(config.policy_from)
             self.stored = StoredPolicies((found.policy,), found.where)
             config.early_exit.policies = [plain(found.policy)]
         if self.command == "calibrate":
@@ -169,6 +172,11 @@ class DynCLI(LightningCLI):
         if self.parser.trained is not None:
             self.model.preprocessing = self.parser.trained.preprocessing
         match(self.model, self.datamodule, self.command)
+        if self.adopted is not None:
+            with mistakes():
+                saved = saved_contents(read(self.config.ckpt_path))
+                depths, names = self.model.net.exit_depths, tuple(saved["class_names"])
+                self.adopted.require_twin(depths, names, saved["backbone_hash"])
         self.trainer = self.instantiate_trainer()
 
     # ---- the trainer

@@ -187,7 +187,8 @@ def stacked(bundle: "Bundle", data: "ImageData", split: Any) -> "Iterator[tuple[
 
     from dynadapter.backbones import set_image_size
 
-    assert bundle.preprocess is not None
+    if bundle.preprocess is None:
+        raise Mistake("it takes clips of videos, no image files; measure it by dynadapter test --ckpt_path FILE")
     data.take_preprocessing(vars(bundle.preprocess), trained=True)
     set_image_size(bundle.net.backbone, data.image_size)
     data.take_classes(bundle.class_names)

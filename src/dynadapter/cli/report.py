@@ -170,6 +170,7 @@ def measure(place: Given, given: Any) -> "tuple[Measured | None, str]":
     from dynadapter.cli.networks import load_checkpoint, stacked
     from dynadapter.cost import exit_costs
     from dynadapter.report import Measured
+    from dynadapter.serve.bundle.tensors import frozen_names
 
     if place.checkpoint is None:
         return None, "the run saved no checkpoint"
@@ -183,7 +184,7 @@ def measure(place: Given, given: Any) -> "tuple[Measured | None, str]":
     import torch
 
     logits, targets = torch.cat([part[0] for part in parts], 1), torch.cat([part[1] for part in parts])
-    costs = exit_costs(bundle.net, data.image_size)
+    costs, frozen = exit_costs(bundle.net, data.image_size), frozen_names(bundle.net)
     return (
         Measured(
             given.split,
@@ -195,7 +196,7 @@ def measure(place: Given, given: Any) -> "tuple[Measured | None, str]":
             tuple(bundle.class_names),
             [source for source, _ in data.dataset(given.split).samples],
             tuple(bundle.net.exit_depths),
-            sum(p.numel() for p in bundle.net.parameters() if p.requires_grad),
+            sum(p.numel() for name, p in bundle.net.named_parameters() if name not in frozen),
         ),
         "",
     )

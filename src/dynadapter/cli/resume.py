@@ -1,7 +1,9 @@
 """Continue an interrupted training so that the result equals that of an uninterrupted one."""
 
+import inspect
 import shlex
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -193,11 +195,13 @@ class Continue(Callback):
 
     Lightning restores the model, the optimiser and the progress of the loops. This callback adds the lines of
     ``metrics.csv`` and the best checkpoint so far, with which later ones are compared. It also corrects the progress
-    that Lightning 2.6 restores one too high.
+    that Lightning 2.6 restores one too high, and applies changed settings of the optimiser, which Lightning replaces by
+    those of the checkpoint.
     """
 
     def __init__(self, before: Earlier | None) -> None:
         self.before = before
+        self._groups: list[list[dict[str, Any]]] = []
         self._counted = before is None
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -259,7 +263,11 @@ class Continue(Callback):
         shutil.copystat(source, target)
         return True
 
-    # ---- what Lightning counts twice
+    # ---- what Lightning restores too far, and what it counts twice
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep the optimiser's settings as given, before Lightning restores those of the checkpoint."""
+        self._groups = [optimizer.state_dict()["param_groups"] for optimizer in trainer.optimizers]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.before is not None and trainer.global_step != self.before.step:  # then schedules would start anew
@@ -269,6 +277,7 @@ class Continue(Callback):
             )
         if self.before is not None:
             _require_moments(trainer)
+            apply_settings(trainer, self._groups)
             epoch = trainer.fit_loop.epoch_progress.current
             if epoch.ready == epoch.completed:
                 trainer.fit_loop.epoch_loop.restarting = False  # Lightning sets it for a training by max_steps
@@ -293,6 +302,35 @@ def _require_moments(trainer: Trainer) -> None:
             for name, value in state.items():
                 if name in ("exp_avg", "exp_avg_sq") and getattr(value, "shape", None) != parameter.shape:
                     raise Mistake(f"its entry optimizer_states holds {name} of another shape than its tensor; {ADVICE}")
+
+
+def apply_settings(trainer: Trainer, given: Sequence[Sequence[dict[str, Any]]]) -> None:
+    """Set changed settings of restored optimisers; the state of each parameter stays.
+
+    Only arguments of the optimiser's class are settings, because some optimisers count their steps in their groups. The
+    learning rate is scaled, so that it stays where its schedule is.
+
+    Args:
+        trainer: A trainer whose optimisers and schedules are restored.
+        given: The parameter groups of each optimiser before that.
+    """
+    for optimizer, groups in zip(trainer.optimizers, given, strict=True):
+        state, names = optimizer.state_dict(), inspect.signature(type(optimizer)).parameters.keys() - {"lr"}
+        scaled, changed = {}, False
+        for number, (group, new) in enumerate(zip(state["param_groups"], groups, strict=True)):
+            settings = {name: new[name] for name in names & new.keys()}
+            before, lr = group.get("initial_lr"), new.get("initial_lr")
+            if before != lr is not None:
+                settings |= {"initial_lr": lr, "lr": group["lr"] * (lr / before) if before else lr}
+                scaled[number] = lr
+            changed |= group != group | settings
+            group |= settings
+        if changed:
+            optimizer.load_state_dict(state)  # some settings decide where the state lies
+        for config in trainer.lr_scheduler_configs:
+            if config.scheduler.optimizer is optimizer and hasattr(config.scheduler, "base_lrs"):
+                for number, lr in scaled.items():
+                    config.scheduler.base_lrs[number] = lr
 
 
 def _complete_epoch(loops: dict[str, Any]) -> None:

@@ -20,7 +20,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from dynadapter.files import append, read_bytes, write
 
 RUN_FOLDERS = {"fit": "version", "validate": "validate", "test": "test"}
-"""The name of a run's folder below ``trainer.default_root_dir``; the other commands create none."""
+"""The name of a run's folder below ``trainer.default_root_dir``. ``calibrate`` creates one without a run."""
 
 MOST = 2**30
 """A larger ``metrics.csv`` is not read."""

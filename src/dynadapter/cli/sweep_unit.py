@@ -132,9 +132,11 @@ def _fit(file: SweepFile, unit: Unit, folder: Path) -> TimedCLI:
     """Train as ``dynadapter fit`` does, from the newest checkpoint that an interrupted training left."""
     left = sorted(folder.glob("version_*"), key=lambda path: int(path.name.removeprefix("version_")))
     for run in reversed(left):
-        with contextlib.suppress(Mistake, ValueError):  # nothing to continue: train from the start
+        try:
             to_resume(str(run), nothing_new=False)
-            return TimedCLI(["fit", f"--resume={run}", *_changes(file, unit, folder)])
+        except (Mistake, ValueError):  # nothing to continue
+            continue
+        return TimedCLI(["fit", f"--resume={run}", *_changes(file, unit, folder)])
     for run in left:
         shutil.rmtree(run)
     return TimedCLI(["fit", *_configs(file, unit, folder), *_changes(file, unit, folder)])

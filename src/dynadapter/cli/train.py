@@ -139,7 +139,9 @@ def train(wanted: Wanted) -> None:
     if bundle.exists() and not _lacks_report(wanted.out):
         raise Mistake(f"{bundle} exists: {_next(bundle, wanted)}; to train again, give another --out")
     run_folder = _trained(wanted, _fit_arguments(wanted))
-    checkpoint = run_folder / "checkpoints" / "last.ckpt"
+    checkpoint = report.find_run(str(run_folder)).checkpoint
+    if checkpoint is None:
+        raise Mistake(f"the training in {run_folder} saved no checkpoint; give another --out, and let it save some")
     if not bundle.exists():
         DynCLI(["calibrate", f"--ckpt_path={checkpoint}", *wanted.goal, f"--bundle={bundle}", *_devices(wanted)])
     report.run([str(run_folder)])
@@ -176,7 +178,7 @@ def _trained(wanted: Wanted, arguments: list[str]) -> Path:
     runs = _runs(wanted.out)
     lines = [shlex.split(str(read_record(run).get("command_line", ""))) for run in runs]
     begun = [line for line in lines if line and "--resume" not in line]
-    if begun and begun[-1] != ["dynadapter", *arguments]:
+    if begun and begun[-1] != ["dynadapter", *arguments, *imports.given()]:
         raise Mistake(f"{wanted.out} holds a training with other settings: {shlex.join(begun[-1])}; give another --out")
     newest = runs[-1] if begun else None
     if newest is not None and read_record(newest).get("how") == "finished":
@@ -196,14 +198,17 @@ def _fit_arguments(wanted: Wanted) -> list[str]:
     from dynadapter.cli.layers import assignments
 
     files, rest = config_files(wanted.settings)
-    data = _data(wanted.place, dict(assignments(rest)))
+    contents = [read_config(file, ()) for file in files]
+    sections = [one["data"].get("init_args", one["data"]) for one in contents if isinstance(one.get("data"), dict)]
+    given = {str(key): value for one in sections if isinstance(one, dict) for key, value in one.items()}
+    line = {key.removeprefix("data."): value for key, value in assignments(rest) if key.startswith("data.")}
+    data = _data(wanted.place, given | {key.removeprefix("init_args."): value for key, value in line.items()})
     train, held_out = len(data.used("train")), len(data.samples("val"))
     if held_out < 2:
         raise Mistake(
             f"{wanted.place} has {held_out} images to choose exits on; {data.validation_switch}, or add images"
         )
     named = [arg.partition("=")[0] for arg in rest]
-    contents = [read_config(file, ()) for file in files]
     chosen = []
     if "--model.backbone" not in named and not any("backbone" in (one.get("model") or {}) for one in contents):
         chosen.append(f"--model.backbone={choose_backbone()}")
@@ -226,19 +231,17 @@ def _fit_arguments(wanted: Wanted) -> list[str]:
     return ["fit", *configs, *chosen, place, root, *_devices(wanted), *rest]
 
 
-def _data(place: Path, given: dict[str, str]) -> "ImageData":
+def _data(place: Path, given: dict[str, Any]) -> "ImageData":
     """Return the images, to count them before fit begins; fit reads the other settings of data."""
     from dynadapter.data import ImageFolder, ImageTable
 
     try:
-        fraction = float(given.get("data.val_fraction", 0.2))
-    except ValueError:
+        fraction = float(given.get("val_fraction", 0.2))
+    except (TypeError, ValueError):
         fraction = 0.2  # fit says what is wrong
-    names = {key: value for key, value in given.items() if key.startswith("data.") and key.endswith("_column")}
-    columns: dict[str, Any] = {key.removeprefix("data."): value for key, value in names.items()}
-    root = given.get("data.root")
+    columns = {key: value for key, value in given.items() if key.endswith("_column")}
     if place.is_file():
-        return ImageTable(place, root, val_fraction=fraction, **columns)
+        return ImageTable(place, given.get("root"), val_fraction=fraction, **columns)
     return ImageFolder(place, val_fraction=fraction)
 
 
