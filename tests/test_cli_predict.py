@@ -73,8 +73,8 @@ def write_bundle(folder: Path, images: Path, adapter: AdapterSpec | None = None,
             net.eval()
             for head, logits in zip([*net.heads, net.backbone.get_classifier()], net(pictures), strict=True):
                 layer = [layer for layer in head.modules() if isinstance(layer, nn.Linear)][-1]
-                layer.weight *= 2 / logits.std(0)[:, None]
-                layer.bias -= 2 * logits.mean(0) / logits.std(0)
+                layer.weight *= 2.5 / logits.std(0)[:, None]
+                layer.bias -= 2.5 * logits.mean(0) / logits.std(0)
     parts = {"policy": Scaled(Confidence(0.7), (1.2, 0.9)), "class_names": NAMES, "preprocessing": PREPROCESS}
     return save_bundle(net, folder, backbone=source, adapter=adapter, heads=LinearHeads(), **(parts | changes))
 

@@ -65,7 +65,7 @@ def test_links_lead_somewhere(page):
 def test_method_figure_is_drawn(tmp_path):
     runpy.run_path(str(ROOT / "tools" / "method_figure.py"))["draw"]().savefig(tmp_path / "method.png", dpi=110)
     with Image.open(tmp_path / "method.png") as drawn, Image.open(ROOT / "docs" / "figures" / "method.png") as shown:
-        assert drawn.size == shown.size
+        assert drawn.size == pytest.approx(shown.size, abs=2)  # versions of matplotlib round differently
 
 
 # ---- messages

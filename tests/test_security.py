@@ -90,9 +90,9 @@ def test_source_runs_no_text():
         # malicious uploads, GHSA-w37p-236h-pfx3; before 2.6.6 a checkpoint's hyper-parameters could run code
         ("lightning", ("2.6.2", "2.6.3", "2.6.5"), "2.6.6"),
         ("torch", ("2.5.1", "2.9.1"), "2.10.0"),  # weights_only could be got around before 2.6 (CVE-2025-32434)
-        ("jsonargparse", ("4.48.0", "5.0.0"), "4.49.0"),
-        ("pillow", ("10.2.0",), "10.3.0"),  # CVE-2024-28219
-        ("timm", ("1.0.20", "1.0.22", "1.0.25"), "1.0.26"),  # these could load pickles that run code
+        ("jsonargparse", ("4.48.0", "5.0.0"), "4.51.0"),
+        ("pillow", ("10.2.0", "11.2.0"), "11.3.0"),  # CVE-2024-28219, CVE-2025-48379
+        ("timm", ("1.0.20", "1.0.22", "1.0.25"), "1.0.31"),  # these could load pickles that run code
         ("onnxruntime", ("1.20.0", "1.22.0", "1.23.0"), "1.24.1"),  # these read external data of graphs from any path
     ],
 )
