@@ -2,9 +2,10 @@
 
     python benchmarks/report.py --claims
 
-Every claim is printed for each reading of fresh tasks: the second four tasks under the rule of choice, which is the
-verdict; the first four under that rule, which was added after their tests were read, so this is none; and the first
-four as planned. ``margins.py`` holds the readings, their protocol and every margin.
+The claims are printed for each reading of fresh tasks: the second four tasks under the rule of choice, which is the
+verdict; photographs, for *ordinary* alone; the first four under that rule, which was added after their tests were
+read, so this is none; and the first four as planned. ``margins.py`` holds the readings, their protocol and every
+margin.
 
 Differences are in points of the mean over tasks. The tasks are fixed; a paired bootstrap over test images and seeds
 gives the interval (``paired.py``). The tasks of the reading decide, and others of its sweep stand beside them.
@@ -72,18 +73,19 @@ def claims(found: Mapping[str, Outcomes], reading: margins.Reading) -> Iterator[
         found: The sweep of each backbone, from ``Outcomes.read_all``.
         reading: The one that they belong to.
     """
-    main = found.get(MAIN) or Outcomes.nothing(MAIN)
-    for adapter in margins.SEEDS:
-        yield _stated(seed(main, f"seed, {adapter}", adapter), main, reading, adapter)
-    for claim in (
-        elastic(main),
-        time_of(main, "elastic, time over X", [], margins.TIME_OF_ONE),
-        time_of(main, "elastic, time over all depths", [CUT], margins.TIME_OF_ALL),
-        routing(main),
-        beyond(main),
-        beyond_merged(main),
-    ):
-        yield _stated(claim, main, reading)
+    if not reading.ordinary:
+        main = found.get(MAIN) or Outcomes.nothing(MAIN)
+        for adapter in margins.SEEDS:
+            yield _stated(seed(main, f"seed, {adapter}", adapter), main, reading, adapter)
+        for claim in (
+            elastic(main),
+            time_of(main, "elastic, time over X", [], margins.TIME_OF_ONE),
+            time_of(main, "elastic, time over all depths", [CUT], margins.TIME_OF_ALL),
+            routing(main),
+            beyond(main),
+            beyond_merged(main),
+        ):
+            yield _stated(claim, main, reading)
     for one in ordinary(found):
         yield _stated(seed(one, f"ordinary, {one.name}", FIRST), one, reading)
 
@@ -91,7 +93,7 @@ def claims(found: Mapping[str, Outcomes], reading: margins.Reading) -> Iterator[
 def aims(found: Mapping[str, Outcomes], reading: margins.Reading) -> Iterator[Claim]:
     """Yield the aim behind the claims; arguments as of :func:`claims`."""
     main = found.get(MAIN) or Outcomes.nothing(MAIN)
-    for name, recipe in (("exits", DYN), ("tokens", DYN_MERGED)):
+    for name, recipe in () if reading.ordinary else (("exits", DYN), ("tokens", DYN_MERGED)):
         same, more = margins.AIMS[name]
         for bound, gain in ((same, 0.0), (more, margins.AIM_GAIN)):
             words = f"X{f' {gain:+g}' if gain else ''} at {bound:g} %, {name}"

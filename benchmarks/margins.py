@@ -3,6 +3,7 @@
 The margins are of 2026-11-27. Afterwards the tests of the first four tasks were read, and a rule of choice was added: a
 sweep drops a scale of which any training failed or learned nothing. A verdict under that rule needs tasks whose tests
 nobody has read. These are the second four, with the protocol below, written on 2026-11-27 before any run on them.
+Photographs were added on 2026-11-28, before any network was trained on ``unseen10``.
 """
 
 from dataclasses import dataclass
@@ -11,7 +12,8 @@ from dataclasses import dataclass
 
 FIRST = ("pointer_direction", "scene_distance", "textures", "digits")
 SECOND = ("leaves", "cell_division", "chart_trend", "stacked_sheets")
-SETS = {"first": FIRST, "second": SECOND}
+PHOTOGRAPHS = ("unseen10",)
+SETS = {"first": FIRST, "second": SECOND, "photographs": PHOTOGRAPHS}
 """The sets of fresh tasks that ``transfer.py --fresh`` knows by name."""
 
 SCALES = (10.0, 30.0, 100.0)
@@ -32,17 +34,20 @@ class Reading:
         prefix: The files ``PREFIX_NAME.*`` in the folder of results hold its sweeps, one a backbone.
         tasks: The tasks that decide.
         verdict: Whether its lines are verdicts; where the rule is younger than the reading they are not.
+        ordinary: Whether it judges ordinary backbones alone, because ``micro`` was pre-trained on its images.
     """
 
     title: str
     prefix: str
     tasks: tuple[str, ...]
     verdict: bool = True
+    ordinary: bool = False
 
 
 VERDICT = Reading("Second four under the rule: the verdict", "second", SECOND)
 READINGS = (
     VERDICT,
+    Reading("Photographs on an ordinary backbone", "photographs", PHOTOGRAPHS, ordinary=True),
     Reading("First four under the rule added later: no verdict", "transfer", FIRST, verdict=False),
     Reading("First four as planned, before the rule", "planned", FIRST),
 )

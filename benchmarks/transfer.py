@@ -4,8 +4,9 @@
     python benchmarks/transfer.py --data TASKS --fresh second --processes 2
     python benchmarks/transfer.py --data TASKS --sweep recipes --processes 2
 
-The second command reads the second set of fresh tasks alone (``margins.py``); its files are named ``second_NAME``. The
-third compares the recipes of ``recipes.yaml`` on development tasks (``fresh.py``).
+The second command reads the second set of fresh tasks alone (``margins.py``); its files are named ``second_NAME``, and
+with ``--fresh photographs`` ``photographs_NAME``. The third compares the recipes of ``recipes.yaml`` on development
+tasks (``fresh.py``).
 
 Scale and policies are chosen on val200 with networks trained on train800; the final networks are trained on
 train800val200 and measured on the test images once. The same command continues an interrupted sweep.
@@ -47,8 +48,9 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--backbone", default="micro", help="micro, a file of weights for it, or a YAML file")
     parser.add_argument("--tasks", nargs="*", help="by default those of the file")
+    sets = ", ".join(margins.SETS)
     parser.add_argument(
-        "--fresh", nargs="*", default=[], help="further tasks that nothing was chosen on, or sets: first, second"
+        "--fresh", nargs="*", default=[], help=f"further tasks that nothing was chosen on, or sets: {sets}"
     )
     parser.add_argument("--adapters", nargs="+", help="by default those of the file")
     parser.add_argument("--recipes", nargs="+", help="by default those of the file")
@@ -60,10 +62,12 @@ def main(argv: list[str] | None = None) -> None:
     args, others = parser.parse_known_args(argv)
     args.fresh = [task for one in args.fresh for task in margins.SETS.get(one, [one])]
     kind = args.sweep
-    if set(args.fresh) & set(margins.SECOND):
-        if args.tasks or set(args.fresh) - set(margins.SECOND) or args.sweep != "transfer":
-            parser.error("the second set is read in a sweep of its own: name no other task")
-        args.tasks, kind = [], "second"
+    for own in ("second", "photographs"):
+        tasks = set(margins.SETS[own])
+        if set(args.fresh) & tasks:
+            if set(args.fresh) - tasks or args.sweep != "transfer" or (own == "second" and args.tasks):
+                parser.error(f"{own} is read in a sweep of its own: name no other task")
+            args.tasks, kind = args.tasks or [], own
     name = Path(args.backbone).stem
     out = Path(args.out or f"runs/{'tiny' if args.tiny else kind}_{name}")
     out.mkdir(parents=True, exist_ok=True)
@@ -81,7 +85,7 @@ def plan(args: argparse.Namespace) -> dict[str, Any]:
     sweep: dict[str, Any] = yaml.safe_load((HERE / f"{args.sweep}.yaml").read_text(encoding="utf-8"))
     known = sweep["tasks"]
     names = list(known) if args.tasks is None else args.tasks
-    drawn = {task: one.group for task, one in fresh.tasks().items()}
+    drawn = {task: one.group for task, one in fresh.tasks().items()} | dict.fromkeys(margins.PHOTOGRAPHS, "Natural")
     decide = {task: {"group": known.get(task, drawn.get(task)), "fresh": True} for task in args.fresh}
     sweep["tasks"] = {task: known.get(task) for task in names} | decide
     settings = sweep["settings"]

@@ -246,9 +246,22 @@ def test_reading_of_each_set(programs, tmp_path):
     for reading in readings:
         write(tmp_path, prefix=reading.prefix, sweep={"tasks": dict.fromkeys(reading.tasks)})
     read_all, claims = programs("outcomes").Outcomes.read_all, programs("claims").claims
-    found = [next(claims(read_all(tmp_path, reading), reading)) for reading in readings]
+    found = [next(claims(read_all(tmp_path, reading), reading)) for reading in readings if not reading.ordinary]
     assert [claim.verdict for claim in found] == ["held", "shown", "held"]
     assert len({claim.estimate for claim in found}) == 1
+
+
+def test_photographs_judge_an_ordinary_backbone_alone(programs, tmp_path):
+    """Other tasks of their sweep stand beside them."""
+    tasks = {"unseen10": {"group": "Natural", "fresh": True}, "cifar10": "Natural"}
+    write(tmp_path, name="plain", prefix="photographs", sweep={"tasks": tasks}, extra={"cifar10": -5.0})
+    found = verdicts(programs, tmp_path, next(k for k, one in enumerate(programs("margins").READINGS) if one.ordinary))
+    assert list(found) == ["ordinary, plain", "no natural task below X, plain"]
+    ordinary, below = found.values()
+    assert (ordinary.verdict, below.verdict) == ("held", "missed")
+    assert ordinary.note.startswith("45.0 % by cost 0.45; 1 tasks")
+    assert "other 1 tasks -3.00" in ordinary.note
+    assert below.note.startswith("cifar10, the worst of 2")
 
 
 def test_failed_training_is_printed(programs, tmp_path):

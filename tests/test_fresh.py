@@ -114,8 +114,8 @@ def pixels(task: Any, split: str) -> list[bytes]:
     return [image.tobytes() for image, _ in task.images(split, 4)]
 
 
-def test_set_is_that_of_the_margins(programs):
-    margins, tasks = programs("margins"), programs("fresh").tasks()
+def test_set_is_that_of_the_margins(programs, written):
+    margins, tasks = programs("margins"), programs("fresh").tasks(written[1])
     assert all(name in tasks for names in margins.SETS.values() for name in names)
     assert not set(margins.FIRST) & set(margins.SECOND)
     assert {tasks[name].group for name in margins.SECOND} == {"Natural", "Specialized", "Structured"}
@@ -137,9 +137,20 @@ def test_sweep_of_the_set(programs, tmp_path, monkeypatch):
     sweep = yaml.safe_load((tmp_path / "runs" / "transfer_micro" / "transfer.yaml").read_text())
     assert [task for task in sweep["tasks"] if task in margins.FIRST] == list(margins.FIRST)
     assert sweep["tasks"]["gtsrb"] == "Specialized"
+    transfer.main([*argv, "--fresh", "photographs", "--tasks", "cifar10", "--backbone", "plain.safetensors"])
+    sweep = yaml.safe_load((tmp_path / "runs" / "photographs_plain" / "transfer.yaml").read_text())
+    assert sweep["tasks"] == {"cifar10": "Natural", "unseen10": {"group": "Natural", "fresh": True}}
 
 
-@pytest.mark.parametrize("extra", [["--tasks", "cifar10"], ["--fresh", "leaves", "digits"], ["--sweep", "recipes"]])
+@pytest.mark.parametrize(
+    "extra",
+    [
+        ["--tasks", "cifar10"],
+        ["--fresh", "leaves", "digits"],
+        ["--fresh", "photographs", "digits"],
+        ["--sweep", "recipes"],
+    ],
+)
 def test_set_is_read_alone(extra, programs, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     fresh = [] if "--fresh" in extra else ["--fresh", "second"]
