@@ -31,7 +31,7 @@ from dynadapter.exits.policies import Confidence, Never
 from dynadapter.sweep import lines
 from dynadapter.sweep.goals import SweepGoal
 from dynadapter.sweep.measure import measure, measure_policy
-from dynadapter.sweep.plan import FINAL, SEARCH, Arm, Choice, Sweep, Unit, as_dict, score
+from dynadapter.sweep.plan import FINAL, SEARCH, Arm, Choice, Sweep, Unit, as_dict, fingerprint, score
 from dynadapter.sweep.table import as_csv, as_markdown, draw, rows
 from dynadapter.training.callbacks import LearningCheck
 
@@ -550,7 +550,7 @@ def table_of(out: Path) -> str:
     return (out / "table.csv").read_text()
 
 
-def test_line_holds_what_a_number_needs(finished):
+def test_line_holds_what_a_number_needs(finished, data):
     done = lines.read(finished)
     assert len(done) == 2 * (2 + 1)
     for unit, line in done.items():
@@ -570,6 +570,9 @@ def test_line_holds_what_a_number_needs(finished):
         with np.load(finished / "runs" / unit.name / lines.PREDICTIONS) as packed:
             assert (right[0] == (packed["predictions"] == packed["targets"])).all()
             assert (packed["files"] == np.arange(line["images"])).all()
+            labels = packed["targets"].tolist()
+        samples = VTAB1k(data, task="colours").samples("test" if unit.split == FINAL else "val")
+        assert line["images_hash"] == fingerprint(data_hash(samples), list(range(len(labels))), labels)
         with np.load(io.BytesIO(base64.b64decode(line["per_image"]))) as packed:
             shares = np.bincount(packed["exit_index"][0], minlength=len(line["exits"])) / line["images"]
         assert shares == pytest.approx(list(policy["exit_shares"].values()), abs=1e-5)

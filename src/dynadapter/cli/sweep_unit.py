@@ -18,7 +18,7 @@ from torch import Tensor
 from dynadapter.bench.timing import machine
 from dynadapter.cli.app import DynCLI
 from dynadapter.cli.errors import Mistake, one_line
-from dynadapter.cli.record import git_state, now
+from dynadapter.cli.record import described, git_state, now
 from dynadapter.cli.resume import to_resume
 from dynadapter.cli.sweep_file import SweepFile
 from dynadapter.cost import exit_costs
@@ -214,7 +214,7 @@ def _results(file: SweepFile, unit: Unit, folder: Path, trained: TimedCLI, done:
         "measured_on": "test" if unit.split == FINAL else "val200",
         **results,
         "static_macs": static,
-        "images_hash": fingerprint(files.tolist(), targets.tolist()),
+        "images_hash": fingerprint(described(data, split)["hash"], files.tolist(), targets.tolist()),
         "per_image": lines.as_text(images),
         "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "steps": trainer.global_step,
