@@ -4,6 +4,7 @@ import base64
 import csv
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -20,10 +21,14 @@ from commands import refused
 from PIL import Image
 
 from dynadapter import AtExit, Combined, Confidence
+from dynadapter.calibrate.stored import calibration_path
 from dynadapter.cli import main
+from dynadapter.cli.policies import policy_from
 from dynadapter.cli.report import find_run, measure, read_run
+from dynadapter.files import sha256
 from dynadapter.report import Measured, Run, confusion, figures_of, recall, reliability, run_page
 from dynadapter.report.figures import mixtures, png
+from dynadapter.spec import plain
 from dynadapter.training.restoring import load_classifier
 
 FIT = [
@@ -205,6 +210,32 @@ def test_page_is_whole_and_alone(run, capsys):
     exits = [row for row in page.rows if row and row[0].startswith("exit ")]
     assert [row[2] for row in exits[:4]] == [f"{logged[f'val/acc_exit{k}']:.1%}" for k in range(1, 5)]
     main(["report", str(run / "checkpoints" / "last.ckpt")])  # again, by its checkpoint
+
+
+def test_calibrated_checkpoint_is_measured(run):
+    """The checkpoint whose policy ``--policy_from RUN`` takes: of several the last, of a changed one none."""
+    saved = run / "checkpoints"
+    assert find_run(str(run)).checkpoint == saved / "last.ckpt"
+    for number, name in enumerate(("weights", "last", "weights")):
+        checkpoint = saved / f"{name}.ckpt"
+        result = {
+            "policy": plain(Confidence(0.6 + number / 10)),
+            "costs": {"exit_depths": [1, 2, 3, 4]},
+            "class_names": ["one", "two"],
+            "backbone_hash": "0",
+            "checkpoint_sha256": sha256(checkpoint),
+        }
+        calibration_path(checkpoint).write_text(json.dumps(result))
+        os.utime(calibration_path(checkpoint), (number, number))
+        measured, _ = measure(find_run(str(run)), OPTIONS)
+        assert find_run(str(run)).checkpoint == checkpoint
+        assert measured.policy == policy_from(str(run)).policy
+        assert measured.origin.startswith("calibrated: ")
+    shutil.copyfile(saved / "last.ckpt", saved / "weights.ckpt")
+    assert find_run(str(run)).checkpoint == saved / "last.ckpt"
+    for file in saved.glob("*.calibration.json"):
+        file.write_text("{")
+    assert find_run(str(run)).checkpoint == saved / "last.ckpt"
 
 
 def test_test_images_are_measured_on_request(run, folder):

@@ -73,6 +73,16 @@ def test_data_section_of_a_config(folder, tmp_path, capsys):
     assert "% of static" in capsys.readouterr().out
 
 
+def test_further_set_may_have_more_classes(folder, tmp_path, capsys):
+    (tmp_path / "test").mkdir()
+    (tmp_path / "test" / NAMES[0]).symlink_to(folder / "images" / "test" / NAMES[0])
+    main(arguments(folder, f"--data.root={tmp_path}", f"--data.test_sets={{all: {folder / 'images'}}}"))
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
+    main(arguments(folder))
+    alone = [line for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
+    assert rows[len(alone) :] == alone != rows[: len(alone)]
+
+
 def test_mistakes_are_one_line(folder, tmp_path, capsys):
     for split in ("train", "test"):
         for name in ("ant", "dog"):

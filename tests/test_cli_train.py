@@ -103,6 +103,44 @@ def test_config_file_names_the_columns(photos, tmp_path, capsys):
     assert load("runs/list/bundle").class_names == ("blue", "red")
 
 
+@pytest.mark.parametrize(
+    ("settings", "images", "steps"),
+    [
+        ([], 32, 1),
+        (["--batch_size=4"], 32, 8),
+        (["--data.batch_size", "4"], 32, 8),
+        (["-c", "small.yaml"], 32, 4),
+        (["-c", "small.yaml", "--batch_size=4"], 32, 8),
+        (["--data.global_batch_size=5"], 32, 6),  # the incomplete batch is left out
+        (["--batch_size=4", "--trainer.accumulate_grad_batches=2"], 32, 4),
+        (["--batch_size=4", "-c", "two.yaml"], 32, 4),
+        (["--data.shots=2", "--batch_size=1"], 4, 4),
+        (["--data.shots=2"], 4, 1),
+    ],
+)
+def test_epochs_follow_the_steps(settings, images, steps, photos, monkeypatch, capsys):
+    Path("small.yaml").write_text("data: {class_path: ImageFolder, init_args: {batch_size: 8}}")
+    Path("two.yaml").write_text("trainer: {devices: 2}")
+    monkeypatch.setattr(train, "STEPS", 100)
+    arguments = train._fit_arguments(train.read([str(photos), "--backbone=micro", *settings]))
+    assert f"--trainer.max_epochs={min(40, round(100 / steps))}" in arguments
+    assert capsys.readouterr().out.startswith(f"{images} images of 2 classes to train on, 8 held out")
+
+
+def test_length_of_a_config_is_kept(photos):
+    Path("long.yaml").write_text("trainer: {max_steps: 9}")
+    arguments = train._fit_arguments(train.read([str(photos), "--backbone=micro", "-c", "long.yaml"]))
+    assert not any("max_epochs" in one for one in arguments)
+
+
+def test_runs_are_named_as_the_folder(tmp_path):
+    for name in ("photos.v2", "photos.v3"):
+        Path(name).mkdir()
+        assert train.read([name]).out == Path("runs", name)
+    Path("list.v2.csv").write_text("path,label")
+    assert train.read(["list.v2.csv"]).out == Path("runs/list.v2")
+
+
 def test_same_command_continues(photos, monkeypatch, capsys):
     """A signal after the first epoch, then the same command, then one whose goal cannot be reached."""
     monkeypatch.setenv(imports.VARIABLE, "math")  # as --import=math

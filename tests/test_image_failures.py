@@ -130,7 +130,7 @@ def test_predict_stops_and_goes_on(bundle, images, tmp_path, capsys, monkeypatch
 
         with monkeypatch.context() as patch:
             patch.setattr(reading, "open_regular", opened)
-            line = refused(arguments(bundle, images, out, "--max_skipped=26"), capsys, 1)
+            line = refused(arguments(bundle, images, out, "--max_skipped=26"), capsys)
         assert words in line
         assert "the same command continues from there" in line
         assert not out.exists()

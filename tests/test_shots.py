@@ -13,7 +13,7 @@ from PIL import Image
 
 from dynadapter.cli import main
 from dynadapter.data import HubDataset, ImageFolder, ImageLists, ImageTable, Shapes, TorchVisionDataset, VTAB1k
-from dynadapter.data.identity import data_hash
+from dynadapter.data.identity import data_hash, list_hash
 from dynadapter.data.verify import verify
 from dynadapter.training.class_weights import without_images
 
@@ -107,6 +107,38 @@ def test_draw_is_a_hash_of_the_path(seed, root, tmp_path):
     for place in (root, tmp_path / "moved"):
         samples = ImageFolder(place, shots=2, shots_seed=seed).used("train")
         assert [str(source).removeprefix(str(place)) for source, _ in samples] == expected
+
+
+@pytest.mark.parametrize("kind", ["folder", "table", "vtab", "lists"])
+def test_draw_does_not_follow_the_root(kind, root, lists, monkeypatch):
+    """A root may be absolute or relative: the same images, and the same list in a checkpoint."""
+    folder = lists if kind == "lists" else root
+    drawn = []
+    for place, start in (
+        ("/", folder),
+        (folder, "."),
+        (folder.parent, folder.name),
+        (folder.parent, f"./{folder.name}"),
+    ):
+        monkeypatch.chdir(place)
+        path = Path(start)
+        data = {
+            "folder": lambda path=path: ImageFolder(path, shots=2),
+            "table": lambda path=path: ImageTable(path / "table.csv", shots=2),
+            "vtab": lambda path=path: VTAB1k(path / "..", root.name, shots=2),
+            "lists": lambda path=path: ImageLists(path / "images", path / "annotations" / "test_meta.list", shots=1),
+        }
+        used = data[kind]().used("train")
+        drawn.append(([(str(file.resolve()), label) for file, label in used], list_hash(used, data[kind]().folder)))
+    assert drawn[1:] == drawn[:1] * 3
+
+
+def test_lists_may_name_files_from_the_root(lists, monkeypatch):
+    monkeypatch.chdir(lists)
+    (lists / "absolute.txt").write_text(f"{lists}/images/ant/0.png 0\n")
+    (lists / "relative.txt").write_text("images/ant/0.png 0\n")
+    for name in ("absolute", "relative"):
+        assert ImageLists("images", train=f"{name}.txt").samples("train") == [(Path("images/ant/0.png"), 0)]
 
 
 def test_draw_does_not_follow_class_indices(root):

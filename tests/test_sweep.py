@@ -641,18 +641,67 @@ def test_dry_run_measures_one_training(data, tmp_path, capsys):
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_training_without_a_line_is_not_repeated(data, finished, tmp_path):
-    """A process may be killed after training and before its line is written."""
+@pytest.mark.parametrize("timed", [True, False])
+def test_training_without_a_line_is_not_repeated(timed, data, finished, tmp_path):
+    """A process may be killed after training and before its line is written; older checkpoints have no times."""
     shutil.copytree(finished, tmp_path / "out")
     results = tmp_path / "out" / lines.RESULTS
     *kept, last = results.read_text().splitlines(keepends=True)
     results.write_text("".join(kept))
+    before, [file] = (
+        json.loads(last),
+        (tmp_path / "out").glob(f"runs/{Unit(**json.loads(last)['run']).name}/*/*/last.ckpt"),
+    )
+    checkpoint = torch.load(file, weights_only=True)
+    saved = checkpoint["callbacks"].pop("EpochSeconds")
+    if not timed:
+        torch.save(checkpoint, file)
     main(["sweep", str(write_sweep(tmp_path, data))])
     again = json.loads(results.read_text().splitlines()[-1])
     assert {key: again[key] for key in ("run", "exits", "policies", "per_image")} == {
-        key: json.loads(last)[key] for key in ("run", "exits", "policies", "per_image")
+        key: before[key] for key in ("run", "exits", "policies", "per_image")
     }
     assert table_of(tmp_path / "out") == table_of(finished)
+    if timed:
+        assert again["seconds"]["epoch"] == before["seconds"]["epoch"]
+        assert sum(saved["wall"]) < saved["training"] < again["seconds"]["training"]
+        assert again["seconds"]["training"] < again["seconds"]["all"]
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_new_first_goal_trains_nothing(exact, data, finished, tmp_path, monkeypatch, capsys):
+    """From lines without policies follow the same lines, out of logits alone; checkpoints of lost scales are gone.
+
+    Lines of older versions have costs with three decimals, with which another of equally good policies may win.
+    """
+    shutil.copytree(finished, tmp_path / "out")
+    results, path = tmp_path / "out" / lines.RESULTS, str(write_sweep(tmp_path, data))
+    former = lines.read(finished)
+    for line in lines.read(finished).values():
+        bare = lines.as_text({"right": lines.right_of(line)[0], "routed": np.zeros((0, line["images"]), bool)})
+        lines.append(tmp_path / "out", line | {"policies": {}, "per_image": bare, **({} if exact else {"macs": None})})
+    monkeypatch.setattr(sweep_unit, "_fit", lambda *_: pytest.fail("it was trained"))
+    main(["sweep", path, "--dry_run"])
+    printed = capsys.readouterr().out
+    assert "6 runs are trained; their logits give the policies of new goals within seconds" in printed
+    assert "measured by" not in printed
+    main(["sweep", path])
+    again = lines.read(tmp_path / "out")
+    assert len(results.read_text().splitlines()) == 18
+    for unit, line in former.items():
+        changing = {"policies": {}, "per_image": "", "macs": None}
+        assert again[unit] | changing == line | changing
+        policy, expected = (one["policies"][GOAL.name] for one in (again[unit], line))
+        right, routed = lines.right_of(again[unit])
+        assert (right == lines.right_of(line)[0]).all()
+        assert routed[GOAL.name].mean() == pytest.approx(policy["accuracy"])
+        assert policy["target"] == expected["target"]
+        assert policy["val200"]["accuracy"] >= policy["target"]["accuracy"]
+        if exact:
+            assert policy["policy"] == expected["policy"]
+            assert policy["val200"] == expected["val200"]
+            # the stored logits are rounded to 16 bits, by which an image may change its exit
+            assert abs(policy["accuracy"] - expected["accuracy"]) < 1.5 / line["images"]
 
 
 def test_terminated_within_an_epoch(data, finished, tmp_path, monkeypatch, capsys):

@@ -83,6 +83,25 @@ def test_a_test_split_comes_first(places):
     assert ImageFolder(places / "root").further_tests() == []
 
 
+@pytest.mark.parametrize("kind", ["folder", "table"])
+@pytest.mark.parametrize("splits", [("train", "val"), ("val",), ("training",)])
+def test_set_without_test_split_is_measured_whole(kind, splits, places):
+    """The split for validation may have a class of its own."""
+    counts = dict(zip(splits, ({"ant": 3, "cat": 2}, {"cat": 1, "bee": 4}), strict=False))
+    for seed, (split, count) in enumerate(counts.items()):
+        images(places / "new" / split, count, seed=seed)
+    expected = sorted((str(file), file.parent.name) for file in (places / "new").rglob("*.png"))
+    if kind == "folder":
+        data = ImageFolder(places / "root", test_sets={"new": str(places / "new")})
+    else:
+        rows = [f"{file},{name},{Path(file).parts[-3]}" for file, name in expected]
+        (places / "new.csv").write_text("\n".join(["path,label,split", *rows]))
+        data = ImageTable(table(places / "root", "first.csv"), test_sets={"new": str(places / "new.csv")})
+    [further] = data.further_tests()
+    further.take_classes(data.class_names)
+    assert sorted((str(file), NAMES[label]) for file, label in further.dataset("test").samples) == expected
+
+
 @pytest.mark.parametrize(
     ("sets", "words"),
     [
@@ -115,6 +134,32 @@ def test_commands_measure_every_set(places, capsys):
             assert again[f"{label}/{key}"] == pytest.approx(after[f"{label}/{key}"])
     header = (run / "metrics.csv").read_text().splitlines()[0].split(",")
     assert {"test/acc", "test/wild/acc", "test/cold/acc"} <= {*header}
+
+
+def test_record_keeps_data_of_the_training(places):
+    """A further set adds its images to ``run.json``, its unreadable ones to ``skipped.csv``, and replaces nothing."""
+    (places / "root" / "train" / "ant" / "9.png").write_bytes(b"no image")
+    (places / "flat" / "bee" / "9.png").write_bytes(b"no image")
+    data = ["--data=ImageFolder", f"--data.root={places / 'root'}", "--data.batch_size=6", "--data.on_error=skip"]
+    rest = ["--data.augment=flip", "--epochs=1", "--test_after=true"]
+    skipped = {}
+    for name, sets in {"one": {}, "two": {"wild": str(places / "flat")}}.items():
+        given = [f"--data.test_sets={json.dumps(sets)}", f"--trainer.default_root_dir={places / name}"]
+        with pytest.warns(UserWarning, match="skipped 1 unreadable"):
+            main(["fit", *data, *SMALL, *rest, *given])
+        skipped[name] = [Path(row.split(",")[0]).parent.name for row in _lines(places / name, "skipped.csv")[1:]]
+    alone, record = (json.loads("".join(_lines(places / name, "run.json"))) for name in ("one", "two"))
+    assert record["protocol"] == alone["protocol"]
+    assert record["protocol"]["augment"] == "flip"
+    further = record["data"]["splits"].pop("test/wild")
+    assert record["data"]["settings"].pop("test_sets") != alone["data"]["settings"].pop("test_sets")
+    assert record["data"] == alone["data"]
+    assert (further["images"], further["classes"]) == (7, {"ant": 0, "bee": 3, "cat": 4})
+    assert skipped == {"one": ["ant"], "two": ["ant", "bee"]}
+
+
+def _lines(root: Path, name: str) -> list[str]:
+    return (root / "version_0" / name).read_text().splitlines()
 
 
 def test_bundle_measures_further_sets(places):

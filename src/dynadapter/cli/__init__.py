@@ -71,8 +71,9 @@ COMMANDS = (*TRAINER, *OWN)
 def main(args: list[str] | None = None) -> None:
     """Run the command line.
 
-    Errors are printed in one line. The exit code is 2 for invalid input, 1 for what looks like a bug, 130 after Ctrl-C,
-    143 after SIGTERM, 129 after SIGHUP and 138 after SIGUSR1. ``--debug`` shows the traceback.
+    Errors are printed in one line. The exit code is 2 for invalid input and for a machine that fails; 1 for what looks
+    like a bug, for errors that ``verify`` finds in data, and for failed runs of a sweep or workers of Ray; 130 after
+    Ctrl-C, 143 after SIGTERM, 129 after SIGHUP and 138 after SIGUSR1. ``--debug`` shows the traceback.
     """
     for stream in (sys.stdout, sys.stderr):  # a name that the terminal cannot show must not end a command
         if hasattr(stream, "reconfigure"):

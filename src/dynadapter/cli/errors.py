@@ -28,7 +28,7 @@ class Stopped(Exception):
 
 
 class Failed(Stopped):
-    """Some parts of the work failed (exit code 1)."""
+    """Runs of a sweep or workers of Ray failed, maybe by a bug (exit code 1)."""
 
     def __init__(self, line: str) -> None:
         super().__init__(f"error: {line}", 1)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from dynadapter.cli.errors import Failed, Mistake, Stopped, Terminated, mistakes, one_line, stoppable
+from dynadapter.cli.errors import Mistake, Stopped, Terminated, mistakes, one_line, stoppable
 from dynadapter.cli.imports import import_own
 from dynadapter.cli.networks import BACKEND, BUNDLE, POLICY, WEIGHTS, check_network, load_network
 from dynadapter.cli.parser import CommandParser, Options
@@ -100,7 +100,7 @@ def predict(given: Any, args: list[str]) -> None:
         except (OSError, MemoryError) as error:  # not the fault of an image
             if isinstance(error, OSError) and error.errno in FULL:
                 raise Mistake(f"the disk of {output} is full after {_so_far(table)} once there is room") from error
-            raise Failed(f"{one_line(error)}; stopped after {_so_far(table)}") from error
+            raise Mistake(f"{one_line(error)}; stopped after {_so_far(table)}") from error
     _report(table, speed)
 
 

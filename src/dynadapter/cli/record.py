@@ -55,6 +55,7 @@ class Record(Callback):
         self.path = folder / NAME
         lines = [] if before is None else before.lines
         here = machine(PACKAGES)
+        self.skipped: dict[str, str] = {}
         self.earlier = {name: float(value) for line in lines for name, value in line.items()}
         self.content: dict[str, Any] = {
             "command": args[0],
@@ -72,11 +73,23 @@ class Record(Callback):
         }
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Add the model, the trainer and the data, and write the file."""
+        """Add what is known when a stage begins, and write the file and the lists of images."""
         data = getattr(trainer, "datamodule", None)
         if not trainer.is_global_zero or not isinstance(pl_module, ExitClassifier) or not isinstance(data, ImageData):
             return
-        self.content["backbone"] = {"name": pl_module.backbone_name, "hash": pl_module.backbone_hash}
+        if data.test_label == "test":
+            self._describe(trainer, pl_module, data, stage)
+        else:  # a further test set: settings and protocol are those of the first one
+            self.content["data"]["splits"][data.test_label] = described(data, "test")
+        self._write()
+        self.skipped |= data.skipped
+        write_unread(self.path.with_name(SKIPPED), [Unread(file, reason) for file, reason in self.skipped.items()])
+        if stage == "fit":
+            list_validation(self.path.with_name(VALIDATION), data)
+
+    def _describe(self, trainer: Trainer, module: ExitClassifier, data: ImageData, stage: str) -> None:
+        """Add model, trainer and data, with the splits of a stage."""
+        self.content["backbone"] = {"name": module.backbone_name, "hash": module.backbone_hash}
         self.content["trainer"] = {
             "accelerator": type(trainer.accelerator).__name__.removesuffix("Accelerator").lower(),
             "strategy": type(trainer.strategy).__name__,
@@ -93,12 +106,7 @@ class Record(Callback):
             "class_names": list(data.class_names),
             "splits": splits | {split: described(data, split) for split in STAGES.get(stage, ())},
         }
-        self.content["protocol"] = protocol(trainer, pl_module, data)
-        self._write()
-        skipped = [Unread(file, reason) for file, reason in data.skipped.items()]
-        write_unread(self.path.with_name(SKIPPED), skipped)
-        if stage == "fit":
-            list_validation(self.path.with_name(VALIDATION), data)
+        self.content["protocol"] = protocol(trainer, module, data)
 
     def end(self, trainer: Trainer, how: str, message: str | None = None) -> None:
         """Complete the file, if it was begun."""

@@ -1,5 +1,6 @@
 """``dynadapter report``: figures of a run in one HTML page, or a page that compares runs."""
 
+import contextlib
 import csv
 import importlib.util
 import os
@@ -87,7 +88,22 @@ def find_run(place: str) -> Given:
         hint = f", such as {path / inside[-1]}" if inside else ""
         raise Mistake(f"{place} is not the folder of a run; give one that fit wrote{hint}")
     saved = [path / "checkpoints" / name for name in CHECKPOINTS]
-    return Given(path, next((file for file in saved if file.is_file()), None))
+    return Given(path, _calibrated(path) or next((file for file in saved if file.is_file()), None))
+
+
+def _calibrated(run: Path) -> Path | None:
+    """Return the checkpoint of a run that was calibrated last; None if none was, or it has changed since."""
+    saved = {file: file.with_suffix(".calibration.json") for file in run.glob("checkpoints/*.ckpt")}
+    written = {file: result.stat().st_mtime for file, result in saved.items() if result.is_file()}
+    if not written:
+        return None
+    from dynadapter.calibrate.stored import calibration_of
+
+    for file in sorted(written, key=lambda file: written[file], reverse=True):
+        with contextlib.suppress(ValueError, OSError):  # a damaged one
+            if calibration_of(file) is not None:
+                return file
+    return None
 
 
 def check_page(page: Path) -> None:

@@ -17,14 +17,19 @@ def estimate(file: SweepFile) -> str:
     """
     done = file.done()
     left = file.sweep.remaining(done)
+    planned, trained = file.sweep.planned(done), file.trained()
     finished: list[Line] = [
-        line for unit, line in done.items() if "seconds" in line and unit in file.sweep.planned(done)
+        *(line for unit, line in done.items() if "seconds" in line and unit in planned),
+        *trained.values(),
     ]
     text = [
         f"{len(file.sweep.tasks)} tasks, {len(file.sweep.settings)} pairs of adapter and recipe: "
         f"{left[SEARCH]} runs on train800 choose scales and thresholds, {left[FINAL]} final runs on train800val200",
-        f"{len(finished)} runs are finished, {sum(left.values())} are left",
+        f"{len(finished) - len(trained)} runs are finished, {sum(left.values())} are left",
     ]
+    if trained:
+        text.append(f"{len(trained)} runs are trained; their logits give the policies of new goals within seconds")
+        left = {split: max(0, left[split] - sum(unit.split == split for unit in trained)) for split in left}
     if not sum(left.values()):
         return "\n".join(text)
     source = f"{len(finished)} finished runs"

@@ -100,6 +100,21 @@ class SweepFile:
         """Return the finished runs; a run whose line lacks a policy of this sweep is not finished."""
         return {unit: line for unit, line in lines.read(self.out).items() if self.sweep.is_complete(unit, line)}
 
+    def trained(self) -> dict[Unit, Line]:
+        """Return the runs that are trained and lack a policy of this sweep; the logits in their folders give it."""
+        return {
+            unit: line
+            for unit, line in lines.read(self.out).items()
+            if self.sweep.has(unit)
+            and not self.sweep.is_complete(unit, line)
+            and line.keys() >= {"static_macs", "per_image"}  # lines of the first version do not have them
+            and lines.has_logits(self.run_folder(unit))
+        }
+
+    def run_folder(self, unit: Unit) -> Path:
+        """Return the folder of a run."""
+        return self.out / "runs" / unit.name
+
     def epochs(self, unit: Unit) -> int:
         """Return the number of epochs in the configs of a run; 100 if none names it."""
         epochs = 100

@@ -31,21 +31,18 @@ from dynadapter.training.callbacks.stacked_logits import StackedLogits
 PACKAGES = ("dynadapter", "torch", "lightning", "timm")
 
 
-def run_folder(file: SweepFile, unit: Unit) -> Path:
-    """Return the folder of a run."""
-    return file.out / "runs" / unit.name
-
-
 def run_unit(file: SweepFile, unit: Unit) -> bool:
     """Execute one run, unless it is finished or another process executes it; return whether this call did."""
-    folder = run_folder(file, unit)
+    folder = file.run_folder(unit)
     with lines.claim(folder) as mine:
         if not mine:
             return False
         done = file.done()
         if unit in done:
             return False
-        lines.append(file.out, measured(file, unit, folder, done))
+        former = file.trained().get(unit)
+        line = measured(file, unit, folder, done) if former is None else remeasured(file, unit, folder, former, done)
+        lines.append(file.out, line)
         return True
 
 
@@ -60,8 +57,7 @@ def measured(file: SweepFile, unit: Unit, folder: Path, done: Mapping[Unit, Line
     if unit.split == FINAL and "failed" in done[file.sweep.twin(unit)]:
         return {**line, "failed": "its train800 run failed, so there are no thresholds to take over", **_about()}
     if unit.split == FINAL:
-        lines.require_logits(run_folder(file, file.sweep.twin(unit)))
-    start = time.perf_counter()
+        lines.require_logits(file.run_folder(file.sweep.twin(unit)))
     with _quietly(folder / "log.txt"):
         try:
             trained = _fit(file, unit, folder)
@@ -71,11 +67,11 @@ def measured(file: SweepFile, unit: Unit, folder: Path, done: Mapping[Unit, Line
             return {**line, "failed": one_line(error), **_about()}
         if trained.learning.finding is not None:
             return {**line, "failed": trained.learning.finding, **_about()}
-        seconds = time.perf_counter() - start
+        seconds, start = trained.epochs.training, time.perf_counter()
         line |= _results(file, unit, folder, trained, done)
     means = [round(mean, 4) for mean in trained.learning.means]
     line["training_loss"] = {"first_epoch": means[0], "last_epoch": means[-1]}
-    line["seconds"] = {"training": round(seconds, 2), "all": round(time.perf_counter() - start, 2)}
+    line["seconds"] = {"training": round(seconds, 2), "all": round(seconds + time.perf_counter() - start, 2)}
     line["seconds"] |= trained.epochs.medians()
     line["bytes"] = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     return line | _about()
@@ -90,12 +86,31 @@ def _about() -> dict[str, Any]:
 
 
 class EpochSeconds(Callback):
-    """Time the epochs of a training, without validation, saving, start and end."""
+    """Time a training, and its epochs without validation, saving, start and end; a resumed training goes on counting.
 
-    def __init__(self) -> None:
+    Args:
+        begun: When this process began the training, by ``time.perf_counter``.
+    """
+
+    def __init__(self, begun: float) -> None:
         self.wall: list[float] = []
         self.cpu: list[float] = []
+        self._begun = begun
         self._start: tuple[float, float] | None = None
+
+    @property
+    def training(self) -> float:
+        """Seconds of the training so far, and up to its last checkpoint in earlier processes."""
+        return time.perf_counter() - self._begun
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the times so far."""
+        return {"wall": list(self.wall), "cpu": list(self.cpu), "training": self.training}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue with the times so far."""
+        self.wall, self.cpu = ([float(value) for value in state_dict[name]] for name in ("wall", "cpu"))
+        self._begun -= float(state_dict["training"])
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the timers."""
@@ -111,7 +126,7 @@ class EpochSeconds(Callback):
     def medians(self) -> dict[str, float]:
         """Return the median epoch in wall-clock and in CPU seconds of the process; the first one also decodes images.
 
-        A resumed training counts only its complete epochs.
+        An epoch in which the training was interrupted does not count.
         """
         return {
             name: round(statistics.median(times[1:] or times), 4)
@@ -121,10 +136,14 @@ class EpochSeconds(Callback):
 
 
 class TimedCLI(DynCLI):
-    """A training whose epochs are timed."""
+    """A training that is timed."""
+
+    def __init__(self, args: list[str]) -> None:
+        self.begun = time.perf_counter()
+        super().__init__(args)
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
-        self.epochs = EpochSeconds()
+        self.epochs = EpochSeconds(self.begun)
         return super()._instantiate_trainer(config, [*callbacks, self.epochs])
 
 
@@ -206,13 +225,14 @@ def _results(file: SweepFile, unit: Unit, folder: Path, trained: TimedCLI, done:
         source = file.sweep.search(file.sweep.source(Arm(unit.task, unit.adapter, unit.recipe)))
         static = next(done[one]["static_macs"] for one in source if one.scale == unit.scale)
     lines.pack(folder, logits, targets, files)
-    twin = run_folder(file, file.sweep.twin(unit)) if unit.split == FINAL else folder
+    twin = file.run_folder(file.sweep.twin(unit)) if unit.split == FINAL else folder
     policies, about = _policies(file, unit, lines.unpack(twin), done, macs, static)
     results, images = measure(policies, logits, targets, macs, static, costs.exit_depths)
     results["policies"] = {name: results["policies"].get(name, {}) | about[name] for name in about}
     return {
         "measured_on": "test" if unit.split == FINAL else "val200",
         **results,
+        "macs": macs,
         "static_macs": static,
         "images_hash": fingerprint(described(data, split)["hash"], files.tolist(), targets.tolist()),
         "per_image": lines.as_text(images),
@@ -282,8 +302,28 @@ def _policies(
     return policies, about
 
 
+def remeasured(file: SweepFile, unit: Unit, folder: Path, former: Line, done: Mapping[Unit, Line]) -> dict[str, Any]:
+    """Return the line of a trained run with the policies of this sweep, from the logits in its folder.
+
+    All else stays as it was measured: exits, times and versions.
+    """
+    if unit.split == FINAL:
+        lines.require_logits(file.run_folder(file.sweep.twin(unit)))
+    static = former["static_macs"]
+    macs = former.get("macs") or [static * entry["percent_of_static"] / 100 for entry in former["exits"]]  # older lines
+    val200 = lines.unpack(file.run_folder(file.sweep.twin(unit)) if unit.split == FINAL else folder)
+    policies, about = _policies(file, unit, val200, done, macs, static)
+    depths = [entry["after_block"] for entry in former["exits"]]
+    results, images = measure(policies, *lines.unpack(folder), macs, static, depths)
+    return {
+        **former,
+        "policies": {name: results["policies"].get(name, {}) | about[name] for name in about},
+        "per_image": lines.as_text(images | {"right": lines.right_of(former)[0]}),
+    }
+
+
 def remove_lost(file: SweepFile) -> None:
     """Remove the checkpoints of finished runs whose scale was not chosen."""
     for unit in file.sweep.lost(file.done()):
-        for place in run_folder(file, unit).glob("version_*/checkpoints"):
+        for place in file.run_folder(unit).glob("version_*/checkpoints"):
             shutil.rmtree(place, ignore_errors=True)

@@ -44,6 +44,7 @@ def run(args: list[str]) -> None:
     data: ImageData = made.instantiate(given).data
     bundle = load_network(given)
     with mistakes():
+        data.take_classes(bundle.class_names)  # further sets may have classes that the first one lacks
         tables = [table for one in (data, *data.further_tests()) for table in measure(bundle, one)]
     print_tables(*tables)
 

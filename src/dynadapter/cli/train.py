@@ -1,7 +1,6 @@
 """``dynadapter train FOLDER``: from images to a bundle and a report, by the commands fit, calibrate and report."""
 
 import argparse
-import math
 import os
 import shlex
 from collections import Counter
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dynadapter.cli import imports
-from dynadapter.cli.configs import config_files, read_config
+from dynadapter.cli.configs import config_files, read_config, require_no_file
 from dynadapter.cli.errors import Mistake, Stopped, mistakes, nearest, nearest_place
 
 if TYPE_CHECKING:  # Lightning takes seconds to import
@@ -107,7 +106,8 @@ def read(args: Sequence[str]) -> Wanted:
     if all(arg.startswith(("--goal.metric", "--goal.reference")) for arg in goal):
         goal.append("--goal.cost=0.5")
     _check_goal(goal)
-    out = Path("runs", place.resolve().stem) if given.out is None else Path(os.path.expanduser(given.out))
+    name = place.resolve().name if place.is_dir() else place.resolve().stem
+    out = Path("runs", name) if given.out is None else Path(os.path.expanduser(given.out))
     line = shlex.join(["dynadapter", "train", *args, *imports.given()])
     return Wanted(place, out, tuple(goal), tuple(settings), line)
 
@@ -195,14 +195,11 @@ def _trained(wanted: Wanted, arguments: list[str]) -> Path:
 
 def _fit_arguments(wanted: Wanted) -> list[str]:
     """Return the arguments of fit, including those that depend on the images and the machine."""
-    from dynadapter.cli.layers import assignments
-
     files, rest = config_files(wanted.settings)
     contents = [read_config(file, ()) for file in files]
-    sections = [one["data"].get("init_args", one["data"]) for one in contents if isinstance(one.get("data"), dict)]
-    given = {str(key): value for one in sections if isinstance(one, dict) for key, value in one.items()}
-    line = {key.removeprefix("data."): value for key, value in assignments(rest) if key.startswith("data.")}
-    data = _data(wanted.place, given | {key.removeprefix("init_args."): value for key, value in line.items()})
+    place = ["--data=ImageTable", f"--data.file={wanted.place}"] if wanted.place.is_file() else []
+    place = place or [f"--data.root={wanted.place}"]
+    data = _data([file for file, one in zip(files, contents, strict=True) if one.get("data")], [*place, *rest])
     train, held_out = len(data.used("train")), len(data.samples("val"))
     if held_out < 2:
         raise Mistake(
@@ -213,12 +210,9 @@ def _fit_arguments(wanted: Wanted) -> list[str]:
     if "--model.backbone" not in named and not any("backbone" in (one.get("model") or {}) for one in contents):
         chosen.append(f"--model.backbone={choose_backbone()}")
     steps = {"--epochs", "--trainer.max_epochs", "--trainer.max_steps"}
-    if not steps & {*named} and not any("max_epochs" in (one.get("trainer") or {}) for one in contents):
-        chosen.append(f"--trainer.max_epochs={epochs(train)}")
-    place = f"--data.root={wanted.place}"
-    if wanted.place.is_file():
-        chosen.append("--data=ImageTable")
-        place = f"--data.file={wanted.place}"
+    trainers = [one.get("trainer") or {} for one in contents]
+    if not steps & {*named} and not any({"max_epochs", "max_steps"} & {*one} for one in trainers):
+        chosen.append(f"--trainer.max_epochs={epochs(train, _images_of_a_step(data, trainers, rest))}")
     by_class = Counter(label for _, label in data.samples("val"))
     each = [by_class[label] for label in range(data.num_classes)]
     print(
@@ -228,21 +222,44 @@ def _fit_arguments(wanted: Wanted) -> list[str]:
     )
     root = f"--trainer.default_root_dir={wanted.out}"
     configs = [f"--config={file}" for file in ("own_images", *files)]
-    return ["fit", *configs, *chosen, place, root, *_devices(wanted), *rest]
+    return ["fit", *configs, *chosen, *place, root, *_devices(wanted), *rest]
 
 
-def _data(place: Path, given: dict[str, Any]) -> "ImageData":
-    """Return the images, to count them before fit begins; fit reads the other settings of data."""
-    from dynadapter.data import ImageFolder, ImageTable
+def _data(files: Sequence[str], line: Sequence[str]) -> "ImageData":
+    """Return the images as fit will read them, to count them before it begins.
 
-    try:
-        fraction = float(given.get("val_fraction", 0.2))
-    except (TypeError, ValueError):
-        fraction = 0.2  # fit says what is wrong
-    columns = {key: value for key, value in given.items() if key.endswith("_column")}
-    if place.is_file():
-        return ImageTable(place, given.get("root"), val_fraction=fraction, **columns)
-    return ImageFolder(place, val_fraction=fraction)
+    Args:
+        files: Config files with a data section.
+        line: The other arguments, of which those of the data count.
+    """
+    from dynadapter.cli.layers import assignments, expand_short
+    from dynadapter.cli.parser import CommandParser
+    from dynadapter.cli.safety import check_config
+    from dynadapter.cli.verify import data_section
+    from dynadapter.data import ImageData
+
+    own = [arg for arg in expand_short(line, "fit") if arg.startswith(("--data=", "--data."))]
+    require_no_file(dict(assignments(own)), ("data",), "")
+    made = CommandParser("train", sections={"data": ImageData})
+    made.add_subclass_arguments(ImageData, "data", required=True)
+    given = made.parse_args([*(f"--data={data_section(file)}" for file in ("own_images", *files)), *own])
+    check_config(given)
+    return made.instantiate(given).data
+
+
+def _images_of_a_step(data: "ImageData", trainers: Sequence[dict[str, Any]], line: Sequence[str]) -> int:
+    """Return the training images of an optimiser step, over all devices and accumulated batches."""
+    from dynadapter.cli.layers import assignments
+
+    if data.global_batch_size is not None:
+        return data.global_batch_size
+    images = data.batch_size
+    for name in ("accumulate_grad_batches", "devices"):
+        values = [one[name] for one in trainers if name in one]
+        values += [value for key, value in assignments(line) if key == f"trainer.{name}"]
+        if values and str(values[-1]).isdecimal():  # fit explains other values
+            images *= max(1, int(values[-1]))
+    return images
 
 
 def _devices(wanted: Wanted) -> list[str]:
@@ -252,12 +269,12 @@ def _devices(wanted: Wanted) -> list[str]:
 
 
 def epochs(images: int, batch_size: int = 32) -> int:
-    """Return the number of epochs for a number of training images.
+    """Return the number of epochs for a number of training images; an epoch leaves out an incomplete last batch.
 
-    >>> epochs(80), epochs(1000), epochs(10_000)
-    (40, 19, 10)
+    >>> epochs(80), epochs(1000), epochs(10_000), epochs(80, batch_size=4)
+    (40, 19, 10, 30)
     """
-    return min(max(round(STEPS / math.ceil(images / batch_size)), FEWEST), MOST)
+    return min(max(round(STEPS / max(1, images // batch_size)), FEWEST), MOST)
 
 
 def choose_backbone() -> str:

@@ -46,7 +46,8 @@ class ImageFolder(HeldOutData):
         self._folders = find_splits(self.root)
         if not self._folders and _subfolders(self.root) and not _without_images(self.root):
             self._folders = {"train": self.root}
-        measured = sorted({name for folder in self._folders.values() for name in _subfolders(folder)})
+        self._whole = False  # whether the test split has the images of all splits
+        measured = self._all_classes()
         self.class_names = self._list_classes("train") if "train" in self._folders or not measured else measured
         if not self.class_names:
             raise ValueError(f"{self._folder('train')} holds no class folder; expected train/CLASS/image.png")
@@ -57,6 +58,8 @@ class ImageFolder(HeldOutData):
         return self.root
 
     def samples(self, split: Split) -> list[Sample]:
+        if split == "test" and self._whole:
+            return [sample for part in self._folders for sample in self._list_samples(part)]
         if split == "test" or split in self._folders.keys() - {"train"}:
             return self._list_samples(split)
         train = self._list_samples("train")
@@ -69,11 +72,14 @@ class ImageFolder(HeldOutData):
     def further_tests(self) -> list[ImageData]:
         def build(settings: dict[str, Any], place: str) -> ImageFolder:
             other = ImageFolder(**{**settings, "root": place})
-            if "test" not in other._folders and "train" in other._folders:
-                other._folders = {"test": other._folders["train"]}
+            if "test" not in other._folders:
+                other._whole, other.class_names = True, other._all_classes()
             return other
 
         return open_test_sets(self, self.test_sets, build)
+
+    def _all_classes(self) -> list[str]:
+        return sorted({name for folder in self._folders.values() for name in _subfolders(folder)})
 
     def _folder(self, split: str) -> Path:
         return self._folders.get(split, self.root / split)
@@ -101,7 +107,7 @@ class ImageFolder(HeldOutData):
         found = [(path, index[name]) for name in classes for path in image_files(self._folder(split) / name)]
         with_images = {label for _, label in found}
         without = [name for name in classes if index[name] not in with_images]
-        if not found or (split == "train" and without):
+        if not found or (split == "train" and without and not self._whole):
             raise ValueError(
                 f"no image in {self._folder(split)} for: {_join(without) or 'any class'}; "
                 f"looked for files ending in {', '.join(SUFFIXES)}"

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dynadapter.data.clips import Clip
 from dynadapter.data.library_images import LibraryImage
+from dynadapter.data.splits import path_in
 from dynadapter.files import sha256
 
 Source = Path | Image.Image | LibraryImage | Clip
@@ -68,9 +69,11 @@ def image_keys(
 
 def list_hash(samples: Sequence[tuple[Source, int | str]], folder: Path | None) -> str:
     """Hash the labels of a split and the names of its files in `folder`, in their order, without reading a file."""
-    whole, start = hashlib.sha256(), "" if folder is None else str(folder)
+    whole = hashlib.sha256()
     for source, label in samples:
-        name = "" if isinstance(source, Image.Image) else str(source).removeprefix(start)
+        name = "" if isinstance(source, Image.Image) else str(source)
+        if isinstance(source, os.PathLike):
+            name = path_in(source, folder)
         whole.update(f"{label} {name}\n".encode("utf-8", "surrogateescape"))
     return whole.hexdigest()[:16]
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from dynadapter.data.dataset import Sample
 from dynadapter.data.library_images import LibraryImage
-from dynadapter.data.splits import draw
+from dynadapter.data.splits import draw, path_in
 
 
 def few_shot(samples: Sequence[Sample], shots: int | None, seed: int, folder: Path | None) -> list[Sample]:
@@ -35,4 +35,4 @@ def few_shot(samples: Sequence[Sample], shots: int | None, seed: int, folder: Pa
 def _name(index: int, source: Any, folder: Path | None) -> str:
     if not isinstance(source, os.PathLike):
         return str(source.index if isinstance(source, LibraryImage) else index)
-    return str(source).removeprefix(str(folder or "")).replace(os.sep, "/")
+    return path_in(source, folder)

@@ -1,8 +1,10 @@
 """Hold images out for validation: the same on every machine, whatever other images there are."""
 
 import hashlib
+import os
 import unicodedata
 from collections.abc import Sequence
+from pathlib import Path
 
 
 class MissingSplit(ValueError):
@@ -44,3 +46,16 @@ def draw(name: str, path: str, seed: int) -> float:
     """Return a number in [0, 1] that depends only on the arguments; both encodings of accents give the same number."""
     text = unicodedata.normalize("NFC", f"{seed}\0{name}\0{path}")
     return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogateescape")).digest()[:8]) / 2**64
+
+
+def path_in(source: os.PathLike[str], folder: Path | None) -> str:
+    """Return the path of an image in the data's folder, for hashes that must not depend on where the folder is.
+
+    >>> path_in(Path("/data/set/train/a.png"), Path("/data/set")), path_in(Path("train/a.png"), Path("."))
+    ('/train/a.png', '/train/a.png')
+
+    Args:
+        source: The file.
+        folder: The folder of all images; None returns the path as it is.
+    """
+    return Path(source).as_posix() if folder is None else f"/{Path(os.path.relpath(source, folder)).as_posix()}"

@@ -102,12 +102,20 @@ def require_logits(folder: Path) -> None:
     Raises:
         FileNotFoundError: A file is missing.
     """
-    for name in (PREDICTIONS, LOGITS):
-        if not (folder / name).exists():
-            raise FileNotFoundError(
-                f"{folder / name} is missing, and thresholds come from it: restore the run folder, or delete the "
-                f"run's line in {RESULTS} to train it again"
-            )
+    if (missing := next(_missing(folder), None)) is not None:
+        raise FileNotFoundError(
+            f"{missing} is missing, and thresholds come from it: restore the run folder, or delete the run's line in "
+            f"{RESULTS} to train it again"
+        )
+
+
+def has_logits(folder: Path) -> bool:
+    """Check whether a folder has what :func:`pack` wrote."""
+    return next(_missing(folder), None) is None
+
+
+def _missing(folder: Path) -> Iterator[Path]:
+    return (folder / name for name in (PREDICTIONS, LOGITS) if not (folder / name).exists())
 
 
 def unpack(folder: Path) -> tuple[Tensor, Tensor]:

@@ -263,8 +263,12 @@ class Sweep:
             lost += [unit for unit in runs if unit.scale != scale]
         return lost
 
+    def has(self, unit: Unit) -> bool:
+        """Check whether a run is of one of the sweep's arms, with the same settings."""
+        return any(self._is_of(arm, unit) for arm in self.arms())
+
     def is_complete(self, unit: Unit, line: Line) -> bool:
-        """Check whether a line has every policy of the sweep; otherwise the run is measured again."""
+        """Check whether a line has every policy of the sweep; otherwise the run gets them from its logits."""
         names = [goal.name for goal in (self.goals if unit.split == FINAL else self.goals[:1])]
         return "failed" in line or all(name in line["policies"] for name in names)
 
