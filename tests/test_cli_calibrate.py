@@ -234,6 +234,47 @@ def test_reference_is_run_on_the_same_images(checkpoint, stacked, tmp_path, caps
     assert "was trained on 1000 of the 1000 training images" in line
 
 
+def test_bundle_as_a_reference(checkpoint, tmp_path, capsys):
+    bundle, out = tmp_path / "twin", tmp_path / "out"
+    twin = ExitClassifier.load_from_checkpoint(checkpoint, map_location="cpu")
+    preprocessing = Shapes(image_size=32, normalization="half").preprocessing
+    bundle_from_classifier(twin, bundle, policy=Never(), preprocessing=preprocessing)
+    run(checkpoint, "--goal.accuracy_drop=2", f"--goal.reference={bundle}", f"--out={out}")
+    written = result(out)
+    assert written["cross_fitted"]["accuracy_reference"] == written["cross_fitted"]["accuracy_last_exit"]
+    note = f"the images of the training of goal.reference={bundle} are unknown, and may be among these"
+    assert note in written["notes"]
+    assert f"note: {note}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["foreign", "changed", "missing", "tensors only", "other classes"])
+def test_wrong_reference_costs_no_pass(kind, checkpoint, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("dynadapter.cli.calibrate.stack_logits", lambda *_: pytest.fail("the images were run"))
+    place, words = tmp_path / "other.ckpt", "goal.reference="
+    if kind == "foreign":
+        torch.save({"state_dict": {"weight": torch.zeros(1)}}, place)
+        words = "other.ckpt: this checkpoint was not written by dynadapter"
+    elif kind == "changed":
+        content = bytearray(checkpoint.read_bytes())
+        content[len(content) // 2] ^= 1
+        place.write_bytes(content)
+        words = "other.ckpt is not a readable checkpoint: it is cut off or damaged"
+    elif kind == "missing":
+        words = f"goal.reference={place} does not exist"
+    elif kind == "tensors only":
+        bundle_from_classifier(ExitClassifier.load_from_checkpoint(checkpoint), place, policy=Never())
+        config = json.loads((place / "config.json").read_text()) | {"preprocessing": None, "checksum": None}
+        (place / "config.json").write_text(json.dumps(config))
+        words = f"goal.reference={place} takes only tensors, no image files"
+    else:
+        content = torch.load(checkpoint, weights_only=True)
+        content["dynadapter"]["class_names"][0] = "another"
+        torch.save(content, place)
+        words = f"goal.reference={place} has other classes"
+    line = refused([*command(checkpoint), "--goal.accuracy_drop=2", f"--goal.reference={place}"], capsys)
+    assert words in line
+
+
 def test_choices_are_all_kinds():
     assert get_args(Kind) == tuple(KINDS)
     assert get_args(Search) == ("auto", *SEARCHES)

@@ -37,6 +37,7 @@ from dynadapter.images.reading import find_images, load_image
 from dynadapter.serve import predict as engine
 from dynadapter.serve.bundle import BackboneSource, bundle_from_classifier, load, save_bundle
 from dynadapter.serve.formats import COLUMNS, Unread
+from dynadapter.serve.inputs import list_images
 from dynadapter.serve.table import PredictionTable
 from dynadapter.training.callbacks import EarlyExit
 
@@ -199,6 +200,17 @@ def test_lists_and_single_images(bundle, images, tmp_path):
     places = ["--images", str(tmp_path / "list.txt"), str(tmp_path / "in.csv"), files[9]]
     main(["predict", f"--bundle={bundle}", *places, f"--out={out}", "--path_column=path", "--batch_size=1"])
     assert read(out) == whole[:10]
+
+
+@pytest.mark.parametrize("kind", ["list.txt", "list.csv"])
+def test_paths_in_a_list(kind, tmp_path, monkeypatch):
+    """Absolute ones and those of a folder above are read; the home of the reader is not put in."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    names = ["a.png", "../b.png", "/c/d.png", "~/e.png", "~root/f.png"]
+    (tmp_path / kind).write_text("\n".join((["path"] if kind.endswith("csv") else []) + names))
+    folder = str(tmp_path)
+    expected = [f"{folder}/a.png", f"{folder}/../b.png", "/c/d.png", f"{folder}/~/e.png", f"{folder}/~root/f.png"]
+    assert list_images([str(tmp_path / kind)]) == expected
 
 
 def test_output_is_replaced_on_request(bundle, images, tmp_path, capsys):

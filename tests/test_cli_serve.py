@@ -89,6 +89,12 @@ def test_missing_package_is_named(capsys, monkeypatch):
     assert "serve needs uvicorn; install what it needs: pip install 'dynadapter[serve]'" in line
 
 
+def test_last_line_tells_what_is_left():
+    pytest.importorskip("uvicorn")
+    assert serve._left(0) == "no accepted request is left"
+    assert serve._left(2).startswith("2 accepted requests were not, because the server waits 60 seconds for them")
+
+
 # ---- one backbone for several bundles
 
 

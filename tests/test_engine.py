@@ -6,6 +6,7 @@ import time
 import weakref
 from collections import deque
 from concurrent.futures import CancelledError, ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from dynadapter.exits.combining import Combined, with_threshold
 from dynadapter.exits.policies import Confidence, Entropy, Never, Patience, combined, route
 from dynadapter.exits.temperature import Scaled
 from dynadapter.images.reading import UnreadableImage
-from dynadapter.serve.engine import Engine
+from dynadapter.serve.engine import Engine, _rounded_up
 from dynadapter.serve.requests import Closed, Failed, Full, Late, Limits
 from dynadapter.serve.stages import Waiting, count, take
 
@@ -168,11 +169,26 @@ def test_exits_close_before_any_is_refused():
         answers = [future.result(60) for future in futures]
     assert open_exits == sorted(open_exits, reverse=True)
     assert {*open_exits} == {3, 2, 1}
-    assert open_exits[10] == 3  # half of the queue, a batch left out
+    assert open_exits[10:12] == [3, 2]  # half of the places to wait, a batch left out, and one more
     limited = [answer for answer in answers if answer.limited == "load"]  # the first may be read before the others come
     assert 0 in {answer.exit_index for answer in limited}
     assert (answers[-1].exit_index, answers[-1].limited) == (2, None)
     assert engine.counts.limited["load"] + engine.counts.exits[2] == 20
+
+
+@settings(max_examples=100, deadline=None)
+@given(exits=st.integers(1, 12), batch=st.integers(1, 20), places=st.integers(1, 300))
+def test_exits_close_in_even_steps(exits, batch, places):
+    def opened(taken):
+        return Engine.open_exits(SimpleNamespace(exits=exits, batch=batch, queue=batch + places, taken=taken))
+
+    found = [opened(taken) for taken in range(batch + places + 1)]
+    waiting = [max(0, taken - batch) for taken in range(len(found))]
+    assert found == sorted(found, reverse=True)
+    assert [number == exits for number in found] == [exits == 1 or 2 * one <= places for one in waiting]
+    assert found[-1] == 1
+    closed = [found.count(number) for number in range(2, exits)]
+    assert not closed or max(closed) - min(closed) <= 1
 
 
 def test_deadline_stops_at_the_exit_in_reach():
@@ -196,11 +212,109 @@ def test_deadline_passed_in_a_queue():
         assert first.result(60).exit_index == 2
         job = engine._job(IMAGES[1], Limits(deadline=100))  # as one that waits before the last stage
         engine.taken += 1
-        engine._worker.seconds[2] = 1000.0
-        assert not engine.drop_late(2, Waiting([job], 0.0, (IMAGES[1:2],), LOGITS[:2, 1:2])).items
+        assert not engine.drop_late(2, Waiting([job], 0.0, (IMAGES[1:2],), LOGITS[:2, 1:2]), 1000.0).items
         answer = job.result(0)
         assert (answer.exit_index, answer.limited) == (1, "deadline")
         torch.testing.assert_close(answer.probabilities, LOGITS[1, 1].softmax(-1))
+
+
+class Turns:
+    """Runs a function before each stage, in place of the lock that bundles share."""
+
+    def __init__(self, comes) -> None:
+        self.comes, self.runs = comes, 0
+
+    def __enter__(self) -> None:
+        self.runs += 1
+        self.comes(self.runs)
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_deadline_passed_at_the_lock(stage):
+    jobs = []
+
+    def comes(run):
+        if run == stage:
+            until(lambda: jobs)
+            jobs[0].deadline = time.monotonic()
+
+    with engine_of(compute=Turns(comes)) as engine:
+        jobs.append(engine.submit(IMAGES[0], Limits(deadline=500)))
+        if stage == 1:
+            with pytest.raises(Late, match="deadline passed"):
+                jobs[0].result(60)
+        else:
+            answer = jobs[0].result(60)
+            assert (answer.exit_index, answer.limited) == (stage - 2, "deadline")
+            torch.testing.assert_close(answer.probabilities, LOGITS[stage - 2, 0].softmax(-1), rtol=1e-4, atol=1e-5)
+    assert sum(engine.counts.images) == stage - 1
+    assert engine.taken == 0
+
+
+def test_cancelled_at_the_lock():
+    jobs = []
+
+    def comes(run):
+        until(lambda: jobs)
+        jobs[0].cancel()
+
+    with engine_of(compute=Turns(comes)) as engine:
+        jobs.append(engine.submit(IMAGES[0]))
+        until(lambda: engine.taken == 0)
+    assert engine.counts.images == [0, 0, 0]
+
+
+def test_wait_for_the_lock_counts():
+    with engine_of(compute=Turns(lambda _: time.sleep(0.02))) as engine:
+        engine.submit(IMAGES[0]).result(60)
+        assert engine._worker.turn >= 0.02
+        assert engine.counts.seconds == pytest.approx(sum(engine._worker.seconds))  # the network alone
+        engine._worker.turn = 1000.0
+        answer = engine.submit(IMAGES[0], Limits(deadline=500)).result(60)
+        assert (answer.exit_index, answer.limited) == (0, "deadline")
+
+
+def test_wait_for_the_lock_is_forgotten():
+    """Although its deadlines end every request before the second stage."""
+    with engine_of() as engine:
+        engine._worker.turn = 1000.0
+        exits = [engine.submit(IMAGES[0], Limits(deadline=500)).result(60).exit_index for _ in range(10)]
+    assert exits[0] == 0
+    assert exits[-1] == 2
+
+
+@pytest.mark.parametrize("name", ["run-", "read-"])
+def test_thread_that_cannot_start(name, monkeypatch):
+    real = threading.Thread.start
+
+    def start(thread):
+        if thread.name.startswith(name):
+            raise RuntimeError("can't start new thread")
+        real(thread)
+
+    with engine_of(batch=2, queue=4) as engine:
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", start)
+            for _ in range(6):
+                with pytest.raises(RuntimeError, match="can't start"):
+                    engine.submit(IMAGES[0])
+            assert engine.taken == 0
+            assert engine.ready() == (name == "read-")
+        answers = [engine.submit(image).result(60).exit_index for image in IMAGES[:6]]
+    assert answers == [2] * 6
+    assert engine.counts.images == [6] * 3
+    assert engine.taken == 0
+
+
+@settings(max_examples=200, deadline=None)
+@given(value=st.floats(1e-9, 1e9))
+def test_least_budget_is_accepted(value):
+    text = _rounded_up(value)
+    assert value <= float(text) <= value * 1.00001
+    assert "e" not in text.lower()
 
 
 @pytest.mark.parametrize(

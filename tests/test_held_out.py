@@ -165,11 +165,24 @@ def test_calibration_of_lists_and_drawn_images(tmp_path):
         check_images(drawn, "train", file, guarantee=True)
 
 
-@pytest.mark.parametrize("images", [None, {}, [1], {"by": "name"}, {"by": "path", "train": 1, "val": "x"}])
+@pytest.mark.parametrize("images", [{}, {"by": "name"}, {"by": "path", "train": 1, "val": "x"}])
 def test_unknown_training_images_are_a_note(images, tmp_path):
-    torch.save({"dynadapter": {"images": images}}, tmp_path / "a.ckpt")
-    [note] = check_images(Shapes(8, 4, 4), "val", str(tmp_path / "a.ckpt"))
+    file = trained_on(few(Shapes, 8, 4, 4), tmp_path / "a.ckpt")
+    content = torch.load(file, weights_only=True)
+    torch.save(content | {"dynadapter": content["dynadapter"] | {"images": images}}, file)
+    [note] = check_images(Shapes(8, 4, 4), "val", file)
     assert "the images of the training are unknown" in note
+
+
+@pytest.mark.parametrize("content", [{"weight": torch.zeros(1)}, {"dynadapter": {"images": {}}}, None])
+def test_foreign_checkpoint_is_one_line(content, tmp_path):
+    """Also one that is cut off."""
+    file = tmp_path / "a.ckpt"
+    torch.save(content, file)
+    if content is None:
+        file.write_bytes(file.read_bytes()[:-20])
+    with raises_one_line(Mistake, match=r"a\.ckpt"):
+        check_images(Shapes(8, 4, 4), "val", str(file))
 
 
 def test_large_sets_are_compared_by_path(root, tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ BELOW = {
     "limits": {"files"},
     "printing": set(),
     "spec": set(),
-    "backbones": set(),
+    "backbones": {"files"},
     "adapters": {"files", "spec", "backbones"},
     "exits": {"spec", "backbones", "adapters"},
     "cost": {"backbones", "adapters", "exits"},

@@ -415,7 +415,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "a link": (lambda f: (f / "more").symlink_to("/"), r"holds more, which was not exported"),
     "code gone": (edit(files={"predict.py": "0" * 64}), r"predict\.py is missing; copy the whole"),
     "code changed": (change_code, r"predict\.py is not the file that was exported"),
-    "a path": (edit(files={"../other": "0" * 64}), r"\.\./other is missing; copy"),
+    "a path": (edit(files={"../other": "0" * 64}), r"the file '\.\./other' is not inside the folder"),
+    "a path further in": (edit(files={"a/../../other": "0" * 64}), r"the file 'a/\.\./\.\./other' is not inside"),
+    "an absolute path": (edit(files={"/etc/hostname": "0" * 64}), r"the file '/etc/hostname' is not inside"),
+    "a drive": (edit(files={"C:other": "0" * 64}), r"the file 'C:other' is not inside the folder"),
     "no files": (edit(files="leave out"), r"manifest\.json has no 'files'"),
     "unfit": (edit_stage(1, inputs=[]), r"the outputs of stage0\.onnx do not fit the inputs of stage1\.onnx"),
 }

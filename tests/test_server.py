@@ -10,6 +10,7 @@ import threading
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -28,7 +29,7 @@ from dynadapter.serve import listening
 from dynadapter.serve.bundle import load, save_bundle
 from dynadapter.serve.engine import Engine
 from dynadapter.serve.listening import bound, server_of
-from dynadapter.serve.server import Service, Settings
+from dynadapter.serve.server import PARAMETERS, Service, Settings
 
 PHOTOS = photos(12)
 NET = make_net()
@@ -237,6 +238,13 @@ BAD = {
     "10^9 pixels": ("flowers/predict", huge(), {}, 422, "exceeds limit"),
     "a form": ("flowers/predict", PHOTOS[0], {"Content-Type": "multipart/form-data; boundary=a"}, 415, "is a form"),
     "top_k": ("flowers/predict?top_k=0", PHOTOS[0], {}, 400, "top_k='0': Input should be greater than or equal to 1"),
+    "misspelt": (
+        "flowers/predict?top_k=3&treshold=0.0",
+        PHOTOS[0],
+        {},
+        400,
+        "'treshold' is not a parameter; give one of top_k, threshold, max_gmacs, deadline_ms",
+    ),
     "threshold": ("flowers/predict?threshold=2", PHOTOS[0], {}, 400, "threshold='2': "),
     "no threshold": ("birds/predict?threshold=0.5", PHOTOS[0], {}, 400, "the policy never has none; leave it out"),
     "max_gmacs": ("flowers/predict?max_gmacs=0.5", PHOTOS[0], {}, 400, "below exit 1; give at least 1"),
@@ -250,12 +258,36 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_bad_request_has_one_clear_answer(client, case):
     path, body, headers, status, words = BAD[case]
+    counted = path.startswith(("flowers/predict", "birds/predict")) and body is not None
+    labels = {"bundle": path.partition("/")[0], "status": str(status)}
+    before = client.metric("dynadapter_requests_total", **labels)
     answer = client.ask(f"/v1/{path}", body, headers=headers)
     assert answer.status == status
+    assert client.metric("dynadapter_requests_total", **labels) == before + counted
     assert list(answer.content) == ["error"]
     assert words in answer.content["error"]
     assert "\n" not in answer.content["error"]
     assert_undisturbed(client)
+
+
+def test_parameters_are_those_of_the_description(client):
+    described = client.ask("/openapi.json").content["paths"]["/v1/{name}/predict"]["post"]["parameters"]
+    assert tuple(one["name"] for one in described if one["in"] == "query") == PARAMETERS
+
+
+def test_too_many_connections_are_503(monkeypatch):
+    """As docs/server.md has it; a larger queue cannot fill."""
+    text = (Path(__file__).parents[1] / "docs" / "server.md").read_text(encoding="utf-8")
+    assert f"From {listening.CONNECTIONS:,} open connections on" in text
+    assert f"no more than {listening.CONNECTIONS - 1} requests" in text
+    monkeypatch.setattr(listening, "CONNECTIONS", 2)
+    engine, _ = gated()
+    with serving({"one": engine}) as client:
+        assert client.ask("/v1/one/predict", PHOTOS[0]).status == 200
+        with client.open(b"G"):
+            until(lambda: client.server.server_state.connections)
+            answer = client.ask("/v1/one/predict", PHOTOS[0])
+            assert (answer.status, answer.headers["content-type"]) == (503, "text/plain; charset=utf-8")
 
 
 def assert_undisturbed(client) -> None:
@@ -399,6 +431,21 @@ def test_stop_answers_what_waits():
     assert not client.thread.is_alive()
     assert engine.closing
     assert not engine._worker.thread.is_alive()
+
+
+def test_stop_counts_what_it_cuts_off(monkeypatch):
+    monkeypatch.setattr(listening, "GRACE", 0.2)
+    engine, gate = gated(batch=1, queue=8)
+    client = Client(Service({"one": engine}, LIMITS))
+    assert client.ask("/v1/one/predict", PHOTOS[0]).status == 200
+    with ThreadPoolExecutor(2) as pool:
+        with gate.closed():
+            waiting = [pool.submit(client.ask, "/v1/one/predict", photo) for photo in PHOTOS[:2]]
+            until(lambda: engine.taken == 2)
+            client.server.should_exit = True
+            assert [one.result().status for one in waiting] == [500, 500]
+    client.stop()
+    assert (client.service.answered, client.service.cut_off, engine.taken) == (1, 2, 0)
 
 
 def refuses(port: int) -> bool:

@@ -261,6 +261,46 @@ def read_bytes(path: str | os.PathLike[str], most: int) -> bytes:
     return content
 
 
+def machine_memory() -> int:
+    """Return the bytes of memory of this machine; 64 GiB where the system does not tell, as on Windows."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError):
+        return 2**36
+
+
+def require_room(path: str | os.PathLike[str], size: int, copies: int = 1) -> None:
+    """Check that the content of a file fits into the memory of this machine; a sparse file costs nothing to make.
+
+    Args:
+        path: The file, for the message.
+        size: Bytes of its content, not packed.
+        copies: How often the content is in memory while it is loaded.
+
+    Raises:
+        ValueError: It does not fit.
+    """
+    needed, there = size * copies, machine_memory()
+    if needed > there:
+        raise ValueError(
+            f"loading {path} takes {needed / 1e9:,.1f} GB, this machine has {there / 1e9:,.1f} GB; the file is "
+            "damaged, or needs a larger machine"
+        )
+
+
+def read_whole(path: str | os.PathLike[str], copies: int = 1) -> bytes:
+    """Read a regular file after :func:`require_room`.
+
+    Raises:
+        OSError: The file cannot be read, or is not a regular file.
+        ValueError: Its content does not fit into the memory of this machine.
+    """
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        require_room(path, size, copies)
+        return file.read(size)
+
+
 def sync_folder(folder: Path) -> None:
     """Force the names in a folder to the disk. Windows offers no such call and needs none."""
     with contextlib.suppress(OSError):

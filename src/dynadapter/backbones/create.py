@@ -19,6 +19,7 @@ from dynadapter.backbones.frozen import freeze, remove_stochastic_depth
 from dynadapter.backbones.packaged import find
 from dynadapter.backbones.packaged import names as packaged_names
 from dynadapter.backbones.weight_files import load_weights, one_line
+from dynadapter.files import machine_memory
 
 DEAD = ("drop_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_block_rate")
 """timm's dropout rates, which need a backbone in training mode."""
@@ -123,11 +124,7 @@ def _check_image_size(model: nn.Module, name: str, image_size: int) -> None:
 def _check_memory(model: nn.Module, name: str) -> None:
     """Raise a ValueError if the tensors do not fit into the memory of this machine."""
     needed = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
-    try:
-        there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError):  # Windows
-        there = 2**36
-    if needed > there:
+    if needed > (there := machine_memory()):
         raise ValueError(
             f"{name!r} with these arguments takes {needed / 1e9:,.1f} GB, this machine has {there / 1e9:,.1f} GB; give "
             "smaller sizes"

@@ -2,15 +2,19 @@
 
 import pickle
 import re
+import zipfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from timm.models import adapt_input_conv
 from timm.models import load_state_dict as read_checkpoint
 from torch import Tensor, nn
 
 from dynadapter.backbones.cut import _classifier_layers, blocks, convert
+from dynadapter.files import require_room
 
 _WHAT_FITS = "give the timm name and arguments that the file was made with"
 
@@ -31,16 +35,55 @@ def load_weights(model: nn.Module, name: str, path: Path) -> None:
     """
     if not path.is_file():
         raise ValueError(f"weights={str(path)!r} is not a file; give an existing .safetensors, .pth, .pt, .bin or .npz")
+    require_room(path, _unpacked(path))
     if path.suffix.lower() == ".npz":
         _load_npz(model, name, path)
         return
     state = _read(path)
+    require_stored(state, f"weights={str(path)!r}")
     try:
         state = _fit_classifier(model, _fit_input(model, convert(model, state)))
     except Exception as error:  # timm's filters raise many kinds of errors for another architecture
         raise ValueError(f"weights={str(path)!r} do not fit {name!r} ({one_line(error)}); {_WHAT_FITS}") from error
     _check_fit(model, name, path, state)
     model.load_state_dict(state)
+
+
+def _unpacked(path: Path) -> int:
+    """Return the bytes of a file's content, which an archive can hold packed."""
+    size = path.stat().st_size
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return max(size, sum(part.file_size for part in archive.infolist()))
+    except Exception:  # no archive, or a damaged one, which can raise anything
+        return size
+
+
+def require_stored(content: Any, where: str) -> None:
+    """Refuse tensors of a pickle that have more elements than the file holds: strides of 0 repeat one without end.
+
+    Args:
+        content: Mappings, lists and tuples, at any depth, with tensors among other values.
+        where: The file, for the message.
+
+    Raises:
+        ValueError: A tensor is not stored element by element.
+    """
+    for x in _tensors_in(content):
+        dense = x.layout is torch.strided and not x.is_meta
+        if not dense or x.numel() * x.element_size() > x.untyped_storage().nbytes():
+            raise ValueError(f"{where} holds a tensor {tuple(x.shape)} that is not stored whole; save its values")
+
+
+def _tensors_in(content: Any) -> Iterator[Tensor]:
+    left, seen = [content], set[int]()
+    while left:
+        part = left.pop()
+        if isinstance(part, Tensor):
+            yield part.to_local() if hasattr(part, "to_local") else part  # of several processes, this one's part
+        elif isinstance(part, Mapping | list | tuple) and id(part) not in seen:
+            seen.add(id(part))  # pickle can put a list into itself
+            left += part.values() if isinstance(part, Mapping) else part
 
 
 def _read(path: Path) -> dict[str, Tensor]:

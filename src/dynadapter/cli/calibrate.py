@@ -25,6 +25,7 @@ from dynadapter.cli.calibration_images import (
     WORDS,
     Split,
     check_images,
+    load_reference,
     reference_classes,
     some_images,
     stack_logits,
@@ -203,11 +204,12 @@ def _held(out: str | None) -> Iterator[None]:
 
 def _calibrate(trainer: Trainer, model: ExitClassifier, data: ImageData, settings: Settings) -> Solution:
     risk = settings.goal is not None and settings.goal.name == "risk"
-    notes = check_images(data, settings.data_split, settings.ckpt_path, risk)
-    logits, targets = stack_logits(trainer, model, data, settings.data_split, settings.ckpt_path)
-    costs, reference = _costs(model, data, settings), None
-    if settings.goal is not None and settings.goal.reference is not None:
-        reference = reference_classes(settings.goal.reference, data, settings.data_split, model.class_names, targets)
+    split, place = settings.data_split, None if settings.goal is None else settings.goal.reference
+    notes = check_images(data, split, settings.ckpt_path, risk)
+    network, more = load_reference(place, data, split, model.class_names) if place is not None else (None, ())
+    logits, targets = stack_logits(trainer, model, data, split, settings.ckpt_path)
+    costs, notes = _costs(model, data, settings), (*notes, *more)
+    reference = reference_classes(network, data, split, model.class_names, targets) if network is not None else None
     solution = solved(logits, targets, costs, settings, notes, reference)
     _print(solution, model, settings)
     folder = _folder(trainer, settings)
@@ -217,11 +219,10 @@ def _calibrate(trainer: Trainer, model: ExitClassifier, data: ImageData, setting
     with replacing(folder / "curve.png") as file:
         draw_curve(file, solution, model.backbone_name)
     content: dict[str, Any] = {"kind": settings.policy, "search": settings.search, "combine": settings.combine}
-    content |= {"seed": settings.seed, "data_split": settings.data_split, "costs": plain(costs)}
+    content |= {"seed": settings.seed, "data_split": split, "costs": plain(costs)}
     _write(folder, solution_data(solution) | content, model, settings)
     if settings.bundle:
-        words = f"{WORDS[settings.data_split]} images, cross-fitted"
-        measured = measured_data(solution, settings.data_split, words)
+        measured = measured_data(solution, split, f"{WORDS[split]} images, cross-fitted")
         _write_bundle(solution.found.policy, measured, costs, model, data, settings)
     return solution
 

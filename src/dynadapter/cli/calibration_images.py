@@ -10,12 +10,15 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 
-from dynadapter.cli.errors import Mistake
+from dynadapter.cli.errors import Mistake, mistakes, nearest_place
 from dynadapter.cli.networks import check_network, load_bundle, load_checkpoint
 from dynadapter.data import ImageData
 from dynadapter.data.dataset import ImageDataset, collate
 from dynadapter.exits.policies import Never
+from dynadapter.serve.bundle import Bundle
 from dynadapter.training.callbacks.stacked_logits import StackedLogits
+from dynadapter.training.checkpoints import read
+from dynadapter.training.contents import saved_contents
 from dynadapter.training.module import ExitClassifier
 
 Split = Literal["val", "test", "train"]
@@ -67,9 +70,10 @@ def check_images(data: ImageData, split: Split, ckpt_path: str, guarantee: bool 
 
 def _images_of_the_training(ckpt_path: str) -> tuple[Literal["content", "path"], Tensor, Tensor] | None:
     """Return the keys of the training and validation images in a checkpoint; None if they are missing or not valid."""
-    saved = torch.load(ckpt_path, map_location="cpu", weights_only=True)["dynadapter"].get("images")
-    if not isinstance(saved, dict):
-        return None
+    with mistakes(kinds=(ValueError, OSError)):
+        checkpoint = read(ckpt_path)
+    with mistakes(f"{ckpt_path}: "):
+        saved = saved_contents(checkpoint)["images"]
     by: Any = saved.get("by")
     keys = [one for one in (saved.get("train"), saved.get("val")) if isinstance(one, Tensor)]
     if by not in ("content", "path") or [one.dtype for one in keys] != [torch.int64, torch.int64]:
@@ -117,35 +121,62 @@ def some_images(data: ImageData, split: Split, most: int = 64) -> Tensor:
     return collate([images[k * len(images) // count] for k in range(count)])[0]
 
 
-def reference_classes(place: str, data: ImageData, split: Split, class_names: Sequence[str], targets: Tensor) -> Tensor:
-    """Run the images of a split through another network, such as a static one, as reference of the accuracy.
+def load_reference(
+    place: str, data: ImageData, split: Split, class_names: Sequence[str]
+) -> tuple[Bundle, tuple[str, ...]]:
+    """Load another network, such as a static one, and check that it is a reference for the images of a split.
 
     Args:
-        place: Checkpoint or bundle of the network, which uses its own preprocessing.
+        place: Its checkpoint or bundle.
         data: The images.
         split: val, test or train.
-        class_names: The classes, in the order of their indices; those of the other network are matched by name.
+        class_names: The classes; those of the other network are matched by name.
+
+    Returns:
+        The network, and notes about its images.
+    """
+    given, path = f"goal.reference={place}", Path(os.path.expanduser(place))
+    if not path.exists():
+        raise Mistake(f"{given} does not exist{nearest_place(place) or '; give a checkpoint or a bundle'}")
+    if path.is_dir():
+        check_network(place)
+        network, known = load_bundle(place, None, None), None
+    else:
+        known = _images_of_the_training(str(path))  # its checksums first
+        network = load_checkpoint(place, None, None)[0]
+    if set(network.class_names) != set(class_names):
+        raise Mistake(f"{given} has other classes; give a network that was trained for the same ones")
+    if network.preprocess is None:
+        raise Mistake(f"{given} takes only tensors, no image files; leave it out")
+    if known is None:
+        return network, (f"the images of the training of {given} are unknown, and may be among these",)
+    images = data.dataset(split)
+    if both := int(torch.isin(images.image_keys(known[0])[1], known[1]).sum()):
+        raise Mistake(
+            f"{given} was trained on {both} of the {len(images)} {WORDS[split]} images; give a network that was "
+            "trained with the same split"
+        )
+    return network, ()
+
+
+def reference_classes(
+    network: Bundle, data: ImageData, split: Split, class_names: Sequence[str], targets: Tensor
+) -> Tensor:
+    """Run the images of a split through a network of :func:`load_reference`, as reference of the accuracy.
+
+    Args:
+        network: The network, which uses its own preprocessing.
+        data: The images.
+        split: val, test or train.
+        class_names: The classes, in the order of their indices.
         targets: Targets of the images that were run (samples,): the first ones of the split.
 
     Returns:
         The classes that its last exit predicts (samples,).
     """
-    folder = Path(os.path.expanduser(place)).is_dir()
-    check_network(place if folder else None, None if folder else place)
-    images = data.dataset(split)
-    if not folder and (known := _images_of_the_training(str(Path(os.path.expanduser(place))))) is not None:
-        both = int(torch.isin(images.image_keys(known[0])[1], known[1]).sum())
-        if both:
-            raise Mistake(
-                f"goal.reference={place} was trained on {both} of the {len(images)} {WORDS[split]} images; give a "
-                "network that was trained with the same split"
-            )
-    network = load_bundle(place, None, None) if folder else load_checkpoint(place, None, None)[0]
-    if set(network.class_names) != set(class_names):
-        raise Mistake(f"goal.reference={place} has other classes; give a network that was trained for the same ones")
-    samples = images.samples[: len(targets)]
+    samples = data.dataset(split).samples[: len(targets)]
     if [label for _, label in samples] != targets.tolist():
-        raise Mistake(f"goal.reference={place}: the {WORDS[split]} images were not run in their order; report this bug")
+        raise Mistake(f"goal.reference: the {WORDS[split]} images were not run in their order; report this bug")
     number = {name: index for index, name in enumerate(class_names)}
     found = network.predict([source for source, _ in samples], policy=Never())
     return torch.tensor([number[one.label] for one in found])

@@ -65,7 +65,7 @@ def parser() -> CommandParser:
 
 
 def run(args: list[str]) -> None:
-    """Run the command until a signal stops it; accepted requests are answered first."""
+    """Run the command until a signal stops it; accepted requests are answered first, in a limited time."""
     given = parser().parse_args(args)
     places = read(given)
     if missing := [name for name in NEEDED if find_spec(name) is None]:
@@ -131,7 +131,8 @@ def _serve(given: Any, places: dict[str, str], listening: "socket.socket") -> No
     folders = {
         name: Path(os.path.expanduser(place)) for name, place in places.items() if not place.startswith("hf-hub:")
     }
-    server = server_of(Service(engines, settings, folders).app())
+    service = Service(engines, settings, folders)
+    server = server_of(service.app())
     host, port = listening.getsockname()[:2]
     address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     for name in engines:
@@ -142,8 +143,19 @@ def _serve(given: Any, places: dict[str, str], listening: "socket.socket") -> No
             signal.signal(number, server.handle_exit)
     with suppress(KeyboardInterrupt):  # uvicorn has stopped gracefully, and raises it again
         server.run(sockets=[listening])
-    answers = sum(sum(engine.counts.exits) for engine in engines.values())
-    print(f"stopped; {answers:,} images were answered; no accepted request is left", flush=True)
+    print(f"stopped; {service.answered:,} images were answered; {_left(service.cut_off)}", flush=True)
+
+
+def _left(cut_off: int) -> str:
+    """Return what became of the requests that were accepted and not answered."""
+    from dynadapter.serve.listening import GRACE
+
+    if not cut_off:
+        return "no accepted request is left"
+    return (
+        f"{cut_off:,} accepted requests were not, because the server waits {GRACE} seconds for them, or until a second "
+        "Ctrl-C"
+    )
 
 
 def _engines(given: Any, places: dict[str, str]) -> dict[str, "Engine"]:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 from contextlib import AbstractContextManager, suppress
+from decimal import ROUND_CEILING, Context
 from typing import Any
 
 from torch import Tensor
@@ -21,8 +22,6 @@ from dynadapter.serve.together import Together
 from dynadapter.serve.worker import ExitPredictions, Worker, predict_exit
 
 LOG = logging.getLogger("dynadapter.serve")
-EASE = 0.5
-"""From this fraction of the queue on (a batch that runs left out), deep exits are closed, one after the other."""
 
 
 class Engine:
@@ -32,8 +31,9 @@ class Engine:
     `batch` samples, so that samples are answered before others begin. With `wait` above 0 a stage runs when `batch`
     samples wait for it or one has waited that long; otherwise the first stage with a sample runs. Deep batches are then
     fuller and slow answers slower. No sample waits while the network is idle. Answers equal those of
-    :meth:`Bundle.route` up to rounding. When more than half of the queue is taken, the deepest exits are closed one
-    after the other, so that samples stop earlier before any is refused.
+    :meth:`Bundle.route` up to rounding. Of the `queue` requests a batch runs and the others wait. When more than half
+    of the places to wait are taken, the deepest exit is closed, then the next one, in even steps; only exit 1 is open
+    before any request is refused.
 
     >>> with Engine(bundle) as engine:                                        # doctest: +SKIP
     ...     answer = engine.submit("photo.jpg", Limits(max_gmacs=1.2)).result()
@@ -134,6 +134,7 @@ class Engine:
             Full: `queue` requests are waiting.
             Closed: The engine is closed.
             ValueError: The budget fits no exit, or the policy has no threshold.
+            RuntimeError: The system starts no more threads.
         """
         job = self._job(image, limits)
         with self._worker.changed:
@@ -141,17 +142,23 @@ class Engine:
                 raise Closed(f"{self.name} stops and accepts no image")
             if self.taken >= self.queue:
                 raise self._full()
-            self.taken += 1
             self._worker.ensure()
-            self._readers.submit(self._read, job)
+            self.taken += 1
+            try:
+                self._readers.submit(self._read, job)
+            except RuntimeError:  # it may be in their queue all the same
+                job.cancel()
+                self.end(job, None)
+                raise
         return job
 
     def ready(self) -> bool:
         """Check whether images are accepted; start the thread that runs the network again if it ended."""
-        with self._worker.changed:
+        with self._worker.changed, suppress(RuntimeError):  # the system starts no more threads
             if not self.closing:
                 self._worker.ensure()
-            return not self.closing
+                return True
+        return False
 
     def is_full(self) -> bool:
         """Check whether the queue is full at this moment."""
@@ -159,18 +166,20 @@ class Engine:
 
     def open_exits(self) -> int:
         """Return the number of exits that are open under the present load."""
-        load = (self.taken - self.batch) / (self.queue - self.batch)
-        return min(self.exits, max(1, math.ceil(self.exits * (1 - load) / (1 - EASE))))
+        free, places = self.queue - self.taken, self.queue - self.batch  # a batch runs and does not wait
+        return min(self.exits, 1 + 2 * (self.exits - 1) * free // places)
 
     def close(self) -> None:
         """Accept no more requests, answer the accepted ones, and end the threads that no other engine uses."""
-        with self._worker.changed:
-            self.closing = True
-            if self.taken:
-                self._worker.ensure()
-            self._worker.changed.notify_all()
-        self._readers.shutdown()
-        self._worker.finish(self)
+        try:
+            with self._worker.changed:
+                self.closing = True
+                if self.taken:
+                    self._worker.ensure()
+                self._worker.changed.notify_all()
+        finally:  # also if the system starts no thread
+            self._readers.shutdown()
+            self._worker.finish(self)
 
     def __enter__(self) -> "Engine":
         return self
@@ -194,7 +203,7 @@ class Engine:
             policy = with_threshold(policy, limits.threshold)
         if limits.max_gmacs is not None:
             if not limits.max_gmacs >= gmacs[0]:
-                raise ValueError(f"max_gmacs={limits.max_gmacs:g} is below exit 1; give at least {gmacs[0]:g}")
+                raise ValueError(f"max_gmacs={limits.max_gmacs} is below exit 1; give at least {_rounded_up(gmacs[0])}")
             last = max(k for k, cost in enumerate(gmacs) if cost <= limits.max_gmacs)
         if limits.deadline is not None and not limits.deadline > 0:
             raise ValueError(f"deadline={limits.deadline:g} must be above 0 seconds")
@@ -237,13 +246,23 @@ class Engine:
             elif answer is not None:
                 job.set_result(answer)
 
-    def drop_late(self, k: int, now: Waiting[Job]) -> Waiting[Job]:
-        """Drop cancelled samples, and answer samples that would be late with the prediction of their last exit."""
+    def drop_late(self, k: int, now: Waiting[Job], seconds: float) -> Waiting[Job]:
+        """Drop cancelled samples, and answer samples that would be late with the prediction of their last exit.
+
+        Args:
+            k: Exit index, from 0.
+            now: The samples before the stage.
+            seconds: When the stage will end, from now on; before stage 0, which has no earlier exit, only a deadline
+                that has passed counts.
+
+        Returns:
+            The samples that are left.
+        """
         clock, stay, late = time.monotonic(), [], []
         for row, job in enumerate(now.items):
             if job.cancelled():
                 self.end(job, None)
-            elif clock + (self._worker.seconds[k] if k else 0) >= job.deadline:
+            elif clock + (seconds if k else 0) >= job.deadline:
                 late.append(row)
             else:
                 stay.append(row)
@@ -289,7 +308,7 @@ class Engine:
             return "max_gmacs"
         if k + 1 >= open_exits:
             return "load"
-        return "deadline" if clock + self._worker.seconds[k + 1] >= job.deadline else None
+        return "deadline" if clock + self._worker.expected(k + 1) >= job.deadline else None
 
     def _answer(self, job: Job, answer: Served | Exception) -> None:
         if isinstance(answer, Served):
@@ -300,6 +319,11 @@ class Engine:
                 for line in self.drift.add(answer.exit_index, answer.probabilities.max().item()):
                     LOG.warning("%s: %s", self.name, line)
         self.end(job, answer)
+
+
+def _rounded_up(value: float) -> str:
+    """Return a number as text of six digits that is not below it."""
+    return f"{Context(prec=6, rounding=ROUND_CEILING).create_decimal(value).normalize():f}"
 
 
 def _late() -> Late:

@@ -20,7 +20,8 @@ def list_images(places: Iterable[str], path_column: str | None = None) -> list[s
 
     Args:
         places: Folders (searched with their subfolders), text files with one path per line, CSV files, image files.
-            Paths in a list are relative to its folder. They are only read as images.
+            Paths in a list are absolute, or relative to its folder; ``~`` is a name like any other. They are only read
+            as images.
         path_column: The column of a CSV file that holds the paths; None for the first.
     """
     found: list[str] = []
@@ -36,7 +37,7 @@ def list_images(places: Iterable[str], path_column: str | None = None) -> list[s
             continue
         if not names:
             raise ValueError(f"{place} lists no image; give a file with one path per line, or a CSV file with a header")
-        found += [str(place.parent / Path(os.path.expanduser(name))) for name in names]
+        found += [str(place.parent / name) for name in names]
     return found
 
 

@@ -11,9 +11,9 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 HEAD_SECONDS = 10.0
 """Time in which the head of a request must arrive."""
 CONNECTIONS = 1000
-"""More are answered by 503."""
+"""From this number of open connections on, requests are answered by 503."""
 GRACE = 60
-"""Seconds that answers may take after a signal to stop."""
+"""Seconds that answers may take after a signal to stop; then uvicorn cancels the requests."""
 
 
 class Protocol(H11Protocol):

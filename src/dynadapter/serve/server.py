@@ -31,6 +31,8 @@ PAGE = Path(__file__).with_name("page.html")
 POLICY = "default-src 'none'; img-src blob:; connect-src 'self'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 """What the page may load: nothing from elsewhere."""
 RETRY = {"Retry-After": "1"}
+PARAMETERS = ("top_k", "threshold", "max_gmacs", "deadline_ms")
+"""What a request may give in its path after ``?``."""
 LEFT = 499
 """Status of a request whose client left; nobody sees it, and the metrics count it."""
 
@@ -84,6 +86,10 @@ class Service:
         engines: The engines by the names of their bundles in the path.
         settings: The limits of uploads.
         places: Folders of the bundles by name, to detect a replaced bundle; bundles without a folder are left out.
+
+    Attributes:
+        answered: Requests that were answered by a label.
+        cut_off: Requests that were ended without an answer, because the server stopped before.
     """
 
     def __init__(
@@ -92,6 +98,7 @@ class Service:
         self.engines, self.settings, self.places = engines, settings, places or {}
         self.metrics = Metrics(engines)
         self.held = 0  # bytes of uploads
+        self.answered = self.cut_off = 0
 
     def app(self) -> FastAPI:
         """Return the application; when it ends, it closes the engines."""
@@ -114,7 +121,7 @@ class Service:
         route("/v1/{name}/predict", self.predict, methods=["POST"], response_model=None, openapi_extra=BODY)
         app.add_exception_handler(Problem, _problem)
         app.add_exception_handler(HTTPException, _problem)
-        app.add_exception_handler(RequestValidationError, _wrong_value)
+        app.add_exception_handler(RequestValidationError, self._wrong_value)
         app.add_exception_handler(Exception, _bug)
         return app
 
@@ -160,6 +167,7 @@ class Service:
         start, engine = time.perf_counter(), self._engine(name)
         status = 500
         try:
+            _check_parameters(request)
             async with self._body(request, engine) as data:
                 seconds = None if deadline_ms is None else deadline_ms / 1000 - (time.perf_counter() - start)
                 source = Upload(data, self.settings.max_pixels)
@@ -167,11 +175,14 @@ class Service:
             content = answered(engine, served, top_k) | {"bundle": name}
             taken = time.perf_counter() - start
             self.metrics.seconds.labels(name).observe(taken)
-            status = 200
+            status, self.answered = 200, self.answered + 1
             return JSONResponse(content | {"milliseconds": round(1000 * taken, 1)})
         except ClientDisconnect:
             status = LEFT
             return Response(status_code=LEFT)
+        except asyncio.CancelledError:  # the server stops and waits no longer
+            self.cut_off += 1
+            raise
         except Problem as problem:
             status = problem.status
             raise
@@ -179,6 +190,14 @@ class Service:
             self.metrics.requests.labels(name, str(status)).inc()
 
     # ---- parts
+
+    async def _wrong_value(self, request: Request, error: Any) -> Response:
+        """Answer a value that FastAPI refused before :meth:`predict` began, and count it as that would."""
+        name, first = request.path_params.get("name"), error.errors()[0]
+        if name in self.engines:
+            self.metrics.requests.labels(name, "400").inc()
+        message = f"{first['loc'][-1]}={str(first.get('input'))[:100]!r}: {first['msg']}"
+        return JSONResponse({"error": message}, 400)
 
     def _engine(self, name: str) -> Engine:
         if name not in self.engines:
@@ -285,6 +304,11 @@ def _as_problem() -> Iterator[None]:
         raise Problem(500, " ".join(str(error).split()) or type(error).__name__) from None
 
 
+def _check_parameters(request: Request) -> None:
+    if unknown := [name for name in request.query_params if name not in PARAMETERS]:
+        raise Problem(400, f"{unknown[0][:100]!r} is not a parameter; give one of {', '.join(PARAMETERS)}")
+
+
 def _check_head(request: Request, max_bytes: int) -> None:
     if request.headers.get("content-type", "").startswith("multipart/"):
         message = "the body is a form; send the bytes of the image alone, as curl --data-binary @photo.jpg does"
@@ -318,12 +342,6 @@ async def _problem(_: Request, error: Any) -> Response:
     if isinstance(error, HTTPException):
         return JSONResponse({"error": error.detail}, error.status_code, error.headers)
     return JSONResponse({"error": str(error)}, error.status, error.headers)
-
-
-async def _wrong_value(_: Request, error: Any) -> Response:
-    first = error.errors()[0]
-    message = f"{first['loc'][-1]}={str(first.get('input'))[:100]!r}: {first['msg']}"
-    return JSONResponse({"error": message}, 400)
 
 
 async def _bug(_: Request, error: Exception) -> Response:

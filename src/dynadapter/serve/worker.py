@@ -46,8 +46,8 @@ class Owner(Protocol):
     taken: int
     counts: Counts
 
-    def drop_late(self, k: int, now: Waiting[Job]) -> Waiting[Job]:
-        """Return the samples that stage ``k`` shall run; the others are ended."""
+    def drop_late(self, k: int, now: Waiting[Job], seconds: float) -> Waiting[Job]:
+        """Return the samples that stage ``k``, which ends in some seconds, shall run; the others are ended."""
 
     def answer_stopped(self, k: int, now: Waiting[Job], predictions: ExitPredictions, seconds: float) -> list[int]:
         """Answer the samples that stop at exit ``k``, and return the rows of the others."""
@@ -74,6 +74,9 @@ class Worker:
         changed: Lock of the queues and of the owners' states; it wakes the thread.
         queues: The samples that wait for each stage, by task.
         seconds: Time of a run of each stage, a running mean; 0 before the first.
+        turn: Time until `compute` is free, a running mean over the runs of all stages. Stage 0 runs whatever it is, so
+            it cannot stay high after the load has passed; a mean for each stage could, because a deadline stops samples
+            before a stage that seems slow.
         owners: The engines in the order of their tasks.
     """
 
@@ -84,6 +87,7 @@ class Worker:
         self.changed = threading.Condition()
         self.queues: list[list[deque[Waiting[Job]]]] = [[] for _ in range(exits)]
         self.seconds = [0.0] * exits
+        self.turn = 0.0
         self.owners: list[Owner] = []
         self._step, self._compute, self._name = step, compute or nullcontext(), name
         self.thread = self._new_thread()
@@ -107,6 +111,10 @@ class Worker:
         with self.changed:
             self.queues[k][task].append(replace(part, since=time.monotonic()))
             self.changed.notify_all()
+
+    def expected(self, k: int) -> float:
+        """Return the seconds that a run of stage ``k`` takes from now on, the wait for `compute` included."""
+        return self.turn + self.seconds[k]
 
     def finish(self, owner: Owner) -> None:
         """Wait until the jobs of an engine that closes are ended; with the last engine the thread ends."""
@@ -146,7 +154,7 @@ class Worker:
         return next(iter(due[-1:] or full[-1:] or some[:1]), None)
 
     def _due(self, k: int, part: Waiting[Job]) -> float:
-        return min(part.since + self.wait, min(job.deadline for job in part.items) - 2 * self.seconds[k])
+        return min(part.since + self.wait, min(job.deadline for job in part.items) - 2 * self.expected(k))
 
     def _take(self, k: int) -> dict[int, list[Waiting[Job]]]:
         """Remove the next batch of a stage from its queues, and return it by task; the tasks share it evenly."""
@@ -165,22 +173,34 @@ class Worker:
         now = dict[int, Waiting[Job]]()
         for task, parts in taken.items():
             with self._failing(k, task, [job for part in parts for job in part.items]), torch.inference_mode():
-                if (left := self.owners[task].drop_late(k, joined(parts))).items:
-                    now[task] = left
-        if now:
+                now[task] = joined(parts)
+        if now := self._in_time(k, now, self.expected(k)):
             self._run(k, now)
+
+    def _in_time(self, k: int, now: dict[int, Waiting[Job]], seconds: float) -> dict[int, Waiting[Job]]:
+        """Return the samples of each task that are not late if stage ``k`` ends in some seconds."""
+        left = dict[int, Waiting[Job]]()
+        for task, part in now.items():
+            with self._failing(k, task, part.items), torch.inference_mode():
+                if (stay := self.owners[task].drop_late(k, part, seconds)).items:
+                    left[task] = stay
+        return left
 
     def _run(self, k: int, now: dict[int, Waiting[Job]]) -> None:
         """Run a stage on the samples of some tasks; if it fails on several tasks, run each by itself."""
+        found, seconds, asked = dict[int, tuple[Waiting[Job], ExitPredictions]](), 0.0, time.perf_counter()
         try:
-            found, seconds = self._computed(k, now)
+            with self._compute:
+                self.turn = _running_mean(self.turn, time.perf_counter() - asked)
+                if now := self._in_time(k, now, self.seconds[k]):  # others may have held the lock for long
+                    found, seconds = self._computed(k, now)
         except BaseException as error:
-            found, seconds = {}, 0.0
+            found = {}
             if len(now) > 1:
                 LOG.warning("stage %d failed on several bundles, so each runs by itself: %s", k + 1, error)
             else:
-                [(task, part)] = now.items()
-                self._fail(k, task, part.items, error)
+                for task, part in now.items():
+                    self._fail(k, task, part.items, error)
             release_tensors(error)
         if not found and len(now) > 1:
             for task, part in now.items():
@@ -197,7 +217,7 @@ class Worker:
     ) -> tuple[dict[int, tuple[Waiting[Job], ExitPredictions]], float]:
         """Run a stage and its heads; return each task's samples with its predictions, and the seconds."""
         found, row = dict[int, tuple[Waiting[Job], ExitPredictions]](), 0
-        with self._compute, torch.inference_mode():
+        with torch.inference_mode():
             start = time.perf_counter()
             device = self.owners[0].bundle.device
             parts = [part.inputs for part in now.values()]
@@ -210,7 +230,7 @@ class Worker:
                 part = replace(part, inputs=tuple(tensor[rows] for tensor in stage_state), history=history)
                 found[task] = part, predict_exit(part, k, last=k == len(self.queues) - 1)
             seconds = time.perf_counter() - start
-        self.seconds[k] = 0.9 * self.seconds[k] + 0.1 * seconds if self.seconds[k] else seconds
+        self.seconds[k] = _running_mean(self.seconds[k], seconds)
         return found, seconds
 
     @contextmanager
@@ -228,6 +248,10 @@ class Worker:
         why = f"stage {k + 1} failed on its batch ({type(error).__name__}: {' '.join(str(error).split())})"
         for job in jobs:
             owner.end(job, Failed(why))
+
+
+def _running_mean(mean: float, seconds: float) -> float:
+    return 0.9 * mean + 0.1 * seconds if mean else seconds
 
 
 def predict_exit(now: Waiting[Job], k: int, last: bool) -> ExitPredictions:

@@ -14,7 +14,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 
-from dynadapter.files import PARTIAL, locked, open_regular, write
+from dynadapter.backbones.weight_files import require_stored
+from dynadapter.files import PARTIAL, locked, open_regular, require_room, write
 from dynadapter.spec import IMPORT_FIRST
 
 
@@ -253,6 +254,7 @@ def read(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
         ValueError: The file is damaged, not a checkpoint, or not local.
     """
     require_local(path)
+    require_room(path, os.path.getsize(path))
     check(path)
     try:
         checkpoint = torch.load(path, map_location=map_location, weights_only=True)
@@ -266,6 +268,7 @@ def read(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
         raise ValueError(f"{path} is not a readable checkpoint: {why}") from error
     if not isinstance(checkpoint, dict):
         raise ValueError(f"{path} is not a checkpoint: it holds a {type(checkpoint).__name__}")
+    require_stored(checkpoint, str(path))
     return checkpoint
 
 

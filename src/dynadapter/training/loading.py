@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch import LightningModule
 
 from dynadapter.backbones.stored import check_arguments, check_name
+from dynadapter.backbones.weight_files import require_stored
 from dynadapter.limits import require_bounded, require_few_classes
 from dynadapter.spec import plain, restore
 from dynadapter.training.checkpoints import read, use_atomic_checkpoints
@@ -84,6 +85,7 @@ class CheckedLoading(LightningModule):
             checkpoint = read(checkpoint_path)
         else:
             checkpoint = torch.load(checkpoint_path, map_location="cpu", weights_only=True)
+            require_stored(checkpoint, "the checkpoint")
             checkpoint_path.seek(0)
         try:
             settings = stored_settings(cls, checkpoint, kwargs)

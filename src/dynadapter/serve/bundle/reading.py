@@ -4,11 +4,14 @@ from pathlib import Path
 
 from torch import Tensor
 
-from dynadapter.files import left_over, read_bytes
+from dynadapter.files import left_over, read_bytes, read_whole
 from dynadapter.limits import MAX_JSON
 from dynadapter.serve.bundle.config import CONFIG, MODEL, Config
 from dynadapter.serve.bundle.tensors import check_finite as refuse_nonfinite
 from dynadapter.serve.bundle.tensors import from_bytes
+
+COPIES = 3
+"""How often the tensors are in memory while they are read: the file, what safetensors takes out of it, and a copy."""
 
 
 def read(folder: Path, *, check_finite: bool = True) -> tuple[Config, dict[str, Tensor]]:
@@ -31,7 +34,7 @@ def read(folder: Path, *, check_finite: bool = True) -> tuple[Config, dict[str, 
             )
     config = read_config(folder)
     where = str(folder / MODEL)
-    tensors = from_bytes((folder / MODEL).read_bytes(), config.sha256, where)
+    tensors = from_bytes(read_whole(folder / MODEL, COPIES), config.sha256, where)
     if check_finite:
         refuse_nonfinite(tensors, where)
     return config, tensors

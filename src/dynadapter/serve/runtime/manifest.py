@@ -6,10 +6,10 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from dynadapter.files import checksum, open_regular, read_bytes, sha256, shown
+from dynadapter.files import checksum, open_regular, read_bytes, require_room, sha256, shown
 from dynadapter.images.preprocess import Preprocess
 from dynadapter.serve.runtime.policies import Policy
 
@@ -18,6 +18,8 @@ FORMAT = 3
 MANIFEST = "manifest.json"
 MAX_BYTES = 2**26
 """Largest size of a manifest."""
+COPIES = 2
+"""How often the graphs are in memory while they are opened: the files, and what the sessions hold."""
 CODE = (
     "files.py",
     "images/__init__.py",
@@ -92,6 +94,8 @@ def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
         manifest = _parse(content, path.parent)
         files = {str(name): str(digest) for name, digest in content["files"].items()}
         files |= {entry["file"]: str(entry["sha256"]) for entry in content["stages"]}
+        if outside := [name for name in files if not _is_inside(name)]:
+            raise ValueError(f"the file {outside[0]!r} is not inside the folder")
     except KeyError as error:
         why = f"has no {error}"
     except (AttributeError, IndexError, TypeError) as error:
@@ -102,6 +106,7 @@ def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
         _check_files(path.parent, files)
         for stage in manifest.stages:
             _refuse_external(stage.file)
+        require_room(path.parent, sum(stage.file.stat().st_size for stage in manifest.stages), COPIES)
         return manifest
     raise ValueError(f"{path} {why}; export the model again, or correct the file")
 
@@ -148,6 +153,11 @@ def files_of(folder: Path) -> list[str]:
     found = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
     names = (path.relative_to(folder) for path in found)
     return sorted(name.as_posix() for name in names if name.as_posix() != MANIFEST and "__pycache__" not in name.parts)
+
+
+def _is_inside(name: str) -> bool:
+    """Check that a name can only be of a file below the folder; also one of Windows."""
+    return not any(path.anchor or ".." in path.parts for path in (PurePosixPath(name), PureWindowsPath(name)))
 
 
 def _check_files(folder: Path, expected: Mapping[str, str]) -> None:

@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from dynadapter.files import read_whole
 from dynadapter.images.reading import SOURCES, Source, UnreadableImage, find_images, is_source, source_name
 from dynadapter.serve.runtime.manifest import read_manifest
 from dynadapter.serve.runtime.policies import Floats, confidence
@@ -101,7 +102,7 @@ class Runner:
             if k not in self._sessions:
                 file = self.manifest.stages[k].file
                 try:
-                    self._sessions[k] = self.engine.open(file.read_bytes())
+                    self._sessions[k] = self.engine.open(read_whole(file))
                 except Exception as error:  # the engines' own types have no common base
                     raise ValueError(
                         f"{self.engine.name} cannot open {file}: {' '.join(str(error).split())}"
