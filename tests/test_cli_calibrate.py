@@ -257,7 +257,9 @@ def test_wrong_reference_costs_no_pass(kind, checkpoint, tmp_path, capsys, monke
     elif kind == "changed":
         content = bytearray(checkpoint.read_bytes())
         middle = len(content) // 2
-        content[middle : middle + 256] = bytes(256)  # more than the padding between two parts
+        content[middle : middle + 256] = bytes(
+            byte ^ 1 for byte in content[middle : middle + 256]
+        )  # more than the padding between two parts
         place.write_bytes(content)
         words = "other.ckpt is not a readable checkpoint: it is cut off or damaged"
     elif kind == "missing":
