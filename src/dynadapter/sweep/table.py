@@ -236,7 +236,7 @@ def draw(table: Sequence[Row], sweep: Sweep, title: str) -> Any:
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
     axes = figure.subplots()
     what = f"mean of {_count(len(sweep.tasks), 'task')}"
     for a, adapter in enumerate(sweep.adapters):
@@ -246,14 +246,14 @@ def draw(table: Sequence[Row], sweep: Sweep, title: str) -> Any:
             style: dict[str, Any] = {"color": f"C{a}", "linestyle": ("-", "--", ":", "-.")[r % 4], "linewidth": 1.2}
             if exits:
                 points = [(row.percent_of_static.mean, row.accuracy.mean) for row in exits]
-                axes.plot(*zip(*points, strict=True), marker="os^vDP"[r % 6], label=f"{adapter}, {recipe}", **style)
+                axes.plot(*zip(*points, strict=True), marker="os^vDPXph"[r % 9], label=f"{adapter}, {recipe}", **style)
             for row in here:
                 if row.reading in {goal.name for goal in sweep.goals} and len(exits) > 1:
                     place = (row.percent_of_static.mean, row.accuracy.mean)
                     axes.plot(*place, "*", color=f"C{a}", markersize=10, markeredgecolor="black", zorder=3)
     handles, labels = axes.get_legend_handles_labels()
     star = Line2D([], [], marker="*", linestyle="", color="white", markersize=10, markeredgecolor="black")
-    axes.legend([*handles, star], [*labels, "by a policy"], fontsize="small")
+    figure.legend([*handles, star], [*labels, "by a policy"], fontsize="small", loc="outside right upper")
     axes.set(xlabel="cost in % of static", ylabel=f"test accuracy in %, {what}", title=title)
     axes.set_xlim(left=0)
     axes.grid(alpha=0.3)
