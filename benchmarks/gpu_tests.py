@@ -45,7 +45,7 @@ class Recorder:
             return
         self.counts[report.outcome] = self.counts.get(report.outcome, 0) + 1
         if report.failed:
-            print(f"{report.nodeid}: {str(report.longrepr).splitlines()[-1]}")
+            print(f"{report.nodeid}: {report.longrepr}")
         else:
             self.log.add(self.key(report.nodeid), outcome=report.outcome, seconds=round(report.duration, 3))
 
@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
             "-o",
             "addopts=",  # one process: the recorder is a plugin of it
             "-W",
-            "ignore::pytest.PytestAssertRewriteWarning",
+            "default",  # the versions of that machine may warn of other things
             f"--rootdir={ROOT}",
             *chosen,
         ],

@@ -8,6 +8,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -174,12 +175,14 @@ def test_missing_gpu_is_one_line(program, name, tmp_path):
 def test_compile_verdict_follows_the_rule(program):
     verdict = program("stage_compile").verdict
 
-    def lines(*gains: float) -> list[dict[str, Any]]:
-        return [{"over_eager": {"routing compiled": gain}} for gain in gains]
+    def lines(*gains: float, deep: float = 0.5) -> list[dict[str, Any]]:
+        shares = {"routing": [0.5, 0.5], "routing compiled": [1 - deep, deep]}
+        return [{"over_eager": {"routing compiled": gain}, "shares": shares} for gain in gains]
 
     assert verdict(lines(1.2, 1.3, 1.0, 1.0)).startswith("routing compiled passes")
     for gains in ((1.2, 1.1, 1.1, 1.1), (1.3, 1.3, 1.3, 0.9)):
         assert verdict(lines(*gains)).startswith("no way of compiling passes")
+    assert verdict(lines(1.5, 1.5, deep=0.25)).startswith("no way of compiling passes")  # it ran fewer stages
 
 
 @pytest.mark.filterwarnings(*IGNORED)
@@ -281,14 +284,24 @@ def test_gpu_tasks_continue_elsewhere(program, tmp_path, monkeypatch):
     (tmp_path / "weights" / "small.json").write_text(json.dumps(about))
     for name in ("TASKS", "WEIGHTS"):
         monkeypatch.setenv(name, str(tmp_path / name.lower()))
+    archive, run = tmp_path / "gpu_tasks_small.tar.gz", tmp_path / "runs/gpu_tasks_small"
     lines = []
-    for _ in range(2):
+    for _ in range(3):
         done = gpu(tmp_path, "--tiny", "tasks")
         assert done.returncode == 0, done.stderr[-2000:]
-        lines.append((tmp_path / "runs/gpu_tasks_small/results.jsonl").read_bytes())
-        shutil.rmtree(tmp_path / "runs")
+        lines.append((run / "transfer/results.jsonl").read_text().splitlines())
+        shutil.rmtree(run)
+        if len(lines) == 2:  # as if the time had been over before the last run
+            with tarfile.open(archive) as packed:
+                packed.extractall(run, filter="data")
+            (run / "transfer/results.jsonl").write_text("".join(f"{line}\n" for line in lines[0][:-1]))
+            with tarfile.open(archive, "w:gz") as packed:
+                packed.add(run, ".")
+            shutil.rmtree(run)
     assert lines[0] == lines[1]
-    assert len(lines[0].splitlines()) == 6
+    assert len(lines[0]) == 6
+    assert lines[2][:-1] == lines[0][:-1]
+    assert json.loads(lines[2][-1])["run"] == json.loads(lines[0][-1])["run"]
 
 
 @pytest.mark.slow
