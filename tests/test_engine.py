@@ -212,7 +212,9 @@ def test_deadline_passed_in_a_queue():
         assert first.result(60).exit_index == 2
         job = engine._job(IMAGES[1], Limits(deadline=100))  # as one that waits before the last stage
         engine.taken += 1
-        assert not engine.drop_late(2, Waiting([job], 0.0, (IMAGES[1:2],), LOGITS[:2, 1:2]), 1000.0).items
+        waiting = Waiting([job], 0.0, (IMAGES[1:2],), LOGITS[:2, 1:2])
+        assert engine.late_rows(2, waiting, 1000.0) == [0]
+        engine.end_late(2, waiting)
         answer = job.result(0)
         assert (answer.exit_index, answer.limited) == (1, "deadline")
         torch.testing.assert_close(answer.probabilities, LOGITS[1, 1].softmax(-1))
@@ -252,6 +254,30 @@ def test_deadline_passed_at_the_lock(stage):
             torch.testing.assert_close(answer.probabilities, LOGITS[stage - 2, 0].softmax(-1), rtol=1e-4, atol=1e-5)
     assert sum(engine.counts.images) == stage - 1
     assert engine.taken == 0
+
+
+def test_callback_of_a_late_answer_may_wait_for_another_bundle():
+    """It runs without the lock that the bundles share."""
+    lock, jobs, answers = threading.Lock(), [], []
+
+    class Shared(Turns):
+        def __enter__(self):
+            lock.acquire()
+            super().__enter__()
+
+        def __exit__(self, *_):
+            lock.release()
+
+    def comes(_):
+        until(lambda: jobs)
+        jobs[0].deadline = time.monotonic()
+
+    with engine_of(compute=lock) as other, engine_of(compute=Shared(comes)) as engine:
+        job = engine.submit(IMAGES[0], Limits(deadline=500))
+        job.add_done_callback(lambda _: answers.append(other.submit(IMAGES[0]).result(20).exit_index))
+        jobs.append(job)
+        until(lambda: answers)
+    assert answers == [2]
 
 
 def test_cancelled_at_the_lock():

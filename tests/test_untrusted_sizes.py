@@ -68,9 +68,15 @@ def packed_arrays(path: Path) -> Path:
     return path
 
 
+def load_open(path: Path) -> ExitClassifier:
+    with path.open("rb") as file:
+        return ExitClassifier.load_from_checkpoint(file)
+
+
 LOADS: dict[str, tuple[str, Callable[[Path], Path], Callable[[Path], Any]]] = {
     "checkpoint": ("good.ckpt", sparse, load_classifier),
     "checkpoint in Python": ("good.ckpt", sparse, ExitClassifier.load_from_checkpoint),
+    "open checkpoint": ("good.ckpt", sparse, load_open),
     "checkpoint in a training": ("good.ckpt", sparse, AtomicCheckpointIO().load_checkpoint),
     "weights": ("good.pth", sparse, with_weights),
     "packed weights": ("good.pth", packed, with_weights),
@@ -137,6 +143,8 @@ def test_repeated_number_in_a_checkpoint(kind, saved, tmp_path):
             load(path)
     with path.open("rb") as file, raises_one_line(ValueError, match="the checkpoint holds a tensor"):
         ExitClassifier.load_from_checkpoint(file)
+    with raises_one_line(ValueError, match="holds a tensor"):
+        AtomicCheckpointIO(remote=True).load_checkpoint(f"file://{path}")
 
 
 def test_repeated_number_in_weights(tmp_path):

@@ -246,35 +246,28 @@ class Engine:
             elif answer is not None:
                 job.set_result(answer)
 
-    def drop_late(self, k: int, now: Waiting[Job], seconds: float) -> Waiting[Job]:
-        """Drop cancelled samples, and answer samples that would be late with the prediction of their last exit.
+    def late_rows(self, k: int, now: Waiting[Job], seconds: float) -> list[int]:
+        """Return the rows of samples that are cancelled, or would be late.
 
         Args:
             k: Exit index, from 0.
             now: The samples before the stage.
             seconds: When the stage will end, from now on; before stage 0, which has no earlier exit, only a deadline
                 that has passed counts.
-
-        Returns:
-            The samples that are left.
         """
-        clock, stay, late = time.monotonic(), [], []
-        for row, job in enumerate(now.items):
-            if job.cancelled():
-                self.end(job, None)
-            elif clock + (seconds if k else 0) >= job.deadline:
-                late.append(row)
+        ends = time.monotonic() + (seconds if k else 0)
+        return [row for row, job in enumerate(now.items) if job.cancelled() or ends >= job.deadline]
+
+    def end_late(self, k: int, late: Waiting[Job]) -> None:
+        """End samples before stage ``k``: cancelled ones, and late ones with the prediction of their last exit."""
+        found = predict_exit(late, k - 1, last=False) if k else None
+        for row, job in enumerate(late.items):
+            if found is None or job.cancelled():
+                self.end(job, _late())
+            elif found.finite[row]:
+                self._answer(job, Served(found.probabilities[row], k - 1, "deadline"))
             else:
-                stay.append(row)
-        if late and not k:
-            for row in late:
-                self.end(now.items[row], _late())
-        elif late:
-            part = now.chosen(late)
-            found = predict_exit(part, k - 1, last=False)
-            for job, row, good in zip(part.items, found.probabilities, found.finite, strict=True):
-                self._answer(job, Served(row, k - 1, "deadline") if good else Failed(str(nonfinite(k - 1))))
-        return now.chosen(stay)
+                self._answer(job, Failed(str(nonfinite(k - 1))))
 
     def answer_stopped(self, k: int, now: Waiting[Job], predictions: ExitPredictions, seconds: float) -> list[int]:
         """Answer the samples that stop at exit ``k``.

@@ -46,8 +46,11 @@ class Owner(Protocol):
     taken: int
     counts: Counts
 
-    def drop_late(self, k: int, now: Waiting[Job], seconds: float) -> Waiting[Job]:
-        """Return the samples that stage ``k``, which ends in some seconds, shall run; the others are ended."""
+    def late_rows(self, k: int, now: Waiting[Job], seconds: float) -> list[int]:
+        """Return the rows of the samples that stage ``k``, which ends in some seconds, shall not run."""
+
+    def end_late(self, k: int, late: Waiting[Job]) -> None:
+        """End these samples."""
 
     def answer_stopped(self, k: int, now: Waiting[Job], predictions: ExitPredictions, seconds: float) -> list[int]:
         """Answer the samples that stop at exit ``k``, and return the rows of the others."""
@@ -170,29 +173,43 @@ class Worker:
             return {task: pop(queues[task], shares[task]) for task in sorted(shares)}
 
     def _serve(self, k: int, taken: dict[int, list[Waiting[Job]]]) -> None:
-        now = dict[int, Waiting[Job]]()
+        now, late = dict[int, Waiting[Job]](), dict[int, Waiting[Job]]()
         for task, parts in taken.items():
             with self._failing(k, task, [job for part in parts for job in part.items]), torch.inference_mode():
-                now[task] = joined(parts)
-        if now := self._in_time(k, now, self.expected(k)):
+                stay, others = self._sorted(k, {task: joined(parts)}, self.expected(k))
+                now, late = now | stay, late | others
+        self._end_late(k, late)
+        if now:
             self._run(k, now)
 
-    def _in_time(self, k: int, now: dict[int, Waiting[Job]], seconds: float) -> dict[int, Waiting[Job]]:
-        """Return the samples of each task that are not late if stage ``k`` ends in some seconds."""
-        left = dict[int, Waiting[Job]]()
-        for task, part in now.items():
+    def _sorted(
+        self, k: int, now: dict[int, Waiting[Job]], seconds: float
+    ) -> tuple[dict[int, Waiting[Job]], dict[int, Waiting[Job]]]:
+        """Return the samples of each task that are in time if stage ``k`` ends in some seconds, and the others."""
+        stay, late = dict[int, Waiting[Job]](), dict[int, Waiting[Job]]()
+        with torch.inference_mode():
+            for task, part in now.items():
+                rows = self.owners[task].late_rows(k, part, seconds)
+                for some, kind in ((rows, late), (sorted(set(range(len(part.items))) - set(rows)), stay)):
+                    if some:
+                        kind[task] = part.chosen(some)
+        return stay, late
+
+    def _end_late(self, k: int, late: dict[int, Waiting[Job]]) -> None:
+        """End late samples; not under `compute`, because a callback of a future may wait for another bundle."""
+        for task, part in late.items():
             with self._failing(k, task, part.items), torch.inference_mode():
-                if (stay := self.owners[task].drop_late(k, part, seconds)).items:
-                    left[task] = stay
-        return left
+                self.owners[task].end_late(k, part)
 
     def _run(self, k: int, now: dict[int, Waiting[Job]]) -> None:
         """Run a stage on the samples of some tasks; if it fails on several tasks, run each by itself."""
         found, seconds, asked = dict[int, tuple[Waiting[Job], ExitPredictions]](), 0.0, time.perf_counter()
+        late = dict[int, Waiting[Job]]()
         try:
             with self._compute:
                 self.turn = _running_mean(self.turn, time.perf_counter() - asked)
-                if now := self._in_time(k, now, self.seconds[k]):  # others may have held the lock for long
+                now, late = self._sorted(k, now, self.seconds[k])  # others may have held the lock for long
+                if now:
                     found, seconds = self._computed(k, now)
         except BaseException as error:
             found = {}
@@ -202,6 +219,7 @@ class Worker:
                 for task, part in now.items():
                     self._fail(k, task, part.items, error)
             release_tensors(error)
+        self._end_late(k, late)
         if not found and len(now) > 1:
             for task, part in now.items():
                 self._run(k, {task: part})

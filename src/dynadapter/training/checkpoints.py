@@ -84,7 +84,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             raise ValueError("weights_only=False would run the code in a checkpoint; leave it out")
         if _is_local(path) or not self.remote:
             return read(path, map_location)
-        return super().load_checkpoint(path, map_location, weights_only=True)
+        checkpoint: dict[str, Any] = super().load_checkpoint(path, map_location, weights_only=True)
+        require_stored(checkpoint, str(path))
+        return checkpoint
 
     def remove_checkpoint(self, path: str | Path) -> None:
         """Remove a checkpoint directly in a folder into which this object has written; warn of any other."""

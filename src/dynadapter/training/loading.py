@@ -1,6 +1,7 @@
 """Load a classifier from an untrusted checkpoint: no code runs, nothing is downloaded, and every setting is checked."""
 
 import inspect
+import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import IO, Any, Self, get_type_hints
@@ -10,6 +11,7 @@ from lightning.pytorch import LightningModule
 
 from dynadapter.backbones.stored import check_arguments, check_name
 from dynadapter.backbones.weight_files import require_stored
+from dynadapter.files import require_room
 from dynadapter.limits import require_bounded, require_few_classes
 from dynadapter.spec import plain, restore
 from dynadapter.training.checkpoints import read, use_atomic_checkpoints
@@ -84,6 +86,8 @@ class CheckedLoading(LightningModule):
         if isinstance(checkpoint_path, str | Path):
             checkpoint = read(checkpoint_path)
         else:
+            require_room("the checkpoint", checkpoint_path.seek(0, os.SEEK_END))
+            checkpoint_path.seek(0)
             checkpoint = torch.load(checkpoint_path, map_location="cpu", weights_only=True)
             require_stored(checkpoint, "the checkpoint")
             checkpoint_path.seek(0)
@@ -91,4 +95,5 @@ class CheckedLoading(LightningModule):
             settings = stored_settings(cls, checkpoint, kwargs)
         except ValueError as error:
             raise ValueError(f"{checkpoint_path}: {error}") from error
+        del checkpoint  # Lightning reads the file again
         return super().load_from_checkpoint(checkpoint_path, map_location, None, strict, True, **{**settings, **kwargs})
