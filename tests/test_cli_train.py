@@ -8,6 +8,7 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
+import yaml
 from PIL import Image
 
 from dynadapter import load
@@ -127,10 +128,33 @@ def test_epochs_follow_the_steps(settings, images, steps, photos, monkeypatch, c
     assert capsys.readouterr().out.startswith(f"{images} images of 2 classes to train on, 8 held out")
 
 
-def test_length_of_a_config_is_kept(photos):
-    Path("long.yaml").write_text("trainer: {max_steps: 9}")
-    arguments = train._fit_arguments(train.read([str(photos), "--backbone=micro", "-c", "long.yaml"]))
-    assert not any("max_epochs" in one for one in arguments)
+@pytest.mark.parametrize(
+    ("config", "more", "epochs", "steps", "devices"),
+    [
+        ("{max_steps: 9000}", [], -1, 9000, 1),  # own_images has 20 epochs
+        ("{max_steps: 9000}", ["--epochs=3"], 3, 9000, 1),
+        ("{max_steps: 9000, max_epochs: 4}", [], 4, 9000, 1),
+        ("{max_steps: 9000}", ["--trainer.max_steps", "-1"], train.MOST, -1, 1),
+        ("{devices: 2}", ["--trainer.max_steps=7"], -1, 7, 2),
+        ("{devices: 2}", ["--trainer.devices=3"], train.MOST, -1, 3),
+    ],
+)
+def test_trainer_settings_reach_fit(config, more, epochs, steps, devices, photos, capsys):
+    Path("own.yaml").write_text(f"trainer: {config}")
+    arguments = train._fit_arguments(train.read([str(photos), "--backbone=micro", "-c", "own.yaml", *more]))
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        main([*arguments, "--print_config"])
+    found = yaml.safe_load(capsys.readouterr().out)["trainer"]
+    assert (found["max_epochs"], found["max_steps"], int(found["devices"])) == (epochs, steps, devices)
+
+
+def test_further_processes_only_train(photos, monkeypatch):
+    Path("run").mkdir()
+    monkeypatch.setattr(train, "_trained", lambda *_: Path("run"))
+    monkeypatch.setattr("dynadapter.cli.runs.is_first_process", lambda: False)
+    main(train_on(photos))
+    assert not list(Path("run").iterdir())
 
 
 def test_runs_are_named_as_the_folder(tmp_path):

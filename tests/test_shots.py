@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,6 +15,7 @@ from PIL import Image
 from dynadapter.cli import main
 from dynadapter.data import HubDataset, ImageFolder, ImageLists, ImageTable, Shapes, TorchVisionDataset, VTAB1k
 from dynadapter.data.identity import data_hash, list_hash
+from dynadapter.data.splits import path_in
 from dynadapter.data.verify import verify
 from dynadapter.training.class_weights import without_images
 
@@ -255,3 +257,17 @@ def test_missing_lists_are_named(lists):
         ImageLists(lists / "images")
     with pytest.raises(ValueError, match="test has no list; give test"):
         of_lists(lists, test=None).setup("test")
+
+
+@pytest.mark.parametrize("folder", ["set", "/data/set", ".", "..", "/", "../set", "set/../set"])
+def test_path_in_a_folder(folder, monkeypatch):
+    """The path is that of relpath, which a file below the folder does not need."""
+    inside = ["a.png", "train/cat/a.png", "train//./a.png", "train/../a.png", "..a/b..png", "../set2/a.png"]
+    files = [Path(folder, name) for name in inside] + [Path("set/a.png"), Path("/data/set/a.png"), Path("settings/a")]
+    for file in files:
+        assert path_in(file, Path(folder)) == "/" + Path(os.path.relpath(file, folder)).as_posix()
+        assert path_in(file, None) == file.as_posix()
+    calls = []
+    monkeypatch.setattr(os.path, "relpath", lambda *given: calls.append(given) or "x")
+    path_in(Path(folder, "train/a.png"), Path(folder))
+    assert bool(calls) == (folder == "." or ".." in folder)

@@ -90,6 +90,15 @@ def test_run_starts_after_what_it_needs():
     assert set(seen) == sweep.planned(done)
 
 
+def test_needed_runs_follow_scale_and_seed():
+    sweep, other = make_sweep(), make_sweep(seeds=[1, 2], search_seeds=[3])
+    open_runs, done = sweep.needed({}), finish(sweep)
+    assert set(done) < open_runs  # final runs at both scales, of which one is chosen
+    assert sweep.needed(done) == sweep.planned(done)
+    both = open_runs & other.needed({})
+    assert {(unit.seed, unit.split) for unit in both} == {(1, SEARCH), (1, FINAL)}
+
+
 def test_remaining_counts_runs_that_wait():
     sweep, done = make_sweep(), {}
     assert sweep.remaining(done) == {SEARCH: 4 * 3, FINAL: 4 * 2}
@@ -678,7 +687,10 @@ def test_new_first_goal_trains_nothing(exact, data, finished, tmp_path, monkeypa
     results, path = tmp_path / "out" / lines.RESULTS, str(write_sweep(tmp_path, data))
     former = lines.read(finished)
     for line in lines.read(finished).values():
-        bare = lines.as_text({"right": lines.right_of(line)[0], "routed": np.zeros((0, line["images"]), bool)})
+        none = {
+            name: np.zeros((0, line["images"]), kind) for name, kind in (("routed", bool), ("exit_index", np.uint8))
+        }
+        bare = lines.as_text({"right": lines.right_of(line)[0], **none})
         lines.append(tmp_path / "out", line | {"policies": {}, "per_image": bare, **({} if exact else {"macs": None})})
     monkeypatch.setattr(sweep_unit, "_fit", lambda *_: pytest.fail("it was trained"))
     main(["sweep", path, "--dry_run"])
@@ -702,6 +714,49 @@ def test_new_first_goal_trains_nothing(exact, data, finished, tmp_path, monkeypa
             assert policy["val200"] == expected["val200"]
             # the stored logits are rounded to 16 bits, by which an image may change its exit
             assert abs(policy["accuracy"] - expected["accuracy"]) < 1.5 / line["images"]
+
+
+def test_dry_run_counts_needed_runs_alone(data, finished, tmp_path, capsys):
+    """Of six trained runs without policies, the two final ones have a seed that the sweep no longer has."""
+    shutil.copytree(finished, tmp_path / "out")
+    for line in lines.read(finished).values():
+        lines.append(tmp_path / "out", line | {"policies": {}})
+    main(["sweep", str(write_sweep(tmp_path, data, seeds=[1], search_seeds=[0])), "--dry_run"])
+    printed = capsys.readouterr().out
+    assert "6 runs on train800 choose scales and thresholds, 2 final runs" in printed
+    assert "4 runs are trained;" in printed
+    assert "measured by 4 finished runs" in printed
+    done = lines.read(finished)
+    each = statistics.fmean(line["bytes"] for unit, line in done.items() if unit.split == SEARCH)
+    assert f"about {4 * each / 1e6:,.0f} MB" in printed
+
+
+@pytest.mark.parametrize("drop", [0, 1])
+def test_new_goal_keeps_former_results(drop, data, finished, tmp_path):
+    """Results of a former goal stay as they are, here marked ones, unless its target has changed."""
+    shutil.copytree(finished, tmp_path / "out")
+    new, old = {"cost": 1.0}, {"accuracy_drop": 0}
+    file = sweep_file.read(str(write_sweep(tmp_path, data, goal=[new, old])))
+    for unit, line in lines.read(finished).items():
+        entry = line["policies"][GOAL.name]
+        target = {"accuracy": entry["target"]["accuracy"] - drop}
+        marked = entry | {"accuracy": 0.123, "target": target}
+        rows = {
+            "routed": ~lines.right_of(line)[1][GOAL.name][None],
+            "exit_index": np.full((1, line["images"]), 7, np.uint8),
+        }
+        former = line | {"policies": {GOAL.name: marked}, "macs": None}
+        former["per_image"] = lines.as_text({"right": lines.right_of(line)[0], **rows})
+        again = sweep_unit.remeasured(file, unit, file.run_folder(unit), former, {})
+        assert list(again["policies"]) == ["cost 1", GOAL.name]
+        (right, routed), exit_index = lines.right_of(again), lines.exit_index_of(again)
+        assert (right == lines.right_of(line)[0]).all()
+        for goal, policy in again["policies"].items():
+            kept = goal == GOAL.name and not drop
+            assert (policy == marked) == kept
+            assert (routed[goal] == rows["routed"]).all() == kept
+            assert (exit_index[goal] == 7).all() == kept
+            assert kept or routed[goal].mean() == pytest.approx(policy["accuracy"])
 
 
 def test_terminated_within_an_epoch(data, finished, tmp_path, monkeypatch, capsys):
@@ -787,6 +842,23 @@ def test_final_run_without_logits_is_not_trained(data, finished, tmp_path, capsy
     error = refused(["sweep", write_sweep(tmp_path, data)], capsys, code=1)
     assert "predictions.npz is missing, and thresholds come from it" in error
     assert "delete the run's line in results.jsonl" in error
+
+
+def test_lost_train800_run_is_trained_again(data, finished, tmp_path, capsys):
+    """For a further goal a final run needs its train800 run, whose line has to go, too."""
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    final = next(unit for unit in lines.read(out) if unit.split == FINAL and unit.recipe == "static")
+    twin = replace(final, split=SEARCH)
+    shutil.rmtree(out / "runs" / twin.name)
+    command = ["sweep", write_sweep(tmp_path, data, goal=[{"accuracy_drop": 0}, {"cost": 1.0}])]
+    assert "delete the run's line in results.jsonl" in refused(command, capsys, code=1)
+    results = out / lines.RESULTS
+    kept = [line for line in results.read_text().splitlines(keepends=True) if json.loads(line)["run"] != as_dict(twin)]
+    results.write_text("".join(kept))
+    main([str(arg) for arg in command])
+    assert list(lines.read(out)[final]["policies"]) == [GOAL.name, "cost 1"]
+    assert (out / "runs" / twin.name / lines.LOGITS).exists()
 
 
 @pytest.mark.slow

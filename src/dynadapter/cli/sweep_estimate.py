@@ -17,7 +17,8 @@ def estimate(file: SweepFile) -> str:
     """
     done = file.done()
     left = file.sweep.remaining(done)
-    planned, trained = file.sweep.planned(done), file.trained()
+    planned, needed = file.sweep.planned(done), file.sweep.needed(done)
+    trained = {unit: line for unit, line in file.trained().items() if unit in needed}
     finished: list[Line] = [
         *(line for unit, line in done.items() if "seconds" in line and unit in planned),
         *trained.values(),

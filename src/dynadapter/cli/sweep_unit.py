@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -226,7 +227,7 @@ def _results(file: SweepFile, unit: Unit, folder: Path, trained: TimedCLI, done:
         static = next(done[one]["static_macs"] for one in source if one.scale == unit.scale)
     lines.pack(folder, logits, targets, files)
     twin = file.run_folder(file.sweep.twin(unit)) if unit.split == FINAL else folder
-    policies, about = _policies(file, unit, lines.unpack(twin), done, macs, static)
+    policies, about = _policies(file, unit, lines.unpack(twin), done, macs, static, {})
     results, images = measure(policies, logits, targets, macs, static, costs.exit_depths)
     results["policies"] = {name: results["policies"].get(name, {}) | about[name] for name in about}
     return {
@@ -264,14 +265,18 @@ def _policies(
     done: Mapping[Unit, Line],
     macs: Sequence[float],
     static: float,
+    former: Mapping[str, dict[str, Any]],
 ) -> tuple[dict[str, Policy], dict[str, dict[str, Any]]]:
     """Calibrate to every goal on logits and targets of val200, from this run or from the train800 twin of a final run.
 
+    A goal that is in the run's former results with the same target is not calibrated again.
+
     Returns:
-        The policies by the name of their goal; and for each goal the run on which it was calibrated, its target and its
-        result there, or why the goal could not be reached.
+        The new policies by the name of their goal; and for each goal the run on which it was calibrated, its target and
+        its result there, or the former result, or why the goal could not be reached.
     """
     sweep, (logits, targets) = file.sweep, val200
+    last = (logits[-1].argmax(-1) == targets).double().mean().item()
     policies: dict[str, Policy] = {}
     about: dict[str, dict[str, Any]] = {}
     for goal in sweep.goals:
@@ -285,6 +290,10 @@ def _policies(
                 about[goal.name] = {"unreached": f"{goal.reference} could not be trained"}
                 continue
             accuracy = done[reference]["exits"][-1]["accuracy"]
+        target = goal.target(last, accuracy)
+        if former.get(goal.name, {}).get("target") == target:
+            about[goal.name] = former[goal.name]
+            continue
         try:
             policies[goal.name] = policy = goal.policy(logits, targets, macs, static, accuracy)
         except ValueError as error:
@@ -293,32 +302,36 @@ def _policies(
             about[goal.name] = {"unreached": one_line(error)}
             continue
         found = measure_policy(policy, logits, targets, macs, static)
-        last = (logits[-1].argmax(-1) == targets).double().mean().item()
         about[goal.name] = {
             "calibrated_on": sweep.twin(unit).name,
-            "target": goal.target(last, accuracy),
+            "target": target,
             "val200": {name: found[name] for name in ("accuracy", "percent_of_static")},
         }
     return policies, about
 
 
 def remeasured(file: SweepFile, unit: Unit, folder: Path, former: Line, done: Mapping[Unit, Line]) -> dict[str, Any]:
-    """Return the line of a trained run with the policies of this sweep, from the logits in its folder.
+    """Return the line of a trained run with the policies of this sweep; new ones come from the logits in its folder.
 
-    All else stays as it was measured: exits, times and versions.
+    All else stays as it was measured: the results of former goals, exits, times and versions.
     """
     if unit.split == FINAL:
         lines.require_logits(file.run_folder(file.sweep.twin(unit)))
     static = former["static_macs"]
     macs = former.get("macs") or [static * entry["percent_of_static"] / 100 for entry in former["exits"]]  # older lines
     val200 = lines.unpack(file.run_folder(file.sweep.twin(unit)) if unit.split == FINAL else folder)
-    policies, about = _policies(file, unit, val200, done, macs, static)
+    policies, about = _policies(file, unit, val200, done, macs, static, former["policies"])
     depths = [entry["after_block"] for entry in former["exits"]]
     results, images = measure(policies, *lines.unpack(folder), macs, static, depths)
+    right, routed = lines.right_of(former)
+    by_goal = {"exit_index": lines.exit_index_of(former), "routed": routed}
+    for name, values in by_goal.items():
+        values |= zip(policies, images[name], strict=True)
+        images[name] = np.stack([values[goal] for goal in lines.reached(about)])
     return {
         **former,
         "policies": {name: results["policies"].get(name, {}) | about[name] for name in about},
-        "per_image": lines.as_text(images | {"right": lines.right_of(former)[0]}),
+        "per_image": lines.as_text(images | {"right": right}),
     }
 
 

@@ -131,19 +131,27 @@ def _check_goal(goal: Sequence[str]) -> None:
 
 
 def train(wanted: Wanted) -> None:
-    """Run fit, calibrate and report, and print the next command."""
+    """Run fit; calibrate and report in the first process alone; and print the next command."""
+    from torch import distributed
+
     from dynadapter.cli import report
     from dynadapter.cli.app import DynCLI
+    from dynadapter.cli.runs import is_first_process
+    from dynadapter.training.processes import is_distributed
 
     bundle = wanted.out / "bundle"
     if bundle.exists() and not _lacks_report(wanted.out):
         raise Mistake(f"{bundle} exists: {_next(bundle, wanted)}; to train again, give another --out")
     run_folder = _trained(wanted, _fit_arguments(wanted))
+    if is_distributed():  # the other processes end here, so calibrate must not wait for them
+        distributed.destroy_process_group()
+    if not is_first_process():
+        return
     checkpoint = report.find_run(str(run_folder)).checkpoint
     if checkpoint is None:
         raise Mistake(f"the training in {run_folder} saved no checkpoint; give another --out, and let it save some")
     if not bundle.exists():
-        DynCLI(["calibrate", f"--ckpt_path={checkpoint}", *wanted.goal, f"--bundle={bundle}", *_devices(wanted)])
+        DynCLI(["calibrate", f"--ckpt_path={checkpoint}", *wanted.goal, f"--bundle={bundle}"])
     report.run([str(run_folder)])
     print(f"\nthe network is in {bundle}; {_next(bundle, wanted)}")
 
@@ -209,10 +217,8 @@ def _fit_arguments(wanted: Wanted) -> list[str]:
     chosen = []
     if "--model.backbone" not in named and not any("backbone" in (one.get("model") or {}) for one in contents):
         chosen.append(f"--model.backbone={choose_backbone()}")
-    steps = {"--epochs", "--trainer.max_epochs", "--trainer.max_steps"}
     trainers = [one.get("trainer") or {} for one in contents]
-    if not steps & {*named} and not any({"max_epochs", "max_steps"} & {*one} for one in trainers):
-        chosen.append(f"--trainer.max_epochs={epochs(train, _images_of_a_step(data, trainers, rest))}")
+    chosen += _length(train, data, trainers, rest)
     by_class = Counter(label for _, label in data.samples("val"))
     each = [by_class[label] for label in range(data.num_classes)]
     print(
@@ -222,7 +228,7 @@ def _fit_arguments(wanted: Wanted) -> list[str]:
     )
     root = f"--trainer.default_root_dir={wanted.out}"
     configs = [f"--config={file}" for file in ("own_images", *files)]
-    return ["fit", *configs, *chosen, *place, root, *_devices(wanted), *rest]
+    return ["fit", *configs, *chosen, *place, root, *_devices(trainers, rest), *rest]
 
 
 def _data(files: Sequence[str], line: Sequence[str]) -> "ImageData":
@@ -247,25 +253,38 @@ def _data(files: Sequence[str], line: Sequence[str]) -> "ImageData":
     return made.instantiate(given).data
 
 
+def _given(name: str, trainers: Sequence[dict[str, Any]], line: Sequence[str]) -> list[str]:
+    """Return the values of a setting of the trainer in config files and on the command line; the last one counts."""
+    from dynadapter.cli.layers import assignments, expand_short
+
+    values = [str(one[name]) for one in trainers if name in one]
+    return values + [value for key, value in assignments(expand_short(line, "fit")) if key == f"trainer.{name}"]
+
+
+def _length(images: int, data: "ImageData", trainers: Sequence[dict[str, Any]], line: Sequence[str]) -> list[str]:
+    """Return the argument for the epochs: none if they are given, no limit if steps are given."""
+    if _given("max_epochs", trainers, line):
+        return []
+    if _given("max_steps", trainers, line)[-1:] not in ([], ["-1"]):
+        return ["--trainer.max_epochs=-1"]  # the epochs of own_images would end it first
+    return [f"--trainer.max_epochs={epochs(images, _images_of_a_step(data, trainers, line))}"]
+
+
 def _images_of_a_step(data: "ImageData", trainers: Sequence[dict[str, Any]], line: Sequence[str]) -> int:
     """Return the training images of an optimiser step, over all devices and accumulated batches."""
-    from dynadapter.cli.layers import assignments
-
     if data.global_batch_size is not None:
         return data.global_batch_size
     images = data.batch_size
     for name in ("accumulate_grad_batches", "devices"):
-        values = [one[name] for one in trainers if name in one]
-        values += [value for key, value in assignments(line) if key == f"trainer.{name}"]
-        if values and str(values[-1]).isdecimal():  # fit explains other values
+        values = _given(name, trainers, line)
+        if values and values[-1].isdecimal():  # fit explains other values
             images *= max(1, int(values[-1]))
     return images
 
 
-def _devices(wanted: Wanted) -> list[str]:
-    """Return the argument for one device, unless a number is given; otherwise further processes would train."""
-    given = any(arg.partition("=")[0] == "--trainer.devices" for arg in wanted.settings)
-    return [] if given else ["--trainer.devices=1"]
+def _devices(trainers: Sequence[dict[str, Any]], line: Sequence[str]) -> list[str]:
+    """Return the argument for one device, unless devices are given; otherwise further processes would train."""
+    return [] if _given("devices", trainers, line) else ["--trainer.devices=1"]
 
 
 def epochs(images: int, batch_size: int = 32) -> int:

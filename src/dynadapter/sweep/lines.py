@@ -144,9 +144,19 @@ def right_of(line: Line) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     Returns:
         By each way and exit (ways, exits, images), and by each policy (images,), both bool.
     """
-    reached = [name for name, entry in line["policies"].items() if "unreached" not in entry]
     with np.load(io.BytesIO(base64.b64decode(line["per_image"]))) as packed:
         right, routed = (
             np.unpackbits(packed[name], axis=-1, count=line["images"]).astype(bool) for name in ("right", "routed")
         )
-    return right, dict(zip(reached, routed, strict=True))
+    return right, dict(zip(reached(line["policies"]), routed, strict=True))
+
+
+def exit_index_of(line: Line) -> dict[str, np.ndarray]:
+    """Return the exit index of each image by each policy of a run (images,), uint8 from 0, from its line."""
+    with np.load(io.BytesIO(base64.b64decode(line["per_image"]))) as packed:
+        return dict(zip(reached(line["policies"]), packed["exit_index"], strict=True))
+
+
+def reached(policies: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Return the names of the goals that a run reached; the values of each image have their order."""
+    return [name for name, entry in policies.items() if "unreached" not in entry]

@@ -254,6 +254,16 @@ class Sweep:
                 units |= {*self.twins(arm, scale), *self.final(arm, scale)}
         return units
 
+    def needed(self, done: Mapping[Unit, Line]) -> set[Unit]:
+        """Return the runs that the sweep may need, finished or not; at every scale where none is chosen yet."""
+        units: set[Unit] = set()
+        for arm in self.arms():
+            units |= {*self.search(arm)}
+            scale = self.chosen_scale(arm, done)
+            for one in self.scales[arm.task, arm.adapter] if scale is None else [scale]:
+                units |= {*self.twins(arm, one), *self.final(arm, one)}
+        return units
+
     def lost(self, done: Mapping[Unit, Line]) -> list[Unit]:
         """Return the finished runs whose scale was not chosen; their checkpoints are not needed."""
         lost = []
