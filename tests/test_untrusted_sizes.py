@@ -158,7 +158,8 @@ def test_a_list_in_itself(saved, tmp_path):
     held, inner = read(saved / "good.ckpt"), list[Any]()
     inner.append(inner)
     torch.save(held | {"more": inner}, tmp_path / "a.ckpt")
-    load_classifier(tmp_path / "a.ckpt")
+    loaded = load_classifier(tmp_path / "a.ckpt").state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in held["state_dict"].items())
 
 
 def test_views_and_empty_tensors_are_stored():
