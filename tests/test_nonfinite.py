@@ -54,6 +54,16 @@ def test_broken_checkpoint_is_not_loaded(checkpoint: Path, value: float) -> None
         trainer().test(make_classifier(), noise_batches(4, 2), ckpt_path=str(checkpoint))
 
 
+@pytest.mark.parametrize("name", ["running_mean", "weight"])
+def test_broken_batch_norm_is_refused(name: str, tmp_path: Path) -> None:
+    model = create_backbone("regnetx_002", 5)
+    state = model.state_dict()
+    state[f"s1.b1.conv1.bn.{name}"][0] = torch.nan
+    save_file(state, tmp_path / "w.safetensors")
+    with pytest.raises(ValueError, match=rf"1 weights of 'regnetx_002' hold NaN or infinity, s1.b1.conv1.bn.{name}"):
+        create_backbone("regnetx_002", 5, weights=tmp_path / "w.safetensors")
+
+
 def test_broken_backbone_weights_are_refused(tmp_path: Path) -> None:
     state = make_vit().state_dict()
     state["blocks.1.mlp.fc1.weight"][0, 0] = torch.nan

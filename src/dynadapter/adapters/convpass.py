@@ -109,7 +109,16 @@ class Convpass(AdapterSpec):
         return [] if hasattr(model, "unroll") else super().defaults(model, layers)
 
     def wrap(self, model: nn.Module, name: str) -> ConvpassLayer:
-        """Build the wrapper of one layer."""
+        """Build the wrapper of one layer.
+
+        Raises:
+            ValueError: If the model is a Hiera, whose tokens are not ordered by rows.
+        """
+        if hasattr(model, "unroll"):
+            raise ValueError(
+                f"Convpass cannot wrap {name}: the tokens of {type(model).__name__} are not ordered by rows; choose "
+                "another kind"
+            )
         layer, block = model.get_submodule(name), model.get_submodule(name.rpartition(".")[0])
         known = (
             (layer, "window_size"),

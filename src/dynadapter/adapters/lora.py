@@ -3,7 +3,7 @@
 import math
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -92,6 +92,13 @@ class LoRALayer(LowRankLayer):
         return torch.block_diag(query, key, value)
 
 
+def _has_equal_parts(attention: Any) -> bool:
+    """Check whether q, k and v of an attention with a fused qkv have the same number of channels."""
+    if hasattr(attention, "dim_qk"):  # a LambdaLayer, whose heads share k and v
+        return attention.num_heads == 1 and attention.dim_qk == attention.dim_v
+    return getattr(attention, "dim_out_qk", None) == getattr(attention, "dim_out_v", None)  # BottleneckAttn
+
+
 @dataclass(frozen=True, kw_only=True)
 class LoRA(AdapterSpec):
     """Low-rank update of the fused qkv projection, or of any other matrix.
@@ -122,10 +129,17 @@ class LoRA(AdapterSpec):
         """Build the wrapper of one layer.
 
         Raises:
-            ValueError: If q and v are to be adapted in a layer where they alternate by head, as in MaxViT.
+            ValueError: If q and v are to be adapted in a layer where they alternate by head, as in MaxViT, or where
+                q, k and v have different numbers of channels, as in LambdaResNet.
         """
         block, _, key = name.rpartition(".")
         split = self.split == "qv" and key == "qkv"
-        if split and getattr(model.get_submodule(block), "head_first", False):
+        attention: Any = model.get_submodule(block)
+        if split and getattr(attention, "head_first", False):
             raise ValueError(f"split='qv' does not fit {name}, whose q, k and v alternate by head; use split='fused'")
+        if split and not _has_equal_parts(attention):
+            raise ValueError(
+                f"split='qv' does not fit {name}, whose q, k and v have different numbers of channels; use "
+                "split='fused'"
+            )
         return LoRALayer(model.get_submodule(name), self, self.rank, split)

@@ -104,7 +104,7 @@ def _check_arguments(num_classes: int, timm_args: dict[str, Any]) -> None:
 
 def _require_finite(model: nn.Module, name: str) -> None:
     """Raise a ValueError if weights hold NaN or infinity, because every prediction would be NaN."""
-    if broken := [key for key, tensor in model.named_parameters() if not tensor.isfinite().all()]:
+    if broken := [key for key, tensor in model.state_dict().items() if not tensor.isfinite().all()]:
         raise ValueError(
             f"{len(broken)} weights of {name!r} hold NaN or infinity, {broken[0]} among them; give other weights"
         )

@@ -141,7 +141,7 @@ dropout_ feature_dropout bernoulli bernoulli_ rand_like randn_like
 alias clone lift_fresh pad tile repeat repeat_interleave expand_as view_as reshape_as unflatten swapaxes movedim flip
 squeeze_ transpose_ block_diag numpy_T mT unfold as_strided tensor_split index_select index_copy_ index_put scatter
 scatter_ take_along_dim empty_like ones_like new_ones fill_ zero_ linspace scalar_tensor tril triu one_hot meshgrid
-numel eye ceil floor
+numel eye
 """
 IGNORED = frozenset(_IGNORED.split())
 """Operators, without ``aten::``, that cost 0."""
