@@ -71,5 +71,5 @@ def test_cost_by_formula(merging):
 
 
 def test_mistakes():
-    with pytest.raises(ValueError, match="queries=0 must be at least 1"):
+    with pytest.raises(ValueError, match="queries=0 must be a whole number of at least 1 and at most 64"):
         Attentive(queries=0)

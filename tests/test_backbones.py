@@ -160,8 +160,7 @@ def test_cut_is_bit_equal_to_timm(case, images):
     features = backbones.finish(model, run(model, images)[-1])
     assert torch.equal(features, model.forward_features(images))
     assert torch.equal(backbones.classify(model, features), model(images))
-    assert torch.equal(backbones.pool(model, features), model.forward_head(features, pre_logits=True))
-    assert backbones.pool(model, features).shape == (len(images), model.head_hidden_size)
+    assert model.forward_head(features, pre_logits=True).shape == (len(images), model.head_hidden_size)
 
 
 @torch.no_grad()
@@ -346,7 +345,7 @@ def test_without_classes(make, images, tmp_path):
     model = make(num_classes=0)
     assert backbones.classifier(model) == []
     assert not any(parameter.requires_grad for parameter in model.parameters())
-    assert torch.equal(model(images), backbones.pool(model, model.forward_features(images)))
+    assert torch.equal(model(images), model.forward_head(model.forward_features(images), pre_logits=True))
     loaded = make(num_classes=0, weights=save(make(), tmp_path / "file.pth"))
     assert fingerprint(loaded) == fingerprint(make())
 

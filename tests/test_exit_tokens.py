@@ -13,7 +13,8 @@ from tiny import QUIET, loader, make_classifier
 from torch import nn
 from torch.nn import functional as F
 
-from dynadapter import Adapter, AdaptFormer, Attentive, Confidence, LinearHeads, LoRA, RepAdapter, Stream, inject
+from dynadapter import Adapter, AdaptFormer, Attentive, Confidence, FacT, LinearHeads, LoRA, RepAdapter, Stream, inject
+from dynadapter.adapters import adapter_layers
 from dynadapter.backbones import run_with_exit_tokens
 from dynadapter.cost import exit_costs
 from dynadapter.cost.table import exit_parameters
@@ -30,6 +31,7 @@ ADAPTERS = {
     "none": None,
     "adapter": Adapter(bottleneck=4),
     "adaptformer": AdaptFormer(bottleneck=4, dropout=0.0),
+    "fact": FacT(rank=2),
     "lora": LoRA(rank=2),
     "repadapter": RepAdapter(bottleneck=4, dropout=0.0),
 }
@@ -105,15 +107,41 @@ def test_last_exit_trains_as_static(adapter):
         torch.testing.assert_close(ours[name], static[name], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("adapter", [LoRA(rank=2), FacT(rank=2)], ids=lambda adapter: adapter.label)
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_early_losses_train_only_their_own(checkpointing):
-    net = network().train()
+def test_early_losses_train_only_their_own(checkpointing, adapter):
+    net = network(adapter).train()
     net.backbone.set_grad_checkpointing(checkpointing)
     F.cross_entropy(net(IMAGES)[:-1].flatten(0, 1), TARGETS.repeat(2)).backward()
     reached = {name for name, p in net.named_parameters() if p.grad is not None and p.grad.any()}
     expected = {name for name, p in net.named_parameters() if name.startswith(("beside.", "heads."))}
     assert reached == expected
-    assert all(p.requires_grad for name, p in net.named_parameters() if "lora" in name)
+    own = [p for layer in adapter_layers(net).values() for p in layer.own_parameters().values()]
+    assert own
+    assert all(p.requires_grad for p in own)
+
+
+def test_gradient_checkpointing_keeps_less():
+    """Of a stage with exit tokens it keeps the inputs of the blocks; the gradients stay."""
+    kept, gradients = [], []
+    for on in (False, True):
+        net = network(depth=4).train()
+        net.backbone.set_grad_checkpointing(on)
+        seen: dict[int, int] = {}
+
+        def keep(x, seen=seen):
+            seen[x.data_ptr()] = x.numel()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            loss = joint_loss(net(IMAGES), TARGETS, net.exit_weights)
+            kept.append(sum(seen.values()))
+        loss.backward()
+        gradients.append({name: p.grad for name, p in net.named_parameters() if p.grad is not None})
+    assert kept[1] < kept[0] / 2
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient)
 
 
 @pytest.mark.parametrize("merging", MERGINGS)
@@ -209,8 +237,8 @@ def test_network_without_exits_has_none():
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: ExitTokens(count=0), "count=0 must be a whole number from 1 to 64"),
-        (lambda: ExitTokens(count=65), "count=65 must be a whole number from 1 to 64"),
+        (lambda: ExitTokens(count=0), "count=0 must be a whole number of at least 1 and at most 64"),
+        (lambda: ExitTokens(count=65), "count=65 must be a whole number of at least 1 and at most 64"),
         (lambda: ExitTokens(rank=0), "rank=0 must be a whole number of at least 1"),
         (lambda: ExitTokens(scale=0), "scale=0 must be a finite number above 0"),
         (

@@ -16,7 +16,7 @@ from saved import fitted, read
 from tiny import make_classifier
 
 import dynadapter
-from dynadapter import Never, create_backbone
+from dynadapter import Attentive, MLPHeads, Never, create_backbone
 from dynadapter.backbones.weight_files import require_stored
 from dynadapter.files import read_whole, require_room, sha256
 from dynadapter.serve.bundle import bundle_from_classifier
@@ -160,6 +160,52 @@ def test_a_list_in_itself(saved, tmp_path):
     torch.save(held | {"more": inner}, tmp_path / "a.ckpt")
     loaded = load_classifier(tmp_path / "a.ckpt").state_dict()
     assert all(torch.equal(loaded[name], value) for name, value in held["state_dict"].items())
+
+
+def written(kind: str, **settings: int) -> dict[str, Any]:
+    return {"class_path": f"dynadapter.{kind}", "init_args": settings}
+
+
+SIZES: list[tuple[dict[str, Any], str]] = [
+    ({"heads": written("Attentive", queries=2_000_000)}, "queries=2000000 must be .* at most 64"),
+    ({"adapter": written("FacT", rank=1024)}, "rank=1024 must be .* at most 256"),
+    (
+        {
+            "heads": written("Attentive", queries=64),
+            "whole": True,
+            "num_classes": 10**5,
+            "class_names": [*map(str, range(10**5))],
+        },
+        r"safetensors: its adapters and heads would have more than [\d,]+ numbers, and the file holds [\d,]+; the file",
+    ),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), SIZES, ids=["queries", "rank", "classes"])
+def test_settings_beyond_the_tensors_of_a_bundle(changes, message, saved, tmp_path):
+    place = shutil.copytree(saved / "bundle", tmp_path / "bundle")
+    config = place / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | changes | {"checksum": None}))
+    with raises_one_line(ValueError, match=message):
+        dynadapter.load(place)
+
+
+def test_settings_beyond_the_tensors_of_a_checkpoint(saved, tmp_path):
+    held, path = read(saved / "good.ckpt"), tmp_path / "evil.ckpt"
+    names = [*map(str, range(10**5))]
+    held["dynadapter"]["class_names"] = names
+    held["hyper_parameters"] |= {"num_classes": 10**5, "heads": Attentive(queries=64)}
+    torch.save(held, path)
+    for load in (load_classifier, ExitClassifier.load_from_checkpoint, load_open):
+        with raises_one_line(ValueError, match="its adapters and heads would have more than .*; the file is damaged"):
+            load(path)
+
+
+def test_network_beyond_the_machine(monkeypatch):
+    make_classifier(heads=MLPHeads(hidden=4096))
+    monkeypatch.setattr("dynadapter.backbones.limited.machine_memory", lambda: 10**6)
+    with raises_one_line(ValueError, match=r"take more than 0\.0 GB, this machine has 0\.0 GB; give smaller sizes"):
+        make_classifier(heads=MLPHeads(hidden=4096))
 
 
 def test_views_and_empty_tensors_are_stored():

@@ -2,7 +2,7 @@
 
 import math
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import ClassVar
@@ -17,6 +17,9 @@ from dynadapter.spec import Spec, kinds
 
 MAX_SIZE = 4096
 """Largest rank or width of an adapter."""
+
+MAX_COUNT = 64
+"""Largest number of learned queries or exit tokens of a head."""
 
 
 class AdapterLayer(nn.Module):
@@ -68,6 +71,18 @@ class AdapterLayer(nn.Module):
     def install(self, model: nn.Module, name: str) -> None:
         """Replace the layer ``name`` of ``model`` with this wrapper."""
         model.set_submodule(name, self)
+
+    def share(self, wrappers: Sequence["AdapterLayer"]) -> None:
+        """Prepare to share tensors with the other wrappers of one injection, before any of them is installed.
+
+        Args:
+            wrappers: All wrappers of the injection in the order of the model, this one included.
+        """
+
+    @property
+    def uses(self) -> Sequence["AdapterLayer"]:
+        """Wrappers of other layers whose tensors this one uses."""
+        return ()
 
     def merged(self) -> nn.Module:
         """Return a frozen copy of the base layer with the update merged in, computed in float64.
@@ -232,10 +247,10 @@ def parameter(like: Tensor, *shape: int) -> nn.Parameter:
     return nn.Parameter(torch.zeros(shape, dtype=torch.float32, device=like.device))
 
 
-def check_size(name: str, value: int) -> None:
-    """Raise a ValueError if a field is not a whole number from 1 to `MAX_SIZE`."""
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_SIZE:
-        raise ValueError(f"{name}={value!r:.40} must be a whole number of at least 1 and at most {MAX_SIZE}")
+def check_size(name: str, value: int, most: int = MAX_SIZE) -> None:
+    """Raise a ValueError if a field is not a whole number from 1 to ``most``."""
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+        raise ValueError(f"{name}={value!r:.40} must be a whole number of at least 1 and at most {most}")
 
 
 def check_choice(name: str, value: str, *choices: str) -> None:

@@ -1,31 +1,34 @@
 """FacT: the updates of all matrices of a backbone share one factorised tensor; without cost once merged."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dynadapter.adapters.base import AdapterSpec, check_size, matrices, parameter
-from dynadapter.adapters.injection import adapter_layers
+from dynadapter.adapters.base import AdapterLayer, AdapterSpec, check_size, matrices, parameter
 from dynadapter.adapters.lora import LowRankLayer
+
+MAX_RANK = 256
+"""Largest rank; the core then has 17 million numbers."""
 
 
 class FacTLayer(LowRankLayer):
     """``W x + b + s * D x``, where each square tile of D is ``up @ C @ down`` and C weighs the slices of the core.
 
-    Matrices of one tile size share ``up``, ``down`` and ``core``: the first of them in the model holds them, and in the
-    others they are None.
+    Matrices of one tile size, rank and injection share ``up``, ``down`` and ``core``: the first of them in the model
+    holds them, and in the others they are None.
 
     Args:
         base_layer: A linear layer, or a convolution in one group.
         spec: The adapter's configuration.
 
     Attributes:
-        down: (rank, tile).
-        up: (tile, rank).
-        core: (rank, rank, rank); the last axis is the one that ``mix`` weighs.
+        down: (rank, tile), once injected.
+        up: (tile, rank), once injected.
+        core: (rank, rank, rank), once injected; the last axis is the one that ``mix`` weighs.
         mix: (tiles, rank), the layer's own tensor; tiles row by row, as in the matrix.
     """
 
@@ -37,21 +40,25 @@ class FacTLayer(LowRankLayer):
         self.grid = (out // self.tile, width // self.tile)
         self.rank = rank
         self.mix = nn.init.xavier_uniform_(parameter(weight, self.grid[0] * self.grid[1], rank))
-        self.down: Any = parameter(weight, rank, self.tile)
-        self.up: Any = parameter(weight, self.tile, rank)
-        self.core: Any = nn.init.xavier_uniform_(parameter(weight, rank, rank, rank))
-        nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
-        self._holder = [self]  # a list, so that the holder is no child of this layer
+        self.down: Any = None
+        self.up: Any = None
+        self.core: Any = None
+        self._holder: list[Any] = [self]  # a list, so that the holder is no child of this layer
 
-    def install(self, model: nn.Module, name: str) -> None:
-        """Replace the layer, and take over the factors of layers installed before, which are later in the model."""
-        super().install(model, name)
-        for layer in adapter_layers(model).values():
-            other: Any = layer
-            alike = isinstance(other, FacTLayer) and (other.tile, other.rank) == (self.tile, self.rank)
-            if alike and other is not self:
-                other.down = other.up = other.core = None
-                other._holder = [self]
+    def share(self, wrappers: Sequence[AdapterLayer]) -> None:
+        """Use the factors of the first of these layers with the same tile and rank; the first one creates them."""
+        size = (self.tile, self.rank)
+        self._holder = [next(o for o in wrappers if isinstance(o, FacTLayer) and (o.tile, o.rank) == size)]
+        if self._holder[0] is self:
+            self.down = parameter(self.mix, self.rank, self.tile)
+            self.up = parameter(self.mix, self.tile, self.rank)
+            self.core = nn.init.xavier_uniform_(parameter(self.mix, self.rank, self.rank, self.rank))
+            nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
+
+    @property
+    def uses(self) -> Sequence[AdapterLayer]:
+        """The layer that holds the factors."""
+        return self._holder
 
     def matrix_down(self) -> Tensor:
         down = self._holder[0].down
@@ -71,7 +78,7 @@ class FacT(AdapterSpec):
     as q, k and v of a fused qkv; each tile has ``rank`` numbers that are not shared.
 
     Args:
-        rank: Rank of all three axes.
+        rank: Rank of all three axes, at most 256, because the core has rank^3 numbers.
         targets: Patterns of linear layers, or convolutions in one group; empty means all matrices of attention and MLP.
     """
 
@@ -83,7 +90,7 @@ class FacT(AdapterSpec):
     )
 
     def __post_init__(self) -> None:
-        check_size("rank", self.rank)
+        check_size("rank", self.rank, MAX_RANK)
         super().__post_init__()
 
     def wrap(self, model: nn.Module, name: str) -> FacTLayer:

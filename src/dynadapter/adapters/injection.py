@@ -48,6 +48,9 @@ def inject(model: nn.Module, spec: Adapters, freeze: bool = True) -> list[str]:
             f"{spec.label} does not fit the other adapters: one adds tokens, another needs them in a "
             "grid; use only one of them"
         )
+    ordered = [wrappers[name] for name in layers if name in wrappers]
+    for wrapper in ordered:
+        wrapper.share(ordered)
     depths = _depths(layers)
     # Inner layers first: wrapping a module changes the paths of the layers inside it
     for name in reversed([name for name in layers if name in wrappers]):

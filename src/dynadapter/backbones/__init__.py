@@ -35,7 +35,6 @@ from dynadapter.backbones.cut import (
     input_shape,
     mean_tokens,
     needs_all_tokens,
-    pool,
     pools_mean,
     prefix_tokens,
     reads_class_row,
@@ -48,7 +47,8 @@ from dynadapter.backbones.depth import cut_depth, remove_last_blocks
 from dynadapter.backbones.draws import DrawFrom
 from dynadapter.backbones.frozen import freeze, set_mode
 from dynadapter.backbones.input import own_preprocessing, set_image_size
-from dynadapter.backbones.unit import run_unit
+from dynadapter.backbones.limited import LimitedMemory, stored_in
+from dynadapter.backbones.unit import checkpointed, run_unit
 from dynadapter.backbones.vit_block import class_row, other_rows, run, run_with_exit_tokens, splits, takes_exit_tokens
 from dynadapter.backbones.written_out import written_out_attention
 
@@ -57,11 +57,13 @@ if find_spec("timm.models.qwen3_vit") is not None:  # older releases of timm hav
 
 __all__ = [
     "DrawFrom",
+    "LimitedMemory",
     "add_prefix_tokens",
     "arguments",
     "blocks",
     "built_for",
     "check_family",
+    "checkpointed",
     "checkpointing",
     "class_row",
     "classifier",
@@ -82,7 +84,6 @@ __all__ = [
     "needs_all_tokens",
     "other_rows",
     "own_preprocessing",
-    "pool",
     "pools_mean",
     "prefix_tokens",
     "reads_class_row",
@@ -94,6 +95,7 @@ __all__ = [
     "set_mode",
     "size_step",
     "splits",
+    "stored_in",
     "takes_exit_tokens",
     "takes_prefix_tokens",
     "tokens",

@@ -192,8 +192,10 @@ def _mlp_of_exit_tokens(block: Any, x: Tensor, to_hidden: Callable[[Tensor], Ten
 
 @contextmanager
 def _constant(block: nn.Module) -> Iterator[None]:
-    """Record no gradients for a block's own parameters inside."""
-    trained = [one for one in block.parameters() if one.requires_grad] if torch.is_grad_enabled() else []
+    """Record no gradients inside for a block's parameters, and for those that its adapters use from other layers."""
+    parts = [block, *(other for part in block.modules() for other in getattr(part, "uses", ()))]
+    own = (one for part in parts for one in part.parameters()) if torch.is_grad_enabled() else ()
+    trained = {one for one in own if one.requires_grad}
     for one in trained:
         one.requires_grad_(False)
     try:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from dynadapter.adapters.base import MAX_COUNT, check_size
 from dynadapter.exits.heads import Heads, linear
 
 
@@ -20,12 +21,7 @@ class AttentiveHead(nn.Module):
         num_classes: Number of classes.
         queries: Number of queries.
         class_token: Whether the linear layer also reads the first token.
-
-    Attributes:
-        reads_class_token: False: the head needs every token.
     """
-
-    reads_class_token = False
 
     def __init__(self, width: int, num_classes: int, queries: int, class_token: bool) -> None:
         super().__init__()
@@ -61,14 +57,13 @@ class Attentive(Heads):
     pooling is the attention pooling of CaiT and CoCa, without projections of the tokens.
 
     Args:
-        queries: Number of learned queries of a head, at least 1.
+        queries: Number of learned queries of a head, from 1 to 64.
     """
 
     queries: int = 6
 
     def __post_init__(self) -> None:
-        if self.queries < 1:
-            raise ValueError(f"queries={self.queries} must be at least 1")
+        check_size("queries", self.queries, MAX_COUNT)
 
     def build(
         self, exit: int, exits: int, width: int, num_classes: int, prefix_tokens: int, class_token: bool

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dynadapter import backbones
 from dynadapter.adapters import AdapterLayer, needs_grid
-from dynadapter.adapters.base import check_size, matrices, unwrapped
+from dynadapter.adapters.base import MAX_COUNT, check_size, matrices, unwrapped
 from dynadapter.exits.heads import Heads, linear
 
 
@@ -95,10 +95,14 @@ class ExitTokenUpdates(nn.Module):
     def run(
         self, backbone: nn.Module, place: int, x: Tensor, exit_tokens: Tensor, bias: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Run the block after ``place`` blocks; see :func:`dynadapter.backbones.run_with_exit_tokens`."""
+        """Run the block after ``place`` blocks; see :func:`dynadapter.backbones.run_with_exit_tokens`.
+
+        With gradient checkpointing the backward pass computes the block again, as in ``run_unit``.
+        """
         (block,) = backbones.blocks(backbone)[place]
         updates: Any = self.updates[place]
-        return backbones.run_with_exit_tokens(block, x, exit_tokens, updates.query, updates.hidden, bias)
+        inputs = (block, x, exit_tokens, updates.query, updates.hidden, bias)
+        return backbones.checkpointed(backbone, backbones.run_with_exit_tokens, *inputs)
 
 
 class ExitTokenHead(nn.Module):
@@ -108,12 +112,7 @@ class ExitTokenHead(nn.Module):
         width: Channels of a token.
         num_classes: Number of classes.
         count: Number of exit tokens.
-
-    Attributes:
-        reads_class_token: False: the exit tokens of the last block have read every token.
     """
-
-    reads_class_token = False
 
     def __init__(self, width: int, num_classes: int, count: int) -> None:
         super().__init__()
@@ -154,8 +153,7 @@ class ExitTokens(Heads):
 
     def __post_init__(self) -> None:
         check_size("rank", self.rank)
-        if isinstance(self.count, bool) or not isinstance(self.count, int) or not 1 <= self.count <= 64:
-            raise ValueError(f"count={self.count!r} must be a whole number from 1 to 64")
+        check_size("count", self.count, MAX_COUNT)
         if not 0 < self.scale < math.inf:
             raise ValueError(f"scale={self.scale} must be a finite number above 0")
 

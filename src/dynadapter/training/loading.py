@@ -9,6 +9,7 @@ from typing import IO, Any, Self, get_type_hints
 import torch
 from lightning.pytorch import LightningModule
 
+from dynadapter.backbones import stored_in
 from dynadapter.backbones.stored import check_arguments, check_name
 from dynadapter.backbones.weight_files import require_stored
 from dynadapter.files import require_room
@@ -95,5 +96,7 @@ class CheckedLoading(LightningModule):
             settings = stored_settings(cls, checkpoint, kwargs)
         except ValueError as error:
             raise ValueError(f"{checkpoint_path}: {error}") from error
-        del checkpoint  # Lightning reads the file again
-        return super().load_from_checkpoint(checkpoint_path, map_location, None, strict, True, **{**settings, **kwargs})
+        with stored_in(str(checkpoint_path), checkpoint.get("state_dict", {})):
+            del checkpoint  # Lightning reads the file again
+            settings |= kwargs
+            return super().load_from_checkpoint(checkpoint_path, map_location, None, strict, True, **settings)

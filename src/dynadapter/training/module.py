@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
 from dynadapter.adapters import Adapters, LoRA, inject
-from dynadapter.backbones import create_backbone, cut_depth, fingerprint, own_preprocessing
+from dynadapter.backbones import LimitedMemory, create_backbone, cut_depth, fingerprint, own_preprocessing
 from dynadapter.exits.attentive import Attentive
 from dynadapter.exits.exit_tokens import ExitTokens  # noqa: F401  # a name for configs
 from dynadapter.exits.heads import Heads
@@ -148,9 +148,10 @@ class ExitClassifier(CheckedLoading):
             cut_depth(model, depth)
         self.backbone_name = backbone
         self.backbone_hash = fingerprint(model)
-        if adapter is not None:
-            inject(model, adapter)
-        self.net = ExitNet(model, heads, every, exit_depths, token_merging)
+        with LimitedMemory(model):
+            if adapter is not None:
+                inject(model, adapter)
+            self.net = ExitNet(model, heads, every, exit_depths, token_merging)
         self.class_names = list(class_names or map(str, range(num_classes)))
         self.own_preprocessing = own_preprocessing(model, backbone, image_size)
         self.preprocessing: dict[str, Any] = {}

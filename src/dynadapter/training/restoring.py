@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from dynadapter.backbones import DrawFrom
+from dynadapter.backbones import DrawFrom, stored_in
 from dynadapter.calibrate.stored import calibration_of, calibration_path
 from dynadapter.exits.policies import Confidence, Policy
 from dynadapter.spec import restore
@@ -45,7 +45,7 @@ def load_classifier(
         settings |= {"weights": None, "pretrained": pretrained}
     elif settings.get("weights"):
         rank_zero_info(f"the backbone's weights come from {settings['weights']}, as the checkpoint says")
-    with DrawFrom(0):  # the checkpoint's tensors replace what is drawn
+    with DrawFrom(0), stored_in(str(path), checkpoint["state_dict"]):  # the checkpoint's tensors replace what is drawn
         classifier = ExitClassifier(**settings)
     classifier.on_load_checkpoint(checkpoint)
     classifier.load_state_dict(checkpoint["state_dict"])

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import dynadapter
 from dynadapter.adapters import Adapters, inject
-from dynadapter.backbones import DrawFrom, create_backbone, cut_depth
+from dynadapter.backbones import DrawFrom, LimitedMemory, create_backbone, cut_depth, stored_in
 from dynadapter.backbones.stored import check_arguments, check_name
 from dynadapter.cost import ExitCosts
 from dynadapter.exits.heads import Heads
@@ -212,7 +212,8 @@ class Config:
             ValueError: Adapter, heads, exits or tensors do not fit.
         """
         backbone.to(getattr(torch, self.dtype))
-        with DrawFrom(0):  # the tensors of the file replace what is drawn
+        # The tensors of the file replace what is drawn
+        with DrawFrom(0), stored_in(where, tensors), LimitedMemory(backbone):
             if self.adapter is not None and not self.merged:
                 inject(backbone, self.adapter)
             net = ExitNet(backbone, self.heads, exit_depths=self.exit_depths, token_merging=self.token_merging)
