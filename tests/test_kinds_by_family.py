@@ -128,7 +128,7 @@ def test_dinov3_takes_any_square() -> None:
         x = torch.randn(2, 3, size, size)
         with torch.no_grad():
             torch.testing.assert_close(net(x)[-1], net.backbone(x))
-    with pytest.raises(ValueError, match="24 patches do not form a square; give square images"):
+    with pytest.raises(ValueError, match="4 x 6 patches do not form a square; give square images"):
         net(torch.randn(1, 3, 32, 48))
 
 

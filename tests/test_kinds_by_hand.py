@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from dynadapter.adapters import (
     SSF,
     VPT,
+    Adapter,
     AdapterPlus,
     AdapterSpec,
     AdaptFormer,
@@ -25,7 +26,7 @@ from dynadapter.adapters import (
     inject,
     merge,
 )
-from dynadapter.backbones import set_image_size
+from dynadapter.backbones import create_backbone, prefix_tokens, set_image_size
 from dynadapter.exits.exit_tokens import ExitTokens
 from dynadapter.exits.heads import LinearHeads
 from dynadapter.exits.net import ExitNet
@@ -217,6 +218,18 @@ def test_fact_shares_its_factors(images: Tensor) -> None:
         assert not torch.allclose(twin(images), after)
 
 
+def test_fact_keeps_an_earlier_injection(images: Tensor) -> None:
+    model = make_vit(depth=4)
+    for blocks in ("23", "01"):
+        expected, before = model(images), len(trained(model))
+        inject(model, FacT(rank=2, targets=(f"blocks.[{blocks}].attn.qkv", f"blocks.[{blocks}].attn.proj")))
+        assert torch.equal(model(images), expected)
+        assert len(trained(model)) == before + 3 + 4
+        with torch.no_grad():
+            for p in trained(model).values():
+                p.normal_()
+
+
 def test_drop_path_drops_whole_samples() -> None:
     _, model = scrambled(AdapterPlus(drop_path=0.5))
     block: Any = model.blocks[0]
@@ -262,6 +275,29 @@ def test_shallow_prompts_pass_all_blocks(images: Tensor) -> None:
     last = plain.fc_norm(plain.blocks[1](x)[:, 1:17].mean(1))
     torch.testing.assert_close(net(images.double()), torch.stack([early, plain.head(last)]))
     torch.testing.assert_close(model(images.double()), plain.head(last))
+
+
+EVA = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 2}
+OTHERS: list[AdapterSpec] = [
+    AdapterPlus(bottleneck=2),
+    VPT(prompts=2),
+    Adapter(bottleneck=2, targets=("*.attn",)),
+]
+
+
+@pytest.mark.parametrize("first", OTHERS, ids=lambda spec: spec.label)
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "eva02_tiny_patch14_224", "vit_small_patch16_dinov3"])
+@torch.no_grad()
+def test_prompts_beside_other_adapters(name: str, first: AdapterSpec, images: Tensor) -> None:
+    outputs = []
+    for order in ((first, VPT(prompts=3, placement="shallow")), (VPT(prompts=3, placement="shallow"), first)):
+        model = create_backbone(name, 5, **EVA)
+        for spec in order:
+            torch.manual_seed(0)
+            inject(model, spec)
+        assert prefix_tokens(model) == 3 + prefix_tokens(create_backbone(name, 5, **EVA))
+        outputs.append(model(images))
+    assert torch.allclose(*outputs, rtol=1e-4, atol=1e-5) or isinstance(first, VPT)  # whose order of prompts counts
 
 
 @pytest.mark.parametrize("placement", ["deep", "shallow"])
@@ -321,6 +357,18 @@ def both(*specs: AdapterSpec) -> None:
         inject(backbone, spec)
 
 
+def hiera() -> nn.Module:
+    return create_backbone("hiera_tiny_224", 5, img_size=64, embed_dim=16, stages=(1, 1, 1, 1))
+
+
+def parallel() -> nn.Module:
+    return create_backbone("vit_base_patch16_xp_224", 5, **EVA)
+
+
+def lambdanet() -> nn.Module:
+    return create_backbone("lambda_resnet26t", 5, img_size=64)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -330,6 +378,9 @@ def both(*specs: AdapterSpec) -> None:
         (lambda: inject(make_vit(), VPT(targets=("*.mlp",))), "VPT cannot wrap blocks.0.mlp, .*; it takes a block of"),
         (lambda: inject(make_vit(), AdapterPlus(targets=("*.mlp",))), "AdapterPlus cannot wrap blocks.0.mlp"),
         (lambda: inject(make_vit(dynamic_img_size=True), VPT(placement="shallow")), "dynamic_img_size does not fit"),
+        (lambda: inject(hiera(), Convpass(targets=("blocks.*.mlp",))), "Convpass cannot wrap blocks.0.mlp: the tokens"),
+        (lambda: inject(lambdanet(), LoRA(split="qv", targets=("*.qkv",))), "split='qv' does not fit .*q, k and v"),
+        (lambda: inject(parallel(), LoRA()), "LoRA has no .*; kinds that have: AdapterPlus, BitFit, SSF, VPT; or set"),
         (lambda: exit_tokens(VPT()), "ExitTokens needs .*, not the adapter VPT on them; use other heads"),
         (lambda: exit_tokens(Convpass()), "ExitTokens needs .*, not the adapter Convpass on them"),
         (lambda: merged_tokens(Convpass()), "token_merging does not fit Convpass, which can need every token"),

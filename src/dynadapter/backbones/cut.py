@@ -200,11 +200,6 @@ def in_chans(model: nn.Module) -> int | None:
     return getattr(model, "in_chans", None) if stem is None else stem.in_channels  # NaFlexVit's stem is a linear layer
 
 
-def pool(model: nn.Module, features: Tensor) -> Tensor:
-    """Pool features to the classifier's input (batch, width) with timm's own pooling."""
-    return model.forward_head(features, pre_logits=True)  # type: ignore[operator]
-
-
 @singledispatch
 def classify(model: nn.Module, features: Tensor, logs: Tensor | None = None) -> Tensor:
     """Convert features into logits (batch, classes) with the model's own pooling and classifier.
@@ -267,6 +262,27 @@ def _square(patches: int) -> tuple[int, int]:
     if side * side != patches:
         raise ValueError(f"{patches} patches do not form a square; give square images")
     return side, side
+
+
+def _grid(patches: int, built: tuple[int, int] | None) -> tuple[int, int]:
+    """Return rows and columns of the patches: those of the size that a model was built for, or of a square image."""
+    return built if built is not None and math.prod(built) == patches else _square(patches)
+
+
+def _check_grid(shape: Any, built: tuple[int, int] | None = None) -> None:
+    """Raise a ValueError if the blocks, which receive only the patches, would take them for another grid."""
+    rows, columns = shape
+    if torch.jit.is_tracing() or built == (rows, columns):  # while tracing the numbers are tensors
+        return
+    if rows != columns:
+        raise ValueError(f"{rows} x {columns} patches do not form a square; give square images")
+    if built is not None and math.prod(built) == rows * columns:
+        raise ValueError(f"{rows} x {columns} patches do not fit a model built for {built[0]} x {built[1]}; give those")
+
+
+def _needs_grid(model: nn.Module) -> bool:
+    """Check whether an adapter reads the neighbours of a token."""
+    return any(getattr(part, "needs_grid", False) for part in model.modules())
 
 
 def _same_forward(model: nn.Module, families: Any) -> None:

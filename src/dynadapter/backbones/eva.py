@@ -6,9 +6,11 @@ from timm.models.eva import Eva
 from torch import Tensor, nn
 
 from dynadapter.backbones.cut import (
+    _check_grid,
     _count_prefix_tokens,
+    _grid,
+    _needs_grid,
     _same_forward,
-    _square,
     add_prefix_tokens,
     arguments,
     blocks,
@@ -19,7 +21,10 @@ from dynadapter.backbones.cut import (
 @embed.register
 def _(model: Eva, images: Tensor) -> Tensor:
     _same_forward(model, Eva)
-    return model.norm_pre(model._pos_embed(model.patch_embed(images))[0])
+    x = model.patch_embed(images)
+    if model.dynamic_img_size and (model.rope is not None or _needs_grid(model)):  # (batch, rows, columns, width)
+        _check_grid(x.shape[1:3], model.patch_embed.grid_size)
+    return model.norm_pre(model._pos_embed(x)[0])
 
 
 @blocks.register
@@ -39,24 +44,17 @@ def _(model: Eva, unit: tuple[nn.Module, ...], x: Tensor) -> dict[str, Any]:
     if hasattr(rope, "feat_shape") and not model.dynamic_img_size:
         rotary = rope.get_embed()
     else:
-        rotary = rope.get_embed(shape=_grid(model, x.shape[1] - model.num_prefix_tokens))
+        rotary = rope.get_embed(shape=_grid(x.shape[1] - model.num_prefix_tokens, model.patch_embed.grid_size))
     if model.rope_mixed:  # each block has its own
         rotary = rotary[next(k for k, block in enumerate(model.blocks) if block is unit[0])]
     return {"rope": rotary}
 
 
-def _grid(model: Eva, patches: int) -> tuple[int, int]:
-    """Return rows and columns of the patches."""
-    rows, columns = model.patch_embed.grid_size
-    if rows * columns == patches:
-        return rows, columns
-    return _square(patches)
-
-
 @add_prefix_tokens.register
 def _(model: Eva, block: nn.Module | None, count: int) -> None:
+    found: Any = [getattr(one, "base_layer", one).attn for one in (model.blocks if block is None else (block,))]
     if block is None:
         _count_prefix_tokens(model, count)
-    for one in model.blocks if block is None else (block,):
-        attention: Any = one.attn
+    for inner in found:
+        attention = getattr(inner, "base_layer", inner)  # without an adapter around it
         attention.num_prefix_tokens += count  # those without a rotary embedding

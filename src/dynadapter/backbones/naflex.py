@@ -5,13 +5,16 @@ from typing import Any
 from timm.models.naflexvit import NaFlexVit
 from torch import Tensor, nn
 
-from dynadapter.backbones.cut import _same_forward, _square, arguments, embed
+from dynadapter.backbones.cut import _check_grid, _needs_grid, _same_forward, _square, arguments, embed
 
 
 @embed.register
 def _(model: NaFlexVit, images: Tensor) -> Tensor:
     _same_forward(model, NaFlexVit)
-    return model.norm_pre(model.embeds(images)[0])
+    x, grid = model.embeds(images)
+    if model.rope is not None or _needs_grid(model):
+        _check_grid(grid)
+    return model.norm_pre(x)
 
 
 @arguments.register

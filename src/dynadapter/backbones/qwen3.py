@@ -7,6 +7,7 @@ from timm.models.qwen3_vit import Qwen3VitClassifier
 from torch import Tensor, nn
 
 from dynadapter.backbones.cut import (
+    _check_grid,
     _same_forward,
     _square,
     arguments,
@@ -23,7 +24,9 @@ from dynadapter.backbones.depth import remove_last_blocks
 @embed.register
 def _(model: Qwen3VitClassifier, images: Tensor) -> Tensor:
     _same_forward(model, Qwen3VitClassifier)
-    return model.encoder._pos_embed(model.encoder.patch_embed(images))[0]
+    x = model.encoder.patch_embed(images)  # (batch, rows, columns, width)
+    _check_grid(x.shape[1:3])
+    return model.encoder._pos_embed(x)[0]
 
 
 @blocks.register

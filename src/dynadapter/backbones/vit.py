@@ -12,7 +12,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from dynadapter.backbones.cut import (
+    _check_grid,
     _count_prefix_tokens,
+    _needs_grid,
     _same_forward,
     add_prefix_tokens,
     blocks,
@@ -36,7 +38,10 @@ Alike = VisionTransformer | Eva | Beit | NaFlexVit
 @embed.register
 def _(model: VisionTransformer, images: Tensor) -> Tensor:
     _same_forward(model, VisionTransformer)
-    x = model._pos_embed(model.patch_embed(images))  # adds the prefix tokens; the one private call
+    x = model.patch_embed(images)
+    if model.dynamic_img_size and _needs_grid(model):  # (batch, rows, columns, width)
+        _check_grid(x.shape[1:3], model.patch_embed.grid_size)
+    x = model._pos_embed(x)  # adds the prefix tokens; the one private call
     return model.norm_pre(model.patch_drop(x))
 
 
