@@ -6,7 +6,8 @@
 #   benchmarks/gpu.sh --tiny step       try a part on a CPU in some seconds
 #
 # A part writes one JSON line a case to $OUT (default: benchmarks/results) and does not repeat a line that is there or
-# in benchmarks/results; a stopped part continues. Results are at most 8 files of at most 16 MiB.
+# in benchmarks/results; a stopped part continues. `tests` starts anew each time and writes gpu_tests.xml (JUnit).
+# Results are at most 8 files of at most 16 MiB.
 #
 # The machine needs Python 3.11 or newer, torch, torchvision, timm (that of the wheels comes first), lightning, numpy, Pillow, PyYAML, safetensors,
 # tabulate, portalocker and, for `tests`, pytest, pytest-timeout and hypothesis. Other packages come as wheels, because
@@ -90,6 +91,14 @@ timing() {
   fi
 }
 
+# Run the CUDA tests in one process, or with --tiny the same on the CPU. Other files may need packages that the machine
+# lacks, and its versions may warn of other things.
+cuda_tests() {
+  local chosen=(-m cuda $(grep -l mark.cuda tests/test_*.py))
+  [ -z "$tiny" ] || chosen=(-k cpu tests/test_device.py)
+  limited python3 -m pytest -q -o addopts= -p no:cacheprovider -W default --junitxml="$OUT/gpu_tests.xml" "${chosen[@]}"
+}
+
 # Pre-train in runs/gpu_NAME: a name, and options.
 learn() {
   local name="$1" run="${tiny:+$OUT/}runs/gpu_$1"
@@ -145,7 +154,7 @@ tasks() {
 
 part() {
   case "$1" in
-    tests) resume gpu_tests.jsonl; limited python3 benchmarks/gpu_tests.py --out "$OUT/gpu_tests.jsonl" ${tiny:+--device cpu} ;;
+    tests) cuda_tests ;;
     step) timing training.py gpu_step.jsonl ;;
     routing) timing latency.py gpu_routing.jsonl ;;
     compile) timing stage_compile.py gpu_compile.jsonl ;;

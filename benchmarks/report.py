@@ -184,23 +184,6 @@ def time_section(title: str, name: str, lines: list[Line], figures: Path) -> str
     return "\n".join(parts)
 
 
-def fast_path_section(results: Path) -> str:
-    """Return the section on the in-memory data path of training; empty where it was not measured."""
-    lines = read(results / "fast_path.jsonl")
-    if not lines:
-        return ""
-    columns = {"recipe": "recipe", "wall_ratio": "wall time", "cpu_ratio": "CPU time", "cpu": "processor"}
-    rows = [
-        {title: line[name] for name, title in columns.items()} | {"rounds": len(line["wall_ratios"])} for line in lines
-    ]
-    words = (
-        "An epoch of the product's training divided by an epoch of the second trainer that it replaced, on one thread: "
-        "`micro`, LoRA of rank 8, 800 images of 48 px in memory. Both were timed in one run, epoch by epoch: medians "
-        "of epochs 2 to 6. The program went with the second trainer.\n"
-    )
-    return "\n".join(["## An epoch from memory\n", words, markdown(pd.DataFrame(rows, dtype=object))])
-
-
 def soak_section(results: Path) -> str:
     """Return the section on killed runs; empty where there are none."""
     lines = read(results / "soak.jsonl")
@@ -280,7 +263,6 @@ def document(results: Path, figures: Path) -> str:
         for part in [
             *parts,
             kinds_section(results),
-            fast_path_section(results),
             soak_section(results),
             cost_section(results),
         ]

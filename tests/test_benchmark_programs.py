@@ -12,6 +12,7 @@ import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -258,14 +259,17 @@ def test_gpu_parts_run_once_on_a_cpu(tmp_path, monkeypatch):
             Image.new("RGB", (48, 48), (20 * k, 100, 50)).save(tmp_path / "data" / name / f"{k}.png")
     monkeypatch.setenv("DATA", str(tmp_path / "data"))
     monkeypatch.setenv("WEIGHTS", str(tmp_path / "weights"))
-    parts = {part: f"gpu_{part}" for part in ("step", "routing", "compile", "tests")}
+    parts = {part: f"gpu_{part}" for part in ("step", "routing", "compile")}
     parts |= {"pretrain": "gpu_small", "pretrain_micro": "gpu_micro_plain"}
     contents = []
     for _ in range(2):
-        done = gpu(tmp_path, "--tiny", *parts)
+        done = gpu(tmp_path, "--tiny", "tests", *parts)
         assert done.returncode == 0, done.stderr[-2000:]
         contents.append({name: (tmp_path / f"{name}.jsonl").read_bytes() for name in parts.values()})
     assert contents[0] == contents[1]
+    suite = ElementTree.parse(tmp_path / "gpu_tests.xml").find("testsuite").attrib
+    assert int(suite["tests"]) > int(suite["skipped"])
+    assert (suite["failures"], suite["errors"]) == ("0", "0")
     assert all(b'"precision": "bf16"' in contents[0][name] for name in ("gpu_step", "gpu_routing", "gpu_compile"))
     about = json.loads((tmp_path / "small.json").read_text())
     assert hashlib.sha256((tmp_path / "small.safetensors.0").read_bytes()).hexdigest() == about["sha256"]

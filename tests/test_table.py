@@ -21,7 +21,7 @@ from dynadapter.serve.inputs import list_images
 from dynadapter.serve.runtime.runner import list_sources
 from dynadapter.serve.table import OtherRun, PredictionTable, Unread
 
-FILES = ["a.png", "b, c.png", "日本.png", "x\ny.png", "e.png", "f.png", os.fsdecode(b"caf\xe9.png")]
+FILES = ["a.png", "b, c.png", "日本.png", "x\ny.png", " space .png", 'say "hi".png', os.fsdecode(b"caf\xe9.png")]
 ENTRIES: list[Any] = [
     [FILES[0], "ant", 0.9877, 1],
     Unread(FILES[1], "broken, quite"),
@@ -64,11 +64,12 @@ def test_csv(tmp_path):
         content
         == (
             'file,class,confidence,exit\na.png,ant,0.9877,1\n日本.png,"say ""bee""",1.0000,3\n"x\ny.png",ant,0.7500,2\n'
-            "e.png,cat,0.5000,1\n"
+            " space .png,cat,0.5000,1\n"
         ).encode()
         + b"caf\xe9.png,cat,0.2500,2\n"
     )
-    assert (tmp_path / "t.csv.skipped.csv").read_text() == 'file,reason\n"b, c.png","broken, quite"\nf.png,empty\n'
+    skipped = 'file,reason\n"b, c.png","broken, quite"\n"say ""hi"".png",empty\n'
+    assert (tmp_path / "t.csv.skipped.csv").read_text() == skipped
     assert names(tmp_path) == ["t.csv", "t.csv.skipped.csv"]
 
 
@@ -314,6 +315,17 @@ def test_inputs(tmp_path):
     assert list_images([tmp_path / "list.txt", photos / "a.png"]) == [*listed, str(photos / "a.png")]
     rows = [str(photos / "two\nlines.png"), str(photos / "b, c.png")]
     assert list_images([tmp_path / "t.csv"]) == list_images([tmp_path / "t.csv"], "path") == rows
+
+
+@pytest.mark.parametrize("kind", ["list.txt", "list.csv"])
+def test_paths_in_a_list(kind, tmp_path, monkeypatch):
+    """Absolute ones and those of a folder above are read; the home of the reader is not put in."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    names = ["a.png", "../b.png", "/c/d.png", "~/e.png", "~root/f.png"]
+    (tmp_path / kind).write_text("\n".join((["path"] if kind.endswith("csv") else []) + names))
+    folder = str(tmp_path)
+    expected = [f"{folder}/a.png", f"{folder}/../b.png", "/c/d.png", f"{folder}/~/e.png", f"{folder}/~root/f.png"]
+    assert list_images([str(tmp_path / kind)]) == expected
 
 
 def test_input_that_begins_like_a_user(tmp_path, monkeypatch):

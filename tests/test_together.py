@@ -5,10 +5,10 @@ from typing import Any
 import pytest
 import torch
 from conftest import BACKBONES
-from served import POLICY, parts_of
+from served import POLICY, Gate, parts_of
 from torch import nn
 
-from dynadapter import Adapter, Confidence, FacT, LoRA, Together, TokenMerging, inject
+from dynadapter import Adapter, Confidence, Engine, FacT, LoRA, TokenMerging, inject
 from dynadapter.adapters import AdapterSpec, adapter_layers
 from dynadapter.backbones import fingerprint
 from dynadapter.exits.heads import Balanced, LinearHeads
@@ -16,6 +16,7 @@ from dynadapter.exits.net import ExitNet
 from dynadapter.exits.policies import Policy
 from dynadapter.serve.bundle import BackboneSource, Bundle
 from dynadapter.serve.bundle.saving import describe
+from dynadapter.serve.together import Together
 
 LORA = LoRA(rank=2)
 
@@ -50,9 +51,6 @@ def images(count: int = 24) -> torch.Tensor:
     return torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
 
-TASKS = [[0, 1, 2][i * 7 % 3] for i in range(24)]
-
-
 @pytest.mark.parametrize(
     ("family", "options"),
     [
@@ -73,25 +71,17 @@ def test_rows_equal_their_own_bundle(family, options):
         for seed, (kind, classes, policy) in enumerate(zip(kinds, (5, 3, 8), policies, strict=True))
     ]
     expected = [one.route(images()) for one in bundles]
-    logits, exits = Together(bundles).route(images(), TASKS)
-    taken = [int(expected[task].exit_index[i]) for i, task in enumerate(TASKS)]
-    assert exits.tolist() == taken
-    assert len(set(taken)) > 1
-    for i, task in enumerate(TASKS):
-        torch.testing.assert_close(logits[i], expected[task].logits[i], rtol=1e-4, atol=1e-4)
-
-
-def test_predictions_have_their_own_classes():
-    bundles = [bundle(classes=3), bundle(classes=9, seed=1)]
-    tasks = [i % 2 for i in range(9)]
-    together = Together(bundles)
-    found = together.predict(list(images(9)), tasks, batch_size=4)
-    alone = [one.predict(list(images(9))) for one in bundles]
-    for i, task in enumerate(tasks):
-        assert found[i].label == alone[task][i].label
-        assert found[i].exit_index == alone[task][i].exit_index
-        assert found[i].confidence == pytest.approx(alone[task][i].confidence, rel=1e-4)
-    assert together.predict([], []) == []
+    gate = Gate()
+    engines = Engine.together({str(k): one for k, one in enumerate(bundles)}, batch=7, queue=100, compute=gate)
+    with gate.closed():  # so that all tasks wait, and share batches
+        answers = [[engine.submit(image) for image in images()] for engine in engines.values()]
+    for engine in engines.values():
+        engine.close()
+    assert max(len(one.exit_index.unique()) for one in expected) > 1
+    for asked, alone in zip(answers, expected, strict=True):
+        assert [job.result().exit_index for job in asked] == alone.exit_index.tolist()
+        found = torch.stack([job.result().probabilities for job in asked])
+        torch.testing.assert_close(found, alone.logits.softmax(-1), rtol=1e-4, atol=1e-4)
 
 
 def test_frozen_tensors_are_held_once():
@@ -121,22 +111,3 @@ def test_merged_bundle_does_not_fit():
     merged.net.merge(1e-3)
     with pytest.raises(ValueError, match=r"qkv\.weight differs, because a bundle is merged"):
         Together([bundle(), merged])
-
-
-@pytest.mark.parametrize(("tasks", "message"), [([0], "2 images and 1 tasks"), ([0, 2], "task 2 names none of the 2")])
-def test_task_is_checked(tasks, message):
-    with pytest.raises(ValueError, match=message):
-        Together([bundle(), bundle(seed=1)]).route(images(2), tasks)
-
-
-@pytest.mark.parametrize("batch_size", [0, -1])
-def test_batch_size_is_checked(batch_size):
-    with pytest.raises(ValueError, match=f"batch_size={batch_size} must be at least 1"):
-        Together([bundle(), bundle(seed=1)]).predict(list(images(2)), [0, 1], batch_size=batch_size)
-
-
-def test_nonfinite_image_is_named():
-    broken = images(2)
-    broken[1] = float("nan")
-    with pytest.raises(ValueError, match="the logits of image 1 are not finite"):
-        Together([bundle(), bundle(seed=1)]).predict(list(broken), [0, 1])

@@ -76,7 +76,6 @@ if TYPE_CHECKING:
     from dynadapter.serve.engine import Engine
     from dynadapter.serve.requests import Limits
     from dynadapter.serve.stream import Stream
-    from dynadapter.serve.together import Together
     from dynadapter.training.callbacks import (
         BidirectionalSparsity,
         EarlyExit,
@@ -112,7 +111,6 @@ _HOMES = {
     "serve.engine": "Engine",
     "serve.requests": "Limits",
     "serve.stream": "Stream",
-    "serve.together": "Together",
     "training.callbacks": "BidirectionalSparsity EarlyExit ExitWeights FlopsReport WeightAverage",
     "training.losses": "Distillation joint_loss",
     "training.metrics": "ExitUse",

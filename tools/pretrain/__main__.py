@@ -77,7 +77,6 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--compile", action="store_true", help="torch.compile the model")
     add("--device", help="default: cuda where there is one")
     add("--threads", type=count, help="threads on a CPU; default: torch's")
-    add("--cache", action="store_true", help="keep the decoded set in --out/data.pt")
     add("--save_every", type=positive, default=60, help="seconds between checkpoints (default: 60)")
     add("--stop_after", type=positive, default=math.inf, help="save and stop so many seconds after the start")
     add("--start", type=Path, help="start with these weights, an earlier run's .safetensors")
@@ -146,7 +145,7 @@ def pretrain(args: argparse.Namespace) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     recipe = make_recipe(args, device)
-    train, val, names = read(args.data, recipe.size, args.classes, out / "data.pt" if args.cache else None)
+    train, val, names = read(args.data, recipe.size, args.classes)
     if recipe.batch > len(train):
         raise ValueError(f"--batch {recipe.batch} is more than the {len(train)} training images; give a smaller one")
     print(f"{len(train)} + {len(val)} images of {len(names)} classes, {time.monotonic() - started:.1f} s", flush=True)

@@ -53,7 +53,6 @@ def export(run: Run, args: argparse.Namespace, names: list[str]) -> None:
         "source": {"name": args.source, "images": len(run.train), "classes": len(names), "licence": args.licence},
         "epochs": run.plan["epochs"],
         "start": run.identity["asked"].get("start"),
-        "start_width": safetensors.torch.load_file(args.start)["cls_token"].shape[-1] if args.start else None,
         "minutes": round(run.place.total_seconds / 60, 1),
         "recipe": asdict(recipe),
         "plan": run.plan,
@@ -123,8 +122,6 @@ def facts(about: dict[str, Any]) -> dict[str, str]:
     training += about["plan"]["precision"]
     if about["start"]:
         training += f"; started with the weights of SHA-256 `{about['start'][:12]}...`"
-        if (about.get("start_width") or size["embed_dim"]) < size["embed_dim"]:
-            training += f", widened from {about['start_width']}"
     found = {
         "architecture": f"timm `{about['architecture']}` with {shape}: {tokens} patches and a class token",
         "parameters": f"{parameters['backbone']:,}, and {parameters['classifier']:,} of the classifier",

@@ -5,12 +5,7 @@ optional ``classes.txt`` gives the order: NAME, tab, words. Folders: ``train/NAM
 Needs torch, numpy and Pillow only.
 """
 
-import hashlib
-import json
 import os
-import pickle
-import zipfile
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +33,7 @@ class Images:
         return Images(self.pixels.to(device), self.labels.to(device))
 
 
-def read(root: str | Path, size: int, limit: int = 0, cache: Path | None = None) -> tuple[Images, Images, list[str]]:
+def read(root: str | Path, size: int, limit: int = 0) -> tuple[Images, Images, list[str]]:
     """Decode a whole set.
 
     Args:
@@ -46,7 +41,6 @@ def read(root: str | Path, size: int, limit: int = 0, cache: Path | None = None)
         size: Height and width of the result in pixels: of a mosaic's tiles, or what other images are resized to (the
             shorter side, then the centre crop).
         limit: Use the first so many classes only; 0 uses all.
-        cache: A file that keeps the decoded set; read if it was made of the same files, else written.
 
     Returns:
         The images to train on, those to validate on, and the names of the classes.
@@ -58,14 +52,7 @@ def read(root: str | Path, size: int, limit: int = 0, cache: Path | None = None)
     names = class_names(root)
     names = names[:limit] if limit else names
     files = {split: [files_of(root / split, name) for name in names] for split in ("train", "val")}
-    key = fingerprint(root, size, names, files)
-    if cache is not None and cache.exists():
-        found = unpack(cache, key)
-        if found is not None:
-            return (*found, names)
     train, val = (decode(root / split, files[split], size) for split in ("train", "val"))
-    if cache is not None:
-        pack(cache, key, train, val)
     return train, val, names
 
 
@@ -141,34 +128,3 @@ def rgb(path: Path) -> np.ndarray:
             return np.asarray(image.convert("RGB"))
     except Exception as error:  # decoders fail in many ways on damaged bytes
         raise ValueError(f"cannot read image {str(path)!r} ({type(error).__name__}: {error}); delete it") from None
-
-
-# ---- the decoded set in a file
-
-
-def fingerprint(root: Path, size: int, names: list[str], files: dict[str, list[list[Path]]]) -> str:
-    """Return a hash of the names, sizes and times of a set's files."""
-
-    def listed(paths: Iterable[Path]) -> list[tuple[str, int, int]]:
-        stats = ((path, path.stat()) for path in paths)
-        return [(str(path.relative_to(root)), stat.st_size, stat.st_mtime_ns) for path, stat in stats]
-
-    identity = [str(root.resolve()), size, names, [listed(paths) for classes in files.values() for paths in classes]]
-    return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
-
-
-def pack(cache: Path, key: str, train: Images, val: Images) -> None:
-    """Write a decoded set, all of it or nothing."""
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    part = cache.with_name(cache.name + ".part")
-    torch.save({"key": key, "train": vars(train), "val": vars(val)}, part)
-    os.replace(part, cache)
-
-
-def unpack(cache: Path, key: str) -> tuple[Images, Images] | None:
-    """Read a decoded set; None if it was made of other files or is damaged."""
-    try:
-        held = torch.load(cache, weights_only=True)
-        return (Images(**held["train"]), Images(**held["val"])) if held["key"] == key else None
-    except (RuntimeError, EOFError, KeyError, TypeError, ValueError, OSError, pickle.PickleError, zipfile.BadZipFile):
-        return None

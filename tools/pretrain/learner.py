@@ -57,7 +57,7 @@ class Learner:
         drops: dict[str, Any] = {"drop_path_rate": recipe.drop_path, "patch_drop_rate": recipe.patch_drop}
         self.model: Any = timm.create_model(BASE, num_classes=classes, **timm_args(recipe), **drops).to(device)
         if start is not None:
-            load_start(self.model, start, recipe)
+            load_start(self.model, start)
         self.supervised = Supervised(self.model, recipe.exit_every, classes).to(device)
         self.mergings = token_mergings(recipe)
         self.ema = ModelEmaV3(self.model, use_warmup=True)

@@ -1,6 +1,5 @@
 """The model with classifiers at early blocks, its loss, and the weights that it starts with."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ from torch.nn import functional as F
 from dynadapter import TokenMerging
 from dynadapter.backbones import classify
 from tools.pretrain.recipe import Recipe
-from tools.pretrain.widening import widened
 
 PLACES = (((0,), 0.5), ((1, 4), 0.4))
 """After which blocks a step may merge tokens, and which share; a step draws one of them."""
@@ -89,8 +87,8 @@ def supervised_loss(logits: Tensor, labels: Tensor, own: Tensor | None, recipe: 
 # ---- the weights to start with
 
 
-def load_start(model: nn.Module, path: Path, recipe: Recipe) -> None:
-    """Load the weights of an earlier run; those of a narrower model are widened.
+def load_start(model: nn.Module, path: Path) -> None:
+    """Load the weights of an earlier run.
 
     Raises:
         ValueError: If the file cannot be read, or belongs to another model.
@@ -100,10 +98,6 @@ def load_start(model: nn.Module, path: Path, recipe: Recipe) -> None:
     except (OSError, safetensors.SafetensorError) as error:
         raise ValueError(f"--start {path} cannot be read ({error}); give the .safetensors of an earlier run") from None
     own = model.state_dict()
-    token = found.get("cls_token")
-    if token is not None and 0 < token.shape[-1] < recipe.width:
-        narrow = {name: one.float() for name, one in found.items()}
-        found = widened(narrow, narrow_heads(path), recipe.width, recipe.heads)
     other = sorted(name for name in own.keys() | found.keys() if name not in own or name not in found)
     other += [name for name in own if name in found and own[name].shape != found[name].shape]
     if other == ["head.bias", "head.weight"]:
@@ -111,16 +105,3 @@ def load_start(model: nn.Module, path: Path, recipe: Recipe) -> None:
     if other:
         raise ValueError(f"--start {path} is another model's: {', '.join(other[:3])} differ; give one of this --arch")
     model.load_state_dict({name: found[name].to(own[name]) for name in own})
-
-
-def narrow_heads(path: Path) -> int:
-    """Return the number of attention heads of a file's model, from the JSON file beside it.
-
-    Raises:
-        ValueError: If the JSON file is missing or does not say.
-    """
-    about = path.with_suffix(".json")
-    try:
-        return int(json.loads(about.read_text())["timm_args"]["num_heads"])
-    except (OSError, ValueError, KeyError, TypeError):
-        raise ValueError(f"--start {path} is narrower, and {about} does not say its num_heads; put it there") from None

@@ -95,9 +95,10 @@ class Engine:
     ) -> dict[str, "Engine"]:
         """Return an engine for each bundle; all use one thread, and their images share batches.
 
-        Frozen layers run once for a batch, as in :class:`~dynadapter.serve.together.Together`; queues, budgets, counts
-        and drift are those of each engine. The engines share a batch evenly, and places that one does not need are left
-        to the others. If a stage fails on images of several bundles, those of each bundle run again by themselves.
+        Frozen layers run once for a batch, and LoRA, or another low-rank kind, acts on the rows of its own task. Heads,
+        policies, queues, budgets, counts and drift are those of each engine. The engines share a batch evenly, and
+        places that one does not need are left to the others. If a stage fails on images of several bundles, those of
+        each bundle run again by themselves.
 
         >>> engines = Engine.together({"flowers": load("flowers"), "birds": load("birds")})       # doctest: +SKIP
         >>> answer = engines["birds"].submit("robin.jpg").result()                                # doctest: +SKIP

@@ -10,12 +10,9 @@ from dynadapter.adapters import AdapterLayer, LoRA, adapter_layers
 from dynadapter.adapters.lora import LowRankLayer
 from dynadapter.adapters.lowrank import add_product, some_outputs
 from dynadapter.exits.net import ExitNet
-from dynadapter.exits.policies import combined, confidence, wide
-from dynadapter.serve.bundle import Bundle, Prediction
-from dynadapter.serve.bundle.loading import Source
+from dynadapter.serve.bundle import Bundle
 from dynadapter.serve.bundle.tensors import frozen_names
 from dynadapter.serve.sharing import share_backbones
-from dynadapter.serve.stages import lengthened
 
 
 class TaskRows:
@@ -77,13 +74,10 @@ class ByTaskLayer(AdapterLayer):
 
 
 class Together:
-    """Bundles of one backbone as one network, which takes images of all tasks in one batch.
+    """Bundles of one backbone as one network, whose stages take rows of all tasks in one batch.
 
     The frozen layers run once for the whole batch. LoRA, and every other low-rank kind, acts on the rows of its own
-    task; heads, temperatures, exit policies and classes are those of each bundle.
-
-    >>> both = Together([flowers, birds])                                     # doctest: +SKIP
-    >>> both.predict(["rose.jpg", "robin.jpg"], [0, 1])                       # doctest: +SKIP
+    task, and so does each bundle's head. :meth:`Engine.together` runs the stages.
 
     Args:
         bundles: At least two, on one device, run by torch, with their adapters not merged. They are changed in place:
@@ -116,66 +110,8 @@ class Together:
             found = [one.get(name) for one in layers]
             self.net.backbone.set_submodule(name, ByTaskLayer(base, found, self.batch))  # type: ignore[arg-type]
 
-    def predict(self, images: Sequence[Source], tasks: Sequence[int], *, batch_size: int = 32) -> list[Prediction]:
-        """Classify images; each is read, routed and named as by its own bundle.
-
-        Args:
-            images: As of :meth:`Bundle.predict`.
-            tasks: The place of each image's bundle, from 0.
-            batch_size: Images that are computed at once.
-
-        Returns:
-            One prediction for each image, in order.
-
-        Raises:
-            ValueError: As of :meth:`Bundle.predict`, a task index is out of range, or `batch_size` is below 1.
-            OSError: The machine fails to read a file.
-            TypeError: An item is not an image.
-        """
-        if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size} must be at least 1")
-        self._check(len(images), tasks)
-        predictions: list[Prediction] = []
-        like = next(self.net.backbone.parameters())
-        for start in range(0, len(images), batch_size):
-            part = range(start, min(start + batch_size, len(images)))
-            tensors = torch.stack([self.bundles[tasks[i]].read(images[i]) for i in part])
-            logits, exits = self.route(tensors.to(like.device, like.dtype), [tasks[i] for i in part])
-            for i, row, place in zip(part, logits, exits.tolist(), strict=True):
-                if not row.isfinite().all():
-                    raise ValueError(
-                        f"the logits of image {i} are not finite; check the image, and the bundle's weights"
-                    )
-                label = self.bundles[tasks[i]].class_names[int(row.argmax())]
-                predictions.append(Prediction(label, float(confidence(row[None])[0]), place))
-        return predictions
-
-    @torch.inference_mode()
-    def route(self, images: Tensor, tasks: Sequence[int]) -> tuple[list[Tensor], Tensor]:
-        """Route preprocessed images of several tasks.
-
-        Args:
-            images: (batch, channels, height, width).
-            tasks: The place of each image's bundle, from 0.
-
-        Returns:
-            The logits of each image (classes of its task,), in float32 or wider, and the zero-based exits (batch,).
-
-        Raises:
-            ValueError: There are more or fewer tasks than images, or a task index is out of range.
-        """
-        self._check(len(images), tasks)
-        found: list[Tensor] = [images.new_empty(0)] * len(images)
-        exits = torch.zeros(len(images), dtype=torch.int64)
-        rows = sorted(range(len(images)), key=tasks.__getitem__)  # the rows of a task are neighbours
-        for start in range(0, len(rows), chunk := self.net.chunk_for(images)):
-            part = rows[start : start + chunk]
-            for row, logits, place in self._routed(images[part], [(row, tasks[row]) for row in part]):
-                found[row], exits[row] = wide(logits), place
-        return found, exits
-
     def step(
-        self, k: int, inputs: tuple[Tensor, ...], counts: Sequence[int], class_first: bool | None = True
+        self, k: int, inputs: tuple[Tensor, ...], counts: Sequence[int]
     ) -> tuple[tuple[Tensor, ...], dict[int, Tensor]]:
         """Run stage ``k`` for rows of several tasks, and the head of each task for its own rows.
 
@@ -184,58 +120,15 @@ class Together:
             inputs: The first result for stage ``k - 1``, one row for each sample; the images for stage 0. The rows of a
                 task are neighbours, in the order of the tasks.
             counts: Rows of each task.
-            class_first: See :meth:`ExitNet.early`; None decides by :meth:`ExitNet.prefers_class_first`.
 
         Returns:
             What the next stage takes, and by task the logits (rows, classes) of those that have rows.
         """
         self.batch.counts = list(counts)
         x = self.net.complete(k - 1, inputs) if k else self.net.embed(*inputs)
-        first = self.net.prefers_class_first(x) if class_first is None else class_first
-        head_input, stage_state = self.net.begin(k, x, first)
+        head_input, stage_state = self.net.begin(k, x, True)
         tasks = self.batch.slices(len(head_input))
         return stage_state, {task: self.bundles[task].net.head(k, head_input[rows]) for task, rows in tasks}
-
-    def _routed(self, images: Tensor, owners: list[tuple[int, int]]) -> Iterator[tuple[int, Tensor, int]]:
-        """Yield the row, logits and exit of each sample of a chunk.
-
-        Args:
-            images: (batch, channels, height, width), in the order of the tasks.
-            owners: The row and the task of each.
-        """
-        inputs: tuple[Tensor, ...] = (images,)
-        history: dict[int, Tensor] = {}  # by task, (exits so far, samples, classes)
-        for k in range(self.net.num_exits):
-            inputs, logits = self.step(k, inputs, self._counted(owners), None)
-            stay: list[int] = []
-            for task, rows in list(self.batch.slices(len(owners))):
-                policy = self.bundles[task].policy
-                history[task] = lengthened(history.get(task), logits[task])
-                last = k == self.net.num_exits - 1
-                stops = [True] * (rows.stop - rows.start) if last else policy.should_exit(history[task]).tolist()
-                answers = combined(policy, history[task])[-1]
-                for place, (stop, answer) in enumerate(zip(stops, answers, strict=True)):
-                    if stop:
-                        yield owners[rows.start + place][0], answer, k
-                going = [place for place, stop in enumerate(stops) if not stop]
-                history[task] = history[task][:, going]
-                stay += [rows.start + place for place in going]
-            if not stay:
-                return
-            owners = [owners[place] for place in stay]
-            index = torch.tensor(stay, device=images.device)
-            inputs = tuple(part.index_select(0, index) for part in inputs)
-
-    def _counted(self, owners: list[tuple[int, int]]) -> list[int]:
-        tasks = [task for _, task in owners]
-        return [tasks.count(task) for task in range(len(self.bundles))]
-
-    def _check(self, images: int, tasks: Sequence[int]) -> None:
-        if len(tasks) != images:
-            raise ValueError(f"{images} images and {len(tasks)} tasks; give one task for each image")
-        if wrong := [task for task in tasks if not 0 <= task < len(self.bundles)]:
-            last = len(self.bundles) - 1
-            raise ValueError(f"task {wrong[0]} names none of the {last + 1} bundles; give 0 to {last}")
 
 
 def _differs(first: Bundle, other: Bundle) -> str | None:
