@@ -44,7 +44,7 @@ from common import (
 from torch import Tensor, nn
 
 from dynadapter import Confidence, ExitNet, Policy, exit_costs
-from dynadapter.bench.timing import best_chunk, clock_of, percentile, ratio
+from dynadapter.bench.timing import best_chunk, clock_of, is_void, percentile, ratio
 from dynadapter.exits.net import CPU_CHUNK
 
 BATCHES = {"cpu": (1, 8, 64), "cuda": (1, 8, 64, 256)}
@@ -180,9 +180,12 @@ def rows(line: Line) -> list[Row]:
 
 
 def pays_from(lines: dict[int, Line], routing: str) -> int | None:
-    """Return the smallest batch from which on routing is faster than static at every larger one, or None."""
+    """Return the smallest batch from which on routing is faster than static at every larger one, or None.
+
+    Void lines do not count.
+    """
     found = None
-    for batch in sorted(lines, reverse=True):
+    for batch in sorted((batch for batch, line in lines.items() if not is_void(line["control"])), reverse=True):
         if lines[batch][routing]["speedup"] <= 1:
             break
         found = batch
@@ -214,9 +217,11 @@ def main(argv: list[str] | None = None) -> None:
                     continue
             lines[batch] = line
             table += rows(line)
+        void = ", ".join(str(batch) for batch, line in lines.items() if is_void(line["control"]))
         for share in SHARES:
             first = pays_from(lines, f"{share} class first")
             words = f"from batch {first} on" if first else "at no batch size that was run"
+            words += f" (void at {void})" if void else ""
             notes.append(f"{name}: routing at {share}, class first, is faster than static {words}")
     show(table)
     print(*notes, sep="\n")

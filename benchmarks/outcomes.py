@@ -12,6 +12,7 @@ import numpy as np
 import yaml
 
 from dynadapter.sweep.baselines import accuracies
+from dynadapter.sweep.goals import goals_of
 from dynadapter.sweep.plan import FINAL, SEARCH
 
 Line = dict[str, Any]
@@ -95,6 +96,12 @@ class Outcomes:
     def adapters(self) -> list[str]:
         """The adapters of the sweep."""
         return list(self.sweep.get("adapters", []))
+
+    @property
+    def goals(self) -> list[str]:
+        """The names of the goals of the sweep; lines may have further ones of former files."""
+        given = self.sweep.get("goal", {"accuracy_drop": 0.0})
+        return [goal.name for goal in goals_of([given] if isinstance(given, dict) else given)]
 
     def departures(self, adapter: str) -> str:
         """Return in words where the sweep is not the protocol of margins.py; empty where it is."""
@@ -204,7 +211,7 @@ class Outcomes:
         """
         arm = self.all_of(adapter, recipe)
         found = {}
-        for goal in arm[0][0]["policies"]:
+        for goal in self.goals:
             entries = [[line["policies"].get(goal, {}).get("val200") for line in task] for task in arm]
             if all(entry is not None for task in entries for entry in task):
                 cost, accuracy = (
@@ -231,7 +238,7 @@ class Outcomes:
         arm = self.all_of(adapter, recipe)
         goals = {
             goal: [line["policies"].get(goal, {}).get("target", {}).get("cost", -1) for task in arm for line in task]
-            for goal in arm[0][0]["policies"]
+            for goal in self.goals
         }
         found = [goal for goal, costs in goals.items() if all(low <= cost <= high for cost in costs)]
         if not found:

@@ -95,6 +95,9 @@ def plan(args: argparse.Namespace) -> dict[str, Any]:
         settings |= MICRO
         if args.backbone != "micro":
             settings["model"] = MICRO["model"] | {"weights": args.backbone}
+    if args.tiny:
+        sweep |= {"tasks": dict(list(sweep["tasks"].items())[:1]), "adapters": ["lora"], "scales": [10], "seeds": [0]}
+        settings["trainer"] = settings["trainer"] | {"max_epochs": 1}
     if args.adapters:
         sweep["adapters"] = args.adapters
     if args.scales:
@@ -103,9 +106,6 @@ def plan(args: argparse.Namespace) -> dict[str, Any]:
         sweep["recipes"] = {recipe: sweep["recipes"][recipe] for recipe in args.recipes}
     if args.validation:
         sweep |= {"seeds": [], "search_seeds": sweep.get("search_seeds", [0])}
-    if args.tiny:
-        sweep |= {"tasks": dict(list(sweep["tasks"].items())[:1]), "adapters": ["lora"], "scales": [10], "seeds": [0]}
-        settings["trainer"] = settings["trainer"] | {"max_epochs": 1}
     _fit(sweep)
     return sweep
 
@@ -142,16 +142,34 @@ def _fit(sweep: dict[str, Any]) -> None:
 
 
 def keep(file: Path, sweep: dict[str, Any], place: Path) -> None:
-    """Copy the file of the sweep, the lines that belong to it, and the tables."""
+    """Copy the file of the sweep, the lines that belong to it, and the tables that there are.
+
+    Raises:
+        SystemExit: The place has lines of runs that the sweep lacks.
+    """
     plan = sweep_file.read(str(file))
     done = plan.done()
     planned = plan.sweep.planned(done)
-    lines = [json.dumps(line) + "\n" for unit, line in done.items() if unit in planned]
+    lines = [line for unit, line in done.items() if unit in planned]
+    kept = place.with_suffix(".jsonl")
+    former = kept.read_text(encoding="utf-8").splitlines() if kept.exists() else []
+    if lacking := {run_of(json.loads(text)) for text in former} - {run_of(line) for line in lines}:
+        raise SystemExit(
+            f"{kept} has runs that this sweep lacks, such as {', '.join(min(lacking))}; name another --results, or "
+            "delete that file first"
+        )
     place.parent.mkdir(parents=True, exist_ok=True)
-    place.with_suffix(".jsonl").write_text("".join(lines), encoding="utf-8")
+    kept.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     place.with_suffix(".yaml").write_text(yaml.safe_dump(sweep, sort_keys=False), encoding="utf-8")
     for ending in ("md", "csv", "png"):
-        shutil.copy(plan.out / f"table.{ending}", place.with_suffix(f".{ending}"))
+        if (table := plan.out / f"table.{ending}").exists():
+            shutil.copy(table, place.with_suffix(f".{ending}"))
+
+
+def run_of(line: dict[str, Any]) -> tuple[str, ...]:
+    """Return the run of a line in words, without its scale and settings, which a new sweep may change."""
+    run = line["run"]
+    return (run["task"], run["adapter"], run["recipe"], f"seed {run['seed']}", run["split"])
 
 
 if __name__ == "__main__":

@@ -1,14 +1,17 @@
 """The timing programs on a tiny network, and the log that they share."""
 
 import hashlib
+import http.client
 import importlib
 import json
 import os
 import shutil
+import socket
 import statistics
 import subprocess
 import sys
 import tarfile
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -161,9 +164,28 @@ def test_latency_ratios(program, finished):
 
 
 def test_batch_from_which_routing_pays(program):
-    lines = {batch: {"one": {"speedup": s}} for batch, s in {1: 1.2, 8: 0.9, 64: 1.1, 256: 1.5}.items()}
-    assert program("latency").pays_from(lines, "one") == 64
-    assert program("latency").pays_from({1: {"one": {"speedup": 0.5}}}, "one") is None
+    speedups = {1: 1.2, 8: 0.9, 64: 1.1, 256: 1.5, 512: 0.5}
+    lines = {batch: {"one": {"speedup": s}, "control": 1.5 if batch == 512 else 1.0} for batch, s in speedups.items()}
+    assert program("latency").pays_from(lines, "one") == 64  # the line of batch 512 is void
+    assert program("latency").pays_from({8: lines[8], 512: lines[512]}, "one") is None
+
+
+def test_client_that_fails_ends_the_load(program):
+    """The server closes the connection of its second request: the round has no throughput."""
+    load, seen = program("load"), program("load").Seen()
+
+    def answer(server: socket.socket) -> None:
+        connection = server.accept()[0]
+        connection.recv(65536)
+        connection.sendall(b'HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\n{"exit":1}')
+        connection.recv(65536)
+        connection.close()
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        threading.Thread(target=answer, args=(server,), daemon=True).start()
+        with pytest.raises((ConnectionError, http.client.HTTPException)):
+            load.run(server.getsockname()[1], [b"photo"], 1, 30.0, seen)
+    assert not seen.throughput
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

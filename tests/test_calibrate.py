@@ -101,12 +101,11 @@ def problems(draw):
 
 
 @settings(max_examples=60, deadline=None)
-@given(problems(), st.integers(2, 12))
-def test_curve_is_what_routing_does(problem, points):
+@given(problems(), st.integers(2, 12), st.sampled_from([0.0, 1.0, 2.0]))
+def test_curve_is_what_routing_does(problem, points, slope):
     logits, targets, costs, static, temperatures, kind = problem
-    found = curve(
-        logits, targets, costs, kind, prediction=predicting("own", temperatures), static=static, points=points
-    )
+    own = predicting("own", temperatures)
+    found = curve(logits, targets, costs, kind, prediction=own, slope=slope, static=static, points=points)
     assert 1 <= len(found.routed) <= points
     assert all(a.cost < b.cost for a, b in pairwise(found.routed))
     for point in found.routed:
@@ -121,6 +120,15 @@ def test_curve_is_what_routing_does(problem, points):
         assert point.shares == tuple(float(k == j) for j in range(len(logits)))
         assert point.cost == pytest.approx(costs[k] / (static or costs[-1]))
         assert point.label == f"exit {k + 1}"
+
+
+@pytest.mark.parametrize("kind", THRESHOLDED)
+def test_curve_of_overconfident_exits(kind):
+    """Most certainties are so near 1 that thresholds by exit cannot tell them apart."""
+    logits, targets = fake(200)
+    found = curve(12 * logits, targets, [1, 2, 3, 4], kind, slope=2.0, points=1000)
+    assert all(agrees(point, point.policy, 12 * logits, targets, [1, 2, 3, 4]) for point in found.routed)
+    assert all(a.cost < b.cost for a, b in pairwise(found.routed))
 
 
 @pytest.mark.parametrize("slope", [0.5, -1.0])
@@ -461,6 +469,7 @@ LOGITS, TARGETS = fake(12)
         (lambda: with_guarantee(LOGITS, None, [1, 2, 3, 4]), "needs targets"),
         (lambda: with_guarantee(LOGITS, TARGETS, [1, 2, 3, 4], kind=Policy), "kind=Policy"),
         (lambda: split_folds(1), "samples=1"),
+        (lambda: solve(LOGITS[:, :1], TARGETS[:1], [1, 2, 3, 4], Goal(cost=0.5)), "too few; calibrate on at least 2"),
         (lambda: split_folds(3, 4), "folds=4"),
         (lambda: split_folds(4, targets=TARGETS), r"give \(4,\)"),
     ],

@@ -102,7 +102,8 @@ def failed_line(task: str, recipe: str, scale: float) -> dict[str, Any]:
 def write(
     folder: Path, name: str = "micro", prefix: str = "second", sweep: dict[str, Any] | None = None, **changes: Any
 ) -> None:
-    world, sweep = WORLD | changes, SWEEP | (sweep or {})
+    world = WORLD | changes
+    sweep = SWEEP | {"goal": [{"cost": float(goal.split()[1])} for goal in world["policy"]]} | (sweep or {})
     lines = [
         make_line(world, task, recipe, seed, split)
         for task in sweep["tasks"]
@@ -120,6 +121,15 @@ def verdicts(programs: Any, folder: Path, reading: int = 0) -> dict[str, Any]:
     claims, reading = programs("claims"), programs("margins").READINGS[reading]
     found = programs("outcomes").Outcomes.read_all(folder, reading)
     return {claim.name: claim for claim in (*claims.claims(found, reading), *claims.aims(found, reading))}
+
+
+def test_goals_of_former_files_do_not_count(programs, tmp_path):
+    write(tmp_path, sweep={"goal": [{"cost": 0.45}, {"cost": 0.55}]})  # lines have cost 0.24, too
+    found = programs("outcomes").Outcomes.read_all(tmp_path, programs("margins").READINGS[0])["micro"]
+    assert found.best_goal("lora", "dynamic", 50.0) == "cost 0.45"
+    assert found.cost_goals("lora", "dynamic", 0.2, 0.6) == ["cost 0.45", "cost 0.55"]
+    with pytest.raises(programs("outcomes").Missing):
+        found.best_goal("lora", "dynamic", 40.0)
 
 
 ALL = {

@@ -1,6 +1,7 @@
 """benchmarks/fresh.py: the folders that it writes, again the same, and what is drawn in them."""
 
 import importlib
+import json
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -13,8 +14,10 @@ import yaml
 from PIL import Image
 from scipy import ndimage, signal
 
+from dynadapter.cli import sweep_file
 from dynadapter.data import VTAB1k
 from dynadapter.data.verify import verify
+from dynadapter.sweep.plan import as_dict
 
 pytest.importorskip("sklearn")
 SECOND = ["leaves", "cell_division", "chart_trend", "stacked_sheets"]
@@ -140,6 +143,57 @@ def test_sweep_of_the_set(programs, tmp_path, monkeypatch):
     transfer.main([*argv, "--fresh", "photographs", "--tasks", "cifar10", "--backbone", "plain.safetensors"])
     sweep = yaml.safe_load((tmp_path / "runs" / "photographs_plain" / "transfer.yaml").read_text())
     assert sweep["tasks"] == {"cifar10": "Natural", "unseen10": {"group": "Natural", "fresh": True}}
+
+
+def planned(programs: Any, tmp_path: Path, *argv: str) -> dict[str, Any]:
+    """Return the file of the sweep of a call."""
+    programs("transfer").main(["--data", "TASKS", "--out", str(tmp_path), *argv])
+    plan: dict[str, Any] = yaml.safe_load((tmp_path / "transfer.yaml").read_text())
+    return plan
+
+
+def test_tiny_follows_other_options(programs, tmp_path, monkeypatch):
+    monkeypatch.setattr(programs("transfer"), "dynadapter", lambda arguments: None)
+    plan = planned(programs, tmp_path, "--tiny")
+    assert (plan["adapters"], plan["scales"], plan["seeds"], len(plan["tasks"])) == (["lora"], [10], [0], 1)
+    plan = planned(programs, tmp_path, "--tiny", "--adapters", "repadapter", "--scales", "3")
+    assert (plan["adapters"], plan["scales"]) == (["repadapter"], [3.0])
+    plan = planned(programs, tmp_path, "--tiny", "--validation")
+    assert (plan["seeds"], plan["search_seeds"]) == ([], [0])  # no test image
+
+
+def test_part_of_a_sweep_replaces_nothing(programs, tmp_path):
+    """The kept files stay if they have runs that a call lacks; a call without a table keeps the lines."""
+    transfer, out = programs("transfer"), tmp_path / "out"
+    (tmp_path / "cifar10").mkdir()
+    out.mkdir()
+    recipes = {"static": ["vtab", "static"], "dynamic": ["vtab"]}
+
+    def keep(*names: str, settings: dict[str, Any] | None = None) -> list[str]:
+        sweep = {"tasks": {"cifar10": "Natural"}, "recipes": {name: recipes[name] for name in names}, "scales": [10]}
+        sweep |= {"seeds": [], "search_seeds": [0], "settings": settings or {}}
+        file = tmp_path / "transfer.yaml"
+        file.write_text(yaml.safe_dump(sweep | {"root": str(tmp_path), "out": str(out)}))
+        plan = sweep_file.read(str(file)).sweep
+        goal = {plan.goals[0].name: {"accuracy": 0.5}}
+        text = [
+            {"run": as_dict(unit), "exits": [{"accuracy": 0.5, "loss": 1.0}], "policies": goal}
+            for unit in plan.needed({})
+        ]
+        (out / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in text))
+        transfer.keep(file, sweep, tmp_path / "kept" / "transfer_micro")
+        return (tmp_path / "kept" / "transfer_micro.jsonl").read_text().splitlines()
+
+    both = keep("static", "dynamic")
+    assert [path.suffix for path in sorted((tmp_path / "kept").iterdir())] == [".jsonl", ".yaml"]
+    with pytest.raises(
+        SystemExit, match="has runs that this sweep lacks, such as cifar10, lora, dynamic, seed 0, train800;"
+    ):
+        keep("static")
+    assert (tmp_path / "kept" / "transfer_micro.jsonl").read_text().splitlines() == both
+    changed = keep("static", "dynamic", settings={"trainer": {"max_epochs": 3}})
+    assert len(changed) == 2
+    assert not set(changed) & set(both)
 
 
 @pytest.mark.parametrize(

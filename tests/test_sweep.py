@@ -6,6 +6,7 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import statistics
@@ -29,6 +30,7 @@ from dynadapter.data import VTAB1k
 from dynadapter.data.identity import data_hash
 from dynadapter.exits.policies import Confidence, Never
 from dynadapter.sweep import lines
+from dynadapter.sweep.checks import check_lines
 from dynadapter.sweep.goals import SweepGoal
 from dynadapter.sweep.measure import measure, measure_policy
 from dynadapter.sweep.plan import FINAL, SEARCH, Arm, Choice, Sweep, Unit, as_dict, fingerprint, score
@@ -37,6 +39,7 @@ from dynadapter.training.callbacks import LearningCheck
 
 GOAL = SweepGoal(Goal(accuracy_drop=0.0))
 ARM = Arm("cifar", "lora", "dynamic")
+STATIC = Arm("cifar", "lora", "static")
 
 # ---- the plan
 
@@ -148,6 +151,22 @@ def test_scale_of_a_failed_final_run_loses():
     assert not sweep.diverged(done)
 
 
+def test_final_runs_of_other_files_are_kept():
+    """Files with other scales, or another first goal, may share a folder: their final checkpoints stay."""
+    better = {1.0: 0.5, 10.0: 0.7, 30.0: 0.6}
+    sweep = make_sweep(tasks={"cifar": None})
+    done = finish(sweep, lambda unit: better[unit.scale])
+    edited = replace(sweep, scales={("cifar", "lora"): [1.0, 30.0]})
+    while ready := edited.ready(done):
+        done |= {unit: make_line(unit, better[unit.scale]) for unit in ready}
+    finals = {unit.scale for unit in done if unit.split == FINAL}
+    assert finals == {10.0, 30.0}
+    for one in (sweep, edited):
+        assert {(unit.scale, unit.split) for unit in one.lost(done)} == {(1.0, SEARCH)}
+    both = replace(sweep, scales={("cifar", "lora"): [10.0, 30.0]})  # as if another goal had chosen 30
+    assert {(unit.scale, unit.split) for unit in both.lost(done)} == {(30.0, SEARCH)}
+
+
 def test_score_counts_the_policy_with_exits():
     unit = make_sweep().search(Arm("cifar", "lora", "dynamic"))[0]
     line = make_line(unit, 0.5)
@@ -197,9 +216,98 @@ def test_arms_without_a_scale_do_not_wait():
 def test_line_without_a_policy_is_not_finished():
     sweep = make_sweep(**ARMS)
     unit = next(iter(sweep.search(Arm("cifar", "lora", "dynamic"))))
-    line = make_line(unit, 0.5)
-    assert sweep.is_complete(unit, line)
-    assert not sweep.is_complete(replace(unit, split=FINAL), line)
+    other = replace(unit, split=FINAL)
+    assert set(sweep.finished({one: make_line(one, 0.5) for one in (unit, other)})) == {unit}
+
+
+def with_targets(sweep: Sweep, unit: Unit, accuracy: float, done: dict[Unit, Any]) -> dict[str, Any]:
+    """Return a line with the policy of each goal; a reference gives the target of a final run."""
+    line = make_line(unit, accuracy)
+    for goal in sweep.goals[1:] if unit.split == FINAL else ():
+        found = accuracy if goal.reference == unit.recipe else sweep.reference_accuracy(unit, goal, done)
+        line["policies"][goal.name] = {"unreached": goal.untrained}
+        if found is not None:
+            line["policies"][goal.name] = line["policies"][GOAL.name] | {"target": goal.target(accuracy, found)}
+    return line
+
+
+REFERRING: dict[str, Any] = {"tasks": {"cifar": None}, "recipes": ["static", "dynamic"], "goals": ARMS["goals"]}
+
+
+def test_target_follows_its_reference():
+    """A final run of static fails at scale 10, at which dynamic has its target from: now scale 1 gives the target."""
+    sweep, found = make_sweep(**REFERRING), {}
+    failing, stale = sweep.unit(STATIC, 10, 1, FINAL), sweep.unit(ARM, 10, 0, FINAL)
+    while ready := sweep.ready(done := sweep.finished(found)):
+        unit = ready[0]
+        found[unit] = with_targets(sweep, unit, 0.5 + unit.scale / 100, done)
+        if unit == failing:
+            assert found[stale]["policies"][sweep.goals[1].name]["target"] == {"accuracy": 0.6}
+            found[unit] = {"run": as_dict(unit), "failed": "not finite"}
+            assert stale not in sweep.finished(found)
+    targets = [
+        line["policies"][sweep.goals[1].name]["target"]
+        for unit, line in done.items()
+        if unit.split == FINAL and unit.recipe == "dynamic"
+    ]
+    assert targets == [{"accuracy": 0.51}] * 2
+
+
+def test_repaired_reference_gives_a_target():
+    """Static fails at both scales; its lines are deleted, and it is trained; deleted again, and it fails."""
+    sweep, failing = make_sweep(**REFERRING), True
+
+    def run(found: dict[Unit, Any]) -> list[Any]:
+        while ready := sweep.ready(done := sweep.finished(found)):
+            for unit in ready:
+                failed = {"run": as_dict(unit), "failed": "not finite"}
+                found[unit] = failed if failing and unit.recipe == "static" else with_targets(sweep, unit, 0.5, done)
+        finals = [line for unit, line in done.items() if (unit.recipe, unit.split) == ("dynamic", FINAL)]
+        return [line["policies"][sweep.goals[1].name].get("target") for line in finals]
+
+    first: dict[Unit, Any] = {}
+    assert run(first) == [None, None]
+    failing = False
+    repaired = {unit: line for unit, line in first.items() if unit.recipe != "static"}
+    assert run(repaired) == [{"accuracy": 0.5}] * 2
+    failing = True
+    assert run({unit: line for unit, line in repaired.items() if unit.recipe != "static"}) == [None, None]
+
+
+def test_search_in_the_table_needs_every_goal():
+    goals = [GOAL, SweepGoal(Goal(cost=0.35)), SweepGoal(Goal(accuracy_drop=0.0), "static")]
+    options: dict[str, Any] = {"tasks": {"cifar": None}, "recipes": ["static", "dynamic"], "goals": goals}
+    sweep = make_sweep(seeds=[], **options)
+    found = {unit: make_line(unit, 0.5) for unit in sweep.ready({})}
+    assert not sweep.finished(found)
+    for line in found.values():
+        line["policies"][goals[1].name] = line["policies"][GOAL.name]
+    assert sweep.finished(found) == found
+    final = sweep.unit(ARM, 1, 0, FINAL)  # of an earlier file
+    assert sweep.finished(found | {final: make_line(final, 0.5)}) == found
+    with_finals = make_sweep(**options)  # their twins need the first goal alone
+    assert set(with_finals.finished({unit: make_line(unit, 0.5) for unit in found})) == set(found)
+
+
+def test_runs_on_other_images_are_refused():
+    sweep = make_sweep(tasks={"cifar": None})
+    done = {unit: line | {"images_hash": unit.split} for unit, line in finish(sweep).items()}
+    check_lines(sweep, done)
+    unit = next(unit for unit in done if unit.split == FINAL)
+    with pytest.raises(ValueError, match=f"was measured on other images than {re.escape(unit.name)}; give the root"):
+        check_lines(sweep, done | {unit: done[unit] | {"images_hash": "x"}})
+
+
+def test_other_scale_from_is_refused():
+    """The cost of cut was measured against its own blocks, and now counts against static, or the other way round."""
+    sweep = make_sweep(tasks={"cifar": None}, **(ARMS | {"goals": [GOAL], "fresh": []}))
+    done = {unit: line | {"static_macs": 12.0} for unit, line in finish(sweep).items()}
+    check_lines(sweep, done)
+    cut = next(unit for unit in done if unit.recipe == "cut")
+    with pytest.raises(ValueError, match="than scale_from=static asks for; give the former scale_from of cut, or"):
+        check_lines(sweep, done | {cut: done[cut] | {"static_macs": 6.0}})
+    with pytest.raises(ValueError, match="than scale_from=null asks for"):
+        check_lines(replace(sweep, scale_from={}), done | {cut: done[cut] | {"scale_from": "static"}})
 
 
 def test_changed_settings_are_other_runs():
@@ -334,6 +442,17 @@ def test_goal_from_a_reference(reference, reached):
     assert (found["accuracy"] >= reference) == reached
     assert (found["percent_of_static"] < 60) == reached  # the cheapest that is enough, or the best accuracy
     assert goal.target(0.9, reference) == {"accuracy": reference}
+
+
+def test_best_accuracy_may_be_the_full_depth():
+    """Only the last exit is accurate, and costs more than static by its heads."""
+    generator = torch.Generator().manual_seed(0)
+    targets = torch.randint(5, (200,), generator=generator)
+    logits = 2 * torch.randn(4, 200, 5, generator=generator)
+    logits[-1] += 8 * torch.nn.functional.one_hot(targets, 5)
+    goal, costs = SweepGoal(Goal(accuracy_drop=0.0), "static"), [26.0, 51.0, 76.0, 101.5]
+    found = measure_policy(goal.policy(logits, targets, costs, 100.0, 0.9999), logits, targets, costs, 100.0)
+    assert found["accuracy"] == (logits[-1].argmax(-1) == targets).double().mean()
 
 
 # ---- the table
@@ -731,6 +850,25 @@ def test_dry_run_counts_needed_runs_alone(data, finished, tmp_path, capsys):
     assert f"about {4 * each / 1e6:,.0f} MB" in printed
 
 
+def test_changed_reference_trains_nothing(data, finished, tmp_path, monkeypatch):
+    """The accuracy of static on val200 has changed: the final run of dynamic takes the new target from its logits."""
+    shutil.copytree(finished, tmp_path / "out")
+    goal = SweepGoal(Goal(accuracy_drop=0), "static").name
+    path = write_sweep(tmp_path, data, goal=[{"accuracy_drop": 0}, {"accuracy_drop": 0, "reference": "static"}])
+    monkeypatch.setattr(sweep_unit, "_fit", lambda *_: pytest.fail("it was trained"))
+    main(["sweep", str(path)])
+    done = lines.read(tmp_path / "out")
+    final = next(unit for unit in done if (unit.split, unit.recipe) == (FINAL, "dynamic"))
+    reference = sweep_file.read(str(path)).sweep.reference(final, "static", done)
+    *others, last = done[reference]["exits"]
+    accuracy = last["accuracy"] - 0.05
+    lines.append(tmp_path / "out", done[reference] | {"exits": [*others, last | {"accuracy": accuracy}]})
+    main(["sweep", str(path)])
+    again = lines.read(tmp_path / "out")[final]["policies"]
+    assert again[goal]["target"] == {"accuracy": accuracy} != done[final]["policies"][goal]["target"]
+    assert again[GOAL.name] == done[final]["policies"][GOAL.name]
+
+
 @pytest.mark.parametrize("drop", [0, 1])
 def test_new_goal_keeps_former_results(drop, data, finished, tmp_path):
     """Results of a former goal stay as they are, here marked ones, unless its target has changed."""
@@ -757,6 +895,40 @@ def test_new_goal_keeps_former_results(drop, data, finished, tmp_path):
             assert (routed[goal] == rows["routed"]).all() == kept
             assert (exit_index[goal] == 7).all() == kept
             assert kept or routed[goal].mean() == pytest.approx(policy["accuracy"])
+
+
+def test_files_with_other_goals_share_a_folder(data, finished, tmp_path, monkeypatch):
+    """Each keeps the results of the other; both ends are where they were, and a removed goal has no rows."""
+    shutil.copytree(finished, tmp_path / "out")
+    monkeypatch.setattr(sweep_unit, "_fit", lambda *_: pytest.fail("it was trained"))
+    first, path = lines.read(finished), tmp_path / "sweep.yaml"
+    for goal in ({"cost": 1.0}, {"accuracy_drop": 0}):
+        main(["sweep", str(write_sweep(tmp_path, data, goal=goal))])
+        found = table_of(tmp_path / "out")
+        assert (GOAL.name in found, "cost 1" in found) == (goal != {"cost": 1.0}, goal == {"cost": 1.0})
+        if goal == {"cost": 1.0}:
+            written = (tmp_path / "out" / lines.RESULTS).read_bytes()
+    assert (tmp_path / "out" / lines.RESULTS).read_bytes() == written
+    assert sweep_file.read(str(path)).done().keys() == first.keys()
+    for unit, line in lines.read(tmp_path / "out").items():
+        assert line["policies"][GOAL.name] == first[unit]["policies"][GOAL.name]
+        assert set(lines.right_of(line)[1]) == {GOAL.name, "cost 1"}
+    assert table_of(tmp_path / "out") == table_of(finished)
+
+
+def test_run_on_other_images_gets_no_line(data, finished, tmp_path, monkeypatch, capsys):
+    """The root was changed before the last run."""
+    shutil.copytree(finished, tmp_path / "out")
+    results = tmp_path / "out" / lines.RESULTS
+    *kept, last = results.read_text().splitlines(keepends=True)
+    other = json.loads(kept[-1]) | {"images_hash": "x", "run": json.loads(last)["run"]}
+    results.write_text("".join(kept))
+    monkeypatch.setattr(sweep_unit, "measured", lambda *_: other)
+    command = ["sweep", write_sweep(tmp_path, data)]
+    assert "was measured on other images than" in refused(command, capsys)
+    assert results.read_text() == "".join(kept)
+    lines.append(tmp_path / "out", other)  # as an older version did
+    assert "give the root of the former runs, or another out" in refused(command, capsys)
 
 
 def test_terminated_within_an_epoch(data, finished, tmp_path, monkeypatch, capsys):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dynadapter.calibrate.ladder import ladder
+from dynadapter.calibrate.scores import Scores, exit_indices, has_thresholds
 from dynadapter.calibrate.stacked import Outcome, Stacked
 from dynadapter.exits.policies import Confidence, Patience, Policy, Thresholded, at_exit
 
@@ -69,7 +70,8 @@ def curve(
     if points < 2:
         raise ValueError(f"points={points} must be at least 2, for both ends of the curve")
     data = Stacked(logits, targets, costs, static, prediction, balanced)
-    steps = ladder(kind, data, slope)
+    scores = Scores(kind, data) if has_thresholds(kind) else None
+    steps = ladder(kind, data, slope, scores)
     kept = torch.arange(len(steps.cost)).flip(0)  # cheapest first
     if len(kept) > points:
         rising = steps.cost[kept]
@@ -79,22 +81,19 @@ def curve(
 
     def routed(step: int) -> Point:
         policy = steps.policy(step)
-        return Point(
-            cost=steps.cost[step].item(),
-            accuracy=steps.right[step].item() / data.samples,
-            shares=tuple(count / data.samples for count in steps.counts[step].tolist()),
-            samples=data.samples,
-            label=kind.__name__.lower() if step else f"exit {data.exits}",
-            threshold=_number(policy),
-            policy=data.complete(policy),
-        )
+        outcome = data.outcome(exit_indices([policy], data, scores)[0])  # rounded thresholds may miss their step
+        label = kind.__name__.lower() if step else f"exit {data.exits}"
+        return Point(**vars(outcome), label=label, threshold=_number(policy), policy=data.complete(policy))
 
     def anytime(k: int) -> Point:
         outcome = data.outcome(torch.full((data.samples,), k, device=data.logits.device))
         policy = data.complete(at_exit(k, data.exits))
         return Point(**vars(outcome), label=f"exit {k + 1}", threshold=None, policy=policy)
 
-    return Curve(tuple(routed(step) for step in kept.tolist()), tuple(anytime(k) for k in range(data.exits)))
+    best = {}  # by cost
+    for point in sorted(map(routed, kept.tolist()), key=lambda point: (point.cost, point.accuracy)):
+        best[point.cost] = point
+    return Curve(tuple(best.values()), tuple(anytime(k) for k in range(data.exits)))
 
 
 def _number(policy: Policy) -> float | None:

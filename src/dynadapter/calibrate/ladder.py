@@ -30,7 +30,8 @@ class Ladder(NamedTuple):
 
     ``counts`` (steps, exits) are the numbers of samples at each exit, ``right`` (steps,) the total weights of right
     predictions, ``cost`` (steps,) the average relative costs. ``policy`` maps a step to its policy, without
-    temperatures and combination.
+    temperatures and combination. With a slope, the thresholds of that policy are rounded: where certainties are almost
+    equal, other samples may exit than at the step.
     """
 
     counts: Tensor

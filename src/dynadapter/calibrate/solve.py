@@ -154,6 +154,8 @@ def solve(
 def _check(data: Samples, samples: str) -> None:
     data.stacked()  # checks the arguments
     count = len(data.targets)
+    if count < 2:
+        raise ValueError(f"{count} {samples} are too few; calibrate on at least 2, better thousands")
     if not data.logits[-1].isfinite().all(-1).any():
         raise ValueError(f"the last exit has finite logits for none of {count} {samples}; the network is broken")
     if data.reference is not None and data.reference.shape != data.targets.shape:

@@ -11,6 +11,7 @@ from dynadapter.cli.configs import find_config, read_config
 from dynadapter.cli.errors import Mistake, mistakes
 from dynadapter.cli.parser import CommandParser
 from dynadapter.sweep import lines
+from dynadapter.sweep.checks import check_lines
 from dynadapter.sweep.goals import SweepGoal, goals_of
 from dynadapter.sweep.plan import Choice, Line, Sweep, Unit, fingerprint
 from dynadapter.sweep.table import GROUPS
@@ -97,16 +98,24 @@ class SweepFile:
     sweep: Sweep
 
     def done(self) -> dict[Unit, Line]:
-        """Return the finished runs; a run whose line lacks a policy of this sweep is not finished."""
-        return {unit: line for unit, line in lines.read(self.out).items() if self.sweep.is_complete(unit, line)}
+        """Return the finished runs of the sweep; see :meth:`Sweep.finished`."""
+        done = self.sweep.finished(lines.read(self.out))
+        self.check(done)
+        return done
+
+    def check(self, done: Mapping[Unit, Line]) -> None:
+        """Refuse runs that cannot stand in one table; see :func:`check_lines`."""
+        with mistakes():
+            check_lines(self.sweep, done)
 
     def trained(self) -> dict[Unit, Line]:
-        """Return the runs that are trained and lack a policy of this sweep; the logits in their folders give it."""
+        """Return the runs that are trained but not finished; the logits in their folders give the policies."""
+        found = lines.read(self.out)
+        done = self.sweep.finished(found)
         return {
             unit: line
-            for unit, line in lines.read(self.out).items()
-            if self.sweep.has(unit)
-            and not self.sweep.is_complete(unit, line)
+            for unit, line in found.items()
+            if unit not in done
             and line.keys() >= {"static_macs", "per_image"}  # lines of the first version do not have them
             and lines.has_logits(self.run_folder(unit))
         }

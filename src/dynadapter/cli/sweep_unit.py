@@ -43,6 +43,7 @@ def run_unit(file: SweepFile, unit: Unit) -> bool:
             return False
         former = file.trained().get(unit)
         line = measured(file, unit, folder, done) if former is None else remeasured(file, unit, folder, former, done)
+        file.check({**done, unit: line})
         lines.append(file.out, line)
         return True
 
@@ -53,6 +54,7 @@ def measured(file: SweepFile, unit: Unit, folder: Path, done: Mapping[Unit, Line
         "run": as_dict(unit),
         "group": file.sweep.tasks[unit.task],
         "fresh": unit.task in file.sweep.fresh,
+        **({"scale_from": source} if (source := file.sweep.scale_from.get(unit.recipe)) else {}),
         "configs": [one if isinstance(one, dict) else one.stem for one in file.layers[unit.adapter, unit.recipe]],
     }
     if unit.split == FINAL and "failed" in done[file.sweep.twin(unit)]:
@@ -284,12 +286,10 @@ def _policies(
         if goal.reference not in (None, unit.recipe):
             if unit.split == SEARCH:
                 continue  # the scale of the reference may not be chosen yet
-            assert goal.reference is not None
-            reference = sweep.reference(unit, goal.reference, done)
-            if reference is None or "failed" in done[reference]:
-                about[goal.name] = {"unreached": f"{goal.reference} could not be trained"}
+            accuracy = sweep.reference_accuracy(unit, goal, done)
+            if accuracy is None:
+                about[goal.name] = {"unreached": goal.untrained}
                 continue
-            accuracy = done[reference]["exits"][-1]["accuracy"]
         target = goal.target(last, accuracy)
         if former.get(goal.name, {}).get("target") == target:
             about[goal.name] = former[goal.name]
@@ -313,7 +313,7 @@ def _policies(
 def remeasured(file: SweepFile, unit: Unit, folder: Path, former: Line, done: Mapping[Unit, Line]) -> dict[str, Any]:
     """Return the line of a trained run with the policies of this sweep; new ones come from the logits in its folder.
 
-    All else stays as it was measured: the results of former goals, exits, times and versions.
+    All else stays as it was measured: results of former goals, which other files may have, exits, times and versions.
     """
     if unit.split == FINAL:
         lines.require_logits(file.run_folder(file.sweep.twin(unit)))
@@ -321,6 +321,7 @@ def remeasured(file: SweepFile, unit: Unit, folder: Path, former: Line, done: Ma
     macs = former.get("macs") or [static * entry["percent_of_static"] / 100 for entry in former["exits"]]  # older lines
     val200 = lines.unpack(file.run_folder(file.sweep.twin(unit)) if unit.split == FINAL else folder)
     policies, about = _policies(file, unit, val200, done, macs, static, former["policies"])
+    about |= {name: entry for name, entry in former["policies"].items() if name not in about}
     depths = [entry["after_block"] for entry in former["exits"]]
     results, images = measure(policies, *lines.unpack(folder), macs, static, depths)
     right, routed = lines.right_of(former)
@@ -336,7 +337,7 @@ def remeasured(file: SweepFile, unit: Unit, folder: Path, former: Line, done: Ma
 
 
 def remove_lost(file: SweepFile) -> None:
-    """Remove the checkpoints of finished runs whose scale was not chosen."""
+    """Remove the checkpoints of finished runs at scales that were rejected; see :meth:`Sweep.lost`."""
     for unit in file.sweep.lost(file.done()):
         for place in file.run_folder(unit).glob("version_*/checkpoints"):
             shutil.rmtree(place, ignore_errors=True)

@@ -40,6 +40,11 @@ class SweepGoal:
         start = "" if self.reference is None else f" from {self.reference}"
         return f"{self.goal.name} {self.goal.amount:g}{start}"
 
+    @property
+    def untrained(self) -> str:
+        """The reason why there is no policy if no training of the reference succeeded."""
+        return f"{self.reference} could not be trained"
+
     def target(self, last: float, reference: float | None) -> dict[str, float]:
         """Return the target of the policy on val200: ``{cost: ...}`` or ``{accuracy: ...}``, both fractions."""
         if self.goal.cost is not None:
@@ -67,8 +72,8 @@ class SweepGoal:
         drop = self.goal.amount + 100 * (last - reference)  # the same floor, counted from the last exit
         try:
             return policy_for(Goal(accuracy_drop=max(-100.0, min(100.0, drop))), logits, targets, costs, static)
-        except ValueError:
-            return policy_for(Goal(cost=1.0), logits, targets, costs, static)
+        except ValueError:  # the budget is the full depth, which costs more than static by its heads
+            return policy_for(Goal(cost=1.0), logits, targets, costs, max(static, costs[-1]))
 
 
 def goals_of(given: Sequence[dict[str, Any]]) -> tuple[SweepGoal, ...]:

@@ -265,22 +265,68 @@ class Sweep:
         return units
 
     def lost(self, done: Mapping[Unit, Line]) -> list[Unit]:
-        """Return the finished runs whose scale was not chosen; their checkpoints are not needed."""
+        """Return the finished runs at scales that this sweep searched and rejected; their checkpoints are not needed.
+
+        A final run is only among them if a run at its scale failed: another goal may have chosen this scale.
+        """
         lost = []
         for arm in self.arms():
             scale = self.chosen_scale(arm, done)
-            runs = [unit for unit in done if self._is_of(arm, unit)] if scale is not None else []
-            lost += [unit for unit in runs if unit.scale != scale]
+            if scale is None:
+                continue
+            rejected = {float(one) for one in self.scales[arm.task, arm.adapter]} - {scale}
+            failed = {unit.scale for unit in self._failed(self.source(arm), done)}
+            at = {SEARCH: rejected, FINAL: rejected & failed}
+            lost += [unit for unit in done if self._is_of(arm, unit) and unit.scale in at[unit.split]]
         return lost
 
-    def has(self, unit: Unit) -> bool:
-        """Check whether a run is of one of the sweep's arms, with the same settings."""
-        return any(self._is_of(arm, unit) for arm in self.arms())
+    # ---- finished runs
 
-    def is_complete(self, unit: Unit, line: Line) -> bool:
-        """Check whether a line has every policy of the sweep; otherwise the run gets them from its logits."""
-        names = [goal.name for goal in (self.goals if unit.split == FINAL else self.goals[:1])]
+    def finished(self, lines: Mapping[Unit, Line]) -> dict[Unit, Line]:
+        """Return the lines of this sweep's arms that have the policies of its goals, with their present targets.
+
+        Other runs need policies, which the logits in their folders give.
+        """
+        arms = {(arm.task, arm.adapter, arm.recipe, self.settings[arm.adapter, arm.recipe]) for arm in self.arms()}
+        done = {
+            unit: line
+            for unit, line in lines.items()
+            if (unit.task, unit.adapter, unit.recipe, unit.settings) in arms and self._has_policies(unit, line)
+        }
+        return {unit: line for unit, line in done.items() if self._follows_references(unit, line, done)}
+
+    def _has_policies(self, unit: Unit, line: Line) -> bool:
+        """Check whether a line has a policy for each goal that it needs, or says why not.
+
+        Final runs need all goals, and so do runs of the search if they are in the table; else the one that chooses the
+        scale is enough.
+        """
+        goals = self.goals if unit.split in (FINAL, self.split) else self.goals[:1]
+        names = [goal.name for goal in goals if unit.split == FINAL or goal.reference is None]
         return "failed" in line or all(name in line["policies"] for name in names)
+
+    def _follows_references(self, unit: Unit, line: Line, done: Mapping[Unit, Line]) -> bool:
+        """Check whether the targets of a final run are those of its references, whose scale may have changed."""
+        if unit.split == SEARCH or "failed" in line:
+            return True
+        goals = [goal for goal in self.goals if goal.reference not in (None, unit.recipe)]
+        if goals and not self._is_ready(unit, done):
+            return False
+        for goal in goals:
+            entry, accuracy = line["policies"][goal.name], self.reference_accuracy(unit, goal, done)
+            if (entry.get("unreached") == goal.untrained) != (accuracy is None):
+                return False
+            if accuracy is not None and "target" in entry and entry["target"] != goal.target(accuracy, accuracy):
+                return False
+        return True
+
+    def reference_accuracy(self, unit: Unit, goal: SweepGoal, done: Mapping[Unit, Line]) -> float | None:
+        """Return the accuracy on val200 of another recipe to which a goal refers; None if that could not be trained."""
+        reference = self.reference(unit, goal.reference or unit.recipe, done)
+        if reference is None or "failed" in done[reference]:
+            return None
+        accuracy: float = done[reference]["exits"][-1]["accuracy"]
+        return accuracy
 
 
 def score(line: Line, goal: str) -> tuple[float, float]:

@@ -61,7 +61,7 @@ def rows(sweep: Sweep, done: Mapping[Unit, Line]) -> list[Row]:
             scales = {task: unit.scale for task, by_seed in units.items() for unit in by_seed.values()}
             results = {
                 task: {
-                    seed: readings(done[unit], done[sweep.twin(unit)], right_of(done[unit])[0])
+                    seed: readings(_of_goals(sweep, done[unit]), done[sweep.twin(unit)], right_of(done[unit])[0])
                     for seed, unit in by_seed.items()
                 }
                 for task, by_seed in units.items()
@@ -75,6 +75,12 @@ def rows(sweep: Sweep, done: Mapping[Unit, Line]) -> list[Row]:
                     accuracy, cost = (_value([pair[k] for pair in values.values()]) for k in (0, 1))
                     found.append(Row(adapter, recipe, reading, what, scales.get(what), accuracy, cost))
     return found
+
+
+def _of_goals(sweep: Sweep, line: Line) -> Line:
+    """Return a line with the policies of the sweep's goals alone; a former file may have had others."""
+    names = [goal.name for goal in sweep.goals if goal.name in line["policies"]]
+    return {**line, "policies": {name: line["policies"][name] for name in names}}
 
 
 def _units(sweep: Sweep, done: Mapping[Unit, Line], adapter: str, recipe: str) -> dict[str, dict[int, Unit]]:
