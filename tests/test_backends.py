@@ -119,6 +119,17 @@ def test_two_exports_at_once(tmp_path, monkeypatch):
     assert written == [folder]
 
 
+def test_damaged_graphs_are_exported_again(reference, tmp_path, monkeypatch):
+    monkeypatch.setenv("DYNADAPTER_CACHE", str(tmp_path))
+    place = cache_of(reference)
+    open_graphs(reference, "onnx")
+    (place / "graphs" / "stage1.onnx").write_bytes(b"")
+    with torch.no_grad():
+        close(open_graphs(reference, "onnx")(tensors(5)), reference.net(tensors(5)))
+    monkeypatch.setattr("dynadapter.__version__", "9.9")
+    assert cache_of(reference) != place
+
+
 def test_module_of_another_package(reference, tmp_path, monkeypatch):
     """onnxruntime-gpu provides the module onnxruntime, and there is no package of this name."""
     distribution, place = importlib.metadata.distribution, cache_of(reference)
@@ -182,6 +193,15 @@ def test_auto_takes_what_was_measured(seconds, best, tmp_path, monkeypatch):
     monkeypatch.setattr(fastest, "measure", lambda *_: {"torch": 1.0, "onnx": 9.0})
     assert fastest.fastest(None, 1)[0] == "torch"  # another batch size is measured
     assert len(json.loads((tmp_path / "measured.json").read_text())) == 2
+
+
+def test_auto_without_a_cache_to_write(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(fastest, "cache_of", lambda _: tmp_path / "file")
+    monkeypatch.setattr(fastest, "measure", lambda *_: {"torch": 2.0, "onnx": 1.0, "openvino": 3.0})
+    monkeypatch.setattr(fastest, "missing", lambda _: [])
+    monkeypatch.setattr(fastest, "version_of", lambda _: "1")
+    assert fastest.fastest(None, 8)[0] == "onnx"
 
 
 def test_auto_falls_back_to_torch(tmp_path, monkeypatch):

@@ -46,6 +46,14 @@ from dynadapter.serve.bundle import (
 )
 from dynadapter.spec import kinds, plain
 
+
+def test_message_names_the_bundle_as_given(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("bundle").mkdir()
+    with raises_one_line(ValueError, match=r"^bundle has no config\.json: it is not a bundle"):
+        load("./bundle")
+
+
 SOURCES: dict[str, tuple[str, dict]] = {
     "vit": ("vit_tiny_patch16_224", {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 6, "num_heads": 3}),
     "swin": (

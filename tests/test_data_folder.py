@@ -1,6 +1,7 @@
 """Image folders and tables of images: classes, columns, splits, and messages for what is wrong."""
 
 import csv
+import os
 import re
 from collections import Counter
 from pathlib import Path
@@ -57,6 +58,11 @@ def test_train_is_split_without_val(tmp_path):
     assert len(set(train) | set(val)) == 31
     assert listed(ImageFolder(str(tmp_path), val_fraction=0.3), "val") == val
     assert listed(ImageFolder(tmp_path, val_fraction=0.3, split_seed=1), "val") != val
+
+
+def test_class_that_is_not_utf8(tmp_path):
+    make(tmp_path, train={"ant": 2, os.fsdecode(b"caf\xe9"): 2})
+    fails(r"class folder caf\udce9 in", lambda: ImageFolder(tmp_path))
 
 
 def test_val_fraction_0_means_no_validation(tmp_path):

@@ -302,7 +302,7 @@ def test_cancelled_request_of_one_task():
 
 def test_deadline_of_one_task():
     with Serving("last exit") as engines:
-        worker(engines).seconds = [0.0, 0.0, 1000.0]
+        worker(engines).seconds = [{}, {}, {1: 1000.0, 2: 1000.0}]
         hurried = engines["flowers"].submit(IMAGES[0], Limits(deadline=500))
         free = engines["cars"].submit(IMAGES[0])
         answer = hurried.result(60)

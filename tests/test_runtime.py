@@ -20,7 +20,7 @@ from conftest import raises_one_line
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from written_folder import EXITS, WIDTH, as_images, write_folder
+from written_folder import EXITS, WIDTH, as_images, taken, write_folder
 
 from dynadapter.files import checksum, sha256
 from dynadapter.serve.export import copy_runtime
@@ -138,7 +138,7 @@ def test_large_batches_run_in_chunks(written: Path) -> None:
     logits = draw.normal(0, 3, (EXITS, samples, WIDTH)).astype(np.float32)
     runner = Runner(written, threads=1)
     runner.policy = policies.Policy({"kind": "Confidence", "threshold": 0.7}, EXITS)
-    expected, calls = runner.policy.route(logits), watch(runner)
+    expected, calls = taken(runner.policy, logits), watch(runner)
     for chunk, first in ((CHUNK, [CHUNK, CHUNK, 5]), (None, [samples])):
         calls.clear()
         assert runner.chunk == CHUNK

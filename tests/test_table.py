@@ -18,6 +18,7 @@ from dynadapter.images.reading import find_images
 from dynadapter.serve import table as module
 from dynadapter.serve.formats import check_output
 from dynadapter.serve.inputs import list_images
+from dynadapter.serve.predict import columns
 from dynadapter.serve.runtime.runner import list_sources
 from dynadapter.serve.table import OtherRun, PredictionTable, Unread
 
@@ -135,8 +136,13 @@ def test_counts(tmp_path):
     with opened(tmp_path / "t.csv", 7) as table:
         table.save(0, ENTRIES)
         assert (table.done, table.answered, table.unread, table.exits) == (7, 5, 2, 9)
-    with opened(tmp_path / "t.csv", 7) as table:
-        assert (table.done, table.exits) == (7, 9)
+    for known in (0, 2):
+        with opened(tmp_path / "u.csv") as table:
+            assert table.done == known
+            table.save(0, ENTRIES[:2])
+            table.save(1, ENTRIES[2:4])
+    with opened(tmp_path / "u.csv") as table:
+        assert (table.done, table.exits) == (2, 5)
 
 
 def test_finished_whole_and_once(tmp_path):
@@ -150,12 +156,12 @@ def test_finished_whole_and_once(tmp_path):
         for number in table.claim():
             table.save(number, part(table, number))
         out.write_text("somebody else's")
+        with opened(out, helper=True) as helper:
+            assert helper.done == 7
         with pytest.raises(ValueError, match="exists"):
             table.finish()
     assert out.read_text() == "somebody else's"
-    with opened(out, overwrite=True) as table:
-        assert table.done == 7
-        table.finish()
+    assert fill(out, overwrite=True) == out
     assert names(tmp_path) == ["t.csv", "t.csv.skipped.csv"]
     with pytest.raises(ValueError, match="exists"):
         opened(out)
@@ -170,11 +176,34 @@ def test_output_after_a_stopped_overwrite(tmp_path):
     out = tmp_path / "t.csv"
     out.write_text("mine")
     with opened(out, overwrite=True) as table:
-        table.save(0, ENTRIES[:2])
+        table.save(1, ENTRIES[2:4])
     with pytest.raises(ValueError, match="exists; give another name, or overwrite it"):
         opened(out)
     with opened(out, overwrite=True) as table, opened(out, helper=True) as helper:
         assert table.done == helper.done == 2
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_unread_images_are_tried_again(overwrite, tmp_path):
+    """Their file is the same once its folder may be read, and the same command continues."""
+    with opened(tmp_path / "t.csv", 1) as table:
+        for number in range(4):
+            table.save(number, part(table, number))
+    with opened(tmp_path / "t.csv", 1, overwrite=overwrite) as table:
+        assert (table.answered, table.unread) == (3, 0)
+        table.save(1, [[FILES[1], "ant", 0.5, 1]])
+        assert table.answered == 4
+
+
+def test_process_that_outlived_its_run(tmp_path):
+    """It writes into the folder of the next run, which computes the batch itself."""
+    out = tmp_path / "t.csv"
+    with opened(out) as first, opened(out, helper=True) as orphan:
+        first.close()
+        with opened(out, identity={"network": "new"}, overwrite=True) as table:
+            orphan.save(1, ENTRIES[2:4])
+            assert not table.look(1)
+            assert list(table.claim()) == [0, 1, 2, 3]
 
 
 @given(st.data())
@@ -198,7 +227,7 @@ def test_damage_costs_a_batch_alone(tmp_path, data):
     if kind == "missing":
         path.unlink()
     with opened(folder / "t.csv") as table:
-        assert list(table.claim()) == [number]
+        assert list(table.claim()) == sorted({0, 2, number})  # 0 and 2 hold unreadable images
     assert fill(folder / "t.csv").read_bytes() == whole
 
 
@@ -267,7 +296,7 @@ def test_one_owner(tmp_path):
     with opened(tmp_path / "t.csv") as table:
         with pytest.raises(Busy, match="is being written by another thread"):
             opened(tmp_path / "t.csv")
-        table.save(0, ENTRIES[:2])
+        table.save(1, ENTRIES[2:4])
     with opened(tmp_path / "t.csv") as table:
         assert table.done == 2
 
@@ -326,6 +355,18 @@ def test_paths_in_a_list(kind, tmp_path, monkeypatch):
     folder = str(tmp_path)
     expected = [f"{folder}/a.png", f"{folder}/../b.png", "/c/d.png", f"{folder}/~/e.png", f"{folder}/~root/f.png"]
     assert list_images([str(tmp_path / kind)]) == expected
+
+
+@pytest.mark.parametrize("name", ["photos.txt", "photos.list", "photos.csv"])
+def test_folder_named_as_a_list(name, tmp_path):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "a.png").touch()
+    assert list_images([tmp_path / name]) == [str(tmp_path / name / "a.png")]
+
+
+def test_columns_of_equal_names():
+    expected = ["probability_crane", "probability_crane_2", "probability_ant", "probability_crane_2_2"]
+    assert list(columns(["crane", "crane", "ant", "crane_2"], 1, True)[4:]) == expected
 
 
 def test_input_that_begins_like_a_user(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """Several tasks in one batch, against each bundle by itself."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -45,6 +46,11 @@ def bundle(
     own = {"costs": None, "adapter": adapter, "backbone": source, "class_names": tuple("abcdefghij"[:classes])}
     own |= parts or {}
     return Bundle(net, policy, describe(net, **parts_of(net, policy, **own)))
+
+
+def other_source() -> BackboneSource:
+    """The same tensors in another network."""
+    return replace(bundle().config.backbone, timm_args={"act_layer": "relu"})
 
 
 def images(count: int = 24) -> torch.Tensor:
@@ -99,6 +105,7 @@ def test_frozen_tensors_are_held_once():
         (lambda: bundle(Adapter(bottleneck=2)), "its adapter is Adapter, and only low-rank ones"),
         (lambda: bundle(every=3), "their exits or their token merging differ"),
         (lambda: bundle(family="swin"), "their backbones differ"),
+        (lambda: bundle(parts={"backbone": other_source()}), r"their backbones differ \(timm_args\)"),
     ],
 )
 def test_bundles_that_do_not_fit(other, reason):

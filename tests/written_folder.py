@@ -9,6 +9,7 @@ import pytest
 
 from dynadapter.files import sha256
 from dynadapter.serve.runtime.manifest import FORMAT
+from dynadapter.serve.runtime.policies import Policy
 
 onnx = pytest.importorskip("onnx")
 
@@ -70,3 +71,11 @@ def write_folder(folder: Path, settings: dict[str, Any], **changes: Any) -> Path
 def as_images(logits: np.ndarray) -> np.ndarray:
     """Return logits (exits, samples, classes) as images (samples, 3, 2, 2) of the folder written by hand."""
     return np.ascontiguousarray(logits.transpose(1, 0, 2).reshape(-1, 3, 2, 2), np.float32)
+
+
+def taken(policy: Policy, logits: np.ndarray) -> np.ndarray:
+    """Return each sample's exit index (samples,) from the logits of all exits (exits, samples, classes)."""
+    found = np.full(logits.shape[1], len(logits) - 1)
+    for k in reversed(range(len(logits) - 1)):  # the earliest exit writes last
+        found[policy.stops(logits[: k + 1])] = k
+    return found

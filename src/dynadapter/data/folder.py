@@ -49,6 +49,11 @@ class ImageFolder(HeldOutData):
         self._whole = False  # whether the test split has the images of all splits
         measured = self._all_classes()
         self.class_names = self._list_classes("train") if "train" in self._folders or not measured else measured
+        if wrong := [name for name in self.class_names if name.encode(errors="replace").decode() != name]:
+            raise ValueError(
+                f"the class folder {shown(wrong[0])} in {self.root} has a name that is not UTF-8, which no bundle can "
+                "hold; rename it"
+            )
         if not self.class_names:
             raise ValueError(f"{self._folder('train')} holds no class folder; expected train/CLASS/image.png")
 

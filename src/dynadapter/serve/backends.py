@@ -2,6 +2,8 @@
 
 import hashlib
 import os
+import shutil
+from contextlib import suppress
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -11,13 +13,14 @@ from typing import TYPE_CHECKING, Literal, get_args
 import torch
 from torch import Tensor
 
+import dynadapter
 from dynadapter.backbones import built_for
 from dynadapter.exits.policies import Never, Policy, Routed
 from dynadapter.exits.stages import run_stages
 from dynadapter.files import locked
 from dynadapter.images.preprocess import Preprocess
 from dynadapter.serve.runtime import Runner
-from dynadapter.serve.runtime.manifest import MANIFEST
+from dynadapter.serve.runtime.manifest import FORMAT
 
 if TYPE_CHECKING:
     from dynadapter.serve.bundle import Bundle
@@ -126,13 +129,20 @@ def open_graphs(bundle: "Bundle", backend: str) -> Graphs:
     if lacking := missing(backend):
         raise ImportError(f"backend={backend} needs {', '.join(lacking)}: pip install 'dynadapter[{backend}]'")
     folder = cache_of(bundle) / "graphs"
-    if not (folder / MANIFEST).exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with locked(folder.parent, wait=True):  # another process or thread may export at this moment
-            if not (folder / MANIFEST).exists():
-                _export(bundle, folder)
     engine = "openvino" if backend == "openvino" else "onnxruntime"
-    return Graphs(Runner(folder, threads=torch.get_num_threads(), engine=engine).load())
+
+    def opened() -> Graphs:
+        return Graphs(Runner(folder, threads=torch.get_num_threads(), engine=engine).load())
+
+    with suppress(ValueError):  # missing or damaged
+        return opened()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with locked(folder.parent, wait=True):  # another process or thread may export at this moment
+        with suppress(ValueError):
+            return opened()
+        shutil.rmtree(folder, ignore_errors=True)  # damaged
+        _export(bundle, folder)
+    return opened()
 
 
 def cache_of(bundle: "Bundle") -> Path:
@@ -140,7 +150,8 @@ def cache_of(bundle: "Bundle") -> Path:
     given = os.environ.get("DYNADAPTER_CACHE")
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     packages = [f"{name} {version_of(name)}" for name in ("torch", "timm", *NEEDED["onnx"]) if find_spec(name)]
-    named = "\n".join([bundle.config.dumps(), str(image_size(bundle)), *packages])
+    own = f"dynadapter {dynadapter.__version__}, format {FORMAT}"
+    named = "\n".join([bundle.config.dumps(), str(image_size(bundle)), own, *packages])
     root = Path(given) if given else Path(base) / "dynadapter"
     return Path(os.path.expanduser(root)) / hashlib.sha256(named.encode()).hexdigest()[:32]
 

@@ -111,12 +111,16 @@ class Drift:
             return []
         shares = {f"exit {number}": count / images for number, count in enumerate(self._counts, 1)}
         self.live = shares | {CONFIDENCE: self._sum / images}  # whole at once: another thread may read it
-        self._counts, self._sum = [0] * len(self._counts), 0.0
+        self.restart()
         before = self.outside
         self.outside = frozenset(
             name for name, (_, low, high) in self.expected.items() if not low <= self.live[name] <= high
         )
         return list(self._changed(before))
+
+    def restart(self) -> None:
+        """Leave out the images since the last window, because the load has stopped one of them early."""
+        self._counts, self._sum = [0] * len(self._counts), 0.0
 
     def _changed(self, before: frozenset[str]) -> Iterator[str]:
         for name in sorted(before ^ self.outside):

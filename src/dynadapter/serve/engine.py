@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, suppress
 from decimal import ROUND_CEILING, Context
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from dynadapter.cost import exit_costs
@@ -128,7 +129,7 @@ class Engine:
         :class:`Failed`.
 
         Args:
-            image: As in :meth:`Bundle.read`.
+            image: As in :meth:`Bundle.read`; a tensor or an array is copied.
             limits: The budget.
 
         Raises:
@@ -137,6 +138,10 @@ class Engine:
             ValueError: The budget fits no exit, or the policy has no threshold.
             RuntimeError: The system starts no more threads.
         """
+        if isinstance(image, Tensor):  # the caller may reuse its memory
+            image = image.detach().clone()
+        elif isinstance(image, np.ndarray):
+            image = image.copy()
         job = self._job(image, limits)
         with self._worker.changed:
             if self.closing:
@@ -285,30 +290,38 @@ class Engine:
         self.counts.runs[k] += 1
         self.counts.images[k] += len(now.items)
         self.counts.seconds += seconds
-        open_exits, clock, stay = self.open_exits(), time.monotonic(), []
+        open_exits, stay, going = self.open_exits(), list[int](), predictions.stops.count(False)
+        ends = time.monotonic() + (self._worker.expected(k + 1, going) if going else 0)  # of the next stage
+        slow = False
         for row, (job, stop, good) in enumerate(zip(now.items, predictions.stops, predictions.finite, strict=True)):
-            job.plain = job.plain and open_exits == self.exits
-            limit = None if stop else self._limit(job, k, open_exits, clock)
+            if k == 0:  # later, those that exited before the load came would count alone
+                job.plain = job.plain and open_exits == self.exits
+            limit = None if stop else self._limit(job, k, open_exits, ends)
+            slow |= limit == "deadline"
             if stop or limit:
                 answer = Served(predictions.probabilities[row], k, limit) if good else Failed(str(nonfinite(k)))
                 self._answer(job, answer)
             else:
                 stay.append(row)
+        if slow:
+            self._worker.doubt(k + 1, going)
         return stay
 
-    def _limit(self, job: Job, k: int, open_exits: int, clock: float) -> Limit | None:
+    def _limit(self, job: Job, k: int, open_exits: int, ends: float) -> Limit | None:
         """Return why a sample must stop at exit ``k``, which is not the last; None if it continues."""
         if k >= job.last:
             return "max_gmacs"
         if k + 1 >= open_exits:
             return "load"
-        return "deadline" if clock + self._worker.expected(k + 1) >= job.deadline else None
+        return "deadline" if ends >= job.deadline else None
 
     def _answer(self, job: Job, answer: Served | Exception) -> None:
         if isinstance(answer, Served):
             self.counts.exits[answer.exit_index] += 1
             if answer.limited is not None:
                 self.counts.limited[answer.limited] += 1
+                if job.plain:  # by load: the window lacks its exit
+                    self.drift.restart()
             elif job.plain:
                 for line in self.drift.add(answer.exit_index, answer.probabilities.max().item()):
                     LOG.warning("%s: %s", self.name, line)

@@ -4,6 +4,7 @@ import json
 import platform
 import statistics
 import time
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,7 +61,8 @@ def fastest(bundle: "Bundle", batch_size: int) -> tuple[Backend, str]:
         except Exception as error:  # not every network can be exported, and exporters fail in many ways
             reason = (" ".join(str(error).split()) or type(error).__name__)[:200]
             return "torch", f"backend torch (auto: the graphs of the others failed: {reason})"
-        write(file, json.dumps({**stored, here: seconds}, indent=1).encode())
+        with suppress(OSError):  # a cache that cannot be written: measured again at the next start
+            write(file, json.dumps({**stored, here: seconds}, indent=1).encode())
     best = min(seconds, key=lambda name: seconds[name] * (FASTER if name == "torch" else 1))
     times = ", ".join(f"{name} {1000 * value:.2f} ms" for name, value in seconds.items())
     where = f"an image at batch {batch_size}"

@@ -117,7 +117,7 @@ def _write_parquet(file: BinaryIO, columns: Sequence[str], rows: Iterable[Row]) 
     def valid(value: Any) -> Any:  # Arrow takes UTF-8 alone
         return value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value
 
-    schema = pyarrow.schema([(name, kind(name)) for name in columns])
+    schema = pyarrow.schema([(valid(name), kind(name)) for name in columns])
     stream = iter(rows)
     with ParquetWriter(file, schema) as writer:
         while part := list(islice(stream, 10_000)):

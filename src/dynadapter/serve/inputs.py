@@ -28,6 +28,9 @@ def list_images(places: Iterable[str], path_column: str | None = None) -> list[s
     for place in (Path(os.path.expanduser(place)) for place in places):
         if not place.exists():
             raise ValueError(f"{place} does not exist; give a folder, a list, a CSV file or an image")
+        if place.is_dir():
+            found += map(str, find_images(place))
+            continue
         if place.suffix.lower() == ".csv":
             names = _column(place, path_column)
         elif place.suffix.lower() in LISTS:

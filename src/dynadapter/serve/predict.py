@@ -42,10 +42,18 @@ def columns(class_names: Sequence[str], top_k: int = 1, probabilities: bool = Fa
     Args:
         class_names: Class names of the network.
         top_k: How many classes to name for each image, the most probable first.
-        probabilities: Add a column with the probability of each class.
+        probabilities: Add a column with the probability of each class. A name that occurs again, such as ``crane``
+            among those of ImageNet, gets a number: ``probability_crane_2``.
     """
     more = [f"{name}_{k}" for k in range(2, top_k + 1) for name in ("class", "confidence")]
-    return (*COLUMNS, *more, *(f"{PROBABILITY}{name}" for name in class_names if probabilities))
+    found = dict[str, None]()  # in order
+    for name in class_names if probabilities else ():
+        column, number = f"{PROBABILITY}{name}", 1
+        while column in found:
+            number += 1
+            column = f"{PROBABILITY}{name}_{number}"
+        found[column] = None
+    return (*COLUMNS, *more, *found)
 
 
 def rows(

@@ -223,12 +223,14 @@ class Service:
         _check_head(request, self.settings.max_bytes)
         if engine.is_full():  # before anything is sent for nothing
             raise Problem(429, f"{engine.queue} images wait already; send this one again later", RETRY)
-        data = bytearray()
+        data, size = bytearray(), 0
         try:
             await self._receive(request, data)
-            yield bytes(data)
+            body, size = bytes(data), len(data)
+            data.clear()
+            yield body
         finally:
-            self.held -= len(data)
+            self.held -= size or len(data)
 
     async def _receive(self, request: Request, data: bytearray) -> None:
         seconds = self.settings.upload_seconds

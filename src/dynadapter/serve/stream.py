@@ -55,7 +55,6 @@ class Stream:
         batch: Samples in a full batch.
         wait: Greatest number of later arrivals for which a sample waits, at every stage; 0 runs every sample at once.
         seconds: Greatest time for which a sample waits, at every stage; None for no limit.
-        class_first: See :meth:`ExitNet.early`.
         clock: Returns the time in seconds.
 
     Raises:
@@ -69,7 +68,6 @@ class Stream:
         batch: int = 16,
         wait: int = 64,
         seconds: float | None = None,
-        class_first: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         policy.check(net.num_exits)
@@ -80,7 +78,6 @@ class Stream:
         self.batch = batch
         self.wait = wait
         self.seconds = seconds
-        self.class_first = class_first
         self.clock = clock
         self.arrived = 0
         self.returned = 0
@@ -178,7 +175,7 @@ class Stream:
     def _step(self, k: int, inputs: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], Tensor | None]:
         """Run a stage, and its head if the policy or the last exit reads it."""
         if k == self.net.num_exits - 1 or self.policy.uses_early_exits:
-            return self.net.step(k, inputs, self.class_first)
+            return self.net.step(k, inputs)
         return (self.net.stage(k, self.net.complete(k - 1, inputs) if k else self.net.embed(*inputs)),), None
 
     @torch.inference_mode()

@@ -3,8 +3,8 @@
 While a table is being computed, it is in the folder ``<output>.partial``: ``table.json`` identifies the network and the
 images, and each ``<number>.json`` is one finished batch with its checksum. A process claims a batch by a lock that the
 system releases when the process ends, and a batch file is written atomically. So a killed run continues where it
-stopped, several processes share the images without communication, and a damaged batch is computed again. At the end the
-output is written atomically from the batches.
+stopped, several processes share the images without communication, and a damaged batch is computed again, as is one with
+an image that could not be read. At the end the output is written atomically from the batches.
 """
 
 import contextlib
@@ -80,6 +80,7 @@ class PredictionTable:
         self._locks = contextlib.ExitStack()
         self._header: dict[str, Any] = {"unfinished": TITLE, "format": FORMAT, "batch_size": batch_size, **identity}
         self._header |= {"columns": list(self.columns), "images": len(files), "list": _digest(files)}
+        self._run = zlib.crc32(json.dumps(self._header).encode())
         try:
             if helper:
                 self._compare(_read_json(self.folder / "table.json"))
@@ -164,7 +165,7 @@ class PredictionTable:
         new = self.folder / f".{number}.{os.getpid()}"
         try:
             # Without fsync: after a power cut the checksum fails, and the batch is computed again.
-            new.write_bytes(f"{zlib.crc32(text):08x} ".encode() + text)
+            new.write_bytes(self._checksum(text) + b" " + text)
             os.replace(new, self._path(number))
         except BaseException:
             with contextlib.suppress(OSError):
@@ -227,6 +228,7 @@ class PredictionTable:
         if there is None:
             self._check_new()
         elif there == self._header:
+            self._drop_unread()
             return
         elif not (self.overwrite and _is_table(there)):
             self._compare(there)
@@ -234,6 +236,13 @@ class PredictionTable:
             path.unlink()
         with replacing(self.folder / "table.json") as file:
             file.write(json.dumps(self._header).encode())
+
+    def _drop_unread(self) -> None:
+        """Remove batches with images that could not be read, which are tried again, unless the table is written."""
+        if self.overwrite or not os.path.lexists(self.output):
+            for number in range(self.batches):
+                if any(isinstance(entry, Unread) for entry in self._read(number) or ()):
+                    self._path(number).unlink()
 
     def _check_new(self) -> None:
         """Raise an error for a folder without ``table.json`` that holds other files."""
@@ -269,13 +278,17 @@ class PredictionTable:
     def _path(self, number: int) -> Path:
         return self.folder / f"{number}.json"
 
+    def _checksum(self, text: bytes) -> bytes:
+        """Return the checksum of a batch; a process of another run, which outlived it, writes another one."""
+        return f"{zlib.crc32(text, self._run):08x}".encode()
+
     def _read(self, number: int) -> list[Row | Unread] | None:
         """Read a batch; None if it is missing or damaged."""
         try:
             checksum, _, text = self._path(number).read_bytes().partition(b" ")
         except FileNotFoundError:
             return None
-        if checksum != f"{zlib.crc32(text):08x}".encode():
+        if checksum != self._checksum(text):
             return None
         content = json.loads(text)
         if not self._fits(number, content):

@@ -139,8 +139,10 @@ def _differs(first: Bundle, other: Bundle) -> str | None:
     for layer in adapter_layers(b.backbone).values():
         if not isinstance(layer, LowRankLayer):
             return f"its adapter is {layer.kind}, and only low-rank ones, such as LoRA, differ by row"
-    if first.config.backbone.fingerprint != other.config.backbone.fingerprint:
-        return "their backbones differ"
+    sources = [bundle.config.backbone for bundle in (first, other)]
+    for name in ("fingerprint", "name", "timm_args", "image_size", "depth"):  # the fingerprint is of tensors alone
+        if getattr(sources[0], name) != getattr(sources[1], name):
+            return f"their backbones differ ({name})"
     if a.exit_depths != b.exit_depths or a.token_merging != b.token_merging:
         return "their exits or their token merging differ"
     if a.beside is not None or b.beside is not None:

@@ -20,6 +20,10 @@ from dynadapter.serve.stages import Waiting, count, joined, lengthened, pop, rel
 
 LOG = logging.getLogger("dynadapter.serve")
 
+DOUBT = 0.98
+"""What remains of a stage's expected time where it is too long for a deadline. A stage that needs 1.5 times what the
+deadlines allow then runs, with late answers, in about one of 20 times."""
+
 Step = Callable[[int, tuple[Tensor, ...], Sequence[int]], tuple[tuple[Tensor, ...], dict[int, Tensor]]]
 """Runs a stage: from its number, its inputs and the rows of each task to the inputs of the next stage and the logits of
 each task that has rows. An input has one row for each sample; the rows of a task are neighbours."""
@@ -76,7 +80,8 @@ class Worker:
     Attributes:
         changed: Lock of the queues and of the owners' states; it wakes the thread.
         queues: The samples that wait for each stage, by task.
-        seconds: Time of a run of each stage, a running mean; 0 before the first.
+        seconds: Expected time of a run of each stage, by the binary digits of its number of images: a running mean
+            without the first run, which may compile or allocate.
         turn: Time until `compute` is free, a running mean over the runs of all stages. Stage 0 runs whatever it is, so
             it cannot stay high after the load has passed; a mean for each stage could, because a deadline stops samples
             before a stage that seems slow.
@@ -89,7 +94,8 @@ class Worker:
         self.batch, self.wait = batch, wait
         self.changed = threading.Condition()
         self.queues: list[list[deque[Waiting[Job]]]] = [[] for _ in range(exits)]
-        self.seconds = [0.0] * exits
+        self.seconds: list[dict[int, float]] = [{} for _ in range(exits)]
+        self._doubted: set[tuple[int, int]] = set()
         self.turn = 0.0
         self.owners: list[Owner] = []
         self._step, self._compute, self._name = step, compute or nullcontext(), name
@@ -115,9 +121,25 @@ class Worker:
             self.queues[k][task].append(replace(part, since=time.monotonic()))
             self.changed.notify_all()
 
-    def expected(self, k: int) -> float:
-        """Return the seconds that a run of stage ``k`` takes from now on, the wait for `compute` included."""
-        return self.turn + self.seconds[k]
+    def expected(self, k: int, images: int, turn: bool = True) -> float:
+        """Return the seconds that a run of stage ``k`` takes from now on; 0 for a size that is not known.
+
+        Args:
+            k: Exit index, from 0.
+            images: Number of images in the run.
+            turn: Whether to include the wait for `compute`.
+        """
+        return self.seconds[k].get(images.bit_length(), 0.0) + (self.turn if turn else 0.0)
+
+    def doubt(self, k: int, images: int) -> None:
+        """Lower the expected time of a stage that a deadline did not let run.
+
+        Only a run measures a stage. If it has become faster, requests with a deadline would else never find that out.
+        """
+        size = images.bit_length()
+        if seconds := self.seconds[k].get(size):
+            self.seconds[k][size] = DOUBT * seconds
+            self._doubted.add((k, size))
 
     def finish(self, owner: Owner) -> None:
         """Wait until the jobs of an engine that closes are ended; with the last engine the thread ends."""
@@ -142,8 +164,9 @@ class Worker:
                             return
                         self.changed.wait()
                     taken = self._take(k)
-                self._serve(k, taken)
-                del taken  # while the thread waits
+                for same in _by_shape(taken):
+                    self._serve(k, same)
+                del taken, same  # while the thread waits
         except BaseException:
             LOG.exception("%s: the thread that runs the network ended; the next request starts another", self._name)
             raise
@@ -157,7 +180,8 @@ class Worker:
         return next(iter(due[-1:] or full[-1:] or some[:1]), None)
 
     def _due(self, k: int, part: Waiting[Job]) -> float:
-        return min(part.since + self.wait, min(job.deadline for job in part.items) - 2 * self.expected(k))
+        latest = min(job.deadline for job in part.items) - 2 * self.expected(k, len(part.items))
+        return min(part.since + self.wait, latest)
 
     def _take(self, k: int) -> dict[int, list[Waiting[Job]]]:
         """Remove the next batch of a stage from its queues, and return it by task; the tasks share it evenly."""
@@ -176,23 +200,27 @@ class Worker:
         now, late = dict[int, Waiting[Job]](), dict[int, Waiting[Job]]()
         for task, parts in taken.items():
             with self._failing(k, task, [job for part in parts for job in part.items]), torch.inference_mode():
-                stay, others = self._sorted(k, {task: joined(parts)}, self.expected(k))
+                stay, others = self._sorted(k, {task: joined(parts)}, turn=True)
                 now, late = now | stay, late | others
         self._end_late(k, late)
         if now:
             self._run(k, now)
 
     def _sorted(
-        self, k: int, now: dict[int, Waiting[Job]], seconds: float
+        self, k: int, now: dict[int, Waiting[Job]], turn: bool
     ) -> tuple[dict[int, Waiting[Job]], dict[int, Waiting[Job]]]:
-        """Return the samples of each task that are in time if stage ``k`` ends in some seconds, and the others."""
+        """Return the samples of each task that are in time if stage ``k`` runs on all of them, and the others."""
         stay, late = dict[int, Waiting[Job]](), dict[int, Waiting[Job]]()
+        images = sum(len(part.items) for part in now.values())
+        seconds = self.expected(k, images, turn)
         with torch.inference_mode():
             for task, part in now.items():
                 rows = self.owners[task].late_rows(k, part, seconds)
                 for some, kind in ((rows, late), (sorted(set(range(len(part.items))) - set(rows)), stay)):
                     if some:
                         kind[task] = part.chosen(some)
+        if late:
+            self.doubt(k, images)
         return stay, late
 
     def _end_late(self, k: int, late: dict[int, Waiting[Job]]) -> None:
@@ -208,7 +236,7 @@ class Worker:
         try:
             with self._compute:
                 self.turn = _running_mean(self.turn, time.perf_counter() - asked)
-                now, late = self._sorted(k, now, self.seconds[k])  # others may have held the lock for long
+                now, late = self._sorted(k, now, turn=False)  # others may have held the lock for long
                 if now:
                     found, seconds = self._computed(k, now)
         except BaseException as error:
@@ -248,8 +276,17 @@ class Worker:
                 part = replace(part, inputs=tuple(tensor[rows] for tensor in stage_state), history=history)
                 found[task] = part, predict_exit(part, k, last=k == len(self.queues) - 1)
             seconds = time.perf_counter() - start
-        self.seconds[k] = _running_mean(self.seconds[k], seconds)
+        self._measured(k, sum(counts).bit_length(), seconds)
         return found, seconds
+
+    def _measured(self, k: int, size: int, seconds: float) -> None:
+        """Take the time of a run into account; after a doubt it replaces the expected time."""
+        mean = self.seconds[k].get(size)
+        if mean is None:
+            self.seconds[k][size] = 0.0
+        else:
+            self.seconds[k][size] = seconds if (k, size) in self._doubted else _running_mean(mean, seconds)
+            self._doubted.discard((k, size))
 
     @contextmanager
     def _failing(self, k: int, task: int, jobs: Sequence[Job]) -> Iterator[None]:
@@ -266,6 +303,16 @@ class Worker:
         why = f"stage {k + 1} failed on its batch ({type(error).__name__}: {' '.join(str(error).split())})"
         for job in jobs:
             owner.end(job, Failed(why))
+
+
+def _by_shape(taken: dict[int, list[Waiting[Job]]]) -> list[dict[int, list[Waiting[Job]]]]:
+    """Return the samples of a batch, by task, apart for each shape: some backbones take images of any size."""
+    found = dict[tuple[torch.Size, ...], dict[int, list[Waiting[Job]]]]()
+    for task, parts in taken.items():
+        for part in parts:
+            shapes = tuple(tensor.shape[1:] for tensor in part.inputs)
+            found.setdefault(shapes, {}).setdefault(task, []).append(part)
+    return list(found.values())
 
 
 def _running_mean(mean: float, seconds: float) -> float:

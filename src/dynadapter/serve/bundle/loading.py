@@ -255,6 +255,8 @@ def load(
         backbone = _backbone(config, place, weights, pretrained)
         net = config.assemble(backbone, tensors, str(place / MODEL))
     except ValueError as error:
+        if not str(folder).startswith(HUB):
+            raise
         raise ValueError(str(error).replace(str(place), str(folder))) from error  # not as a folder of the hub's cache
     bundle = Bundle(net.to(device), config.policy, config)
     use_backend(bundle, backend, batch_size)

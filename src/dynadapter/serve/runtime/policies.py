@@ -146,13 +146,6 @@ class Policy:
         stopping: NDArray[np.bool_] = sure & finite[-1]
         return stopping
 
-    def route(self, logits: Floats) -> NDArray[np.int64]:
-        """Return each sample's exit index (samples,) from the logits of all exits (exits, samples, classes)."""
-        taken = np.full(logits.shape[1], len(logits) - 1, np.int64)
-        for k in reversed(range(len(logits) - 1)):  # the earliest exit writes last
-            taken[self.stops(logits[: k + 1])] = k
-        return taken
-
 
 def _thresholds(given: Any, num_exits: int) -> Floats:
     values = given if isinstance(given, list | tuple) else [given] * (num_exits - 1)
