@@ -82,6 +82,17 @@ def test_resume_continues_the_average(tmp_path: Path) -> None:
     assert not all(torch.equal(held["current_model_state"][name], held["state_dict"][name]) for name in whole)
 
 
+def test_stages_after_fit_measure_the_module(tmp_path: Path) -> None:
+    fitting = trainer(WeightAverage(decay=0.9), SaveFirstEpoch(tmp_path / "0.ckpt"))
+    fitting.fit(make_classifier(lr_schedule=Constant(1.0)), loader(3), loader(1))
+    for given in ({"ckpt_path": tmp_path / "0.ckpt", "weights_only": True}, {}):
+        measured, expected = (
+            one.validate(make_classifier(), loader(3), verbose=False, **given)
+            for one in (fitting, trainer(WeightAverage()))
+        )
+        assert measured == expected
+
+
 def test_average_of_doubles_is_double() -> None:
     module, by_hand = make_classifier(lr_schedule=Constant(1.0)), ByHand(0.9)
     trainer(WeightAverage(0.9), by_hand, precision="64-true").fit(module, loader(3), loader(1))

@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 import zipfile
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ import pytest
 import torch
 from commands import TINY
 from conftest import raises_one_line
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, LightningDataModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from saved import fitted, read, same
 from tiny import loader, make_classifier, trainer
+from torch.utils.data import DataLoader
 
 from dynadapter.training.checkpoints import AtomicCheckpointIO, RunCheckpoint, check, newest
 from dynadapter.training.checkpoints import read as read_whole
@@ -221,3 +223,35 @@ def test_every_epoch_is_saved(validation: str | None, every: int, tmp_path: Path
     fitting.fit(make_classifier(), loader(), loader(1) if validation else None)
     assert saved == [0, 1, 2]
     assert read_whole(tmp_path / "last.ckpt")["epoch"] == 2
+
+
+class NoValidation(LightningDataModule):
+    def train_dataloader(self) -> DataLoader:
+        return loader(3)
+
+    def val_dataloader(self) -> list[DataLoader]:
+        return []
+
+
+@pytest.mark.filterwarnings("ignore:Total length of `list` across ranks is zero")
+def test_saves_by_steps_without_validation(tmp_path: Path) -> None:
+    saver = RunCheckpoint(dirpath=tmp_path, filename="{step}", every_n_train_steps=3, save_top_k=-1)
+    trainer(saver, max_epochs=2, enable_checkpointing=True).fit(make_classifier(), datamodule=NoValidation())
+    assert names(tmp_path) == ["step=3.ckpt", "step=6.ckpt"]
+
+
+def test_saves_by_time_if_every_step_validates(tmp_path: Path) -> None:
+    saver = RunCheckpoint(dirpath=tmp_path, filename="{step}", train_time_interval=timedelta(0), save_top_k=-1)
+    trainer(saver, max_epochs=2, enable_checkpointing=True).fit(make_classifier(), loader(1), loader(1))
+    assert names(tmp_path) == ["step=1.ckpt", "step=2.ckpt"]
+
+
+def test_two_callbacks_save_into_one_folder(tmp_path: Path) -> None:
+    savers = [
+        RunCheckpoint(dirpath=tmp_path / "saved", filename="last"),
+        RunCheckpoint(dirpath=tmp_path / "saved", filename="{step}", every_n_train_steps=2, save_top_k=-1),
+    ]
+    fitting = trainer(*savers, max_epochs=2, enable_checkpointing=True)
+    fitting.fit(make_classifier(), loader(3), loader(1))
+    assert names(tmp_path / "saved") == ["last.ckpt", "step=2.ckpt", "step=4.ckpt", "step=6.ckpt"]
+    assert names(tmp_path) == ["saved"]  # the lock is released

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import raises_one_line
+from conftest import CLASSES, raises_one_line
+from lightning.pytorch import LightningDataModule
 from PIL import Image
-from tiny import make_classifier, trainer
+from tiny import loader, make_classifier, trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -108,6 +109,27 @@ def test_predict_on_labelled_loader(three: Path) -> None:
     data = ImageFolder(three, image_size=32, batch_size=5)
     got = trainer().predict(learner(), data.test_dataloader())
     assert sum(len(batch["classes"]) for batch in got) == 12
+
+
+# ---- data modules of a user
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("dataset", TensorDataset(torch.zeros(1))), ("preprocessing", torch.nn.Identity())]
+)
+def test_data_with_a_name_of_ours(name: str, value: Any) -> None:
+    class Own(LightningDataModule):
+        class_names = [str(k) for k in range(CLASSES)]  # noqa: RUF012
+
+        def train_dataloader(self) -> Any:
+            return loader(1)
+
+    data, model = Own(), make_classifier()
+    setattr(data, name, value)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # there is no validation
+        trainer(max_steps=1).fit(model, datamodule=data)
+    assert (model.preprocessing, model.images) == ({}, {})
 
 
 # ---- class names

@@ -337,6 +337,15 @@ def test_trained_checkpoint_is_the_network(tmp_path: Path) -> None:
         assert torch.equal(again(clips()), model.eval()(clips()))
 
 
+def test_prediction_of_clips() -> None:
+    model = module().eval()
+    with torch.no_grad():
+        expected = [model.class_names[k] for k in model(clips(4))[-1].argmax(-1)]
+        assert model.predict_step([clips(4), torch.arange(4)], 0)["classes"] == expected
+    with pytest.raises(ValueError, match="give clips"):
+        model.predict_step(clips(4)[0], 0)
+
+
 def test_mixing_takes_all_frames_alike() -> None:
     x = torch.arange(4.0).view(4, 1, 1, 1, 1).expand(4, 3, 2, 8, 8)
     mixed, _ = mix(Mixing(mixup=0).mixer(CLASSES), x, torch.arange(4))

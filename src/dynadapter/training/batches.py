@@ -9,21 +9,24 @@ from dynadapter.training.losses import IGNORED
 from dynadapter.training.processes import is_distributed
 
 
-def named_images(batch: Any) -> tuple[Tensor, list[str | None]]:
+def named_images(batch: Any, clips: bool = False) -> tuple[Tensor, list[str | None]]:
     """Return the images of a batch, and the name of each image's file.
 
     Args:
         batch: Images ``(batch, channels, height, width)``, alone or first in a sequence. The second part are file
             names, or class indices ``(batch,)``, which are ignored.
+        clips: Whether the network takes clips ``(batch, frames, channels, height, width)`` instead of images.
 
     Returns:
         The images, and for each image its name, "" without names, or None for padding.
     """
     parts = [batch] if isinstance(batch, Tensor) else list(batch) if isinstance(batch, Sequence) else []
-    if not parts or not isinstance(parts[0], Tensor) or parts[0].dim() != 4:
+    if not parts or not isinstance(parts[0], Tensor) or parts[0].dim() != 4 + clips:
+        wanted = (
+            "clips (batch, frames, channels, height, width)" if clips else "images (batch, channels, height, width)"
+        )
         raise ValueError(
-            f"a batch to predict is {_kind(batch)}; give images (batch, channels, height, width), alone or followed by "
-            "file names or class indices"
+            f"a batch to predict is {_kind(batch)}; give {wanted}, alone or followed by file names or class indices"
         )
     images, second = parts[0], parts[1] if len(parts) > 1 else None
     if isinstance(second, Sequence) and all(isinstance(name, str) for name in second):

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+import time
 import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -112,16 +113,17 @@ def use_atomic_checkpoints(trainer: Trainer) -> None:
 class RunCheckpoint(ModelCheckpoint):
     """Lightning's ModelCheckpoint, which saves only at points from which a training can be resumed exactly.
 
-    It does not save between the batches of one optimiser step, because no checkpoint holds their gradients. If
-    validation follows a batch, it saves after the validation, because a training resumed before it would skip it. An
-    epoch without validation is saved at its end, unless a metric is monitored. With ``save_last`` the last checkpoint
-    is written whenever a save is due; Lightning writes it only when the best one changes.
+    It does not save by steps or by time between the batches of one optimiser step, because no checkpoint holds their
+    gradients. If training stops or validates there, the step begins again after a resume. If validation follows a
+    batch, it saves after the validation, because a training resumed before it would skip it. An epoch without
+    validation is saved at its end, unless a metric is monitored. With ``save_last`` the last checkpoint is written
+    whenever a save is due; Lightning writes it only when the best one changes.
 
     While a training runs, no other training can save into its folder, because they would overwrite and remove each
     other's files.
     """
 
-    _due = False  # a save by steps that waits for the validation
+    _due = False  # a save by steps or by time that waits for the validation
     _folder: contextlib.ExitStack | None = None  # what holds the folder
 
     @property
@@ -136,9 +138,11 @@ class RunCheckpoint(ModelCheckpoint):
             Busy: Another training saves into it.
         """
         super().setup(trainer, pl_module, stage)
+        self._release()
         saves = stage == "fit" and trainer.is_global_zero and not trainer.fast_dev_run  # type: ignore[attr-defined]
-        if saves and self.dirpath is not None and _is_local(self.dirpath):
-            self._release()
+        ours = [one for one in trainer.checkpoint_callbacks if isinstance(one, RunCheckpoint) and one._folder]
+        shared = any(one.dirpath == self.dirpath for one in ours)  # another of this trainer has locked it
+        if saves and self.dirpath is not None and _is_local(self.dirpath) and not shared:
             Path(self.dirpath).parent.mkdir(parents=True, exist_ok=True)
             with contextlib.ExitStack() as held:
                 held.enter_context(locked(Path(self.dirpath)))
@@ -159,6 +163,26 @@ class RunCheckpoint(ModelCheckpoint):
             self._folder.close()
             self._folder = None
 
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Correct the counts of a training that stops within an epoch or within an optimiser step.
+
+        Lightning has counted the epoch as complete by then, and a resume would begin the next one. No checkpoint holds
+        the gradients of an incomplete step, so its batches are repeated.
+        """
+        loops = checkpoint["loops"]["fit_loop"]
+        batches = loops["epoch_loop.batch_progress"]
+        if batches["is_last_batch"] or not 0 < batches["current"]["ready"] < trainer.num_training_batches:
+            return
+        repeated = batches["current"]["processed"] % trainer.accumulate_grad_batches
+        for part in ("total", "current"):
+            epochs = loops["epoch_progress"][part]
+            epochs["processed"] = epochs["completed"] = epochs["started"] - 1
+            batches[part] = {name: count - repeated for name, count in batches[part].items()}
+        of_data = checkpoint.get(type(trainer.datamodule).__qualname__, {})  # type: ignore[attr-defined]
+        for position in (*loops["state_dict"].get("combined_loader", ()), of_data):
+            if position.keys() >= {"epoch", "batches"}:  # of a ResumableLoader
+                position["batches"] -= repeated
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -166,10 +190,20 @@ class RunCheckpoint(ModelCheckpoint):
         loop, fetcher = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
         if loop._should_accumulate():
             return
-        if fetcher is not None and loop._should_check_val_fx(fetcher):
-            self._due = self._every_n_train_steps > 0 and trainer.global_step % self._every_n_train_steps == 0
-            return  # a save by time happens one step later
+        if fetcher is not None and loop._should_check_val_fx(fetcher) and _validates(trainer):
+            self._due = self._is_due(trainer)
+            return
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def _is_due(self, trainer: Trainer) -> bool:
+        """Check whether a save by steps or by time is due."""
+        if self._train_time_interval is None:
+            return self._every_n_train_steps > 0 and trainer.global_step % self._every_n_train_steps == 0
+        now, before = time.monotonic(), self._last_time_checked
+        due = before is not None and now - before >= self._train_time_interval.total_seconds()
+        if due := trainer.strategy.broadcast(due):  # the clocks of processes differ
+            self._last_time_checked = now
+        return due
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save what was due before the validation, and what is due after it."""

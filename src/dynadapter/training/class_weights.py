@@ -56,12 +56,17 @@ def class_weights(given: ClassWeights, names: Sequence[str], counts: Sequence[in
     return weights.float()
 
 
+def lists_images(data: Any) -> bool:
+    """Check whether a data module lists its images by ``dataset(split)``; an attribute of that name does not."""
+    return callable(getattr(data, "dataset", None)) and hasattr(data, "class_names")
+
+
 def count_classes(data: Any, classes: int) -> list[int] | None:
     """Return the number of training images of each class; None if the data do not provide it.
 
     Balanced data draw each class equally often: then 1 for a class with images, and 0 for the others.
     """
-    if not hasattr(data, "dataset"):
+    if not lists_images(data):
         return None
     counts = [0] * classes
     for _, label in data.dataset("train").samples:
@@ -81,7 +86,7 @@ def require_one_correction(given: ClassWeights | None, data: Any) -> None:
 def without_images(data: Any) -> list[str]:
     """Return messages that name classes without training or validation images, or with fewer images than ``shots``."""
     lines = []
-    for split, word in (("train", "training"), ("val", "validation")) if hasattr(data, "dataset") else ():
+    for split, word in (("train", "training"), ("val", "validation")) if lists_images(data) else ():
         count = Counter(label for _, label in data.dataset(split).samples)
         if count and (missing := [name for label, name in enumerate(data.class_names) if not count[label]]):
             lines.append(f"no {word} image of: {listed(missing)}")

@@ -1,13 +1,13 @@
 """Match class names, preprocessing and image size between a model and a data module."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info
 
 from dynadapter.backbones import fixed_size, frames, set_image_size
 from dynadapter.files import listed
-from dynadapter.training.class_weights import require_one_correction, without_images
+from dynadapter.training.class_weights import lists_images, require_one_correction, without_images
 from dynadapter.training.contents import different_class
 
 
@@ -101,13 +101,14 @@ def common_classes(theirs: list[str], ours: list[str], data: Any) -> list[str]:
 
 def take_from_data(module: Any, data: Any) -> None:
     """Store preprocessing, settings and image keys of a data module in the model, to be saved with it."""
-    if hasattr(data, "dataset") and module.trainer.is_global_zero:  # which writes the checkpoints
+    if lists_images(data) and module.trainer.is_global_zero:  # which writes the checkpoints
         module.images = _images(data.dataset("train"), data.dataset("val"))
     if hasattr(data, "account") and (counted := data.account()) is not None:
         rank_zero_info(str(counted))
     for line in without_images(data):
         rank_zero_info(line)
-    module.preprocessing = dict(getattr(data, "preprocessing", {}))
+    settings = getattr(data, "preprocessing", None)
+    module.preprocessing = dict(settings) if isinstance(settings, Mapping) else {}
     module.data_config = {
         "class_path": f"{type(data).__module__}.{type(data).__qualname__}",
         "init_args": {name: value for name, value in data.hparams.items() if not name.startswith("_")},

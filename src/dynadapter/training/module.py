@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
 from dynadapter.adapters import Adapters, LoRA, inject
-from dynadapter.backbones import LimitedMemory, create_backbone, cut_depth, fingerprint, own_preprocessing
+from dynadapter.backbones import LimitedMemory, create_backbone, cut_depth, fingerprint, frames, own_preprocessing
 from dynadapter.exits.attentive import Attentive
 from dynadapter.exits.exit_tokens import ExitTokens  # noqa: F401  # a name for configs
 from dynadapter.exits.heads import Heads
@@ -300,11 +300,11 @@ class ExitClassifier(CheckedLoading):
         """Route images by ``self.policy``; return file, class, confidence and exit index of each.
 
         Args:
-            batch: Images ``(batch, channels, height, width)``, alone or followed by the names of their files or by
-                their class indices. Without names the files are "".
+            batch: Images ``(batch, channels, height, width)`` or clips ``(batch, frames, channels, height, width)``,
+                alone or followed by the names of their files or by their class indices. Without names the files are "".
             batch_idx: Index of the batch.
         """
-        images, files = named_images(batch)
+        images, files = named_images(batch, clips=frames(self.net.backbone) is not None)
         logits, exit_index = self._route(images)
         known = [row for row, file in enumerate(files) if file is not None]  # the others are padding
         if len(known) < len(files):

@@ -14,8 +14,9 @@ def progress(trainer: Trainer) -> float:
     epoch, batches count. So a training that is resumed with another batch size, number of devices or accumulation
     continues at the same progress and ends as planned.
 
-    It depends only on the trainer's counters: a training resumed without changes continues exactly, and all batches of
-    one optimiser step see the same value. With ``max_time`` it follows the clock of the first process.
+    Without ``max_time`` it depends only on the trainer's counters: a training resumed without changes continues
+    exactly, and all batches of one optimiser step see the same value. With ``max_time`` it follows the clock of the
+    first process, and the batches of one step see different values.
     """
     return min(max(_fractions(trainer), default=0.0), 1.0)
 

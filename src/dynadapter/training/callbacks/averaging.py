@@ -33,7 +33,8 @@ class WeightAverage(EMAWeightAveraging):
         self.decay = decay
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Create the average when fit begins."""
+        """Create the average when fit begins; the other stages measure the module's own weights."""
+        self._average_model = None
         if stage == "fit":
             if getattr(pl_module, "device_mesh", None) is not None or is_sharded(pl_module):
                 raise ValueError("WeightAverage needs whole tensors, here they are sharded; train with strategy: ddp")
