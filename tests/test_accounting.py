@@ -13,9 +13,11 @@ from test_data_vtab import make as make_vtab
 from tiny import make_classifier, trainer
 
 from dynadapter.cli import main
-from dynadapter.data import ImageFolder, Shapes, VTAB1k
+from dynadapter.data import ImageFolder, ImageTable, Shapes, VTAB1k
 from dynadapter.data.dataset import ImageDataset
 from dynadapter.data.verify import verify
+from dynadapter.images.accounting import account
+from dynadapter.images.reading import find_images
 
 
 def write(path: Path) -> Path:
@@ -74,6 +76,30 @@ def test_every_file_has_its_reason(root: Path) -> None:
     behind = 3 + 3  # in the class that is a link, and in the link below a class
     assert sum(numbers(str(counted)).values()) == there + behind
     assert str(counted).startswith(f"{there + behind} files in {root} = 12 train + 4 val + 2 test + ")
+
+
+@pytest.mark.parametrize("place", [".", "./", "../set", "train/.."])
+def test_relative_folder(place: str, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(root)
+    counted = ImageFolder(place).account()
+    assert counted.read == {"train": 12, "val": 4, "test": 2}
+    assert counted.left_out == LEFT_OUT
+
+
+@pytest.mark.timeout(20)
+def test_this_folder_and_another(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(root / "valid")
+    files = [*find_images("."), *find_images(tmp_path / "elsewhere")]
+    assert account(Path("."), {"images": files}).read == {"images": 4}
+
+
+def test_table_in_this_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = [str(write(Path("a") / f"{k}.png")) for k in range(4)]
+    Path("t.csv").write_text("path,label\n" + "".join(f"{name},{k % 2}\n" for k, name in enumerate(names)))
+    counted = ImageTable("t.csv").account()
+    assert sum(counted.read.values()) == 4
+    assert counted.left_out == {".csv": 1}
 
 
 def test_unreadable_and_held_out_images_count(tmp_path: Path) -> None:

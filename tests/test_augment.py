@@ -154,6 +154,9 @@ MISTAKES = [
     ({"transforms": ({"os": {}},)}, "has no transform 'os'"),
     ({"transforms": ({"RandomRotation": {}},)}, "transforms: RandomRotation: "),
     ({"transforms": ({"RandomRotation": {"degrees": 3}, "RandomInvert": {}},)}, "must be a name with arguments"),
+    ({"transforms": ({"RandomRotation": [9]},)}, "must be a name with arguments"),
+    ({"transforms": ({"RandomApply": {"transforms": [{"Lambda": {"lambd": print}}]}},)}, "has no transform 'Lambda'"),
+    ({"transforms": ({"RandomOrder": {"transforms": ["Grayscale"]}},)}, "'Grayscale' must be a name with arguments"),
 ]
 
 
@@ -168,7 +171,36 @@ def test_cached_images_are_refused(folder):
         ImageFolder(folder, cache=True, augment=Augment())
 
 
-def test_transforms_must_keep_the_size():
-    changed = Augmentation(Augment(transforms=({"Resize": {"size": [9, 9]}},)), PREPROCESS)
-    with pytest.raises(ValueError, match=r"must give images of 24 x 24 pixels, not \(9, 9\)"):
-        changed(picture(), 0)
+FAILING = [
+    ({"Resize": {"size": [9, 9]}}, "must give images of 24 x 24 pixels, not (9, 9)"),
+    ({"RandomZoomOut": {"p": 0.01}}, "must give images of 24 x 24 pixels, not ("),
+    ({"PILToTensor": {}}, "must give images of 24 x 24 pixels, not Tensor"),
+    ({"Normalize": {"mean": [0.5], "std": [0.5]}}, "transforms: Normalize: "),
+    ({"CutMix": {"num_classes": 3}}, "transforms: CutMix: "),
+    ({"RandomIoUCrop": {}}, "transforms: RandomIoUCrop: "),
+    ({"RandomApply": {"transforms": [{"GaussianNoise": {}}], "p": 0.01}}, "transforms: RandomApply: Gaussian Noise "),
+    ({"RandomCrop": {"size": 30}}, "transforms: RandomCrop: "),
+]
+
+
+@pytest.mark.parametrize(("given", "words"), FAILING)
+def test_transforms_are_tried_before_a_training(given, words, folder):
+    data = ImageFolder(folder, image_size=24, augment=Augment(transforms=(given,)))
+    with raises_one_line(ValueError, match=re.escape(words)):
+        data.setup("fit")
+
+
+def test_nested_transforms_are_built():
+    nested = {"RandomApply": {"transforms": [{"RandomChoice": {"transforms": [{"Grayscale": {}}]}}], "p": 1.0}}
+    changed = Augmentation(Augment(**PLAIN, transforms=(nested,)), PREPROCESS)
+    red, green, blue = changed(picture(), 0)
+    assert torch.equal(red, green)
+    assert torch.equal(red, blue)
+    kept = {"RandomApply": {"transforms": [{"Grayscale": {}}], "p": 0.0}}
+    same = Augmentation(Augment(**PLAIN, transforms=(kept,)), PREPROCESS)
+    assert torch.equal(same(picture(), 0), torch.from_numpy(PREPROCESS(picture())))
+
+
+def test_transforms_fit_the_size():
+    """Some work with one size alone."""
+    Augmentation(Augment(transforms=({"RandomCrop": {"size": 24, "padding": 3}},)), PREPROCESS)

@@ -88,6 +88,11 @@ def test_unknown_class_lists_both_splits(tmp_path):
     fails("test has classes that train does not have: z; train has: a, b", lambda: ImageFolder(tmp_path).setup("test"))
 
 
+def test_encodings_of_accents_are_equal(tmp_path):
+    root = make(tmp_path, train={"caf\u00e9": 2, "zoo": 2}, test={"cafe\u0301": 1, "zoo": 1})
+    assert [label for _, label in ImageFolder(root).samples("test")] == [0, 1]
+
+
 def test_missing_folder_is_named(tmp_path):
     fails(f"root {tmp_path / 'no'} does not exist", lambda: ImageFolder(tmp_path / "no"))
     fails(
@@ -125,6 +130,19 @@ def test_root_of_classes_is_train(tmp_path):
     make(flat, c={"deep": 1})  # a folder without an image of its own: this may be a folder of data sets
     fails(f"expected train/CLASS/image.png or {flat.name}/CLASS/image.png", lambda: ImageFolder(flat))
     fails("root contains: a, b, c; no image in: c", lambda: ImageFolder(flat))
+
+
+@pytest.mark.parametrize(
+    ("names", "taken"),
+    [
+        (("valid", "invalid"), "valid as val"),
+        (("bus", "train"), "train as train"),
+        (("no_test", "test"), "test as test"),
+    ],
+)
+def test_class_is_called_like_a_split(names, taken, tmp_path):
+    root = make(tmp_path, **{".": dict.fromkeys(names, 4)})
+    fails(f"taken as a split: {taken}; if it is a class, move all class folders into", lambda: ImageFolder(root))
 
 
 def test_test_alone_can_be_measured(tmp_path):
@@ -245,6 +263,16 @@ MISTAKES = [
 ]
 
 
+def test_image_in_two_rows_is_on_one_side(tmp_path):
+    paths = [spelled for k in range(24) for spelled in (f"{k}.png", f"./{k}.png")]
+    rows = [(path, "ab"[int(Path(path).stem) % 2]) for path in paths]
+    data = ImageTable(make_table(tmp_path, [*rows, ("25.png", "c"), ("25.png", "c")]))
+    train, val = ({path for path, _ in data.samples(split)} for split in ("train", "val"))
+    assert len(train) + len(val) == 25
+    assert len(val) >= 2
+    assert not train & val
+
+
 @pytest.mark.parametrize(("rows", "words"), MISTAKES)
 def test_wrong_rows_are_named(tmp_path, rows, words):
     fails(words, lambda: ImageTable(make_table(tmp_path, rows)))
@@ -275,6 +303,12 @@ def test_wrong_files_are_named(tmp_path):
     fails("is not text in UTF-8", lambda: ImageTable(tmp_path / "a.csv"))
     (tmp_path / "a.csv").write_text('path,label\n"' + "x" * 200_000 + '",1\n')
     fails("a.csv:", lambda: ImageTable(tmp_path / "a.csv"))
+    (tmp_path / "a.csv").write_text("path,label," + "x" * 200_000 + "\na,b,c\n")
+    fails("a.csv:1: field larger than field limit", lambda: ImageTable(tmp_path / "a.csv"))
+    (tmp_path / "a.csv").write_text('path,label\n1.png,"a\n2.png,b\n')
+    fails("a.csv:2: unexpected end of data; check the quotes", lambda: ImageTable(tmp_path / "a.csv"))
+    (tmp_path / "a.csv").write_text('path,label\n1.png,"a\n2.png,b\n3.png,c"\n')
+    fails("a.csv:4: 'a\\n2.png,b\\n3.png,c' in column 'label' has a control ch", lambda: ImageTable(tmp_path / "a.csv"))
     pytest.importorskip("pyarrow")
     (tmp_path / "a.parquet").write_text("path,label\n")
     fails("is not a Parquet file", lambda: ImageTable(tmp_path / "a.parquet"))

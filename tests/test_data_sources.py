@@ -173,6 +173,43 @@ def test_splits_with_other_classes_are_named(other, tmp_path):
         HubDataset(tmp_path / "set")
 
 
+def unlabelled(folder: Path) -> Path:
+    """Write a training split with labels and a test split without."""
+    import datasets
+
+    named = datasets.Dataset.from_dict(
+        {"image": [picture(k) for k in range(6)], "label": [0, 1] * 3},
+        features=features(label=datasets.ClassLabel(names=NAMES)),
+    )
+    bare = datasets.Dataset.from_dict({"image": [picture(7)]}, features=features())
+    datasets.DatasetDict({"test": bare, "train": named}).save_to_disk(str(folder))
+    return folder
+
+
+@needs_datasets
+def test_split_without_labels_is_left_out(tmp_path):
+    data = HubDataset(unlabelled(tmp_path / "set"), val_fraction=0)
+    assert len(data.samples("train")) == 6
+    with pytest.raises(ValueError, match="has no images for test"):
+        data.samples("test")
+    with raises_one_line(ValueError, match="set: split test has no column label; give another test_split"):
+        HubDataset(tmp_path / "set", test_split="test")
+
+
+@needs_datasets
+def test_position_in_an_epoch_fits_another_path(on_disk, monkeypatch):
+    def loader(path):
+        torch.manual_seed(0)
+        return HubDataset(path, image_size=8, batch_size=5).train_dataloader()
+
+    first = loader(on_disk)
+    next(iter(first))
+    monkeypatch.chdir(on_disk.parent)
+    second = loader(on_disk.name)
+    second.load_state_dict(first.state_dict())
+    assert len(list(second)) == 2
+
+
 @needs_datasets
 @pytest.mark.parametrize(
     ("path", "words"),
@@ -277,11 +314,69 @@ def mnist(root: Path) -> Path:
     return root
 
 
+def pets(root: Path) -> Path:
+    """Write a set in the layout of OxfordIIITPet: four breeds of two species, three images of each."""
+    folder, rows = root / "oxford-iiit-pet", []
+    for name in ("images", "annotations/trimaps"):
+        (folder / name).mkdir(parents=True)
+    for breed, (name, species) in enumerate((("Abyssinian", 1), ("beagle", 2), ("Bengal", 1), ("boxer", 2)), start=1):
+        for k in range(3):
+            picture(k + 3 * breed).save(folder / "images" / f"{name}_{k}.jpg")
+            rows.append(f"{name}_{k} {breed} {species} 1")
+    for split in ("trainval", "test"):
+        (folder / "annotations" / f"{split}.txt").write_text("\n".join(rows) + "\n")
+    return root
+
+
+PETS = {"train": {"split": "trainval"}, "test": {"split": "test"}}
+
+
+@pytest.mark.parametrize(
+    ("kind", "labels", "names"),
+    [
+        ("category", [0, 1, 2, 3], ["Abyssinian", "Beagle", "Bengal", "Boxer"]),
+        ("binary-category", [0, 1, 0, 1], ["0", "1"]),
+    ],
+)
+def test_labels_are_those_of_the_items(kind, labels, names, tmp_path):
+    data = TorchVisionDataset("OxfordIIITPet", pets(tmp_path), args={"target_types": kind}, splits=PETS)
+    assert [label for _, label in data.samples("test")] == [label for label in labels for _ in range(3)]
+    assert data.class_names == names
+
+
+def test_labels_of_several_kinds_are_refused(tmp_path):
+    kinds = ["category", "binary-category"]
+    with raises_one_line(ValueError, match="not a class index; an image has one label"):
+        TorchVisionDataset("OxfordIIITPet", pets(tmp_path), args={"target_types": kinds}, splits=PETS)
+
+
+def test_damaged_image_of_torchvision_keeps_its_label(tmp_path):
+    (pets(tmp_path) / "oxford-iiit-pet" / "images" / "Bengal_0.jpg").write_bytes(b"")
+    data = TorchVisionDataset("OxfordIIITPet", tmp_path, splits=PETS)
+    assert [label for _, label in data.samples("test")] == [label for label in range(4) for _ in range(3)]
+
+
 def test_torchvision_splits_follow_the_class(tmp_path):
     data = TorchVisionDataset("torchvision.datasets.MNIST", root=mnist(tmp_path), val_fraction=0)
     assert data.class_names[3] == "3 - three"
     assert [label for _, label in data.samples("train")] == [k % 10 for k in range(20)]
     assert len(data.samples("test")) == 5
+
+
+def test_valid_is_val(tmp_path):
+    for split, count in (("train", 4), ("valid", 3), ("test", 2)):
+        for name in ("AT", "BE"):
+            (tmp_path / "country211" / split / name).mkdir(parents=True)
+            for k in range(count):
+                picture(k).save(tmp_path / "country211" / split / name / f"{k}.jpg")
+    data = TorchVisionDataset("Country211", tmp_path)
+    assert [len(data.samples(split)) for split in ("train", "val", "test")] == [8, 6, 4]
+
+
+def test_unknown_split_is_no_download(tmp_path):
+    with raises_one_line(ValueError, match=r"Unknown value 'train' .*; name them, as in splits: {train: ") as error:
+        TorchVisionDataset("OxfordIIITPet", pets(tmp_path))
+    assert "download" not in str(error.value)
 
 
 @pytest.mark.parametrize(

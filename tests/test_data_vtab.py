@@ -87,7 +87,7 @@ def test_known_tasks_have_their_classes(tmp_path):
     for name in ("pets", "oxford_iiit_pet", "oxford_pet"):
         data = VTAB1k(tmp_path, name)
         assert data.folder == tmp_path / "oxford_pet"
-        assert (data.num_classes, data.group) == (37, "Natural")
+        assert data.num_classes == 37
         assert data.class_names == [str(i) for i in range(37)]
     make(tmp_path, "pets", classes=2)
     assert VTAB1k(tmp_path, "pets").folder == tmp_path / "pets"  # what is there by its own name comes first
@@ -96,7 +96,7 @@ def test_known_tasks_have_their_classes(tmp_path):
 def test_other_tasks_number_their_classes(tmp_path):
     make(tmp_path, "counted", test="images/0.png 6\n")
     data = VTAB1k(tmp_path, "counted")
-    assert (data.num_classes, data.group) == (7, None)
+    assert data.num_classes == 7
     make(tmp_path, "named")
     (tmp_path / "named" / "classes.txt").write_text("red\r\ndark green\nblue\nnever seen\n")
     assert VTAB1k(tmp_path, "named").class_names == ["red", "dark green", "blue", "never seen"]

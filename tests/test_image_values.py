@@ -20,7 +20,7 @@ from dynadapter.images.values import UnusedRange, to_8_bits
 RAMP = np.arange(4096, dtype=np.uint16).reshape(64, 64)  # all values of 12 bits
 
 
-def deep_png(values: np.ndarray) -> bytes:
+def deep_png(values: np.ndarray, key: tuple[int, ...] = ()) -> bytes:
     """Write a 16-bit PNG of 1 to 4 channels by hand, each row behind a Paeth filter; Pillow writes grey alone."""
     height, width, channels = values.shape
     before = np.zeros((height + 1, width + 1, channels, 2), np.int16)
@@ -35,7 +35,8 @@ def deep_png(values: np.ndarray) -> bytes:
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
     header = struct.pack(">IIBBBBB", width, height, 16, {1: 0, 2: 4, 3: 2, 4: 6}[channels], 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(data)) + chunk(b"IEND", b"")
+    header = chunk(b"IHDR", header) + (chunk(b"tRNS", struct.pack(f">{len(key)}H", *key)) if key else b"")
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(data)) + chunk(b"IEND", b"")
 
 
 def tiff(values: np.ndarray, bits: int, sample_format: int = 1, photometric: int = 1, order: str = "<") -> bytes:
@@ -108,7 +109,7 @@ def test_unused_bits_are_a_warning(kind: str, bits: int) -> None:
 @pytest.mark.parametrize("kind", COLOUR)
 def test_unused_bits_of_colour(kind: str, channels: int) -> None:
     values = np.random.default_rng(0).integers(0, 4096, (30, 40, channels), dtype=np.uint16)
-    values[..., 3:] = 4095 if kind == "array" else 65535  # opaque
+    values[..., 3:] = 65535  # opaque
     if channels == 4 and kind.startswith("tiff"):
         values = values[..., :3]
     with pytest.warns(UnusedRange, match=r"do not use the range up to 65535 .* set value_range: \[0, 4095\]"):
@@ -127,6 +128,34 @@ def test_deep_grey_with_opacity() -> None:
     pixels = np.asarray(load_image(deep_png(values), (0, 4095)))
     assert (pixels[1:] == 0x80).all()
     assert (pixels[0, 0] == 255).all()
+
+
+@pytest.mark.parametrize("channels", [2, 4])
+@pytest.mark.parametrize("kind", ["png", "array", "float"])
+def test_opacity_does_not_follow_the_range(kind: str, channels: int) -> None:
+    values = np.full((4, 4, channels), 2000, np.uint16)
+    values[..., -1] = 0x8000
+    given: Any = deep_png(values) if kind == "png" else values
+    if kind == "float":
+        given = values.astype(np.float32)
+        given[..., -1] = 0.5
+    grey = 112 if (kind, channels) == ("png", 2) else 125  # of which Pillow keeps the high byte
+    expected = (grey * 128 + 255 * 127) / 255
+    assert abs(np.asarray(load_image(given, (0, 4095))).astype(float) - expected).max() <= 1
+    if kind == "array":
+        with pytest.warns(UnusedRange, match="values from 2000 to 2000"):
+            load_image(values)
+
+
+@pytest.mark.parametrize("value_range", [None, (0, 65535)])
+def test_transparent_colour_of_16_bits(value_range: Any) -> None:
+    values = np.zeros((2, 2, 3), np.uint16)
+    values[0, 0] = 0x0100, 0, 0
+    values[0, 1] = 0x0101, 0, 0
+    values[1, 1] = 40000
+    for key, expected in (((0x0100, 0, 0), [[255, 1], [0, 156]]), ((40000, 40000, 40000), [[1, 1], [0, 255]])):
+        red = np.asarray(load_image(deep_png(values, key), value_range))[..., 0]
+        assert red.tolist() == expected
 
 
 @pytest.mark.parametrize("kind", GREY)

@@ -144,6 +144,7 @@ def test_data_with_a_name_of_ours(name: str, value: Any) -> None:
         (["00", "01", "10"], [str(k) for k in range(11)], [0, 1, 10]),
         (["0", "1", "10", "2", "3", "4", "5", "6", "7", "8", "9"], list("abcdefghijk"), [0, 1, 10, *range(2, 10)]),
         (["x", "y"], ["0", "1"], [0, 1]),  # a model without names
+        (["cafe\u0301", "a"], ["a", "caf\u00e9"], [1, 0]),  # folders of macOS on a model of Linux
     ],
 )
 def test_classes_are_matched(own: list[str], names: list[str], index: list[int]) -> None:

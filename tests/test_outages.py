@@ -127,6 +127,57 @@ def test_outage_is_named(error: Exception, cause: str, way: str) -> None:
     assert "\n" not in line
 
 
+class Failing(torch.utils.data.Dataset):
+    """A set whose only image fails."""
+
+    def __init__(self, fails: Callable[[], Any]) -> None:
+        self.fails = fails
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, k: int) -> Any:
+        return self.fails()
+
+
+def _checked() -> None:
+    raise ValueError("size=3 is odd;\ngive 2")
+
+
+def _disconnected() -> None:
+    raise OSError(errno.EIO, os.strerror(errno.EIO), "a.png")
+
+
+def _own() -> None:
+    raise OSError("a.png: operation timed out of habit")
+
+
+def _full() -> None:
+    raise MemoryError
+
+
+IN_WORKERS: list[tuple[Callable[[], Any], int, str]] = [
+    (_checked, 2, "error: size=3 is odd; give 2 (--debug shows where)"),
+    (_disconnected, 2, "error: the file system failed or is disconnected; check the disk or the mount ([Errno 5] "),
+    (_own, 2, "error: a.png: operation timed out of habit (--debug shows where)"),
+    (_full, 2, "error: the memory is full; give a smaller batch size, or fewer processes (MemoryError) "),
+    (lambda: int("x"), 1, "bug: ValueError: invalid literal for int() with base 10: 'x' "),
+    (lambda: {}["x"], 1, "bug: KeyError: 'x' "),
+]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(("fails", "code", "line"), IN_WORKERS)
+def test_error_of_a_worker_process(workers: int, fails: Callable[[], Any], code: int, line: str) -> None:
+    context = "fork" if workers else None  # which takes the functions of this file
+    loader = torch.utils.data.DataLoader(Failing(fails), num_workers=workers, multiprocessing_context=context)
+    with pytest.raises(Exception) as caught:  # noqa: PT011
+        list(loader)
+    described = describe(caught.value)
+    assert described[1] == code
+    assert described[0].startswith(line)
+
+
 @pytest.mark.parametrize(
     "fails",
     [lambda: bytes([0x89]).decode(), lambda: Path("a\0b").read_bytes(), lambda: [1] * 10**30],

@@ -143,6 +143,17 @@ def test_lists_may_name_files_from_the_root(lists, monkeypatch):
         assert ImageLists("images", train=f"{name}.txt").samples("train") == [(Path("images/ant/0.png"), 0)]
 
 
+def test_file_in_a_folder_called_like_the_root(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for file in ("images/0.png", "images/images/0.png"):
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 4)).save(file)
+    Path("a.txt").write_text("images/0.png 0\n")
+    for root in ("images", tmp_path / "images"):
+        [(file, _)] = ImageLists(root, train="a.txt").samples("train")
+        assert file.resolve() == tmp_path / "images" / "images" / "0.png"
+
+
 def test_draw_does_not_follow_class_indices(root):
     data, other = (ImageFolder(root, shots=2) for _ in range(2))
     other.take_classes(NAMES[::-1])

@@ -150,10 +150,25 @@ OUTAGES = {
 
 def outage(error: BaseException) -> str:
     """Return what has failed outside this program, and what to do; an empty string for any other error."""
-    if (isinstance(error, OSError) and error.errno is None) or isinstance(error, ValueError | TypeError | ImportError):
+    kind, message, _ = _parts(error)
+    own = isinstance(error, OSError) and error.errno is None and "[Errno" not in message
+    if own or isinstance(error, ValueError | TypeError | ImportError):
         return ""  # our own line, or invalid input
-    text = f"{type(error).__name__}: {error}"
+    text = f"{kind}: {message}"
     return next((words for pattern, words in OUTAGES.items() if re.search(pattern, text, re.DOTALL)), "")
+
+
+def _parts(error: BaseException) -> tuple[str, str, bool]:
+    """Return the type and the message of an error, and whether it was raised on purpose.
+
+    torch raises an error of a loader's worker process again, with the text of its traceback as message.
+    """
+    text = str(error)
+    if not (worker := re.match(r"Caught (\w+) .*\.\nOriginal Traceback", text)):
+        return type(error).__name__, text, raised_on_purpose(error)
+    start = list(re.finditer(rf"^([\w.]+\.)?{worker[1]}(: |$)", text, re.MULTILINE))[-1]
+    statement = text[: start.start()].rpartition('\n  File "')[2].split("\n")[1]
+    return worker[1], text[start.end() :], re.search(r"\braise\b", statement) is not None
 
 
 def describe(error: Exception) -> tuple[str, int]:
@@ -163,21 +178,23 @@ def describe(error: Exception) -> tuple[str, int]:
     notes = "".join(f"; {note}" for note in getattr(error, "__notes__", ()))
     if isinstance(error, Mistake):
         return f"error: {error}{notes}", 2
+    kind, message, on_purpose = _parts(error)
+    line = one_line(message) if message.strip() else kind
     if words := outage(error):
-        return f"error: {words} ({one_line(error)}){notes} (--debug shows where)", 2
-    if _is_input_error(error):
-        return f"error: {one_line(innermost(str(error)).text)}{notes} (--debug shows where)", 2
-    return f"bug: {type(error).__name__}: {one_line(error)} (please report this with what --debug shows)", 1
+        return f"error: {words} ({line}){notes} (--debug shows where)", 2
+    if _is_input_error(error, message, on_purpose):
+        return f"error: {one_line(innermost(message or kind).text)}{notes} (--debug shows where)", 2
+    return f"bug: {kind}: {line} (please report this with what --debug shows)", 1
 
 
-def _is_input_error(error: Exception) -> bool:
+def _is_input_error(error: Exception, message: str, on_purpose: bool) -> bool:
     from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
     if isinstance(error, OSError | ImportError | UnicodeError | OverflowError | MisconfigurationException):
         return True
-    if isinstance(error, ValueError) and re.search(r"embedded null|format string|islice\(\)|int too large", str(error)):
+    if isinstance(error, ValueError) and re.search(r"embedded null|format string|islice\(\)|int too large", message):
         return True  # of a value that was given: Python itself refuses it
-    return isinstance(error, ValueError | TypeError) and raised_on_purpose(error)
+    return isinstance(error, ValueError | TypeError) and on_purpose
 
 
 def raised_on_purpose(error: BaseException) -> bool:

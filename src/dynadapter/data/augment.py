@@ -1,7 +1,7 @@
 """Augmentation of training images, by timm's and torchvision's transforms."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,8 @@ from dynadapter.training.random_state import seeded
 Change = Callable[[Any], Any]
 PART = re.compile(r"(mstd|mmax|inc|[mnwptdab])\d+(\.\d+)?")
 """A part of the name of timm's policies, such as ``m9``."""
+TRIALS = 4
+"""How often named transforms are tried before a training; some choose a size or another transform by chance."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,8 @@ class Augment(Spec):
         repeats: How often each image occurs in an epoch (Hoffer et al. 2020). The length of an epoch does not change,
             so it has fewer different images.
         transforms: Transforms of torchvision.transforms.v2 in order, each a name with its arguments, as in
-            ``[{RandomPerspective: {p: 0.3}}]``. They take and return Pillow images.
+            ``[{RandomPerspective: {p: 0.3}}]``. They take and return Pillow images. `RandomApply` and the like have
+            such a list as their argument ``transforms``.
 
     Raises:
         ValueError: A value is out of range, or a policy or transform is unknown.
@@ -71,7 +74,9 @@ class Augment(Spec):
             raise ValueError(f"color_jitter={self.color_jitter} must be in [0, 1]")
         if self.repeats < 1:
             raise ValueError(f"repeats={self.repeats} must be at least 1")
-        Augmentation(self, Preprocess(image_size=8))  # says at once what is wrong
+        _changes_of_timm(self, Preprocess(image_size=8))  # says at once what is wrong
+        for given in self.transforms:
+            _named(given)
 
 
 class Augmentation:
@@ -82,7 +87,7 @@ class Augmentation:
         preprocess: The preprocessing of evaluation, whose size, interpolation and normalization are also used here.
 
     Raises:
-        ValueError: A policy or a transform is unknown, or has wrong arguments.
+        ValueError: A policy or a transform is unknown, has wrong arguments, or cannot be applied to an image.
     """
 
     def __init__(self, augment: Augment, preprocess: Preprocess) -> None:
@@ -101,6 +106,7 @@ class Augmentation:
             *map(_named, augment.transforms),
         ]
         self.erase = RandomErasing(augment.erasing, mode="pixel", device="cpu")
+        self._try(augment.transforms)
 
     def __call__(self, source: Source, number: int) -> Tensor:
         """Return an augmented and normalised image, ``(3, size, size)`` float32.
@@ -112,7 +118,6 @@ class Augmentation:
         Raises:
             ValueError: The image has another size after the transforms.
         """
-        size = self.preprocess.image_size
         with self.preprocess.opened(source) as image, seeded(number):
             if self.crop is not None:
                 image = self.crop(image.convert("RGB"))
@@ -120,11 +125,29 @@ class Augmentation:
                 image = Image.fromarray(self.preprocess.pixels(image).transpose(1, 2, 0))
             for change in self.changes:
                 image = change(image)
-            if not isinstance(image, Image.Image) or image.size != (size, size):
-                found = image.size if isinstance(image, Image.Image) else type(image).__name__
-                raise ValueError(f"augment.transforms must give images of {size} x {size} pixels, not {found}")
+            self._check(image)
             pixels = torch.from_numpy(np.asarray(image.convert("RGB")).transpose(2, 0, 1).copy())
             return self.erase(normalize(pixels, self.preprocess))
+
+    def _check(self, image: Any) -> None:
+        """Raise a ValueError for the result of transforms that is no image of the network's size."""
+        size = self.preprocess.image_size
+        if not isinstance(image, Image.Image) or image.size != (size, size):
+            found = image.size if isinstance(image, Image.Image) else type(image).__name__
+            raise ValueError(f"augment.transforms must give images of {size} x {size} pixels, not {found}")
+
+    def _try(self, transforms: Sequence[Mapping[str, Mapping[str, Any]]]) -> None:
+        """Apply the named transforms to an image, so that those that cannot work fail before a training."""
+        changes = [(next(iter(given)), _named(given, always=True)) for given in transforms]
+        for number in range(TRIALS if changes else 0):
+            image: Any = Image.new("RGB", (self.preprocess.image_size,) * 2)
+            with seeded(number):
+                for name, change in changes:
+                    try:
+                        image = change(image)
+                    except Exception as error:  # of any transform
+                        raise ValueError(f"transforms: {name}: {str(error).partition(chr(10))[0]}") from error
+            self._check(image)
 
 
 def _changes_of_timm(augment: Augment, preprocess: Preprocess) -> list[Change]:
@@ -151,9 +174,14 @@ def _changes_of_timm(augment: Augment, preprocess: Preprocess) -> list[Change]:
     return list(changes.transforms)
 
 
-def _named(given: Mapping[str, Mapping[str, Any]]) -> Change:
-    """Build a transform of torchvision from its name and arguments."""
-    if not isinstance(given, Mapping) or len(given) != 1:
+def _named(given: Mapping[str, Mapping[str, Any]], always: bool = False) -> Change:
+    """Build a transform of torchvision from its name and arguments.
+
+    Args:
+        given: The name with its arguments.
+        always: Whether a transform with a probability above 0 is applied always.
+    """
+    if not isinstance(given, Mapping) or len(given) != 1 or not isinstance(next(iter(given.values())) or {}, Mapping):
         raise ValueError(
             f"transforms: {given!r:.80} must be a name with arguments, as in {{RandomRotation: {{degrees: 9}}}}"
         )
@@ -161,7 +189,13 @@ def _named(given: Mapping[str, Mapping[str, Any]]) -> Change:
     kind = getattr(v2, name, None)
     if not (isinstance(kind, type) and issubclass(kind, v2.Transform)) or kind is v2.Lambda:
         raise ValueError(f"transforms: torchvision.transforms.v2 has no transform {name!r:.80} for images")
+    args = dict(args or {})
+    if isinstance(inner := args.get("transforms"), list | tuple):
+        args["transforms"] = [_named(one, always) for one in inner]
     try:
-        return kind(**(args or {}))
+        change: Any = kind(**args)
     except (TypeError, ValueError) as error:
         raise ValueError(f"transforms: {name}: {str(error).splitlines()[0]}") from error
+    if always and isinstance(chance := getattr(change, "p", None), int | float) and chance > 0:
+        change.p = 1.0
+    return change

@@ -1,5 +1,6 @@
 """Match the classes of data with those of a model, by name or by number."""
 
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 
 from dynadapter.data.dataset import Sample
@@ -11,8 +12,9 @@ from dynadapter.training.matching import unnamed
 def match_classes(own: Sequence[str], names: Sequence[str]) -> list[int]:
     """Return the model's index of each class of the data.
 
-    Names match equal names, and numbers match equal numbers ("02" is 2), in any order: folders are sorted as text, but
-    the labels of a list are sorted as numbers. A model without names matches the same number of classes in their order.
+    Names match equal names in either encoding of accents, and numbers match equal numbers ("02" is 2), in any order:
+    folders are sorted as text, but the labels of a list are sorted as numbers. A model without names matches the same
+    number of classes in their order.
     Data without names (only the numbers from 0) are the model's indices if the numbers of classes are equal.
 
     Args:
@@ -27,9 +29,9 @@ def match_classes(own: Sequence[str], names: Sequence[str]) -> list[int]:
     >>> match_classes(["dog"], ["cat", "dog"])
     [1]
     """
-    index = {name: label for label, name in enumerate(names)}
-    if all(name in index for name in own):
-        return [index[name] for name in own]
+    found = positions(own, names)
+    if None not in found:
+        return [label for label in found if label is not None]
     theirs, ours = _numbers(names), _numbers(own)
     if theirs and ours:
         place = {number: label for label, number in enumerate(theirs)}
@@ -49,11 +51,22 @@ def match_classes(own: Sequence[str], names: Sequence[str]) -> list[int]:
             f"the data have {len(own)} classes without names, and the model has {len(names)}: {listed(names)}; name "
             "the classes of the data, for lists in classes.txt"
         )
-    unknown = [name for name in own if name not in index]
+    unknown = [name for name, label in zip(own, found, strict=True) if label is None]
     raise ValueError(
         f"the data have classes that the model does not know: {listed(unknown)}; the model has {listed(names)}; the "
         f"data have {listed(own)}"
     )
+
+
+def positions(own: Iterable[str], names: Sequence[str]) -> list[int | None]:
+    """Return the index of each name among others, None for an unknown one; macOS and Linux encode accents differently.
+
+    >>> positions(["e\u0301", "b"], ["a", "\u00e9"])
+    [1, None]
+    """
+    composed = {unicodedata.normalize("NFC", name): label for label, name in enumerate(names)}
+    exact = {name: label for label, name in enumerate(names)}
+    return [exact.get(name, composed.get(unicodedata.normalize("NFC", name))) for name in own]
 
 
 def sorted_names(names: Iterable[str]) -> list[str]:

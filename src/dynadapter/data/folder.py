@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from dynadapter.data.base import ImageData, Split
+from dynadapter.data.classes import positions
 from dynadapter.data.dataset import Sample
 from dynadapter.data.held_out import HeldOutData
 from dynadapter.data.splits import MissingSplit
@@ -55,7 +56,9 @@ class ImageFolder(HeldOutData):
                 "hold; rename it"
             )
         if not self.class_names:
-            raise ValueError(f"{self._folder('train')} holds no class folder; expected train/CLASS/image.png")
+            raise ValueError(
+                f"{self._folder('train')} holds no class folder; expected train/CLASS/image.png{self._taken()}"
+            )
 
     @property
     def folder(self) -> Path:
@@ -97,18 +100,27 @@ class ImageFolder(HeldOutData):
             if flat and len(empty := _without_images(self.root)) < len(_subfolders(self.root)):
                 bare = f"; no image in: {_join(empty)}" if empty else ""
             raise MissingSplit(
-                f"{folder} does not exist; expected {split}/CLASS/image.png{flat}, but root contains: {there}{bare}"
+                f"{folder} does not exist; expected {split}/CLASS/image.png{flat}, but root contains: "
+                f"{there}{bare}{self._taken()}"
             )
         return _subfolders(folder)
 
+    def _taken(self) -> str:
+        """Return a remark about folders that are taken as splits, but may be classes."""
+        bare = [f"{shown(path.name)} as {split}" for split, path in self._folders.items() if not _subfolders(path)]
+        if not bare or len(_subfolders(self.root)) == len(self._folders):
+            return ""
+        return f"; taken as a split: {', '.join(bare)}; if it is a class, move all class folders into a folder train"
+
     def _list_samples(self, split: str) -> list[Sample]:
         classes = self._list_classes(split)
-        if unknown := sorted(set(classes) - set(self.class_names)):
+        labels = dict(zip(classes, positions(classes, self.class_names), strict=True))
+        if unknown := [name for name, label in labels.items() if label is None]:
             raise ValueError(
                 f"{self._folder(split)} has classes that train does not have: {_join(unknown)}; "
                 f"train has: {_join(self.class_names)}"
             )
-        index = {name: label for label, name in enumerate(self.class_names)}
+        index = {name: label for name, label in labels.items() if label is not None}
         found = [(path, index[name]) for name in classes for path in image_files(self._folder(split) / name)]
         with_images = {label for _, label in found}
         without = [name for name in classes if index[name] not in with_images]

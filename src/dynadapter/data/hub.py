@@ -28,7 +28,7 @@ class HubDataset(MappedData):
     cannot switch on.
 
     Class names are those of a ``ClassLabel``, else the labels sorted alphabetically, or by value if all are whole
-    numbers. An image has one label.
+    numbers. An image has one label. A split that is found by its usual name and has no labels is left out.
 
     Args:
         path: The folder, or ``OWNER/NAME`` on the Hub.
@@ -74,7 +74,16 @@ class HubDataset(MappedData):
         self.splits = {split: name for split in given if (name := _split(self.path, split, given[split], found))}
         if not self.splits:
             raise ValueError(f"{self.path} has the splits {_named(found)}; give train_split, val_split or test_split")
-        self.columns = _columns(self.path, next(iter(found.values())).features, image_column, label_column)
+        first = next(iter(self.splits.values()))
+        self.columns = _columns(self.path, found[first].features, image_column, label_column)
+        for split, name in list(self.splits.items()):
+            if missing := [column for column in self.columns if column not in found[name].features]:
+                if given[split] is None and len(self.splits) > 1:  # such as a test split of a competition
+                    del self.splits[split]
+                    continue
+                raise ValueError(
+                    f"{self.path}: split {shown(name)} has no column {missing[0]}; give another {split}_split"
+                )
         self._found = found
         _require_one_order(self.path, self.columns[1], {name: found[name].features for name in self.splits.values()})
         labels = {split: list(found[name][self.columns[1]]) for split, name in self.splits.items()}

@@ -71,11 +71,16 @@ def list_hash(samples: Sequence[tuple[Source, int | str]], folder: Path | None) 
     """Hash the labels of a split and the names of its files in `folder`, in their order, without reading a file."""
     whole = hashlib.sha256()
     for source, label in samples:
-        name = "" if isinstance(source, Image.Image) else str(source)
+        name = "" if isinstance(source, Image.Image) else _inside(source)
         if isinstance(source, os.PathLike):
             name = path_in(source, folder)
         whole.update(f"{label} {name}\n".encode("utf-8", "surrogateescape"))
     return whole.hexdigest()[:16]
+
+
+def _inside(source: Source) -> str:
+    """Return the name of an image inside its data set: split and index, without the path of a library's data set."""
+    return source.name.rpartition("/")[2] if isinstance(source, LibraryImage) else str(source)
 
 
 def size_of(source: Source) -> int:
@@ -95,7 +100,9 @@ def _key(source: Source, by: str, folder: Path | None) -> int:
         except OSError:
             return 0
     else:
-        place = str(source) if isinstance(source, LibraryImage) or folder is None else os.path.relpath(source, folder)
+        place = (
+            _inside(source) if isinstance(source, LibraryImage) or folder is None else os.path.relpath(source, folder)
+        )
         digest = hashlib.sha256(Path(place).as_posix().encode("utf-8", "surrogateescape")).digest()
     return int.from_bytes(digest[:8], signed=True)
 

@@ -34,14 +34,15 @@ class Line(NamedTuple):
 def read_list(file: Path, folder: Path) -> list[Line]:
     """Read a list of lines ``PATH LABEL`` or ``PATH,LABEL``, with paths relative to a folder."""
     lines = []
-    starts = f"{folder}/", f"{os.path.abspath(folder)}/"  # lists of some data sets name their files from the root
+    whole, relative = f"{os.path.abspath(folder)}/", f"{folder}/"  # lists of some data sets name files from the root
     for number, content in enumerate(read_text(file).split("\n"), start=1):
         if not content.strip():
             continue
         place = f"{file}:{number}"
         path, label = _split(content.strip())
-        for start in starts:
-            path = path.removeprefix(start)
+        path = path.removeprefix(whole)
+        if path.startswith(relative) and (relative == "./" or not os.path.lexists(folder / path)):
+            path = path.removeprefix(relative)
         if not path or not LABEL.fullmatch(label) or CONTROL.search(path):
             given = content.strip()[:100]
             raise ValueError(f"{place}: {given!r} is not 'PATH LABEL', for example 'images/train800/000000.jpg 12'")

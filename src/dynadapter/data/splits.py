@@ -16,7 +16,8 @@ def hold_out(images: Sequence[tuple[str, str]], fraction: float, seed: int) -> t
 
     Adding or removing an image does not change the split of the others, so no training image becomes a validation
     image. There are two exceptions for classes of several images: if no image would be held out, the one with the
-    lowest hash is, and if none would be kept, the one with the highest hash is. A single image is kept.
+    lowest hash is, and if none would be kept, the one with the highest hash is. A single image is kept. An image that
+    occurs twice is on one side.
 
     Args:
         images: The class of each image, and the path of its file in the folder of the class.
@@ -29,17 +30,18 @@ def hold_out(images: Sequence[tuple[str, str]], fraction: float, seed: int) -> t
     >>> hold_out([("cat", f"{k}.png") for k in range(10)], fraction=0.2, seed=0)
     ([0, 1, 3, 4, 5, 6, 7, 8, 9], [2])
     """
-    by_class: dict[str, list[tuple[float, int]]] = {}
-    for index, (name, path) in enumerate(images):
-        by_class.setdefault(name, []).append((draw(name, path, seed), index))
-    held: set[int] = set()
-    for drawn in by_class.values():
-        drawn.sort()
-        below = sum(number < fraction for number, _ in drawn)
-        if fraction > 0 and len(drawn) > 1:
+    numbers = [draw(name, path, seed) for name, path in images]
+    by_class: dict[str, set[float]] = {}
+    for (name, _), number in zip(images, numbers, strict=True):
+        by_class.setdefault(name, set()).add(number)
+    held: set[tuple[str, float]] = set()
+    for name, drawn in by_class.items():
+        below = sum(number < fraction for number in drawn)
+        if fraction > 0:
             below = min(max(below, 1), len(drawn) - 1)
-        held.update(index for _, index in drawn[: below if len(drawn) > 1 else 0])
-    return [i for i in range(len(images)) if i not in held], sorted(held)
+        held.update((name, number) for number in sorted(drawn)[:below])
+    is_held = [(name, number) in held for (name, _), number in zip(images, numbers, strict=True)]
+    return [i for i, one in enumerate(is_held) if not one], [i for i, one in enumerate(is_held) if one]
 
 
 def draw(name: str, path: str, seed: int) -> float:

@@ -5,6 +5,7 @@ import importlib.util
 import io
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ from dynadapter.data.classes import sorted_names
 from dynadapter.data.dataset import Sample
 from dynadapter.data.folder import SPLITS
 from dynadapter.data.held_out import HeldOutData
-from dynadapter.data.lists import listed_files, read_text
+from dynadapter.data.lists import CONTROL, listed_files, read_text
 from dynadapter.data.splits import MissingSplit
 from dynadapter.data.test_sets import check_test_sets, open_test_sets
 from dynadapter.files import shown
@@ -97,7 +98,7 @@ class ImageTable(HeldOutData):
         rows = [row for row in self.rows if row.split == split]
         if split != "test" and not any(row.split == "val" for row in self.rows):
             train = [row for row in self.rows if row.split == "train"]
-            rows = self.half(split, train, [(row.label, row.path) for row in train])
+            rows = self.half(split, train, [(row.label, os.path.normpath(row.path)) for row in train])
         if not rows and split != "val":
             there = ", ".join(sorted({row.split for row in self.rows}))
             raise MissingSplit(f"{self.file} has no row for {split}; it has rows for: {there}")
@@ -126,7 +127,8 @@ def read_rows(file: Path, given: dict[str, str | None]) -> list[Row]:
         given: The names of the columns ``path``, ``label`` and ``split``; None finds them by :data:`COLUMNS`.
 
     Raises:
-        ValueError: The file is not a table, a column is missing, or a row lacks a value or has an unknown split.
+        ValueError: The file is not a table, a column is missing, or a row lacks a value, has an unknown split or a
+            control character.
     """
     suffix = file.suffix.lower()
     if suffix not in (".csv", ".parquet"):
@@ -139,6 +141,9 @@ def read_rows(file: Path, given: dict[str, str | None]) -> list[Row]:
         texts = {part: _text(row[column], place, column) for part, column in columns.items() if column is not None}
         if lacking := [str(columns[part]) for part in ("path", "label") if not texts[part]]:
             raise ValueError(f"{place}: there is nothing in column {lacking[0]!r}")
+        for part in ("path", "label"):
+            if CONTROL.search(texts[part]):
+                raise ValueError(f"{place}: {texts[part][:80]!r} in column {columns[part]!r} has a control character")
         rows.append(Row(texts["path"], texts["label"], _split(texts.get("split", "train"), place), place))
     if not rows:
         raise ValueError(f"{file} lists no image")
@@ -146,16 +151,22 @@ def read_rows(file: Path, given: dict[str, str | None]) -> list[Row]:
 
 
 def _open_csv(file: Path) -> Table:
-    reader = csv.DictReader(io.StringIO(read_text(file), newline=""), restkey="")
+    reader = csv.DictReader(io.StringIO(read_text(file), newline=""), restkey="", strict=True)
+
+    @contextmanager
+    def checked() -> Iterator[None]:
+        try:
+            yield
+        except csv.Error as error:
+            raise ValueError(f"{file}:{reader.line_num + 1}: {error}; check the quotes") from error
 
     def rows(columns: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-        try:
+        with checked():
             for row in reader:
                 yield reader.line_num, row
-        except csv.Error as error:
-            raise ValueError(f"{file}:{reader.line_num}: {error}") from error
 
-    return list(reader.fieldnames or []), rows
+    with checked():
+        return list(reader.fieldnames or []), rows
 
 
 def _open_parquet(file: Path) -> Table:

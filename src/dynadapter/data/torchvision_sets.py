@@ -21,13 +21,16 @@ REFUSED = ("LSUN", "LSUNClass", "DatasetFolder", "VisionDataset")
 """LSUN reads an unchecked pickle; the others are bases."""
 ONE_AT_A_TIME = threading.Lock()
 """The data sets are not written for threads: FakeData sets the global random state."""
+COMPARED = 100
+"""Labels of which an item is read for a comparison; an item of each of ImageNet's classes takes many seconds."""
 
 
 class TorchVisionDataset(MappedData):
     """A data set for classification of ``torchvision.datasets``, such as ``CIFAR100`` or ``Flowers102``.
 
-    Splits follow the arguments of its class: ``train`` (true and false), or ``split`` with ``train``, ``val`` and
-    ``test``; `splits` names others. A class with neither has only training images. An image has one label.
+    Splits follow the arguments of its class: ``train`` (true and false), or ``split`` with ``train``, ``val`` (or
+    ``valid``) and ``test``; `splits` names others. A class with neither has only training images. An image has one
+    label.
 
     torchvision reads its own files. A checkpoint or a run folder cannot switch `download` on.
 
@@ -69,17 +72,22 @@ class TorchVisionDataset(MappedData):
     def open_part(self, split: Split) -> "_Items | None":
         if split not in self.splits:
             return None
-        options: dict[str, Any] = {**self.args, **self.splits[split]}
         known = _parameters(self.kind)
-        options |= {name: value for name, value in (("root", self.root), ("download", self.download)) if name in known}
+        ours = {name: value for name, value in (("root", self.root), ("download", self.download)) if name in known}
         place = f"{self.kind.__name__}/{split}"
-        try:
-            return _Items(place, self.kind(**options))
-        except Exception as error:  # of any data set
-            if split == "val" and self.hparams["splits"] is None and isinstance(error, ValueError):
-                return None  # its argument `split` has no such value
-            advice = "" if self.download or "download" not in known else "; --data.download true fetches it"
-            raise ValueError(f"{place} cannot be opened: {' '.join(str(error).split())[:300]}{advice}") from error
+        guessed = split == "val" and self.hparams["splits"] is None
+        for given in (self.splits[split], {"split": "valid"})[: 1 + guessed]:
+            try:
+                return _Items(place, self.kind(**{**self.args, **given, **ours}))
+            except Exception as error:  # of any data set
+                unknown = isinstance(error, ValueError) and "argument split" in str(error)  # of torchvision's check
+                if guessed and unknown:
+                    continue
+                advice = "; --data.download true fetches it" if "download" in known and not self.download else ""
+                if unknown:
+                    advice = "; name them, as in splits: {train: {split: trainval}, test: {split: test}}"
+                raise ValueError(f"{place} cannot be opened: {' '.join(str(error).split())[:300]}{advice}") from error
+        return None
 
 
 class _Items(LibraryImages):
@@ -87,7 +95,8 @@ class _Items(LibraryImages):
 
     def __init__(self, place: str, items: Any) -> None:
         self.items = items
-        super().__init__(place, _labels(place, items))
+        labels, self.named = _labels(place, items)
+        super().__init__(place, labels)
 
     def fetch(self, index: int) -> Path | bytes | Image.Image:
         with ONE_AT_A_TIME:
@@ -98,7 +107,7 @@ class _Items(LibraryImages):
 
     def class_names(self) -> list[str]:
         """Return the class names of the data set, else the numbers up to the highest label."""
-        names = getattr(self.items, "classes", None)
+        names = getattr(self.items, "classes", None) if self.named else None
         count = max(self.labels, default=0) + 1
         if isinstance(names, list | tuple) and len(names) >= count and all(isinstance(name, str) for name in names):
             return list(names)
@@ -147,16 +156,40 @@ def _check_args(kind: Any, given: Any) -> None:
             raise ValueError(f"{kind.__name__}: {name}={value!r:.80} must be plain values")
 
 
-def _labels(place: str, items: Any) -> list[int]:
-    """Return the label of each item, from the data set's list of labels or else from the items."""
-    for name in ("targets", "labels", "_labels"):
-        given = getattr(items, name, None)
-        if given is not None and len(given) == len(items):
-            return [_label(place, label) for label in (given.tolist() if hasattr(given, "tolist") else given)]
+def _labels(place: str, items: Any) -> tuple[list[int], bool]:
+    """Return the label of each item, and whether the data set's class names can be theirs.
+
+    The data set's list of labels is used if it agrees with its items: it can hold others, such as the breeds of
+    OxfordIIITPet where an item has its species. Else all items are read.
+    """
+    named = True
     with ONE_AT_A_TIME:
+        for name in ("targets", "labels", "_labels"):
+            given = getattr(items, name, None)
+            if given is None or len(given) != len(items):
+                continue
+            given = given.tolist() if hasattr(given, "tolist") else list(given)
+            if _agree(place, given, items):
+                return [_label(place, label) for label in given], True
+            named = False
         if len(items) and (not isinstance(first := items[0], tuple) or len(first) != 2):
             raise ValueError(f"{place} has no pairs of image and label; it is not a data set for classes of images")
-        return [_label(place, items[index][1]) for index in range(len(items))]
+        return [_label(place, items[index][1]) for index in range(len(items))], named
+
+
+def _agree(place: str, labels: list[Any], items: Any) -> bool:
+    """Check whether the first items with each of the first `COMPARED` labels have these labels."""
+    first: dict[str, int] = {}
+    for index, label in enumerate(labels):
+        first.setdefault(str(label), index)
+    for index in list(first.values())[:COMPARED]:
+        try:
+            own = items[index][1]
+        except Exception:  # of a damaged image; whoever uses it reports why
+            continue
+        if labels[index] != _label(place, own):
+            return False
+    return True
 
 
 def _label(place: str, label: Any) -> int:

@@ -108,11 +108,6 @@ class VTAB1k(ImageData):
         known = self.task.classes if self.task else None
         self.class_names = listed_classes(self._lines(), self.folder / "classes.txt", known)
 
-    @property
-    def group(self) -> Group | None:
-        """The group of the task; None if it is not one of the 19."""
-        return self.task.group if self.task else None
-
     def samples(self, split: Split) -> list[Sample]:
         if split == "val" and self.split == "train800val200":
             return []

@@ -54,9 +54,10 @@ def account(
     """
     groups = {**(unused or {}), **dict(reversed(list(splits.items()))), UNREADABLE: unread}
     place = {os.path.normpath(path): group for group, paths in groups.items() for path in paths}
-    followed = {parent for path in place for parent in _parents(path, str(folder))}
+    top = os.path.normpath(folder)
+    followed = {parent for path in place for parent in _parents(path, top)}
     read, left_out, items = Counter(dict.fromkeys(splits, 0)), Counter[str](), []
-    for path, reason in _walk(os.path.normpath(folder), followed):
+    for path, reason in _walk(top, followed):
         if (group := place.pop(path, None)) is not None:
             (read if group in read else left_out)[group] += 1
             continue
@@ -70,8 +71,8 @@ def account(
 
 
 def _parents(path: str, folder: str) -> Iterator[str]:
-    while len(path := os.path.dirname(path)) >= len(folder):
-        yield path
+    while (parent := os.path.dirname(path)) != path and len(parent) >= len(folder):
+        yield (path := parent)
 
 
 def _walk(folder: str, followed: set[str]) -> Iterator[tuple[str, str]]:
@@ -80,10 +81,10 @@ def _walk(folder: str, followed: set[str]) -> Iterator[tuple[str, str]]:
     A link to a folder is followed if files behind it are read, such as a class folder that is a link. Files behind
     other links are counted. A link back into the folder is not followed twice.
     """
-    root, folders = os.path.realpath(folder), [(folder, "")]
+    root, folders = os.path.realpath(folder), [("" if folder == "." else folder, "")]  # paths in "." have no "./"
     while folders:
         place, reason = folders.pop()
-        with os.scandir(place) as entries:
+        with os.scandir(place or ".") as entries:
             for entry in entries:
                 path, why = os.path.join(place, entry.name), reason or HIDDEN * entry.name.startswith(".")
                 if entry.is_dir(follow_symlinks=False) or (entry.is_dir() and path in followed):

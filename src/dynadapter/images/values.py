@@ -66,8 +66,8 @@ def from_array(array: Array, value_range: Range | None = None) -> tuple[Image.Im
 
     Args:
         array: Pixels (height, width), or (height, width, channels) with 1 channel for grey, 2 for grey and opacity,
-            3 for RGB or 4 for RGB and opacity; bool, integers or floats.
-        value_range: As in :func:`to_rgb`.
+            3 for RGB or 4 for RGB and opacity; bool, integers or floats. Opacity has 16 bits, in floats from 0 to 1.
+        value_range: As in :func:`to_rgb`; opacity does not follow it.
 
     Raises:
         ValueError: The array has another shape or type, or its range is not known.
@@ -84,7 +84,11 @@ def from_array(array: Array, value_range: Range | None = None) -> tuple[Image.Im
         array = array.astype(np.uint8) * np.uint8(255)
     if array.dtype == np.uint8:
         return Image.fromarray(np.ascontiguousarray(array)), None
-    pixels, remark = to_8_bits(array, value_range)
+    colours = array[..., :-1] if channels in (2, 4) else array
+    pixels, remark = to_8_bits(colours, value_range)
+    if channels in (2, 4):
+        opacity, _ = to_8_bits(array[..., -1:], (0, 1) if array.dtype.kind == "f" else (0, 65535))
+        pixels = np.concatenate([pixels, opacity], axis=-1)
     return Image.fromarray(pixels), remark
 
 
@@ -163,22 +167,33 @@ def decode_deep_colour(image: Image.Image, value_range: Range | None) -> tuple[I
     rawmode = next((name for name in rawmodes if ";16" in name and image.mode in ("RGB", "RGBA", "CMYK")), "")
     if not rawmode:
         return image, None
-    if value_range is None:
-        image.load()
-        colours: Any = image.getextrema()[:3]  # a pair for each band of a colour image
-        lowest, highest = min(band[0] for band in colours), max(band[1] for band in colours)
-        return image, _remark(256 * lowest, 256 * highest + 255, 65535) if highest else None
-    low = _low_bytes(image, rawmode)
+    key = image.info.get("transparency")  # of 16 bits, which Pillow compares with the high bytes
+    low = None if value_range is None and key is None else _low_bytes(image, rawmode)
+    image.load()
+    remark = _remark_on_high_bytes(image) if value_range is None else None
+    if value_range is None and key is None:
+        return image, remark
     spread = image.copy()
+    spread.info.pop("transparency", None)
     rows = max(1, STRIP // image.width)
     for top in range(0, image.height, rows):
         box = (0, top, image.width, min(top + rows, image.height))
         values = np.asarray(image.crop(box)).astype(np.uint16) << 8
         if low is not None:
             values |= np.asarray(low.crop(box))
-        part = Image.frombytes(image.mode, (image.width, len(values)), _scaled(values, value_range).tobytes())
-        spread.paste(part, box)
-    return spread, None
+        scaled = _scaled(values, value_range or (0, 65535))
+        if image.mode == "RGBA":
+            scaled[..., 3] = values[..., 3] >> 8
+        if key is not None:
+            scaled[(values == key).all(axis=-1)] = 255
+        spread.paste(Image.frombytes(image.mode, (image.width, len(values)), scaled.tobytes()), box)
+    return spread, remark
+
+
+def _remark_on_high_bytes(image: Image.Image) -> UnusedRange | None:
+    colours: Any = image.getextrema()[:3]  # a pair for each band of a colour image
+    lowest, highest = min(band[0] for band in colours), max(band[1] for band in colours)
+    return _remark(256 * lowest, 256 * highest + 255, 65535) if highest else None
 
 
 def _rawmode(tile: Any) -> str:
