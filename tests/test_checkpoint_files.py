@@ -207,6 +207,35 @@ def test_last_does_not_depend_on_best(tmp_path: Path) -> None:
     assert {name: read(tmp_path / name)["global_step"] for name in names(tmp_path)} == {"best.ckpt": 2, "last.ckpt": 6}
 
 
+@pytest.mark.parametrize(
+    ("saving", "length", "steps"),
+    [
+        ({"every_n_train_steps": 5}, {"max_epochs": 3}, 6),
+        ({"every_n_train_steps": 5}, {"max_epochs": -1, "max_steps": 7}, 7),
+        ({"every_n_epochs": 2}, {"max_epochs": 3}, 6),
+        ({"monitor": "score", "save_last": True}, {"max_epochs": 3, "check_val_every_n_epoch": 2}, 6),
+        ({"every_n_epochs": 2}, {"max_epochs": 9, "stops": True}, 2),
+    ],
+)
+def test_end_of_training_is_saved(saving: dict, length: dict, steps: int, tmp_path: Path) -> None:
+    class Score(Callback):
+        stops = length.pop("stops", False)
+
+        def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+            pl_module.log("score", float(trainer.current_epoch))
+
+        def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+            trainer.should_stop = self.stops
+
+    saver = RunCheckpoint(
+        dirpath=tmp_path, filename="best" if "monitor" in saving else "last", enable_version_counter=False, **saving
+    )
+    trainer(Score(), saver, enable_checkpointing=True, **length).fit(make_classifier(), loader(2), loader(1))
+    assert read(tmp_path / "last.ckpt")["global_step"] == steps
+    if "monitor" in saving:
+        assert read(tmp_path / "best.ckpt")["global_step"] == 4  # of the only validation
+
+
 @pytest.mark.parametrize("validation", [None, "val"])
 @pytest.mark.parametrize("every", [1, 2, 10])
 def test_every_epoch_is_saved(validation: str | None, every: int, tmp_path: Path) -> None:

@@ -204,7 +204,7 @@ def test_goal_accuracy_drop_by_margin(checkpoint, stacked):
 def test_goal_risk(checkpoint, stacked, tmp_path):
     """All images certify: no temperature is fitted."""
     logits, targets, costs = stacked
-    run(checkpoint, "--goal.risk=0.2", "--confidence=0.8", "--policy=entropy", f"--out={tmp_path / 'out'}")
+    run(checkpoint, "--goal.risk=0.2", "--goal.confidence=0.8", "--policy=entropy", f"--out={tmp_path / 'out'}")
     written = result(tmp_path / "out")
     options: dict[str, Any] = {"kind": KINDS["entropy"], "static": costs.static, "comparisons": 3}
     tried = [
@@ -309,7 +309,7 @@ def test_other_splits_need_consent(checkpoint, tmp_path, capsys):
         ("--goal.cost=0.5 --goal.risk=0.1", ("goal.cost and goal.risk are 2 goals",)),
         ("--goal.cots=0.5", ("'goal.cots'", "'goal.cost'")),
         ("--goal.cost=half", ("goal.cost", "a number", "'half'")),
-        ("--goal.risk=0.1 --confidence=1", ("goal.confidence=1", "between 0 and 1")),
+        ("--goal.risk=0.1 --goal.confidence=1", ("goal.confidence=1", "between 0 and 1")),
         ("--goal.cost=0.5 --policy=confidance", ("policy", "'confidance'", "'confidence'")),
         ("--goal.cost=0.5 --data_split=val200", ("data_split", "val, test, train")),
         ("--goal.cost=0.5 --bundle={W}", ("exists", "bundle=", "--overwrite true")),

@@ -183,7 +183,35 @@ def test_same_command_continues(photos, monkeypatch, capsys):
     assert not Path("runs/photos/version_2").exists()
 
 
+def test_older_run_with_a_checkpoint_continues(photos, monkeypatch, capsys):
+    """Behind it are a run that was killed before it wrote anything, and a folder of the user."""
+    after_epoch = ExitClassifier.on_train_epoch_end
+    monkeypatch.setattr(ExitClassifier, "on_train_epoch_end", lambda self: os.kill(os.getpid(), signal.SIGTERM))
+    line = train_on(photos)
+    fails(line, "continue with", capsys, code=143)
+    monkeypatch.setattr(ExitClassifier, "on_train_epoch_end", after_epoch)
+    for name in ("version_1", "version_old"):
+        Path("runs/photos", name).mkdir()
+    main(line)
+    assert re.search("continuing after step .*, from runs/photos/version_0/checkpoints/", capsys.readouterr().out)
+
+
+@pytest.mark.filterwarnings("ignore:.*skipped .* unreadable image")
+def test_way_out_of_a_damaged_image(photos, capsys):
+    """The failed run leaves no folder that would block the same command with one setting more."""
+    for damaged in sorted((photos / "red").glob("*.png"))[:8]:
+        damaged.write_bytes(damaged.read_bytes()[:60])
+    fails(train_on(photos), "set on_error: skip", capsys)
+    main(train_on(photos, "--data.on_error", "skip"))
+    assert Path("runs/photos/bundle").is_dir()
+
+
 MISTAKES = [
+    (["photos", "--checkpoint.dirpath=saved"], "train saves its checkpoints below --out; leave checkpoint.dirpath out"),
+    (["photos", "--checkpoint", "null"], "checkpoint is off, and train calibrates and deploys a checkpoint"),
+    (["photos", "--data.val_split", "out"], "has no setting 'val_split'"),
+    (["photos", "out", "o21"], "there is no option 'out'; did you mean '--out'?"),
+    (["photos", "-cost", "0.5"], "there is no option -cost; long options begin with two dashes, as in --cost"),
     (["--epochs=3"], "train needs the images first, as in: dynadapter train FOLDER"),
     (["no"], "no does not exist; give the folder of your images, with a folder for each class"),
     (["file.txt"], "file.txt is neither a folder nor a .csv or .parquet file"),

@@ -431,4 +431,5 @@ def test_files_do_not_switch_download_on(tmp_path):
     (run_folder / "checkpoints").mkdir(parents=True)
     (tmp_path / "last.ckpt").rename(run_folder / "checkpoints" / "last.ckpt")
     (run_folder / "config.yaml").write_text("data: {class_path: HubDataset, init_args: {download: true}}\n")
-    assert "--data.download=false" in expand_resume([], ["--resume", str(run_folder), "--epochs=2"])[1]
+    layer = expand_resume([], ["--resume", str(run_folder), "--epochs=2"]).layer
+    assert layer["data"] == {"class_path": "HubDataset", "init_args": {"download": False}}

@@ -128,7 +128,7 @@ def parse_alone(monkeypatch, tmp_path):
     first(CommandParser)
     first(arguments.ConfigParser)
     monkeypatch.setattr(app, "checkpoint_path", lambda contents, rest: None)
-    monkeypatch.setattr(app, "expand_resume", lambda files, rest: (files, rest, None))
+    monkeypatch.setattr(app, "expand_resume", lambda files, rest: (files, rest, None, {}))
     monkeypatch.chdir(tmp_path)
 
 

@@ -4,6 +4,8 @@ import copy
 import errno
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -206,3 +208,14 @@ def test_killed_worker_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     line = refused(["fit", "-c", TINY, f"--trainer.default_root_dir={tmp_path}", *args], capsys)
     assert line.startswith("dynadapter: error: a process that reads images was killed")
     assert f"continue with: dynadapter fit --resume {tmp_path / 'version_0'}" in line
+
+
+def test_reader_of_the_output_ends() -> None:
+    """As ``| head`` does, which ends before the output."""
+    command, pipe = [sys.executable, "-m", "dynadapter.cli", "configs"], subprocess.PIPE
+    for more in ([], ["vtab"]):
+        with subprocess.Popen([*command, *more], stdout=pipe, stderr=pipe) as one:
+            assert one.stdout is not None
+            assert one.stderr is not None
+            one.stdout.close()
+            assert (one.stderr.read(), one.wait()) == (b"", 141)

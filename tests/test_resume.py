@@ -1,6 +1,7 @@
 """Trainings that are interrupted at any moment and resumed end exactly like uninterrupted ones."""
 
 import csv
+import errno
 import json
 import os
 import random
@@ -239,6 +240,21 @@ def test_resume_after_the_last_checkpoint(whole, tmp_path, monkeypatch):
     require_same(expected, tmp_path / "version_1")
 
 
+@pytest.mark.parametrize("case", ["plain", "averaged"])
+def test_finished_run_can_train_longer(case, tmp_path):
+    """The end that is saved without a due save continues as one that is saved after every epoch."""
+    runs = []
+    for name, every in (("epochs", "n_epochs=1"), ("steps", "n_train_steps=5")):
+        root = tmp_path / name
+        fit(root, *CASES[case], "--epochs=2", f"--checkpoint.every_{every}")
+        main(["fit", "--resume", str(root / "version_0"), "--epochs=3"])
+        runs.append(root / "version_1")
+    ends = [torch.load(run / "checkpoints" / "last.ckpt", weights_only=True) for run in runs]
+    assert [end["global_step"] for end in ends] == [12, 12]
+    assert all(equal(ends[0].get(part), ends[1].get(part)) for part in PARTS)
+    assert lines(runs[0] / "metrics.csv") == lines(runs[1] / "metrics.csv")
+
+
 # ---- messages --------------------------------------------------------------------------------------------------------
 
 
@@ -290,6 +306,28 @@ def test_sigterm_without_checkpoints(at, tmp_path, monkeypatch, capfd):
     assert not list(tmp_path.rglob("*.ckpt"))
 
 
+def test_way_on_after_an_early_stop(finished, at, monkeypatch, capfd):
+    """The new folder holds nothing and is removed, so the message does not name it."""
+    monkeypatch.setattr("dynadapter.data.Shapes.setup", lambda self, stage: pressed())  # `at` restores the handlers
+    command = ["fit", "--resume", str(finished), "--epochs=2"]
+    with pytest.raises(SystemExit) as ending:
+        main(command)
+    assert ending.value.code == 130
+    last = capfd.readouterr().err.splitlines()[-1]
+    assert last.endswith(f"interrupted before anything new was saved; continue with: dynadapter {' '.join(command)}")
+    assert not (finished.parent / "version_1").exists()
+
+
+def test_full_disk_when_checkpoints_are_copied(finished, monkeypatch, capsys):
+    def full(path, data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr("dynadapter.cli.resume.write", full)
+    line = refused(["fit", "--resume", finished, "--epochs=2"], capsys)
+    assert "the disk is full" in line
+    assert f"continue with: dynadapter fit --resume {finished} --epochs=2" in line
+
+
 def test_sigterm_stops_test_at_once(tiny_run, tmp_path, monkeypatch, capfd):
     shutil.copytree(tiny_run, tmp_path / "version_0")
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -339,6 +377,15 @@ def test_resume_with_changed_settings(finished, tmp_path):
     assert [line["step"] for line in lines(run / "metrics.csv")] == ["0", "1", "1", "2", "3", "3"]
     record = json.loads((run / "run.json").read_text())
     assert record["resumed_from"] == str((finished / "checkpoints" / "last.ckpt").resolve())
+
+
+def test_config_file_beats_the_resumed_run(finished, tmp_path):
+    (tmp_path / "other.yaml").write_text(f"trainer: {{default_root_dir: {tmp_path / 'other'}}}")
+    main(["fit", "--resume", str(finished), "-c", str(tmp_path / "other.yaml"), "--epochs=2"])
+    assert (tmp_path / "other" / "version_0" / "checkpoints" / "last.ckpt").is_file()
+    moved = Path(shutil.copytree(finished, tmp_path / "moved" / "version_0"))
+    main(["fit", "--resume", str(moved), "-c", str(moved / "config.yaml"), "--epochs=2"])  # to trust it
+    assert (tmp_path / "moved" / "version_1").is_dir()
 
 
 def test_resume_with_another_learning_rate(finished, tmp_path):

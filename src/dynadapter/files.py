@@ -32,6 +32,9 @@ _TURN = threading.Lock()
 WAIT = 0.1
 """Seconds between two attempts to lock."""
 
+READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
+"""Error numbers of a place where this process cannot write: by its permissions, or by its file system."""
+
 PARTIAL = ".partial"
 """Ending of the hidden name of what is being written; nothing reads it."""
 
@@ -113,8 +116,11 @@ def _hold(place: Path, path: Path) -> BinaryIO | None:
         if path in _HELD:
             raise Busy(f"{place} is being written by another thread; wait for it, or name another place")
         if fcntl is not None:
-            with contextlib.suppress(PermissionError, FileNotFoundError):
+            try:
                 file = _lock_file(place, path)
+            except OSError as error:  # a folder in which nobody writes, or that does not exist
+                if error.errno not in (*READ_ONLY, errno.ENOENT):
+                    raise
         _HELD.add(path)
     return file
 

@@ -1,6 +1,7 @@
 """The command line: ``dynadapter COMMAND``."""
 
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Iterator
@@ -73,7 +74,8 @@ def main(args: list[str] | None = None) -> None:
 
     Errors are printed in one line. The exit code is 2 for invalid input and for a machine that fails; 1 for what looks
     like a bug, for errors that ``verify`` finds in data, and for failed runs of a sweep or workers of Ray; 130 after
-    Ctrl-C, 143 after SIGTERM, 129 after SIGHUP and 138 after SIGUSR1. ``--debug`` shows the traceback.
+    Ctrl-C, 143 after SIGTERM, 129 after SIGHUP and 138 after SIGUSR1; 141 if what reads the output ends, as in
+    ``| head``. ``--debug`` shows the traceback.
     """
     for stream in (sys.stdout, sys.stderr):  # a name that the terminal cannot show must not end a command
         if hasattr(stream, "reconfigure"):
@@ -91,7 +93,12 @@ def main(args: list[str] | None = None) -> None:
 
     try:
         with stoppable():
-            _run(args)
+            try:
+                _run(args)
+                sys.stdout.flush()
+            except SystemExit:  # such as after --print_config
+                sys.stdout.flush()
+                raise
     except KeyboardInterrupt:
         end("interrupted", 130)
     except Terminated as stopped:
@@ -99,9 +106,23 @@ def main(args: list[str] | None = None) -> None:
     except Stopped as stopped:
         end(str(stopped), stopped.code)
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _is_output_closed():
+            if notes := getattr(error, "__notes__", ()):
+                end(f"what reads the output has ended; {'; '.join(notes)}", 141)
+            raise SystemExit(141) from None
         if debug:
             raise
         end(*describe(error))
+
+
+def _is_output_closed() -> bool:
+    """Check whether what reads standard output has ended; then the rest is dropped, which fails again at the exit."""
+    try:
+        print(flush=True)  # an empty line shows it, also where output is not buffered
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
 
 
 def _run(args: list[str]) -> None:

@@ -3,6 +3,7 @@
 import shlex
 import signal
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -14,7 +15,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from dynadapter.adapters import adapter_layers
 from dynadapter.calibrate.stored import Calibration
-from dynadapter.cli import arguments, calibrate
+from dynadapter.cli import arguments, calibrate, imports
 from dynadapter.cli.arguments import CALLBACKS, SECTIONS
 from dynadapter.cli.configs import config_files, find_config, read_config, require_no_file
 from dynadapter.cli.errors import Mistake, Stopped, Terminated, describe, mistakes, one_line, outage
@@ -23,15 +24,17 @@ from dynadapter.cli.layers import (
     assignments,
     checkpoint_path,
     checkpoint_settings,
+    expand_home,
     expand_short,
     inline,
     overridden,
     switched_off,
-    with_fresh_adapters,
+    with_fresh_classes,
+    without_training,
 )
 from dynadapter.cli.policies import policy_from
 from dynadapter.cli.record import Record
-from dynadapter.cli.resume import Continue, Earlier, earlier_run, expand_resume, resume_command
+from dynadapter.cli.resume import Continue, Earlier, Resumed, earlier_run, expand_resume, resume_command
 from dynadapter.cli.runs import RUN_FOLDERS, SaveConfig, create_run_folder, loggers, place_checkpoints, remove_if_empty
 from dynadapter.cli.safety import check_config, check_run
 from dynadapter.cli.signals import StopOnSignal
@@ -109,11 +112,12 @@ class DynCLI(LightningCLI):
         files, rest = config_files(["--help" if arg == "--help_all" else arg for arg in args])
         rest = expand_short(rest, self.command)
         require_no_file(dict(assignments(rest)), SECTIONS, "")
-        log = None
-        if self.command == "fit":
-            files, rest, log = expand_resume(files, rest)
+        fits = self.command == "fit"
+        files, rest, log, resumed = expand_resume(files, rest) if fits else Resumed(files, rest)
         files = [str(find_config(file)) for file in files]
-        contents = {file: read_config(file, SECTIONS) for file in files}
+        contents: dict[str, Mapping[str, Any]] = {file: read_config(file, SECTIONS) for file in files}
+        if not fits:
+            files, contents = without_training(files, contents)
         trusted = contents if log is None else {file: contents[file] for file in files[1:]}
         given = overridden(trusted.values(), rest)
         if log is not None and not any(Path(file).samefile(files[0]) for file in trusted):
@@ -121,6 +125,10 @@ class DynCLI(LightningCLI):
         off, rest = switched_off(rest, CALLBACKS)
         path = checkpoint_path(contents.values(), rest)
         layers = [f"--config={file}" for file in files]
+        if log is not None:  # above the config of the run, also where a user names it to trust it
+            contents |= {inline(resumed): resumed}
+            named = [number for number, file in enumerate(files) if Path(file).samefile(files[0])]
+            layers.insert(named[-1] + 1, f"--config={inline(resumed)}")
         if path is not None:
             if self.command == "fit" and not files:
                 raise Mistake(_needs_config(path))
@@ -133,11 +141,15 @@ class DynCLI(LightningCLI):
                 self.before = earlier_run(Path(path), log)
             contents |= {inline(below): below}
             layers = [f"--config={inline(below)}", *layers]
-        self.config = parser.parse_args(with_fresh_adapters([*layers, *rest], contents))
+        if off:
+            contents |= {inline(off): off}
+            rest.append(f"--config={inline(off)}")
+            rest.sort(key=lambda arg: arg.startswith("--print_config"))  # which prints a config that follows it
+        defaults = parser.get_defaults().as_dict()
+        self.config = parser.parse_args(with_fresh_classes([*layers, *rest], contents, defaults))
         self.config.pop("config")
+        expand_home(self.config)
         check_config(self.config)
-        for key in off:
-            self.config[key] = None
         self.off = {key for key in CALLBACKS if self.config[key] in (None, False)}
 
     def before_instantiate_classes(self) -> None:
@@ -151,6 +163,8 @@ class DynCLI(LightningCLI):
                 "give --ckpt_path the file that fit wrote, such as runs/version_0/checkpoints/last.ckpt"
             )
         if config.get("policy_from") is not None and self.command != "calibrate":
+            if "early_exit" in self.off:
+                raise Mistake("policy_from names a policy to measure, and early_exit is off; leave one of them out")
             self.adopted = found = policy_from(config.policy_from)
             self.stored = StoredPolicies((found.policy,), found.where)
             config.early_exit.policies = [plain(found.policy)]
@@ -247,7 +261,8 @@ class DynCLI(LightningCLI):
                 self._end_stopped(str(stop), stop.code, error)
             if (outage(error) or isinstance(error, OSError)) and "continue with" in (way := self._how_to_continue()):
                 error.add_note(way.lstrip("; "))
-            if not isinstance(error, Mistake | ValueError) and self.trainer._checkpoint_connector._loaded_checkpoint:
+            kinds = Mistake | ValueError | OSError
+            if not isinstance(error, kinds) and self.trainer._checkpoint_connector._loaded_checkpoint:
                 error = Mistake(
                     f"{self.config.ckpt_path} cannot be restored ({type(error).__name__}: {one_line(error)}); {ADVICE}"
                 )
@@ -330,10 +345,12 @@ class DynCLI(LightningCLI):
             saved = isinstance(saver, ModelCheckpoint) and saver.dirpath and newest(Path(saver.dirpath))
         except ValueError:  # none of them can be read
             saved = None
-        if saved or self.before is not None:
-            news = "" if saved else " before anything new was saved"
-            return f"{news}; continue with: {resume_command(self.run_folder)}"
-        return " before anything was saved; start again"
+        if saved:
+            return f"; continue with: {resume_command(self.run_folder)}"
+        if self.before is None:
+            return " before anything was saved; start again"
+        again = shlex.join(["dynadapter", *self.args, *imports.given()])  # the new folder is removed if it is empty
+        return f" before anything new was saved; continue with: {again}"
 
     @rank_zero_only
     def _print_summary(self) -> None:

@@ -36,7 +36,7 @@ from dynadapter.cli.runs import create_run_folder
 from dynadapter.cost import ExitCosts, exit_costs
 from dynadapter.data import ImageData
 from dynadapter.exits.policies import Policy
-from dynadapter.files import locked, replacing, sha256, write
+from dynadapter.files import READ_ONLY, locked, replacing, sha256, write
 from dynadapter.printing import print_tables
 from dynadapter.serve.bundle import bundle_from_classifier
 from dynadapter.serve.bundle.place import check_place
@@ -139,7 +139,7 @@ def _check_bundle(settings: Settings) -> None:
             what = "merge" if settings.merge else "overwrite"
             raise Mistake(f"{what} is a setting of the bundle, and no bundle is written; give --bundle FOLDER")
         return
-    place = Path(os.path.expanduser(settings.bundle))
+    place = Path(settings.bundle)
     if os.path.lexists(place) and not settings.overwrite:
         raise Mistake(f"bundle={place} exists; give a folder that does not, or --overwrite true to replace a bundle")
     with mistakes():
@@ -166,7 +166,7 @@ def add_arguments(parser: LightningArgumentParser) -> None:
     for name, words in helps.items():
         goal.add_argument(f"--goal.{name}", type=float | None, help=words)
     words = "Probability that the guarantee of goal.risk holds; 0.9 if not given."
-    goal.add_argument("--goal.confidence", "--confidence", type=float | None, help=words)
+    goal.add_argument("--goal.confidence", type=float | None, help=words)
     words = "Compare with another network on the same images: its checkpoint or bundle, such as the static network's."
     goal.add_argument("--goal.reference", type=str | None, help=words)
     words = "What counts as accuracy; balanced_accuracy is the mean over classes, and suits classes of unequal size."
@@ -183,11 +183,19 @@ def calibrate(trainer: Trainer, model: ExitClassifier, data: ImageData, settings
         raise Mistake(f"calibrate runs on one device, not on {trainer.world_size}; give --trainer.devices 1")
     if settings.merge:
         _check_mergeable(model)
+    _require_writable(Path(trainer.default_root_dir if settings.out is None else settings.out))
     with _held(settings.out):
         if settings.policy_from is None:
             return _calibrate(trainer, model, data, settings)
         _adopt(trainer, model, data, settings)
     return None
+
+
+def _require_writable(folder: Path) -> None:
+    """Raise a :class:`Mistake` if the results cannot be written, before the images are read."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not os.access(there, os.W_OK):
+        raise Mistake(f"the results cannot be written into {folder}; give another folder by --out FOLDER")
 
 
 @contextlib.contextmanager
@@ -196,7 +204,7 @@ def _held(out: str | None) -> Iterator[None]:
     if out is None:  # a new folder
         yield
         return
-    Path(os.path.expanduser(out)).parent.mkdir(parents=True, exist_ok=True)
+    Path(out).parent.mkdir(parents=True, exist_ok=True)
     with locked(Path(out)):
         _check_out(Path(out))
         yield
@@ -253,7 +261,9 @@ def _costs(model: ExitClassifier, data: ImageData, settings: Settings) -> ExitCo
 
 def _folder(trainer: Trainer, settings: Settings) -> Path:
     """Create the folder of the results."""
-    folder = Path(settings.out) if settings.out else create_run_folder(Path(trainer.default_root_dir), "calibrate")
+    if settings.out is None:
+        return create_run_folder(Path(trainer.default_root_dir), "calibrate")
+    folder = Path(settings.out)
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
@@ -318,8 +328,8 @@ def _write(folder: Path, content: dict[str, Any], model: ExitClassifier, setting
     for path in (folder / RESULT, near):
         try:
             write(path, text.encode())
-        except PermissionError:  # checkpoints may lie where nobody writes
-            if path != near:
+        except OSError as error:
+            if path != near or error.errno not in READ_ONLY:  # checkpoints may lie where nobody writes
                 raise
             print(f"note: {near} cannot be written; give predict and test --policy_from {folder}")
             return

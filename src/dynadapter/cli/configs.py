@@ -40,6 +40,9 @@ def config_files(args: Sequence[str]) -> tuple[list[str], list[str]]:
     >>> config_files(["--model.every=2", "-c", "a.yaml", "--config=b.yaml", "--sparsity", "null"])
     (['a.yaml', 'b.yaml'], ['--model.every=2', '--sparsity=null'])
     """
+    for name in (arg.partition("=")[0] for arg in args):
+        if re.fullmatch("-c[a-z_]+", name) and not _is_config(name[2:]):  # argparse would read -config as -c onfig
+            raise Mistake(f"there is no option {name}; long options begin with two dashes, as in -{name}")
     files, rest = take(args, "-c needs a file; give a config in YAML, such as -c quickstart", "-c", "--config")
     joined: list[str] = []
     for arg in rest:
@@ -49,6 +52,14 @@ def config_files(args: Sequence[str]) -> tuple[list[str], list[str]]:
         else:
             joined.append(arg)
     return files, joined
+
+
+def _is_config(name: str) -> bool:
+    try:
+        find_config(name)
+    except Mistake:
+        return False
+    return True
 
 
 def take(args: Sequence[str], missing: str, *names: str) -> tuple[list[str], list[str]]:
@@ -67,6 +78,7 @@ def take(args: Sequence[str], missing: str, *names: str) -> tuple[list[str], lis
 def find_config(name: str) -> Path:
     """Return the file for ``-c NAME``: a local file, or else a packaged config, with or without ``.yaml``."""
     ours = packaged()
+    name = os.path.expanduser(name)
     for path in (Path(name), Path(f"{name}.yaml"), ours.get(name.removesuffix(".yaml"))):
         if path is not None and path.is_file():
             return path

@@ -1,16 +1,19 @@
 """The layers of a configuration: defaults < checkpoint < config files < command line, as one list of arguments."""
 
 import json
+import os
 from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
+from jsonargparse import Namespace
 
 from dynadapter.cli.errors import Mistake, mistakes
 from dynadapter.cli.help import SHORT
 from dynadapter.cli.safety import check_saved, check_sizes, data_class
-from dynadapter.spec import plain, restore
+from dynadapter.spec import Spec, kinds, plain, restore
 from dynadapter.training.checkpoints import read
 from dynadapter.training.contents import saved_contents
 from dynadapter.training.loading import stored_settings
@@ -21,6 +24,12 @@ LINKED = ("num_classes", "class_names", "image_size")
 
 OFF = ("", "null", "None", "none", "false", "False")
 """Values on the command line that switch a part off."""
+
+TRAINING = ("resume", "init_from", "test_after")
+"""Keys outside the sections that only ``fit`` has; it writes them into the config of a run."""
+
+PATHS = ("ckpt_path", "init_from", "bundle", "out", "trainer.default_root_dir", "checkpoint.dirpath")
+"""Keys of paths in which ``~`` is the home folder; other paths are expanded where they are read."""
 
 Contents = Mapping[str, Mapping[str, Any]]
 """What the config files hold, by path."""
@@ -75,46 +84,118 @@ def checkpoint_path(contents: Iterable[Mapping[str, Any]], rest: Sequence[str]) 
     for content in contents:
         path = content.get("ckpt_path", path)
     path = dict(assignments(rest)).get("ckpt_path", path)
-    return None if path in (None, *OFF) else str(path)
+    return None if path in (None, *OFF) else os.path.expanduser(str(path))
 
 
-def switched_off(rest: Sequence[str], keys: Container[str]) -> tuple[set[str], list[str]]:
-    """Return the parts that are switched off, such as by ``--sparsity null``, and the other arguments.
+def expand_home(config: Namespace) -> None:
+    """Replace ``~`` in the paths of a parsed configuration, before anything uses them or they are saved with the run.
+
+    >>> config = Namespace(out="~/a")
+    >>> expand_home(config)
+    >>> config.out == os.path.expanduser("~/a")
+    True
+    """
+    for key in PATHS:
+        if isinstance(path := config.get(key), str):
+            config[key] = os.path.expanduser(path)
+
+
+def without_training(files: Sequence[str], contents: Contents) -> tuple[list[str], dict[str, Mapping[str, Any]]]:
+    """Return the layers without the keys of ``fit`` alone, so that other commands take the ``config.yaml`` of a run."""
+    layers: list[str] = []
+    found: dict[str, Mapping[str, Any]] = {}
+    for file in files:
+        content = contents[file]
+        if any(key in content for key in TRAINING):
+            content = {key: value for key, value in content.items() if key not in TRAINING}
+            file = inline(content)
+        layers.append(file)
+        found[file] = content
+    return layers, found
+
+
+def switched_off(rest: Sequence[str], keys: Container[str]) -> tuple[dict[str, None], list[str]]:
+    """Return the parts that are switched off, such as by ``--sparsity null``, as a config, and the other arguments.
 
     >>> switched_off(["--sparsity=null", "--model.every=2"], ["sparsity"])
-    ({'sparsity'}, ['--model.every=2'])
+    ({'sparsity': None}, ['--model.every=2'])
     """
-    off = {key for key, value in assignments(rest) if key in keys and value in OFF}
+    off = {key: None for key, value in assignments(rest) if key in keys and value in OFF}
     parts = [(arg, *arg.removeprefix("--").partition("=")) for arg in rest]
     return off, [arg for arg, key, _, value in parts if key not in off or value not in OFF]
 
 
-def with_fresh_adapters(args: Sequence[str], contents: Contents) -> list[str]:
-    """Reset ``model.adapter`` before an argument that names another kind than the layers below.
+def with_fresh_classes(args: Sequence[str], contents: Contents, defaults: Mapping[str, Any]) -> list[str]:
+    """Reset a setting before an argument that names another class for it than the layers below.
 
-    Otherwise jsonargparse would keep the arguments that both kinds have: a RepAdapter would wrap the targets of a LoRA.
+    Otherwise jsonargparse would keep the arguments that both classes have: a RepAdapter would wrap the targets of a
+    LoRA. Optimizers and image data keep them, for their rates, sizes and folders are meant for any class.
 
-    >>> with_fresh_adapters(["--config=a", "--model.adapter=RepAdapter"], {"a": {"model": {"adapter": "LoRA"}}})
-    ['--model.adapter=null', '--config=a', '--model.adapter=null', '--model.adapter=RepAdapter']
+    >>> with_fresh_classes(["--config=a", "--model.adapter=SSF"], {"a": {"model": {"adapter": "LoRA"}}}, {})
+    ['--model.adapter=ByBlocks', '--config=a', '--model.adapter=ByBlocks', '--model.adapter=SSF']
     """
     fresh: list[str] = []
-    below = None  # the kind of the class default is not looked up: any kind replaces it
+    below = dict(_classes(defaults))
     for arg in args:
-        key, _, value = arg.partition("=")
-        adapter: Any = None
-        if key == "--config":
-            section = contents[value].get("model")
-            adapter = section.get("adapter") if isinstance(section, dict) else None
-        elif key == "--model.adapter":
-            adapter = value
-        name = adapter.get("class_path") if isinstance(adapter, dict) else adapter
-        if isinstance(name, str) and name not in OFF:
-            kind = name.rpartition(".")[2]
-            if below != kind:
-                fresh.append("--model.adapter=null")
-            below = kind
+        key, _, value = arg.removeprefix("--").partition("=")
+        changed: list[str] = []
+        for place, name in _classes(contents[value]) if key == "config" else _classes_of(key, value):
+            before = below.get(place, "")
+            if name == before:
+                continue
+            if not any(place.startswith(f"{other}.") for other in changed) and (other := _unlike(name, before)):
+                fresh.append(f"--{place}={other}")
+            changed.append(place)
+            below = {known: cls for known, cls in below.items() if not known.startswith(f"{place}.")} | {place: name}
         fresh.append(arg)
     return fresh
+
+
+def _classes(content: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield the places of a configuration that may name a class, each with the name."""
+    for key, section in content.items():
+        named = isinstance(section, dict) and "class_path" in section
+        if isinstance(section, dict) and not named:
+            for name, value in section.items():
+                yield from _named(f"{key}.{name}", value)
+        else:
+            yield from _named(key, section)
+
+
+def _classes_of(key: str, value: str) -> Iterator[tuple[str, str]]:
+    """Yield the same for an argument of the command line."""
+    read: Any = value
+    if value.startswith("{"):
+        try:
+            read = yaml.safe_load(value)
+        except yaml.YAMLError:  # the parser explains it
+            return
+    place = key.removesuffix(".class_path").replace(".init_args.", ".")
+    yield from _named(place, read) if "." in place else _classes({place: read})
+
+
+def _named(place: str, value: Any) -> Iterator[tuple[str, str]]:
+    name = value.get("class_path") if isinstance(value, dict) else value
+    if isinstance(name, str) and name not in OFF:
+        yield place, name.rpartition(".")[2]
+    arguments = value.get("init_args") if isinstance(value, dict) else None
+    for inner, part in arguments.items() if isinstance(arguments, dict) else ():
+        yield from _named(f"{place}.{inner}", part)
+
+
+def _unlike(*names: str) -> str | None:
+    """Return a class of the same family as the first known one that shares no argument with it; None without any."""
+    for name in names:
+        for cls in kinds(Spec):
+            if cls.__qualname__ == name:
+                family = next(base for base in cls.__mro__ if issubclass(base, Spec) and Spec in base.__bases__)
+                others = (one for one in kinds(family) if not _arguments(cls) & _arguments(one))
+                return next((one.__qualname__ for one in others), None)
+    return None
+
+
+def _arguments(cls: Any) -> set[str]:
+    return {field.name for field in fields(cls)}
 
 
 def overridden(contents: Iterable[Mapping[str, Any]], rest: Sequence[str]) -> set[str]:

@@ -1,11 +1,13 @@
 """Continue an interrupted training so that the result equals that of an uninterrupted one."""
 
 import inspect
+import os
 import shlex
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -62,28 +64,40 @@ def resume_command(run: Path) -> str:
     return shlex.join(["dynadapter", "fit", "--resume", str(run), *imports.given()])
 
 
-def expand_resume(files: list[str], rest: list[str]) -> tuple[list[str], list[str], Path | None]:
-    """Replace ``--resume FOLDER`` by the config and the checkpoint of that run; all other settings override them.
+class Resumed(NamedTuple):
+    """A command line in which ``--resume FOLDER`` is replaced by the config and the checkpoint of that run.
 
-    Returns:
-        Config files and arguments, and the folder with the ``metrics.csv`` to continue, or None without a resume.
+    Args:
+        files: Config files, that of the run first.
+        rest: The other arguments.
+        log: The folder with the ``metrics.csv`` to continue; None without a resume.
+        layer: Settings above the run's config and below those of the user.
     """
+
+    files: list[str]
+    rest: list[str]
+    log: Path | None = None
+    layer: Mapping[str, Any] = MappingProxyType({})
+
+
+def expand_resume(files: list[str], rest: list[str]) -> Resumed:
+    """Replace ``--resume FOLDER``; all settings of the user override those of the run."""
     needs = "--resume needs a folder, such as runs/version_0"
     folders, left = take(rest, needs, "--resume")
     if not folders:
-        return files, rest, None
+        return Resumed(files, rest)
     if len(folders) > 1 or any(arg.partition("=")[0] == "--ckpt_path" for arg in left):
         raise Mistake("--resume names the run and its checkpoint; give it once, and no --ckpt_path")
-    if not (folder := folders[0]):
+    if not (folder := os.path.expanduser(folders[0])):
         raise Mistake(needs)
     found = to_resume(folder, nothing_new=not files and not left)
     run = Path(folder)
     root = (run if run.name not in ("", "..") else run.resolve()).parent
-    own = [f"--ckpt_path={found.checkpoint}", f"--trainer.default_root_dir={root}"]
+    layer: dict[str, Any] = {"trainer": {"default_root_dir": str(root)}}
     data = read_yaml(found.config).get("data")
     if isinstance(data, dict) and "download" in (data.get("init_args") or {}):  # only the user lets data be fetched
-        own.append("--data.download=false")
-    return [str(found.config), *files], [*own, *left], found.log
+        layer["data"] = {"class_path": data.get("class_path"), "init_args": {"download": False}}
+    return Resumed([str(found.config), *files], [f"--ckpt_path={found.checkpoint}", *left], found.log, layer)
 
 
 def to_resume(folder: str, nothing_new: bool) -> ToResume:
@@ -257,9 +271,10 @@ class Continue(Callback):
                 return False  # the training will write it again
             if target.exists() and source.samefile(target):
                 return True
-            write(target, source.read_bytes())
+            content = source.read_bytes()
         except (OSError, ValueError, KeyError):
             return False
+        write(target, content)  # if the disk is full, the command ends, and no checkpoint is lost
         shutil.copystat(source, target)
         return True
 

@@ -17,7 +17,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities import rank_zero_only
 
-from dynadapter.files import append, read_bytes, write
+from dynadapter.files import READ_ONLY, append, read_bytes, write
 
 RUN_FOLDERS = {"fit": "version", "validate": "validate", "test": "test"}
 """The name of a run's folder below ``trainer.default_root_dir``. ``calibrate`` creates one without a run."""
@@ -46,23 +46,27 @@ def next_folder(root: Path, kind: str) -> Path:
     """Create the next free folder of a kind, for this process only."""
     try:
         root.mkdir(parents=True, exist_ok=True)
+        taken = [path.name.removeprefix(f"{kind}_") for path in root.glob(f"{kind}_*")]
+        number = max((int(name) for name in taken if name.isdigit()), default=-1) + 1
+        while True:
+            folder = root / f"{kind}_{number}"
+            try:
+                folder.mkdir()
+            except FileExistsError:  # another run has just created it
+                number += 1
+            else:
+                return folder
     except OSError as error:
-        raise ValueError(f"trainer.default_root_dir={root} cannot be created: {error.strerror}") from error
-    taken = [path.name.removeprefix(f"{kind}_") for path in root.glob(f"{kind}_*")]
-    number = max((int(name) for name in taken if name.isdigit()), default=-1) + 1
-    while True:
-        folder = root / f"{kind}_{number}"
-        try:
-            folder.mkdir()
-        except FileExistsError:  # another run has just created it
-            number += 1
-        else:
-            return folder
+        if error.errno not in READ_ONLY and root.is_dir():
+            raise
+        raise ValueError(
+            f"trainer.default_root_dir={root} cannot be written: {error.strerror}; give another"
+        ) from error
 
 
 def remove_if_empty(folder: Path) -> None:
     """Remove the folder of a run that failed before it measured or saved anything."""
-    started = ("config.yaml", "hparams.yaml", "run.json", ".")
+    started = ("config.yaml", "hparams.yaml", "run.json", "validation.txt", "skipped.csv", ".")
     if is_first_process() and all(path.name.startswith(started) for path in folder.iterdir()):
         shutil.rmtree(folder)
 

@@ -94,9 +94,10 @@ def read(args: Sequence[str]) -> Wanted:
         raise Mistake(f"{args[0]} {what}{way}")
     goal, settings = ([f"--goal.cost={given.cost}"] if given.cost is not None else []), []
     arguments = iter(rest)
+    for name in (arg.partition("=")[0] for arg in config_files(rest)[1]):  # each with its value
+        if "." not in name and (hint := nearest(name, ("--out", "--cost", "--backbone"), 0.75)):
+            raise Mistake(f"there is no option {name!r}{hint}")
     for arg in arguments:
-        if "." not in arg and (hint := nearest(arg.partition("=")[0], ("--out", "--cost", "--backbone"), 0.75)):
-            raise Mistake(f"there is no option {arg!r}{hint}")
         if arg.startswith("--goal."):
             goal.append(arg if "=" in arg else f"{arg}={next(arguments, '')}")
         else:
@@ -158,7 +159,8 @@ def train(wanted: Wanted) -> None:
 
 def _runs(out: Path) -> list[Path]:
     """List the run folders, the oldest first."""
-    return sorted(out.glob("version_*"), key=lambda run: int(f"0{run.name.removeprefix('version_')}"))
+    runs = [run for run in out.glob("version_*") if run.name.removeprefix("version_").isdecimal()]
+    return sorted(runs, key=lambda run: int(run.name.removeprefix("version_")))
 
 
 def _lacks_report(out: Path) -> bool:
@@ -188,13 +190,14 @@ def _trained(wanted: Wanted, arguments: list[str]) -> Path:
     begun = [line for line in lines if line and "--resume" not in line]
     if begun and begun[-1] != ["dynadapter", *arguments, *imports.given()]:
         raise Mistake(f"{wanted.out} holds a training with other settings: {shlex.join(begun[-1])}; give another --out")
-    newest = runs[-1] if begun else None
-    if newest is not None and read_record(newest).get("how") == "finished":
-        print(f"the training in {newest} is finished")
-        return newest
-    saved = newest is not None and any((newest / "checkpoints").glob("*.ckpt"))
+    finished = {run for run in runs if read_record(run).get("how") == "finished"}
+    # A run that saved nothing adds nothing to the run before it.
+    useful = [run for run in runs if run in finished or any((run / "checkpoints").glob("*.ckpt"))] if begun else []
+    if useful and useful[-1] in finished:
+        print(f"the training in {useful[-1]} is finished")
+        return useful[-1]
     try:
-        cli = DynCLI(["fit", "--resume", str(newest)] if saved else arguments)
+        cli = DynCLI(["fit", "--resume", str(useful[-1])] if useful else arguments)
     except Stopped as stop:
         raise Stopped(f"{str(stop).partition(';')[0]}; continue with: {wanted.line}", stop.code) from stop
     assert cli.run_folder is not None
@@ -205,6 +208,7 @@ def _fit_arguments(wanted: Wanted) -> list[str]:
     """Return the arguments of fit, including those that depend on the images and the machine."""
     files, rest = config_files(wanted.settings)
     contents = [read_config(file, ()) for file in files]
+    _require_checkpoints(contents, rest)
     place = ["--data=ImageTable", f"--data.file={wanted.place}"] if wanted.place.is_file() else []
     place = place or [f"--data.root={wanted.place}"]
     data = _data([file for file, one in zip(files, contents, strict=True) if one.get("data")], [*place, *rest])
@@ -229,6 +233,18 @@ def _fit_arguments(wanted: Wanted) -> list[str]:
     root = f"--trainer.default_root_dir={wanted.out}"
     configs = [f"--config={file}" for file in ("own_images", *files)]
     return ["fit", *configs, *chosen, *place, root, *_devices(trainers, rest), *rest]
+
+
+def _require_checkpoints(contents: Sequence[dict[str, Any]], line: Sequence[str]) -> None:
+    """Refuse settings by which the training would save no checkpoint, or save it where this command finds none."""
+    from dynadapter.cli.layers import OFF, assignments
+
+    given = dict(assignments(line))
+    sections = [one["checkpoint"] for one in contents if "checkpoint" in one]
+    if given.get("checkpoint", "on") in OFF or any(section in (None, False) for section in sections):
+        raise Mistake("checkpoint is off, and train calibrates and deploys a checkpoint; leave that setting out")
+    if "checkpoint.dirpath" in given or any("dirpath" in section for section in sections):
+        raise Mistake("train saves its checkpoints below --out; leave checkpoint.dirpath out, or use dynadapter fit")
 
 
 def _data(files: Sequence[str], line: Sequence[str]) -> "ImageData":

@@ -117,7 +117,8 @@ class RunCheckpoint(ModelCheckpoint):
     gradients. If training stops or validates there, the step begins again after a resume. If validation follows a
     batch, it saves after the validation, because a training resumed before it would skip it. An epoch without
     validation is saved at its end, unless a metric is monitored. With ``save_last`` the last checkpoint is written
-    whenever a save is due; Lightning writes it only when the best one changes.
+    whenever a save is due; Lightning writes it only when the best one changes. The end of the training is saved in any
+    case: the last checkpoint then holds the final weights, however rarely checkpoints are saved.
 
     While a training runs, no other training can save into its folder, because they would overwrite and remove each
     other's files.
@@ -217,10 +218,16 @@ class RunCheckpoint(ModelCheckpoint):
             self._save_last(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save by epochs, if due."""
+        """Save by epochs, if due, and after the last epoch."""
         super().on_train_epoch_end(trainer, pl_module)
         if self._should_save_on_train_epoch_end(trainer):
             self._save_last(trainer)
+        # Not in on_train_end, before which a weight average replaces the weights to continue from.
+        if _is_last_epoch(trainer) and not self._should_skip_saving_checkpoint(trainer):
+            candidates = self._monitor_candidates(trainer)
+            if self.monitor is None:
+                self._save_topk_checkpoint(trainer, candidates)
+            self._save_last_checkpoint(trainer, candidates)
 
     def _should_save_on_train_epoch_end(self, trainer: Trainer) -> bool:
         if self._save_on_train_epoch_end is None and self.monitor is None and not _validates(trainer):
@@ -231,6 +238,15 @@ class RunCheckpoint(ModelCheckpoint):
         due = self._every_n_epochs > 0 and (trainer.current_epoch + 1) % self._every_n_epochs == 0
         if due and not self._should_skip_saving_checkpoint(trainer):
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+
+
+def _is_last_epoch(trainer: Trainer) -> bool:
+    """Check at the end of an epoch whether the training ends. (Lightning's ``done`` does, but it counts the epoch.)"""
+    loop, epochs = trainer.fit_loop, trainer.max_epochs
+    steps_done = trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps
+    done: int = loop.epoch_progress.current.processed  # type: ignore[attr-defined]
+    epochs_done = epochs is not None and epochs != -1 and done >= epochs
+    return steps_done or epochs_done or (trainer.should_stop and loop._can_stop_early)
 
 
 def _validates(trainer: Trainer) -> bool:
