@@ -215,7 +215,7 @@ def test_never_runs_no_early_head(policy, class_first):
     routed = net.early(images, policy, class_first)
     assert (routed.exit_index.tolist(), asked) == (expected.exit_index.tolist(), [])
     torch.testing.assert_close(routed.logits, logits)
-    stream = Stream(net, policy, batch=2, class_first=class_first)
+    stream = Stream(net, policy, batch=2)
     stream.push(images)
     torch.testing.assert_close(torch.stack([answer.logits for answer in stream.flush()]), logits)
     assert not asked

@@ -318,14 +318,16 @@ def test_way_on_after_an_early_stop(finished, at, monkeypatch, capfd):
     assert not (finished.parent / "version_1").exists()
 
 
-def test_full_disk_when_checkpoints_are_copied(finished, monkeypatch, capsys):
+def test_full_disk_when_checkpoints_are_copied(finished, tmp_path, monkeypatch, capsys):
+    run = shutil.copytree(finished, tmp_path / "version_0")  # the new folder stays beside it
+
     def full(path, data):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
     monkeypatch.setattr("dynadapter.cli.resume.write", full)
-    line = refused(["fit", "--resume", finished, "--epochs=2"], capsys)
+    line = refused(["fit", "--resume", run, "--epochs=2"], capsys)
     assert "the disk is full" in line
-    assert f"continue with: dynadapter fit --resume {finished} --epochs=2" in line
+    assert f"continue with: dynadapter fit --resume {run} --epochs=2" in line
 
 
 def test_sigterm_stops_test_at_once(tiny_run, tmp_path, monkeypatch, capfd):

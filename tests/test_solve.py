@@ -9,6 +9,7 @@ import torch
 from conftest import make_vit
 from scipy import stats
 from test_calibrate import COSTS, GOALS, agrees, chosen, fake, lost
+from written_folder import taken
 
 from dynadapter.calibrate import COMBINES, Goal, choosing, evaluate, policy_for, solve, split_folds
 from dynadapter.calibrate.choosing import (
@@ -250,9 +251,9 @@ def test_setting_is_the_same_everywhere(policy, network):
     assert restore(json.loads(json.dumps(plain(policy))), Policy) == policy
     # the exported runtime, in numpy
     runtime = RuntimePolicy(*json.loads(json.dumps(policy_settings(policy, 3)))[:1], 3, policy_settings(policy, 3)[1])
-    assert runtime.route(logits.numpy()).tolist() == expected.exit_index.tolist()
-    taken = runtime.combine(logits.numpy())[expected.exit_index, np.arange(9)]
-    np.testing.assert_allclose(taken, expected.logits, rtol=1e-3, atol=1e-4)
+    assert taken(runtime, logits.numpy()).tolist() == expected.exit_index.tolist()
+    answers = runtime.combine(logits.numpy())[expected.exit_index, np.arange(9)]
+    np.testing.assert_allclose(answers, expected.logits, rtol=1e-3, atol=1e-4)
     # tables, and validation and test of a training
     assert len(thresholds(policy, 3)) == 3
     assert EarlyExit([policy]).policies == [policy]

@@ -143,7 +143,7 @@ def with_fresh_classes(args: Sequence[str], contents: Contents, defaults: Mappin
             before = below.get(place, "")
             if name == before:
                 continue
-            if not any(place.startswith(f"{other}.") for other in changed) and (other := _unlike(name, before)):
+            if not any(place.startswith(f"{other}.") for other in changed) and (other := _unlike(before, name)):
                 fresh.append(f"--{place}={other}")
             changed.append(place)
             below = {known: cls for known, cls in below.items() if not known.startswith(f"{place}.")} | {place: name}
