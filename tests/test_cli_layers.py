@@ -77,6 +77,7 @@ def test_other_class_keeps_no_argument(args, home, capsys):
     ("args", "key", "kept"),
     [
         ("--model.adapter.rank=3 --model.adapter=LoRA", "model.adapter", {"rank": 3}),
+        ("--model.adapter.dropout=0.2 --model.adapter=RepAdapter", "model.adapter", {"dropout": 0.2, "targets": []}),
         ("--model.heads=Balanced --model.heads.hidden=9 --model.heads=MLPHeads", "model.heads", {"hidden": 64}),
         ("--model.heads.queries=3 --model.heads=Attentive", "model.heads", {"queries": 3}),
         ("--model.lr_schedule=Warmup --model.lr_schedule.then.end=0.5", "model.lr_schedule", {"fraction": 0.1}),

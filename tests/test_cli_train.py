@@ -228,6 +228,11 @@ MISTAKES = [
 ]
 
 
+def test_complete_config_is_no_mistake():
+    """It names every setting, also those that are null."""
+    train._require_checkpoints([{"checkpoint": {"dirpath": None}}, {"checkpoint": True}], ["--checkpoint.dirpath=null"])
+
+
 @pytest.mark.parametrize(("args", "words"), MISTAKES)
 def test_mistakes_are_one_line(args, words, photos, capsys):
     Path("file.txt").write_text("x")

@@ -129,25 +129,32 @@ def with_fresh_classes(args: Sequence[str], contents: Contents, defaults: Mappin
     """Reset a setting before an argument that names another class for it than the layers below.
 
     Otherwise jsonargparse would keep the arguments that both classes have: a RepAdapter would wrap the targets of a
-    LoRA. Optimizers and image data keep them, for their rates, sizes and folders are meant for any class.
+    LoRA. Optimizers and image data keep them, for their rates, sizes and folders are meant for any class. Arguments
+    that the command line gives before it first names the class stay.
 
     >>> with_fresh_classes(["--config=a", "--model.adapter=SSF"], {"a": {"model": {"adapter": "LoRA"}}}, {})
     ['--model.adapter=ByBlocks', '--config=a', '--model.adapter=ByBlocks', '--model.adapter=SSF']
     """
     fresh: list[str] = []
+    line: list[str] = []  # the arguments of the command line so far
+    named: set[str] = set()  # the places whose class it has named
     below = dict(_classes(defaults))
     for arg in args:
         key, _, value = arg.removeprefix("--").partition("=")
         changed: list[str] = []
+        again: list[str] = []
         for place, name in _classes(contents[value]) if key == "config" else _classes_of(key, value):
             before = below.get(place, "")
-            if name == before:
-                continue
-            if not any(place.startswith(f"{other}.") for other in changed) and (other := _unlike(before, name)):
-                fresh.append(f"--{place}={other}")
-            changed.append(place)
-            below = {known: cls for known, cls in below.items() if not known.startswith(f"{place}.")} | {place: name}
-        fresh.append(arg)
+            if name != before:
+                if not any(place.startswith(f"{other}.") for other in changed) and (other := _unlike(before, name)):
+                    fresh.append(f"--{place}={other}")
+                    again += [one for one in line if one.startswith(f"--{place}.") and place not in named]
+                changed.append(place)
+                below = {known: cls for known, cls in below.items() if not known.startswith(f"{place}.")}
+                below[place] = name
+            named |= {place} if key != "config" else set()
+        fresh += [arg, *again]
+        line += [arg] if key != "config" else []
     return fresh
 
 

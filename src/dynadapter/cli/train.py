@@ -243,7 +243,8 @@ def _require_checkpoints(contents: Sequence[dict[str, Any]], line: Sequence[str]
     sections = [one["checkpoint"] for one in contents if "checkpoint" in one]
     if given.get("checkpoint", "on") in OFF or any(section in (None, False) for section in sections):
         raise Mistake("checkpoint is off, and train calibrates and deploys a checkpoint; leave that setting out")
-    if "checkpoint.dirpath" in given or any("dirpath" in section for section in sections):
+    folders = [section.get("dirpath") for section in sections if isinstance(section, dict)]
+    if given.get("checkpoint.dirpath", "null") not in OFF or any(folder is not None for folder in folders):
         raise Mistake("train saves its checkpoints below --out; leave checkpoint.dirpath out, or use dynadapter fit")
 
 

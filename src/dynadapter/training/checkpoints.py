@@ -117,8 +117,8 @@ class RunCheckpoint(ModelCheckpoint):
     gradients. If training stops or validates there, the step begins again after a resume. If validation follows a
     batch, it saves after the validation, because a training resumed before it would skip it. An epoch without
     validation is saved at its end, unless a metric is monitored. With ``save_last`` the last checkpoint is written
-    whenever a save is due; Lightning writes it only when the best one changes. The end of the training is saved in any
-    case: the last checkpoint then holds the final weights, however rarely checkpoints are saved.
+    whenever a save is due; Lightning writes it only when the best one changes. The end of the training
+    is saved without a monitored metric or with ``save_last``, however rarely checkpoints are saved.
 
     While a training runs, no other training can save into its folder, because they would overwrite and remove each
     other's files.
@@ -181,7 +181,7 @@ class RunCheckpoint(ModelCheckpoint):
             batches[part] = {name: count - repeated for name, count in batches[part].items()}
         of_data = checkpoint.get(type(trainer.datamodule).__qualname__, {})  # type: ignore[attr-defined]
         for position in (*loops["state_dict"].get("combined_loader", ()), of_data):
-            if position.keys() >= {"epoch", "batches"}:  # of a ResumableLoader
+            if isinstance(position, dict) and position.keys() >= {"epoch", "batches"}:  # of a ResumableLoader
                 position["batches"] -= repeated
 
     def on_train_batch_end(
