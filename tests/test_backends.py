@@ -110,9 +110,14 @@ def test_two_exports_at_once(tmp_path, monkeypatch):
             (draft / MANIFEST).touch()
         written.append(place)
 
+    def runner(place, **_):
+        if not (place / MANIFEST).exists():
+            raise ValueError
+        return SimpleNamespace(load=lambda: "opened")
+
     monkeypatch.setattr(backends, "cache_of", lambda _: folder.parent)
     monkeypatch.setattr(backends, "_export", slow)
-    monkeypatch.setattr(backends, "Runner", lambda *_, **__: SimpleNamespace(load=lambda: "opened"))
+    monkeypatch.setattr(backends, "Runner", runner)
     with ThreadPoolExecutor(2) as pool:
         found = list(pool.map(lambda _: open_graphs(None, "onnx").runner, range(2)))
     assert found == ["opened", "opened"]

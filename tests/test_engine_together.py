@@ -27,10 +27,10 @@ EXITS = len(COSTS.macs)
 HEATS = (2.0, 1.5, 0.7)
 NAMES = ("flowers", "birds", "cars")
 POLICIES: dict[str, tuple[Policy, Policy, Policy]] = {
-    "confidence": (Confidence(0.35), Confidence(0.72), Confidence(0.57)),
+    "confidence": (Confidence(0.35), Confidence(0.57), Confidence(0.57)),
     "combined": (
         Scaled(Combined(Confidence(0.27), by="mean"), HEATS),
-        Combined(Confidence(0.6)),
+        Combined(Confidence(0.5)),
         Combined(Never(), by="mean"),
     ),
     "last exit": (Never(), Never(), Scaled(Never(), HEATS)),

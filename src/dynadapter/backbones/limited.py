@@ -27,6 +27,7 @@ def stored_in(where: str, tensors: Mapping[str, Any]) -> Iterator[None]:
         tensors: The tensors of the file.
     """
     token = _file.set((where, sum(tensor.numel() for tensor in tensors.values() if isinstance(tensor, Tensor))))
+    del tensors  # the caller may free them inside
     try:
         yield
     finally:

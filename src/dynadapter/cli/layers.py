@@ -177,6 +177,8 @@ def _classes_of(key: str, value: str) -> Iterator[tuple[str, str]]:
             read = yaml.safe_load(value)
         except yaml.YAMLError:  # the parser explains it
             return
+    if key.endswith(".help"):  # it names a class to describe
+        return
     place = key.removesuffix(".class_path").replace(".init_args.", ".")
     yield from _named(place, read) if "." in place else _classes({place: read})
 

@@ -66,8 +66,8 @@ def from_array(array: Array, value_range: Range | None = None) -> tuple[Image.Im
 
     Args:
         array: Pixels (height, width), or (height, width, channels) with 1 channel for grey, 2 for grey and opacity,
-            3 for RGB or 4 for RGB and opacity; bool, integers or floats. Opacity has 16 bits, in floats from 0 to 1.
-        value_range: As in :func:`to_rgb`; opacity does not follow it.
+            3 for RGB or 4 for RGB and opacity; bool, integers or floats.
+        value_range: As in :func:`to_rgb`; in an array it is also that of opacity.
 
     Raises:
         ValueError: The array has another shape or type, or its range is not known.
@@ -84,11 +84,7 @@ def from_array(array: Array, value_range: Range | None = None) -> tuple[Image.Im
         array = array.astype(np.uint8) * np.uint8(255)
     if array.dtype == np.uint8:
         return Image.fromarray(np.ascontiguousarray(array)), None
-    colours = array[..., :-1] if channels in (2, 4) else array
-    pixels, remark = to_8_bits(colours, value_range)
-    if channels in (2, 4):
-        opacity, _ = to_8_bits(array[..., -1:], (0, 1) if array.dtype.kind == "f" else (0, 65535))
-        pixels = np.concatenate([pixels, opacity], axis=-1)
+    pixels, remark = to_8_bits(array, value_range)
     return Image.fromarray(pixels), remark
 
 

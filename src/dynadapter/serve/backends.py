@@ -131,18 +131,19 @@ def open_graphs(bundle: "Bundle", backend: str) -> Graphs:
     folder = cache_of(bundle) / "graphs"
     engine = "openvino" if backend == "openvino" else "onnxruntime"
 
-    def opened() -> Graphs:
-        return Graphs(Runner(folder, threads=torch.get_num_threads(), engine=engine).load())
+    def found() -> "Runner | None":
+        with suppress(ValueError):  # missing or damaged
+            return Runner(folder, threads=torch.get_num_threads(), engine=engine)
+        return None
 
-    with suppress(ValueError):  # missing or damaged
-        return opened()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with locked(folder.parent, wait=True):  # another process or thread may export at this moment
-        with suppress(ValueError):
-            return opened()
-        shutil.rmtree(folder, ignore_errors=True)  # damaged
-        _export(bundle, folder)
-    return opened()
+    if (runner := found()) is None:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with locked(folder.parent, wait=True):  # another process or thread may export at this moment
+            if (runner := found()) is None:
+                shutil.rmtree(folder, ignore_errors=True)
+                _export(bundle, folder)
+                runner = Runner(folder, threads=torch.get_num_threads(), engine=engine)
+    return Graphs(runner.load())
 
 
 def cache_of(bundle: "Bundle") -> Path:

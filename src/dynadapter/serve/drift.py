@@ -100,6 +100,7 @@ class Drift:
         self.outside: frozenset[str] = frozenset()
         self._counts = [0] * (len(reference.shares) if reference is not None else 0)
         self._sum = 0.0
+        self._left_out = 0
 
     def add(self, exit_index: int, confidence: float) -> list[str]:
         """Add an image; at the end of a window, return a line for each value that has left its interval or is back."""
@@ -111,16 +112,21 @@ class Drift:
             return []
         shares = {f"exit {number}": count / images for number, count in enumerate(self._counts, 1)}
         self.live = shares | {CONFIDENCE: self._sum / images}  # whole at once: another thread may read it
-        self.restart()
+        self._restart()
         before = self.outside
         self.outside = frozenset(
             name for name, (_, low, high) in self.expected.items() if not low <= self.live[name] <= high
         )
         return list(self._changed(before))
 
-    def restart(self) -> None:
-        """Leave out the images since the last window, because the load has stopped one of them early."""
-        self._counts, self._sum = [0] * len(self._counts), 0.0
+    def leave_out(self) -> None:
+        """Leave out an image that the load has stopped early; if these are more than 1 %, begin a new window."""
+        self._left_out += 1
+        if self._left_out > self.window / 100:
+            self._restart()
+
+    def _restart(self) -> None:
+        self._counts, self._sum, self._left_out = [0] * len(self._counts), 0.0, 0
 
     def _changed(self, before: frozenset[str]) -> Iterator[str]:
         for name in sorted(before ^ self.outside):

@@ -321,7 +321,7 @@ class Engine:
             if answer.limited is not None:
                 self.counts.limited[answer.limited] += 1
                 if job.plain:  # by load: the window lacks its exit
-                    self.drift.restart()
+                    self.drift.leave_out()
             elif job.plain:
                 for line in self.drift.add(answer.exit_index, answer.probabilities.max().item()):
                     LOG.warning("%s: %s", self.name, line)

@@ -29,7 +29,9 @@ try:
 except ImportError:  # Windows: nothing prevents two processes from computing the same batch
     fcntl = None  # type: ignore[assignment]
 
-FORMAT = 2
+FORMAT = 3
+ENDED = "unread"
+"""File in the folder of an unfinished table whose run ended because images could not be read."""
 TITLE = "predictions of dynadapter"
 
 
@@ -204,6 +206,7 @@ class PredictionTable:
         """Write the list of unreadable images, or remove an old list where there are none."""
         found = [entry for entry in self._entries() if isinstance(entry, Unread)] if self.unread else []
         write_unread(self.unread_list, [*found, *more])
+        (self.folder / ENDED).touch()
 
     def close(self) -> None:
         """Close the unfinished table and release what this process claimed."""
@@ -238,11 +241,13 @@ class PredictionTable:
             file.write(json.dumps(self._header).encode())
 
     def _drop_unread(self) -> None:
-        """Remove batches with images that could not be read, which are tried again, unless the table is written."""
-        if self.overwrite or not os.path.lexists(self.output):
+        """Remove batches with images that could not be read, if a run ended because of them; they are tried again."""
+        ended = self.folder / ENDED
+        if ended.exists():
             for number in range(self.batches):
                 if any(isinstance(entry, Unread) for entry in self._read(number) or ()):
                     self._path(number).unlink()
+            ended.unlink()
 
     def _check_new(self) -> None:
         """Raise an error for a folder without ``table.json`` that holds other files."""

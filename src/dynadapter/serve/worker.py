@@ -180,7 +180,9 @@ class Worker:
         return next(iter(due[-1:] or full[-1:] or some[:1]), None)
 
     def _due(self, k: int, part: Waiting[Job]) -> float:
-        latest = min(job.deadline for job in part.items) - 2 * self.expected(k, len(part.items))
+        images = min(self.batch, sum(map(count, self.queues[k])))
+        seconds = self.seconds[k].get(images.bit_length()) or max(self.seconds[k].values(), default=0.0)
+        latest = min(job.deadline for job in part.items) - 2 * (seconds + self.turn)
         return min(part.since + self.wait, latest)
 
     def _take(self, k: int) -> dict[int, list[Waiting[Job]]]:
@@ -219,7 +221,8 @@ class Worker:
                 for some, kind in ((rows, late), (sorted(set(range(len(part.items))) - set(rows)), stay)):
                     if some:
                         kind[task] = part.chosen(some)
-        if late:
+        ends = time.monotonic() + self.expected(k, images, turn=False)
+        if k and any(ends >= job.deadline and not job.cancelled() for part in late.values() for job in part.items):
             self.doubt(k, images)
         return stay, late
 
