@@ -79,8 +79,8 @@ def list_hash(samples: Sequence[tuple[Source, int | str]], folder: Path | None) 
 
 
 def _inside(source: Source) -> str:
-    """Return the name of an image inside its data set: split and index, without the path of a library's data set."""
-    return source.name.rpartition("/")[2] if isinstance(source, LibraryImage) else str(source)
+    """Return the name of an image: of a library's data set its own name, split and index, without the folders above."""
+    return "/".join(source.name.split("/")[-2:]) if isinstance(source, LibraryImage) else str(source)
 
 
 def size_of(source: Source) -> int:
