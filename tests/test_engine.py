@@ -493,9 +493,12 @@ def test_image_is_copied(image, monkeypatch):
 
 
 def test_load_begins_a_new_window(monkeypatch):
+    """It does so once it has stopped more than 1 % of a window after their first stage."""
     measured = {"shares": [0.2, 0.3, 0.5], "samples": 1000}
     with Engine(make_bundle(STRICT, NET, measured=measured)) as engine:
-        for opened, counted in (([3, 3, 3], 1), ([3, 1, 1], 0), ([3, 3, 3], 1), ([1], 1), ([3, 3, 1], 2)):
+        engine.drift.window = 100
+        cases = (([3, 3, 3], 1), ([3, 1, 1], 1), ([3, 3, 3], 2), ([3, 1, 1], 0), ([1], 0), ([3, 3, 1], 1))
+        for opened, counted in cases:
             monkeypatch.setattr(engine, "open_exits", iter(opened).__next__)
             engine.submit(IMAGES[0]).result(60)
             assert sum(engine.drift._counts) == counted
