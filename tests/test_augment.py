@@ -203,4 +203,5 @@ def test_nested_transforms_are_built():
 
 def test_transforms_fit_the_size():
     """Some work with one size alone."""
-    Augmentation(Augment(transforms=({"RandomCrop": {"size": 24, "padding": 3}},)), PREPROCESS)
+    changed = Augmentation(Augment(transforms=({"RandomCrop": {"size": 24, "padding": 3}},)), PREPROCESS)
+    assert changed(picture(), 0).shape == (3, 24, 24)
