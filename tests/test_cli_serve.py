@@ -7,10 +7,13 @@ import re
 import signal
 import subprocess
 import sys
-import threading
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from commands import refused
 from conftest import VIT, make_vit
@@ -63,12 +66,10 @@ def test_mistake_is_one_line(args, words, capsys):
 
 
 def test_names_of_bundles():
-    given = serve.parser().parse_args(["--bundle", "runs/flowers", "hf-hub:me/birds@v1", "old=runs/x=y"])
-    assert serve.read(given) == {
-        "flowers": "runs/flowers",
-        "birds": "hf-hub:me/birds@v1",
-        "old": "runs/x=y",
-    }
+    places = ["runs@2/flowers", "hf-hub:me/birds@v1", "hf-hub:me/trees@refs/pr/3", "hf-hub:me/fish@feature/x"]
+    given = serve.parser().parse_args(["--bundle", *places, "old=runs/x=y"])
+    names = ["flowers", "birds", "trees", "fish"]
+    assert serve.read(given) == {**dict(zip(names, places, strict=True)), "old": "runs/x=y"}
 
 
 def test_taken_port_is_one_line(tmp_path, capsys):
@@ -81,6 +82,26 @@ def test_taken_port_is_one_line(tmp_path, capsys):
         with pytest.raises(SystemExit):
             main(["serve", "--bundle", str(tmp_path / "a"), "--port", str(port)])
     assert f"cannot listen on 127.0.0.1:{port} (Address already in use)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("options", "asked"), [([], []), (["--threads", "3"], [3])])
+def test_port_taken_while_loading(tmp_path, capsys, monkeypatch, options, asked):
+    """Another server was bound to the port before this one, too, and listens first; no address is printed."""
+    pytest.importorskip("fastapi")
+    from dynadapter.serve.listening import bound
+
+    threads = []
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    with bound("127.0.0.1", 0) as first:
+        port = first.getsockname()[1]
+        with bound("127.0.0.1", port) as second:
+            first.listen()
+            place = saved_task(tmp_path / "flowers", 0)
+            given = serve.parser().parse_args(["--bundle", place, "--port", str(port), "--device", "cpu", *options])
+            with pytest.raises(Mistake, match=rf"cannot listen on 127.0.0.1:{port} \(Address already in use\); give"):
+                serve._serve(given, serve.read(given), second)
+    assert "POST" not in capsys.readouterr().out
+    assert threads == asked  # otherwise as OMP_NUM_THREADS and the affinity say
 
 
 def test_missing_package_is_named(capsys, monkeypatch):
@@ -136,12 +157,12 @@ def test_bundles_hold_a_backbone_once():
     assert share_backbones([other]) == 0
 
 
-def saved_task(place: Path, seed: int, adapter: AdapterSpec = LORA, merged: bool = False) -> str:
+def saved_task(place: Path, seed: int, adapter: AdapterSpec = LORA, merged: bool = False, **more: Any) -> str:
     """Write a task as a bundle, and return its folder."""
     one = task(seed, adapter)
     if merged:
         one.net.merge(1e-3)
-    parts = {"backbone": one.config.backbone, "adapter": adapter, "merged": merged}
+    parts = {"backbone": one.config.backbone, "adapter": adapter, "merged": merged} | more
     return str(save_bundle(one.net, place, **parts_of(one.net, Never(), **parts)))
 
 
@@ -169,6 +190,33 @@ def test_bundles_that_cannot_share_batches(tmp_path, options, reason):
     assert str(error.value).endswith("; run it by itself, without --together")
 
 
+def test_weights_go_to_bundles_that_need_them(tmp_path, monkeypatch):
+    source, weights = task(0).config.backbone, str(tmp_path / "w.safetensors")
+    safetensors.torch.save_file(make_vit().state_dict(), weights)
+    parts = {
+        "file": {"backbone": replace(source, origin="file", file="w.safetensors"), "whole": False},
+        "seed": {"whole": False},
+        "whole": {},
+    }
+    places = {name: saved_task(tmp_path / name, 0, **more) for name, more in parts.items()}
+    places["gone"] = str(tmp_path / "gone" / "bundle")
+    real, got = serve.load_network, []
+    monkeypatch.setattr(serve, "load_network", lambda given, **more: got.append(given.weights) or real(given, **more))
+
+    def load(*names: str, options: Sequence[str] = ("--weights", weights)) -> list[str]:
+        given = serve.parser().parse_args(["--bundle", *(places[name] for name in names), "--device", "cpu", *options])
+        return list(serve._engines(given, serve.read(given)))
+
+    assert load(*parts) == [*parts]
+    assert got == [weights, None, None]
+    with pytest.raises(Mistake, match=r"file needs the weights of its backbone .*: give their file \(w.safetensors in"):
+        load(*parts, options=())
+    with pytest.raises(Mistake, match=r"whole is a whole bundle, .*; leave weights and pretrained out"):
+        load("whole")
+    with pytest.raises(Mistake, match="is not a folder"):
+        load("gone", "whole")
+
+
 # ---- a process
 
 
@@ -186,7 +234,6 @@ def test_signal_ends_a_process_gracefully(tmp_path, number):
         found = re.search(r"POST an image to http://127.0.0.1:(\d+)/v1/flowers/predict", "".join(lines))
         assert found, lines
         connection = http.client.HTTPConnection("127.0.0.1", int(found[1]), timeout=60)
-        until_answered(connection)
         connection.request("POST", "/v1/flowers/predict", photos(1)[0])
         answer = connection.getresponse()
         assert json.loads(answer.read())["exit"] == 3
@@ -199,16 +246,3 @@ def test_signal_ends_a_process_gracefully(tmp_path, number):
     finally:
         process.kill()
         process.communicate()
-
-
-def until_answered(connection: http.client.HTTPConnection) -> None:
-    """The port is printed just before the server listens."""
-    for _ in range(200):
-        try:
-            connection.request("GET", "/ready")
-            assert connection.getresponse().read()
-            return
-        except ConnectionRefusedError:
-            connection.close()
-            threading.Event().wait(0.05)
-    raise AssertionError("the server does not listen")

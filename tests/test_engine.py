@@ -21,8 +21,9 @@ from dynadapter.exits.policies import Confidence, Entropy, Never, Patience, comb
 from dynadapter.exits.temperature import Scaled
 from dynadapter.images.reading import UnreadableImage
 from dynadapter.serve.engine import Engine, _rounded_up
-from dynadapter.serve.requests import Closed, Failed, Full, Late, Limits
+from dynadapter.serve.requests import Closed, Failed, Full, Job, Late, Limits
 from dynadapter.serve.stages import Waiting, count, take
+from dynadapter.serve.worker import ExitPredictions
 
 NET = make_net()
 IMAGES = tensors(40)
@@ -117,6 +118,18 @@ def test_deep_stages_run_full():
             future.result(60)
     assert engine.counts.images == [32] * 3
     assert engine.counts.runs[1:] == [4, 4]
+
+
+@pytest.mark.parametrize("deadline", [None, 500])
+def test_choice_of_a_stage_counts_its_images_once(deadline, monkeypatch):
+    calls = []
+    monkeypatch.setattr("dynadapter.serve.worker.count", lambda queue: calls.append(queue) or count(queue))
+    with engine_of(batch=64, queue=100, wait=60) as engine:
+        parts = [Waiting([engine._job(image, Limits(deadline=deadline))], time.monotonic(), ()) for image in IMAGES]
+        engine._worker.queues[0][0].extend(parts)
+        assert engine._worker._next() == 0
+        assert len(calls) == 1
+        engine._worker.queues[0][0].clear()
 
 
 @settings(max_examples=30, deadline=None)
@@ -256,11 +269,38 @@ def test_stage_too_slow_for_its_deadline():
         worker.seconds[1][1] = 1.5
         for _ in range(200):
             if worker.expected(1, 1) >= 1:
-                worker.doubt(1, 1)
+                worker.doubt(1, 1, [Job(None, STRICT, None, 2, time.monotonic() + 1, False)])
             else:
                 worker._measured(1, 1, 1.5)
                 runs += 1
     assert 8 <= runs <= 10
+
+
+@pytest.mark.parametrize("place", ["after a stage", "before a stage"])
+@pytest.mark.parametrize(("left", "turn", "doubted"), [(500, 0, True), (-1, 0, False), (500, 1000, False)])
+def test_deadline_that_doubts_a_stage(place, left, turn, doubted):
+    """One that has passed, or that the wait for the lock alone exceeds, does not; nor does a cancelled request."""
+    with engine_of() as engine:
+        worker = engine._worker
+        seconds = 1000.0 if doubted or left < 0 else 1.0
+        worker.seconds[1][1], worker.turn = seconds, turn
+        job = engine._job(IMAGES[0], Limits(deadline=1))
+        job.deadline = time.monotonic() + left
+        job.add_done_callback(lambda done: setattr(done, "deadline", 0.0))  # as one that takes long
+        engine.taken += 1
+        now = Waiting([job], 0.0, (IMAGES[:1],), LOGITS[:1, :1])
+        if place == "after a stage":
+            assert not engine.answer_stopped(0, now, ExitPredictions(LOGITS[0, :1].softmax(-1), [True], [False]), 0.0)
+            assert job.result(0).limited == "deadline"
+        else:
+            assert not worker._sorted(1, {0: now}, turn=True)[0]
+            engine.end(job, None)
+        assert (worker.seconds[1][1] < seconds) == doubted
+        worker.seconds[1][1] = 1000.0
+        job = Job(None, STRICT, None, 2, time.monotonic() + 500, False)
+        job.cancel()
+        worker.doubt(1, 1, [job])
+        assert worker.seconds[1][1] == 1000.0
 
 
 class Turns:

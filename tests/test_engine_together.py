@@ -377,6 +377,10 @@ def test_bundles_that_do_not_fit():
         Engine.together({"flowers": one, "birds": other})
     with pytest.raises(ValueError, match=r"birds cannot be in one batch with flowers: its adapter is Adapter"):
         Engine.together({"birds": other, "flowers": one})
+    half = bundle()
+    half.net.bfloat16()
+    with pytest.raises(ValueError, match="differs, because a bundle is merged, on another device or of another type"):
+        Engine.together({"flowers": one, "birds": half})
     with pytest.raises(ValueError, match="give at least two"):
         Engine.together({"flowers": one})
     with pytest.raises(ValueError, match="queue=16 must be above batch=16"):

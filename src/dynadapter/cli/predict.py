@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from dynadapter.cli.cores import usable_cores
 from dynadapter.cli.errors import Mistake, Stopped, Terminated, mistakes, one_line, stoppable
 from dynadapter.cli.imports import import_own
 from dynadapter.cli.networks import BACKEND, BUNDLE, POLICY, WEIGHTS, check_network, load_network
@@ -198,7 +199,7 @@ def fill(bundle: "Bundle", table: PredictionTable, given: Any, args: list[str]) 
     from dynadapter.serve.predict import NonFinite, TooManyUnread, predict
 
     start, before, speed = time.monotonic(), table.done, 0.0
-    cores = min(8, os.cpu_count() or 1)
+    cores = min(8, usable_cores())
     workers = max(1, cores // given.processes) if given.num_workers is None else given.num_workers
     with _bar(len(table.files), before) as bar:
 

@@ -5,7 +5,8 @@ import os
 import re
 import signal
 import threading
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +30,7 @@ OPTIONS: Options = {
     "batch": (int, 16, "Images in a full batch of a stage."),
     "queue": (int, 128, "Images of a bundle that are accepted and not answered; more get 429."),
     "wait_ms": (float, 0.0, "Longest wait of an image for a full batch, at each stage."),
-    "threads": (int | None, None, "Threads of torch; by default as many as cores."),
+    "threads": (int | None, None, "Threads that compute; by default torch's own number, which OMP_NUM_THREADS sets."),
     "readers": (int, 2, "Threads of each bundle that decode images."),
     "max_bytes": (int, 2**24, "Largest image file."),
     "max_pixels": (int, 40_000_000, "Largest image."),
@@ -72,14 +73,21 @@ def run(args: list[str]) -> None:
         raise Mistake(f"serve needs {', '.join(missing)}; install what it needs: pip install 'dynadapter[serve]'")
     from dynadapter.serve.listening import bound
 
-    try:
+    with _refusing(given):
         listening = bound(given.host, given.port)
+    with listening:
+        _serve(given, places, listening)
+
+
+@contextmanager
+def _refusing(given: Any) -> Iterator[None]:
+    """Raise an OSError of the address as one line."""
+    try:
+        yield
     except OSError as error:
         raise Mistake(
             f"cannot listen on {given.host}:{given.port} ({error.strerror}); give --host, or --port"
         ) from error
-    with listening:
-        _serve(given, places, listening)
 
 
 def read(given: Any) -> dict[str, str]:
@@ -95,7 +103,8 @@ def read(given: Any) -> dict[str, str]:
     for one in given.bundle:
         name, equals, place = one.partition("=")
         if not equals or "/" in name:
-            name, place = re.sub(r"@.*", "", Path(one).name.rpartition(":")[2]), one
+            path = one.partition("@")[0] if one.startswith("hf-hub:") else one  # a revision may have slashes
+            name, place = re.sub(r"@.*", "", Path(path).name.rpartition(":")[2]), one
         if not NAME.fullmatch(name):
             raise Mistake(
                 f"{name!r} is not a valid name for a path; give letters, digits, '.', '-' and '_', as in "
@@ -125,7 +134,8 @@ def _serve(given: Any, places: dict[str, str], listening: "socket.socket") -> No
     from dynadapter.serve.server import Service, Settings
 
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
-    torch.set_num_threads(given.threads or os.cpu_count() or 1)
+    if given.threads:
+        torch.set_num_threads(given.threads)
     engines = _engines(given, places)
     settings = Settings(given.max_bytes, given.max_pixels, given.upload_seconds, max(2**28, given.max_bytes))
     folders = {
@@ -135,6 +145,8 @@ def _serve(given: Any, places: dict[str, str], listening: "socket.socket") -> No
     server = server_of(service.app())
     host, port = listening.getsockname()[:2]
     address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    with _refusing(given):  # another server may have been started on this port at the same time
+        listening.listen()
     for name in engines:
         print(f"POST an image to {address}/v1/{name}/predict")
     print(f"or drop one on {address}/", flush=True)
@@ -163,12 +175,13 @@ def _engines(given: Any, places: dict[str, str]) -> dict[str, "Engine"]:
     from dynadapter.serve.engine import Engine
     from dynadapter.serve.sharing import share_backbones
 
-    unset = {"ckpt_path": None, "policy": None, "threshold": None}
-    own = {name: given[name] for name in ("weights", "pretrained", "device", "backend")}
-    bundles = {
-        name: load_network(Namespace(bundle=place, **own, **unset), batch_size=given.batch)
-        for name, place in places.items()
-    }
+    own = {"ckpt_path": None, "policy": None, "threshold": None, "device": given.device, "backend": given.backend}
+    weights = {name: given[name] for name in WEIGHTS}
+    needing = [name for name, place in places.items() if any(weights.values()) and _needs_weights(place)]
+    bundles = {}
+    for name, place in places.items():
+        settings = weights if name in needing or not needing else dict.fromkeys(weights)
+        bundles[name] = load_network(Namespace(bundle=place, **settings, **own), batch_size=given.batch)
     if saved := share_backbones(bundles.values()):
         print(f"one backbone serves several bundles: {saved / 1e6:.1f} MB are held once")
     wait, turns = given.wait_ms / 1000, threading.Lock()
@@ -185,3 +198,14 @@ def _engines(given: Any, places: dict[str, str]) -> dict[str, "Engine"]:
         if not engine.drift.expected:
             print(f"{name} stores no calibration of its own to compare with: drift is not watched")
     return engines
+
+
+def _needs_weights(place: str) -> bool:
+    """Check whether a bundle has no backbone of its own; True for one that cannot be read, so that load refuses it."""
+    from dynadapter.serve.bundle.hub import local
+    from dynadapter.serve.bundle.reading import read_config
+
+    with suppress(ValueError, OSError):
+        config = read_config(local(place))
+        return not config.whole and config.backbone.origin != "seed"
+    return True

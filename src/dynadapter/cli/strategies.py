@@ -1,6 +1,5 @@
 """Values of ``--trainer.strategy``: FSDP2, and checks of strategies that would fail silently."""
 
-import os
 from datetime import timedelta
 from typing import Any
 
@@ -9,6 +8,7 @@ from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, StrategyRegistry
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
+from dynadapter.cli.cores import usable_cores
 from dynadapter.cli.errors import Mistake
 
 
@@ -78,7 +78,7 @@ def require_own_processes(trainer: Trainer) -> None:
             "ddp_spawn, ddp_fork and ddp_notebook are for notebooks: the metrics stay in their processes; "
             "give --trainer.strategy ddp"
         )
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = usable_cores()
     if isinstance(trainer.accelerator, CPUAccelerator) and trainer.num_devices > (most := max(8, 2 * cores)):
         raise Mistake(
             f"trainer.devices={trainer.num_devices} would start as many processes on {cores} CPU core(s); "

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from dynadapter.cli.cores import usable_cores
 from dynadapter.cli.errors import Failed, Mistake, Stopped, one_line
 from dynadapter.cli.ray_session import ray_session
 from dynadapter.cli.sweep_file import SweepFile
@@ -55,7 +56,7 @@ def summary(done: Mapping[Unit, Any], unit: Unit) -> str:
 
 def spread(path: str, processes: int) -> None:
     """Work at a sweep with several processes of this command; wait for all of them."""
-    environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes)), **os.environ}
+    environment = {"OMP_NUM_THREADS": str(max(1, usable_cores() // processes)), **os.environ}
     command = [sys.executable, "-m", "dynadapter.cli", "sweep", path, "--no_table"]
     started = [subprocess.Popen(command, env=environment) for _ in range(processes)]
     try:

@@ -292,19 +292,22 @@ class Engine:
         self.counts.seconds += seconds
         open_exits, stay, going = self.open_exits(), list[int](), predictions.stops.count(False)
         ends = time.monotonic() + (self._worker.expected(k + 1, going) if going else 0)  # of the next stage
-        slow = False
-        for row, (job, stop, good) in enumerate(zip(now.items, predictions.stops, predictions.finite, strict=True)):
+        limits = [
+            None if stop else self._limit(job, k, open_exits, ends)
+            for job, stop in zip(now.items, predictions.stops, strict=True)
+        ]
+        if going:  # before an answer, whose callbacks may take long
+            slow = [job for job, limit in zip(now.items, limits, strict=True) if limit == "deadline"]
+            self._worker.doubt(k + 1, going, slow)
+        results = zip(now.items, predictions.stops, limits, predictions.finite, strict=True)
+        for row, (job, stop, limit, good) in enumerate(results):
             if k == 0:  # later, those that exited before the load came would count alone
                 job.plain = job.plain and open_exits == self.exits
-            limit = None if stop else self._limit(job, k, open_exits, ends)
-            slow |= limit == "deadline"
             if stop or limit:
                 answer = Served(predictions.probabilities[row], k, limit) if good else Failed(str(nonfinite(k)))
                 self._answer(job, answer)
             else:
                 stay.append(row)
-        if slow:
-            self._worker.doubt(k + 1, going)
         return stay
 
     def _limit(self, job: Job, k: int, open_exits: int, ends: float) -> Limit | None:

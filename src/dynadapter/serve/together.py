@@ -155,7 +155,7 @@ def _differs(first: Bundle, other: Bundle) -> str | None:
     ours = b.state_dict(keep_vars=True)
     for name in frozen_names(b):
         if (like := theirs.get(_bare(name))) is None or like.data_ptr() != ours[name].data_ptr():
-            return f"{_bare(name)} differs, because a bundle is merged or on another device"
+            return f"{_bare(name)} differs, because a bundle is merged, on another device or of another type"
     return None
 
 

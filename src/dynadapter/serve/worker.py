@@ -4,19 +4,21 @@ import logging
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dynadapter.exits.combining import with_decision
 from dynadapter.exits.policies import AtExit, combined, wide
-from dynadapter.serve.bundle import Bundle
-from dynadapter.serve.requests import Counts, Failed, Job, Served
+from dynadapter.serve.requests import Failed, Job
 from dynadapter.serve.stages import Waiting, count, joined, lengthened, pop, release_tensors
+
+if TYPE_CHECKING:
+    from dynadapter.serve.engine import Engine
 
 LOG = logging.getLogger("dynadapter.serve")
 
@@ -39,28 +41,6 @@ class ExitPredictions(NamedTuple):
     probabilities: Tensor
     finite: list[bool]
     stops: list[bool]
-
-
-class Owner(Protocol):
-    """The engine to which the jobs of one task belong, as the worker sees it."""
-
-    name: str
-    bundle: Bundle
-    closing: bool
-    taken: int
-    counts: Counts
-
-    def late_rows(self, k: int, now: Waiting[Job], seconds: float) -> list[int]:
-        """Return the rows of the samples that stage ``k``, which ends in some seconds, shall not run."""
-
-    def end_late(self, k: int, late: Waiting[Job]) -> None:
-        """End these samples."""
-
-    def answer_stopped(self, k: int, now: Waiting[Job], predictions: ExitPredictions, seconds: float) -> list[int]:
-        """Answer the samples that stop at exit ``k``, and return the rows of the others."""
-
-    def end(self, job: Job, answer: Served | BaseException | None) -> None:
-        """End a job by an answer, by an error, or without either after it was cancelled."""
 
 
 class Worker:
@@ -97,11 +77,11 @@ class Worker:
         self.seconds: list[dict[int, float]] = [{} for _ in range(exits)]
         self._doubted: set[tuple[int, int]] = set()
         self.turn = 0.0
-        self.owners: list[Owner] = []
+        self.owners: list[Engine] = []
         self._step, self._compute, self._name = step, compute or nullcontext(), name
         self.thread = self._new_thread()
 
-    def register(self, owner: Owner) -> int:
+    def register(self, owner: "Engine") -> int:
         """Add an engine, and return the number of its task."""
         with self.changed:
             self.owners.append(owner)
@@ -131,17 +111,24 @@ class Worker:
         """
         return self.seconds[k].get(images.bit_length(), 0.0) + (self.turn if turn else 0.0)
 
-    def doubt(self, k: int, images: int) -> None:
-        """Lower the expected time of a stage that a deadline did not let run.
+    def doubt(self, k: int, images: int, stopped: Iterable[Job]) -> None:
+        """Lower the expected time of a stage if a deadline did not let it run.
 
         Only a run measures a stage. If it has become faster, requests with a deadline would else never find that out.
+        Deadlines that have passed, or that the wait for `compute` alone exceeds, say nothing about the stage.
+
+        Args:
+            k: Exit index, from 0.
+            images: Number of images in the run that did not take place.
+            stopped: Requests that stopped before it.
         """
-        size = images.bit_length()
-        if seconds := self.seconds[k].get(size):
+        size, now = images.bit_length(), time.monotonic()
+        seconds = self.seconds[k].get(size, 0.0)
+        if any(now < job.deadline <= now + seconds and not job.cancelled() for job in stopped):
             self.seconds[k][size] = DOUBT * seconds
             self._doubted.add((k, size))
 
-    def finish(self, owner: Owner) -> None:
+    def finish(self, owner: "Engine") -> None:
         """Wait until the jobs of an engine that closes are ended; with the last engine the thread ends."""
         with self.changed:
             while owner.taken and self.thread.is_alive():
@@ -173,17 +160,21 @@ class Worker:
 
     def _next(self) -> int | None:
         """Return the stage to run: the deepest that is due, the deepest that is full, or the first with a sample."""
-        now = time.monotonic()
-        some = [k for k, queues in enumerate(self.queues) if any(queues)]
-        due = [k for k in some if any(self._due(k, part) <= now for queue in self.queues[k] for part in queue)]
-        full = [k for k in some if sum(map(count, self.queues[k])) >= self.batch]
-        return next(iter(due[-1:] or full[-1:] or some[:1]), None)
+        images = {k: sum(map(count, queues)) for k, queues in enumerate(self.queues) if any(queues)}
+        due = [k for k, number in images.items() if self._is_due(k, min(self.batch, number))]
+        full = [k for k, number in images.items() if number >= self.batch]
+        return next(iter(due[-1:] or full[-1:] or list(images)[:1]), None)
 
-    def _due(self, k: int, part: Waiting[Job]) -> float:
-        images = min(self.batch, sum(map(count, self.queues[k])))
+    def _is_due(self, k: int, images: int) -> bool:
+        """Check whether a sample has waited long enough, or its deadline leaves time for two runs of so many images."""
+        now = time.monotonic()
         seconds = self.seconds[k].get(images.bit_length()) or max(self.seconds[k].values(), default=0.0)
-        latest = min(job.deadline for job in part.items) - 2 * (seconds + self.turn)
-        return min(part.since + self.wait, latest)
+        latest = now + 2 * (seconds + self.turn)
+        return any(
+            part.since + self.wait <= now or any(job.deadline <= latest for job in part.items)
+            for queue in self.queues[k]
+            for part in queue
+        )
 
     def _take(self, k: int) -> dict[int, list[Waiting[Job]]]:
         """Remove the next batch of a stage from its queues, and return it by task; the tasks share it evenly."""
@@ -221,9 +212,7 @@ class Worker:
                 for some, kind in ((rows, late), (sorted(set(range(len(part.items))) - set(rows)), stay)):
                     if some:
                         kind[task] = part.chosen(some)
-        ends = time.monotonic() + self.expected(k, images, turn=False)
-        if k and any(ends >= job.deadline and not job.cancelled() for part in late.values() for job in part.items):
-            self.doubt(k, images)
+        self.doubt(k, images, (job for part in late.values() for job in part.items))
         return stay, late
 
     def _end_late(self, k: int, late: dict[int, Waiting[Job]]) -> None:
