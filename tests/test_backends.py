@@ -135,6 +135,13 @@ def test_damaged_graphs_are_exported_again(reference, tmp_path, monkeypatch):
     assert cache_of(reference) != place
 
 
+def test_cache_that_cannot_be_written(reference, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("DYNADAPTER_CACHE", str(tmp_path / "file"))
+    with pytest.raises(OSError, match=r"cannot be written; set DYNADAPTER_CACHE to a folder that can: .*file"):
+        open_graphs(reference, "onnx")
+
+
 def test_module_of_another_package(reference, tmp_path, monkeypatch):
     """onnxruntime-gpu provides the module onnxruntime, and there is no package of this name."""
     distribution, place = importlib.metadata.distribution, cache_of(reference)

@@ -42,6 +42,7 @@ from dynadapter.serve.bundle import (
     bundle_from_classifier,
     load,
     merged_copy,
+    reading,
     save_bundle,
 )
 from dynadapter.spec import kinds, plain
@@ -574,6 +575,20 @@ def test_error_while_writing(tmp_path, monkeypatch):
     assert {path.name: path.read_bytes() for path in place.iterdir()} == before
 
 
+def test_bundle_exchanged_while_it_is_read(whole, monkeypatch):
+    """The configuration is of the old bundle, the tensors are of the new one."""
+    real = reading.read_config
+
+    def reads(place):
+        config = real(place)
+        monkeypatch.setattr(reading, "read_config", real)
+        save(place, kind=RepAdapter, overwrite=True, policy=Never())
+        return config
+
+    monkeypatch.setattr(reading, "read_config", reads)
+    assert load(whole).policy == Never()
+
+
 def test_part_of_a_bundle(whole):
     for name in ("config.json", "model.safetensors"):
         part = whole.with_name(f"without_{name}")
@@ -607,7 +622,11 @@ def test_overwriting_replaces_bundles_alone(whole, tmp_path):
     (other / "config.json").write_text('{"model_type": "vit"}')
     empty.mkdir()
     file.write_text("")
-    for place, message in ((whole, "holds notes.txt"), (other, "holds something else"), (file, "is not a folder")):
+    for place, message in (
+        (whole, "holds notes.txt"),
+        (other, "holds config.json; overwrite=True replaces a bundle and nothing more"),
+        (file, "is not a folder"),
+    ):
         with pytest.raises(ValueError, match=message):
             save(place, overwrite=True)
     save(empty, overwrite=True)

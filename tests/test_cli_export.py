@@ -96,10 +96,16 @@ def given(monkeypatch) -> dict[str, Any]:
 
 
 def test_overwrite_replaces_an_exported_folder(bundle, tmp_path, capsys, given):
-    (tmp_path / "manifest.json").write_text("{}")
+    (tmp_path / "manifest.json").write_text('{"format": 3, "files": {}, "stages": []}')
     assert "--overwrite true" in refused(["export", f"--bundle={bundle}", f"--out={tmp_path}"], capsys)
     run(bundle, tmp_path, "--overwrite=true")
     assert given["overwrite"] is True
+    (tmp_path / "manifest.json").write_text('{"name": "a web page"}')
+    for more, what in (("onnx", "an exported folder"), ("peft", "an adapter folder")):
+        line = refused(
+            ["export", f"--bundle={bundle}", f"--out={tmp_path}", "--overwrite=true", f"--format={more}"], capsys
+        )
+        assert f"holds manifest.json; --overwrite true replaces {what} and nothing more: move that away" in line
 
 
 @pytest.mark.parametrize("merge", [True, False])
@@ -178,10 +184,13 @@ def test_help_lists_the_settings(capsys):
     ("more", "words"),
     [
         ("", "out must be given"),
-        ("--out={W}/there", "there exists; give another --out, or --overwrite true"),
         (
-            "--out={W}/there --overwrite=true",
-            "there holds no manifest.json, so it is not an exported folder",
+            "--out={W}/there",
+            "there exists; give another folder, or --overwrite true to replace an exported folder in it",
+        ),
+        (
+            "--out={W}/exported --overwrite=true",
+            "exported holds manifest.json; --overwrite true replaces an exported folder and nothing more",
         ),
         ("--out={W}/a.png", "exists and is not a folder"),
         ("--out=o --int8=dynamic", "give --images, a folder of real ones"),

@@ -337,11 +337,16 @@ def test_other_folders_are_left_alone(small: ExitNet, tmp_path: Path) -> None:
     folder = tmp_path / "there"
     folder.mkdir()
     (folder / "letter.txt").write_text("mine")
-    with pytest.raises(ValueError, match="there exists; name another folder, or set overwrite=True"):
+    with pytest.raises(
+        ValueError, match="there exists; give another folder, or overwrite=True to replace an exported folder"
+    ):
         export_onnx(small, folder, **SMALL)
-    with pytest.raises(ValueError, match=r"holds no manifest\.json, so it is not an exported folder to replace"):
+    (folder / "manifest.json").write_text('{"name": "a web page"}')
+    with pytest.raises(
+        ValueError, match=r"holds letter\.txt, manifest\.json; overwrite=True replaces an exported folder"
+    ):
         export_onnx(small, folder, **SMALL, overwrite=True)
-    assert [path.name for path in folder.iterdir()] == ["letter.txt"]
+    assert sorted(path.name for path in folder.iterdir()) == ["letter.txt", "manifest.json"]
     assert list(tmp_path.iterdir()) == [folder]
 
 
@@ -357,6 +362,11 @@ def test_failed_export_keeps_the_old_folder(small: ExitNet, tmp_path: Path) -> N
     export_onnx(small, folder, **options(policy=Patience(3)), overwrite=True)
     assert Runner(folder).policy.kind == "Patience"
     assert list(folder.parent.iterdir()) == [folder]
+    note = folder / "dynadapter" / "note.txt"
+    note.write_text("mine")
+    with pytest.raises(ValueError, match=r"holds dynadapter/note\.txt; .* move that away, or give another folder"):
+        export_onnx(small, folder, **SMALL, overwrite=True)
+    assert note.read_text() == "mine"
 
 
 @pytest.mark.usefixtures("small_graphs")

@@ -306,8 +306,12 @@ def test_peft_loads_our_lora(make, spec: Adapters, images, tmp_path):
     theirs = peft.PeftModel.from_pretrained(make(), folder).eval()
     assert not torch.allclose(backbone(images), make()(images), atol=1e-2)
     torch.testing.assert_close(theirs(images), backbone(images), rtol=1e-5, atol=1e-5)
-    with pytest.raises(FileExistsError, match="exists; give another folder"):
+    with pytest.raises(ValueError, match="exists; give another folder"):
         save_peft(backbone, folder)
+    save_peft(backbone, folder, overwrite=True)
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"holds notes\.txt; overwrite=True replaces an adapter folder"):
+        save_peft(backbone, folder, overwrite=True)
     merge(backbone)
     for model, match in ((backbone, "merged or missing; only LoRA"), (make_vit_with("IA3"), "Peft; only LoRA")):
         with pytest.raises(ValueError, match=f"the adapters are {match}"):
@@ -335,4 +339,4 @@ def test_export_writes_it(tmp_path: Path, images, capsys):
     theirs = peft.PeftModel.from_pretrained(make_classifier(adapter=None).net.backbone, out).eval()
     torch.testing.assert_close(theirs(images), module(images)[-1], rtol=1e-5, atol=1e-5)
     line = refused(["export", f"--bundle={bundle}", f"--out={out}", "--overwrite=true"], capsys)
-    assert "holds no manifest.json" in line
+    assert "holds adapter_config.json, adapter_model.safetensors; --overwrite true replaces an exported folder" in line

@@ -22,11 +22,11 @@ from hypothesis import strategies as st
 from PIL import Image
 from written_folder import EXITS, WIDTH, as_images, taken, write_folder
 
-from dynadapter.files import checksum, sha256
+from dynadapter.files import checksum, files_of, sha256
 from dynadapter.serve.export import copy_runtime
-from dynadapter.serve.runtime import Runner, policies
+from dynadapter.serve.runtime import Runner, manifest, policies
 from dynadapter.serve.runtime import predict as program
-from dynadapter.serve.runtime.manifest import FORMAT, files_of, read_manifest
+from dynadapter.serve.runtime.manifest import FORMAT, check_place, read_manifest
 from dynadapter.serve.runtime.runner import CHUNK
 
 onnx = pytest.importorskip("onnx")
@@ -253,7 +253,7 @@ def test_program_answers_any_name_and_encoding(encoding: str, written: Path, tmp
     shutil.copytree(os.fsencode(written), folder)
     place = Path(os.fsdecode(folder))
     copy_runtime(place)
-    edit(files={name: sha256(place / name) for name in files_of(place)})(place)
+    edit(files={name: sha256(place / name) for name in files_of(place) if name != "manifest.json"})(place)
     (tmp_path / "photos").mkdir()
     names = [b"caf\xe9.png", "日本.png".encode(), b"a\rb.png"]
     for name in names:
@@ -438,6 +438,41 @@ def test_invalid_graph_is_refused(copied: Path) -> None:
     edit_stage(0, bytes=8, sha256=sha256(copied / "stage0.onnx"))(copied)
     with raises_one_line(ValueError, match=r"ONNX Runtime cannot open .*stage0\.onnx: "):
         Runner(copied).load()
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_exchanged_graph_is_refused(copied: Path, there: bool) -> None:
+    """An export that replaces the folder must not give the later stages of an open one."""
+    runner, image = Runner(copied), np.zeros((1, 3, 2, 2), np.float32)
+    inputs, _ = runner.stage(0, [image])
+    if there:
+        (copied / "stage1.onnx").write_bytes((copied / "stage0.onnx").read_bytes())
+    else:
+        (copied / "stage1.onnx").unlink()
+    with raises_one_line(ValueError, match=r"stage1\.onnx has changed since it was opened; open the folder again"):
+        runner.stage(1, inputs)
+
+
+def test_folder_exchanged_while_it_is_checked(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = manifest._read_json
+
+    def reads(path: Path) -> Any:
+        content = real(path)
+        monkeypatch.setattr(manifest, "_read_json", real)
+        (copied / "stage0.onnx").write_bytes((copied / "stage0.onnx").read_bytes() + b" ")
+        edit_stage(0, sha256=sha256(copied / "stage0.onnx"))(copied)
+        return content
+
+    monkeypatch.setattr(manifest, "_read_json", reads)
+    assert read_manifest(copied).stages[0].sha256 == sha256(copied / "stage0.onnx")
+
+
+def test_only_exported_folders_are_replaced(copied: Path, tmp_path: Path) -> None:
+    assert check_place(copied, overwrite=True) == copied
+    for content in ("{}", "[]", "{", '{"format": 1, "files": [], "stages": []}', '{"files": {}, "stages": []}'):
+        (copied / "manifest.json").write_text(content)
+        with raises_one_line(ValueError, match=r"holds manifest\.json, stage0\.onnx, stage1\.onnx and 1 more; "):
+            check_place(copied, overwrite=True)
 
 
 def test_external_weights_are_refused(copied: Path, tmp_path: Path) -> None:

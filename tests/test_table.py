@@ -193,6 +193,34 @@ def test_unread_images_are_tried_again(overwrite, tmp_path):
         assert table.answered == 4
 
 
+def test_kill_at_the_end_of_finish(tmp_path, monkeypatch):
+    """The output has its name, the folder is left: the same command must find all rows and remove it."""
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    out = tmp_path / "t.csv"
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", killed)
+        with pytest.raises(KeyboardInterrupt):
+            fill(out)
+    before = out.read_bytes()
+    with opened(out) as table:
+        assert (table.answered, table.unread) == (5, 2)
+        table.finish()
+    assert out.read_bytes() == before
+    assert names(tmp_path) == ["t.csv", "t.csv.skipped.csv"]
+
+
+def test_new_table_forgets_how_the_old_one_ended(tmp_path):
+    with opened(tmp_path / "t.csv") as table:
+        table.list_unread()
+    with opened(tmp_path / "t.csv", identity={"network": "c"}, overwrite=True) as table:
+        table.save(0, part(table, 0))
+    with opened(tmp_path / "t.csv", identity={"network": "c"}, overwrite=True) as table:
+        assert (table.answered, table.unread) == (1, 1)
+
+
 def test_process_that_outlived_its_run(tmp_path):
     """It writes into the folder of the next run, which computes the batch itself."""
     out = tmp_path / "t.csv"

@@ -1,5 +1,6 @@
 """Several tasks in one batch, against each bundle by itself."""
 
+import copy
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import nn
 
 from dynadapter import Adapter, Confidence, Engine, FacT, LoRA, TokenMerging, inject
 from dynadapter.adapters import AdapterSpec, adapter_layers
-from dynadapter.backbones import fingerprint
+from dynadapter.backbones import create_backbone, fingerprint
 from dynadapter.exits.heads import Balanced, LinearHeads
 from dynadapter.exits.net import ExitNet
 from dynadapter.exits.policies import Policy
@@ -20,6 +21,27 @@ from dynadapter.serve.bundle.saving import describe
 from dynadapter.serve.together import Together
 
 LORA = LoRA(rank=2)
+READ: dict[str, dict[str, Any]] = {
+    "eva02_tiny_patch14_224": {"img_size": 32, "patch_size": 16, "depth": 4},
+    "beit_base_patch16_224": {"img_size": 32, "depth": 4, "embed_dim": 48, "num_heads": 3},
+    "swinv2_tiny_window8_256": {
+        "img_size": 32,
+        "depths": (2, 2),
+        "embed_dim": 24,
+        "num_heads": (2, 4),
+        "window_size": 4,
+    },
+}
+"""Families whose attention by default reads the weight of its layer qkv."""
+
+
+def reading(family: str) -> nn.Module:
+    """Return such a backbone; timm begins its biases, and the scales of its blocks, near zero."""
+    backbone = create_backbone(family, 5, **READ[family])
+    generator = torch.Generator().manual_seed(0)
+    for one in (p for p in backbone.parameters() if p.ndim == 1):
+        nn.init.normal_(one, 0.5, 0.3, generator=generator)
+    return backbone
 
 
 def bundle(
@@ -34,8 +56,8 @@ def bundle(
 ) -> Bundle:
     """Return a bundle whose frozen tensors are those of every other one of this family."""
     torch.manual_seed(seed)
-    backbone = BACKBONES[family]()
-    source = BackboneSource(family, fingerprint(backbone), "seed")
+    backbone = reading(family) if family in READ else BACKBONES[family]()
+    source = BackboneSource(family, fingerprint(backbone), "seed", READ.get(family, {}))
     backbone.reset_classifier(classes)
     if adapter is not None:
         inject(backbone, adapter)
@@ -90,6 +112,24 @@ def test_rows_equal_their_own_bundle(family, options):
         assert [job.result().exit_index for job in asked] == alone.exit_index.tolist()
         found = torch.stack([job.result().probabilities for job in asked])
         torch.testing.assert_close(found, alone.logits.softmax(-1), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", READ)
+def test_attention_that_reads_the_weight(family):
+    """Only the second bundle has an adapter around the layer, so the first one's attention does not call it."""
+    bundles = [bundle(kind, family=family, seed=seed) for seed, kind in enumerate((None, LORA))]
+    x = images(6)
+    with torch.no_grad():
+        expected = [one.net(rows) for one, rows in zip(bundles, (x[:3], x[3:]), strict=True)]
+        bare = copy.deepcopy(bundles[1].net)
+        for layer in adapter_layers(bare.backbone).values():
+            layer.scale = 0.0
+        assert not torch.allclose(bare(x[3:]), expected[1], atol=0.01)
+        together, inputs = Together(bundles), (x,)
+        for k in range(together.net.num_exits):
+            inputs, logits = together.step(k, inputs, (3, 3))
+            for task, alone in enumerate(expected):
+                torch.testing.assert_close(logits[task], alone[k], rtol=1e-4, atol=1e-4)
 
 
 def test_frozen_tensors_are_held_once():

@@ -16,7 +16,7 @@ import stat
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -193,6 +193,40 @@ def write_folder(folder: Path, files: Mapping[str, bytes], overwrite: bool = Tru
     with replacing_folder(folder, overwrite) as unfinished:
         for name, data in files.items():
             write(unfinished / name, data)
+
+
+def files_of(folder: Path) -> list[str]:
+    """List the files and links to folders of a folder and its subfolders by name, without Python's bytecode."""
+    found = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    names = (path.relative_to(folder) for path in found)
+    return sorted(name.as_posix() for name in names if "__pycache__" not in name.parts)
+
+
+def require_replaceable(folder: Path, overwrite: bool, what: str, own: Collection[str]) -> None:
+    """Raise an error for a folder in use. An empty folder, or one with only what is replaced, can be overwritten.
+
+    Args:
+        folder: The folder to write.
+        overwrite: Whether what is in it may be replaced.
+        what: What may be replaced, for messages, such as ``a bundle``.
+        own: Names of the files of that; empty if the folder holds something else.
+
+    Raises:
+        ValueError: It exists, and is not a folder, may not be replaced, or holds other files.
+    """
+    if not os.path.lexists(folder):
+        return
+    if not folder.is_dir():
+        raise ValueError(f"{folder} exists and is not a folder; give another folder")
+    if not overwrite:
+        raise ValueError(f"{folder} exists; give another folder, or overwrite=True to replace {what} in it")
+    tops = {"__pycache__", *(name.partition("/")[0] for name in own)}
+    foreign = sorted(set(os.listdir(folder)) - tops) or [name for name in files_of(folder) if name not in own]
+    if foreign:
+        raise ValueError(
+            f"{folder} holds {listed(foreign, 3)}; overwrite=True replaces {what} and nothing more: move that away, or "
+            "give another folder"
+        )
 
 
 def left_over(folder: Path) -> Path | None:

@@ -12,7 +12,7 @@ from dynadapter.adapters.base import matrices
 from dynadapter.adapters.injection import adapter_layers
 from dynadapter.adapters.lora import LoRALayer
 from dynadapter.backbones import classifier
-from dynadapter.files import write_folder
+from dynadapter.files import require_replaceable, write_folder
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -32,14 +32,14 @@ def save_peft(
         backbone: A backbone with LoRA and no other kind of adapter, such as ``net.backbone``.
         folder: The folder to write, atomically.
         base_model: Name of the backbone, as information.
-        overwrite: Replace an existing folder.
+        overwrite: Replace an adapter folder, and nothing more.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: The backbone has no adapters, or another kind than LoRA, or peft would compute something else.
-        FileExistsError: The folder exists.
+        ValueError: The backbone has no adapters, or another kind than LoRA, or peft would compute something else; or
+            the folder is in use.
     """
     layers = adapter_layers(backbone)
     others = sorted({layer.kind for layer in layers.values() if type(layer) is not LoRALayer})
@@ -51,8 +51,7 @@ def save_peft(
     place = Path(os.path.expanduser(folder))
     tensors: dict[str, Tensor] = {}
     sizes: dict[str, tuple[int, float]] = {}
-    if place.exists() and not overwrite:
-        raise FileExistsError(f"{folder} exists; give another folder, or overwrite=True")
+    require_replaceable(place, overwrite, "an adapter folder", (CONFIG, TENSORS))
     for name, layer in layers.items():
         assert isinstance(layer, LoRALayer)
         down, up, base = layer.matrix_down(), layer.matrix_up(), matrices(layer.base_layer)[0]

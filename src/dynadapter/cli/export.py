@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from dynadapter.cli.errors import Mistake, Stopped, Terminated, mistakes, stoppable
 from dynadapter.cli.networks import BUNDLE, WEIGHTS, check_bundle, load_bundle
 from dynadapter.cli.parser import CommandParser
+from dynadapter.files import require_replaceable
 
 if TYPE_CHECKING:  # torch takes seconds to load, and invalid settings are reported without it
     from torch import Tensor
@@ -21,6 +22,8 @@ if TYPE_CHECKING:  # torch takes seconds to load, and invalid settings are repor
 
 ONNX_ALONE = ("int8", "images", "max_images", "merge", "class_first", "opset", "tolerance")
 """Settings without a meaning for ``--format peft``."""
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+"""What ``--format peft`` writes."""
 
 
 def parser() -> CommandParser:
@@ -65,6 +68,8 @@ def run(args: list[str]) -> None:
 
 def check(given: Any) -> None:
     """Refuse invalid settings before anything heavy is loaded."""
+    from dynadapter.serve.runtime.manifest import check_place
+
     if given.format == "peft":
         defaults = parser().get_defaults()
         if foreign := [name for name in ONNX_ALONE if given[name] != defaults[name]]:
@@ -80,15 +85,12 @@ def check(given: Any) -> None:
     if given.max_images < 1:
         raise Mistake(f"max_images={given.max_images} must be at least 1")
     check_bundle(given.bundle)
-    out = Path(os.path.expanduser(given.out))
-    if os.path.lexists(out):
-        if not out.is_dir():
-            raise Mistake(f"{given.out} exists and is not a folder; give another --out")
-        if not given.overwrite:
-            raise Mistake(f"{given.out} exists; give another --out, or --overwrite true to replace an exported folder")
-        sign = "manifest.json" if given.format == "onnx" else "adapter_config.json"
-        if not (out / sign).is_file():
-            raise Mistake(f"{given.out} holds no {sign}, so it is not an exported folder to replace")
+    with mistakes():
+        if given.format == "onnx":
+            check_place(given.out, given.overwrite)
+        else:
+            out = Path(os.path.expanduser(given.out))
+            require_replaceable(out, given.overwrite, "an adapter folder", ADAPTER_FILES)
 
 
 def export(given: Any) -> None:

@@ -99,6 +99,7 @@ def use_backend(bundle: "Bundle", backend: Backend, batch_size: int = 32) -> str
     Raises:
         ValueError: There is no such backend, `batch_size` is below 1, the bundle is not on a CPU, or its network cannot
             be exported.
+        OSError: The cache cannot be written.
         ImportError: A package is missing.
     """
     if backend not in BACKENDS:
@@ -124,6 +125,7 @@ def open_graphs(bundle: "Bundle", backend: str) -> Graphs:
 
     Raises:
         ValueError: The network cannot be exported.
+        OSError: The cache cannot be written.
         ImportError: A package is missing.
     """
     if lacking := missing(backend):
@@ -137,12 +139,17 @@ def open_graphs(bundle: "Bundle", backend: str) -> Graphs:
         return None
 
     if (runner := found()) is None:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with locked(folder.parent, wait=True):  # another process or thread may export at this moment
-            if (runner := found()) is None:
-                shutil.rmtree(folder, ignore_errors=True)
-                _export(bundle, folder)
-                runner = Runner(folder, threads=torch.get_num_threads(), engine=engine)
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with locked(folder.parent, wait=True):  # another process or thread may export at this moment
+                if (runner := found()) is None:
+                    shutil.rmtree(folder, ignore_errors=True)
+                    _export(bundle, folder)
+                    runner = Runner(folder, threads=torch.get_num_threads(), engine=engine)
+        except OSError as error:
+            raise OSError(
+                f"the cache of graphs cannot be written; set DYNADAPTER_CACHE to a folder that can: {error}"
+            ) from error
     return Graphs(runner.load())
 
 

@@ -30,14 +30,14 @@ from dynadapter.exits.combining import Combined
 from dynadapter.exits.net import ExitNet
 from dynadapter.exits.policies import Policy
 from dynadapter.exits.temperature import Scaled
-from dynadapter.files import checksum, replacing_folder, sha256
+from dynadapter.files import checksum, files_of, replacing_folder, sha256
 from dynadapter.images.preprocess import Preprocess
 from dynadapter.serve.backends import version_of
 from dynadapter.serve.comparison import compare, quantization_change
 from dynadapter.serve.graphs import standalone, write_graphs
 from dynadapter.serve.quantise import ACTIVATIONS, quantise_dynamic, quantise_static
 from dynadapter.serve.runtime import Runner
-from dynadapter.serve.runtime.manifest import CODE, FORMAT, MANIFEST, files_of
+from dynadapter.serve.runtime.manifest import CODE, FORMAT, MANIFEST, check_place
 from dynadapter.serve.runtime.policies import FIELDS
 from dynadapter.serve.runtime.policies import Policy as RuntimePolicy
 from dynadapter.spec import plain
@@ -95,7 +95,7 @@ def export_onnx(
     images = _check_images(check_images, frames(net.backbone), preprocess.image_size)
     labels = _check_labels(check_labels, check_images)
     reference, network = standalone(net, images, merge)
-    with replacing_folder(_check_place(folder, overwrite), overwrite) as draft:
+    with replacing_folder(check_place(folder, overwrite), overwrite) as draft:
         stages = write_graphs(network, draft, images, class_first, opset)
         copy_runtime(draft)
         runner = _write_and_open(draft, manifest, stages, opset)
@@ -205,17 +205,6 @@ def _check_labels(labels: Tensor | None, images: Tensor | None) -> Tensor | None
 # ---- the folder
 
 
-def _check_place(folder: str | os.PathLike[str], overwrite: bool) -> Path:
-    """Return the absolute path of the folder to create; refuse to replace anything but an exported folder."""
-    target = Path(os.path.expanduser(folder)).absolute()
-    if os.path.lexists(target):
-        if not overwrite:
-            raise ValueError(f"{folder} exists; name another folder, or set overwrite=True")
-        if not (target / MANIFEST).is_file():
-            raise ValueError(f"{folder} holds no {MANIFEST}, so it is not an exported folder to replace; name another")
-    return target
-
-
 def copy_runtime(folder: Path) -> None:
     """Copy the code that runs an exported folder: ``predict.py``, and what it imports below ``dynadapter``."""
     source, target = Path(dynadapter.__file__).parent, folder / "dynadapter"
@@ -234,8 +223,8 @@ def _write_manifest(folder: Path, manifest: dict[str, Any], stages: Sequence[Map
         {**stage, "bytes": (folder / stage["file"]).stat().st_size, "sha256": sha256(folder / stage["file"])}
         for stage in stages
     ]
-    graphs = {stage["file"] for stage in stages}
-    manifest["files"] = {name: sha256(folder / name) for name in files_of(folder) if name not in graphs}
+    others = {MANIFEST, *(stage["file"] for stage in stages)}
+    manifest["files"] = {name: sha256(folder / name) for name in files_of(folder) if name not in others}
     text = json.dumps({**manifest, "checksum": checksum(manifest)}, indent=2, ensure_ascii=False) + "\n"
     (folder / MANIFEST).write_text(text, encoding="utf-8")
 

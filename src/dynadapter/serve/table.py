@@ -3,8 +3,9 @@
 While a table is being computed, it is in the folder ``<output>.partial``: ``table.json`` identifies the network and the
 images, and each ``<number>.json`` is one finished batch with its checksum. A process claims a batch by a lock that the
 system releases when the process ends, and a batch file is written atomically. So a killed run continues where it
-stopped, several processes share the images without communication, and a damaged batch is computed again, as is one with
-an image that could not be read. At the end the output is written atomically from the batches.
+stopped, several processes share the images without communication, and a damaged batch is computed again. If a run ended
+because images could not be read, the next one computes their batches again. At the end the output is written atomically
+from the batches.
 """
 
 import contextlib
@@ -193,7 +194,7 @@ class PredictionTable:
         # The same table is there already if a kill came just after it got its name.
         if not self.overwrite and os.path.lexists(self.output) and not filecmp.cmp(new, self.output, shallow=False):
             check_output(self.output, overwrite=False)
-        self.list_unread()
+        self._write_unread()
         os.replace(new, self.output)
         sync_folder(self.output.parent)
         if fcntl is None:  # Windows renames no folder with open files
@@ -203,9 +204,8 @@ class PredictionTable:
         shutil.rmtree(self._trash, ignore_errors=True)
 
     def list_unread(self, more: Iterable[Unread] = ()) -> None:
-        """Write the list of unreadable images, or remove an old list where there are none."""
-        found = [entry for entry in self._entries() if isinstance(entry, Unread)] if self.unread else []
-        write_unread(self.unread_list, [*found, *more])
+        """Write the list of unreadable images because they end this run; the next run tries them again."""
+        self._write_unread(more)
         (self.folder / ENDED).touch()
 
     def close(self) -> None:
@@ -237,6 +237,7 @@ class PredictionTable:
             self._compare(there)
         for path in self.folder.glob("[0-9]*.json"):
             path.unlink()
+        (self.folder / ENDED).unlink(missing_ok=True)
         with replacing(self.folder / "table.json") as file:
             file.write(json.dumps(self._header).encode())
 
@@ -277,6 +278,11 @@ class PredictionTable:
         with contextlib.suppress(OSError):
             if fcntl is not None:
                 fcntl.lockf(self._claims, fcntl.LOCK_UN, 1, number)
+
+    def _write_unread(self, more: Iterable[Unread] = ()) -> None:
+        """Write the list of unreadable images, or remove an old list where there are none."""
+        found = [entry for entry in self._entries() if isinstance(entry, Unread)] if self.unread else []
+        write_unread(self.unread_list, [*found, *more])
 
     # ---- batches
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from dynadapter.adapters import AdapterLayer, LoRA, adapter_layers
+from dynadapter.adapters.injection import set_called
 from dynadapter.adapters.lora import LowRankLayer
 from dynadapter.adapters.lowrank import add_product, some_outputs
 from dynadapter.exits.net import ExitNet
@@ -109,6 +110,7 @@ class Together:
             base = own.base_layer if isinstance(own, AdapterLayer) else own
             found = [one.get(name) for one in layers]
             self.net.backbone.set_submodule(name, ByTaskLayer(base, found, self.batch))  # type: ignore[arg-type]
+            set_called(self.net.backbone, name, True)
 
     def step(
         self, k: int, inputs: tuple[Tensor, ...], counts: Sequence[int]

@@ -34,7 +34,13 @@ def read(folder: Path, *, check_finite: bool = True) -> tuple[Config, dict[str, 
             )
     config = read_config(folder)
     where = str(folder / MODEL)
-    tensors = from_bytes(read_whole(folder / MODEL, COPIES), config.sha256, where)
+    try:
+        tensors = from_bytes(read_whole(folder / MODEL, COPIES), config.sha256, where)
+    except ValueError:
+        before, config = config.sha256, read_config(folder)
+        if config.sha256 == before:
+            raise
+        tensors = from_bytes(read_whole(folder / MODEL, COPIES), config.sha256, where)  # overwritten meanwhile
     if check_finite:
         refuse_nonfinite(tensors, where)
     return config, tensors

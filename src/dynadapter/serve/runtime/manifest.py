@@ -9,7 +9,16 @@ from itertools import pairwise
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from dynadapter.files import checksum, open_regular, read_bytes, require_room, sha256, shown
+from dynadapter.files import (
+    checksum,
+    files_of,
+    open_regular,
+    read_bytes,
+    require_replaceable,
+    require_room,
+    sha256,
+    shown,
+)
 from dynadapter.images.preprocess import Preprocess
 from dynadapter.serve.runtime.policies import Policy
 
@@ -40,9 +49,10 @@ CODE = (
 
 @dataclass(frozen=True)
 class Stage:
-    """One graph: its file, and the names of its inputs and outputs, the logits last."""
+    """One graph: its file and that file's hash, and the names of its inputs and outputs, the logits last."""
 
     file: Path
+    sha256: str
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
 
@@ -93,7 +103,7 @@ def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
     try:
         manifest = _parse(content, path.parent)
         files = {str(name): str(digest) for name, digest in content["files"].items()}
-        files |= {entry["file"]: str(entry["sha256"]) for entry in content["stages"]}
+        files |= {stage.file.name: stage.sha256 for stage in manifest.stages}
         if outside := [name for name in files if not _is_inside(name)]:
             raise ValueError(f"the file {outside[0]!r} is not inside the folder")
     except KeyError as error:
@@ -103,7 +113,14 @@ def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
     except ValueError as error:
         why = f"cannot be used: {error}"
     else:
-        _check_files(path.parent, files)
+        try:
+            _check_files(path.parent, files)
+        except ValueError:
+            again = _read_json(path)
+            again.pop("checksum", None)
+            if again == content:
+                raise
+            return read_manifest(folder)  # overwritten meanwhile
         for stage in manifest.stages:
             _refuse_external(stage.file)
         require_room(path.parent, sum(stage.file.stat().st_size for stage in manifest.stages), COPIES)
@@ -134,7 +151,7 @@ def _parse(content: dict[str, Any], folder: Path) -> Manifest:
         if Path(entry["file"]).name != entry["file"]:
             raise ValueError(f"the stage file {entry['file']!r} is not a plain name")
         inputs, outputs = (tuple(tensor["name"] for tensor in entry[side]) for side in ("inputs", "outputs"))
-        stages.append(Stage(folder / entry["file"], inputs, outputs))
+        stages.append(Stage(folder / entry["file"], str(entry["sha256"]), inputs, outputs))
     for before, after in pairwise(stages):
         if len(before.outputs) != len(after.inputs) + 1:
             raise ValueError(f"the outputs of {before.file.name} do not fit the inputs of {after.file.name}")
@@ -148,11 +165,25 @@ def _parse(content: dict[str, Any], folder: Path) -> Manifest:
     return Manifest(content, tuple(stages), names, preprocess, policy, shape)
 
 
-def files_of(folder: Path) -> list[str]:
-    """List the files and links to folders of an exported folder, without the manifest and Python's bytecode."""
-    found = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
-    names = (path.relative_to(folder) for path in found)
-    return sorted(name.as_posix() for name in names if name.as_posix() != MANIFEST and "__pycache__" not in name.parts)
+def check_place(folder: str | os.PathLike[str], overwrite: bool) -> Path:
+    """Return the absolute path of a folder to export to.
+
+    Raises:
+        ValueError: It is in use by something else than an exported folder, or must not be replaced.
+    """
+    place = Path(os.path.expanduser(folder)).absolute()
+    require_replaceable(place, overwrite, "an exported folder", _exported_files(place))
+    return place
+
+
+def _exported_files(folder: Path) -> set[str]:
+    """Return the names of the files of an exported folder by its manifest; none for any other folder."""
+    try:
+        content = _read_json(folder / MANIFEST)
+        names = {MANIFEST, *content["files"].keys(), *(stage["file"] for stage in content["stages"])}
+        return names if "format" in content else set()
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return set()
 
 
 def _is_inside(name: str) -> bool:
@@ -175,7 +206,7 @@ def _check_files(folder: Path, expected: Mapping[str, str]) -> None:
                 f"{path} is not the file that was exported: it has {path.stat().st_size} bytes, and its SHA-256 starts "
                 f"with {found[:12]}, the manifest's with {digest[:12]}; copy the exported folder again"
             )
-    if extra := [name for name in files_of(folder) if name not in expected]:
+    if extra := [name for name in files_of(folder) if name not in expected and name != MANIFEST]:
         raise ValueError(
             f"{folder} holds {shown(extra[0])}, which was not exported ({len(extra)} such files); move it away, or "
             "copy the exported folder again"

@@ -1,5 +1,6 @@
 """Run the graphs of an exported folder, and stop each image at the first exit where the policy allows it."""
 
+import hashlib
 import os
 import threading
 import warnings
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 
 from dynadapter.files import read_whole
 from dynadapter.images.reading import SOURCES, Source, UnreadableImage, find_images, is_source, source_name
-from dynadapter.serve.runtime.manifest import read_manifest
+from dynadapter.serve.runtime.manifest import Stage, read_manifest
 from dynadapter.serve.runtime.policies import Floats, confidence
 from dynadapter.serve.runtime.sessions import ENGINES, Provider, Session
 
@@ -38,9 +39,9 @@ class Prediction(NamedTuple):
 class Runner:
     """An exported folder, ready to run with ONNX Runtime or OpenVINO.
 
-    The files are checked at once. The session of a stage is created when the first image needs it. Several threads may
-    use one runner. On a CPU, large batches are split, and all stages of ONNX Runtime allocate from one arena, so that
-    the memory of the stage before is still in the caches::
+    The files are checked at once. The session of a stage is created when the first image needs it; if its file has
+    changed since, that is a ValueError. Several threads may use one runner. On a CPU, large batches are split, and all
+    stages of ONNX Runtime allocate from one arena, so that the memory of the stage before is still in the caches::
 
         runner = Runner("exported")
         for prediction in runner.predict("photos", batch_size=8):
@@ -100,14 +101,19 @@ class Runner:
     def _session(self, k: int) -> Session:
         with self._lock:
             if k not in self._sessions:
-                file = self.manifest.stages[k].file
-                try:
-                    self._sessions[k] = self.engine.open(read_whole(file))
-                except Exception as error:  # the engines' own types have no common base
-                    raise ValueError(
-                        f"{self.engine.name} cannot open {file}: {' '.join(str(error).split())}"
-                    ) from error
+                self._sessions[k] = self._open(self.manifest.stages[k])
             return self._sessions[k]
+
+    def _open(self, stage: Stage) -> Session:
+        try:
+            graph = read_whole(stage.file)
+            if hashlib.sha256(graph).hexdigest() == stage.sha256:
+                return self.engine.open(graph)
+        except FileNotFoundError:
+            pass
+        except Exception as error:  # the engines' own types have no common base
+            raise ValueError(f"{self.engine.name} cannot open {stage.file}: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{stage.file} has changed since it was opened; open the folder again")
 
     def stage(self, k: int, inputs: Sequence[Floats]) -> tuple[list[Floats], Floats]:
         """Run one stage.
