@@ -4,14 +4,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch import Callback
 from tiny import loader, trainer
 from torch import Tensor
 
 from dynadapter.training.module import ExitClassifier
 
 
-def fitted(module: ExitClassifier, path: Path) -> Path:
-    fitting = trainer(max_steps=2)
+def fitted(module: ExitClassifier, path: Path, *callbacks: Callback) -> Path:
+    fitting = trainer(*callbacks, max_steps=2)
     fitting.fit(module, loader(2))
     fitting.save_checkpoint(path)
     return path

@@ -551,7 +551,8 @@ def test_pattern_without_match_lists_layers(convnext, vit):
         LoRA(targets=("*.qkv", "*.fc3")),
         r"'\*.fc3'.*: patch_embed.proj, blocks.\*.attn.qkv, .*head$",
     )
-    untouched(nn.Sequential(nn.ReLU()), LoRA(), "it can wrap: none")
+    untouched(nn.Sequential(nn.ReLU()), LoRA(), "LoRA has no default places in Sequential; kinds that have: none$")
+    untouched(nn.Sequential(nn.ReLU()), LoRA(targets=("a",)), "matches the target 'a' of LoRA; choose another kind$")
 
 
 def test_layers_that_a_kind_cannot_take(vit, convnext):

@@ -5,11 +5,13 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import raises_one_line
 from lightning.pytorch import Callback
 from tiny import SaveFirstEpoch, TinyModule, loader, make_classifier, trainer
 from torch import Tensor
 
 from dynadapter.training.callbacks import WeightAverage
+from dynadapter.training.checkpoints import RunCheckpoint
 from dynadapter.training.schedules import Constant
 
 
@@ -64,6 +66,35 @@ def test_validation_uses_the_average() -> None:
     trainer(alone, num_sanity_val_steps=0).fit(Validating(), loader(3), loader(1))
     assert seen.seen["trained"] == alone.seen["trained"]
     assert seen.seen["validated"] != alone.seen["validated"]
+
+
+def test_failed_validation_restores_the_weights(tmp_path: Path) -> None:
+    """A checkpoint saved at an error holds the average as the weights, and the current weights beside it."""
+
+    class Failing(ByHand):
+        def on_validation_batch_start(self, *_: Any) -> None:
+            raise RuntimeError("damaged image")
+
+    by_hand = Failing(0.9)
+    saver = RunCheckpoint(tmp_path, filename="a", save_on_exception=True)
+    module = make_classifier(lr_schedule=Constant(1.0))
+    fitting = trainer(saver, WeightAverage(0.9), by_hand, num_sanity_val_steps=0, enable_checkpointing=True)
+    with pytest.raises(RuntimeError, match="damaged image"):
+        fitting.fit(module, loader(3), loader(1))
+    held = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    for name, tensor in trained.items():
+        torch.testing.assert_close(held["state_dict"][name], by_hand.average[name], atol=1e-6, rtol=1e-5)
+        assert torch.equal(held["current_model_state"][name], tensor)
+    assert not all(torch.equal(held["state_dict"][name], tensor) for name, tensor in trained.items())
+
+
+def test_checkpoints_of_weights_only_are_refused(tmp_path: Path) -> None:
+    """Lightning would save the current weights in them."""
+    saver = RunCheckpoint(tmp_path, save_weights_only=True)
+    with raises_one_line(ValueError, match="save_weights_only=True leaves the average out; leave save_weights_only"):
+        trainer(saver, WeightAverage(), enable_checkpointing=True).fit(make_classifier(), loader(1), loader(1))
+    trainer(saver, WeightAverage(), enable_checkpointing=True).validate(make_classifier(), loader(1), verbose=False)
 
 
 def test_resume_continues_the_average(tmp_path: Path) -> None:

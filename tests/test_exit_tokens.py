@@ -249,6 +249,8 @@ def test_network_without_exits_has_none():
             lambda: ExitNet(create_model("vit_tiny_patch16_224", **VIT, block_fn=ParallelScalingBlock), ExitTokens()),
             "not ParallelScalingBlock of VisionTransformer",
         ),
+        (lambda: network(AdaptFormer(targets=("*.qkv",))), "not the adapter AdaptFormer on their qkv; use other heads"),
+        (lambda: network(AdaptFormer(targets=("*.attn",))), "not the adapter AdaptFormer on their attention; use oth"),
         (lambda: network(None, mlp_layer=SwiGLU), "ExitTokens needs timm's plain ViT blocks with plain MLPs"),
         (lambda: shard(network(), None), "ExitTokens cannot be trained sharded"),
     ],

@@ -31,6 +31,7 @@ from dynadapter.exits.exit_tokens import ExitTokens
 from dynadapter.exits.heads import LinearHeads
 from dynadapter.exits.net import ExitNet
 from dynadapter.exits.token_merging import TokenMerging
+from dynadapter.training.sharding import shard
 
 
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -143,6 +144,29 @@ def test_dora_lengths_are_constants() -> None:
     weights = torch.randn_like(expected)
     gradients = [torch.autograd.grad((y * weights).sum(), own) for y in (layer(x), expected)]
     torch.testing.assert_close(gradients[0], gradients[1])
+
+
+@pytest.mark.parametrize("factor", [0.0, 1e-25, 1e-19])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_dora_of_rows_without_length(factor: float, dtype: torch.dtype) -> None:
+    """Zero rows, such as those of pruned channels, and rows whose squares are too small for float32."""
+    model: Any = make_vit(depth=2)
+    with torch.no_grad():
+        model.blocks[0].attn.qkv.weight[3:5] *= factor
+    x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    before = model(x)
+    inject(model, DoRA(rank=2, dropout=0.0))
+    assert torch.equal(model(x), before)
+    layer = model.blocks[0].attn.qkv
+    for rows in (5, 0):  # the update leaves these rows alone at first
+        nn.init.normal_(layer.lora_b.data[rows:], std=0.1)
+        model.float()(x).square().mean().backward()
+        gradients = [p.grad for p in trained(model).values() if p.grad is not None]
+        assert all(gradient.isfinite().all() and gradient.abs().max() < 1e3 for gradient in gradients)
+        assert model.to(dtype)(x.to(dtype)).isfinite().all()
+    expected = model.float()(x)
+    merge(model)
+    torch.testing.assert_close(model(x), expected, rtol=1e-3, atol=1e-4)
 
 
 def test_ssf_starts_near_the_identity() -> None:
@@ -351,6 +375,12 @@ def merged_tokens(spec: AdapterSpec) -> None:
     ExitNet(backbone, token_merging=TokenMerging((1,)))
 
 
+def sharded(spec: AdapterSpec) -> None:
+    backbone = make_vit()
+    inject(backbone, spec)
+    shard(ExitNet(backbone), None)  # type: ignore[arg-type]
+
+
 def both(*specs: AdapterSpec) -> None:
     backbone = make_vit()
     for spec in specs:
@@ -359,6 +389,10 @@ def both(*specs: AdapterSpec) -> None:
 
 def hiera() -> nn.Module:
     return create_backbone("hiera_tiny_224", 5, img_size=64, embed_dim=16, stages=(1, 1, 1, 1))
+
+
+def naflex() -> nn.Module:
+    return create_backbone("naflexvit_base_patch16_map", 5, image_size=64, depth=2, embed_dim=48, num_heads=3)
 
 
 def parallel() -> nn.Module:
@@ -372,13 +406,21 @@ def lambdanet() -> nn.Module:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (
+            lambda: sharded(FacT()),
+            r"FacT cannot be trained sharded, .* use another kind, such as LoRA, or strategy: ddp",
+        ),
         (lambda: inject(make_swin(), VPT()), r"VPT has no default places in Swin.*; kinds that have: AdaptF.*SSF"),
         (lambda: inject(make_convnext(), VPT(placement="shallow")), "VPT has no default places in ConvNeXt; kinds"),
         (lambda: inject(make_convnext(), LoRA(targets=("*.qkv",))), r"no layer of ConvNeXt matches the target"),
+        (lambda: inject(naflex(), VPT(targets=("blocks.0",))), "VPT cannot wrap blocks.0: NaFlexVit does not take mo"),
+        (lambda: inject(naflex(), VPT()), r"no default places in NaFlexVit; kinds that have: [\w, ]*$"),
         (lambda: inject(make_vit(), VPT(targets=("*.mlp",))), "VPT cannot wrap blocks.0.mlp, .*; it takes a block of"),
         (lambda: inject(make_vit(), AdapterPlus(targets=("*.mlp",))), "AdapterPlus cannot wrap blocks.0.mlp"),
         (lambda: inject(make_vit(dynamic_img_size=True), VPT(placement="shallow")), "dynamic_img_size does not fit"),
         (lambda: inject(hiera(), Convpass(targets=("blocks.*.mlp",))), "Convpass cannot wrap blocks.0.mlp: the tokens"),
+        (lambda: inject(hiera(), Convpass()), r"no default places in Hiera; kinds that have: [\w, ]*$"),
+        (lambda: inject(hiera(), Convpass(targets=("x",))), "matches the target 'x' of Convpass; choose another kind$"),
         (lambda: inject(lambdanet(), LoRA(split="qv", targets=("*.qkv",))), "split='qv' does not fit .*q, k and v"),
         (lambda: inject(parallel(), LoRA()), "LoRA has no .*; kinds that have: AdapterPlus, BitFit, SSF, VPT; or set"),
         (lambda: exit_tokens(VPT()), "ExitTokens needs .*, not the adapter VPT on them; use other heads"),

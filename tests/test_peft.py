@@ -21,6 +21,7 @@ from dynadapter import (
     DoRA,
     ExitClassifier,
     ExitNet,
+    ExitTokens,
     LoRA,
     Peft,
     RepAdapter,
@@ -316,6 +317,15 @@ def test_peft_loads_our_lora(make, spec: Adapters, images, tmp_path):
     for model, match in ((backbone, "merged or missing; only LoRA"), (make_vit_with("IA3"), "Peft; only LoRA")):
         with pytest.raises(ValueError, match=f"the adapters are {match}"):
             save_peft(model, tmp_path / "other")
+
+
+def test_exit_tokens_name_what_keeps_them_out():
+    backbone = make_vit()
+    inject(backbone, spec_of("LoRA"))
+    with raises_one_line(ValueError, match="not the adapter Peft on their qkv; use other heads, such as Attentive"):
+        ExitNet(backbone, ExitTokens())
+    merge(backbone)
+    ExitNet(backbone, ExitTokens())
 
 
 def test_layers_that_peft_would_change(tmp_path):

@@ -94,6 +94,17 @@ def test_folders_equal_mosaics(source):
         read(source, 12)
 
 
+@pytest.mark.parametrize("kind", ["folder", "mosaic"])
+def test_class_names_keep_their_dots(kind, source, tmp_path):
+    for split in ("train", "val"):
+        (tmp_path / split).mkdir()
+        for number, path in enumerate(sorted((source / kind / split).iterdir()), 1):
+            (tmp_path / split / f"00{number}.{path.name}").symlink_to(path)
+    train, _, names = read(tmp_path, 12)
+    assert names == ["001.cat", "002.dog"]
+    assert torch.equal(train.pixels, read(source / kind, 12)[0].pixels)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

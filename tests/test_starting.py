@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,15 +20,20 @@ MICRO = {"backbone": "micro", "backbone_args": None, "pretrained": True, "every"
 """Its weights do not depend on the number of classes, as drawn ones do."""
 
 
-@pytest.fixture
-def saved(tmp_path: Path) -> tuple[Path, dict[str, torch.Tensor]]:
-    """A checkpoint whose tensors are all random, and these."""
-    module = shaken(make_classifier(class_names=NAMES, **MICRO))
+def save(path: Path, **settings: Any) -> tuple[Path, dict[str, torch.Tensor]]:
+    """Save a checkpoint whose trained tensors are all random; return it and these."""
+    module = shaken(make_classifier(class_names=NAMES, **(MICRO | settings)))
     run = trainer(max_steps=1)
     images = DataLoader(TensorDataset(torch.randn(2, 3, 48, 48), torch.tensor([0, 1])), batch_size=2)
     run.fit(module, images, images)
-    run.save_checkpoint(tmp_path / "a.ckpt")
-    return tmp_path / "a.ckpt", {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    run.save_checkpoint(path)
+    return path, {name: tensor.clone() for name, tensor in module.state_dict().items()}
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> tuple[Path, dict[str, torch.Tensor]]:
+    """A checkpoint whose trained tensors are all random, and these."""
+    return save(tmp_path / "a.ckpt")
 
 
 @pytest.mark.parametrize(
@@ -66,6 +72,26 @@ def test_other_parts_are_named(saved, changes, words):
         start_from(module, path)
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("ours", [False, True])
+def test_full_checkpoint_of_another_backbone(ours, tmp_path):
+    """Its frozen tensors are not loaded, so the adapters would stand on another backbone."""
+    path, _ = save(tmp_path / "full.ckpt", full_checkpoint=True)
+    module = make_classifier(class_names=NAMES, **(MICRO | {"pretrained": False, "full_checkpoint": ours}))
+    with pytest.raises(ValueError, match="was trained on backbone 'micro' with weights"):
+        start_from(module, path)
+
+
+@pytest.mark.parametrize(("theirs", "ours"), [(False, True), (True, False), (True, True)])
+def test_full_checkpoints_start_as_others(theirs, ours, tmp_path):
+    path, state = save(tmp_path / "a.ckpt", full_checkpoint=theirs)
+    module = make_classifier(class_names=NAMES, **(MICRO | {"full_checkpoint": ours}))
+    assert start_from(module, path).endswith("with its heads")
+    loaded = module.state_dict()
+    names = (state.keys() & loaded.keys()) - {"net.exit_weights"}
+    assert any("lora" in name for name in names)
+    assert all(torch.equal(loaded[name], state[name]) for name in names)
 
 
 def test_other_files_are_refused(tmp_path):

@@ -14,9 +14,10 @@ import safetensors.torch
 from dynadapter.backbones import create_backbone
 from dynadapter.backbones import fingerprint as fingerprint_of
 from dynadapter.bench.timing import machine
+from dynadapter.files import write
 from tools.pretrain.learner import accuracy
 from tools.pretrain.recipe import BASE, Recipe, timm_args
-from tools.pretrain.run import Run, write
+from tools.pretrain.run import Run
 
 
 def fingerprint(weights: Path, classes: int, recipe: Recipe) -> str:

@@ -61,7 +61,8 @@ def class_names(root: Path) -> list[str]:
     train = root / "train"
     if not train.is_dir():
         raise ValueError(f"{str(root)!r} has no folder 'train'; give the folder that holds train/ and val/")
-    found = sorted({path.stem for path in train.iterdir() if path.is_dir() or path.suffix.lower() in SUFFIXES})
+    parts = [path for path in train.iterdir() if path.is_dir() or path.suffix.lower() in SUFFIXES]
+    found = sorted({path.name if path.is_dir() else path.stem for path in parts})
     if not found:
         raise ValueError(f"{str(train)!r} holds neither mosaics (NAME.webp) nor a folder for each class")
     table = root / "classes.txt"

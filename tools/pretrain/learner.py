@@ -1,6 +1,5 @@
 """Model, averaged weights and optimisers, and one training step of them."""
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -10,18 +9,12 @@ from timm.optim import param_groups_weight_decay
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
+from dynadapter.training.schedules import Cosine, Warmup
 from tools.pretrain.augment import augment, mix, normalize
 from tools.pretrain.images import Images
 from tools.pretrain.model import Supervised, load_start, supervised_loss, token_mergings
 from tools.pretrain.muon import Muon
 from tools.pretrain.recipe import BASE, WHOLE, Recipe, timm_args
-
-
-def rate(progress: float, warmup: float) -> float:
-    """Return the learning rate as a fraction of the highest: a line up, then a cosine down to a hundredth."""
-    if progress < warmup:
-        return progress / warmup
-    return 0.01 + 0.99 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup))) / 2
 
 
 def make_optimizers(model: Any, early: nn.Module, recipe: Recipe) -> dict[str, torch.optim.Optimizer]:
@@ -63,6 +56,7 @@ class Learner:
         self.ema = ModelEmaV3(self.model, use_warmup=True)
         self.optimizers = make_optimizers(self.model, self.supervised.early, recipe)
         self.recipe, self.device, self.precision, self.total = recipe, device, "fp32", 1
+        self.rate = Warmup(recipe.warmup, 0.0, then=Cosine(1.0, 0.01))  # of the highest learning rate
         if compiled:
             self.supervised.compile(dynamic=False)  # in place: the names of the weights stay
 
@@ -95,7 +89,7 @@ class Learner:
         recipe, progress = self.recipe, (number + 1) / self.total
         torch.manual_seed(recipe.seed * 1_000_003 + number)
         for group in (group for optimizer in self.optimizers.values() for group in optimizer.param_groups):
-            group["lr"] = recipe.lr * rate(progress, recipe.warmup)
+            group["lr"] = recipe.lr * self.rate(progress)
         if recipe.patch_drop:
             self.model.patch_drop.prob = 0.0 if progress > 1 - WHOLE else recipe.patch_drop
         if self.mergings:

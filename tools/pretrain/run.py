@@ -3,7 +3,6 @@
 import copy
 import json
 import math
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -13,17 +12,10 @@ from typing import Any
 
 import torch
 
+from dynadapter.files import replacing, write
 from tools.pretrain.images import Images
 from tools.pretrain.learner import Learner, accuracy
 from tools.pretrain.recipe import WHOLE, Recipe
-
-
-def write(path: Path, content: bytes) -> None:
-    """Write a file, all of it or nothing."""
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(content)
-    os.replace(part, path)
-
 
 # ---- the plan
 
@@ -226,9 +218,8 @@ class Run:
         """Write the checkpoint, all of it or nothing."""
         self._check_finite()
         content = {"identity": self.identity, "plan": self.plan, "place": vars(self.place)}
-        part = self.checkpoint.with_suffix(".part")
-        torch.save(content | {"learner": self.learner.state()}, part)
-        os.replace(part, self.checkpoint)
+        with replacing(self.checkpoint) as file:
+            torch.save(content | {"learner": self.learner.state()}, file)
 
     def _write_log(self) -> None:
         """Write the lines of all finished epochs; epochs after the checkpoint of a killed run are run again."""

@@ -10,6 +10,9 @@ from dynadapter.adapters.lora import PLACES, LoRALayer
 from dynadapter.adapters.lowrank import add_product, by_channel, some_outputs
 from dynadapter.adapters.merging import exact, rebuilt
 
+SHORTEST = 1e-19
+"""Least length by which a row is divided: zeros have none, and in float32 the squares of a shorter row vanish."""
+
 
 class DoRALayer(LoRALayer):
     """``W' x + b``, where each row of W' has the direction of ``W + s * lora_b @ lora_a`` and its own length.
@@ -29,9 +32,13 @@ class DoRALayer(LoRALayer):
 
     @torch.no_grad()
     def lengths(self) -> Tensor:
-        """Return the lengths of the rows of ``W + s * lora_b @ lora_a``, (out,), without gradient."""
+        """Return the lengths of the rows of ``W + s * lora_b @ lora_a``, (out,), without gradient; above 0."""
         weight = matrices(self.base_layer)[0].weight.flatten(1).to(self.lora_b.dtype)
-        return torch.linalg.vector_norm(weight + self.scale * self.lora_b @ self.lora_a, dim=1)
+        return self._lengths(weight + self.scale * self.lora_b @ self.lora_a)
+
+    def _lengths(self, rows: Tensor) -> Tensor:
+        least = max(torch.finfo(self.lora_b.dtype).tiny, SHORTEST)
+        return torch.linalg.vector_norm(rows, dim=1).clamp(min=least)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map tokens (..., width) to (..., out), or (batch, width, rows, columns) to (batch, out, rows, columns)."""
@@ -55,8 +62,7 @@ class DoRALayer(LoRALayer):
         """Return the base layer with W'."""
         weight = exact(matrices(self.base_layer)[0].weight.flatten(1))
         weight = weight + self.scale * exact(self.lora_b) @ exact(self.lora_a)
-        lengths = torch.linalg.vector_norm(weight, dim=1)
-        return rebuilt(self.base_layer, weight * (exact(self.magnitude) / lengths)[:, None])
+        return rebuilt(self.base_layer, weight * (exact(self.magnitude) / self._lengths(weight))[:, None])
 
 
 @dataclass(frozen=True, kw_only=True)

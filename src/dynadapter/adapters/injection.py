@@ -85,9 +85,8 @@ def build_wrappers(spec: Any, model: nn.Module, layers: Layers) -> dict[str, Ada
 @build_wrappers.register
 def _(spec: AdapterSpec, model: nn.Module, layers: Layers) -> dict[str, AdapterLayer]:
     kind = type(spec).__name__
-    plain = {name: unwrapped(layer) for name, (_, layer) in layers.items()}
     wrappers: dict[str, AdapterLayer] = {}
-    for name in _chosen(model, spec, plain):
+    for name in _chosen(model, spec, layers):
         path, layer = layers[name]
         require_bare(name, layer, kind)
         if not spec.fits(layer):
@@ -128,25 +127,34 @@ def _wrapped(spec: AdapterSpec, model: nn.Module, path: str) -> AdapterLayer:
     return wrapper
 
 
-def _chosen(model: nn.Module, spec: AdapterSpec, layers: Mapping[str, nn.Module]) -> list[str]:
+def _chosen(model: nn.Module, spec: AdapterSpec, layers: Layers) -> list[str]:
     """Return the names of the layers to wrap, in the order of the model."""
     kind, name = type(spec).__name__, type(model).__name__
-    fitting = ", ".join(dict.fromkeys(_collapsed(name) for name, layer in layers.items() if spec.fits(layer))) or "none"
+    plain = {name: unwrapped(layer) for name, (_, layer) in layers.items()}
     for pattern in spec.targets:
-        if not any(fnmatchcase(name, pattern) for name in layers):
-            raise ValueError(
-                f"no layer of {name} matches the target {pattern!r} of {kind}; set targets; the layers that it can "
-                f"wrap: {fitting}"
-            )
+        if not any(fnmatchcase(name, pattern) for name in plain):
+            fitting = _wrappable(model, spec, layers)
+            way = f"set targets; the layers that it can wrap: {fitting}" if fitting else "choose another kind"
+            raise ValueError(f"no layer of {name} matches the target {pattern!r} of {kind}; {way}")
     if spec.targets:
-        return [name for name in layers if any(fnmatchcase(name, pattern) for pattern in spec.targets)]
-    if chosen := spec.defaults(model, layers):
-        _warn_of_blocks(model, kind, layers, chosen)
+        return [name for name in plain if any(fnmatchcase(name, pattern) for pattern in spec.targets)]
+    if chosen := spec.defaults(model, plain):
+        _warn_of_blocks(model, kind, plain, chosen)
         return chosen
-    raise ValueError(
-        f"{kind} has no default places in {name}; kinds that have: {_kinds_for(model, layers)}; or set targets; the "
-        f"layers that it can wrap: {fitting}"
-    )
+    fitting = _wrappable(model, spec, layers)
+    way = f"; or set targets; the layers that it can wrap: {fitting}" if fitting else ""
+    raise ValueError(f"{kind} has no default places in {name}; kinds that have: {_kinds_for(model, plain)}{way}")
+
+
+def _wrappable(model: nn.Module, spec: AdapterSpec, layers: Layers) -> str:
+    """Return the names of the layers that a kind can wrap in this model, as text; empty if there are none."""
+    found: list[str] = []
+    for name, (path, layer) in layers.items():
+        if _collapsed(name) not in found and not isinstance(layer, AdapterLayer) and spec.fits(layer):
+            with contextlib.suppress(Exception):  # some kinds refuse layers by the model around them
+                spec.wrap(model, path)
+                found.append(_collapsed(name))
+    return ", ".join(found)
 
 
 def _warn_of_blocks(model: nn.Module, kind: str, layers: Mapping[str, nn.Module], chosen: list[str]) -> None:

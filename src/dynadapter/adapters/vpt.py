@@ -102,6 +102,11 @@ class VPT(BlockSpec):
         Raises:
             ValueError: If that layer is not a block, or the model cannot have prompts.
         """
+        if not takes_prefix_tokens(model):
+            raise ValueError(
+                f"VPT cannot wrap {name}: {type(model).__name__} does not take more tokens than those of its patches; "
+                "choose another kind"
+            )
         width = self.width(model, name) if self.placement == "deep" else widths(model)[0]
         stem = next(layer for layer in model.modules() if isinstance(layer, nn.Conv2d | nn.Conv3d))
         prompts = parameter(stem.weight, self.prompts, width)

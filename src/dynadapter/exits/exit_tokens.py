@@ -73,12 +73,9 @@ class ExitTokenUpdates(nn.Module):
         units: Any = backbones.blocks(backbone)[:blocks]
         other = next((unit[-1] for unit in units if not backbones.takes_exit_tokens(backbone, unit)), None)
         if other is not None:
-            kind = f"{type(other).__name__} of {type(backbone).__name__}"
-            if isinstance(other, AdapterLayer) or needs_grid(other):
-                kind = f"the adapter {needs_grid(other) or other.kind} on them"
             raise ValueError(
-                f"ExitTokens needs timm's plain ViT blocks with plain MLPs, not {kind}; use other heads, such as "
-                "Attentive"
+                f"ExitTokens needs timm's plain ViT blocks with plain MLPs, not {_unfit(backbone, other)}; use other "
+                "heads, such as Attentive"
             )
         self.count = count
         self.first = nn.Parameter(torch.empty(count, backbones.widths(backbone)[0]))
@@ -103,6 +100,17 @@ class ExitTokenUpdates(nn.Module):
         updates: Any = self.updates[place]
         inputs = (block, x, exit_tokens, updates.query, updates.hidden, bias)
         return backbones.checkpointed(backbone, backbones.run_with_exit_tokens, *inputs)
+
+
+def _unfit(backbone: nn.Module, block: Any) -> str:
+    """Return what keeps exit tokens out of a block, as text."""
+    if isinstance(block, AdapterLayer) or needs_grid(block):
+        return f"the adapter {needs_grid(block) or block.kind} on them"
+    attention: Any = getattr(block, "attn", None)
+    for name, layer in (("attention", attention), ("qkv", getattr(unwrapped(attention), "qkv", None))):
+        if isinstance(layer, AdapterLayer) and not hasattr(layer, "some"):
+            return f"the adapter {layer.kind} on their {name}"
+    return f"{type(block).__name__} of {type(backbone).__name__}"
 
 
 class ExitTokenHead(nn.Module):

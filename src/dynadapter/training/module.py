@@ -353,6 +353,8 @@ class ExitClassifier(CheckedLoading):
         class_names = common_classes(list(saved["class_names"]), self.class_names, self._datamodule)
         compare_token_merging(checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY, {}), self.net.token_merging)
         compare_backbones(saved, self.backbone_name, self.backbone_hash)
+        if saved["backbone_hash"] != self.backbone_hash:  # then only whole checkpoints can be loaded again
+            self.full_checkpoint = self.hparams["full_checkpoint"] = True
         self.backbone_hash = saved["backbone_hash"]
         self.class_names = class_names
         self.preprocessing = dict(saved["preprocessing"])

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from dynadapter import backbones
+from dynadapter.adapters import adapter_layers
 from dynadapter.exits.net import ExitNet
 
 if TYPE_CHECKING:
@@ -18,10 +19,17 @@ def shard(net: ExitNet, mesh: "DeviceMesh") -> None:
     gathered for the whole pass. Afterwards only :meth:`ExitNet.forward` can be called, by all processes at once.
 
     Raises:
-        ValueError: If the network has exit tokens, which call the layers of a block separately.
+        ValueError: If the network has exit tokens, which call the layers of a block separately, or adapters that use
+            tensors of another layer.
     """
     if net.beside is not None:
         raise ValueError("ExitTokens cannot be trained sharded; use Attentive, or strategy: ddp")
+    sharing = next((one for one in adapter_layers(net).values() if any(used is not one for used in one.uses)), None)
+    if sharing is not None:
+        raise ValueError(
+            f"{sharing.kind} cannot be trained sharded, because its layers share tensors; use another kind, such as "
+            "LoRA, or strategy: ddp"
+        )
     from torch.distributed.fsdp import fully_shard
 
     for unit in backbones.blocks(net.backbone):

@@ -22,21 +22,22 @@ def start_from(module: Any, path: str | Path) -> str:
     try:
         saved = saved_contents(checkpoint)
         require_finite(checkpoint)
-        compare_backbones(saved, module.backbone_name, module.backbone_hash)
+        # Frozen tensors are not loaded, so also a full checkpoint must be of this backbone
+        compare_backbones(saved | {"full": False}, module.backbone_name, module.backbone_hash)
     except ValueError as error:
         raise ValueError(f"init_from={path}: {error}") from error
-    state, own = checkpoint["state_dict"], module.state_dict()
+    state, own, frozen = checkpoint["state_dict"], module.state_dict(), frozen_keys(module)
     new: tuple[str, ...] = ("net.exit_weights",)  # their schedule begins anew
     same = list(saved["class_names"]) == list(module.class_names)
     if not same:
         heads = {id(part) for part in classifier(module.net.backbone)}
         new += ("net.heads.", *(f"{name}." for name, part in module.named_modules() if id(part) in heads))
-    wanted = [name for name in own if not name.startswith(new)]
+    wanted = [name for name in own if not name.startswith(new) and name not in frozen]
     for name in wanted:
         if name not in state or state[name].shape != own[name].shape:
             what = "lacks" if name not in state else "has another shape of"
             raise ValueError(f"init_from={path} {what} {name}. {ADVICE}, or leave init_from out")
-    unknown = {name for name in state if not name.startswith(new)} - own.keys() - frozen_keys(module)
+    unknown = {name for name in state if not name.startswith(new)} - own.keys() - frozen
     if unknown:
         raise ValueError(
             f"init_from={path} holds {min(unknown)}, which this model lacks. {ADVICE}, or leave init_from out"

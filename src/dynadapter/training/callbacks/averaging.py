@@ -22,9 +22,11 @@ class WeightAverage(EMAWeightAveraging):
         decay: Fraction of the average that a step keeps, in [0, 1).
 
     Raises:
-        ValueError: If ``decay`` is out of range; at the start of fit, if the network is sharded, or its trained tensors
-            have 16 bits.
+        ValueError: If ``decay`` is out of range; at the start of fit, if the network is sharded, its trained tensors
+            have 16 bits, or checkpoints hold the weights only.
     """
+
+    _swapped = False  # whether the module holds the average, and the average the module's weights
 
     def __init__(self, decay: float = 0.999) -> None:
         if not 0 <= decay < 1:
@@ -34,8 +36,14 @@ class WeightAverage(EMAWeightAveraging):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Create the average when fit begins; the other stages measure the module's own weights."""
-        self._average_model = None
+        self._average_model, self._swapped = None, False
         if stage == "fit":
+            # Lightning does not ask callbacks then, so that such a file would hold the current weights
+            if any(getattr(saver, "save_weights_only", False) for saver in trainer.checkpoint_callbacks):
+                raise ValueError(
+                    "WeightAverage needs whole checkpoints, and save_weights_only=True leaves the average out; leave "
+                    "save_weights_only out"
+                )
             if getattr(pl_module, "device_mesh", None) is not None or is_sharded(pl_module):
                 raise ValueError("WeightAverage needs whole tensors, here they are sharded; train with strategy: ddp")
             self._average_model = _Average(pl_module, self.decay)
@@ -55,9 +63,26 @@ class WeightAverage(EMAWeightAveraging):
             else:
                 average.data = average.data.to(current.dtype)
 
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put the average into the module."""
+        super().on_validation_epoch_start(trainer, pl_module)
+        self._swapped = self._average_model is not None
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put the current weights back into the module."""
+        super().on_validation_epoch_end(trainer, pl_module)
+        self._swapped = False
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Put the current weights back if validation failed; callbacks that save a checkpoint come later."""
+        if self._swapped:
+            self.on_validation_epoch_end(trainer, pl_module)
+
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Restore the average in fit; in other stages the loaded weights are the average already."""
         if self._average_model is not None:
+            averaged: Any = self._average_model.module
+            averaged.full_checkpoint = getattr(pl_module, "full_checkpoint", False)  # loading may have set it
             super().on_load_checkpoint(trainer, pl_module, checkpoint)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
