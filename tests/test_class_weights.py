@@ -48,8 +48,18 @@ def test_named_weights_keep_the_learning_rate(counts):
 MISTAKES = [
     ("auto", None, "class_weights=auto needs a data module that lists its images"),
     ({"dog": 1.0}, [1, 1, 1], "class_weights: dog is not a class; the classes are ant, bee, cat"),
+    ({"ant": 1.0, "a\u0301": 2.0}, None, "class_weights: \u00e1 is not a class"),
     ({"ant": 0.0}, [1, 0, 0], "all training images have the weight 0"),
 ]
+
+
+def test_weights_match_numbers_and_accents():
+    """YAML reads the name 0 as a number; macOS and Linux encode accents differently."""
+    weights = class_weights({0: 2.0, "e\u0301": 4.0}, ["0", "1", "\u00e9"], None)
+    assert weights.tolist() == [2, 1, 4]
+    assert class_weights({"\u00e9": 4.0}, ["e\u0301", "f"], None).tolist() == [4, 1]
+    with pytest.raises(ValueError, match="class_weights: 0 is given twice; give each class one weight"):
+        class_weights({0: 2.0, "0": 1.0}, ["0", "1"], None)
 
 
 @pytest.mark.parametrize(("given", "counts", "words"), MISTAKES)

@@ -196,6 +196,27 @@ def test_older_run_with_a_checkpoint_continues(photos, monkeypatch, capsys):
     assert re.search("continuing after step .*, from runs/photos/version_0/checkpoints/", capsys.readouterr().out)
 
 
+def test_chosen_settings_stay_when_repeated(photos, monkeypatch, capsys):
+    """Another machine would choose another backbone, and more images other epochs; settings of the user count."""
+    after_epoch = ExitClassifier.on_train_epoch_end
+    monkeypatch.setattr(ExitClassifier, "on_train_epoch_end", lambda self: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(train, "choose_backbone", lambda: "vit_tiny_patch16_224")
+    monkeypatch.setattr(train, "STEPS", 3)
+    monkeypatch.setattr(train, "FEWEST", 1)
+    line = ["train", str(photos), *TINY[1:-1], "--cost=0.8"]
+    fails(line, "continue with", capsys, code=143)
+    monkeypatch.setattr(ExitClassifier, "on_train_epoch_end", after_epoch)
+    monkeypatch.setattr(train, "choose_backbone", lambda: pytest.fail("chose another backbone"))
+    for k in range(50):
+        Image.new("RGB", (20, 24), (k, 9, 99)).save(photos / "blue" / f"more{k}.png")
+    fails([*line, "--epochs=2"], "runs/photos holds a training with other settings: dynadapter fit", capsys)
+    main(line)
+    chosen = "as the training in runs/photos: model.backbone=vit_tiny_patch16_224, trainer.max_epochs=3\n"
+    assert chosen in capsys.readouterr().out
+    settings = yaml.safe_load(Path("runs/photos/version_1/config.yaml").read_text())
+    assert (settings["model"]["backbone"], settings["trainer"]["max_epochs"]) == ("vit_tiny_patch16_224", 3)
+
+
 @pytest.mark.filterwarnings("ignore:.*skipped .* unreadable image")
 def test_way_out_of_a_damaged_image(photos, capsys):
     """The failed run leaves no folder that would block the same command with one setting more."""
@@ -208,6 +229,13 @@ def test_way_out_of_a_damaged_image(photos, capsys):
 
 MISTAKES = [
     (["photos", "--checkpoint.dirpath=saved"], "train saves its checkpoints below --out; leave checkpoint.dirpath out"),
+    (["photos", "--trainer.default_root_dir", "e"], "train saves its runs in --out; give --out FOLDER instead of"),
+    (["photos", "--trainer={default_root_dir: e}"], "train saves its runs in --out; give --out FOLDER instead of"),
+    (["photos", "--checkpoint={dirpath: saved}"], "train saves its checkpoints below --out; leave checkpoint.dirpath"),
+    (["photos", "--model.weights", "w.pt"], "give --backbone NAME --model.weights FILE"),
+    (["photos", "--model={weights: w.pt}"], "give --backbone NAME --model.weights FILE"),
+    (["photos", "--trainer.max_steps=0", "--backbone=micro"], "trainer.max_steps=0 trains nothing; give more than 0"),
+    (["photos", "--trainer.limit_train_batches=0.0"], "trainer.limit_train_batches=0.0 trains nothing"),
     (["photos", "--checkpoint", "null"], "checkpoint is off, and train calibrates and deploys a checkpoint"),
     (["photos", "--data.val_split", "out"], "has no setting 'val_split'"),
     (["photos", "out", "o21"], "there is no option 'out'; did you mean '--out'?"),
@@ -226,6 +254,12 @@ MISTAKES = [
     (["photos/red"], "photos/red/train does not exist; expected train/CLASS/image.png or red/CLASS/image.png"),
     (["photos", "--backbone=vit_tyny_patch16_224", "--model.pretrained=false"], "timm has no model"),
 ]
+
+
+@pytest.mark.parametrize("given", [["--epochs=0"], ["--trainer={max_epochs: 0}"], ["-c", "none.yaml"]])
+def test_training_without_a_step_is_refused(given, photos, capsys):
+    Path("none.yaml").write_text("trainer: {max_epochs: 0}")
+    fails(["train", "photos", "--backbone=micro", *given], "trainer.max_epochs=0 trains nothing", capsys)
 
 
 def test_complete_config_is_no_mistake():
@@ -286,4 +320,6 @@ def test_backbone_fits_the_machine(gpu, hub, expected, monkeypatch, capsys):
     monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
     monkeypatch.setattr("dynadapter.backbones.availability.is_available", lambda name: hub)
     assert train.choose_backbone() == expected
-    assert ("micro" in capsys.readouterr().out) is (not hub)
+    out = capsys.readouterr().out
+    assert ("training micro" in out) is (not hub)
+    assert ("--backbone NAME --model.weights FILE" in out) is (not hub)

@@ -85,6 +85,18 @@ def test_settings_come_from_configs(root, capsys):
     assert run(f"-c {root}/c.yaml --data.root {root}/folder --data.val_fraction 0.3", capsys)[0] == 0
 
 
+def test_overlay_takes_the_class_of_the_line(root, capsys):
+    make_folder(root / "folder")
+    code, out, err = run(f"-c augment --data ImageFolder --data.root {root}/folder", capsys)
+    assert (code, err) == (0, "")
+    assert out.startswith("ImageFolder")
+    with pytest.raises(SystemExit) as ended:
+        main(["fit", "-c", "augment", "--data=ImageFolder", f"--data.root={root}/folder", "--print_config"])
+    assert ended.value.code in (0, None)
+    data = yaml.safe_load(capsys.readouterr().out)["data"]
+    assert (data["class_path"], data["init_args"]["cache"]) == ("dynadapter.ImageFolder", False)
+
+
 def test_names_are_escaped_on_the_terminal(root, capsys):
     """File names may hold control sequences, and what rich would read as its own markup."""
     (root / "toys" / "images" / "\x1b[31m[red].png").write_bytes(b"")

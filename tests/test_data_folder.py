@@ -129,7 +129,7 @@ def test_root_of_classes_is_train(tmp_path):
     fails("test does not exist; expected test/CLASS/image.png", lambda: ImageFolder(flat).setup("test"))
     make(flat, c={"deep": 1})  # a folder without an image of its own: this may be a folder of data sets
     fails(f"expected train/CLASS/image.png or {flat.name}/CLASS/image.png", lambda: ImageFolder(flat))
-    fails("root contains: a, b, c; no image in: c", lambda: ImageFolder(flat))
+    fails("root contains: a, b, c; no image directly in: c", lambda: ImageFolder(flat))
 
 
 @pytest.mark.parametrize(
@@ -325,3 +325,30 @@ def test_lists_in_cells_are_refused(tmp_path):
 def test_short_rows_are_named(tmp_path):
     (tmp_path / "t.csv").write_text("path,label\n1.png\n")
     fails("t.csv:2: there is nothing in column 'label'", lambda: ImageTable(tmp_path / "t.csv"))
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("path,label\na.png,ant\nb.png,cat,dog\n", "3: 3 cells under a header of 2; quote values with commas"),
+        ("path,label,label\na.png,ant,bee\n", "1: several columns are called 'label'; rename or remove all but one"),
+    ],
+)
+def test_no_cell_of_a_table_is_dropped(content, words, tmp_path):
+    file = tmp_path / "list.csv"
+    file.write_text(content)
+    fails(f"{file}:{words}", lambda: ImageTable(file))
+
+
+def test_columns_without_a_name_may_repeat(tmp_path):
+    file = tmp_path / "list.csv"
+    file.write_text("path,label,,\na.png,ant,,\n")
+    assert ImageTable(file).class_names == ["ant"]
+
+
+def test_parquet_columns_of_one_name_raise(tmp_path):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    file = tmp_path / "list.parquet"
+    columns = [pyarrow.array(["a.png"]), pyarrow.array(["ant"]), pyarrow.array(["bee"])]
+    parquet.write_table(pyarrow.Table.from_arrays(columns, names=["path", "label", "label"]), file)
+    fails(f"{file}: several columns are called 'label'", lambda: ImageTable(file))

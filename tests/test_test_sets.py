@@ -13,6 +13,7 @@ from tiny import make_classifier, trainer
 from dynadapter.cli import main
 from dynadapter.cli.test_bundle import measure
 from dynadapter.data import ImageFolder, ImageTable
+from dynadapter.data.verify import verify
 from dynadapter.exits.policies import Confidence
 from dynadapter.serve.bundle import in_memory
 from dynadapter.training.callbacks import EarlyExit, FlopsReport
@@ -169,3 +170,23 @@ def test_bundle_measures_further_sets(places):
     bundle = in_memory(model, Confidence(0.9))
     titles = [found.title for one in (data, *data.further_tests()) for found in measure(bundle, one)]
     assert titles[2:] == ["Exits (test/wild, shares under confidence_0.9)", "Early exits (test/wild)"]
+
+
+def test_names_of_sets_may_be_numbers(places):
+    """YAML reads 2024 as a number."""
+    data = ImageFolder(places / "root", test_sets={2024: str(places / "flat")})
+    assert [one.test_label for one in data.further_tests()] == ["test/2024"]
+    with raises_one_line(ValueError, match="test_sets names 1 twice; give each set its own name"):
+        ImageFolder(places / "root", test_sets={1: "a", "1": "b"})
+
+
+def test_verify_checks_further_sets(places):
+    (places / "flat" / "cat" / "z.png").write_bytes((places / "root" / "train" / "cat" / "0.png").read_bytes())
+    (places / "flat" / "bee" / "0.png").write_bytes(b"")
+    report = verify(ImageFolder(places / "root", test_sets={"wild": str(places / "flat")}))
+    errors = [one.text for one in report.findings if one.level == "error"]
+    assert errors == ["test/wild: 1 image cannot be read", "1 image of train also in test/wild"]
+    assert report.splits[-1].classes == {"ant": 0, "bee": 3, "cat": 5}
+    report = verify(ImageFolder(places / "root", test_sets={"wild": str(places / "none")}))
+    (error,) = [one.text for one in report.findings if one.level == "error"]
+    assert error.startswith(f"test_sets.wild: root {places / 'none'} does not exist")

@@ -24,6 +24,7 @@ from dynadapter.cli.layers import (
     assignments,
     checkpoint_path,
     checkpoint_settings,
+    class_of_data,
     expand_home,
     expand_short,
     inline,
@@ -146,7 +147,8 @@ class DynCLI(LightningCLI):
             rest.append(f"--config={inline(off)}")
             rest.sort(key=lambda arg: arg.startswith("--print_config"))  # which prints a config that follows it
         defaults = parser.get_defaults().as_dict()
-        self.config = parser.parse_args(with_fresh_classes([*layers, *rest], contents, defaults))
+        args = [*(class_of_data(rest) if files else []), *layers, *rest]
+        self.config = parser.parse_args(with_fresh_classes(args, contents, defaults))
         self.config.pop("config")
         expand_home(self.config)
         check_config(self.config)

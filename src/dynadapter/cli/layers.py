@@ -114,6 +114,16 @@ def without_training(files: Sequence[str], contents: Contents) -> tuple[list[str
     return layers, found
 
 
+def class_of_data(line: Sequence[str]) -> list[str]:
+    """Return the argument that names the class of the data, for config files whose data section has none.
+
+    >>> class_of_data(["--data=ImageFolder", "--data.root=photos"])
+    ['--data=ImageFolder']
+    """
+    named = [arg for arg in line if arg.startswith("--data=") and not arg.startswith("--data={")]
+    return named[-1:]
+
+
 def switched_off(rest: Sequence[str], keys: Container[str]) -> tuple[dict[str, None], list[str]]:
     """Return the parts that are switched off, such as by ``--sparsity null``, as a config, and the other arguments.
 

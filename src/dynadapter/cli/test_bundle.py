@@ -8,7 +8,7 @@ from dynadapter.cli.configs import config_files
 from dynadapter.cli.errors import mistakes
 from dynadapter.cli.networks import BACKEND, BUNDLE, POLICY, WEIGHTS, check_network, load_network
 from dynadapter.cli.parser import CommandParser
-from dynadapter.cli.verify import data_section
+from dynadapter.cli.verify import data_sections
 from dynadapter.printing import print_tables
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def run(args: list[str]) -> None:
         made.print_help()
         return
     files, rest = config_files(args)
-    given = made.parse_args([*(f"--data={data_section(file)}" for file in files), *rest])
+    given = made.parse_args([*data_sections(files, rest), *rest])
     check_config(given)
     given.ckpt_path = None
     check_network(given.bundle)

@@ -2,10 +2,13 @@
 
 import argparse
 import os
+import re
 import shlex
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +40,8 @@ The same command continues an interrupted training. dynadapter fit has every set
 GPU, CPU, OFFLINE = "vit_base_patch16_224.orig_in21k", "vit_tiny_patch16_224.augreg_in21k", "micro"
 STEPS, FEWEST, MOST = 600, 10, 40
 """Without ``--epochs``: optimiser steps to aim at, and the least and the greatest number of epochs."""
+BACKBONE, LENGTH = "model.backbone", "trainer.max_epochs"
+"""The settings that this command chooses if the user does not."""
 TABLES = (".csv", ".parquet")
 
 
@@ -185,11 +190,9 @@ def _trained(wanted: Wanted, arguments: list[str]) -> Path:
     from dynadapter.cli.app import DynCLI
     from dynadapter.cli.resume import read_record
 
-    runs = _runs(wanted.out)
-    lines = [shlex.split(str(read_record(run).get("command_line", ""))) for run in runs]
-    begun = [line for line in lines if line and "--resume" not in line]
-    if begun and begun[-1] != ["dynadapter", *arguments, *imports.given()]:
-        raise Mistake(f"{wanted.out} holds a training with other settings: {shlex.join(begun[-1])}; give another --out")
+    runs, begun = _runs(wanted.out), _begun(wanted.out)
+    if begun and begun != ["dynadapter", *arguments, *imports.given()]:
+        raise Mistake(f"{wanted.out} holds a training with other settings: {shlex.join(begun)}; give another --out")
     finished = {run for run in runs if read_record(run).get("how") == "finished"}
     # A run that saved nothing adds nothing to the run before it.
     useful = [run for run in runs if run in finished or any((run / "checkpoints").glob("*.ckpt"))] if begun else []
@@ -204,11 +207,37 @@ def _trained(wanted: Wanted, arguments: list[str]) -> Path:
     return cli.run_folder
 
 
+def _begun(out: Path) -> list[str]:
+    """Return the newest command line that began a training in a folder; empty without one."""
+    from dynadapter.cli.resume import read_record
+
+    lines = [shlex.split(str(read_record(run).get("command_line", ""))) for run in _runs(out)]
+    return next((line for line in reversed(lines) if line and "--resume" not in line), [])
+
+
+def _chosen_before(out: Path) -> dict[str, str]:
+    """Return the backbone and the epochs that this command chose for the training in a folder.
+
+    They stand before the images. A repeated command keeps them, although the machine or the images may have changed.
+    """
+    from dynadapter.cli.layers import assignments
+
+    chosen = takewhile(lambda arg: not arg.startswith("--data"), _begun(out))
+    found = {key: value for key, value in assignments(list(chosen)) if key in (BACKBONE, LENGTH)}
+    if found:
+        print(f"as the training in {out}: " + ", ".join(f"{key}={value}" for key, value in found.items()), flush=True)
+    return found
+
+
 def _fit_arguments(wanted: Wanted) -> list[str]:
     """Return the arguments of fit, including those that depend on the images and the machine."""
     files, rest = config_files(wanted.settings)
     contents = [read_config(file, ()) for file in files]
-    _require_checkpoints(contents, rest)
+    layers = [*contents, _mappings(rest)]
+    trainers = [one.get("trainer") or {} for one in layers]
+    _require_checkpoints(layers, rest)
+    _require_steps(trainers, rest)
+    names_backbone = _names_backbone(layers, rest)
     place = ["--data=ImageTable", f"--data.file={wanted.place}"] if wanted.place.is_file() else []
     place = place or [f"--data.root={wanted.place}"]
     data = _data([file for file, one in zip(files, contents, strict=True) if one.get("data")], [*place, *rest])
@@ -217,12 +246,10 @@ def _fit_arguments(wanted: Wanted) -> list[str]:
         raise Mistake(
             f"{wanted.place} has {held_out} images to choose exits on; {data.validation_switch}, or add images"
         )
-    named = [arg.partition("=")[0] for arg in rest]
-    chosen = []
-    if "--model.backbone" not in named and not any("backbone" in (one.get("model") or {}) for one in contents):
-        chosen.append(f"--model.backbone={choose_backbone()}")
-    trainers = [one.get("trainer") or {} for one in contents]
-    chosen += _length(train, data, trainers, rest)
+    before = _chosen_before(wanted.out)
+    chosen = [] if names_backbone else [f"--model.backbone={before.get(BACKBONE) or choose_backbone()}"]
+    if length := _length(train, data, trainers, rest):
+        chosen.append(f"--{LENGTH}={before.get(LENGTH) or length}")
     by_class = Counter(label for _, label in data.samples("val"))
     each = [by_class[label] for label in range(data.num_classes)]
     print(
@@ -246,6 +273,43 @@ def _require_checkpoints(contents: Sequence[dict[str, Any]], line: Sequence[str]
     folders = [section.get("dirpath") for section in sections if isinstance(section, dict)]
     if given.get("checkpoint.dirpath", "null") not in OFF or any(folder is not None for folder in folders):
         raise Mistake("train saves its checkpoints below --out; leave checkpoint.dirpath out, or use dynadapter fit")
+    if "trainer.default_root_dir" in given or "default_root_dir" in _mappings(line).get("trainer", {}):
+        # In a config file it is the folder of another run, and --out overrides it.
+        raise Mistake("train saves its runs in --out; give --out FOLDER instead of trainer.default_root_dir")
+
+
+def _mappings(line: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Return the sections that the command line gives as a whole, as in ``--trainer '{max_epochs: 3}'``."""
+    import yaml
+
+    from dynadapter.cli.layers import assignments
+
+    found: dict[str, dict[str, Any]] = {}
+    for key, value in assignments(line):
+        if value.startswith("{"):
+            with suppress(yaml.YAMLError):  # the parser explains it
+                found[key] = found.get(key, {}) | yaml.safe_load(value)
+    return found
+
+
+def _require_steps(trainers: Sequence[dict[str, Any]], line: Sequence[str]) -> None:
+    """Refuse a training without a step, which would deploy untrained heads."""
+    for name in ("max_epochs", "max_steps", "limit_train_batches"):
+        value = next(reversed(_given(name, trainers, line)), "")
+        if re.fullmatch(r"[-+]?0+(\.0*)?", value):
+            raise Mistake(f"trainer.{name}={value} trains nothing; give more than 0")
+
+
+def _names_backbone(contents: Sequence[dict[str, Any]], line: Sequence[str]) -> bool:
+    """Check whether the user names the backbone; refuse weights without one, which would fit no chosen backbone."""
+    from dynadapter.cli.layers import OFF, assignments
+
+    models = [one["model"] for one in contents if isinstance(one.get("model"), dict)]
+    given = {key: value for one in models for key, value in one.items()}
+    given |= {key.removeprefix("model."): value for key, value in assignments(line) if key.startswith("model.")}
+    if "backbone" not in given and given.get("weights") not in (None, *OFF):
+        raise Mistake("model.weights needs the backbone of the file; give --backbone NAME --model.weights FILE")
+    return "backbone" in given
 
 
 def _data(files: Sequence[str], line: Sequence[str]) -> "ImageData":
@@ -278,13 +342,13 @@ def _given(name: str, trainers: Sequence[dict[str, Any]], line: Sequence[str]) -
     return values + [value for key, value in assignments(expand_short(line, "fit")) if key == f"trainer.{name}"]
 
 
-def _length(images: int, data: "ImageData", trainers: Sequence[dict[str, Any]], line: Sequence[str]) -> list[str]:
-    """Return the argument for the epochs: none if they are given, no limit if steps are given."""
+def _length(images: int, data: "ImageData", trainers: Sequence[dict[str, Any]], line: Sequence[str]) -> int | None:
+    """Return the number of epochs: None if it is given, -1 for no limit if steps are given."""
     if _given("max_epochs", trainers, line):
-        return []
+        return None
     if _given("max_steps", trainers, line)[-1:] not in ([], ["-1"]):
-        return ["--trainer.max_epochs=-1"]  # the epochs of own_images would end it first
-    return [f"--trainer.max_epochs={epochs(images, _images_of_a_step(data, trainers, line))}"]
+        return -1  # the epochs of own_images would end it first
+    return epochs(images, _images_of_a_step(data, trainers, line))
 
 
 def _images_of_a_step(data: "ImageData", trainers: Sequence[dict[str, Any]], line: Sequence[str]) -> int:
@@ -324,7 +388,7 @@ def choose_backbone() -> str:
         return name
     print(
         f"the hub does not answer, and {name} is not in its cache: training {OFFLINE}, a small research backbone of "
-        "the package; better ones are --backbone NAME with network access, or with --model.weights FILE",
+        "the package; better ones are --backbone NAME with network access, or --backbone NAME --model.weights FILE",
         flush=True,
     )
     return OFFLINE

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -49,9 +49,8 @@ def run(args: list[str]) -> None:
     from dynadapter.data.verify import verify
 
     files, rest = config_files(args)
-    sections = [data_section(file) for file in files]
     made = parser()
-    given = made.parse_args([*(f"--data={section}" for section in sections), *rest])
+    given = made.parse_args([*data_sections(files, rest), *rest])
     check_config(given)
     if given.threads is not None and given.threads < 1:
         raise Mistake(f"threads={given.threads} must be at least 1")
@@ -67,6 +66,16 @@ def run(args: list[str]) -> None:
         print(f"report in {out}")
     if report.count("error"):
         raise SystemExit(1)
+
+
+def data_sections(files: Sequence[str], line: Sequence[str]) -> list[str]:
+    """Return the data sections of config files as arguments, after the class that the command line names.
+
+    A section without a class, such as that of ``augment``, needs one before it.
+    """
+    from dynadapter.cli.layers import class_of_data
+
+    return [*class_of_data(line), *(f"--data={data_section(file)}" for file in files)] if files else []
 
 
 def data_section(file: str) -> str:

@@ -98,7 +98,7 @@ class ImageFolder(HeldOutData):
             there = _join(_subfolders(self.root)) or "no folder"
             flat, bare = f" or {self.root.name}/CLASS/image.png" if not self._folders else "", ""
             if flat and len(empty := _without_images(self.root)) < len(_subfolders(self.root)):
-                bare = f"; no image in: {_join(empty)}" if empty else ""
+                bare = f"; no image directly in: {_join(empty)}" if empty else ""
             raise MissingSplit(
                 f"{folder} does not exist; expected {split}/CLASS/image.png{flat}, but root contains: "
                 f"{there}{bare}{self._taken()}"

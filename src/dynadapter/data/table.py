@@ -4,6 +4,7 @@ import csv
 import importlib.util
 import io
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -151,7 +152,7 @@ def read_rows(file: Path, given: dict[str, str | None]) -> list[Row]:
 
 
 def _open_csv(file: Path) -> Table:
-    reader = csv.DictReader(io.StringIO(read_text(file), newline=""), restkey="", strict=True)
+    reader = csv.DictReader(io.StringIO(read_text(file), newline=""), strict=True)
 
     @contextmanager
     def checked() -> Iterator[None]:
@@ -163,10 +164,17 @@ def _open_csv(file: Path) -> Table:
     def rows(columns: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
         with checked():
             for row in reader:
+                if any(more := row.get(None) or []):  # an empty one is a comma at the end
+                    raise ValueError(
+                        f"{file}:{reader.line_num}: {len(names) + len(more)} cells under a header of {len(names)}; "
+                        "quote values with commas"
+                    )
                 yield reader.line_num, row
 
     with checked():
-        return list(reader.fieldnames or []), rows
+        names = list(reader.fieldnames or [])
+    _require_distinct(f"{file}:{reader.line_num}", names)
+    return names, rows
 
 
 def _open_parquet(file: Path) -> Table:
@@ -179,9 +187,17 @@ def _open_parquet(file: Path) -> Table:
         return iter(enumerate(read_table(file, columns=columns).to_pylist(), start=1))
 
     try:
-        return read_schema(file).names, rows
+        names = read_schema(file).names
     except (ArrowException, OSError) as error:
         raise ValueError(f"{file} is not a Parquet file: {str(error).splitlines()[0]}") from error
+    _require_distinct(str(file), names)
+    return names, rows
+
+
+def _require_distinct(place: str, names: Sequence[str]) -> None:
+    """Raise a ValueError for columns of one name, of which only the last would be read; empty names may repeat."""
+    if twice := [name for name, count in Counter(names).items() if name and count > 1]:
+        raise ValueError(f"{place}: several columns are called {twice[0]!r:.80}; rename or remove all but one")
 
 
 def _column(file: Path, part: str, given: str | None, names: Sequence[str]) -> str | None:

@@ -12,10 +12,15 @@ NAME = re.compile(r"[\w-][\w.-]*")
 
 def check_test_sets(given: Mapping[str, str] | None) -> dict[str, str]:
     """Return the places of further test sets by name."""
-    for name in given or {}:
-        if not NAME.fullmatch(name):
-            raise ValueError(f"test_sets names {name!r:.40}; a name has letters, digits, dots, - and _ only")
-    return dict(given or {})
+    places: dict[str, str] = {}
+    for name, place in (given or {}).items():
+        text = str(name)  # YAML reads 2024 as a number
+        if not NAME.fullmatch(text):
+            raise ValueError(f"test_sets names {text!r:.40}; a name has letters, digits, dots, - and _ only")
+        if text in places:
+            raise ValueError(f"test_sets names {text} twice; give each set its own name")
+        places[text] = place
+    return places
 
 
 def open_test_sets(

@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 from PIL import Image
 
 from dynadapter.data.base import ImageData, Split
+from dynadapter.data.classes import match_classes
 from dynadapter.data.clips import Clip
 from dynadapter.data.identity import Source, combine_hashes, image_hash
 from dynadapter.data.library_images import LibraryImage
@@ -53,7 +54,7 @@ class SplitReport:
     """The contents of a split.
 
     Args:
-        name: ``train``, ``val`` or ``test``.
+        name: ``train``, ``val``, ``test``, or ``test/NAME`` for a further test set.
         images: Number of images.
         unreadable: Number of images that cannot be decoded.
         classes: Number of images of each class.
@@ -107,7 +108,7 @@ class Report:
 class _Entry(NamedTuple):
     """The result of decoding an image; `reason` is empty if it could be decoded."""
 
-    split: Split
+    split: str
     source: Source
     name: str
     label: int
@@ -133,13 +134,19 @@ def verify(
     data.on_error = "skip"  # missing files are reported together with the unreadable ones
     folder: Path | None = getattr(data, "folder", None)
     findings: list[Finding] = []
-    listed: list[tuple[Split, Source, int]] = []
+    listed: list[tuple[str, Source, int]] = []
     for split in SPLITS:
         try:
             listed += [(split, source, int(label)) for source, label in data.used(split)]
         except (ValueError, OSError) as error:
             level: Level = "warning" if isinstance(error, MissingSplit) and split == "test" else "error"
             findings.append(Finding(level, "split", " ".join(str(error).split())))
+    try:
+        for other in data.further_tests():
+            index = match_classes(other.class_names, data.class_names)
+            listed += [(other.test_label, source, index[label]) for source, label in other.samples("test")]
+    except (ValueError, OSError) as error:
+        findings.append(Finding("error", "split", " ".join(str(error).split())))
     entries = _look_at_all(listed, folder, threads, progress, data.preprocess.value_range)
     lenient = isinstance(data, VTAB1k) and data.task is not None
     findings += _find_unreadable(entries)
@@ -149,15 +156,13 @@ def verify(
         findings += _check_lists(data)
     account = data.account()
     findings += _find_unused(account)
-    splits = tuple(
-        _summarise(split, entries, data.class_names) for split in SPLITS if any(e[0] == split for e in entries)
-    )
+    splits = tuple(_summarise(split, entries, data.class_names) for split in _splits(entries))
     ordered = tuple(sorted(findings, key=lambda finding: finding.level != "error"))
     return Report(type(data).__name__, str(folder or ""), tuple(data.class_names), splits, ordered, str(account or ""))
 
 
 def _look_at_all(
-    listed: list[tuple[Split, Source, int]],
+    listed: list[tuple[str, Source, int]],
     folder: Path | None,
     threads: int | None,
     progress: Callable[[int, int], None],
@@ -196,7 +201,13 @@ def _name(source: Source, folder: Path | None, index: int) -> str:
     return str(source) if isinstance(source, LibraryImage) or not folder else os.path.relpath(source, folder)
 
 
-def _summarise(split: Split, entries: list[_Entry], class_names: list[str]) -> SplitReport:
+def _splits(entries: list[_Entry]) -> list[str]:
+    """Return the splits that have images: train, val and test, then the further test sets."""
+    there = dict.fromkeys(entry.split for entry in entries)
+    return sorted(there, key=lambda split: [*SPLITS, *there].index(split))
+
+
+def _summarise(split: str, entries: list[_Entry], class_names: list[str]) -> SplitReport:
     here = [entry for entry in entries if entry.split == split]
     sizes = sorted((entry.size for entry in here if not entry.reason), key=lambda size: (size[0] * size[1], size))
     unreadable = len(here) - len(sizes)
@@ -213,7 +224,7 @@ def _summarise(split: Split, entries: list[_Entry], class_names: list[str]) -> S
 
 
 def _find_unreadable(entries: list[_Entry]) -> Iterator[Finding]:
-    for split in SPLITS:
+    for split in _splits(entries):
         if bad := tuple(f"{e.name}: {e.reason}" for e in entries if e.split == split and e.reason):
             yield Finding("error", "unreadable", f"{split}: {_images(bad)} cannot be read", bad)
 
@@ -231,13 +242,15 @@ def _find_duplicates(entries: list[_Entry], class_names: list[str], lenient: boo
     if torn:
         items = tuple(" = ".join(f"{e.name} ({class_names[e.label]})" for e in group) for group in torn)
         yield Finding(level, "contradiction", f"{_images(torn)} with more than one class", items)
-    for first, second in combinations(SPLITS, 2):
+    for first, second in combinations(_splits(entries), 2):
+        if first not in SPLITS[:2] and second not in SPLITS:  # test sets may overlap
+            continue
         if both := [group for group in several if {first, second} <= {entry.split for entry in group}]:
             items = tuple(" = ".join(e.name for e in group if e.split in (first, second)) for group in both)
             smaller = min(sum(entry.split == split for entry in entries) for split in (first, second))
             worse: Level = "error" if 2 * len(both) >= smaller else level
             yield Finding(worse, "leak", f"{_images(both)} of {first} also in {second}", items)
-    for split in SPLITS:
+    for split in _splits(entries):
         same = [[entry.name for entry in group if entry.split == split] for group in agreeing]
         if copies := [names for names in same if len(names) > 1]:
             text = f"{split}: {_images(copies)} more than once"

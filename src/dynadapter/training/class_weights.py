@@ -1,5 +1,6 @@
 """Weights of the classes in the loss, for classes with different numbers of images."""
 
+import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -45,15 +46,25 @@ def class_weights(given: ClassWeights, names: Sequence[str], counts: Sequence[in
         weights = images.sum() / ((images > 0).sum() * images.clamp(min=1))
     else:
         assert isinstance(given, Mapping)
-        if unknown := [name for name in given if name not in names]:
+        own = [_composed(name) for name in names]
+        by_name = {_composed(name): float(value) for name, value in given.items()}
+        if unknown := [name for name in by_name if name not in own]:
             raise ValueError(f"class_weights: {unknown[0]} is not a class; the classes are {listed(names)}")
-        weights = torch.tensor([float(given.get(name, 1.0)) for name in names], dtype=torch.float64)
+        if len(by_name) < len(given):
+            twice = next(name for name, count in Counter(map(_composed, given)).items() if count > 1)
+            raise ValueError(f"class_weights: {twice} is given twice; give each class one weight")
+        weights = torch.tensor([by_name.get(name, 1.0) for name in own], dtype=torch.float64)
     if images is not None:
         mean = (images * weights).sum() / images.sum()
         if not mean:
             raise ValueError("class_weights: all training images have the weight 0")
         weights = weights / mean
     return weights.float()
+
+
+def _composed(name: Any) -> str:
+    """Return a class name as text in one encoding of accents; YAML reads the name 0 as a number."""
+    return unicodedata.normalize("NFC", str(name))
 
 
 def lists_images(data: Any) -> bool:
