@@ -260,7 +260,7 @@ def no_natural_below(of: Outcomes) -> Claim:
         natural = of.only(of.group("Natural"))
         goal = of.best_goal(FIRST, DYN, margins.SEED_COST - margins.VALIDATION_SLACK)
         found = {task: compare(_gaps(natural, [task], FIRST, (DYN, routed(goal)), (X, last))) for task in natural.tasks}
-        cost = of.cost(FIRST, DYN, goal)
+        cost = replace(natural, deciding=natural.tasks).cost(FIRST, DYN, goal)
     except Missing as error:
         return _unfinished(name, margin, error)
     task = min(found, key=lambda one: found[one].estimate)

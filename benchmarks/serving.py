@@ -264,13 +264,13 @@ def baselines_case(options: dict[str, Any], batch: int, rounds: int) -> Line:
             reached[name] = shares_of(exits, net.num_exits)
     seconds = interleave(arms, rounds)
     line: Line = {}
-    full = exit_costs(net, size).static
+    full, first = exit_costs(net, size).static, net.prefers_class_first(net.embed(images[:batch]))
     for name in [name for name in arms if name not in ("static", "control")]:
         speedup = ratio(seconds["static"], seconds[name])
         line[name] = {"speedup": speedup}
         if name in reached:
             counted = unmerged if "unmerged" in name else net
-            cost = exit_costs(counted, size, class_first=batch >= 4 and name != "earlyon").average_run(reached[name])
+            cost = exit_costs(counted, size, class_first=first and name != "earlyon").average_run(reached[name])
             promise = full / cost
             line[name] |= {"shares": reached[name], "mac_speedup": promise, "efficiency": speedup / promise}
     same = ratio(seconds["control"], seconds["static"])

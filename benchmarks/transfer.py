@@ -151,7 +151,7 @@ def keep(file: Path, sweep: dict[str, Any], place: Path) -> None:
     done = plan.done()
     planned = plan.sweep.planned(done)
     lines = [line for unit, line in done.items() if unit in planned]
-    kept = place.with_suffix(".jsonl")
+    kept = place.with_name(f"{place.name}.jsonl")  # the name of a backbone may have dots
     former = kept.read_text(encoding="utf-8").splitlines() if kept.exists() else []
     if lacking := {run_of(json.loads(text)) for text in former} - {run_of(line) for line in lines}:
         raise SystemExit(
@@ -160,10 +160,10 @@ def keep(file: Path, sweep: dict[str, Any], place: Path) -> None:
         )
     place.parent.mkdir(parents=True, exist_ok=True)
     kept.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    place.with_suffix(".yaml").write_text(yaml.safe_dump(sweep, sort_keys=False), encoding="utf-8")
+    place.with_name(f"{place.name}.yaml").write_text(yaml.safe_dump(sweep, sort_keys=False), encoding="utf-8")
     for ending in ("md", "csv", "png"):
         if (table := plan.out / f"table.{ending}").exists():
-            shutil.copy(table, place.with_suffix(f".{ending}"))
+            shutil.copy(table, place.with_name(f"{place.name}.{ending}"))
 
 
 def run_of(line: dict[str, Any]) -> tuple[str, ...]:

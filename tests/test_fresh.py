@@ -181,16 +181,17 @@ def test_part_of_a_sweep_replaces_nothing(programs, tmp_path):
             for unit in plan.needed({})
         ]
         (out / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in text))
-        transfer.keep(file, sweep, tmp_path / "kept" / "transfer_micro")
-        return (tmp_path / "kept" / "transfer_micro.jsonl").read_text().splitlines()
+        transfer.keep(file, sweep, tmp_path / "kept" / "transfer_vit.augreg")
+        return (tmp_path / "kept" / "transfer_vit.augreg.jsonl").read_text().splitlines()
 
     both = keep("static", "dynamic")
-    assert [path.suffix for path in sorted((tmp_path / "kept").iterdir())] == [".jsonl", ".yaml"]
+    names = [path.name for path in sorted((tmp_path / "kept").iterdir())]
+    assert names == ["transfer_vit.augreg.jsonl", "transfer_vit.augreg.yaml"]
     with pytest.raises(
         SystemExit, match="has runs that this sweep lacks, such as cifar10, lora, dynamic, seed 0, train800;"
     ):
         keep("static")
-    assert (tmp_path / "kept" / "transfer_micro.jsonl").read_text().splitlines() == both
+    assert (tmp_path / "kept" / "transfer_vit.augreg.jsonl").read_text().splitlines() == both
     changed = keep("static", "dynamic", settings={"trainer": {"max_epochs": 3}})
     assert len(changed) == 2
     assert not set(changed) & set(both)

@@ -494,6 +494,16 @@ def test_table_as_text():
     row = next(row for row in read if (row["what"], row["recipe"], row["reading"]) == ("dtd", "static", "exit 2"))
     assert (row["accuracy"], row["accuracy_std"], row["percent_of_static"]) == ("50.500", "0.707", "100.000")
     assert draw(table, sweep, "title").axes[0].get_ylabel() == "test accuracy in %, mean of 4 tasks"
+    searched = make_sweep(recipes=["dynamic", "static"], seeds=[])
+    assert draw([], searched, "title").axes[0].get_ylabel() == "val200 accuracy in %, mean of 4 tasks"
+
+
+def test_table_leaves_out_a_run_without_its_twin():
+    """The train800 run of a seed was deleted to be trained again, and failed without a line."""
+    sweep = make_sweep(tasks={"cifar": None})
+    done = finish(sweep)
+    del done[sweep.twin(sweep.unit(ARM, sweep.chosen_scale(ARM, done), 1, FINAL))]
+    assert {row.accuracy.seeds for row in rows(sweep, done)} == {1}
 
 
 @pytest.mark.parametrize(("cost", "best"), [(100.0, "static"), (51.0, "cut")])
@@ -584,6 +594,7 @@ def write_sweep(folder: Path, data: Path, epochs: int = 2, **changes: Any) -> Pa
     [
         ({"tasks": []}, "tasks is empty"),
         ({"tasks": ["colours", "colours"]}, "names one of them twice"),
+        ({"adapters": ["lora", "mine/lora.yaml"]}, "has two files of one name"),
         ({"tasks": {"colours": "Nature"}}, "'Nature'; give one of Natural, Specialized, Structured"),
         ({"recipes": {"dynamic": ["vtba"]}}, "'vtba'; did you mean 'vtab'?"),
         ({"scales": None}, "give either scales"),

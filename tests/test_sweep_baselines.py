@@ -38,6 +38,12 @@ def test_exit_for_all_images(target, place):
     assert one_exit(shifted, target) == place
 
 
+def test_rounded_accuracy_reaches_its_target():
+    """Combined accuracies stand in a line with six decimals."""
+    accuracy = np.array([[0.2, 0.25, 0.3, 1 / 3], [0.2, round(1 / 3, 6), 0.3, 0.3], [0.2, 0.3, 0.3, 0.3]])
+    assert one_exit([make_line(accuracy)], {"accuracy": 1 / 3}) == (1, 1)
+
+
 @pytest.mark.parametrize("cost", [10.0, 25.0, 30.0, 50.4, 66.0, 100.0, 120.0])
 def test_mixture_against_a_grid(cost):
     generator = np.random.default_rng(0)

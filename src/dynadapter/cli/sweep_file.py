@@ -196,6 +196,8 @@ def _check_lists(settings: Settings) -> None:
             raise Mistake(f"{name} is empty; give one at least")
         if len(set(values)) < len(values):
             raise Mistake(f"{name}={values} names one of them twice; give each once")
+    if len({_label(adapter) for adapter in settings.adapters}) < len(settings.adapters):
+        raise Mistake(f"adapters={settings.adapters} has two files of one name; rename one, which the table shows")
     if not any(by_adapter.values()) and not settings.search_seeds:
         raise Mistake("seeds and search_seeds are empty; give seeds, or search_seeds alone for no final runs")
     if (settings.scales is None) == (settings.scale_factors is None):

@@ -10,6 +10,9 @@ from dynadapter.sweep.plan import Line
 SLACK = 1.0
 """Points of static that an exit may cost beyond a budget: with its head, half of the blocks cost a little over 50 %."""
 
+ROUNDING = 1e-4
+"""Points of accuracy by which a line may be rounded."""
+
 ORACLE = "oracle"
 
 Place = tuple[int, int]
@@ -43,7 +46,7 @@ def one_exit(twins: Sequence[Line], target: Mapping[str, float]) -> Place:
         fits = cost <= max(100 * target["cost"] + SLACK, cost.min())
         value = np.where(fits, accuracy - 1e-6 * cost, -np.inf)
     else:
-        enough = accuracy >= 100 * target["accuracy"] - 1e-9
+        enough = accuracy >= 100 * target["accuracy"] - ROUNDING
         value = np.where(enough, -cost + 1e-6 * accuracy, -np.inf) if enough.any() else accuracy - 1e-6 * cost
     way, k = np.unravel_index(int(value.argmax()), value.shape)
     return int(way), int(k)

@@ -156,7 +156,7 @@ class Sweep:
             if float(scale) in failed:
                 continue
             found = [score(done[self.unit(arm, scale, seed, SEARCH)], self.goals[0].name) for seed in self.search_seeds]
-            scores[float(scale)] = tuple(statistics.fmean(values) for values in zip(*found, strict=True))
+            scores[float(scale)] = tuple(round(statistics.fmean(values), 9) for values in zip(*found, strict=True))
         return max(scores, key=lambda scale: scores[scale]) if scores else None
 
     def _failed(self, arm: Arm, done: Mapping[Unit, Line]) -> list[Unit]:
@@ -339,7 +339,7 @@ def score(line: Line, goal: str) -> tuple[float, float]:
     last = line["exits"][-1]
     accuracy = last["accuracy"]
     if len(line["exits"]) > 1:
-        accuracy = (accuracy + line["policies"][goal]["accuracy"]) / 2
+        accuracy = round((accuracy + line["policies"][goal]["accuracy"]) / 2, 9)  # equal scores shall compare so
     return accuracy, -math.inf if last["loss"] is None else -last["loss"]
 
 

@@ -91,7 +91,8 @@ def _units(sweep: Sweep, done: Mapping[Unit, Line], adapter: str, recipe: str) -
         scale = None if chosen is None else sweep.chosen_scale(chosen, done)
         if chosen is not None and scale is not None:
             several = [sweep.unit(chosen, scale, seed, sweep.split) for seed in sweep.measured_seeds(chosen)]
-            units[task] = {unit.seed: unit for unit in several if unit in done and "failed" not in done[unit]}
+            ready = [unit for unit in several if {unit, sweep.twin(unit)} <= done.keys()]
+            units[task] = {unit.seed: unit for unit in ready if "failed" not in done[unit]}
     return units
 
 
@@ -245,6 +246,7 @@ def draw(table: Sequence[Row], sweep: Sweep, title: str) -> Any:
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     axes = figure.subplots()
     what = f"mean of {_count(len(sweep.tasks), 'task')}"
+    images = "test" if sweep.split == FINAL else "val200"
     for a, adapter in enumerate(sweep.adapters):
         for r, recipe in enumerate(sweep.recipes):
             here = [row for row in table if (row.adapter, row.recipe, row.what) == (adapter, recipe, what)]
@@ -260,7 +262,7 @@ def draw(table: Sequence[Row], sweep: Sweep, title: str) -> Any:
     handles, labels = axes.get_legend_handles_labels()
     star = Line2D([], [], marker="*", linestyle="", color="white", markersize=10, markeredgecolor="black")
     figure.legend([*handles, star], [*labels, "by a policy"], fontsize="small", loc="outside right upper")
-    axes.set(xlabel="cost in % of static", ylabel=f"test accuracy in %, {what}", title=title)
+    axes.set(xlabel="cost in % of static", ylabel=f"{images} accuracy in %, {what}", title=title)
     axes.set_xlim(left=0)
     axes.grid(alpha=0.3)
     return figure
