@@ -3,9 +3,9 @@
     python benchmarks/report.py --claims
 
 The claims are printed for each reading of fresh tasks: the second four tasks under the rule of choice, which is the
-verdict; photographs, for *ordinary* alone; the first four under that rule, which was added after their tests were
-read, so this is none; and the first four as planned. ``margins.py`` holds the readings, their protocol and every
-margin.
+verdict; the third four, for *seed* alone; photographs, for *ordinary* alone; the first four under that rule, which was
+added after their tests were read, so this is none; and the first four as planned. ``margins.py`` holds the readings,
+their protocol and every margin.
 
 Differences are in points of the mean over tasks. The tasks are fixed; a paired bootstrap over test images and seeds
 gives the interval (``paired.py``). The tasks of the reading decide, and others of its sweep stand beside them.
@@ -73,10 +73,11 @@ def claims(found: Mapping[str, Outcomes], reading: margins.Reading) -> Iterator[
         found: The sweep of each backbone, from ``Outcomes.read_all``.
         reading: The one that they belong to.
     """
-    if not reading.ordinary:
-        main = found.get(MAIN) or Outcomes.nothing(MAIN)
+    main = found.get(MAIN) or Outcomes.nothing(MAIN)
+    if reading.judges != "ordinary":
         for adapter in margins.SEEDS:
             yield _stated(seed(main, f"seed, {adapter}", adapter), main, reading, adapter)
+    if reading.judges == "all":
         for claim in (
             elastic(main),
             time_of(main, "elastic, time over X", [], margins.TIME_OF_ONE),
@@ -86,19 +87,19 @@ def claims(found: Mapping[str, Outcomes], reading: margins.Reading) -> Iterator[
             beyond_merged(main),
         ):
             yield _stated(claim, main, reading)
-    for one in ordinary(found):
+    for one in ordinary(found) if reading.judges != "seed" else ():
         yield _stated(seed(one, f"ordinary, {one.name}", FIRST), one, reading)
 
 
 def aims(found: Mapping[str, Outcomes], reading: margins.Reading) -> Iterator[Claim]:
     """Yield the aim behind the claims; arguments as of :func:`claims`."""
     main = found.get(MAIN) or Outcomes.nothing(MAIN)
-    for name, recipe in () if reading.ordinary else (("exits", DYN), ("tokens", DYN_MERGED)):
+    for name, recipe in () if reading.judges != "all" else (("exits", DYN), ("tokens", DYN_MERGED)):
         same, more = margins.AIMS[name]
         for bound, gain in ((same, 0.0), (more, margins.AIM_GAIN)):
             words = f"X{f' {gain:+g}' if gain else ''} at {bound:g} %, {name}"
             yield _stated(policy_against(main, words, FIRST, recipe, X, bound, gain), main, reading)
-    for one in ordinary(found):
+    for one in ordinary(found) if reading.judges != "seed" else ():
         yield _stated(no_natural_below(one), one, reading)
 
 
@@ -123,7 +124,7 @@ def _stated(claim: Claim, of: Outcomes, reading: margins.Reading, adapter: str =
     """Return a claim as its reading allows: open off the protocol, and no verdict where the rule is younger."""
     if claim.verdict == "open":
         return claim
-    if departures := of.departures(adapter):
+    if departures := of.departures(adapter, reading.seeds):
         return replace(claim, verdict="open", note=f"{departures}; otherwise {claim.verdict}; {claim.note}")
     return claim if reading.verdict else replace(claim, verdict="shown")
 

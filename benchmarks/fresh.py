@@ -29,6 +29,7 @@ sys.path.append(str(Path(__file__).parents[1]))
 import drawing
 import scenes
 import second
+import third
 
 from tools.pretrain.images import class_names, files_of, tiles
 
@@ -125,6 +126,10 @@ def tasks(tiny_imagenet: Path | None = None, drawing_of: int = 0) -> dict[str, T
         "cell_division": of("cell_division", "Specialized", second.STAGES, second.cell),
         "chart_trend": of("chart_trend", "Structured", list(second.TRENDS), second.chart),
         "stacked_sheets": of("stacked_sheets", "Structured", [" on ".join(one) for one in second.ORDERS], second.stack),
+        "butterflies": of("butterflies", "Natural", third.BUTTERFLIES, third.butterfly),
+        "land_use": of("land_use", "Specialized", list(third.LAND), third.land),
+        "disc_and_frame": of("disc_and_frame", "Structured", list(third.SIDES), third.relation),
+        "largest_disc": of("largest_disc", "Structured", third.PLACES, third.discs),
         "dev_symbols": of("dev_symbols", "Specialized", list(drawing.SYMBOLS), drawing.symbol),
         "dev_view": of("dev_view", "Structured", views, scenes.view),
     }

@@ -55,7 +55,7 @@ def settings(weights: Path, tiny: bool) -> dict[str, dict]:
 def sweeps(names: set[str]) -> dict[str, list[str]]:
     """Return the options of transfer.py for each sweep over these tasks, by the folder of the sweep."""
     found = {}
-    for own in ("second", "photographs"):
+    for own in margins.OWN_SWEEPS:
         if names >= set(margins.SETS[own]):
             found[own] = ["--fresh", own]
         names = names - set(margins.SETS[own])

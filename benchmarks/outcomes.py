@@ -2,7 +2,7 @@
 
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -103,12 +103,17 @@ class Outcomes:
         given = self.sweep.get("goal", {"accuracy_drop": 0.0})
         return [goal.name for goal in goals_of([given] if isinstance(given, dict) else given)]
 
-    def departures(self, adapter: str) -> str:
-        """Return in words where the sweep is not the protocol of margins.py; empty where it is."""
+    def departures(self, adapter: str, planned_seeds: Mapping[str, Sequence[int]] = margins.SEEDS) -> str:
+        """Return in words where the sweep is not the protocol of margins.py; empty where it is.
+
+        Args:
+            adapter: The adapter whose seeds are compared.
+            planned_seeds: Seeds of the final runs by adapter.
+        """
         seeds = self.sweep.get("seeds", [])
         several = {
             "scales": (self.sweep.get("scales"), margins.SCALES),
-            "seeds": (seeds.get(adapter) if isinstance(seeds, dict) else seeds, margins.SEEDS[adapter]),
+            "seeds": (seeds.get(adapter) if isinstance(seeds, dict) else seeds, planned_seeds[adapter]),
             "epochs": ([self.sweep.get("settings", {}).get("trainer", {}).get("max_epochs")], [margins.EPOCHS]),
         }
         return "; ".join(

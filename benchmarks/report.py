@@ -132,7 +132,8 @@ def claims_text(results: Path) -> str:
         found = Outcomes.read_all(results, reading)
         lines += ["", f"{reading.title} ({', '.join(reading.tasks)})", *claims.failures(found)]
         lines += map(str, claims.claims(found, reading))
-        lines += ["The aim behind them:", *map(str, claims.aims(found, reading))]
+        aims = [str(claim) for claim in claims.aims(found, reading)]
+        lines += ["The aim behind them:", *aims] if aims else []
     return "".join(line + "\n" for line in lines[1:])
 
 

@@ -5,8 +5,8 @@
     python benchmarks/transfer.py --data TASKS --sweep recipes --processes 2
 
 The second command reads the second set of fresh tasks alone (``margins.py``); its files are named ``second_NAME``, and
-with ``--fresh photographs`` ``photographs_NAME``. The third compares the recipes of ``recipes.yaml`` on development
-tasks (``fresh.py``).
+with ``--fresh third`` or ``--fresh photographs`` ``third_NAME`` and ``photographs_NAME``. The third command compares
+the recipes of ``recipes.yaml`` on development tasks (``fresh.py``).
 
 Scale and policies are chosen on val200 with networks trained on train800; the final networks are trained on
 train800val200 and measured on the test images once. The same command continues an interrupted sweep.
@@ -62,10 +62,10 @@ def main(argv: list[str] | None = None) -> None:
     args, others = parser.parse_known_args(argv)
     args.fresh = [task for one in args.fresh for task in margins.SETS.get(one, [one])]
     kind = args.sweep
-    for own in ("second", "photographs"):
+    for own in margins.OWN_SWEEPS:
         tasks = set(margins.SETS[own])
         if set(args.fresh) & tasks:
-            if set(args.fresh) - tasks or args.sweep != "transfer" or (own == "second" and args.tasks):
+            if set(args.fresh) - tasks or args.sweep != "transfer" or (own != "photographs" and args.tasks):
                 parser.error(f"{own} is read in a sweep of its own: name no other task")
             args.tasks, kind = args.tasks or [], own
     name = Path(args.backbone).stem
@@ -95,6 +95,8 @@ def plan(args: argparse.Namespace) -> dict[str, Any]:
         settings |= MICRO
         if args.backbone != "micro":
             settings["model"] = MICRO["model"] | {"weights": args.backbone}
+    if set(args.fresh) & set(margins.THIRD):
+        sweep["seeds"] = {adapter: list(seeds) for adapter, seeds in margins.THIRD_SEEDS.items()}
     if args.tiny:
         sweep |= {"tasks": dict(list(sweep["tasks"].items())[:1]), "adapters": ["lora"], "scales": [10], "seeds": [0]}
         settings["trainer"] = settings["trainer"] | {"max_epochs": 1}

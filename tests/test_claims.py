@@ -254,18 +254,35 @@ def test_reading_of_each_set(programs, tmp_path):
     """A file is read under one rule: the later rule gives the first four no verdict."""
     readings = programs("margins").READINGS
     for reading in readings:
-        write(tmp_path, prefix=reading.prefix, sweep={"tasks": dict.fromkeys(reading.tasks)})
+        seeds = {adapter: list(seeds) for adapter, seeds in reading.seeds.items()}
+        write(tmp_path, prefix=reading.prefix, sweep={"tasks": dict.fromkeys(reading.tasks), "seeds": seeds})
     read_all, claims = programs("outcomes").Outcomes.read_all, programs("claims").claims
-    found = [next(claims(read_all(tmp_path, reading), reading)) for reading in readings if not reading.ordinary]
-    assert [claim.verdict for claim in found] == ["held", "shown", "held"]
+    found = [next(claims(read_all(tmp_path, reading), reading)) for reading in readings if reading.judges != "ordinary"]
+    assert [claim.verdict for claim in found] == ["held", "held", "shown", "held"]
     assert len({claim.estimate for claim in found}) == 1
+
+
+def test_third_set_judges_seed_alone(programs, tmp_path):
+    """With two seeds of an adapter instead of three it is open."""
+    third = next(k for k, one in enumerate(programs("margins").READINGS) if one.prefix == "third")
+    tasks = dict.fromkeys(programs("margins").THIRD)
+    for seeds, verdict in (([0, 1, 2], "held"), ([0, 1], "open")):
+        write(tmp_path, prefix="third", sweep={"tasks": tasks, "seeds": {"lora": seeds}})
+        found = verdicts(programs, tmp_path, third)
+        assert {name: claim.verdict for name, claim in found.items()} == {
+            "seed, lora": verdict,
+            "seed, adapter": "open",
+            "seed, repadapter": "open",
+        }
 
 
 def test_photographs_judge_an_ordinary_backbone_alone(programs, tmp_path):
     """Other tasks of their sweep stand beside them."""
     tasks = {"unseen10": {"group": "Natural", "fresh": True}, "cifar10": "Natural"}
     write(tmp_path, name="plain", prefix="photographs", sweep={"tasks": tasks}, extra={"cifar10": -5.0})
-    found = verdicts(programs, tmp_path, next(k for k, one in enumerate(programs("margins").READINGS) if one.ordinary))
+    found = verdicts(
+        programs, tmp_path, next(k for k, one in enumerate(programs("margins").READINGS) if one.prefix == "photographs")
+    )
     assert list(found) == ["ordinary, plain", "no natural task below X, plain"]
     ordinary, below = found.values()
     assert (ordinary.verdict, below.verdict) == ("held", "missed")

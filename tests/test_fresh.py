@@ -120,8 +120,9 @@ def pixels(task: Any, split: str) -> list[bytes]:
 def test_set_is_that_of_the_margins(programs, written):
     margins, tasks = programs("margins"), programs("fresh").tasks(written[1])
     assert all(name in tasks for names in margins.SETS.values() for name in names)
-    assert not set(margins.FIRST) & set(margins.SECOND)
-    assert {tasks[name].group for name in margins.SECOND} == {"Natural", "Specialized", "Structured"}
+    assert not set(margins.FIRST) & set(margins.SECOND) | set(margins.THIRD) & {*margins.FIRST, *margins.SECOND}
+    for names in (margins.SECOND, margins.THIRD):
+        assert {tasks[name].group for name in names} == {"Natural", "Specialized", "Structured"}
 
 
 def test_sweep_of_the_set(programs, tmp_path, monkeypatch):
@@ -140,6 +141,10 @@ def test_sweep_of_the_set(programs, tmp_path, monkeypatch):
     sweep = yaml.safe_load((tmp_path / "runs" / "transfer_micro" / "transfer.yaml").read_text())
     assert [task for task in sweep["tasks"] if task in margins.FIRST] == list(margins.FIRST)
     assert sweep["tasks"]["gtsrb"] == "Specialized"
+    transfer.main([*argv, "--fresh", "third"])
+    sweep = yaml.safe_load((tmp_path / "runs" / "third_micro" / "transfer.yaml").read_text())
+    assert tuple(sweep["tasks"]) == margins.THIRD
+    assert sweep["seeds"] == {adapter: [0, 1, 2] for adapter in margins.SEEDS}
     transfer.main([*argv, "--fresh", "photographs", "--tasks", "cifar10", "--backbone", "plain.safetensors"])
     sweep = yaml.safe_load((tmp_path / "runs" / "photographs_plain" / "transfer.yaml").read_text())
     assert sweep["tasks"] == {"cifar10": "Natural", "unseen10": {"group": "Natural", "fresh": True}}
@@ -300,3 +305,50 @@ def test_leaves_are_of_different_kinds(programs):
     for a, one in enumerate(masks):
         for other in masks[:a]:
             assert (one & other).sum() < 0.92 * (one | other).sum()
+
+
+# ---- the third set of tasks
+
+
+def test_place_of_the_disc_is_seen(programs):
+    third = programs("third")
+    for k in range(100):
+        frame, half, disc, radius = third.two_things(np.random.default_rng(k), k % 5)
+        assert np.abs([frame - half, frame + half, disc - radius, disc + radius]).max() < 1.1
+        way = disc - frame
+        inside = np.abs(way).max() + radius < half
+        across = np.abs(way[0]) > np.abs(way[1])
+        names = ("left", "right") if across else ("above", "below")
+        assert ("inside" if inside else names[int(way[0 if across else 1] > 0)]) == list(third.SIDES)[k % 5]
+
+
+def test_largest_disc_is_seen(programs):
+    """It is the largest by far, and its centre is in the row and the column of the label."""
+    third = programs("third")
+    for k in range(90):
+        radii, centres = third.nine(np.random.default_rng(k), k % 9)
+        smaller, largest = np.sort(radii)[-2:]
+        assert radii.argmax() == k % 9
+        assert largest > 1.7 * smaller
+        rank = [(centres[:, axis] < centres[k % 9, axis] - 0.3).sum() // 3 for axis in (1, 0)]
+        row, column = third.PLACES[k % 9].split()
+        assert rank == [["upper", "middle", "lower"].index(row), ["left", "centre", "right"].index(column)]
+
+
+def test_wings_and_land_are_of_different_kinds(programs):
+    """The tails are as far from the middle as they should be, and the uses of land differ in direction and scale."""
+    third, far = programs("third"), np.linspace(-0.97, 0.97, 200)
+    radii = {name: wing(far) for name, wing in third.WINGS.items()}
+    assert {name: round(float(far[radius.argmax()]), 1) for name, radius in radii.items() if name != "scalloped"} == {
+        "round": -0.5,
+        "pointed": -0.5,
+        "tailed": 0.7,
+    }
+    assert len(signal.find_peaks(radii["scalloped"])[0]) == 9
+    u, v = np.meshgrid(np.linspace(0, 8, 64), np.linspace(0, 8, 64))
+    for name, use in third.LAND.items():
+        height = np.asarray(use(u + 50, v + 50, np.random.default_rng(0)), dtype=float)
+        assert height.shape == (64, 64), name
+        assert height.std() > 0.1, name
+        rows = np.abs(np.diff(height, axis=0)).mean() / np.abs(np.diff(height, axis=1)).mean()
+        assert (rows < 0.01) == (name == "ploughed"), name
