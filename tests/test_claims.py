@@ -262,9 +262,14 @@ def test_reading_of_each_set(programs, tmp_path):
     assert len({claim.estimate for claim in found}) == 1
 
 
+def place_of(programs: Any, prefix: str) -> int:
+    """Return the place of a reading in the list of them."""
+    return [reading.prefix for reading in programs("margins").READINGS].index(prefix)
+
+
 def test_third_set_judges_seed_alone(programs, tmp_path):
     """With two seeds of an adapter instead of three it is open."""
-    third = next(k for k, one in enumerate(programs("margins").READINGS) if one.prefix == "third")
+    third = place_of(programs, "third")
     tasks = dict.fromkeys(programs("margins").THIRD)
     for seeds, verdict in (([0, 1, 2], "held"), ([0, 1], "open")):
         write(tmp_path, prefix="third", sweep={"tasks": tasks, "seeds": {"lora": seeds}})
@@ -280,9 +285,7 @@ def test_photographs_judge_an_ordinary_backbone_alone(programs, tmp_path):
     """Other tasks of their sweep stand beside them."""
     tasks = {"unseen10": {"group": "Natural", "fresh": True}, "cifar10": "Natural"}
     write(tmp_path, name="plain", prefix="photographs", sweep={"tasks": tasks}, extra={"cifar10": -5.0})
-    found = verdicts(
-        programs, tmp_path, next(k for k, one in enumerate(programs("margins").READINGS) if one.prefix == "photographs")
-    )
+    found = verdicts(programs, tmp_path, place_of(programs, "photographs"))
     assert list(found) == ["ordinary, plain", "no natural task below X, plain"]
     ordinary, below = found.values()
     assert (ordinary.verdict, below.verdict) == ("held", "missed")
