@@ -133,6 +133,12 @@ TABLE = [
         "--data CLASS before its settings",
         "ImageFolder, ImageLists",
     ),
+    (
+        "fit -c lora -c FILE data: {init_args: {batch_size: 7}}",
+        "data: the class is missing",
+        "give --data CLASS",
+        "ImageFolder, ImageLists",
+    ),
     fit("--model.heads=Heads", "model.heads: ", "--model.heads CLASS", "Attentive, Balanced"),
     # types
     fit("--model.every=2.5", "model.every", "whole number", "'2.5'"),

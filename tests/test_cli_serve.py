@@ -157,6 +157,22 @@ def test_bundles_hold_a_backbone_once():
     assert share_backbones([other]) == 0
 
 
+def test_bundles_share_in_any_order():
+    def saved(*changes: str) -> int:
+        tasks = [task(seed) for seed in range(len(changes))]
+        for one, change in zip(tasks, changes, strict=True):
+            if change == "merged":
+                one.net.merge(1e-3)
+            elif change == "bfloat16":
+                one.net.bfloat16()
+        return share_backbones(tasks)
+
+    both = saved("plain", "plain")
+    assert both == sum(p.nbytes for name, p in make_vit().named_parameters() if not name.startswith("head."))
+    assert saved("bfloat16", "plain", "plain") == both
+    assert saved("merged", "plain", "plain") == saved("plain", "plain", "merged") > both
+
+
 def saved_task(place: Path, seed: int, adapter: AdapterSpec = LORA, merged: bool = False, **more: Any) -> str:
     """Write a task as a bundle, and return its folder."""
     one = task(seed, adapter)

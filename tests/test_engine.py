@@ -22,8 +22,8 @@ from dynadapter.exits.temperature import Scaled
 from dynadapter.images.reading import UnreadableImage
 from dynadapter.serve.engine import Engine, _rounded_up
 from dynadapter.serve.requests import Closed, Failed, Full, Job, Late, Limits
-from dynadapter.serve.stages import Waiting, count, take
-from dynadapter.serve.worker import ExitPredictions
+from dynadapter.serve.stages import Waiting, count, joined, pop
+from dynadapter.serve.worker import DOUBT, ExitPredictions
 
 NET = make_net()
 IMAGES = tensors(40)
@@ -144,7 +144,7 @@ def test_queue_keeps_order_and_rows(sizes, most):
     seen: list[int] = []
     while queue:
         left = count(queue)
-        now = take(queue, most)
+        now = joined(pop(queue, most))
         assert len(now.items) == min(most, left)
         assert count(queue) == left - len(now.items)
         assert now.inputs[0].tolist() == now.inputs[1][:, 0].tolist() == now.history[1].tolist() == now.items
@@ -277,12 +277,20 @@ def test_stage_too_slow_for_its_deadline():
 
 
 @pytest.mark.parametrize("place", ["after a stage", "before a stage"])
-@pytest.mark.parametrize(("left", "turn", "doubted"), [(500, 0, True), (-1, 0, False), (500, 1000, False)])
-def test_deadline_that_doubts_a_stage(place, left, turn, doubted):
+@pytest.mark.parametrize(
+    ("left", "turn", "seconds", "doubted"),
+    [
+        (500, 0, 1000, True),
+        (-1, 0, 1000, False),
+        (500, 1000, 1, False),
+        (300, 1000, 500, False),
+        (120, 50, 100, True),  # between the stage's time alone and that with the wait
+    ],
+)
+def test_deadline_that_doubts_a_stage(place, left, turn, seconds, doubted):
     """One that has passed, or that the wait for the lock alone exceeds, does not; nor does a cancelled request."""
     with engine_of() as engine:
         worker = engine._worker
-        seconds = 1000.0 if doubted or left < 0 else 1.0
         worker.seconds[1][1], worker.turn = seconds, turn
         job = engine._job(IMAGES[0], Limits(deadline=1))
         job.deadline = time.monotonic() + left
@@ -295,12 +303,31 @@ def test_deadline_that_doubts_a_stage(place, left, turn, doubted):
         else:
             assert not worker._sorted(1, {0: now}, turn=True)[0]
             engine.end(job, None)
-        assert (worker.seconds[1][1] < seconds) == doubted
+        assert worker.seconds[1][1] == (DOUBT * seconds if doubted else seconds)
         worker.seconds[1][1] = 1000.0
         job = Job(None, STRICT, None, 2, time.monotonic() + 500, False)
         job.cancel()
         worker.doubt(1, 1, [job])
         assert worker.seconds[1][1] == 1000.0
+
+
+def test_deadline_with_a_wait_for_the_lock():
+    """The expected time falls until the deadline allows stage and wait; under the lock, no wait counts."""
+    with engine_of() as engine:
+        worker = engine._worker
+
+        def runs(turn: bool) -> bool:
+            job = Job(None, STRICT, None, 2, time.monotonic() + 100, False)
+            now = Waiting([job], 0.0, (IMAGES[:1],), LOGITS[:1, :1])
+            return 0 in worker._sorted(1, {0: now}, turn)[0]
+
+        worker.seconds[1][1], worker.turn = 150.0, 50.0
+        assert not runs(turn=True)
+        assert any(runs(turn=True) for _ in range(60))
+        assert 40 < worker.seconds[1][1] < 50
+        worker.seconds[1][1], worker.turn = 150.0, 1000.0
+        assert not runs(turn=False)
+        assert worker.seconds[1][1] == DOUBT * 150
 
 
 class Turns:

@@ -152,6 +152,14 @@ def test_large_batches_run_in_chunks(written: Path) -> None:
     assert Runner(written, threads=3).chunk == 3 * CHUNK  # as many for each thread
 
 
+def test_chunk_counts_usable_cores(written: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 5}, raising=False)
+    assert Runner(written).chunk == 2 * CHUNK
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert Runner(written).chunk == 8 * CHUNK
+
+
 def test_stages_share_memory(written: Path) -> None:
     for runner in (Runner(written), Runner(written)):  # the second runner finds the arena registered
         assert runner.engine._options.get_session_config_entry("session.use_env_allocators") == "1"

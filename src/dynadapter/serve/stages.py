@@ -50,11 +50,6 @@ def count(queue: deque[Waiting[T]]) -> int:
     return sum(len(part.items) for part in queue)
 
 
-def take(queue: deque[Waiting[T]], most: int) -> Waiting[T]:
-    """Remove and return up to the given number of samples from a queue that is not empty, in order of arrival."""
-    return joined(pop(queue, most))
-
-
 def pop(queue: deque[Waiting[T]], most: int) -> list[Waiting[T]]:
     """Remove up to the given number of samples from a queue, and return them in order of arrival, not yet joined."""
     taken, number = list[Waiting[T]](), 0

@@ -13,7 +13,7 @@ from torch import Tensor
 from dynadapter.backbones import fixed_size, input_shape
 from dynadapter.exits.net import ExitNet
 from dynadapter.exits.policies import Policy, combined
-from dynadapter.serve.stages import Waiting, computed, count, nonfinite, release_tensors, take
+from dynadapter.serve.stages import Waiting, computed, count, joined, nonfinite, pop, release_tensors
 
 
 class Answer(NamedTuple):
@@ -158,7 +158,7 @@ class Stream:
 
     def _run(self, k: int) -> None:
         """Run one stage on one batch, answer the samples that stop, and queue the others for the next stage."""
-        now = take(self._queues[k], self.batch)
+        now = joined(pop(self._queues[k], self.batch))
         try:
             answers, remaining = self._computed(k, now)
         except Exception as error:

@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 LOG = logging.getLogger("dynadapter.serve")
 
 DOUBT = 0.98
-"""What remains of a stage's expected time where it is too long for a deadline. A stage that needs 1.5 times what the
-deadlines allow then runs, with late answers, in about one of 20 times."""
+"""What remains of a stage's expected time where it is too long for a deadline. If all deadlines are alike, a stage that
+needs 1.5 times what they allow then runs, with late answers, in about one of 20 times. If they differ, short deadlines
+lower the expected time for all requests, and a larger share of those with longer deadlines is answered late."""
 
 Step = Callable[[int, tuple[Tensor, ...], Sequence[int]], tuple[tuple[Tensor, ...], dict[int, Tensor]]]
 """Runs a stage: from its number, its inputs and the rows of each task to the inputs of the next stage and the logits of
@@ -111,7 +112,7 @@ class Worker:
         """
         return self.seconds[k].get(images.bit_length(), 0.0) + (self.turn if turn else 0.0)
 
-    def doubt(self, k: int, images: int, stopped: Iterable[Job]) -> None:
+    def doubt(self, k: int, images: int, stopped: Iterable[Job], turn: bool = True) -> None:
         """Lower the expected time of a stage if a deadline did not let it run.
 
         Only a run measures a stage. If it has become faster, requests with a deadline would else never find that out.
@@ -121,10 +122,11 @@ class Worker:
             k: Exit index, from 0.
             images: Number of images in the run that did not take place.
             stopped: Requests that stopped before it.
+            turn: Whether the run would have waited for `compute`, as in :meth:`expected`.
         """
-        size, now = images.bit_length(), time.monotonic()
+        size, start = images.bit_length(), time.monotonic() + (self.turn if turn else 0.0)
         seconds = self.seconds[k].get(size, 0.0)
-        if any(now < job.deadline <= now + seconds and not job.cancelled() for job in stopped):
+        if any(start < job.deadline <= start + seconds and not job.cancelled() for job in stopped):
             self.seconds[k][size] = DOUBT * seconds
             self._doubted.add((k, size))
 
@@ -212,7 +214,7 @@ class Worker:
                 for some, kind in ((rows, late), (sorted(set(range(len(part.items))) - set(rows)), stay)):
                     if some:
                         kind[task] = part.chosen(some)
-        self.doubt(k, images, (job for part in late.values() for job in part.items))
+        self.doubt(k, images, (job for part in late.values() for job in part.items), turn)
         return stay, late
 
     def _end_late(self, k: int, late: dict[int, Waiting[Job]]) -> None:

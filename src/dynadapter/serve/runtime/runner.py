@@ -78,7 +78,7 @@ class Runner:
         self.manifest = read_manifest(folder)
         self.engine.check(self.manifest.content)
         self.policy = self.manifest.policy
-        self.chunk = CHUNK * (threads or os.cpu_count() or 1) if self.engine.on_cpu else None
+        self.chunk = CHUNK * (threads or _usable_cores()) if self.engine.on_cpu else None
         self._sessions: dict[int, Session] = {}
         self._lock = threading.Lock()
 
@@ -264,6 +264,11 @@ class Runner:
             shape = ", ".join(map(str, wanted))
             raise ValueError(f"images are {given}; give a float32 array (batch, {shape}), or files")
         return images
+
+
+def _usable_cores() -> int:
+    """Return the number of cores: those of the process's CPU affinity where the system has one, else all."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def list_sources(images: Source | Iterable[Source]) -> list[Source]:
