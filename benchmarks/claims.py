@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 
 import margins
 import numpy as np
-from outcomes import Failed, Line, Missing, Outcomes
+from outcomes import Failed, Line, Missing, Outcomes, by_policy
 from paired import Difference, compare
 
 from dynadapter.sweep.baselines import mixture
@@ -83,7 +83,7 @@ def claims(found: Mapping[str, Outcomes], reading: margins.Reading) -> Iterator[
             time_of(main, "elastic, time over X", [], margins.TIME_OF_ONE),
             time_of(main, "elastic, time over all depths", [CUT], margins.TIME_OF_ALL),
             routing(main),
-            beyond(main),
+            policy_against(main, "beyond, X", FIRST, DYN_MERGED, X, margins.TOKEN_COST, None),
             beyond_merged(main),
         ):
             yield _stated(claim, main, reading)
@@ -135,11 +135,6 @@ def _stated(claim: Claim, of: Outcomes, reading: margins.Reading, adapter: str =
 def seed(of: Outcomes, name: str, adapter: str) -> Claim:
     """Judge Dyn-X by exits alone against X."""
     return policy_against(of, name, adapter, DYN, X, margins.SEED_COST, 0.0, strict=True)
-
-
-def beyond(of: Outcomes) -> Claim:
-    """Judge exits and token merging against X."""
-    return policy_against(of, "beyond, X", FIRST, DYN_MERGED, X, margins.TOKEN_COST, None)
 
 
 def beyond_merged(of: Outcomes) -> Claim:
@@ -240,11 +235,10 @@ def routing(of: Outcomes) -> Claim:
         goals = of.cost_goals(FIRST, DYN, low, high)
 
         def gain(line: Line) -> np.ndarray:
-            right, routed_right = right_of(line)
             gains = []
             for goal in goals:
-                mixed = mixture(line, line["policies"][goal]["percent_of_static"])
-                gains.append(routed_right[goal] - np.tensordot(mixed, right, 2))
+                mixed = mixture(line, by_policy(line, goal)["percent_of_static"])
+                gains.append(routed(goal)(line) - np.tensordot(mixed, right_of(line)[0], 2))
             return np.mean(gains, axis=0)
 
         found, beside = _both(of, FIRST, (DYN, gain), (DYN, lambda line: np.zeros(line["images"])))
@@ -278,8 +272,13 @@ def last(line: Line) -> np.ndarray:
 
 
 def routed(goal: str) -> Reading:
-    """Return the reading by the policy of a goal."""
-    return lambda line: right_of(line)[1][goal]
+    """Return the reading by the policy of a goal; it raises Missing where the goal could not be reached."""
+
+    def read(line: Line) -> np.ndarray:
+        by_policy(line, goal)
+        return right_of(line)[1][goal]
+
+    return read
 
 
 def at_exit(way: int, exit: int) -> Reading:

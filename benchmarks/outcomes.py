@@ -11,7 +11,7 @@ import margins
 import numpy as np
 import yaml
 
-from dynadapter.sweep.baselines import accuracies
+from dynadapter.sweep.baselines import DECIMALS, accuracies
 from dynadapter.sweep.goals import goals_of
 from dynadapter.sweep.plan import FINAL, SEARCH
 
@@ -28,6 +28,20 @@ class Failed(Missing):
     def __init__(self, text: str, recipe: str) -> None:
         super().__init__(text)
         self.recipe = recipe
+
+
+def by_policy(line: Line, goal: str) -> dict[str, Any]:
+    """Return the result of a run by the policy of a goal.
+
+    Raises:
+        Missing: The goal could not be reached.
+    """
+    found: dict[str, Any] = line["policies"].get(goal, {})
+    if "accuracy" not in found:
+        run = line["run"]
+        words = ", ".join(run[key] for key in ("task", "adapter", "recipe"))
+        raise Missing(f"{words}, seed {run['seed']} has no policy for {goal}")
+    return found
 
 
 @dataclass(frozen=True)
@@ -128,16 +142,12 @@ class Outcomes:
         Raises:
             Missing: There is none.
         """
-        groups = {task: one.get("group") if isinstance(one, dict) else one for task, one in self.given_tasks().items()}
+        given = self.sweep.get("tasks", {})
+        groups = {task: one.get("group") if isinstance(one, dict) else one for task, one in given.items()}
         found = tuple(task for task in self.tasks if groups[task] == name)
         if not found:
             raise Missing(f"no task of the group {name}")
         return found
-
-    def given_tasks(self) -> dict[str, Any]:
-        """Return the tasks as the sweep's file names them."""
-        tasks: dict[str, Any] = self.sweep.get("tasks", {})
-        return tasks
 
     def only(self, tasks: Sequence[str]) -> "Outcomes":
         """Return the outcomes of some tasks."""
@@ -232,7 +242,8 @@ class Outcomes:
     def best_way(self, adapter: str, recipe: str, exit: int) -> int:
         """Return the way to predict at an exit with the best mean accuracy on val200."""
         twins = self.all_of(adapter, recipe, SEARCH)
-        return int(np.mean([accuracies(line)[:, exit] for task in twins for line in task], axis=0).argmax())
+        found = [accuracies(line)[:, exit].round(DECIMALS) for task in twins for line in task]
+        return int(np.mean(found, axis=0).argmax())
 
     def cost_goals(self, adapter: str, recipe: str, low: float, high: float) -> list[str]:
         """Return the goals of a cost between two fractions of static.
@@ -253,10 +264,14 @@ class Outcomes:
     # ---- measured
 
     def cost(self, adapter: str, recipe: str, goal: str) -> float:
-        """Return the mean cost over the deciding tasks, in % of static on the test images."""
+        """Return the mean cost over the deciding tasks, in % of static on the test images.
+
+        Raises:
+            Missing: A run is not finished, or its goal could not be reached.
+        """
         arm = self.all_of(adapter, recipe)
         return statistics.fmean(
-            statistics.fmean(line["policies"][goal]["percent_of_static"] for line in task) for task in arm
+            statistics.fmean(by_policy(line, goal)["percent_of_static"] for line in task) for task in arm
         )
 
     def epoch(self, adapter: str, some: Sequence[str], others: Sequence[str], task: str) -> float:

@@ -30,10 +30,6 @@ from outcomes import Outcomes
 from dynadapter.bench.timing import is_void
 
 HERE = Path(__file__).parent
-NO_ACCURACY = (
-    "There are no accuracy tables. The former ones were removed because a second trainer in this folder had made them, "
-    "and not the product; `dynadapter sweep` makes the next ones."
-)
 SECTIONS: list[tuple[str, str, str]] = [
     ("Training step", "training", "training.jsonl"),
     ("Training step on a GPU", "training", "gpu_step.jsonl"),
@@ -113,8 +109,6 @@ def accuracy_section(results: Path, figures: Path) -> str:
     tables = [
         (reading, path) for reading in margins.READINGS for path in sorted(results.glob(f"{reading.prefix}_*.md"))
     ]
-    if not tables:
-        return f"## Accuracy\n\n{NO_ACCURACY}\n"
     figures.mkdir(parents=True, exist_ok=True)
     parts = ["## Accuracy\n", protocol(claims), f"```\n{claims_text(results)}```\n"]
     for reading, path in tables:

@@ -19,6 +19,7 @@ arguments, such as ``--dry_run`` or ``--engine ray``, go to ``dynadapter sweep``
 """
 
 import argparse
+import contextlib
 import json
 import shutil
 from collections.abc import Iterable
@@ -31,6 +32,8 @@ import yaml
 
 from dynadapter.cli import main as dynadapter
 from dynadapter.cli import sweep_file
+from dynadapter.cli.errors import Mistake
+from dynadapter.sweep.plan import as_dict
 
 HERE = Path(__file__).parent
 MICRO: dict[str, Any] = {
@@ -75,9 +78,13 @@ def main(argv: list[str] | None = None) -> None:
     sweep = plan(args)
     root = shorten(Path(args.data), out / "tasks", sweep["tasks"]) if args.tiny else args.data
     file.write_text(yaml.safe_dump(sweep | {"root": str(root), "out": str(out)}, sort_keys=False), encoding="utf-8")
+    place = None if args.tiny or "--dry_run" in others else args.results / f"{kind}_{name}"
+    if place is not None and kept_lines(place).exists():
+        with contextlib.suppress(Mistake):  # the sweep says what is wrong with its file
+            check_kept(place, (as_dict(unit) for unit in sweep_file.read(str(file)).sweep.needed({})))
     dynadapter(["sweep", str(file), *others])
-    if not args.tiny and "--dry_run" not in others:
-        keep(file, sweep, args.results / f"{kind}_{name}")
+    if place is not None:
+        keep(file, sweep, place)
 
 
 def plan(args: argparse.Namespace) -> dict[str, Any]:
@@ -153,24 +160,37 @@ def keep(file: Path, sweep: dict[str, Any], place: Path) -> None:
     done = plan.done()
     planned = plan.sweep.planned(done)
     lines = [line for unit, line in done.items() if unit in planned]
-    kept = place.with_name(f"{place.name}.jsonl")  # the name of a backbone may have dots
-    former = kept.read_text(encoding="utf-8").splitlines() if kept.exists() else []
-    if lacking := {run_of(json.loads(text)) for text in former} - {run_of(line) for line in lines}:
-        raise SystemExit(
-            f"{kept} has runs that this sweep lacks, such as {', '.join(min(lacking))}; name another --results, or "
-            "delete that file first"
-        )
+    check_kept(place, (line["run"] for line in lines))
     place.parent.mkdir(parents=True, exist_ok=True)
-    kept.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    kept_lines(place).write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     place.with_name(f"{place.name}.yaml").write_text(yaml.safe_dump(sweep, sort_keys=False), encoding="utf-8")
     for ending in ("md", "csv", "png"):
         if (table := plan.out / f"table.{ending}").exists():
             shutil.copy(table, place.with_name(f"{place.name}.{ending}"))
 
 
-def run_of(line: dict[str, Any]) -> tuple[str, ...]:
-    """Return the run of a line in words, without its scale and settings, which a new sweep may change."""
-    run = line["run"]
+def kept_lines(place: Path) -> Path:
+    """Return the file of the kept lines."""
+    return place.with_name(f"{place.name}.jsonl")  # the name of a backbone may have dots
+
+
+def check_kept(place: Path, runs: Iterable[dict[str, Any]]) -> None:
+    """Refuse a sweep with these runs if others are kept at its place.
+
+    Raises:
+        SystemExit: The place has lines of runs that the sweep lacks.
+    """
+    kept = kept_lines(place)
+    former = kept.read_text(encoding="utf-8").splitlines() if kept.exists() else []
+    if lacking := {run_of(json.loads(text)["run"]) for text in former} - {run_of(run) for run in runs}:
+        raise SystemExit(
+            f"{kept} has runs that this sweep lacks, such as {', '.join(min(lacking))}; name the tasks, adapters, "
+            "recipes and seeds of that file too, or give another --results"
+        )
+
+
+def run_of(run: dict[str, Any]) -> tuple[str, ...]:
+    """Return a run in words, without its scale and settings, which a new sweep may change."""
     return (run["task"], run["adapter"], run["recipe"], f"seed {run['seed']}", run["split"])
 
 

@@ -113,6 +113,27 @@ def test_resume_continues_the_average(tmp_path: Path) -> None:
     assert not all(torch.equal(held["current_model_state"][name], held["state_dict"][name]) for name in whole)
 
 
+def test_resume_without_steps_left_has_the_average(tmp_path: Path) -> None:
+    def run(*more: Callback, **where: Any) -> dict[str, Tensor]:
+        module = make_classifier()
+        trainer(WeightAverage(decay=0.9), *more, max_epochs=1).fit(module, loader(3), loader(1), **where)
+        return module.state_dict()
+
+    whole = run(SaveFirstEpoch(tmp_path / "0.ckpt"))
+    resumed = run(ckpt_path=tmp_path / "0.ckpt", weights_only=True)
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+
+
+def test_one_object_averages_in_two_trainings() -> None:
+    average = WeightAverage(decay=0.9)
+    states = []
+    for _ in range(2):
+        module = make_classifier()
+        trainer(average).fit(module, loader(3), loader(1))
+        states.append(module.state_dict())
+    assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
+
+
 def test_stages_after_fit_measure_the_module(tmp_path: Path) -> None:
     fitting = trainer(WeightAverage(decay=0.9), SaveFirstEpoch(tmp_path / "0.ckpt"))
     fitting.fit(make_classifier(lr_schedule=Constant(1.0)), loader(3), loader(1))

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from scipy import stats
 
-from dynadapter.sweep.lines import as_text
+from dynadapter.sweep.lines import as_text, right_of
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 IMAGES = 400
@@ -130,6 +130,31 @@ def test_goals_of_former_files_do_not_count(programs, tmp_path):
     assert found.cost_goals("lora", "dynamic", 0.2, 0.6) == ["cost 0.45", "cost 0.55"]
     with pytest.raises(programs("outcomes").Missing):
         found.best_goal("lora", "dynamic", 40.0)
+
+
+@pytest.mark.parametrize(
+    ("task", "verdict", "words"),
+    [("cars", "held", "; cars, lora, dynamic, seed 1 has no policy for cost 0.45"), ("leaves", "open", "no goal")],
+)
+def test_unreached_goal_is_named(task, verdict, words, programs, tmp_path):
+    """Beside the deciding tasks it leaves out the words on these; on one that decides the claim is open."""
+    write(tmp_path, sweep={"tasks": SWEEP["tasks"] | {"cars": "Natural"}}, policy={"cost 0.45": (62.0, 45.0)})
+    path = tmp_path / "second_micro.jsonl"
+    lines = [json.loads(text) for text in path.read_text().splitlines()]
+    for line in lines:
+        if (line["run"]["task"], line["run"]["recipe"], line["run"]["seed"]) == (task, "dynamic", 1):
+            right, _ = right_of(line)
+            line["policies"] = {"cost 0.45": {"unreached": "exit 1 costs more"}}
+            line["per_image"] = as_text({"right": right, "routed": np.zeros((0, IMAGES), dtype=bool)})
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = verdicts(programs, tmp_path)
+    for name in ("seed, lora", "routing"):
+        assert (found[name].verdict, words in found[name].note) == (verdict, True), found[name]
+    outcomes = programs("outcomes")
+    found = outcomes.Outcomes.read_all(tmp_path, programs("margins").READINGS[0])["micro"]
+    if task == "leaves":
+        with pytest.raises(outcomes.Missing, match="leaves, lora, dynamic, seed 1 has no policy"):
+            found.cost("lora", "dynamic", "cost 0.45")
 
 
 ALL = {

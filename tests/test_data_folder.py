@@ -203,6 +203,13 @@ def test_rows_go_to_their_splits(tmp_path, suffix):
     assert sorted(labels.tolist()) == [0, 1]
 
 
+def test_blanks_beside_commas_mean_nothing(tmp_path):
+    file = make_table(tmp_path, [("a.png", "cat"), ("b.png", "cat, tabby")])
+    file.write_text('path, label\na.png, "cat"\nb.png, "cat, tabby", \na.png,cat\n')
+    rows = ImageTable(file).rows
+    assert [(row.path, row.label) for row in rows] == [("a.png", "cat"), ("b.png", "cat, tabby"), ("a.png", "cat")]
+
+
 def test_same_images_are_held_out_as_in_a_folder(tmp_path):
     """The hash has the path below the class in a folder, and the whole path in a table."""
     rows = [(f"train/{name}/{k}.png", name) for name in ("a", "b") for k in range(20)]

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from dynadapter import Adapter, AdaptFormer, Attentive, Confidence, FacT, LinearHeads, LoRA, RepAdapter, Stream, inject
-from dynadapter.adapters import adapter_layers
+from dynadapter.adapters import AdapterPlus, adapter_layers
 from dynadapter.backbones import run_with_exit_tokens
 from dynadapter.cost import exit_costs
 from dynadapter.cost.table import exit_parameters
@@ -56,6 +56,12 @@ def network(adapter=LoRA(rank=2), heads=ExitTokens(count=3, rank=2), merging=Non
             nn.init.normal_(updates.query.up, std=0.2)
             nn.init.normal_(updates.hidden.up, std=0.2)
     return net
+
+
+def adapted(model, *specs):
+    for spec in specs:
+        inject(model, spec)
+    return model
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS)
@@ -250,6 +256,16 @@ def test_network_without_exits_has_none():
             "not ParallelScalingBlock of VisionTransformer",
         ),
         (lambda: network(AdaptFormer(targets=("*.qkv",))), "not the adapter AdaptFormer on their qkv; use other heads"),
+        (
+            lambda: ExitNet(adapted(make_vit(), AdapterPlus(), AdaptFormer(targets=("*.qkv",))), ExitTokens()),
+            "not the adapter AdaptFormer on their qkv; use other heads",
+        ),
+        (
+            lambda: ExitNet(
+                adapted(create_model("eva02_tiny_patch14_224", num_classes=3), AdapterPlus()), ExitTokens()
+            ),
+            "not EvaBlock of Eva; use other heads",
+        ),
         (lambda: network(AdaptFormer(targets=("*.attn",))), "not the adapter AdaptFormer on their attention; use oth"),
         (lambda: network(None, mlp_layer=SwiGLU), "ExitTokens needs timm's plain ViT blocks with plain MLPs"),
         (lambda: shard(network(), None), "ExitTokens cannot be trained sharded"),

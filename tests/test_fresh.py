@@ -202,6 +202,23 @@ def test_part_of_a_sweep_replaces_nothing(programs, tmp_path):
     assert not set(changed) & set(both)
 
 
+def test_part_is_refused_before_training(programs, tmp_path, monkeypatch):
+    """Runs that the call cannot have are found at once; --dry_run and --tiny keep nothing."""
+    transfer, calls = programs("transfer"), []
+    monkeypatch.setattr(transfer, "dynadapter", calls.append)
+    run = {"task": "cifar10", "adapter": "adapter", "recipe": "static", "seed": 1, "split": "train800val200"}
+    (tmp_path / "transfer_micro.jsonl").write_text(json.dumps({"run": run}) + "\n")
+    argv = ["--data", str(tmp_path), "--out", str(tmp_path / "out"), "--results", str(tmp_path), "--tasks", "cifar10"]
+    words = "such as cifar10, adapter, static, seed 1, train800val200; name the tasks, adapters, recipes and seeds"
+    with pytest.raises(SystemExit, match=words):
+        transfer.main([*argv, "--adapters", "lora"])
+    assert not calls
+    transfer.main([*argv, "--adapters", "lora", "--dry_run"])
+    with pytest.raises(SystemExit, match=words):  # at the end: the stand-in trained nothing
+        transfer.main([*argv, "--adapters", "lora", "adapter"])
+    assert len(calls) == 2
+
+
 @pytest.mark.parametrize(
     "extra",
     [

@@ -671,7 +671,7 @@ def test_settings_decide_which_runs_they_are(data, tmp_path):
     other = sweep_file.read(str(write_sweep(tmp_path, data, settings={"trainer": {"max_epochs": 3}})))
     assert first.sweep.settings == same.sweep.settings
     assert not set(first.sweep.settings.values()) & set(other.sweep.settings.values())
-    assert (first.epochs(first.sweep.ready({})[0]), other.epochs(other.sweep.ready({})[0])) == (2, 3)
+    assert (first.steps(first.sweep.ready({})[0], 5), other.steps(other.sweep.ready({})[0], 5)) == (10, 15)
 
 
 # ---- whole sweeps
@@ -778,6 +778,41 @@ def test_dry_run_measures_one_training(data, tmp_path, capsys):
     assert "4 runs on train800 choose scales and thresholds, 2 final runs" in out
     assert "measured by a short training" in out
     assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("trainer", "steps"),
+    [
+        ({"max_epochs": -1, "max_steps": 500}, 500),
+        ({"max_epochs": None, "max_steps": 500}, 500),
+        ({"max_epochs": 3, "max_steps": 500}, 60),
+        ({"max_epochs": 30, "max_steps": 500}, 500),
+        ({"max_epochs": None}, 20000),
+        ({}, 2000),
+    ],
+)
+def test_steps_of_a_run(trainer, steps, data, tmp_path):
+    recipes = {"dynamic": ["vtab", {"trainer": trainer}]}
+    file = sweep_file.read(str(write_sweep(tmp_path, data, recipes=recipes, settings={})))
+    assert file.steps(file.sweep.ready({})[0], 20) == steps
+
+
+def test_estimate_counts_steps_as_trained(data, tmp_path, monkeypatch):
+    """Few shots and accumulated batches shorten an epoch; a step of the measured training takes a second."""
+    measured = sweep_unit.measured
+
+    def timed(*arguments: Any) -> dict[str, Any]:
+        line = measured(*arguments)
+        return line | {"seconds": {"training": 10.0 + line["steps"], "all": 12.0 + line["steps"]}}
+
+    monkeypatch.setattr(sweep_unit, "measured", timed)
+    trainer = {"max_epochs": 50, "accelerator": "cpu", "accumulate_grad_batches": 2}
+    path = write_sweep(tmp_path, data)
+    settings = yaml.safe_load(path.read_text())["settings"] | {"trainer": trainer}
+    settings["data"]["init_args"] |= {"batch_size": 2, "shots": 4}
+    line = sweep_estimate.probe(sweep_file.read(str(write_sweep(tmp_path, data, settings=settings))))
+    assert line["steps_of_epoch"] == 3  # of 12 images
+    assert line["seconds"] == {"training": 11.0 + 50 * 3, "all": 13.0 + 50 * 3}
 
 
 @pytest.mark.parametrize("timed", [True, False])

@@ -44,6 +44,12 @@ def test_rounded_accuracy_reaches_its_target():
     assert one_exit([make_line(accuracy)], {"accuracy": 1 / 3}) == (1, 1)
 
 
+def test_tie_goes_to_the_cheaper_exit():
+    """Of 30 images 20 are right at both exits; the combined accuracy stands in the line with six decimals."""
+    accuracy = np.array([[20 / 30, 0.6, 0.6, 0.6], [0.6, round(20 / 30, 6), 0.6, 0.6], [0.6, 0.6, 0.6, 0.6]])
+    assert one_exit([make_line(accuracy)], {"cost": 0.5}) == (0, 0)
+
+
 @pytest.mark.parametrize("cost", [10.0, 25.0, 30.0, 50.4, 66.0, 100.0, 120.0])
 def test_mixture_against_a_grid(cost):
     generator = np.random.default_rng(0)

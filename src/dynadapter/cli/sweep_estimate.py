@@ -66,7 +66,7 @@ def count_images(file: SweepFile, task: str, split: str) -> int:
 
 
 def probe(file: SweepFile) -> Line:
-    """Train the first run for some steps; return a line with the time that all of its epochs would take."""
+    """Train the first run for some steps; return a line with the time that all of its steps would take."""
     from dynadapter.cli import quiet
     from dynadapter.cli.sweep_unit import measured
 
@@ -82,8 +82,7 @@ def probe(file: SweepFile) -> Line:
             taken[steps] = measured(dataclasses.replace(file, layers=layers), unit, place, {})
     line, seconds = taken[more], {steps: line["seconds"] for steps, line in taken.items()}
     step = max(0.0, seconds[more]["training"] - seconds[few]["training"]) / (more - few)
-    batches = max(1, count_images(file, unit.task, unit.split) // line["batch_size"])
-    training = seconds[few]["training"] + step * batches * file.epochs(unit)
+    training = seconds[few]["training"] + step * file.steps(unit, line["steps_of_epoch"])
     measuring = line["seconds"]["all"] - line["seconds"]["training"]
     return {**line, "seconds": {"training": training, "all": training + measuring}}
 

@@ -124,13 +124,21 @@ class SweepFile:
         """Return the folder of a run."""
         return self.out / "runs" / unit.name
 
-    def epochs(self, unit: Unit) -> int:
-        """Return the number of epochs in the configs of a run; 100 if none names it."""
-        epochs = 100
+    def steps(self, unit: Unit, of_epoch: int) -> int:
+        """Return the number of optimiser steps in the configs of a run; 100 epochs if none names a length.
+
+        Args:
+            unit: The run.
+            of_epoch: Steps of an epoch.
+        """
+        trainer: dict[str, Any] = {"max_epochs": 100, "max_steps": -1}
         for layer in self.layers[unit.adapter, unit.recipe]:
             content = layer if isinstance(layer, dict) else read_config(str(layer), ())
-            epochs = (content.get("trainer") or {}).get("max_epochs", epochs)
-        return epochs
+            trainer |= content.get("trainer") or {}
+        epochs, steps = trainer["max_epochs"], trainer["max_steps"]
+        limits = [] if epochs in (None, -1) else [epochs * of_epoch]
+        limits += [] if steps == -1 else [steps]
+        return min(limits, default=1000 * of_epoch)  # Lightning's limit for max_epochs null
 
 
 def read(path: str) -> SweepFile:

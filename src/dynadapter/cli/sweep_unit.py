@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import math
 import shutil
 import statistics
 import time
@@ -241,6 +242,7 @@ def _results(file: SweepFile, unit: Unit, folder: Path, trained: TimedCLI, done:
         "per_image": lines.as_text(images),
         "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "steps": trainer.global_step,
+        "steps_of_epoch": math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches),
         "batch_size": data.batch_size,
         "device": trainer.strategy.root_device.type,
     }

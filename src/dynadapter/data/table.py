@@ -152,7 +152,7 @@ def read_rows(file: Path, given: dict[str, str | None]) -> list[Row]:
 
 
 def _open_csv(file: Path) -> Table:
-    reader = csv.DictReader(io.StringIO(read_text(file), newline=""), strict=True)
+    reader = csv.DictReader(io.StringIO(read_text(file), newline=""), strict=True, skipinitialspace=True)
 
     @contextmanager
     def checked() -> Iterator[None]:
@@ -164,7 +164,8 @@ def _open_csv(file: Path) -> Table:
     def rows(columns: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
         with checked():
             for row in reader:
-                if any(more := row.get(None) or []):  # an empty one is a comma at the end
+                more = row.get(None) or []
+                if any(cell.strip() for cell in more):  # a blank one is a comma at the end
                     raise ValueError(
                         f"{file}:{reader.line_num}: {len(names) + len(more)} cells under a header of {len(names)}; "
                         "quote values with commas"

@@ -104,8 +104,10 @@ class ExitTokenUpdates(nn.Module):
 
 def _unfit(backbone: nn.Module, block: Any) -> str:
     """Return what keeps exit tokens out of a block, as text."""
-    if isinstance(block, AdapterLayer) or needs_grid(block):
+    around = isinstance(block, AdapterLayer) and not hasattr(block, "after")
+    if around or needs_grid(block):
         return f"the adapter {needs_grid(block) or block.kind} on them"
+    block = unwrapped(block)
     attention: Any = getattr(block, "attn", None)
     for name, layer in (("attention", attention), ("qkv", getattr(unwrapped(attention), "qkv", None))):
         if isinstance(layer, AdapterLayer) and not hasattr(layer, "some"):

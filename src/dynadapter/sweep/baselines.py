@@ -13,6 +13,9 @@ SLACK = 1.0
 ROUNDING = 1e-4
 """Points of accuracy by which a line may be rounded."""
 
+DECIMALS = 4
+"""Decimals of combined accuracies in %; equal ones compare equal where the exits' own have as many."""
+
 ORACLE = "oracle"
 
 Place = tuple[int, int]
@@ -40,7 +43,7 @@ def one_exit(twins: Sequence[Line], target: Mapping[str, float]) -> Place:
         twins: Results on val200 of the train800 runs of one arm; their means count.
         target: ``{cost: ...}`` or ``{accuracy: ...}``, both fractions.
     """
-    accuracy = np.mean([accuracies(line) for line in twins], axis=0)
+    accuracy = np.mean([accuracies(line).round(DECIMALS) for line in twins], axis=0)
     cost = np.broadcast_to(costs(twins[0]), accuracy.shape)
     if "cost" in target:
         fits = cost <= max(100 * target["cost"] + SLACK, cost.min())

@@ -38,6 +38,7 @@ class WeightAverage(EMAWeightAveraging):
         """Create the average when fit begins; the other stages measure the module's own weights."""
         self._average_model, self._swapped = None, False
         if stage == "fit":
+            self._latest_update_step = 0  # Lightning keeps that of an earlier fit; a resume restores it afterwards
             # Lightning does not ask callbacks then, so that such a file would hold the current weights
             if any(getattr(saver, "save_weights_only", False) for saver in trainer.checkpoint_callbacks):
                 raise ValueError(
@@ -72,6 +73,10 @@ class WeightAverage(EMAWeightAveraging):
         """Put the current weights back into the module."""
         super().on_validation_epoch_end(trainer, pl_module)
         self._swapped = False
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put the average into the module also where no step was left to train, and training did not begin."""
+        self.on_train_end(trainer, pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Put the current weights back if validation failed; callbacks that save a checkpoint come later."""
