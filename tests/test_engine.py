@@ -256,10 +256,10 @@ def test_deadline_after_slow_runs(sizes, seconds, monkeypatch):
             for job in jobs:
                 job.result(60)
         wait[0] = 0.0 if sizes[0] == 1 else seconds
-        answers = [engine.submit(IMAGES[0], Limits(deadline=0.5)).result(60) for _ in range(40)]
+        answers = [engine.submit(IMAGES[0], Limits(deadline=0.5)).result(60) for _ in range(80)]
     assert [answer.exit_index for answer in answers[-20:]] == [2] * 20
     if sizes != [1, 1]:  # the first run and other sizes do not count
-        assert sum(answer.limited == "deadline" for answer in answers) <= 2
+        assert sum(answer.limited == "deadline" for answer in answers) <= 4
 
 
 def test_stage_too_slow_for_its_deadline():
