@@ -13,6 +13,7 @@ from test_cli_predict import NAMES, PREPROCESS, write_bundle, write_images
 from dynadapter.backbones import set_image_size
 from dynadapter.cli import main
 from dynadapter.images.reading import find_images, load_image
+from dynadapter.serve import fastest
 from dynadapter.serve.bundle import load
 
 
@@ -41,6 +42,22 @@ def test_other_preprocessing_is_used_and_told(folder, capsys):
         classes = bundle.net(torch.from_numpy(np.stack([other(load_image(file)) for file in files]))).argmax(-1)
     targets = torch.tensor([NAMES.index(file.parent.name) for file in files])
     assert all(f"{value:.1%}" in printed for value in (classes == targets).float().mean(-1).tolist())
+
+
+def test_graphs_have_one_image_size(folder, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    monkeypatch.setenv("DYNADAPTER_CACHE", str(tmp_path))
+    other = arguments(folder, "--data.image_size=64", "--device=cpu")
+    with pytest.warns(UserWarning, match="image_size=64 instead of 32"):
+        line = refused([*other, "--backend=onnx"], capsys)
+    assert "--data.image_size 64: the exported graphs take images of 32 pixels; give --backend torch, or leave" in line
+    monkeypatch.setattr(fastest, "fastest", lambda *_: ("onnx", "backend onnx (auto)"))
+    with pytest.warns(UserWarning, match="image_size=64 instead of 32"):
+        main([*other, "--backend=auto"])
+    printed = capsys.readouterr().out
+    assert "backend torch instead: the exported graphs take images of 32 pixels" in printed
+    assert "% of static" in printed
 
 
 def test_numbers_are_the_bundles(folder, capsys):

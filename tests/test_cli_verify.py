@@ -97,6 +97,21 @@ def test_overlay_takes_the_class_of_the_line(root, capsys):
     assert (data["class_path"], data["init_args"]["cache"]) == ("dynadapter.ImageFolder", False)
 
 
+@pytest.mark.parametrize("more", ["-c {R}/one.yaml", "--data.class_path ImageFolder --data.root {R}/folder"])
+def test_class_after_an_overlay(more, root, capsys):
+    make_folder(root / "folder")
+    config = {"data": {"class_path": "ImageFolder", "init_args": {"root": str(root / "folder"), "val_fraction": 0.5}}}
+    (root / "one.yaml").write_text(yaml.safe_dump(config))
+    line = f"-c augment {more.replace('{R}', str(root))}"
+    code, out, err = run(line, capsys)
+    assert (code, err) == (0, "")
+    assert out.startswith("ImageFolder")
+    with pytest.raises(SystemExit):
+        main(["fit", *shlex.split(line), "--print_config"])
+    data = yaml.safe_load(capsys.readouterr().out)["data"]["init_args"]
+    assert (data["cache"], data["val_fraction"]) == (False, 0.5 if "one.yaml" in more else data["val_fraction"])
+
+
 def test_names_are_escaped_on_the_terminal(root, capsys):
     """File names may hold control sequences, and what rich would read as its own markup."""
     (root / "toys" / "images" / "\x1b[31m[red].png").write_bytes(b"")
@@ -136,6 +151,7 @@ MISTAKES = [
     ("-c {R}/no.yaml", "there is no config file '{R}/no.yaml'"),
     ("-c", "-c needs a file"),
     ("-c {R}/none.yaml", "has no data section"),
+    ("-c augment --data.root {F}", "give --data CLASS before its settings"),
     ("-c {R}/type.yaml", "root: Not of type Path"),
     ("toys --data ImageFolder --data.root {F}", "'toys' belongs to no setting"),
 ]

@@ -147,7 +147,9 @@ class DynCLI(LightningCLI):
             rest.append(f"--config={inline(off)}")
             rest.sort(key=lambda arg: arg.startswith("--print_config"))  # which prints a config that follows it
         defaults = parser.get_defaults().as_dict()
-        args = [*(class_of_data(rest) if files else []), *layers, *rest]
+        below_line = [contents[layer.removeprefix("--config=")] for layer in layers]
+        sections = [content["data"] for content in below_line if content.get("data")]
+        args = [*(class_of_data(rest, sections) if files else []), *layers, *rest]
         self.config = parser.parse_args(with_fresh_classes(args, contents, defaults))
         self.config.pop("config")
         expand_home(self.config)

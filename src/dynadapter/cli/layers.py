@@ -114,14 +114,25 @@ def without_training(files: Sequence[str], contents: Contents) -> tuple[list[str
     return layers, found
 
 
-def class_of_data(line: Sequence[str]) -> list[str]:
+def class_of_data(line: Sequence[str], sections: Sequence[Any] = ()) -> list[str]:
     """Return the argument that names the class of the data, for config files whose data section has none.
+
+    Args:
+        line: The arguments of the command line.
+        sections: The data sections of the config files. If the first one has no class and the command line names none,
+            the next class in a section counts.
 
     >>> class_of_data(["--data=ImageFolder", "--data.root=photos"])
     ['--data=ImageFolder']
+    >>> class_of_data([], [{"init_args": {"cache": False}}, {"class_path": "ImageFolder"}])
+    ['--data=ImageFolder']
     """
-    named = [arg for arg in line if arg.startswith("--data=") and not arg.startswith("--data={")]
-    return named[-1:]
+    keys = ("data", "data.class_path")
+    named = [value for key, value in assignments(line) if key in keys and not value.startswith("{")]
+    classes = [section.get("class_path") if isinstance(section, dict) else section for section in sections]
+    if not named and classes and classes[0] is None:
+        named = [name for name in classes if isinstance(name, str)][:1]
+    return [f"--data={name}" for name in named[-1:]]
 
 
 def switched_off(rest: Sequence[str], keys: Container[str]) -> tuple[dict[str, None], list[str]]:

@@ -190,6 +190,11 @@ def stacked(bundle: "Bundle", data: "ImageData", split: Any) -> "Iterator[tuple[
     if bundle.preprocess is None:
         raise Mistake("it takes clips of videos, no image files; measure it by dynadapter test --ckpt_path FILE")
     data.take_preprocessing(vars(bundle.preprocess), trained=True)
+    if bundle.graphs is not None and data.image_size != bundle.preprocess.image_size:
+        raise Mistake(
+            f"--data.image_size {data.image_size}: the exported graphs take images of {bundle.preprocess.image_size} "
+            "pixels; give --backend torch, or leave out --data.image_size"
+        )
     set_image_size(bundle.net.backbone, data.image_size)
     data.take_classes(bundle.class_names)
     data.setup("test" if split == "test" else "validate")

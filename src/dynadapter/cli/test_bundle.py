@@ -43,6 +43,11 @@ def run(args: list[str]) -> None:
     check_network(given.bundle)
     data: ImageData = made.instantiate(given).data
     bundle = load_network(given)
+    assert bundle.preprocess is not None  # as load_network requires
+    size = bundle.preprocess.image_size
+    if given.backend == "auto" and bundle.graphs is not None and data.wanted.image_size not in ("auto", size):
+        bundle.graphs = None
+        print(f"backend torch instead: the exported graphs take images of {size} pixels", flush=True)
     with mistakes():
         data.take_classes(bundle.class_names)  # further sets may have classes that the first one lacks
         tables = [table for one in (data, *data.further_tests()) for table in measure(bundle, one)]

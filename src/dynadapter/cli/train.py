@@ -322,14 +322,14 @@ def _data(files: Sequence[str], line: Sequence[str]) -> "ImageData":
     from dynadapter.cli.layers import assignments, expand_short
     from dynadapter.cli.parser import CommandParser
     from dynadapter.cli.safety import check_config
-    from dynadapter.cli.verify import data_section
+    from dynadapter.cli.verify import data_sections
     from dynadapter.data import ImageData
 
     own = [arg for arg in expand_short(line, "fit") if arg.startswith(("--data=", "--data."))]
     require_no_file(dict(assignments(own)), ("data",), "")
     made = CommandParser("train", sections={"data": ImageData})
     made.add_subclass_arguments(ImageData, "data", required=True)
-    given = made.parse_args([*(f"--data={data_section(file)}" for file in ("own_images", *files)), *own])
+    given = made.parse_args([*data_sections(("own_images", *files), ()), *own])
     check_config(given)
     return made.instantiate(given).data
 

@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dynadapter.cli.configs import config_files, read_config
 from dynadapter.cli.errors import Mistake
@@ -69,21 +69,24 @@ def run(args: list[str]) -> None:
 
 
 def data_sections(files: Sequence[str], line: Sequence[str]) -> list[str]:
-    """Return the data sections of config files as arguments, after the class that the command line names.
+    """Return the data sections of config files as arguments, as the parser reads them: JSON, or the name of a class.
 
-    A section without a class, such as that of ``augment``, needs one before it.
+    A section without a class, such as that of ``augment``, needs one before it: that of the command line, or of another
+    section.
     """
     from dynadapter.cli.layers import class_of_data
 
-    return [*class_of_data(line), *(f"--data={data_section(file)}" for file in files)] if files else []
+    sections = [_data_section(file) for file in files]
+    texts = [section if isinstance(section, str) else json.dumps(section, default=str) for section in sections]
+    return [*class_of_data(line, sections), *(f"--data={text}" for text in texts)] if files else []
 
 
-def data_section(file: str) -> str:
-    """Return the data section of a config file as the parser reads it: JSON, or the name of a class."""
+def _data_section(file: str) -> Any:
+    """Return the data section of a config file: a mapping, or the name of a class."""
     section = read_config(file, ("data",)).get("data")
     if not section:
         raise Mistake(f"config file {file} has no data section; give another, or --data CLASS --data.root FOLDER")
-    return section if isinstance(section, str) else json.dumps(section, default=str)
+    return section
 
 
 def _check_out(out: Path) -> None:
