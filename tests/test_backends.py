@@ -1,5 +1,6 @@
 """A bundle answers the same by torch, ONNX Runtime and OpenVINO, and `auto` takes what was measured to be fastest."""
 
+import errno
 import importlib.metadata
 import json
 import time
@@ -139,6 +140,23 @@ def test_cache_that_cannot_be_written(reference, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("DYNADAPTER_CACHE", str(tmp_path / "file"))
     with pytest.raises(OSError, match=r"cannot be written; set DYNADAPTER_CACHE to a folder that can: .*file"):
+        open_graphs(reference, "onnx")
+
+
+def test_damaged_cache_of_another_user(reference, tmp_path, monkeypatch):
+    """Its files can be read, and neither removed nor written."""
+    monkeypatch.setenv("DYNADAPTER_CACHE", str(tmp_path))
+    (cache_of(reference) / "graphs").mkdir(parents=True)
+    remove = backends.shutil.rmtree
+
+    def refuses(path, ignore_errors=False, **_):
+        if path == cache_of(reference) / "graphs" and not ignore_errors:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        if path != cache_of(reference) / "graphs":
+            remove(path, ignore_errors)
+
+    monkeypatch.setattr(backends.shutil, "rmtree", refuses)
+    with pytest.raises(OSError, match=r"set DYNADAPTER_CACHE to a folder that can: .*Permission denied"):
         open_graphs(reference, "onnx")
 
 

@@ -633,6 +633,16 @@ def test_overwriting_replaces_bundles_alone(whole, tmp_path):
     assert load(empty).policy == POLICY
 
 
+def test_file_that_appears_meanwhile_stays(whole, monkeypatch):
+    monkeypatch.setattr(
+        "dynadapter.serve.bundle.saving.check_rebuilt", lambda *_: (whole / "notes.txt").write_text("mine")
+    )
+    with pytest.raises(ValueError, match=r"holds notes\.txt"):
+        save(whole, policy=Never(), overwrite=True)
+    assert (whole / "notes.txt").read_text() == "mine"
+    assert load(whole).policy == POLICY
+
+
 # ---- what is damaged or wrong is refused in one line
 
 

@@ -229,6 +229,13 @@ def test_wrong_settings_give_one_line(more, words, bundle, images, tmp_path, cap
     assert not (tmp_path / "o").exists()
 
 
+def test_static_int8_needs_two_images(bundle, images, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(command, "find_spec", lambda name: name)
+    args = ["--int8=static", f"--images={images}", "--max_images=1"]
+    line = refused(["export", f"--bundle={bundle}", f"--out={tmp_path / 'o'}", *args], capsys)
+    assert "--int8 static needs at least 2 images; give more --images, or a larger --max_images" in line
+
+
 FAILURES = {
     "--opset=99": "graphs of opset=99 do not run here (ONNX Runtime cannot open",
     "--tolerance=1e-12": "more than tolerance=1e-12; nothing was written: set a larger tolerance or another opset, or ",

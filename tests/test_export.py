@@ -370,6 +370,37 @@ def test_failed_export_keeps_the_old_folder(small: ExitNet, tmp_path: Path) -> N
 
 
 @pytest.mark.usefixtures("small_graphs")
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_file_that_appears_meanwhile_stays(
+    overwrite: bool, small: ExitNet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, folder = export.compare, tmp_path / "exported"
+
+    def slow(*args: Any) -> Any:
+        folder.mkdir(exist_ok=True)
+        (folder / "letter.txt").write_text("mine")
+        return real(*args)
+
+    if overwrite:
+        export_onnx(small, folder, **SMALL)
+    monkeypatch.setattr(export, "compare", slow)
+    with pytest.raises(ValueError, match=r"holds letter\.txt" if overwrite else "exists; give another folder"):
+        export_onnx(small, folder, **SMALL, overwrite=overwrite)
+    assert (folder / "letter.txt").read_text() == "mine"
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+@pytest.mark.usefixtures("small_graphs")
+def test_folder_behind_a_link_is_replaced(small: ExitNet, tmp_path: Path) -> None:
+    export_onnx(small, tmp_path / "v1", **SMALL)
+    (tmp_path / "current").symlink_to("v1")
+    export_onnx(small, tmp_path / "current", **options(policy=Patience(3)), overwrite=True)
+    assert Runner(tmp_path / "v1").policy.kind == "Patience"
+    assert (tmp_path / "current").is_symlink()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["current", "v1"]
+
+
+@pytest.mark.usefixtures("small_graphs")
 def test_score_on_its_threshold_is_refused(small: ExitNet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = Runner.route
     monkeypatch.setattr(Runner, "route", lambda self, x: (real(self, x)[0], np.ones(len(x), np.int64)))

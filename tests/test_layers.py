@@ -12,10 +12,11 @@ SOURCE = Path(dynadapter.__file__).parent
 BELOW = {
     "files": set(),
     "limits": {"files"},
+    "peft_place": {"files"},
     "printing": set(),
     "spec": set(),
     "backbones": {"files"},
-    "adapters": {"files", "spec", "backbones"},
+    "adapters": {"files", "peft_place", "spec", "backbones"},
     "exits": {"spec", "backbones", "adapters"},
     "cost": {"backbones", "adapters", "exits"},
     "images": {"files"},

@@ -10,11 +10,13 @@ import torch
 from commands import refused
 from conftest import BACKBONES, CLASSES, VIT, make_convnext, make_vit, parting, raises_one_line
 from exported_networks import NAMES, noise
+from jsonargparse import Namespace
 from test_backbones import shake
 from test_configs import small
 from tiny import make_classifier, shaken, trainer
 from torch import nn
 
+import dynadapter
 from dynadapter import (
     ByBlocks,
     Confidence,
@@ -35,9 +37,10 @@ from dynadapter import (
 from dynadapter.adapters import Adapters, adapter_layers
 from dynadapter.cli import main
 from dynadapter.cli.app import DynCLI
+from dynadapter.cli.export import _backbone_call
 from dynadapter.exits.policies import read_off
 from dynadapter.serve import graphs
-from dynadapter.serve.bundle import bundle_from_classifier
+from dynadapter.serve.bundle import BackboneSource, bundle_from_classifier
 
 peft = pytest.importorskip("peft")
 
@@ -345,8 +348,54 @@ def test_export_writes_it(tmp_path: Path, images, capsys):
     out = tmp_path / "adapter"
     for more in ([], ["--overwrite=true"]):
         main(["export", f"--bundle={bundle}", f"--out={out}", "--format=peft", *more])
-    assert f"peft.PeftModel.from_pretrained(MODEL, {str(out)!r})" in capsys.readouterr().out
-    theirs = peft.PeftModel.from_pretrained(make_classifier(adapter=None).net.backbone, out).eval()
+    shown = capsys.readouterr().out
+    assert f"peft.PeftModel.from_pretrained(MODEL, {str(out)!r})" in shown
+    [call] = {line.removeprefix("MODEL is ") for line in shown.splitlines() if line.startswith("MODEL is ")}
+    backbone = eval(call, {"dynadapter": dynadapter})
+    theirs = peft.PeftModel.from_pretrained(backbone, out).eval()
     torch.testing.assert_close(theirs(images), module(images)[-1], rtol=1e-5, atol=1e-5)
     line = refused(["export", f"--bundle={bundle}", f"--out={out}", "--overwrite=true"], capsys)
     assert "holds adapter_config.json, adapter_model.safetensors; --overwrite true replaces an exported folder" in line
+
+
+@pytest.mark.parametrize(
+    ("origin", "weights", "pretrained", "words"),
+    [
+        ("file", None, None, "weights='vit.pth'"),
+        ("file", "other.pth", None, "weights='other.pth'"),
+        ("file", None, True, "pretrained=True"),
+        ("pretrained", None, None, "pretrained=True"),
+        ("seed", None, None, "seed=3"),
+    ],
+)
+def test_printed_call_names_the_weights(origin, weights, pretrained, words):
+    source = BackboneSource("vit", "", origin, {"patch_size": 8}, image_size=64, seed=3, file="vit.pth")
+    bundle: Any = Namespace(config=Namespace(backbone=source), class_names=["a", "b"])
+    call = _backbone_call(bundle, Namespace(weights=weights, pretrained=pretrained))
+    assert call == f"dynadapter.create_backbone('vit', num_classes=2, {words}, image_size=64, patch_size=8)"
+
+
+def test_cut_backbone_is_refused(tmp_path: Path, capsys):
+    """peft would load the adapters into a backbone with all blocks without a word."""
+    module = make_classifier(adapter=LoRA(rank=2), depth=4).eval()
+    module.class_names = [str(k) for k in range(CLASSES)]
+    bundle = bundle_from_classifier(module, tmp_path / "b", policy=Confidence(0.5), preprocessing={}, costs=None)
+    line = refused(["export", f"--bundle={bundle}", f"--out={tmp_path / 'o'}", "--format=peft"], capsys)
+    assert "has only the first 4 blocks of its backbone (model.depth)" in line
+    assert line.endswith("export it as onnx")
+    assert not (tmp_path / "o").exists()
+
+
+def test_folder_behind_a_link_is_replaced(tmp_path: Path, monkeypatch):
+    backbone = make_vit()
+    inject(backbone, LoRA(rank=2))
+    (tmp_path / "v1").mkdir()
+    (tmp_path / "current").symlink_to("v1")
+    assert save_peft(backbone, tmp_path / "current", overwrite=True) == tmp_path / "v1"
+    assert (tmp_path / "current").is_symlink()
+    assert len(list((tmp_path / "v1").iterdir())) == 2
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    save_peft(backbone, ".", overwrite=True)
+    assert len(list((tmp_path / "here").iterdir())) == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["current", "here", "v1"]

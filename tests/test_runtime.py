@@ -401,7 +401,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "not JSON": (lambda f: (f / "manifest.json").write_text("{"), r"manifest\.json is not JSON \("),
     "not text": (lambda f: (f / "manifest.json").write_bytes(b"\xff\xfe"), r"manifest\.json is not JSON \("),
     "a list": (lambda f: (f / "manifest.json").write_text("[]"), r"holds a list, not a manifest"),
-    "old": (edit(format=2), r"has format=2, this version of dynadapter reads format 3; export the model again"),
+    "old": (edit(format=2), r"has format=2, .* reads format 3; export the model again to another folder"),
     "newer": (edit(format=4), r"has format=4, this version of dynadapter reads format 3; export the model again"),
     "no format": (edit(format="leave out"), r"has format=None, this version"),
     "a pipe": (make_pipe, r"manifest\.json cannot be read: a pipe"),
@@ -481,6 +481,16 @@ def test_only_exported_folders_are_replaced(copied: Path, tmp_path: Path) -> Non
         (copied / "manifest.json").write_text(content)
         with raises_one_line(ValueError, match=r"holds manifest\.json, stage0\.onnx, stage1\.onnx and 1 more; "):
             check_place(copied, overwrite=True)
+    (copied / "manifest.json").write_text('{"format": 1, "files": {}, "stages": [{"file": 7}]}')
+    with raises_one_line(ValueError, match=r"holds stage0\.onnx, stage1\.onnx, stage2\.onnx; "):
+        check_place(copied, overwrite=True)
+
+
+def test_relative_folder_after_chdir(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(copied.parent)
+    runner = Runner(copied.name)
+    monkeypatch.chdir("/")
+    assert runner.load() is runner
 
 
 def test_external_weights_are_refused(copied: Path, tmp_path: Path) -> None:

@@ -12,9 +12,9 @@ from dynadapter.adapters.base import matrices
 from dynadapter.adapters.injection import adapter_layers
 from dynadapter.adapters.lora import LoRALayer
 from dynadapter.backbones import classifier
-from dynadapter.files import require_replaceable, write_folder
+from dynadapter.files import write_folder
+from dynadapter.peft_place import CONFIG, TENSORS, check_place
 
-CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 """What peft puts in front of a model's own names."""
 
@@ -35,7 +35,7 @@ def save_peft(
         overwrite: Replace an adapter folder, and nothing more.
 
     Returns:
-        The folder.
+        The folder, behind symbolic links.
 
     Raises:
         ValueError: The backbone has no adapters, or another kind than LoRA, or peft would compute something else; or
@@ -48,10 +48,8 @@ def save_peft(
             f"the adapters are {', '.join(others) or 'merged or missing'}; only LoRA that is not merged can be "
             "written for peft"
         )
-    place = Path(os.path.expanduser(folder))
     tensors: dict[str, Tensor] = {}
     sizes: dict[str, tuple[int, float]] = {}
-    require_replaceable(place, overwrite, "an adapter folder", (CONFIG, TENSORS))
     for name, layer in layers.items():
         assert isinstance(layer, LoRALayer)
         down, up, base = layer.matrix_down(), layer.matrix_up(), matrices(layer.base_layer)[0]
@@ -71,6 +69,7 @@ def save_peft(
         ),
         CONFIG: (json.dumps(_config(sizes, trained, base_model), indent=2) + "\n").encode(),
     }
+    place = check_place(folder, overwrite)
     write_folder(place, files, overwrite)
     return place
 

@@ -139,11 +139,8 @@ def _check_bundle(settings: Settings) -> None:
             what = "merge" if settings.merge else "overwrite"
             raise Mistake(f"{what} is a setting of the bundle, and no bundle is written; give --bundle FOLDER")
         return
-    place = Path(settings.bundle)
-    if os.path.lexists(place) and not settings.overwrite:
-        raise Mistake(f"bundle={place} exists; give a folder that does not, or --overwrite true to replace a bundle")
-    with mistakes():
-        check_place(place, settings.overwrite)
+    with mistakes("bundle="):
+        check_place(settings.bundle, settings.overwrite)
 
 
 def _check_out(out: Path) -> None:

@@ -9,10 +9,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from dynadapter import peft_place
 from dynadapter.cli.errors import Mistake, Stopped, Terminated, mistakes, stoppable
 from dynadapter.cli.networks import BUNDLE, WEIGHTS, check_bundle, load_bundle
 from dynadapter.cli.parser import CommandParser
-from dynadapter.files import require_replaceable
 
 if TYPE_CHECKING:  # torch takes seconds to load, and invalid settings are reported without it
     from torch import Tensor
@@ -22,8 +22,6 @@ if TYPE_CHECKING:  # torch takes seconds to load, and invalid settings are repor
 
 ONNX_ALONE = ("int8", "images", "max_images", "merge", "class_first", "opset", "tolerance")
 """Settings without a meaning for ``--format peft``."""
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
-"""What ``--format peft`` writes."""
 
 
 def parser() -> CommandParser:
@@ -68,7 +66,7 @@ def run(args: list[str]) -> None:
 
 def check(given: Any) -> None:
     """Refuse invalid settings before anything heavy is loaded."""
-    from dynadapter.serve.runtime.manifest import check_place
+    from dynadapter.serve.runtime import manifest
 
     if given.format == "peft":
         defaults = parser().get_defaults()
@@ -86,11 +84,7 @@ def check(given: Any) -> None:
         raise Mistake(f"max_images={given.max_images} must be at least 1")
     check_bundle(given.bundle)
     with mistakes():
-        if given.format == "onnx":
-            check_place(given.out, given.overwrite)
-        else:
-            out = Path(os.path.expanduser(given.out))
-            require_replaceable(out, given.overwrite, "an adapter folder", ADAPTER_FILES)
+        (peft_place if given.format == "peft" else manifest).check_place(given.out, given.overwrite)
 
 
 def export(given: Any) -> None:
@@ -99,6 +93,8 @@ def export(given: Any) -> None:
     from dynadapter.serve.export import export_onnx
 
     files = _files(given.images, given.max_images) if given.images is not None else []
+    if given.int8 == "static" and len(files) < 2:
+        raise Mistake("--int8 static needs at least 2 images; give more --images, or a larger --max_images")
     bundle = load_bundle(given.bundle, given.weights, given.pretrained)
     if given.format == "peft":
         _write_for_peft(given, bundle)
@@ -133,12 +129,34 @@ def _write_for_peft(given: Any, bundle: "Bundle") -> None:
 
     if bundle.net.token_merging is not None:
         raise Mistake(f"{given.bundle} merges tokens, which peft does not; export it as onnx")
+    source, names = bundle.config.backbone, bundle.class_names
+    if source.depth is not None:
+        raise Mistake(
+            f"{given.bundle} has only the first {source.depth} blocks of its backbone (model.depth), and peft would "
+            "load the adapters into the backbone with all blocks; export it as onnx"
+        )
     with mistakes(f"{given.bundle}: "):
-        save_peft(bundle.net.backbone, given.out, bundle.config.backbone.name, given.overwrite)
-    names = bundle.class_names
-    print(f"{given.out} has the adapters and the last head of {bundle.config.backbone.name}, without early exits")
+        save_peft(bundle.net.backbone, given.out, source.name, given.overwrite)
+    print(f"{given.out} has the adapters and the last head of {source.name}, without early exits")
     print(f"load it with: peft.PeftModel.from_pretrained(MODEL, {given.out!r})")
-    print(f"MODEL is that backbone with {len(names)} classes: {', '.join(names[:8])}{' ...' if len(names) > 8 else ''}")
+    print(f"MODEL is {_backbone_call(bundle, given)}")
+    print(f"its {len(names)} classes: {', '.join(names[:8])}{' ...' if len(names) > 8 else ''}")
+
+
+def _backbone_call(bundle: "Bundle", given: Any) -> str:
+    """Return the call that creates the bundle's bare backbone."""
+    source = bundle.config.backbone
+    settings: dict[str, Any] = {"num_classes": len(bundle.class_names)}
+    if given.weights is not None or (source.origin == "file" and not given.pretrained):
+        settings["weights"] = given.weights or source.file or "FILE"
+    elif given.pretrained or source.origin == "pretrained":
+        settings["pretrained"] = True
+    else:
+        settings["seed"] = source.seed
+    if source.image_size is not None:
+        settings["image_size"] = source.image_size
+    words = ", ".join(f"{name}={value!r}" for name, value in (settings | source.timm_args).items())
+    return f"dynadapter.create_backbone({source.name!r}, {words})"
 
 
 def _costs(bundle: "Bundle", merge: bool, class_first: bool) -> "ExitCosts":

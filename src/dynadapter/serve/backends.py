@@ -143,7 +143,8 @@ def open_graphs(bundle: "Bundle", backend: str) -> Graphs:
             folder.parent.mkdir(parents=True, exist_ok=True)
             with locked(folder.parent, wait=True):  # another process or thread may export at this moment
                 if (runner := found()) is None:
-                    shutil.rmtree(folder, ignore_errors=True)
+                    if os.path.lexists(folder):
+                        shutil.rmtree(folder)
                     _export(bundle, folder)
                     runner = Runner(folder, threads=torch.get_num_threads(), engine=engine)
         except OSError as error:

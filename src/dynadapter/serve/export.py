@@ -92,8 +92,7 @@ def export_onnx(
     """
     manifest = _manifest(net, policy, class_names, preprocess, costs, opset)
     _check_int8(int8, check_images)
-    images = _check_images(check_images, frames(net.backbone), preprocess.image_size)
-    labels = _check_labels(check_labels, check_images)
+    images, labels = _check_images(check_images, check_labels, frames(net.backbone), preprocess.image_size)
     reference, network = standalone(net, images, merge)
     with replacing_folder(check_place(folder, overwrite), overwrite) as draft:
         stages = write_graphs(network, draft, images, class_first, opset)
@@ -105,6 +104,7 @@ def export_onnx(
             quantised = _write_and_open(draft, manifest, stages, opset)
             manifest["quantization"] |= _change(quantised, int8, policy, expected, images, labels)
         _write_manifest(draft, manifest, stages)
+        check_place(folder, overwrite)  # the user may have put a file there meanwhile
     return manifest
 
 
@@ -166,17 +166,20 @@ def policy_settings(policy: Policy, num_exits: int) -> tuple[dict[str, Any], lis
     return plain({"kind": kind, **dataclasses.asdict(policy), **combined}), temperatures
 
 
-def _check_images(images: Tensor | None, clip: int | None, size: int) -> Tensor:
-    """Return the images to compare on, in float32 on the CPU: the given ones, or noise."""
+def _check_images(
+    images: Tensor | None, labels: Tensor | None, clip: int | None, size: int
+) -> tuple[Tensor, Tensor | None]:
+    """Return the images to compare on, in float32 on the CPU, and their labels: the given ones, or noise."""
+    labels = _check_labels(labels, images)
     shape = (3, size, size) if clip is None else (clip, 3, size, size)
     if images is None:
-        return torch.randn(12, *shape, generator=torch.Generator().manual_seed(0))
+        return torch.randn(12, *shape, generator=torch.Generator().manual_seed(0)), labels
     if images.shape[1:] != shape or not len(images) or not images.is_floating_point():
         raise ValueError(
             f"check_images are {images.dtype} {tuple(images.shape)}; give preprocessed ones, torch.float32 "
             f"(images, {', '.join(map(str, shape))}), at least one"
         )
-    return images.detach().to("cpu", torch.float32)
+    return images.detach().to("cpu", torch.float32), labels
 
 
 def _check_int8(int8: Int8 | None, images: Tensor | None) -> None:

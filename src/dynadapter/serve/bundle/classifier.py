@@ -75,7 +75,7 @@ def bundle_from_classifier(
         ValueError: As :func:`~dynadapter.serve.bundle.save_bundle`; the classifier knows no preprocessing; the adapters
             cannot be merged.
     """
-    check_place(Path(os.path.realpath(os.path.expanduser(folder))), overwrite)
+    check_place(folder, overwrite)
     net, proof = classifier.net, None
     preprocess = as_preprocess(_preprocessing(classifier, preprocessing), net.backbone)
     if merge:

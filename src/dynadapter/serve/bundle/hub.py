@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from dynadapter.files import read_bytes
-from dynadapter.limits import MAX_JSON, read_json
+from dynadapter.limits import MAX_JSON
 from dynadapter.serve.bundle.card import PLACE
 from dynadapter.serve.bundle.config import CARD, CONFIG, FILES, MODEL
+from dynadapter.serve.bundle.place import is_bundle
 from dynadapter.serve.bundle.reading import read
 
 HUB = "hf-hub:"
@@ -98,10 +99,8 @@ def _require_bundle_or_nothing(api: Any, repo_id: str, revision: str | None) -> 
     foreign = [name for name in names if name not in NEUTRAL]
     if not foreign:
         return
-    if CONFIG in names:
-        found = read_json(Path(api.hf_hub_download(repo_id, CONFIG, revision=revision)))
-        if isinstance(found, dict) and found.get("library") == "dynadapter":
-            return
+    if CONFIG in names and is_bundle(Path(api.hf_hub_download(repo_id, CONFIG, revision=revision))):
+        return
     raise ValueError(f"it holds another model ({', '.join(sorted(foreign)[:3])}); give another name")
 
 

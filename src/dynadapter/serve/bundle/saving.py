@@ -75,8 +75,7 @@ def save_bundle(
     Raises:
         ValueError: The folder is in use, parts do not fit each other, or the network cannot be rebuilt from them.
     """
-    place = Path(os.path.realpath(os.path.expanduser(folder)))
-    check_place(place, overwrite)
+    place = check_place(folder, overwrite)
     config = describe(net, preprocessing=preprocessing, measured=measured, **parts)
     tensors = saved_tensors(net, config.whole)
     if check_finite:
@@ -85,6 +84,7 @@ def save_bundle(
     config = config.stamped(sha256)
     text = config.dumps()
     check_rebuilt(net, Config.loads(text, CONFIG), tensors)
+    check_place(place, overwrite)  # the user may have put a file there meanwhile
     write_folder(place, {MODEL: data, CARD: card(config, len(data)).encode(), CONFIG: text.encode()}, overwrite)
     return place
 

@@ -84,12 +84,12 @@ def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
     Raises:
         ValueError: A file is missing, damaged or changed, or the manifest is not valid.
     """
-    path = Path(os.path.expanduser(folder)) / MANIFEST
+    path = Path(os.path.expanduser(folder)).absolute() / MANIFEST  # the process may change its folder
     content = _read_json(path)
     if content.get("format") != FORMAT:
         raise ValueError(
             f"{path} has format={content.get('format')!r}, this version of dynadapter reads format {FORMAT}; export "
-            "the model again with this version"
+            "the model again to another folder"
         )
     try:
         changed = content.pop("checksum", None) not in (None, checksum(content))
@@ -166,12 +166,12 @@ def _parse(content: dict[str, Any], folder: Path) -> Manifest:
 
 
 def check_place(folder: str | os.PathLike[str], overwrite: bool) -> Path:
-    """Return the absolute path of a folder to export to.
+    """Return the absolute path of a folder to export to, behind symbolic links.
 
     Raises:
         ValueError: It is in use by something else than an exported folder, or must not be replaced.
     """
-    place = Path(os.path.expanduser(folder)).absolute()
+    place = Path(os.path.realpath(os.path.expanduser(folder)))
     require_replaceable(place, overwrite, "an exported folder", _exported_files(place))
     return place
 
@@ -180,7 +180,7 @@ def _exported_files(folder: Path) -> set[str]:
     """Return the names of the files of an exported folder by its manifest; none for any other folder."""
     try:
         content = _read_json(folder / MANIFEST)
-        names = {MANIFEST, *content["files"].keys(), *(stage["file"] for stage in content["stages"])}
+        names = {MANIFEST, *content["files"].keys(), *(str(stage["file"]) for stage in content["stages"])}
         return names if "format" in content else set()
     except (ValueError, KeyError, TypeError, AttributeError):
         return set()
