@@ -338,7 +338,7 @@ def test_short_rows_are_named(tmp_path):
     ("content", "words"),
     [
         ("path,label\na.png,ant\nb.png,cat,dog\n", "3: 3 cells under a header of 2; quote values with commas"),
-        ("path,label,label\na.png,ant,bee\n", "1: several columns are called 'label'; rename or remove all but one"),
+        ("path,label,label\na.png,ant,bee\n", " several columns are called 'label'; rename or remove all but one"),
     ],
 )
 def test_no_cell_of_a_table_is_dropped(content, words, tmp_path):
@@ -347,10 +347,25 @@ def test_no_cell_of_a_table_is_dropped(content, words, tmp_path):
     fails(f"{file}:{words}", lambda: ImageTable(file))
 
 
-def test_columns_without_a_name_may_repeat(tmp_path):
+@pytest.mark.parametrize("content", ["path,label,,\na.png,ant,,\n", "path,label,notes,notes\na.png,ant,1,2\n"])
+def test_columns_that_nothing_reads_may_repeat(content, tmp_path):
     file = tmp_path / "list.csv"
-    file.write_text("path,label,,\na.png,ant,,\n")
+    file.write_text(content)
     assert ImageTable(file).class_names == ["ant"]
+
+
+@pytest.mark.parametrize("header", ["path,Label,label", "path,label ,label"])
+def test_columns_of_one_meaning_raise(header, tmp_path):
+    file = tmp_path / "list.csv"
+    file.write_text(f"{header}\na.png,ant,bee\n")
+    names = ", ".join(map(repr, header.split(",")[1:]))
+    fails(f"several columns for the label: {names}; set label_column to one of them", lambda: ImageTable(file))
+    assert ImageTable(file, label_column="label").class_names == ["bee"]
+
+
+def test_encodings_of_an_accent_are_one_class(tmp_path):
+    data = ImageTable(make_table(tmp_path, [("1.png", "caf\u00e9"), ("2.png", "cafe\u0301")]))
+    assert data.class_names == ["caf\u00e9"]
 
 
 def test_parquet_columns_of_one_name_raise(tmp_path):
@@ -359,3 +374,6 @@ def test_parquet_columns_of_one_name_raise(tmp_path):
     columns = [pyarrow.array(["a.png"]), pyarrow.array(["ant"]), pyarrow.array(["bee"])]
     parquet.write_table(pyarrow.Table.from_arrays(columns, names=["path", "label", "label"]), file)
     fails(f"{file}: several columns are called 'label'", lambda: ImageTable(file))
+    columns = [pyarrow.array([name]) for name in ("a.png", "ant", "1", "2")]
+    parquet.write_table(pyarrow.Table.from_arrays(columns, names=["path", "label", "notes", "notes"]), file)
+    assert ImageTable(file).class_names == ["ant"]

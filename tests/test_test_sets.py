@@ -190,3 +190,32 @@ def test_verify_checks_further_sets(places):
     report = verify(ImageFolder(places / "root", test_sets={"wild": str(places / "none")}))
     (error,) = [one.text for one in report.findings if one.level == "error"]
     assert error.startswith(f"test_sets.wild: root {places / 'none'} does not exist")
+
+
+def test_verify_checks_sets_beside_a_wrong_one(places):
+    (places / "flat" / "cat" / "z.png").write_bytes((places / "root" / "train" / "cat" / "0.png").read_bytes())
+    sets = {name: str(places / place) for name, place in (("a", "other"), ("b", "flat"), ("c", "none"))}
+    report = verify(ImageFolder(places / "root", test_sets=sets))
+    errors = [one.text for one in report.findings if one.level == "error"]
+    assert len(errors) == 3
+    assert errors[0].startswith("test_sets.a: the data have classes that the model does not know: dog")
+    assert errors[1].startswith(f"test_sets.c: root {places / 'none'} does not exist")
+    assert errors[2] == "1 image of train also in test/b"
+
+
+def test_verify_lists_missing_images_of_sets(places):
+    """A missing image of one table hides neither its other images nor those of the other table."""
+    first, second = table(places / "root" / "train", "train.csv"), table(places / "flat", "flat.csv")
+    (places / "flat" / "bee" / "0.png").unlink()
+    report = verify(ImageTable(first, root=first.parent, test_sets={"wild": str(second)}))
+    assert [one.text for one in report.findings if one.level == "error"] == ["test/wild: 1 image cannot be read"]
+    assert report.splits[-1].images == 7
+
+
+@pytest.mark.parametrize("place", ["root/wild", "{here}/root/wild"])
+def test_images_of_sets_count_as_used(place, places, monkeypatch):
+    images(places / "root" / "wild", {"bee": 3}, seed=6)
+    monkeypatch.chdir(places)
+    report = verify(ImageFolder("root", test_sets={"wild": place.format(here=places)}))
+    assert not report.findings or {one.kind for one in report.findings} == {"empty"}
+    assert "6 test + 3 test/wild" in report.account

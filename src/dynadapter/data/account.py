@@ -2,10 +2,12 @@
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dynadapter.data.dataset import Sample
+from dynadapter.data.test_sets import with_one_test_set
 from dynadapter.images.accounting import Account, account
 
 if TYPE_CHECKING:
@@ -25,6 +27,11 @@ def account_of(data: "ImageData") -> Account | None:
         except (ValueError, OSError):  # the split is missing or wrong; it is reported where it is used
             samples = []
         files[split] = _paths(samples)
+    for part in with_one_test_set(data):
+        with suppress(ValueError, OSError):
+            for other in part.further_tests():  # one may be named from the root, and the folder from here
+                places = (os.path.relpath(path, folder) for path in _paths(other.samples("test")))
+                files[other.test_label] = [folder / place for place in places]
     unused: dict[str, list[Path]] = {"in other lists": data.listed()}
     if data.shots is not None and files["train"]:
         unused["beyond the shots"] = _paths(data.samples("train"))

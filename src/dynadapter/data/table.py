@@ -4,8 +4,8 @@ import csv
 import importlib.util
 import io
 import os
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -136,6 +136,7 @@ def read_rows(file: Path, given: dict[str, str | None]) -> list[Row]:
         raise ValueError(f"{file} is not a table; give a file that ends in .csv or .parquet")
     names, read = _open_csv(file) if suffix == ".csv" else _open_parquet(file)
     columns = {part: _column(file, part, name, names) for part, name in given.items()}
+    _require_distinct(file, names, columns.values())
     rows = []
     for number, row in read([column for column in columns.values() if column is not None]):
         place = f"{file}:{number}"
@@ -145,7 +146,8 @@ def read_rows(file: Path, given: dict[str, str | None]) -> list[Row]:
         for part in ("path", "label"):
             if CONTROL.search(texts[part]):
                 raise ValueError(f"{place}: {texts[part][:80]!r} in column {columns[part]!r} has a control character")
-        rows.append(Row(texts["path"], texts["label"], _split(texts.get("split", "train"), place), place))
+        label = unicodedata.normalize("NFC", texts["label"])  # macOS and Linux encode accents differently
+        rows.append(Row(texts["path"], label, _split(texts.get("split", "train"), place), place))
     if not rows:
         raise ValueError(f"{file} lists no image")
     return rows
@@ -174,7 +176,6 @@ def _open_csv(file: Path) -> Table:
 
     with checked():
         names = list(reader.fieldnames or [])
-    _require_distinct(f"{file}:{reader.line_num}", names)
     return names, rows
 
 
@@ -191,14 +192,13 @@ def _open_parquet(file: Path) -> Table:
         names = read_schema(file).names
     except (ArrowException, OSError) as error:
         raise ValueError(f"{file} is not a Parquet file: {str(error).splitlines()[0]}") from error
-    _require_distinct(str(file), names)
     return names, rows
 
 
-def _require_distinct(place: str, names: Sequence[str]) -> None:
-    """Raise a ValueError for columns of one name, of which only the last would be read; empty names may repeat."""
-    if twice := [name for name, count in Counter(names).items() if name and count > 1]:
-        raise ValueError(f"{place}: several columns are called {twice[0]!r:.80}; rename or remove all but one")
+def _require_distinct(file: Path, names: Sequence[str], wanted: Iterable[str | None]) -> None:
+    """Raise a ValueError if several columns have a wanted name, because only the last would be read."""
+    if twice := [name for name in wanted if name is not None and names.count(name) > 1]:
+        raise ValueError(f"{file}: several columns are called {twice[0]!r:.80}; rename or remove all but one")
 
 
 def _column(file: Path, part: str, given: str | None, names: Sequence[str]) -> str | None:
@@ -208,12 +208,16 @@ def _column(file: Path, part: str, given: str | None, names: Sequence[str]) -> s
         if given not in names:
             raise ValueError(f"{file} has no column {given!r}; its columns are: {there}")
         return given
-    found = next((name for word in COLUMNS[part] for name in names if name.strip().lower() == word), None)
-    if found is None and part != "split":
+    spelled = ([name for name in names if name.strip().lower() == word] for word in COLUMNS[part])
+    found = next((list(dict.fromkeys(here)) for here in spelled if here), [])
+    if len(found) > 1:
+        both = ", ".join(map(repr, found))
+        raise ValueError(f"{file} has several columns for the {part}: {both}; set {part}_column to one of them")
+    if not found and part != "split":
         raise ValueError(
             f"{file} has no column called {' or '.join(COLUMNS[part][:2])}; set {part}_column to one of: {there}"
         )
-    return found
+    return found[0] if found else None
 
 
 def _text(value: Any, place: str, column: str) -> str:

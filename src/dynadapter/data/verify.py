@@ -20,6 +20,7 @@ from dynadapter.data.clips import Clip
 from dynadapter.data.identity import Source, combine_hashes, image_hash
 from dynadapter.data.library_images import LibraryImage
 from dynadapter.data.splits import MissingSplit
+from dynadapter.data.test_sets import with_one_test_set
 from dynadapter.data.vtab import VTAB1k
 from dynadapter.images.accounting import Account
 from dynadapter.images.reading import UnreadableImage, load_image
@@ -141,12 +142,13 @@ def verify(
         except (ValueError, OSError) as error:
             level: Level = "warning" if isinstance(error, MissingSplit) and split == "test" else "error"
             findings.append(Finding(level, "split", " ".join(str(error).split())))
-    try:
-        for other in data.further_tests():
-            index = match_classes(other.class_names, data.class_names)
-            listed += [(other.test_label, source, index[label]) for source, label in other.samples("test")]
-    except (ValueError, OSError) as error:
-        findings.append(Finding("error", "split", " ".join(str(error).split())))
+    for part in with_one_test_set(data):
+        try:
+            for other in part.further_tests():
+                index = match_classes(other.class_names, data.class_names)
+                listed += [(other.test_label, source, index[label]) for source, label in other.samples("test")]
+        except (ValueError, OSError) as error:
+            findings.append(Finding("error", "split", " ".join(str(error).split())))
     entries = _look_at_all(listed, folder, threads, progress, data.preprocess.value_range)
     lenient = isinstance(data, VTAB1k) and data.task is not None
     findings += _find_unreadable(entries)
