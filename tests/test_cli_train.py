@@ -13,7 +13,7 @@ from PIL import Image
 
 from dynadapter import load
 from dynadapter.backbones.availability import is_available
-from dynadapter.cli import imports, main, train
+from dynadapter.cli import imports, main, train, train_checks
 from dynadapter.training.module import ExitClassifier
 
 TINY = [
@@ -237,6 +237,13 @@ MISTAKES = [
     (["photos", "--trainer.max_steps=0", "--backbone=micro"], "trainer.max_steps=0 trains nothing; give more than 0"),
     (["photos", "--trainer.limit_train_batches=0.0"], "trainer.limit_train_batches=0.0 trains nothing"),
     (["photos", "--checkpoint", "null"], "checkpoint is off, and train calibrates and deploys a checkpoint"),
+    (["photos", "--trainer.enable_checkpointing=no"], "trainer.enable_checkpointing is off, and train calibrates and"),
+    (["photos", "--checkpoint.save_weights_only", "true"], "checkpoint.save_weights_only leaves out what an"),
+    (["photos", "--trainer.fast_dev_run=true"], "trainer.fast_dev_run saves no run, and train deploys one; leave"),
+    (["photos", "--trainer.fast_dev_run=3"], "trainer.fast_dev_run saves no run"),
+    (["photos", "--trainer.barebones=true"], "trainer.barebones saves no run"),
+    (["photos", "--trainer={fast_dev_run: 1}"], "trainer.fast_dev_run saves no run"),
+    (["photos", "--checkpoint={save_weights_only: true}"], "checkpoint.save_weights_only leaves out"),
     (["photos", "--data.val_split", "out"], "has no setting 'val_split'"),
     (["photos", "out", "o21"], "there is no option 'out'; did you mean '--out'?"),
     (["photos", "-cost", "0.5"], "there is no option -cost; long options begin with two dashes, as in --cost"),
@@ -263,8 +270,34 @@ def test_training_without_a_step_is_refused(given, photos, capsys):
 
 
 def test_complete_config_is_no_mistake():
-    """It names every setting, also those that are null."""
-    train._require_checkpoints([{"checkpoint": {"dirpath": None}}, {"checkpoint": True}], ["--checkpoint.dirpath=null"])
+    """It names every setting, also those that are null or off."""
+    checkpoint = {"dirpath": None, "save_weights_only": False}
+    trainer = {"enable_checkpointing": None, "fast_dev_run": False, "barebones": False}
+    layers = [{"checkpoint": checkpoint, "trainer": trainer}, {"checkpoint": True}]
+    train_checks.require_checkpoints(layers, ["--checkpoint.dirpath=null", "--trainer.fast_dev_run=0"])
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ("trainer: {enable_checkpointing: false}", "trainer.enable_checkpointing is off"),
+        ("checkpoint: {save_weights_only: true}", "checkpoint.save_weights_only leaves out"),
+        ("trainer: {fast_dev_run: true}", "trainer.fast_dev_run saves no run"),
+        ("trainer: 5", "trainer must be a mapping, as in 'trainer: {NAME: VALUE}', not 5"),
+        ("trainer: max_epochs", "trainer"),
+    ],
+)
+def test_config_that_saves_no_run_is_refused(config, words, photos, capsys):
+    Path("own.yaml").write_text(config)
+    fails(train_on("photos", "-c", "own.yaml"), words, capsys)
+    assert not Path("runs").exists()
+
+
+def test_heads_without_a_step_are_not_deployed(photos, capsys):
+    """The second command finds the finished training."""
+    for _ in range(2):
+        fails(train_on(photos, "--trainer.max_time=00:00:00:00"), "version_0 made no step; give another --out", capsys)
+    assert not Path("runs/photos/bundle").exists()
 
 
 @pytest.mark.parametrize(("args", "words"), MISTAKES)

@@ -2,11 +2,9 @@
 
 import argparse
 import os
-import re
 import shlex
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -15,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from dynadapter.cli import imports
 from dynadapter.cli.configs import config_files, read_config, require_no_file
 from dynadapter.cli.errors import Mistake, Stopped, mistakes, nearest, nearest_place
+from dynadapter.cli.train_checks import Layers, mappings, require_checkpoints, require_steps, require_trained, values_of
 
 if TYPE_CHECKING:  # Lightning takes seconds to import
     from dynadapter.data import ImageData
@@ -156,6 +155,7 @@ def train(wanted: Wanted) -> None:
     checkpoint = report.find_run(str(run_folder)).checkpoint
     if checkpoint is None:
         raise Mistake(f"the training in {run_folder} saved no checkpoint; give another --out, and let it save some")
+    require_trained(checkpoint)
     if not bundle.exists():
         DynCLI(["calibrate", f"--ckpt_path={checkpoint}", *wanted.goal, f"--bundle={bundle}"])
     report.run([str(run_folder)])
@@ -231,12 +231,13 @@ def _chosen_before(out: Path) -> dict[str, str]:
 
 def _fit_arguments(wanted: Wanted) -> list[str]:
     """Return the arguments of fit, including those that depend on the images and the machine."""
+    from dynadapter.cli.arguments import SECTIONS
+
     files, rest = config_files(wanted.settings)
-    contents = [read_config(file, ()) for file in files]
-    layers = [*contents, _mappings(rest)]
-    trainers = [one.get("trainer") or {} for one in layers]
-    _require_checkpoints(layers, rest)
-    _require_steps(trainers, rest)
+    contents = [read_config(file, SECTIONS) for file in files]
+    layers = [*contents, mappings(rest)]
+    require_checkpoints(layers, rest)
+    require_steps(layers, rest)
     names_backbone = _names_backbone(layers, rest)
     place = ["--data=ImageTable", f"--data.file={wanted.place}"] if wanted.place.is_file() else []
     place = place or [f"--data.root={wanted.place}"]
@@ -248,7 +249,7 @@ def _fit_arguments(wanted: Wanted) -> list[str]:
         )
     before = _chosen_before(wanted.out)
     chosen = [] if names_backbone else [f"--model.backbone={before.get(BACKBONE) or choose_backbone()}"]
-    if length := _length(train, data, trainers, rest):
+    if length := _length(train, data, layers, rest):
         chosen.append(f"--{LENGTH}={before.get(LENGTH) or length}")
     by_class = Counter(label for _, label in data.samples("val"))
     each = [by_class[label] for label in range(data.num_classes)]
@@ -259,48 +260,10 @@ def _fit_arguments(wanted: Wanted) -> list[str]:
     )
     root = f"--trainer.default_root_dir={wanted.out}"
     configs = [f"--config={file}" for file in ("own_images", *files)]
-    return ["fit", *configs, *chosen, *place, root, *_devices(trainers, rest), *rest]
+    return ["fit", *configs, *chosen, *place, root, *_devices(layers, rest), *rest]
 
 
-def _require_checkpoints(contents: Sequence[dict[str, Any]], line: Sequence[str]) -> None:
-    """Refuse settings by which the training would save no checkpoint, or save it where this command finds none."""
-    from dynadapter.cli.layers import OFF, assignments
-
-    given = dict(assignments(line))
-    sections = [one["checkpoint"] for one in contents if "checkpoint" in one]
-    if given.get("checkpoint", "on") in OFF or any(section in (None, False) for section in sections):
-        raise Mistake("checkpoint is off, and train calibrates and deploys a checkpoint; leave that setting out")
-    folders = [section.get("dirpath") for section in sections if isinstance(section, dict)]
-    if given.get("checkpoint.dirpath", "null") not in OFF or any(folder is not None for folder in folders):
-        raise Mistake("train saves its checkpoints below --out; leave checkpoint.dirpath out, or use dynadapter fit")
-    if "trainer.default_root_dir" in given or "default_root_dir" in _mappings(line).get("trainer", {}):
-        # In a config file it is the folder of another run, and --out overrides it.
-        raise Mistake("train saves its runs in --out; give --out FOLDER instead of trainer.default_root_dir")
-
-
-def _mappings(line: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Return the sections that the command line gives as a whole, as in ``--trainer '{max_epochs: 3}'``."""
-    import yaml
-
-    from dynadapter.cli.layers import assignments
-
-    found: dict[str, dict[str, Any]] = {}
-    for key, value in assignments(line):
-        if value.startswith("{"):
-            with suppress(yaml.YAMLError):  # the parser explains it
-                found[key] = found.get(key, {}) | yaml.safe_load(value)
-    return found
-
-
-def _require_steps(trainers: Sequence[dict[str, Any]], line: Sequence[str]) -> None:
-    """Refuse a training without a step, which would deploy untrained heads."""
-    for name in ("max_epochs", "max_steps", "limit_train_batches"):
-        value = next(reversed(_given(name, trainers, line)), "")
-        if re.fullmatch(r"[-+]?0+(\.0*)?", value):
-            raise Mistake(f"trainer.{name}={value} trains nothing; give more than 0")
-
-
-def _names_backbone(contents: Sequence[dict[str, Any]], line: Sequence[str]) -> bool:
+def _names_backbone(contents: Layers, line: Sequence[str]) -> bool:
     """Check whether the user names the backbone; refuse weights without one, which would fit no chosen backbone."""
     from dynadapter.cli.layers import OFF, assignments
 
@@ -334,38 +297,30 @@ def _data(files: Sequence[str], line: Sequence[str]) -> "ImageData":
     return made.instantiate(given).data
 
 
-def _given(name: str, trainers: Sequence[dict[str, Any]], line: Sequence[str]) -> list[str]:
-    """Return the values of a setting of the trainer in config files and on the command line; the last one counts."""
-    from dynadapter.cli.layers import assignments, expand_short
-
-    values = [str(one[name]) for one in trainers if name in one]
-    return values + [value for key, value in assignments(expand_short(line, "fit")) if key == f"trainer.{name}"]
-
-
-def _length(images: int, data: "ImageData", trainers: Sequence[dict[str, Any]], line: Sequence[str]) -> int | None:
+def _length(images: int, data: "ImageData", layers: Layers, line: Sequence[str]) -> int | None:
     """Return the number of epochs: None if it is given, -1 for no limit if steps are given."""
-    if _given("max_epochs", trainers, line):
+    if values_of(LENGTH, layers, line):
         return None
-    if _given("max_steps", trainers, line)[-1:] not in ([], ["-1"]):
+    if values_of("trainer.max_steps", layers, line)[-1:] not in ([], ["-1"]):
         return -1  # the epochs of own_images would end it first
-    return epochs(images, _images_of_a_step(data, trainers, line))
+    return epochs(images, _images_of_a_step(data, layers, line))
 
 
-def _images_of_a_step(data: "ImageData", trainers: Sequence[dict[str, Any]], line: Sequence[str]) -> int:
+def _images_of_a_step(data: "ImageData", layers: Layers, line: Sequence[str]) -> int:
     """Return the training images of an optimiser step, over all devices and accumulated batches."""
     if data.global_batch_size is not None:
         return data.global_batch_size
     images = data.batch_size
     for name in ("accumulate_grad_batches", "devices"):
-        values = _given(name, trainers, line)
+        values = values_of(f"trainer.{name}", layers, line)
         if values and values[-1].isdecimal():  # fit explains other values
             images *= max(1, int(values[-1]))
     return images
 
 
-def _devices(trainers: Sequence[dict[str, Any]], line: Sequence[str]) -> list[str]:
+def _devices(layers: Layers, line: Sequence[str]) -> list[str]:
     """Return the argument for one device, unless devices are given; otherwise further processes would train."""
-    return [] if _given("devices", trainers, line) else ["--trainer.devices=1"]
+    return [] if values_of("trainer.devices", layers, line) else ["--trainer.devices=1"]
 
 
 def epochs(images: int, batch_size: int = 32) -> int:

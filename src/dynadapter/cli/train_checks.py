@@ -1,0 +1,100 @@
+"""What ``dynadapter train`` refuses before it trains, and the settings that it reads for that."""
+
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dynadapter.cli.errors import Mistake
+
+Layers = Sequence[Mapping[str, Any]]
+"""What the config files hold, then the sections that the command line gives as a whole."""
+
+
+def mappings(line: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Return the sections that the command line gives as a whole, as in ``--trainer '{max_epochs: 3}'``."""
+    from dynadapter.cli.layers import assignments
+
+    found: dict[str, dict[str, Any]] = {}
+    for key, value in assignments(line):
+        if value.startswith("{"):
+            with suppress(yaml.YAMLError):  # the parser explains it
+                found[key] = found.get(key, {}) | yaml.safe_load(value)
+    return found
+
+
+def values_of(key: str, layers: Layers, line: Sequence[str]) -> list[str]:
+    """Return the values of a setting, such as ``trainer.devices``, in all layers as text; the last one counts."""
+    from dynadapter.cli.layers import assignments, expand_short
+
+    section, _, name = key.partition(".")
+    values = [str(part[name]) for one in layers if isinstance(part := one.get(section), dict) and name in part]
+    return values + [value for given, value in assignments(expand_short(line, "fit")) if given == key]
+
+
+def require_checkpoints(layers: Layers, line: Sequence[str]) -> None:
+    """Refuse settings by which the training would save no checkpoint, or none that this command finds or continues.
+
+    Raises:
+        Mistake: Such a setting is given.
+    """
+    from dynadapter.cli.layers import OFF, assignments
+
+    given = dict(assignments(line))
+    sections = [one["checkpoint"] for one in layers if "checkpoint" in one]
+    if given.get("checkpoint", "on") in OFF or any(section in (None, False) for section in sections):
+        raise Mistake("checkpoint is off, and train calibrates and deploys a checkpoint; leave that setting out")
+    folders = [section.get("dirpath") for section in sections if isinstance(section, dict)]
+    if given.get("checkpoint.dirpath", "null") not in OFF or any(folder is not None for folder in folders):
+        raise Mistake("train saves its checkpoints below --out; leave checkpoint.dirpath out, or use dynadapter fit")
+    if "trainer.default_root_dir" in given or "default_root_dir" in mappings(line).get("trainer", {}):
+        # In a config file it is the folder of another run, and --out overrides it.
+        raise Mistake("train saves its runs in --out; give --out FOLDER instead of trainer.default_root_dir")
+    if _switch("trainer.enable_checkpointing", layers, line) is False:
+        raise Mistake(
+            "trainer.enable_checkpointing is off, and train calibrates and deploys a checkpoint; leave that setting out"
+        )
+    if _switch("checkpoint.save_weights_only", layers, line) is True:
+        raise Mistake(
+            "checkpoint.save_weights_only leaves out what an interrupted training needs to continue; leave that "
+            "setting out"
+        )
+    for key in ("trainer.fast_dev_run", "trainer.barebones"):
+        if _switch(key, layers, line):
+            raise Mistake(f"{key} saves no run, and train deploys one; leave that setting out, or use dynadapter fit")
+
+
+def _switch(key: str, layers: Layers, line: Sequence[str]) -> Any:
+    """Return the value of a setting that may be on, off or a number; None if it is not given."""
+    value = next(reversed(values_of(key, layers, line)), "null")
+    with suppress(yaml.YAMLError):  # the parser explains it
+        return None if value == "None" else yaml.safe_load(value)
+    return None
+
+
+def require_steps(layers: Layers, line: Sequence[str]) -> None:
+    """Refuse a training without a step, which would deploy untrained heads.
+
+    Raises:
+        Mistake: The epochs, steps or batches are 0.
+    """
+    for key in ("trainer.max_epochs", "trainer.max_steps", "trainer.limit_train_batches"):
+        value = next(reversed(values_of(key, layers, line)), "")
+        if re.fullmatch(r"[-+]?0+(\.0*)?", value):
+            raise Mistake(f"{key}={value} trains nothing; give more than 0")
+
+
+def require_trained(checkpoint: Path) -> None:
+    """Refuse a checkpoint of a training that ended before its first step, such as by ``trainer.max_time``.
+
+    Raises:
+        Mistake: The checkpoint counts no step.
+    """
+    from dynadapter.training.checkpoints import read
+
+    if not read(checkpoint).get("global_step"):
+        run = checkpoint.parent.parent
+        raise Mistake(f"the training in {run} made no step; give another --out, and more time or steps")
