@@ -77,6 +77,16 @@ def ellipse(width, height):
     return np.stack([width * np.cos(steps), height * np.sin(steps)], axis=1)
 
 
+def littered(rng, pixels, count, size):
+    """Lay scraps and twigs over the pixels: so many of each, scraps with half axes in a range."""
+    for _ in range(count):
+        scrap = turned(ellipse(*rng.uniform(*size, 2)), rng.uniform(0, np.pi)) + rng.uniform(-1, 1, 2)
+        pixels = mixed(filled(scrap) * rng.uniform(0.4, 1), colour(rng), pixels)
+        twig = np.cumsum(rng.normal(0, 0.3, (3, 2)), axis=0) + rng.uniform(-1, 1, 2)
+        pixels = mixed(stroked([twig], rng.uniform(0.8, 2)) * rng.uniform(0.3, 0.9), colour(rng), pixels)
+    return pixels
+
+
 def finished(rng, pixels, noise=0.05):
     """Light the pixels from one side, add noise, and return the image."""
     light = 1 + rng.uniform(-0.25, 0.25) * X + rng.uniform(-0.25, 0.25) * Y

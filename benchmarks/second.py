@@ -8,7 +8,20 @@ from colorsys import hsv_to_rgb
 from itertools import permutations
 
 import numpy as np
-from drawing import SIDE, clouds, colour, contrasting, ellipse, filled, finished, ground, mixed, stroked, turned
+from drawing import (
+    SIDE,
+    clouds,
+    colour,
+    contrasting,
+    ellipse,
+    filled,
+    finished,
+    ground,
+    littered,
+    mixed,
+    stroked,
+    turned,
+)
 from PIL import ImageFilter
 
 
@@ -61,11 +74,7 @@ LEAVES = {  # each in [-1, 1], with its tip at x = 1
 def leaf(rng, label):
     """Draw a leaf of a kind, tilted and turned, with its veins and a shadow, among twigs and fallen scraps."""
     pixels = ground(rng)
-    for _ in range(rng.integers(1, 4)):
-        scrap = turned(ellipse(*rng.uniform(0.05, 0.18, 2)), rng.uniform(0, np.pi)) + rng.uniform(-1, 1, 2)
-        pixels = mixed(filled(scrap) * rng.uniform(0.4, 1), colour(rng), pixels)
-        twig = np.cumsum(rng.normal(0, 0.3, (3, 2)), axis=0) + rng.uniform(-1, 1, 2)
-        pixels = mixed(stroked([twig], rng.uniform(0.8, 2)) * rng.uniform(0.3, 0.9), colour(rng), pixels)
+    pixels = littered(rng, pixels, rng.integers(1, 4), (0.05, 0.18))
     size, angle, centre = rng.uniform(0.62, 0.85), rng.uniform(0, 2 * np.pi), rng.uniform(-0.12, 0.12, 2)
     lean = np.array([[1, rng.uniform(-0.2, 0.2)], [rng.uniform(-0.1, 0.1), rng.uniform(0.75, 1.15)]])
     curl = rng.uniform(-0.2, 0.2)

@@ -16,6 +16,7 @@ from drawing import (
     filled,
     finished,
     ground,
+    littered,
     mixed,
     points_near,
     soft,
@@ -45,11 +46,7 @@ BUTTERFLIES = [f"{wing} with {mark}" for wing in WINGS for mark in MARKS]
 def butterfly(rng, label):
     """Draw a butterfly of a kind, turned and tilted, among petals and grass."""
     pixels = ground(rng)
-    for _ in range(rng.integers(2, 6)):
-        petal = turned(ellipse(*rng.uniform(0.06, 0.25, 2)), rng.uniform(0, np.pi)) + rng.uniform(-1, 1, 2)
-        pixels = mixed(filled(petal) * rng.uniform(0.4, 1), colour(rng), pixels)
-        blade = np.cumsum(rng.normal(0, 0.3, (3, 2)), axis=0) + rng.uniform(-1, 1, 2)
-        pixels = mixed(stroked([blade], rng.uniform(0.8, 2)) * rng.uniform(0.3, 0.9), colour(rng), pixels)
+    pixels = littered(rng, pixels, rng.integers(2, 6), (0.06, 0.25))
     size, angle, centre = rng.uniform(0.62, 0.85), rng.uniform(0, 2 * np.pi), rng.uniform(-0.12, 0.12, 2)
     lean = np.array([[rng.uniform(0.75, 1.05), rng.uniform(-0.15, 0.15)], [rng.uniform(-0.15, 0.15), 1]])
 

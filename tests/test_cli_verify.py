@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -110,6 +111,16 @@ def test_class_after_an_overlay(more, root, capsys):
         main(["fit", *shlex.split(line), "--print_config"])
     data = yaml.safe_load(capsys.readouterr().out)["data"]["init_args"]
     assert (data["cache"], data["val_fraction"]) == (False, 0.5 if "one.yaml" in more else data["val_fraction"])
+
+
+@pytest.mark.parametrize("given", ["--data.class_path=ImageFolder", "--data={class_path: ImageFolder}"])
+@pytest.mark.parametrize("command", ["fit", "verify"])
+def test_class_in_other_spellings(given, command, root, capsys):
+    make_folder(root / "folder")
+    line = [command, "-c", "augment", given, f"--data.root={root}/folder"]
+    with pytest.raises(SystemExit) if command == "fit" else nullcontext():
+        main([*line, "--print_config"] if command == "fit" else line)
+    assert "ImageFolder" in capsys.readouterr().out
 
 
 def test_names_are_escaped_on_the_terminal(root, capsys):

@@ -83,6 +83,17 @@ def test_full_checkpoint_of_another_backbone(ours, tmp_path):
         start_from(module, path)
 
 
+def test_merged_checkpoint_names_the_way_out(tmp_path):
+    module = make_classifier(class_names=NAMES, **MICRO)
+    run = trainer(max_steps=1)
+    images = DataLoader(TensorDataset(torch.randn(2, 3, 48, 48), torch.tensor([0, 1])), batch_size=2)
+    run.fit(module, images, images)
+    module.merge()
+    run.save_checkpoint(tmp_path / "merged.ckpt")
+    with pytest.raises(ValueError, match="if its adapters were merged, start from the checkpoint before the merge"):
+        start_from(make_classifier(class_names=NAMES, **MICRO), tmp_path / "merged.ckpt")
+
+
 @pytest.mark.parametrize(("theirs", "ours"), [(False, True), (True, False), (True, True)])
 def test_full_checkpoints_start_as_others(theirs, ours, tmp_path):
     path, state = save(tmp_path / "a.ckpt", full_checkpoint=theirs)

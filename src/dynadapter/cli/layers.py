@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -124,11 +125,20 @@ def class_of_data(line: Sequence[str], sections: Sequence[Any] = ()) -> list[str
 
     >>> class_of_data(["--data=ImageFolder", "--data.root=photos"])
     ['--data=ImageFolder']
+    >>> class_of_data(["--data.class_path=ImageFolder"]), class_of_data(['--data={"class_path": "ImageFolder"}'])
+    (['--data=ImageFolder'], ['--data=ImageFolder'])
     >>> class_of_data([], [{"init_args": {"cache": False}}, {"class_path": "ImageFolder"}])
     ['--data=ImageFolder']
     """
-    keys = ("data", "data.class_path")
-    named = [value for key, value in assignments(line) if key in keys and not value.startswith("{")]
+    given: list[Any] = []
+    for key, value in assignments(line):
+        if key == "data.class_path" or (key == "data" and not value.startswith("{")):
+            given.append(value)
+        elif key == "data":
+            with suppress(yaml.YAMLError):  # the parser explains it
+                section = yaml.safe_load(value)
+                given.append(section.get("class_path"))
+    named = [name for name in given if isinstance(name, str)]
     classes = [section.get("class_path") if isinstance(section, dict) else section for section in sections]
     if not named and classes and classes[0] is None:
         named = [name for name in classes if isinstance(name, str)][:1]

@@ -22,8 +22,7 @@ def start_from(module: Any, path: str | Path) -> str:
     try:
         saved = saved_contents(checkpoint)
         require_finite(checkpoint)
-        # Frozen tensors are not loaded, so also a full checkpoint must be of this backbone
-        compare_backbones(saved | {"full": False}, module.backbone_name, module.backbone_hash)
+        _require_backbone(saved, module)
     except ValueError as error:
         raise ValueError(f"init_from={path}: {error}") from error
     state, own, frozen = checkpoint["state_dict"], module.state_dict(), frozen_keys(module)
@@ -45,3 +44,14 @@ def start_from(module: Any, path: str | Path) -> str:
     module.load_state_dict({**own, **{name: state[name] for name in wanted}})
     heads_are = "with its heads" if same else "with new heads, because the classes are others"
     return f"starting from {path}: {len(wanted)} tensors, {heads_are}"
+
+
+def _require_backbone(saved: dict[str, Any], module: Any) -> None:
+    """Check the backbone of a checkpoint, also of a full one, because its frozen tensors are not loaded."""
+    try:
+        compare_backbones(saved | {"full": False}, module.backbone_name, module.backbone_hash)
+    except ValueError as error:
+        if saved["full"]:
+            way = "if its adapters were merged, start from the checkpoint before the merge"
+            raise ValueError(f"{error}; {way}") from error
+        raise
