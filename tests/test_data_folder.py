@@ -366,6 +366,12 @@ def test_columns_of_one_meaning_raise(header, tmp_path):
 def test_encodings_of_an_accent_are_one_class(tmp_path):
     data = ImageTable(make_table(tmp_path, [("1.png", "caf\u00e9"), ("2.png", "cafe\u0301")]))
     assert data.class_names == ["caf\u00e9"]
+    data.take_classes(["bee", "cafe\u0301"])
+    data.setup("fit")
+    assert {label for _, label in data.dataset("train").samples} == {1}
+    account = data.account()
+    assert account is not None
+    assert sum(account.read.values()) == 2
 
 
 def test_parquet_columns_of_one_name_raise(tmp_path):

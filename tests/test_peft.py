@@ -363,8 +363,8 @@ def test_export_writes_it(tmp_path: Path, images, capsys):
     [
         ("file", None, None, "weights='vit.pth'"),
         ("file", "other.pth", None, "weights='other.pth'"),
-        ("file", None, True, "pretrained=True"),
-        ("pretrained", None, None, "pretrained=True"),
+        ("file", None, True, "pretrained=True, seed=3"),
+        ("pretrained", None, None, "pretrained=True, seed=3"),
         ("seed", None, None, "seed=3"),
     ],
 )
@@ -396,6 +396,22 @@ def test_folder_behind_a_link_is_replaced(tmp_path: Path, monkeypatch):
     assert len(list((tmp_path / "v1").iterdir())) == 2
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    save_peft(backbone, ".", overwrite=True)
-    assert len(list((tmp_path / "here").iterdir())) == 2
+    for place in (".", ".."):  # this process would keep the old folder, which is removed
+        with pytest.raises(ValueError, match="is the current folder, or contains it; give another folder"):
+            save_peft(backbone, place, overwrite=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["current", "here", "v1"]
+
+
+def test_file_that_appears_meanwhile_stays(tmp_path: Path, monkeypatch):
+    backbone = make_vit()
+    inject(backbone, LoRA(rank=2))
+    place = save_peft(backbone, tmp_path / "v1")
+
+    def write_slowly(path: Path, data: bytes) -> None:
+        path.write_bytes(data)
+        (place / "notes.txt").write_text("mine")
+
+    monkeypatch.setattr("dynadapter.files.write", write_slowly)
+    with pytest.raises(ValueError, match=r"holds notes\.txt"):
+        save_peft(backbone, place, overwrite=True)
+    assert (place / "notes.txt").read_text() == "mine"

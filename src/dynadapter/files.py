@@ -16,7 +16,7 @@ import stat
 import sys
 import threading
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -188,11 +188,25 @@ def replacing_folder(folder: Path, overwrite: bool = True) -> Iterator[Path]:
             shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def write_folder(folder: Path, files: Mapping[str, bytes], overwrite: bool = True) -> None:
-    """Write files into a new folder, which gets its name once all of them are on the disk; see `replacing_folder`."""
+def write_folder(
+    folder: Path,
+    files: Mapping[str, bytes],
+    overwrite: bool = True,
+    check_place: Callable[[Path, bool], object] = lambda *_: None,
+) -> None:
+    """Write files into a new folder, which gets its name once all of them are on the disk; see `replacing_folder`.
+
+    Args:
+        folder: The name.
+        files: Contents by name.
+        overwrite: Whether an old folder may be replaced.
+        check_place: Raises an error if the name must not be used; it is called with folder and ``overwrite`` after the
+            files are written, because a user may have put a file there meanwhile.
+    """
     with replacing_folder(folder, overwrite) as unfinished:
         for name, data in files.items():
             write(unfinished / name, data)
+        check_place(folder, overwrite)
 
 
 def files_of(folder: Path) -> list[str]:
@@ -212,7 +226,8 @@ def require_replaceable(folder: Path, overwrite: bool, what: str, own: Collectio
         own: Names of the files of that; empty if the folder holds something else.
 
     Raises:
-        ValueError: It exists, and is not a folder, may not be replaced, or holds other files.
+        ValueError: It exists, and is not a folder, may not be replaced, holds other files, or is the current folder or
+            contains it.
     """
     if not os.path.lexists(folder):
         return
@@ -220,6 +235,8 @@ def require_replaceable(folder: Path, overwrite: bool, what: str, own: Collectio
         raise ValueError(f"{folder} exists and is not a folder; give another folder")
     if not overwrite:
         raise ValueError(f"{folder} exists; give another folder, or overwrite=True to replace {what} in it")
+    if folder.resolve() in (here := Path.cwd(), *here.parents):  # a process keeps the old folder, which is removed
+        raise ValueError(f"{folder} is the current folder, or contains it; give another folder")
     tops = {"__pycache__", *(name.partition("/")[0] for name in own)}
     foreign = sorted(set(os.listdir(folder)) - tops) or [name for name in files_of(folder) if name not in own]
     if foreign:

@@ -70,7 +70,7 @@ def save_peft(
         CONFIG: (json.dumps(_config(sizes, trained, base_model), indent=2) + "\n").encode(),
     }
     place = check_place(folder, overwrite)
-    write_folder(place, files, overwrite)
+    write_folder(place, files, overwrite, check_place)
     return place
 
 

@@ -13,6 +13,7 @@ from dynadapter import peft_place
 from dynadapter.cli.errors import Mistake, Stopped, Terminated, mistakes, stoppable
 from dynadapter.cli.networks import BUNDLE, WEIGHTS, check_bundle, load_bundle
 from dynadapter.cli.parser import CommandParser
+from dynadapter.files import listed
 
 if TYPE_CHECKING:  # torch takes seconds to load, and invalid settings are reported without it
     from torch import Tensor
@@ -140,7 +141,7 @@ def _write_for_peft(given: Any, bundle: "Bundle") -> None:
     print(f"{given.out} has the adapters and the last head of {source.name}, without early exits")
     print(f"load it with: peft.PeftModel.from_pretrained(MODEL, {given.out!r})")
     print(f"MODEL is {_backbone_call(bundle, given)}")
-    print(f"its {len(names)} classes: {', '.join(names[:8])}{' ...' if len(names) > 8 else ''}")
+    print(f"its {len(names)} classes: {listed(names, 8)}")
 
 
 def _backbone_call(bundle: "Bundle", given: Any) -> str:
@@ -151,7 +152,7 @@ def _backbone_call(bundle: "Bundle", given: Any) -> str:
         settings["weights"] = given.weights or source.file or "FILE"
     elif given.pretrained or source.origin == "pretrained":
         settings["pretrained"] = True
-    else:
+    if "weights" not in settings and (source.seed or "pretrained" not in settings):  # which can lack drawn tensors
         settings["seed"] = source.seed
     if source.image_size is not None:
         settings["image_size"] = source.image_size

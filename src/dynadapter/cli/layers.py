@@ -70,7 +70,7 @@ def expand_short(args: Sequence[str], command: str) -> list[str]:
 def _one_policy(threshold: str) -> str:
     try:
         value = yaml.safe_load(threshold)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):
         value = threshold
     return json.dumps([{"class_path": "Confidence", "init_args": {"threshold": value}}])
 
@@ -135,7 +135,7 @@ def class_of_data(line: Sequence[str], sections: Sequence[Any] = ()) -> list[str
         if key == "data.class_path" or (key == "data" and not value.startswith("{")):
             given.append(value)
         elif key == "data":
-            with suppress(yaml.YAMLError):  # the parser explains it
+            with suppress(yaml.YAMLError, ValueError):  # the parser explains it
                 section = yaml.safe_load(value)
                 given.append(section.get("class_path"))
     named = [name for name in given if isinstance(name, str)]
@@ -206,7 +206,7 @@ def _classes_of(key: str, value: str) -> Iterator[tuple[str, str]]:
     if value.startswith("{"):
         try:
             read = yaml.safe_load(value)
-        except yaml.YAMLError:  # the parser explains it
+        except (yaml.YAMLError, ValueError):  # the parser explains it
             return
     if key.endswith(".help"):  # it names a class to describe
         return

@@ -256,7 +256,8 @@ def _evaluated(trained: TimedCLI, split: Literal["val", "test"]) -> tuple[Tensor
     trainer.limit_val_batches = 1.0
     evaluate = trainer.test if split == "test" else trainer.validate
     evaluate(model, datamodule=data, verbose=False)
-    places = {str(source): place for place, (source, _) in enumerate(data.samples(split))}
+    with data.own_classes():
+        places = {str(source): place for place, (source, _) in enumerate(data.samples(split))}
     files = torch.tensor([places[str(source)] for source, _ in data.dataset(split).samples])
     order = files.argsort()
     return stacked.logits[:, order], stacked.targets[order], files[order]

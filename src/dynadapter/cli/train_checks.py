@@ -21,7 +21,7 @@ def mappings(line: Sequence[str]) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for key, value in assignments(line):
         if value.startswith("{"):
-            with suppress(yaml.YAMLError):  # the parser explains it
+            with suppress(yaml.YAMLError, ValueError):  # the parser explains it
                 found[key] = found.get(key, {}) | yaml.safe_load(value)
     return found
 
@@ -70,7 +70,7 @@ def require_checkpoints(layers: Layers, line: Sequence[str]) -> None:
 def _switch(key: str, layers: Layers, line: Sequence[str]) -> Any:
     """Return the value of a setting that may be on, off or a number; None if it is not given."""
     value = next(reversed(values_of(key, layers, line)), "null")
-    with suppress(yaml.YAMLError):  # the parser explains it
+    with suppress(yaml.YAMLError, ValueError):  # the parser explains it
         return None if value == "None" else yaml.safe_load(value)
     return None
 

@@ -19,6 +19,11 @@ def account_of(data: "ImageData") -> Account | None:
     folder = getattr(data, "folder", None)
     if not isinstance(folder, Path) or not folder.is_dir():
         return None
+    with data.own_classes():  # `data` may have taken those of a model
+        return _account_of(data, folder)
+
+
+def _account_of(data: "ImageData", folder: Path) -> Account:
     splits: tuple[Any, ...] = ("train", "val", "test")
     files: dict[str, list[Path]] = {}
     for split in splits:

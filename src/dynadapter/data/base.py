@@ -3,7 +3,8 @@
 import os
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -245,18 +246,20 @@ class ImageData(LightningDataModule, ABC):
 
     def _labelled(self, split: Split) -> list[Sample]:
         """Return the samples of a split with the class indices of `class_names`."""
-        names, own = self.class_names, self._own_classes
-        if own is None:
+        with self.own_classes():
             samples = self.used(split)
             self._require_classes(split, samples)
-            return samples
-        self.class_names = own  # `samples` of a subclass may read it
+        return samples if self._own_classes is None else renumbered(samples, self._index)
+
+    @contextmanager
+    def own_classes(self) -> Iterator[None]:
+        """Have the data's class names for a while, not a model's: a subclass's `samples` may look labels up in them."""
+        names = self.class_names
+        self.class_names = self._own_classes or names
         try:
-            samples = self.used(split)
-            self._require_classes(split, samples)
+            yield
         finally:
             self.class_names = names
-        return renumbered(samples, self._index)
 
     def _require_classes(self, split: str, samples: list[Sample]) -> None:
         for index, (source, label) in enumerate(samples):

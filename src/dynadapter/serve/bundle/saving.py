@@ -84,8 +84,8 @@ def save_bundle(
     config = config.stamped(sha256)
     text = config.dumps()
     check_rebuilt(net, Config.loads(text, CONFIG), tensors)
-    check_place(place, overwrite)  # the user may have put a file there meanwhile
-    write_folder(place, {MODEL: data, CARD: card(config, len(data)).encode(), CONFIG: text.encode()}, overwrite)
+    files = {MODEL: data, CARD: card(config, len(data)).encode(), CONFIG: text.encode()}
+    write_folder(place, files, overwrite, check_place)
     return place
 
 
