@@ -170,7 +170,10 @@ def test_fit_prints_the_last_validation(capsys: pytest.CaptureFixture) -> None:
 
 @pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
 def test_fit_without_validation_prints_costs(capsys: pytest.CaptureFixture) -> None:
-    trainer(FlopsReport(), EarlyExit(), max_epochs=1).fit(make_classifier(), loader(1))
+    early = EarlyExit()
+    fitting = trainer(FlopsReport(), early, max_epochs=1, num_sanity_val_steps=1, check_val_every_n_epoch=2)
+    fitting.fit(make_classifier(), loader(1), loader(1))  # the sanity check is no result
+    assert early.results == []
     out = capsys.readouterr().out
     assert "GMACs" in out
     assert "accuracy" not in out

@@ -248,6 +248,13 @@ def test_each_step_has_its_weights(weighting: Weighting) -> None:
     assert module.net.exit_weights is buffer  # written in place
 
 
+def test_invalid_last_weights_end_before_training() -> None:
+    module = TinyModule()
+    with pytest.raises(ValueError, match=r"gives 2.0 at progress 1; it must stay in \[0, 1\]"):
+        trainer(ExitWeights(EarlyToLate(ease=Linear(0.0, 2.0)))).fit(module, loader(3))
+    assert module.trainer.global_step == 0
+
+
 def test_weights_are_logged(tmp_path: Path) -> None:
     logger = CSVLogger(tmp_path, name="", version="")
     trainer(ExitWeights(EarlyToLate()), logger=logger).fit(TinyModule(), loader(3))

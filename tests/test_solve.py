@@ -19,6 +19,7 @@ from dynadapter.calibrate.choosing import (
     beliefs,
     candidates,
     cheapest,
+    choose,
     credits_of,
     most_accurate,
 )
@@ -328,6 +329,24 @@ def test_reference_moves_the_goal():
     with pytest.raises(ValueError, match="one class for each of 400"):
         solve(logits, targets, COSTS, drop, reference=perfect[:3])
     assert str(drop) == "accuracy at most 1 points below static.ckpt"
+
+
+@pytest.mark.parametrize("amount", [1.0, 3.0, 6.0])
+def test_reference_is_compared_by_labels(amount):
+    """The network's own opinion must not decide between it and a better one: no policy is far below the goal."""
+    for seed in range(5):
+        g = torch.Generator().manual_seed(seed)
+        targets = torch.randint(10, (200,), generator=g)
+        seen = torch.randn(5, 200, 10, generator=g) + torch.nn.functional.one_hot(targets, 10)
+        posteriors = seen.cumsum(0)  # each exit sees one more piece of evidence, and the reference all five
+        data = Samples(posteriors[:4], targets, [25, 50, 75, 100], reference=posteriors[4].argmax(-1))
+        theirs = (data.reference == targets).double().mean()
+        try:
+            policy = choose(data, Goal(accuracy_drop=amount, reference="x")).found.policy
+        except ValueError:
+            continue
+        ours = (read_off(policy, data.logits).logits.argmax(-1) == targets).double().mean()
+        assert theirs - ours <= amount / 100 + 0.02
 
 
 def test_intervals_are_scipys_and_cover():

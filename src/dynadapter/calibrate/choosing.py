@@ -129,7 +129,7 @@ class Candidates(NamedTuple):
 
     ``credit`` (candidates, samples) is the estimated probability that a prediction is right (:func:`beliefs`) times the
     weight of the sample, ``cost`` (candidates, samples) the relative cost, and ``compared`` (samples,) the credit of
-    the predictions with which the accuracy is compared.
+    the last exit, and beside a reference the difference between both by labels.
     """
 
     settings: list[Candidate]
@@ -177,7 +177,11 @@ def candidates(data: Samples, goal: Goal) -> Candidates:
             settings += [Candidate(stacked, policy, by, search, slope) for policy in policies]
             credit.append(right.gather(0, index))
             cost.append(costs[index])
-    compared = credits_of(belief, data.compared()[None])[0]
+    last = classes(data.logits[-1])
+    compared = credits_of(belief, last[None])[0]
+    if data.reference is not None:
+        # Labels alone compare two networks: the belief contains this network's opinion, not the reference's
+        compared = compared + (data.compared() == data.targets).double() - (last == data.targets).double()
     return Candidates(settings, torch.cat(credit) * weights, torch.cat(cost), compared * weights)
 
 

@@ -50,9 +50,9 @@ class Weighting(Spec):
 
 
 def _tilted(lateness: float, exits: int, floor: float) -> list[float]:
-    """Return a straight line over depth, from ``floor`` to 1: falling at lateness 0, flat at 0.5, rising at 1."""
-    depths = [k / (exits - 1) for k in range(exits)] if exits > 1 else [0.5]
-    return [floor + (1 - floor) * ((1 - lateness) * (1 - depth) + lateness * depth) for depth in depths]
+    """Return a straight line over the exits, from ``floor`` to 1: falling at lateness 0, flat at 0.5, rising at 1."""
+    places = [k / (exits - 1) for k in range(exits)] if exits > 1 else [0.5]
+    return [floor + (1 - floor) * ((1 - lateness) * (1 - place) + lateness * place) for place in places]
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class _Shifting(Weighting):
         return way
 
     def shifted(self, lateness: float, exits: int) -> list[float]:
-        """Return a line over depth; with ``last`` over the early exits alone, and the last exit's constant weight."""
+        """Return a line over the exits; with ``last`` over the early exits, beside the last exit's constant weight."""
         if self.last is None or exits == 1:
             return _tilted(lateness, exits, self.floor)
         early = _tilted(lateness, exits - 1, self.floor)
@@ -92,8 +92,8 @@ class _Shifting(Weighting):
 class EarlyToLate(_Shifting):
     """The early exits have the largest weights at the start of training, the late exits at the end.
 
-    At depth d of an exit, 0 for the first and 1 for the last, and with e = ease(progress), the weight is proportional
-    to ``floor + (1 - floor) * ((1 - e) * (1 - d) + e * d)``: a line over depth that turns from falling to rising.
+    Exit k of K is at p = (k - 1) / (K - 1), whatever its depth. With e = ease(progress), its weight is proportional to
+    ``floor + (1 - floor) * ((1 - e) * (1 - p) + e * p)``: a line over the exits that turns from falling to rising.
     Dyn-Adapter's adaptive prioritisation shifts weight from one group of exits to the other; the direction and this
     formula are ours.
 

@@ -137,6 +137,10 @@ class EarlyExit(Callback):
             pl_module.policy = self.policies[0]  # type: ignore[assignment]
         self._uses = {}
 
+    def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget the untrained network's results, as Lightning does with its own."""
+        self._uses = {}
+
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         net = exit_net(pl_module, self)
         made = {policy.name: PolicyUse(net.num_exits, net.num_classes) for policy in self.policies}

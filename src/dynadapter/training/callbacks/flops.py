@@ -91,6 +91,10 @@ class FlopsReport(Callback):
 
     on_train_start = on_test_epoch_start = on_predict_epoch_start = on_validation_epoch_start
 
+    def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget the untrained network's exits."""
+        self._own = None
+
     def on_validation_batch_end(
         self,
         trainer: Trainer,

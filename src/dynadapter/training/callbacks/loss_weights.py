@@ -20,8 +20,8 @@ class ExitWeights(Callback):
         weighting: The weights as a function of progress.
 
     Raises:
-        ValueError: At the start of fit, if the module holds no ExitNet or several, or if the weights vary and
-            training has no known end.
+        ValueError: At the start of fit, if the module holds no ExitNet or several, if the weights of the first or the
+            last step are invalid, or if the weights vary and training has no known end.
     """
 
     def __init__(self, weighting: Weighting = LateToEarly()) -> None:  # noqa: B008 - frozen
@@ -30,6 +30,8 @@ class ExitWeights(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._net: ExitNet = exit_net(pl_module, self)
+        for end in (0.0, 1.0):
+            self.weighting(end, self._net.num_exits)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Not earlier: the number of batches is unknown until now.
