@@ -66,7 +66,7 @@ class ImageData(LightningDataModule, ABC):
         shots_seed: Seed of the draw.
         balanced: Draw training images with replacement, each class equally likely, instead of each image once per
             epoch.
-        cache: Decode training and validation images once and keep them as one uint8 tensor (147 MiB for 1000 images of
+        cache: Decode training and validation images once and keep them as one uint8 tensor (144 MiB for 1000 images of
             224 px): on the GPU if they take at most a quarter of its free memory, else in main memory.
         on_error: ``raise`` at the first unreadable image, or ``skip``: read every image once before use, and leave out
             and list the unreadable ones.
