@@ -35,7 +35,8 @@ commands:
   configs     list the configs that come with the package, or print one
 
 options:
-  COMMAND --help            the most important keys of a command; --help_all shows every key
+  COMMAND --help            the keys of a command; of fit, validate, test, flops and calibrate the most important
+                            ones, and --help_all shows every key
   COMMAND --print_config    the configuration that results from a command line
   --debug                   show where an error comes from
   --version                 print the version
