@@ -20,7 +20,7 @@ def result(arms: dict[int, dict[str, float]], void: tuple[int, ...] = (), **chan
         }
         for size, of in arms.items()
     ]
-    return {"batches": batches, "images": "real", "settings": {"shares": None}, **changes}
+    return {"batches": batches, "images": "real", "settings": {"shares": None, "device": "cpu"}, **changes}
 
 
 @pytest.mark.parametrize(
@@ -49,3 +49,10 @@ def test_void_and_noise_give_no_advice():
     assert list(advice(result({1: {"static": 1, "merged": 2}}, void=(1,)))) == []
     [line] = advice(result({1: {"static": 1, "merged": 2}}, images="noise"))
     assert "no recommendation" in line
+
+
+def test_gpu_gets_no_advice_for_graphs():
+    """`--backend onnx` runs on a CPU, which was not timed."""
+    settings = {"shares": None, "device": "cuda"}
+    [line] = advice(result({1: {"static": 1, "merged": 1.5, "onnx staged": 2.5}}, settings=settings))
+    assert "use --backend torch with merged adapters: 1.50x" in line

@@ -15,7 +15,7 @@ import pytest
 import torch
 from commands import TINY
 from conftest import raises_one_line
-from lightning.pytorch import Callback, LightningDataModule
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from saved import fitted, read, same
 from tiny import loader, make_classifier, trainer
@@ -273,6 +273,25 @@ def test_saves_by_time_if_every_step_validates(tmp_path: Path) -> None:
     saver = RunCheckpoint(dirpath=tmp_path, filename="{step}", train_time_interval=timedelta(0), save_top_k=-1)
     trainer(saver, max_epochs=2, enable_checkpointing=True).fit(make_classifier(), loader(1), loader(1))
     assert names(tmp_path) == ["step=1.ckpt", "step=2.ckpt"]
+
+
+def test_best_is_of_a_validated_step(tmp_path: Path) -> None:
+    """Between validations the metric is that of earlier weights, so saves by steps compare nothing."""
+
+    class Scored(RunCheckpoint):
+        def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            score = {2: 0.1, 4: 0.9, 6: 0.5, 8: 0.2}.get(trainer.global_step, 0.0)
+            trainer.callback_metrics["score"] = torch.tensor(score)
+            super().on_validation_end(trainer, pl_module)
+
+    saver = Scored(
+        dirpath=tmp_path, filename="{step}", monitor="score", mode="max", every_n_train_steps=3, save_last=True
+    )
+    fitting = trainer(saver, max_epochs=1, enable_checkpointing=True, val_check_interval=2)
+    fitting.fit(make_classifier(), loader(9), loader(1))
+    assert names(tmp_path) == ["last.ckpt", "step=4.ckpt"]
+    assert saver.best_model_score == 0.9
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 9
 
 
 def test_two_callbacks_save_into_one_folder(tmp_path: Path) -> None:

@@ -38,6 +38,7 @@ from dynadapter.serve import predict as engine
 from dynadapter.serve.bundle import BackboneSource, bundle_from_classifier, load, save_bundle
 from dynadapter.serve.formats import COLUMNS, Unread
 from dynadapter.serve.table import PredictionTable
+from dynadapter.spec import plain
 from dynadapter.training.callbacks import EarlyExit
 
 NAMES = ("ant", "bee, wild", "cat")
@@ -241,6 +242,8 @@ def test_chosen_policy():
     stored = Scaled(Confidence(0.7), (1.2, 0.9))
     assert chosen_policy(stored, None, None) == stored
     assert chosen_policy(stored, None, 0.8) == Scaled(Confidence(0.8), (1.2, 0.9))
+    given = Scaled(Confidence(0.8), 3.0)
+    assert chosen_policy(stored, plain(given), None) == given
     assert chosen_policy(stored, "Margin", 0.8) == Scaled(Margin(0.8), (1.2, 0.9))
     assert chosen_policy(Never(), "Confidence", [0.1, 0.2]) == Confidence((0.1, 0.2))
     assert chosen_policy(Scaled(Combined(by="mean"), 1.2), None, 0.8) == Scaled(Combined(Confidence(0.8), "mean"), 1.2)

@@ -9,10 +9,12 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,8 +28,9 @@ from dynadapter.cli import main
 from dynadapter.cli.policies import policy_from
 from dynadapter.cli.report import find_run, measure, read_run
 from dynadapter.files import sha256
-from dynadapter.report import Measured, Run, confusion, figures_of, recall, reliability, run_page
+from dynadapter.report import Measured, Run, confusion, figures_of, on_one_scale, recall, reliability, run_page
 from dynadapter.report.figures import mixtures, png
+from dynadapter.report.page import result
 from dynadapter.spec import plain
 from dynadapter.training.restoring import load_classifier
 
@@ -117,7 +120,9 @@ def simple(exits: int = 3, images: int = 40, classes: int = 4, policy=None, name
     pictures = [Image.new("RGB", (9, 5), (k % 256, 0, 0)) for k in range(images)]
     names = tuple(names or (f"class {k}" for k in range(classes)))
     policy = policy or Confidence(0.6)
-    return Measured("val", logits, targets, costs, policy, "as given", names, pictures, tuple(range(1, exits + 1)), 7)
+    return Measured(
+        "val", logits, targets, costs, policy, "as given", names, pictures, tuple(range(1, exits + 1)), 7, 1.0
+    )
 
 
 # ---- numbers
@@ -218,19 +223,22 @@ def test_calibrated_checkpoint_is_measured(run):
     assert find_run(str(run)).checkpoint == saved / "last.ckpt"
     for number, name in enumerate(("weights", "last", "weights")):
         checkpoint = saved / f"{name}.ckpt"
-        result = {
+        stored = {
             "policy": plain(Confidence(0.6 + number / 10)),
             "costs": {"exit_depths": [1, 2, 3, 4]},
             "class_names": ["one", "two"],
             "backbone_hash": "0",
             "checkpoint_sha256": sha256(checkpoint),
         }
-        calibration_path(checkpoint).write_text(json.dumps(result))
+        calibration_path(checkpoint).write_text(json.dumps(stored))
         os.utime(calibration_path(checkpoint), (number, number))
         measured, _ = measure(find_run(str(run)), OPTIONS)
         assert find_run(str(run)).checkpoint == checkpoint
         assert measured.policy == policy_from(str(run)).policy
         assert measured.origin.startswith("calibrated: ")
+        assert result(measured).endswith(
+            "These images chose the policy; calibration.json has the cross-fitted accuracy."
+        )
     shutil.copyfile(saved / "last.ckpt", saved / "weights.ckpt")
     assert find_run(str(run)).checkpoint == saved / "last.ckpt"
     for file in saved.glob("*.calibration.json"):
@@ -342,6 +350,14 @@ def test_runs_are_compared(folder, run, tmp_path, monkeypatch, capsys):
     (tmp_path / "version_1" / "run.json").write_text("{}")
     main(["report", str(run), "version_1"])  # replaces the page
     assert "version_1 is not measured: the run saved no checkpoint" in capsys.readouterr().out
+
+
+def test_costs_are_relative_to_one_network():
+    known: Any = [(Run(name, {}, "", []), replace(simple(), static_gmacs=size)) for name, size in (("a", 1), ("b", 4))]
+    runs, notes = on_one_scale([*known, (Run("c", {}, "", []), None)])
+    assert notes == ["costs are in % of the static network of b: 4 GMACs"]
+    assert [one and one.cost for _, one in runs] == [pytest.approx(known[0][1].cost / 4), known[1][1].cost, None]
+    assert on_one_scale(known[:1]) == (known[:1], [])
 
 
 # ---- what is refused

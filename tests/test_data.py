@@ -10,7 +10,7 @@ import torch
 from conftest import raises_one_line
 from jsonargparse import ArgumentParser
 from lightning.pytorch import Callback, LightningModule
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint
 from PIL import Image
 from test_images import noise, save
 from tiny import make_classifier, trainer
@@ -595,3 +595,9 @@ def test_missing_names_keep_the_indices():
     numbered.take_classes(list("xyz"))  # data without class names
     assert (named.class_names, numbered.class_names) == (list("bca"), list("xyz"))
     assert [label for _, label in numbered.dataset("test").samples] == [0, 1, 2, 0]
+
+
+def test_changing_accumulation_has_no_global_batch_size() -> None:
+    fitting = trainer(GradientAccumulationScheduler({0: 4}), max_epochs=1)
+    with pytest.raises(ValueError, match="which GradientAccumulationScheduler changes; give batch_size instead"):
+        fitting.fit(make_classifier(num_classes=8), datamodule=Shapes(image_size=32, global_batch_size=16))

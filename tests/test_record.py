@@ -143,3 +143,19 @@ def test_plain_is_strict_json() -> None:
     value = {1: (math.inf, math.nan, 1.5), "path": Path("a"), "flags": [True, None]}
     text = json.dumps(record.plain(value), allow_nan=False)
     assert json.loads(text) == {"1": ["inf", "nan", 1.5], "path": "a", "flags": [True, None]}
+
+
+def test_selection_of_a_test_is_that_of_its_checkpoint(tmp_path: Path) -> None:
+    place = f"--trainer.default_root_dir={tmp_path}"
+    more = ["--checkpoint.monitor=val/loss_exit1", "--trainer.max_epochs=2"]
+    main(["fit", "-c", TINY, place, *more])
+    saved = tmp_path / "version_0" / "checkpoints"
+
+    def selection(folder: Path) -> str:
+        found: str = json.loads((folder / "run.json").read_text())["protocol"]["selection"]
+        return found
+
+    assert selection(tmp_path / "version_0") == "last epoch"  # which the results of the fit are of
+    for number, (name, words) in enumerate((("best", "best val/loss_exit1"), ("last", "last epoch"))):
+        main(["test", f"--ckpt_path={saved / name}.ckpt", place])
+        assert selection(tmp_path / f"test_{number}") == words

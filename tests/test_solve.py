@@ -376,6 +376,8 @@ def test_confidence_is_of_the_routed_samples():
     assert solution.calibration.confidence == pytest.approx(mean, abs=1e-6)
     deviation = (sum((value - mean) ** 2 for value in sure) / 120) ** 0.5
     assert solution.calibration.confidence_deviation == pytest.approx(deviation, abs=1e-6)
-    stored = measured_data(solution, "val", "images")
-    assert stored["confidence"] == solution.cross_fitted.confidence
+    stored = measured_data(solution, "val", "images")  # a server compares with the policy itself
+    for name in ("shares", "confidence", "confidence_deviation"):
+        assert stored[name] == plain(getattr(solution.calibration, name))
+    assert stored["accuracy"] == solution.cross_fitted.accuracy
     assert 0.25 < stored["confidence"] < 1

@@ -10,7 +10,7 @@ from conftest import BACKBONES
 from served import POLICY, Gate, parts_of
 from torch import nn
 
-from dynadapter import Adapter, Confidence, Engine, FacT, LoRA, TokenMerging, inject
+from dynadapter import Adapter, Confidence, DoRA, Engine, FacT, LoRA, TokenMerging, inject
 from dynadapter.adapters import AdapterSpec, adapter_layers
 from dynadapter.backbones import create_backbone, fingerprint
 from dynadapter.exits.heads import Balanced, LinearHeads
@@ -145,6 +145,7 @@ def test_frozen_tensors_are_held_once():
     ("other", "reason"),
     [
         (lambda: bundle(Adapter(bottleneck=2)), "its adapter is Adapter, and only low-rank ones"),
+        (lambda: bundle(DoRA(rank=2)), "its adapter is DoRA, and only low-rank ones"),
         (lambda: bundle(every=3), "their exits or their token merging differ"),
         (lambda: bundle(family="swin"), "their backbones differ"),
         (lambda: bundle(parts={"backbone": other_source()}), r"their backbones differ \(timm_args\)"),

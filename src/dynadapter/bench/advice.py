@@ -18,10 +18,12 @@ def advice(result: Mapping[str, Any]) -> Iterator[str]:
     if result["images"] == "noise" and result["settings"]["shares"] is None:
         yield "no recommendation: exit shares on noise are not real; give --images FOLDER, or set --shares"
         return
+    on_cpu = result["settings"]["device"] == "cpu"  # where --backend runs exported graphs
+    backends = {name for name, backend in BACKENDS.items() if on_cpu or backend == "torch"}
     best: dict[int, dict[str, Any]] = {}
     for batch in result["batches"]:
         arms, size = batch["arms"], batch["batch"]
-        served = {name: row for name, row in arms.items() if name in BACKENDS}
+        served = {name: row for name, row in arms.items() if name in backends}
         if batch["void"] or not served:
             continue
         name = _fastest(served)

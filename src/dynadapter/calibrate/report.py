@@ -82,13 +82,18 @@ def solution_data(solution: Solution) -> dict[str, Any]:
 
 
 def measured_data(solution: Solution, split: str, data: str) -> dict[str, Any]:
-    """Return the measured accuracy and cost for a bundle, as plain data."""
+    """Return the measured accuracy and cost for a bundle, as plain data.
+
+    They are cross-fitted. Exit shares and confidence are those of the policy itself on all samples, because a server
+    compares them with its own.
+    """
     crossed = solution.cross_fitted
     in_words = {  # a list of two numbers would look like one for each of two exits
         "accuracy_interval": "{:.1%} to {:.1%}, at 95 %".format(*crossed.accuracy_interval),
         "difference_interval": "{:+.1%} to {:+.1%}, at 95 %".format(*crossed.difference_interval),
     }
-    measured = plain(crossed) | in_words
+    own = {name: getattr(solution.calibration, name) for name in ("shares", "confidence", "confidence_deviation")}
+    measured = plain(crossed) | plain(own) | in_words
     if solution.goal.balanced:
         measured = {f"balanced_{name}" if name.startswith("accuracy") else name: measured[name] for name in measured}
     return {

@@ -24,7 +24,7 @@ from dynadapter.calibrate.curves import Curve, curve
 from dynadapter.calibrate.goal import Goal
 from dynadapter.calibrate.intervals import Interval, difference_interval, mean_interval, share_interval
 from dynadapter.calibrate.stacked import Calibrated, Outcome, classes, split_folds
-from dynadapter.exits.combining import Combine
+from dynadapter.exits.combining import Combine, decision
 from dynadapter.exits.policies import Confidence, Never, Policy, confidence, read_off
 
 FEW = 40
@@ -133,7 +133,7 @@ def solve(
     _check(data, samples)
     folds = _folds(data, goal)
     found, slope = choose(data, goal)
-    routed, missed = _crossed(data, goal, folds)
+    routed, missed = _crossed(data, goal, folds, found.policy)
     nonfinite = int((~logits.isfinite().all(-1)).any(0).sum())
     notes = [*found.notes, *_remarks(found, data, goal)]
     notes += _doubts(samples, len(targets), nonfinite, missed, len(folds))
@@ -190,14 +190,19 @@ class _Predicted(NamedTuple):
     confidence: Tensor
 
 
-def _crossed(data: Samples, goal: Goal, folds: Sequence[Tensor]) -> tuple[_Predicted, int]:
-    """Route each sample by a policy that was chosen on other folds; count the folds that have no policy."""
+def _crossed(data: Samples, goal: Goal, folds: Sequence[Tensor], found: Policy) -> tuple[_Predicted, int]:
+    """Route each sample by a policy that was chosen on other folds; count the folds that have no policy.
+
+    For a risk these are the folds that certify no early exit, although all samples together do.
+    """
     missed, parts = 0, []
     for number, fold in enumerate(folds):
         rest = torch.cat([*folds[:number], *folds[number + 1 :]]).sort().values
         policy: Policy = Never()
         try:
             policy = choose(data.part(rest), goal).found.policy
+            if goal.name == "risk" and isinstance(decision(policy), Never):
+                missed += not isinstance(decision(found), Never)
         except ValueError:  # reached on all samples, but not on these
             missed += 1
         parts.append(_routed(policy, data.logits[:, fold]))

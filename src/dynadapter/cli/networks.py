@@ -153,7 +153,10 @@ def load_checkpoint(path: str, weights: str | None, pretrained: bool | None) -> 
 
 
 def chosen_policy(stored: "Policy", policy: dict[str, Any] | str | None, threshold: Any) -> "Policy":
-    """Return the stored policy, or one of another kind or threshold with the same temperatures and combination."""
+    """Return the stored policy, or one of another kind or threshold with the same temperatures and combination.
+
+    A given policy that has temperatures or a combination of its own is taken as it is.
+    """
     from dynadapter.exits.combining import decision, with_decision, with_threshold
     from dynadapter.exits.policies import Policy, Thresholded
     from dynadapter.spec import restore
@@ -163,7 +166,7 @@ def chosen_policy(stored: "Policy", policy: dict[str, Any] | str | None, thresho
         settings = {} if value is None else {"threshold": value}
         spec: dict[str, Any] = policy if isinstance(policy, dict) else {"class_path": policy}
         given = restore({**spec, "init_args": {**spec.get("init_args", {}), **settings}}, Policy, "--policy")
-        return with_decision(stored, given)
+        return with_decision(stored, given) if decision(given) is given else given
     if value is None:
         return stored
     if not isinstance(decision(stored), Thresholded):

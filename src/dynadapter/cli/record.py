@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 
 from dynadapter import spec
 from dynadapter.bench.timing import machine
@@ -108,6 +107,15 @@ class Record(Callback):
         }
         self.content["protocol"] = protocol(trainer, module, data)
 
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Note whether the checkpoint that is measured is the best one of its training by a metric."""
+        if trainer.state.fn == "fit" or "protocol" not in self.content:
+            return
+        for state in checkpoint["callbacks"].values():
+            best = state.get("best_model_path") if isinstance(state, dict) else None
+            if best and Path(str(best)).name == Path(str(trainer.ckpt_path)).name and state.get("monitor"):
+                self.content["protocol"]["selection"] = one_line(f"best {state['monitor']}")
+
     def end(self, trainer: Trainer, how: str, message: str | None = None) -> None:
         """Complete the file, if it was begun."""
         if not self.path.exists() or not trainer.is_global_zero:
@@ -199,8 +207,6 @@ def _hash(samples: Any) -> str | None:
 
 def protocol(trainer: Trainer, module: ExitClassifier, data: ImageData) -> dict[str, Any]:
     """Return the protocol: how images are read, and on which split choices were made."""
-    saver = trainer.checkpoint_callback
-    monitor = saver.monitor if isinstance(saver, ModelCheckpoint) else None
     chosen = ("task", "split", "val_fraction", "split_seed", "shots", "shots_seed")
     settings = {name: data.hparams[name] for name in chosen if name in data.hparams}
     return {
@@ -210,7 +216,7 @@ def protocol(trainer: Trainer, module: ExitClassifier, data: ImageData) -> dict[
         "data": settings,
         "epochs": trainer.max_epochs,
         "steps": None if trainer.max_steps == -1 else trainer.max_steps,
-        "selection": f"best {monitor}" if monitor else "last epoch",
+        "selection": "last epoch",  # a fit measures that; of a test see Record.on_load_checkpoint
     }
 
 

@@ -143,7 +143,7 @@ def one_run(place: Given, out: Path, given: Any) -> None:
 
 def compare(places: Sequence[Given], out: Path, given: Any) -> None:
     """Write the page that compares runs."""
-    from dynadapter.report import comparison_page
+    from dynadapter.report import comparison_page, on_one_scale
     from dynadapter.report.figures import compared, png
 
     runs, notes = [], []
@@ -153,6 +153,10 @@ def compare(places: Sequence[Given], out: Path, given: Any) -> None:
         runs.append((run, measured))
         if why:
             notes.append(f"{run.name} is not measured: {why}")
+        elif measured is not None and measured.chose_policy:
+            notes.append(f"{run.name}: these images chose the policy; calibration.json has the cross-fitted accuracy")
+    runs, remarks = on_one_scale(runs)
+    notes += remarks
     known = [(run.name, one) for run, one in runs if one is not None]
     out.parent.mkdir(parents=True, exist_ok=True)
     write(out, comparison_page(runs, png(compared(known)) if known else None, notes).encode())
@@ -213,6 +217,7 @@ def measure(place: Given, given: Any) -> "tuple[Measured | None, str]":
             [source for source, _ in data.dataset(given.split).samples],
             tuple(bundle.net.exit_depths),
             sum(p.numel() for name, p in bundle.net.named_parameters() if name not in frozen),
+            costs.static / 1e9,
         ),
         "",
     )

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities import rank_zero_warn
 from PIL import Image
 from torch.utils.data import DataLoader, DistributedSampler, Sampler
@@ -282,6 +283,13 @@ class ImageData(LightningDataModule, ABC):
         processes, rank = self._processes()
         if self.trainer is not None:
             accumulated = self.trainer.accumulate_grad_batches
+            callbacks = getattr(self.trainer, "callbacks", [])
+            changes = any(isinstance(one, GradientAccumulationScheduler) for one in callbacks)
+            if changes and self.global_batch_size is not None:
+                raise ValueError(
+                    "global_batch_size is the number of images of a step, which GradientAccumulationScheduler changes; "
+                    "give batch_size instead"
+                )
             seed = self.trainer.strategy.broadcast(seed)  # a launcher may have started each process without a seed
         batch_size = share_batch(self.batch_size, self.global_batch_size, processes, accumulated)
         if self.global_batch_size is None:

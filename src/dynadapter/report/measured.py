@@ -30,6 +30,7 @@ class Measured:
         sources: The images: files, or images in memory.
         exit_depths: After how many blocks each exit stands.
         parameters: Number of trained parameters.
+        static_gmacs: Cost of the static network, in GMACs.
     """
 
     split: str
@@ -42,11 +43,17 @@ class Measured:
     sources: Sequence[Any]
     exit_depths: tuple[int, ...]
     parameters: int
+    static_gmacs: float
 
     @property
     def exits(self) -> int:
         """Number of exits."""
         return len(self.logits)
+
+    @property
+    def chose_policy(self) -> bool:
+        """Whether the policy was calibrated on the validation images, and these are they."""
+        return self.split == "val" and self.origin.startswith("calibrated")
 
     @cached_property
     def predictions(self) -> Tensor:

@@ -3,6 +3,7 @@
 import base64
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from html import escape
 
 from dynadapter.report.measured import Measured, recall
@@ -90,6 +91,21 @@ def comparison_page(
     return _page("dynadapter: comparison of runs", parts)
 
 
+def on_one_scale(
+    runs: Sequence[tuple[Run, Measured | None]],
+) -> tuple[list[tuple[Run, Measured | None]], list[str]]:
+    """Return the runs with costs relative to one static network, the largest, and a note if theirs differ."""
+    sizes = {run.name: one.static_gmacs for run, one in runs if one is not None}
+    largest = max(sizes, key=lambda name: sizes[name], default="")
+    if not sizes or min(sizes.values()) > 0.999 * sizes[largest]:
+        return list(runs), []
+    scaled = [
+        (run, one and replace(one, costs=tuple(cost * one.static_gmacs / sizes[largest] for cost in one.costs)))
+        for run, one in runs
+    ]
+    return scaled, [f"costs are in % of the static network of {largest}: {sizes[largest]:.3g} GMACs"]
+
+
 def result(measured: Measured) -> str:
     """Return the result in one sentence."""
     images = f"{len(measured.targets):,} {_split(measured)} images"
@@ -99,6 +115,8 @@ def result(measured: Measured) -> str:
         f"{measured.accuracy:.1%} of {images} are right at {measured.cost:.1%} of the static network's cost, under "
         f"{measured.policy.name} ({measured.origin}); the last exit alone: {measured.accuracies[-1]:.1%} at "
         f"{measured.costs[-1]:.1%}."
+        + " These images chose the policy; calibration.json has the cross-fitted accuracy."
+        * measured.chose_policy
     )
 
 

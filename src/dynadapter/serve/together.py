@@ -139,7 +139,7 @@ def _differs(first: Bundle, other: Bundle) -> str | None:
     if other.graphs is not None:
         return f"it runs by {other.backend}, and only torch runs several tasks in one batch"
     for layer in adapter_layers(b.backbone).values():
-        if not isinstance(layer, LowRankLayer):
+        if not isinstance(layer, LowRankLayer) or type(layer).forward is not LowRankLayer.forward:  # as that of DoRA
             return f"its adapter is {layer.kind}, and only low-rank ones, such as LoRA, differ by row"
     sources = [bundle.config.backbone for bundle in (first, other)]
     for name in ("fingerprint", "name", "timm_args", "image_size", "depth"):  # the fingerprint is of tensors alone

@@ -116,7 +116,9 @@ class RunCheckpoint(ModelCheckpoint):
     It does not save by steps or by time between the batches of one optimiser step, because no checkpoint holds their
     gradients. If training stops or validates there, the step begins again after a resume. If validation follows a
     batch, it saves after the validation, because a training resumed before it would skip it. An epoch without
-    validation is saved at its end, unless a metric is monitored. With ``save_last`` the last checkpoint is written
+    validation is saved at its end, unless a metric is monitored. With a monitored metric and saves by steps or by time,
+    these write the last checkpoint alone, and each validation is compared with the best one: between validations the
+    metric is that of earlier weights. With ``save_last`` the last checkpoint is written
     whenever a save is due; Lightning writes it only when the best one changes. The end of the training
     is saved without a monitored metric or with ``save_last``, however rarely checkpoints are saved.
 
@@ -193,8 +195,15 @@ class RunCheckpoint(ModelCheckpoint):
             return
         if fetcher is not None and loop._should_check_val_fx(fetcher) and _validates(trainer):
             self._due = self._is_due(trainer)
-            return
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        elif not self._compares_later(trainer):
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        elif self._is_due(trainer) and not self._should_skip_saving_checkpoint(trainer):
+            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+
+    def _compares_later(self, trainer: Trainer) -> bool:
+        """Check whether saves are by steps or by time, and validations choose the best one."""
+        by_steps = self._every_n_train_steps > 0 or self._train_time_interval is not None
+        return by_steps and self.monitor is not None and trainer.enable_validation
 
     def _is_due(self, trainer: Trainer) -> bool:
         """Check whether a save by steps or by time is due."""
@@ -208,7 +217,8 @@ class RunCheckpoint(ModelCheckpoint):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save what was due before the validation, and what is due after it."""
-        if self._due and not self._should_skip_saving_checkpoint(trainer):
+        saves = self._due or self._compares_later(trainer)
+        if saves and not self._should_skip_saving_checkpoint(trainer):
             candidates = self._monitor_candidates(trainer)
             self._save_topk_checkpoint(trainer, candidates)
             self._save_last_checkpoint(trainer, candidates)
