@@ -10,6 +10,7 @@ from tiny import Named, cross_entropy, loader, make_classifier, noise_batches, s
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
+from dynadapter.data import Shapes
 from dynadapter.exits.policies import Confidence, Patience
 from dynadapter.exits.temperature import Scaled
 
@@ -103,3 +104,16 @@ def test_confidence_uses_the_temperature(temperatures: Any) -> None:
         logits = module.eval().net(images)
     for i, k in enumerate(got["exit_index"].tolist()):
         assert float(got["confidence"][i]) == pytest.approx(float((logits[k, i] / heat[k]).softmax(-1).max()), rel=1e-4)
+
+
+def test_loader_is_not_the_data_of_an_earlier_call() -> None:
+    """Lightning keeps the data module of an earlier call as `trainer.datamodule`."""
+    data = Shapes(8, 8, 8, image_size=32)
+    data.test_label = "test/winter"
+    model, running = make_classifier(num_classes=8, class_weights="auto"), trainer(max_epochs=1)
+    [named] = running.test(model, datamodule=data, verbose=False)
+    [plain] = running.test(model, dataloaders=loader(1), verbose=False)
+    assert "test/winter/acc" in named
+    assert "test/acc" in plain
+    with pytest.raises(ValueError, match="class_weights=auto needs a data module"):
+        running.fit(model, loader(1))

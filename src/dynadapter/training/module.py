@@ -19,7 +19,7 @@ from dynadapter.exits.net import ExitNet
 from dynadapter.exits.policies import Never, Policy, Routed, confidence, read_off, wide
 from dynadapter.exits.token_merging import TokenMerging
 from dynadapter.training.batches import named_images, require_classes
-from dynadapter.training.callbacks._common import test_label
+from dynadapter.training.callbacks._common import data_module, test_label
 from dynadapter.training.callbacks.finite_check import FiniteCheck, require_finite_weights
 from dynadapter.training.class_weights import ClassWeights, check_class_weights, class_weights, count_classes
 from dynadapter.training.contents import (
@@ -184,7 +184,7 @@ class ExitClassifier(CheckedLoading):
 
     @property
     def _datamodule(self) -> Any:
-        return getattr(self._trainer, "datamodule", None)
+        return data_module(self._trainer)
 
     @property
     def _stage(self) -> str:

@@ -1,5 +1,7 @@
 """Find the network in a module, and the split that a trainer measures, for the callbacks."""
 
+from typing import Any
+
 from lightning.pytorch import LightningModule, Trainer
 
 from dynadapter.exits.net import ExitNet
@@ -19,7 +21,14 @@ def exit_net(module: LightningModule, caller: object) -> ExitNet:
 
 def test_label(trainer: object) -> str:
     """Return the prefix of the metrics of a test: ``test``, or ``test/NAME`` for a further test set."""
-    return getattr(getattr(trainer, "datamodule", None), "test_label", "test")
+    return getattr(data_module(trainer), "test_label", "test")
+
+
+def data_module(trainer: object) -> Any:
+    """Return the data module of the running call, None for loaders; `trainer.datamodule` may be of an earlier call."""
+    if not isinstance(trainer, Trainer):
+        return getattr(trainer, "datamodule", None)
+    return getattr(trainer._data_connector._datahook_selector, "datamodule", None)
 
 
 def split_of(trainer: Trainer) -> str:

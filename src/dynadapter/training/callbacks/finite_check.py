@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from dynadapter.training.callbacks._common import data_module
 from dynadapter.training.processes import gather_from_processes, is_distributed
 from dynadapter.training.sharding import local_part
 
@@ -108,7 +109,7 @@ def _describe_images(last: _Step, trainer: Trainer) -> str:
     broken = (~last.finite).nonzero()[:, 0].tolist()
     if not broken:
         return ""
-    files = getattr(getattr(trainer, "datamodule", None), "files", None)
+    files = getattr(data_module(trainer), "files", None)
     names = files(last.epoch, last.batch) if files is not None else []
     count = f"{len(broken)} of {len(last.finite)} images"
     process = f" in process {trainer.global_rank}" if is_distributed() else ""

@@ -12,7 +12,7 @@ from torch import Tensor
 from dynadapter.cost import ExitCosts, cost_table, exit_costs, exit_parameters
 from dynadapter.cost.table import percents, policy_table
 from dynadapter.printing import print_tables
-from dynadapter.training.callbacks._common import exit_net, split_of
+from dynadapter.training.callbacks._common import data_module, exit_net, split_of
 from dynadapter.training.callbacks.early_exit import EarlyExit, PolicyResult
 from dynadapter.training.metrics import ExitUse
 from dynadapter.training.sharding import is_sharded
@@ -68,7 +68,7 @@ class FlopsReport(Callback):
         self._early = [callback for callback in callbacks if isinstance(callback, EarlyExit)]
 
     def _given_size(self, trainer: Trainer) -> int | None:
-        return self.image_size or getattr(getattr(trainer, "datamodule", None), "image_size", None)
+        return self.image_size or getattr(data_module(trainer), "image_size", None)
 
     def _count(self, pl_module: LightningModule, size: int | tuple[int, int] | None) -> None:
         """Count the MACs of an image of this size, unless the network is sharded."""
