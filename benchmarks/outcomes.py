@@ -126,7 +126,7 @@ class Outcomes:
         """
         seeds = self.sweep.get("seeds", [])
         several = {
-            "scales": (self.sweep.get("scales"), margins.SCALES),
+            "scales": (self.sweep.get("scales"), margins.SCALES_OF.get(self.name, margins.SCALES)),
             "seeds": (seeds.get(adapter) if isinstance(seeds, dict) else seeds, planned_seeds[adapter]),
             "epochs": ([self.sweep.get("settings", {}).get("trainer", {}).get("max_epochs")], [margins.EPOCHS]),
         }

@@ -236,6 +236,14 @@ def test_ordinary_backbone(programs, tmp_path):
     assert found["no natural task below X, plain"].verdict == "missed"
 
 
+def test_backbone_has_scales_of_its_own(programs, tmp_path):
+    write(tmp_path)
+    write(tmp_path, "vit_small_14", sweep={"scales": [1.0, 3.0, 10.0]})
+    assert verdicts(programs, tmp_path)["ordinary, vit_small_14"].verdict == "held"
+    write(tmp_path, "vit_small_14")
+    assert verdicts(programs, tmp_path)["ordinary, vit_small_14"].verdict == "open"
+
+
 @pytest.mark.parametrize("run", [("leaves", "static", 1), ("chart_trend", "dynamic", 0)])
 def test_missing_run_leaves_a_claim_open(run, programs, tmp_path):
     write(tmp_path, without=run)
