@@ -281,11 +281,11 @@ def test_best_is_of_a_validated_step(tmp_path: Path) -> None:
     class Scored(RunCheckpoint):
         def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
             score = {2: 0.1, 4: 0.9, 6: 0.5, 8: 0.2}.get(trainer.global_step, 0.0)
-            trainer.callback_metrics["score"] = torch.tensor(score)
+            trainer.callback_metrics["val/score"] = torch.tensor(score)
             super().on_validation_end(trainer, pl_module)
 
     saver = Scored(
-        dirpath=tmp_path, filename="{step}", monitor="score", mode="max", every_n_train_steps=3, save_last=True
+        dirpath=tmp_path, filename="{step}", monitor="val/score", mode="max", every_n_train_steps=3, save_last=True
     )
     fitting = trainer(saver, max_epochs=1, enable_checkpointing=True, val_check_interval=2)
     fitting.fit(make_classifier(), loader(9), loader(1))

@@ -237,7 +237,7 @@ def test_calibrated_checkpoint_is_measured(run):
         assert measured.policy == policy_from(str(run)).policy
         assert measured.origin.startswith("calibrated: ")
         assert result(measured).endswith(
-            "These images chose the policy; calibration.json has the cross-fitted accuracy."
+            "These images may have chosen the policy; calibrate gives a cross-fitted accuracy."
         )
     shutil.copyfile(saved / "last.ckpt", saved / "weights.ckpt")
     assert find_run(str(run)).checkpoint == saved / "last.ckpt"

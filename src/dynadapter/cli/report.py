@@ -154,7 +154,7 @@ def compare(places: Sequence[Given], out: Path, given: Any) -> None:
         if why:
             notes.append(f"{run.name} is not measured: {why}")
         elif measured is not None and measured.chose_policy:
-            notes.append(f"{run.name}: these images chose the policy; calibration.json has the cross-fitted accuracy")
+            notes.append(f"{run.name}: these images may have chosen the policy; calibrate cross-fits it")
     runs, remarks = on_one_scale(runs)
     notes += remarks
     known = [(run.name, one) for run, one in runs if one is not None]

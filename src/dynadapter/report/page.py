@@ -115,7 +115,7 @@ def result(measured: Measured) -> str:
         f"{measured.accuracy:.1%} of {images} are right at {measured.cost:.1%} of the static network's cost, under "
         f"{measured.policy.name} ({measured.origin}); the last exit alone: {measured.accuracies[-1]:.1%} at "
         f"{measured.costs[-1]:.1%}."
-        + " These images chose the policy; calibration.json has the cross-fitted accuracy."
+        + " These images may have chosen the policy; calibrate gives a cross-fitted accuracy."
         * measured.chose_policy
     )
 

@@ -116,10 +116,10 @@ class RunCheckpoint(ModelCheckpoint):
     It does not save by steps or by time between the batches of one optimiser step, because no checkpoint holds their
     gradients. If training stops or validates there, the step begins again after a resume. If validation follows a
     batch, it saves after the validation, because a training resumed before it would skip it. An epoch without
-    validation is saved at its end, unless a metric is monitored. With a monitored metric and saves by steps or by time,
-    these write the last checkpoint alone, and each validation is compared with the best one: between validations the
-    metric is that of earlier weights. With ``save_last`` the last checkpoint is written
-    whenever a save is due; Lightning writes it only when the best one changes. The end of the training
+    validation is saved at its end, unless a metric is monitored. With a metric ``val...`` and saves by steps or
+    by time, these write the last checkpoint alone, and each validation is compared with the best one: between
+    validations the metric is that of earlier weights. With ``save_last`` the last checkpoint is written whenever a save
+    is due; Lightning writes it only when the best one changes. The end of the training
     is saved without a monitored metric or with ``save_last``, however rarely checkpoints are saved.
 
     While a training runs, no other training can save into its folder, because they would overwrite and remove each
@@ -201,9 +201,9 @@ class RunCheckpoint(ModelCheckpoint):
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
 
     def _compares_later(self, trainer: Trainer) -> bool:
-        """Check whether saves are by steps or by time, and validations choose the best one."""
+        """Check whether saves are by steps or by time, and a metric of validation (``val...``) chooses the best one."""
         by_steps = self._every_n_train_steps > 0 or self._train_time_interval is not None
-        return by_steps and self.monitor is not None and trainer.enable_validation
+        return by_steps and (self.monitor or "").startswith("val") and trainer.enable_validation
 
     def _is_due(self, trainer: Trainer) -> bool:
         """Check whether a save by steps or by time is due."""
@@ -217,9 +217,9 @@ class RunCheckpoint(ModelCheckpoint):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save what was due before the validation, and what is due after it."""
-        saves = self._due or self._compares_later(trainer)
+        candidates = self._monitor_candidates(trainer)
+        saves = self._due or (self._compares_later(trainer) and self.monitor in candidates)
         if saves and not self._should_skip_saving_checkpoint(trainer):
-            candidates = self._monitor_candidates(trainer)
             self._save_topk_checkpoint(trainer, candidates)
             self._save_last_checkpoint(trainer, candidates)
         self._due = False
