@@ -294,6 +294,24 @@ def test_best_is_of_a_validated_step(tmp_path: Path) -> None:
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 9
 
 
+def test_best_is_of_a_validation_within_a_step(tmp_path: Path) -> None:
+    """The step before was saved already, as the last checkpoint: its validation is compared nevertheless."""
+
+    class Scored(RunCheckpoint):
+        def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            trainer.callback_metrics["val/score"] = torch.tensor(0.9 if trainer.global_step == 1 else 0.1)
+            super().on_validation_end(trainer, pl_module)
+
+    saver = Scored(
+        dirpath=tmp_path, filename="{step}", monitor="val/score", mode="max", every_n_train_steps=1, save_last=True
+    )
+    options = {"accumulate_grad_batches": 2, "val_check_interval": 3}
+    fitting = trainer(saver, max_epochs=1, enable_checkpointing=True, **options)
+    fitting.fit(make_classifier(), loader(12), loader(1))
+    assert names(tmp_path) == ["last.ckpt", "step=1.ckpt"]
+    assert saver.best_model_score == 0.9
+
+
 def test_two_callbacks_save_into_one_folder(tmp_path: Path) -> None:
     savers = [
         RunCheckpoint(dirpath=tmp_path / "saved", filename="last"),

@@ -235,8 +235,9 @@ def require_replaceable(folder: Path, overwrite: bool, what: str, own: Collectio
         raise ValueError(f"{folder} exists and is not a folder; give another folder")
     if not overwrite:
         raise ValueError(f"{folder} exists; give another folder, or overwrite=True to replace {what} in it")
-    if folder.resolve() in (here := Path.cwd(), *here.parents):  # a process keeps the old folder, which is removed
-        raise ValueError(f"{folder} is the current folder, or contains it; give another folder")
+    with contextlib.suppress(FileNotFoundError):  # the current folder may be missing
+        if Path.cwd().is_relative_to(folder.resolve()):  # a process keeps the old folder, which is removed
+            raise ValueError(f"{folder} is the current folder, or contains it; give another folder")
     tops = {"__pycache__", *(name.partition("/")[0] for name in own)}
     foreign = sorted(set(os.listdir(folder)) - tops) or [name for name in files_of(folder) if name not in own]
     if foreign:

@@ -101,7 +101,7 @@ def measured_data(solution: Solution, split: str, data: str) -> dict[str, Any]:
         "split": split,
         **measured,
         "goal": str(solution.goal),
-        "protocol": solution.protocol,
+        "protocol": f"{solution.protocol}; exit shares and confidence are those of the policy itself on all images",
         **({"notes": "; ".join(solution.notes)} if solution.notes else {}),
     }
 

@@ -136,7 +136,7 @@ def solve(
     routed, missed = _crossed(data, goal, folds, found.policy)
     nonfinite = int((~logits.isfinite().all(-1)).any(0).sum())
     notes = [*found.notes, *_remarks(found, data, goal)]
-    notes += _doubts(samples, len(targets), nonfinite, missed, len(folds))
+    notes += _doubts(samples, len(targets), nonfinite, missed, len(folds), goal.name)
     return Solution(
         goal=goal,
         found=found,
@@ -263,10 +263,11 @@ def _remarks(found: Calibrated, data: Samples, goal: Goal) -> Iterator[str]:
         yield f"no image exits early under this policy; each of them costs {found.cost:.1%} of static"
 
 
-def _doubts(samples: str, count: int, nonfinite: int, missed: int, folds: int) -> Iterator[str]:
+def _doubts(samples: str, count: int, nonfinite: int, missed: int, folds: int, goal: str) -> Iterator[str]:
     """Yield notes about too few samples, non-finite logits, and folds without a policy."""
     if missed:
-        yield f"{missed} of {folds} folds cannot reach the goal; their {samples} took the last exit"
+        what = "certify no early exit" if goal == "risk" else "cannot reach the goal"
+        yield f"{missed} of {folds} folds {what}; their {samples} took the last exit"
     if count < FEW:
         yield f"{count} {samples} are too few; calibrate on at least {FEW}, better thousands"
     if nonfinite:

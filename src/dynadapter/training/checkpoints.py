@@ -218,8 +218,10 @@ class RunCheckpoint(ModelCheckpoint):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save what was due before the validation, and what is due after it."""
         candidates = self._monitor_candidates(trainer)
-        saves = self._due or (self._compares_later(trainer) and self.monitor in candidates)
-        if saves and not self._should_skip_saving_checkpoint(trainer):
+        compares = self._compares_later(trainer) and self.monitor in candidates
+        if compares:  # a save by steps may have stored these weights, but did not compare them
+            self._last_global_step_saved = 0
+        if (self._due or compares) and not self._should_skip_saving_checkpoint(trainer):
             self._save_topk_checkpoint(trainer, candidates)
             self._save_last_checkpoint(trainer, candidates)
         self._due = False
