@@ -86,6 +86,7 @@ ARCHITECTURES = [
     ("tf_mobilenetv3_small_minimal_100", {}, (0, False)),  # padding as in TensorFlow
     ("mobilenetv4_conv_small_035", {}, (0, False)),
     ("test_byobnet", {}, (0, False)),
+    ("test_byobnet", {"attn_layer": "cbam"}, (0, False)),  # a block ends with a convolution of one channel
     ("resnetv2_50", RESNET | {"stem_chs": 16}, (0, False)),
 ]
 if timm.is_model("qwen3_vit_88m"):  # not in older releases of timm

@@ -338,6 +338,26 @@ def test_image_size_can_change_and_return(learned):
         set_image_size(net.backbone, 50)
 
 
+def test_image_size_changes_from_what_was_loaded_or_trained():
+    """Two networks that had different positions until one took the weights of the other."""
+    tiny = {"depth": 1, "embed_dim": 48, "num_heads": 3, "img_size": 32, "patch_size": 8}
+    nets = [create_backbone("vit_tiny_patch16_224", 3, **tiny) for _ in range(2)]
+    for net in nets:
+        set_image_size(net, 48)
+    nets[0].load_state_dict(nets[1].state_dict())
+    for net in nets:
+        net.to(torch.bfloat16)  # a cast is no change of the weights
+        set_image_size(net, 64)
+    assert torch.equal(nets[0].pos_embed, nets[1].pos_embed)
+    assert nets[0].pos_embed.dtype is torch.bfloat16
+    with torch.no_grad():
+        nets[0].pos_embed.add_(1)
+        trained = nets[0].pos_embed.clone()
+    set_image_size(nets[0], 32)
+    set_image_size(nets[0], 64)
+    assert nets[0].pos_embed.float().mean() > trained.float().mean() - 0.5
+
+
 def test_training_on_another_size_raises(three):
     data = ImageFolder(three, image_size=48, batch_size=8)
     with pytest.raises(ValueError, match="give images of 48 pixels, and the backbone was built for 32; leave out"):

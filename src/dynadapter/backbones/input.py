@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
@@ -32,7 +33,9 @@ def own_preprocessing(model: nn.Module, name: str, image_size: int | None = None
 
 
 def set_image_size(model: nn.Module, image_size: int) -> None:
-    """Make a ViT take images of another size; the position embedding is always resampled from the original one.
+    """Make a ViT take images of another size.
+
+    The position embedding is resampled from the one before the first call, unless it was loaded or trained since.
 
     Raises:
         ValueError: The family cannot change its size, or the patches do not cover the image.
@@ -41,14 +44,17 @@ def set_image_size(model: nn.Module, image_size: int) -> None:
     if built in (None, image_size):
         return
     own: Any = model
-    size, position = getattr(model, "_own_position", None) or (built, getattr(model, "pos_embed", None))
+    current = getattr(model, "pos_embed", None)
+    size, position, resampled = getattr(model, "_own_position", None) or (built, current, None)
+    if resampled is not None and not torch.equal(own.pos_embed, resampled.to(own.pos_embed)):  # loaded or trained
+        size, position = built, current
     # Other families have further tensors of one size, such as biases of relative positions
     if not isinstance(model, VisionTransformer | Eva) or image_size % size_step(model) or position is None:
         raise ValueError(
             f"image_size={image_size} does not fit the backbone, which was built for {size} pixels; give that, or "
             "leave it out"
         )
-    own._own_position = size, position
+    position.data = position.data.to(own.pos_embed)
     prefix = own.num_prefix_tokens
     try:
         own.num_prefix_tokens = own.pos_embed.shape[1] - own.patch_embed.num_patches  # prompts have no position
@@ -56,5 +62,6 @@ def set_image_size(model: nn.Module, image_size: int) -> None:
         own.pos_embed = position
         if image_size != size:
             own.set_input_size(img_size=(image_size, image_size))
+        own._own_position = size, position, own.pos_embed.detach().clone()
     finally:
         own.num_prefix_tokens = prefix
