@@ -1,5 +1,6 @@
 """A resumed training removes nothing outside its checkpoint folder, whatever checkpoint and config name."""
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from tiny import loader, make_classifier, trainer
 
 from dynadapter.cli import main
+from dynadapter.cli.safety import check_run
 from dynadapter.training.checkpoints import AtomicCheckpointIO, RunCheckpoint
 
 pytestmark = [
@@ -161,10 +163,35 @@ EDITS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "function": (callback("LambdaCallback", setup="os.getcwd"), "class_path is 'LambdaCallback'"),
     "workers": (lambda c: c["data"]["init_args"].update(num_workers=10**6), "num_workers=1000000"),
     "workers in a text": (lambda c: c["data"]["init_args"].update(num_workers="1000000"), "num_workers='1000000'"),
+    "workers of a part": (
+        lambda c: c["data"]["init_args"].update(splits={"train": {"size": 10**9}}),
+        "size=1000000000",
+    ),
+    "module in a text": (lambda c: c["model"].update(lr_schedule="antigravity.fly"), "is 'antigravity.fly'"),
     "images": (lambda c: c["data"]["init_args"].update(train_images=10**9), "train_images=1000000000"),
     "hub": (lambda c: c["model"].update(backbone="hf-hub:a/b"), "the backbone 'hf-hub:a/b'"),
     "weights": (lambda c: c["model"]["backbone_args"].update(checkpoint_path="x"), "the argument 'checkpoint_path'"),
 }
+
+
+HARMLESS: dict[str, dict[str, Any]] = {
+    "large seeds": {"split_seed": 20240101, "shots_seed": 2**40, "seed": 2**40, "max_skipped": 10**9},
+    "numbers as names": {"root": "20261129", "test_sets": {"winter": "20261129"}, "label_column": "20261129"},
+    "names like modules": {"file": "antigravity.csv", "root": "antigravity.d", "test_sets": {"a": "antigravity.csv"}},
+}
+
+
+@pytest.mark.parametrize("kind", HARMLESS)
+def test_usual_settings_of_data_pass(kind):
+    """A training with them can be continued and measured."""
+    content = {
+        "data": named("dynadapter.ImageTable", **HARMLESS[kind]),
+        "model": {"weights": "antigravity.pth"},
+        "trainer": {"default_root_dir": "antigravity.runs"},
+        "ckpt_path": "antigravity.ckpt",
+    }
+    check_run(Path("config.yaml"), content, (), ())
+    assert "antigravity" not in sys.modules
 
 
 @pytest.mark.parametrize("kind", EDITS)

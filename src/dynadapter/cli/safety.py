@@ -12,7 +12,7 @@ import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path, PureWindowsPath
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from jsonargparse import Namespace
 from lightning.pytorch import Callback, LightningDataModule
@@ -48,7 +48,9 @@ PLACES = ("dirpath", "save_dir", "root_dir", "log_dir", "output_dir")
 WORKERS = 256
 """Largest number of worker processes that a file may name."""
 LARGEST = 2**17
-"""Largest whole number among the other settings of data in a file, seeds left out."""
+"""Largest whole number among the other settings of data in a file, without those of `UNBOUNDED`."""
+UNBOUNDED = ("seed", "max_skipped")
+"""Ends of the names of settings of data that cost nothing, however large they are."""
 NAME = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+")
 
 
@@ -95,7 +97,7 @@ def check_run(file: Path, content: Mapping[str, Any], trusted: Iterable[Any], gi
         if "backbone_args" not in given:
             check_arguments(model.get("backbone_args"))
         check_sizes(content.get("data"))
-        for key, value in (pair for part in (content, *texts_read(content)) for pair in _texts(part)):
+        for key, value in (pair for part in (_without_paths(sections), *texts_read(content)) for pair in _texts(part)):
             if value not in named and not _run_may_name(key, value):
                 raise ValueError(f"{key} is {value!r:.200}")
         for key, value in _texts([section for name, section in sections.items() if name not in ("model", "data")]):
@@ -106,6 +108,22 @@ def check_run(file: Path, content: Mapping[str, Any], trusted: Iterable[Any], gi
             f"{file} cannot be used as it is: {error}; a run folder may name no class that is not loaded, no logger, "
             f"and no folder to write into: if you trust it, add -c {file}"
         ) from error
+
+
+def _without_paths(sections: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out settings that are texts or paths: nothing is imported for them, and ``test.csv`` looks like a class."""
+    names = {"model": {"weights"}, "trainer": {"default_root_dir"}, "data": _text_settings()}
+    return {
+        name: _less(section, names[name]) if name in names and isinstance(section, Mapping) else section
+        for name, section in sections.items()
+    }
+
+
+def _less(section: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
+    left = {name: part for name, part in section.items() if name not in names}
+    if isinstance(given := left.get("init_args"), Mapping):
+        left["init_args"] = {name: part for name, part in given.items() if name not in names}
+    return left
 
 
 def _values(part: Any, key: str = "") -> Iterator[tuple[str, Any]]:
@@ -161,12 +179,34 @@ def check_saved(settings: Any) -> None:
 
 def check_sizes(data: Any) -> None:
     """Refuse settings of data in a file with a number that is too large, such as a million processes."""
-    for name, part in data.items() if isinstance(data, Mapping) else ():
-        most = WORKERS if name == "num_workers" else LARGEST
-        number = int(part) if isinstance(part, int | str) and str(part).isdecimal() else 0  # a text is read as a number
-        if number > most and name != "seed":
-            raise ValueError(f"it has {name}={part!r:.20}; a file may name at most {most:,}")
-        check_sizes(part)
+    left: list[Mapping[str, Any]] = []
+    if isinstance(data, Mapping):
+        left.append(_less(data, _text_settings()))  # a folder may have the name 20261129
+    while left:
+        for name, part in left.pop().items():
+            most = WORKERS if name == "num_workers" else LARGEST
+            is_number = isinstance(part, int | str) and str(part).isdecimal()  # a text is read as a number
+            if is_number and not str(name).endswith(UNBOUNDED) and int(part) > most:
+                raise ValueError(f"it has {name}={part!r:.20}; a file may name at most {most:,}")
+            left += [part] if isinstance(part, Mapping) else []
+
+
+def _text_settings() -> set[str]:
+    """Return the arguments of the loaded data modules that are only texts or paths, such as ``root``."""
+    hints = [pair for cls in _below(ImageData) for pair in _hints(cls).items()]
+    return {name for name, hint in hints if _is_text(hint)} - {name for name, hint in hints if not _is_text(hint)}
+
+
+def _hints(cls: Any) -> dict[str, Any]:
+    try:
+        return get_type_hints(cls.__init__)
+    except (NameError, TypeError):  # a user's class can name types that are not imported
+        return {}
+
+
+def _is_text(hint: Any) -> bool:
+    parts = get_args(hint)
+    return all(map(_is_text, parts)) if parts else hint in (str, Path, type(None))
 
 
 def data_class(class_path: str) -> type[ImageData] | None:
