@@ -135,6 +135,25 @@ def test_git_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     git("config", "core.fsmonitor", f"touch {marker}")
     record.git_state()
     assert not marker.exists()  # a repository's own program
+    (tmp_path / ".gitattributes").write_text("a.py filter=x\n")
+    for setting in ("filter.x.clean", "filter.x.process"):
+        git("config", setting, f"touch {marker}; cat")
+        assert record.git_state() == clean | {"dirty": None}
+        assert not marker.exists()
+        git("config", "--unset", setting)
+    assert record.git_state() == clean | {"dirty": True}
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", str(tmp_path / "global"))
+    git("config", "--global", "filter.x.clean", "cat")  # the user's own program, such as that of git-lfs
+    assert record.git_state() == clean | {"dirty": True}
+    for key, value in (("promisor", "true"), ("url", "ssh://host/repository")):
+        git("config", f"remote.origin.{key}", value)
+    for key, value in (("core.repositoryformatversion", "1"), ("extensions.partialClone", "origin")):
+        git("config", key, value)
+    git("config", "core.sshCommand", f"touch {marker}; false")
+    tree = git("rev-parse", "HEAD^{tree}")
+    (tmp_path / ".git" / "objects" / tree[:2] / tree[2:]).unlink()
+    assert record.git_state() is None
+    assert not marker.exists()  # it would fetch the missing object
     monkeypatch.setenv("PATH", "")
     assert record.git_state() is None
 

@@ -42,6 +42,8 @@ PACKAGES = (
 )
 SCHEDULED = ("exit_weights/", "sparsity/")
 """Logged settings that a schedule changes; they are no results."""
+PROGRAMS = r"^(filter|lfs\.extension)\..*\.(clean|process)$"
+"""Settings of git whose programs read changed files."""
 
 
 class Record(Callback):
@@ -172,19 +174,31 @@ def plain(value: Any) -> Any:
 def git_state() -> dict[str, Any] | None:
     """Return the commit of the repository around the current folder, and whether tracked files differ from it.
 
+    Submodules are not compared.
+
     Returns:
-        ``{commit, dirty}``, or None if there is no repository, no commit or no git.
+        ``{commit, dirty}``, or None if there is no repository, no commit or no git. ``dirty`` is None if the
+        repository's settings name a program that the comparison would run.
     """
-    # A repository's own settings can name a program that git runs: switch it off.
-    git = ["git", "--no-optional-locks", "-c", "core.fsmonitor=false"]
     try:
-        done = [
-            subprocess.run([*git, *what], capture_output=True, text=True, timeout=10, check=True).stdout
-            for what in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
-        ]
+        commit = _git("rev-parse", "HEAD").strip()
+        named = _git("config", "--show-scope", "--includes", "--name-only", "--get-regexp", PROGRAMS, codes=(0, 1))
+        if any(not line.startswith(("system", "global")) for line in named.splitlines()):
+            return {"commit": commit, "dirty": None}
+        changes = _git("status", "--porcelain", "--untracked-files=no", "--ignore-submodules=all")
     except (OSError, subprocess.SubprocessError, UnicodeDecodeError):
         return None
-    return {"commit": done[0].strip(), "dirty": bool(done[1].strip())}
+    return {"commit": commit, "dirty": bool(changes.strip())}
+
+
+def _git(*args: str, codes: tuple[int, ...] = (0,)) -> str:
+    """Return the output of git, without the programs that a repository's own settings can name."""
+    command = ["git", "--no-optional-locks", "-c", "core.fsmonitor=false", *args]
+    no_fetch = {**os.environ, "GIT_ALLOW_PROTOCOL": ""}  # git status fetches missing objects, by such a program
+    done = subprocess.run(command, capture_output=True, text=True, timeout=10, env=no_fetch)
+    if done.returncode not in codes:
+        raise subprocess.SubprocessError
+    return done.stdout
 
 
 def described(data: ImageData, split: Split) -> dict[str, Any]:
