@@ -6,6 +6,7 @@ import struct
 import time
 import tomllib
 import zlib
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,10 @@ from packaging.requirements import Requirement
 from PIL import Image
 
 from dynadapter.cli import main
-from dynadapter.cli.errors import Mistake
+from dynadapter.cli.errors import Failed, Mistake
+from dynadapter.cli.predict import helpers
 from dynadapter.cli.safety import check_config
+from dynadapter.cli.sweep_workers import spread
 from dynadapter.data import ImageFolder, UnreadableImage, VTAB1k, lists
 from dynadapter.images.reading import load_image
 from dynadapter.training.module import ExitClassifier
@@ -275,6 +278,22 @@ def test_config_may_name_transforms():
     ):
         with pytest.raises(Mistake, match="cannot be"):
             check_config({"hook": wrong})
+
+
+# ---- the current folder
+
+
+@pytest.mark.parametrize("command", ["predict", "sweep"])
+def test_helpers_import_nothing_from_here(command, mark, monkeypatch):
+    """The folder of the images can hold a file with the name of a module."""
+    (mark.parent / "yaml.py").write_text(f"import os\nos.mkdir({str(mark)!r})\n")
+    monkeypatch.chdir(mark.parent)
+    if command == "predict":
+        with helpers(Namespace(engine="local", processes=2), ["--help"]):
+            pass
+    else:
+        with pytest.raises(Failed):  # there is no such sweep
+            spread("missing.yaml", 1)
 
 
 # ---- pipes and devices

@@ -240,7 +240,7 @@ def fill(bundle: "Bundle", table: PredictionTable, given: Any, args: list[str]) 
 @contextmanager
 def helpers(given: Any, args: list[str]) -> Iterator[None]:
     """Run further processes that share the images, and wait for them; a killed process loses at most one batch."""
-    command = [sys.executable, "-m", "dynadapter.cli.predict"]
+    command = [sys.executable, "-P", "-m", "dynadapter.cli.predict"]  # -P: no modules of the current folder
     count = given.processes if given.engine == "local" else 1
     started = [subprocess.Popen([*command, str(number), *args]) for number in range(1, count)]
     try:

@@ -57,7 +57,7 @@ def summary(done: Mapping[Unit, Any], unit: Unit) -> str:
 def spread(path: str, processes: int) -> None:
     """Work at a sweep with several processes of this command; wait for all of them."""
     environment = {"OMP_NUM_THREADS": str(max(1, usable_cores() // processes)), **os.environ}
-    command = [sys.executable, "-m", "dynadapter.cli", "sweep", path, "--no_table"]
+    command = [sys.executable, "-P", "-m", "dynadapter.cli", "sweep", path, "--no_table"]  # -P: as in predict
     started = [subprocess.Popen(command, env=environment) for _ in range(processes)]
     try:
         codes = [process.wait() for process in started]
