@@ -49,6 +49,7 @@ MISTAKES = [
     ("auto", None, "class_weights=auto needs a data module that lists its images"),
     ({"dog": 1.0}, [1, 1, 1], "class_weights: dog is not a class; the classes are ant, bee, cat"),
     ({"ant": 1.0, "a\u0301": 2.0}, None, "class_weights: \u00e1 is not a class"),
+    ({True: 1.0}, None, "YAML reads yes, no, on, off and null as other values: quote them"),
     ({"ant": 0.0}, [1, 0, 0], "all training images have the weight 0"),
 ]
 

@@ -349,6 +349,8 @@ def test_mistake_is_one_line(args, names, checkpoint, tmp_path, capsys):
         ),
         ({"cost": 0.5}, {"seed": -1}, "seed=-1 must be at least 0"),
         ({"cost": 0.5}, {"out": __file__}, "exists and is not a folder"),
+        ({"cost": 0.5}, {"out": "x/../new", "bundle": "new"}, "out=x/../new lies in bundle=new, which is written as"),
+        ({"cost": 0.5}, {"out": "new/results", "bundle": "new"}, "out=new/results lies in bundle=new"),
     ],
 )
 def test_invalid_settings_raise(goal, changes, words):

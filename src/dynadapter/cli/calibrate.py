@@ -141,6 +141,8 @@ def _check_bundle(settings: Settings) -> None:
         return
     with mistakes("bundle="):
         check_place(settings.bundle, settings.overwrite)
+    if settings.out is not None and Path(settings.out).resolve().is_relative_to(Path(settings.bundle).resolve()):
+        raise Mistake(f"out={settings.out} lies in bundle={settings.bundle}, which is written as a whole; give another")
 
 
 def _check_out(out: Path) -> None:
@@ -343,17 +345,18 @@ def _write_bundle(
 ) -> None:
     """Write the bundle, and print how close a merged network is to the trained one."""
     split = settings.data_split if len(data.dataset(settings.data_split)) else "train"  # the latter with policy_from
-    place = bundle_from_classifier(
-        model,
-        str(settings.bundle),
-        policy=policy,
-        preprocessing=data.preprocessing,
-        merge=settings.merge,
-        check_images=some_images(data, split) if settings.merge else None,
-        costs=costs,
-        measured=measured,
-        overwrite=settings.overwrite,
-    )
+    with mistakes():
+        place = bundle_from_classifier(
+            model,
+            str(settings.bundle),
+            policy=policy,
+            preprocessing=data.preprocessing,
+            merge=settings.merge,
+            check_images=some_images(data, split) if settings.merge else None,
+            costs=costs,
+            measured=measured,
+            overwrite=settings.overwrite,
+        )
     if (proof := read_bundle(place)[0].proof) is not None:
         print(
             f"merged: on {proof.images} {WORDS[split]} images the logits differ by at most {proof.difference:.1e} of "

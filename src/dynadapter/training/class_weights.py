@@ -11,6 +11,8 @@ from torch import Tensor
 from dynadapter.files import listed
 
 ClassWeights = Literal["auto"] | Mapping[str, float]
+READ_AS = ("True", "False", "None")
+"""What YAML makes of class names such as yes, off and null."""
 
 
 def check_class_weights(given: Any) -> None:
@@ -49,7 +51,8 @@ def class_weights(given: ClassWeights, names: Sequence[str], counts: Sequence[in
         own = [_composed(name) for name in names]
         by_name = {_composed(name): float(value) for name, value in given.items()}
         if unknown := [name for name in by_name if name not in own]:
-            raise ValueError(f"class_weights: {unknown[0]} is not a class; the classes are {listed(names)}")
+            hint = "; YAML reads yes, no, on, off and null as other values: quote them" if unknown[0] in READ_AS else ""
+            raise ValueError(f"class_weights: {unknown[0]} is not a class; the classes are {listed(names)}{hint}")
         if len(by_name) < len(given):
             twice = next(name for name, count in Counter(map(_composed, given)).items() if count > 1)
             raise ValueError(f"class_weights: {twice} is given twice; give each class one weight")
