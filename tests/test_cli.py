@@ -103,6 +103,7 @@ def test_run_repeats_from_its_config(tiny_run, tmp_path):
 
 
 def test_run_folders_of_parallel_runs(tmp_path):
+    (tmp_path / "runs" / "version_²").mkdir(parents=True)
     with ThreadPoolExecutor(8) as pool:
         folders = list(pool.map(lambda _: create_run_folder(tmp_path / "runs", "version"), range(20)))
     assert {folder.name for folder in folders} == {f"version_{k}" for k in range(20)}

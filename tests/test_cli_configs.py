@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 import yaml
 from commands import printed, refused
+from conftest import raises_one_line
 
 from dynadapter.cli import COMMANDS, TRAINER, main
 from dynadapter.cli.configs import find_config, read_config
 from dynadapter.cli.errors import Mistake
 from dynadapter.cli.help import ESSENTIAL
+from dynadapter.limits import read_yaml
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"
@@ -127,6 +129,20 @@ def test_help_names_no_unknown_key(capsys):
     assert {key for key in ESSENTIAL if f"--{key}" not in text} == set()
     assert "--trainer.num_sanity_val_steps" in text
     assert "dynadapter.LoRA" in text  # by the name that a config may use
+
+
+# ---- values that are not of their type
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["!!bool maybe", "!!int ''", "!!timestamp x", "2024-13-45", "9" * 5000, "1:" * 300 + "1.5", "'!!timestamp x: '"],
+)
+def test_value_that_yaml_cannot_read(value, tmp_path):
+    path = tmp_path / "odd.yaml"
+    path.write_text(f"model: {{weights: {value}}}")
+    with raises_one_line(ValueError, match=r"config file .*odd\.yaml (is|has a text that is) not valid YAML: "):
+        read_yaml(path)
 
 
 # ---- short options

@@ -129,6 +129,13 @@ def test_outage_is_named(error: Exception, cause: str, way: str) -> None:
     assert "\n" not in line
 
 
+@pytest.mark.parametrize("path", ["photos/igloo/1.jpg", "gloo/1.jpg", "timed out/1.jpg"])
+def test_name_of_a_file_is_no_outage(path: str) -> None:
+    missing = FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+    assert describe(missing) == (f"error: [Errno 2] No such file or directory: '{path}' (--debug shows where)", 2)
+    assert "another process" not in describe(RuntimeError(f"{path.replace('gloo/', 'igloo/')} is odd"))[0]
+
+
 class Failing(torch.utils.data.Dataset):
     """A set whose only image fails."""
 
@@ -162,6 +169,7 @@ IN_WORKERS: list[tuple[Callable[[], Any], int, str]] = [
     (_checked, 2, "error: size=3 is odd; give 2 (--debug shows where)"),
     (_disconnected, 2, "error: the file system failed or is disconnected; check the disk or the mount ([Errno 5] "),
     (_own, 2, "error: a.png: operation timed out of habit (--debug shows where)"),
+    (lambda: Path("gloo.png").read_bytes(), 2, "error: [Errno 2] No such file or directory: 'gloo.png' "),
     (_full, 2, "error: the memory is full; give a smaller batch size, or fewer processes (MemoryError) "),
     (lambda: int("x"), 1, "bug: ValueError: invalid literal for int() with base 10: 'x' "),
     (lambda: {}["x"], 1, "bug: KeyError: 'x' "),

@@ -463,7 +463,7 @@ def test_resume_skips_damaged_checkpoints(at, tmp_path, monkeypatch, capsys):
 
 
 def test_metrics_line_cut_off_by_a_kill(tmp_path):
-    (tmp_path / "metrics.csv").write_text("epoch,step,train/loss\n0,0,2.5\n0,1,\n0,2")
+    (tmp_path / "metrics.csv").write_text("epoch,step,train/loss\n0,0,2.5\n0,x,2.5\n0,1,\n0,2")
     assert read_lines(tmp_path / "metrics.csv") == [
         {"epoch": "0", "step": "0", "train/loss": "2.5"},
         {"epoch": "0", "step": "1"},

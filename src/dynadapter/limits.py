@@ -104,6 +104,20 @@ class _Loader(_Guarded):
         return super().construct_mapping(node, deep)
 
 
+MISFITS = (ArithmeticError, LookupError, AttributeError, TypeError)
+"""What YAML raises, beside ValueError, for a value that does not fit its type, such as ``!!bool maybe``."""
+
+
+def _load(text: str) -> Any:
+    """Load YAML; a value that does not fit its type, such as 2024-13-45, is invalid YAML too."""
+    try:
+        return yaml.load(text, _Loader)
+    except _TooLarge:
+        raise
+    except (ValueError, *MISFITS) as error:
+        raise yaml.YAMLError(f"a value does not fit its type: {error}") from error
+
+
 def read_yaml(file: Path) -> Any:
     """Return the content of a YAML file.
 
@@ -112,7 +126,7 @@ def read_yaml(file: Path) -> Any:
     """
     where = f"config file {file}"
     try:
-        content = yaml.load(read_bytes(file, MAX_YAML).decode("utf-8-sig"), _Loader)
+        content = _load(read_bytes(file, MAX_YAML).decode("utf-8-sig"))
         require_bounded(content, where, MAX_CONFIG)
         for _ in texts_read(content):  # each is checked
             pass
@@ -129,6 +143,8 @@ def read_yaml(file: Path) -> Any:
         raise ValueError(f"{where} {error}") from error
     except RecursionError as error:
         raise ValueError(f"{where} is nested too deeply") from error
+    except MISFITS as error:
+        raise ValueError(f"{where} has a text that is not valid YAML: {error}") from error
     return content
 
 

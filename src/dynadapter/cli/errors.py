@@ -141,8 +141,8 @@ OUTAGES = {
     "folder",
     r"Stale file|Input/output error|Transport endpoint|Remote I/O|Host is down|timed out|No such device": "the file "
     "system failed or is disconnected; check the disk or the mount",
-    r"(?i)by peer|Broken pipe|gloo|nccl|ProcessGroup|TCPStore|DistNetworkError": "another process of this run ended or "
-    "cannot be reached; its own message is above",
+    r"(?i)by peer|Broken pipe|\bgloo\b|\bnccl|ProcessGroup|TCPStore|DistNetworkError": "another process of this run "
+    "ended or cannot be reached; its own message is above",
     r"CUDA (error|driver)|cuDNN error": "the GPU failed; see nvidia-smi, or give --trainer.accelerator cpu",
 }
 """What fails beside this program, by a pattern in the type and the message of an error, and the way out."""
@@ -154,6 +154,8 @@ def outage(error: BaseException) -> str:
     own = isinstance(error, OSError) and error.errno is None and "[Errno" not in message
     if own or isinstance(error, ValueError | TypeError | ImportError):
         return ""  # our own line, or invalid input
+    if message.startswith("[Errno"):
+        message = message.partition(": ")[0]  # without the name of the file
     text = f"{kind}: {message}"
     return next((words for pattern, words in OUTAGES.items() if re.search(pattern, text, re.DOTALL)), "")
 

@@ -159,7 +159,7 @@ def _require_ended(run: Path, checkpoints: Path) -> None:
 
 def _newest_run(folder: Path) -> str:
     there = [path for path in folder.glob("version_*") if (path / "config.yaml").is_file()]
-    there.sort(key=lambda path: int(path.name.removeprefix("version_")) if path.name[8:].isdigit() else -1)
+    there.sort(key=lambda path: int(path.name.removeprefix("version_")) if path.name[8:].isdecimal() else -1)
     return f", such as {there[-1]}" if there else ""
 
 
@@ -184,7 +184,7 @@ def earlier_run(path: Path, log: Path | None = None) -> Earlier:
     step = checkpoint["global_step"]
     file = (log or path.parent.parent) / "metrics.csv"
     lines = read_lines(file) if file.is_file() else []
-    lines = [line for line in lines if line.get("step", "").isdigit() and int(line["step"]) < step]
+    lines = [line for line in lines if float(line.get("step", "inf")) < step]
     line = checkpoint.get(LINE, {})
     pending = {str(key): str(value) for key, value in line.items()} if isinstance(line, dict) else {}
     if pending and pending not in lines:

@@ -47,7 +47,7 @@ def next_folder(root: Path, kind: str) -> Path:
     try:
         root.mkdir(parents=True, exist_ok=True)
         taken = [path.name.removeprefix(f"{kind}_") for path in root.glob(f"{kind}_*")]
-        number = max((int(name) for name in taken if name.isdigit()), default=-1) + 1
+        number = max((int(name) for name in taken if name.isdecimal()), default=-1) + 1
         while True:
             folder = root / f"{kind}_{number}"
             try:
@@ -109,7 +109,7 @@ class SaveConfig(SaveConfigCallback):
 def loggers(folder: Path, earlier: Sequence[dict[str, str]] = ()) -> list[Logger]:
     """Return the logger of a run, which writes ``metrics.csv``."""
     number = folder.name.removeprefix("version_")
-    version = int(number) if number.isdigit() else folder.name
+    version = int(number) if number.isdecimal() else folder.name
     return [Metrics(earlier, save_dir=folder.parent, name="", version=version)]
 
 
@@ -163,8 +163,27 @@ def _csv(lines: Iterable[dict[str, Any]], keys: Sequence[str]) -> bytes:
 
 
 def read_lines(path: Path) -> list[dict[str, str]]:
-    """Read the complete lines of a ``metrics.csv``, without empty cells; an incomplete last line is left out."""
-    text = read_bytes(path, MOST).decode("utf-8")
-    reader = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1], newline=""), restkey="")
-    whole = [line for line in reader if "" not in line and None not in line.values()]
-    return [{key: value for key, value in line.items() if value} for line in whole]
+    """Read the complete lines of a ``metrics.csv``, without empty cells.
+
+    An incomplete last line is left out, and so are lines with a cell that is not a number.
+
+    Raises:
+        OSError: The file cannot be read.
+        ValueError: The file is damaged.
+    """
+    try:
+        text = read_bytes(path, MOST).decode("utf-8")
+        reader = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1], newline=""), restkey="")
+        whole = [line for line in reader if "" not in line and None not in line.values()]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path} is damaged: {error}; repair or delete it") from error
+    lines = [{key: value for key, value in line.items() if value} for line in whole]
+    return [line for line in lines if all(map(_is_number, line.values()))]
+
+
+def _is_number(cell: str) -> bool:
+    try:
+        float(cell)
+    except ValueError:
+        return False
+    return True
