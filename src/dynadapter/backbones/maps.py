@@ -163,5 +163,6 @@ def _out_channels(module: Any) -> int:
     module = getattr(module, "base_layer", module)
     if hasattr(module, "out_channels") and not isinstance(module, nn.Conv1d):  # efficient channel attention has one
         return int(module.out_channels)
-    children = [child for name, child in module.named_children() if not name.startswith("attn")]  # but attention
-    return next((found for child in reversed(children) if (found := _out_channels(child))), 0)
+    children = list(module.named_children())[::-1]
+    children.sort(key=lambda child: child[0].startswith("attn"))  # attention at the end of a block keeps its channels
+    return next((found for _, child in children if (found := _out_channels(child))), 0)

@@ -116,9 +116,7 @@ class Record(Callback):
         for state in checkpoint["callbacks"].values():
             best = state.get("best_model_path") if isinstance(state, dict) else None
             if best and Path(str(best)).name == Path(str(trainer.ckpt_path)).name and state.get("monitor"):
-                kept = state.get("best_k_models")  # with several, a later checkpoint can be better
-                more = "" if isinstance(kept, dict) and len(kept) == 1 else ", when it was saved"
-                self.content["protocol"]["selection"] = one_line(f"best {state['monitor']}{more}")
+                self.content["protocol"]["selection"] = one_line(f"best {state['monitor']} when it was saved")
 
     def end(self, trainer: Trainer, how: str, message: str | None = None) -> None:
         """Complete the file, if it was begun."""
