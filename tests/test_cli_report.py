@@ -246,6 +246,21 @@ def test_calibrated_checkpoint_is_measured(run):
     assert find_run(str(run)).checkpoint == saved / "last.ckpt"
 
 
+def test_checkpoint_of_any_name_is_measured(run):
+    saved = run / "checkpoints"
+    (saved / "weights.ckpt").unlink()
+    for epoch in range(2):
+        shutil.copyfile(saved / "last.ckpt", saved / f"epoch={epoch}.ckpt")
+        os.utime(saved / f"epoch={epoch}.ckpt", (epoch, epoch))
+    (saved / "last.ckpt").unlink()
+    assert find_run(str(run)).checkpoint == saved / "epoch=1.ckpt"
+    config = run / "config.yaml"
+    config.write_text(config.read_text().replace("dirpath: null", f"dirpath: {saved.rename(run / 'own')}"))
+    assert find_run(str(run)).checkpoint == run / "own" / "epoch=1.ckpt"
+    config.write_text("{")
+    assert find_run(str(run)).checkpoint is None
+
+
 def test_test_images_are_measured_on_request(run, folder):
     main(["report", str(run), "--split=test", "--out", str(run / "tested")])
     assert "10 test images" in (run / "tested" / "report.html").read_text()

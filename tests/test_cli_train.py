@@ -1,5 +1,6 @@
 """``dynadapter train``: from images to a bundle, again after an interruption, and what it refuses."""
 
+import json
 import os
 import re
 import signal
@@ -14,6 +15,9 @@ from PIL import Image
 from dynadapter import load
 from dynadapter.backbones.availability import is_available
 from dynadapter.cli import imports, main, train, train_checks
+from dynadapter.cli.errors import Mistake
+from dynadapter.cli.report import Given
+from dynadapter.data import ImageFolder
 from dynadapter.training.module import ExitClassifier
 
 TINY = [
@@ -166,11 +170,14 @@ def test_runs_are_named_as_the_folder(tmp_path):
 
 
 def test_same_command_continues(photos, monkeypatch, capsys):
-    """A signal after the first epoch, then the same command, then one whose goal cannot be reached."""
+    """A signal after the first epoch, then the same command, then one whose goal cannot be reached.
+
+    Its settings include a logger, which a run folder alone may not name.
+    """
     monkeypatch.setenv(imports.VARIABLE, "math")  # as --import=math
     after_epoch = ExitClassifier.on_train_epoch_end
     monkeypatch.setattr(ExitClassifier, "on_train_epoch_end", lambda self: os.kill(os.getpid(), signal.SIGTERM))
-    line = train_on(photos)
+    line = train_on(photos, "--trainer.logger=CSVLogger", "--trainer.logger.save_dir", "logs")
     fails(line, f"continue with: dynadapter train {photos} --backbone", capsys, code=143)
     monkeypatch.setattr(ExitClassifier, "on_train_epoch_end", after_epoch)
     fails([*line, "--lr=1e-4"], "runs/photos holds a training with other settings: dynadapter fit", capsys)
@@ -194,6 +201,62 @@ def test_older_run_with_a_checkpoint_continues(photos, monkeypatch, capsys):
         Path("runs/photos", name).mkdir()
     main(line)
     assert re.search("continuing after step .*, from runs/photos/version_0/checkpoints/", capsys.readouterr().out)
+
+
+def test_line_that_began_a_training():
+    """Runs that continue another one in the same folder have lines of their own."""
+    lines = [
+        "fit -c a --epochs=2",
+        "fit --resume=out/version_0 --epochs=3",
+        "fit --resume out/version_0",
+        "fit -c a --epochs=2 --ckpt_path=out/version_0/checkpoints/last.ckpt --init_from=null",
+    ]
+    for number, line in enumerate(lines):
+        Path("out", f"version_{number}").mkdir(parents=True)
+        Path("out", f"version_{number}", "run.json").write_text(json.dumps({"command_line": f"dynadapter {line}"}))
+    assert train._begun(Path("out")) == ["dynadapter", *lines[0].split()]
+
+
+@pytest.mark.parametrize(("given", "device"), [("cpu", ["--device=cpu"]), ("auto", [])])
+def test_accelerator_of_the_training_measures(given, device, photos, monkeypatch):
+    calls = []
+    monkeypatch.setattr(train, "_trained", lambda *_: Path("run"))
+    monkeypatch.setattr(train, "require_trained", lambda _: None)
+    monkeypatch.setattr("dynadapter.cli.report.find_run", lambda run: Given(Path(run), Path("last.ckpt")))
+    monkeypatch.setattr("dynadapter.cli.app.DynCLI", calls.append)
+    monkeypatch.setattr("dynadapter.cli.report.run", calls.append)
+    Path("own.yaml").write_text(f"trainer: {{accelerator: {given}}}")
+    main(["train", str(photos), "--backbone=micro", "-c", "own.yaml"])
+    assert calls[0][-1] == f"--trainer.accelerator={given}"
+    assert calls[1] == ["run", *device]
+
+
+@pytest.mark.parametrize("out", ["photos", "photos/runs", "photos/red/runs", "linked"])
+def test_results_among_the_classes_are_refused(out, photos, capsys):
+    Path("linked").symlink_to("photos")
+    words = f"={out} lies among the class folders of photos; give a folder elsewhere"
+    fails(train_on("photos", f"--out={out}"), f"--out{words}", capsys)
+    fit = ["fit", "--data=ImageFolder", "--data.root=photos", *TINY[1:], "--model.backbone=vit_tiny_patch16_224"]
+    fails([*fit, f"--trainer.default_root_dir={out}"], f"trainer.default_root_dir{words}", capsys)
+    assert {path.name for path in photos.iterdir()} == {"blue", "red"}
+    assert not (photos / "red" / "runs").exists()
+
+
+def test_results_beside_the_classes_are_allowed(photos, tmp_path):
+    data = ImageFolder("photos")
+    for out in ("photos/.runs", "photos2", "runs"):
+        train_checks.require_outside(data, Path(out), "--out")
+    photos.rename("train")
+    (tmp_path / "photos").mkdir()
+    Path("train").rename("photos/train")
+    train_checks.require_outside(ImageFolder("photos"), Path("photos/runs"), "--out")
+    with pytest.raises(Mistake, match="class folders of photos/train"):
+        train_checks.require_outside(ImageFolder("photos"), Path("photos/train/runs"), "--out")
+
+
+def test_layout_of_the_current_folder_has_a_name(photos, monkeypatch, capsys):
+    monkeypatch.chdir(photos / "red")
+    fails(["train", "."], "expected train/CLASS/image.png or red/CLASS/image.png", capsys)
 
 
 def test_chosen_settings_stay_when_repeated(photos, monkeypatch, capsys):
@@ -255,6 +318,7 @@ MISTAKES = [
     (["photos", "--cost=2"], "goal.cost"),
     (["photos", "--cost=half"], "goal.cost: expected a number, not 'half'"),
     (["photos", "--goal.cost=0.5", "--goal.risk=0.1"], "are 2 goals"),
+    (["photos", "--goal.reference=no.ckpt"], "goal.reference=no.ckpt does not exist; give a checkpoint or a bundle"),
     (["photos", "--goal.metric=f1"], "goal.metric=f1 must be accuracy or balanced_accuracy"),
     (["photos", "--goal.speed=2"], "there is no goal 'speed'; choose from cost"),
     (["photos", "--data.val_fraction=0"], "photos has 0 images to choose exits on; val_fraction above 0"),

@@ -21,7 +21,9 @@ import yaml
 from commands import TINY, refused
 
 from dynadapter.cli import main
-from dynadapter.cli.resume import apply_settings
+from dynadapter.cli.layers import run_root
+from dynadapter.cli.report import find_run
+from dynadapter.cli.resume import apply_settings, earlier_run
 from dynadapter.cli.runs import Metrics, read_lines
 from dynadapter.training.module import ExitClassifier
 
@@ -353,6 +355,9 @@ def finished(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["--resume", "{R}/version_7"], ("version_7 does not exist", "such as {R}/version_0")),
         (["--resume", "{R}"], ("is not the folder of a run, such as {R}/version_0",)),
         (["--resume={R}/version_0/config.yaml"], ("is not a folder",)),
+        (["--resume", "{R}/version_0", "-c", "{R}/version_0/config.yaml"], ("is finished",)),
+        (["--resume", "{R}/version_0", "--epochs=2", "--init_from", "no.ckpt"], ("init_from starts a training",)),
+        (["-c", TINY, "--ckpt_path={R}/version_0/checkpoints/last.ckpt", "--init_from=x"], ("leave one of them out",)),
         (["--resume", "{R}/version_0/checkpoints"], ("holds no config.yaml", "killed before it began")),
         (["--resume", "{R}/version_0"], ("is finished", "--trainer.max_epochs NUMBER")),
         (["--resume"], ("--resume needs a folder",)),
@@ -372,13 +377,47 @@ def test_resume_with_invalid_arguments(args, names, finished, capsys):
     assert {path.name for path in root.iterdir()} == {"version_0", "resume.yaml"}
 
 
-def test_resume_with_changed_settings(finished, tmp_path):
+def test_resume_with_changed_settings(finished, tmp_path, capsys):
     main(["fit", "--resume", str(finished), "--trainer.max_epochs=2", f"--trainer.default_root_dir={tmp_path}"])
     run = tmp_path / "version_0"
     assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 4
     assert [line["step"] for line in lines(run / "metrics.csv")] == ["0", "1", "1", "2", "3", "3"]
     record = json.loads((run / "run.json").read_text())
     assert record["resumed_from"] == str((finished / "checkpoints" / "last.ckpt").resolve())
+    assert yaml.safe_load((run / "config.yaml").read_text())["ckpt_path"] is None
+    assert "test needs a checkpoint" in refused(["test", "-c", run / "config.yaml"], capsys)
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")  # that of the resumed run
+def test_own_folders_and_loggers_resume(at, tmp_path, monkeypatch, capsys):
+    """The printed command works in every folder, and no other training saves between the checkpoints."""
+    for name in ("here", "elsewhere"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    own = [*EPOCHS, "--checkpoint.dirpath=saved", "--trainer.logger=CSVLogger", "--trainer.logger.save_dir=logs"]
+    at(5, killed)
+    with pytest.raises(Killed):
+        fit(tmp_path, *own)
+    run, saved = tmp_path / "version_0", tmp_path / "here" / "saved"
+    command = f"fit --resume {run} --config {run / 'config.yaml'}"
+    assert f"results in {run}; if it is interrupted: dynadapter {command}\n" in capsys.readouterr().out
+    assert find_run(str(run)).checkpoint == saved / "last.ckpt"
+    error = refused(["fit", "-c", TINY, f"--trainer.default_root_dir={tmp_path}", *own], capsys)
+    assert f"dirpath={saved} holds last.ckpt of another training; give another folder" in error
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert "add -c" in refused(["fit", "--resume", run], capsys)
+    main(command.split())
+    assert torch.load(saved / "last.ckpt", weights_only=True)["global_step"] == 12
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["elsewhere", "here", "version_0", "version_1"]
+
+
+@pytest.mark.parametrize("place", ["last.ckpt", "../checkpoints/last.ckpt"])
+def test_checkpoint_of_the_current_folder(place, finished, monkeypatch):
+    monkeypatch.chdir(finished / "checkpoints")
+    assert earlier_run(Path(place)).lines == earlier_run(finished / "checkpoints" / "last.ckpt").lines != []
+    assert run_root(Path(place)) == finished.parent
+    assert find_run(place).folder == finished
 
 
 def test_config_file_beats_the_resumed_run(finished, tmp_path):

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
+import yaml
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -30,6 +31,7 @@ from dynadapter.cli.layers import (
     inline,
     overridden,
     switched_off,
+    with_folders,
     with_fresh_classes,
     without_training,
 )
@@ -39,7 +41,8 @@ from dynadapter.cli.resume import Continue, Earlier, Resumed, earlier_run, expan
 from dynadapter.cli.runs import RUN_FOLDERS, SaveConfig, create_run_folder, loggers, place_checkpoints, remove_if_empty
 from dynadapter.cli.safety import check_config, check_run
 from dynadapter.cli.signals import StopOnSignal
-from dynadapter.cli.strategies import require_known, require_own_processes
+from dynadapter.cli.strategies import require_known, require_own_folders, require_own_processes
+from dynadapter.cli.train_checks import require_outside
 from dynadapter.cost import cost_table, exit_costs, exit_parameters
 from dynadapter.data import ImageData
 from dynadapter.printing import print_tables
@@ -83,7 +86,7 @@ class DynCLI(LightningCLI):
             )
             self.run()
         except BaseException:
-            if self.run_folder is not None:
+            if self.run_folder is not None and not self._has_saved():  # checkpoints may lie in another folder
                 remove_if_empty(self.run_folder)
             raise
 
@@ -139,7 +142,7 @@ class DynCLI(LightningCLI):
                 self.stored = stored_policies(path)
                 below["early_exit"] = {"policies": [plain(policy) for policy in self.stored.policies]}
             if self.command == "fit":
-                self.before = earlier_run(Path(path), log)
+                self.before = earlier_run(Path(path), log, rest)
             contents |= {inline(below): below}
             layers = [f"--config={inline(below)}", *layers]
         if off:
@@ -207,6 +210,7 @@ class DynCLI(LightningCLI):
             self.save_config_callback = None
             named = config["logger"] if kind is not None and config["logger"] is not True else None
             return super().instantiate_trainer(**kwargs, logger=named or False)  # Lightning's default is TensorBoard
+        require_outside(self.datamodule, Path(config["default_root_dir"]), "trainer.default_root_dir")
         self.run_folder = create_run_folder(Path(config["default_root_dir"]), kind)
         if config["logger"] in (None, True):
             kwargs["logger"] = loggers(self.run_folder, self.before.lines if self.before is not None else [])
@@ -220,6 +224,7 @@ class DynCLI(LightningCLI):
         callbacks = [callback for callback in callbacks if type(callback) not in dropped]
         for callback in callbacks:
             if isinstance(callback, ModelCheckpoint):
+                self.config.checkpoint.dirpath = callback.dirpath  # absolute: a resume may start in another folder
                 place_checkpoints(callback, self.run_folder)
         callbacks.append(self.stopper)
         if self.command == "fit":
@@ -233,6 +238,8 @@ class DynCLI(LightningCLI):
             callbacks.append(self.record)
         trainer = super()._instantiate_trainer(config, callbacks)
         require_own_processes(trainer)
+        if self.command == "fit":
+            require_own_folders(trainer, self.before)
         return trainer
 
     def _unused_callbacks(self, config: dict[str, Any]) -> set[type[Callback]]:
@@ -268,7 +275,7 @@ class DynCLI(LightningCLI):
             kinds = Mistake | ValueError | OSError
             if not isinstance(error, kinds) and self.trainer._checkpoint_connector._loaded_checkpoint:
                 error = Mistake(
-                    f"{self.config.ckpt_path} cannot be restored ({type(error).__name__}: {one_line(error)}); {ADVICE}"
+                    f"{self.trainer.ckpt_path} cannot be restored ({type(error).__name__}: {one_line(error)}); {ADVICE}"
                 )
             self._end_record("failed", describe(error)[0])
             raise error
@@ -289,7 +296,8 @@ class DynCLI(LightningCLI):
                 self.datamodule.further_tests()
             if config.init_from is not None and config.ckpt_path is None:  # a resumed training has all of it
                 self._start_from(config.init_from)
-            trainer.fit(**parts, ckpt_path=config.ckpt_path)
+            path, config.ckpt_path = config.ckpt_path, None  # else the config of the run would name an older checkpoint
+            trainer.fit(**parts, ckpt_path=path)
             self.after_fit()
         elif self.command == "flops":
             self._print_costs(config.merged)
@@ -341,20 +349,26 @@ class DynCLI(LightningCLI):
         if self.record is not None:
             self.record.end(self.trainer, how, message)
 
+    def _has_saved(self) -> bool:
+        saver = self.trainer.checkpoint_callback if hasattr(self, "trainer") else None
+        try:
+            return isinstance(saver, ModelCheckpoint) and bool(saver.dirpath and newest(Path(saver.dirpath)))
+        except ValueError:  # none of them can be read
+            return False
+
     def _how_to_continue(self) -> str:
         if self.command != "fit" or self.run_folder is None:
             return ""
-        saver = self.trainer.checkpoint_callback
-        try:
-            saved = isinstance(saver, ModelCheckpoint) and saver.dirpath and newest(Path(saver.dirpath))
-        except ValueError:  # none of them can be read
-            saved = None
-        if saved:
-            return f"; continue with: {resume_command(self.run_folder)}"
+        if self._has_saved():
+            return f"; continue with: {self._resume_command()}"
         if self.before is None:
             return " before anything was saved; start again"
         again = shlex.join(["dynadapter", *self.args, *imports.given()])  # the new folder is removed if it is empty
         return f" before anything new was saved; continue with: {again}"
+
+    def _resume_command(self) -> str:
+        assert self.run_folder is not None
+        return resume_command(self.run_folder, yaml.safe_load(self.parser.dump(self.config, skip_none=False)))
 
     @rank_zero_only
     def _print_summary(self) -> None:
@@ -372,12 +386,12 @@ class DynCLI(LightningCLI):
         if self.before is not None:
             print(f"continuing after step {self.before.step:,}, from {self.before.checkpoint}")
         if self.run_folder is not None:
-            how = f"; if it is interrupted: {resume_command(self.run_folder)}" if self.command == "fit" else ""
+            how = f"; if it is interrupted: {self._resume_command()}" if self.command == "fit" else ""
             print(f"results in {self.run_folder}{how}", flush=True)
 
 
 def _needs_config(path: str) -> str:
-    run = Path(path).parent.parent
+    run = with_folders(Path(path)).parent.parent
     there = (run / "config.yaml").is_file()
     way = f"--resume {shlex.quote(str(run))} instead" if there else "--config with the config.yaml of that run, too"
     return f"a checkpoint holds the settings of model and data only, and fit needs those of the whole run; give {way}"

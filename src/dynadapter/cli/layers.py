@@ -303,8 +303,20 @@ def run_root(checkpoint: Path) -> Path | None:
     >>> run_root(Path("runs/digits/version_3/checkpoints/last.ckpt")).as_posix()
     'runs/digits'
     """
-    folder = checkpoint.parent
+    folder = with_folders(checkpoint).parent
     return folder.parent.parent if folder.name == "checkpoints" and folder.parent.name.startswith("version_") else None
+
+
+def with_folders(checkpoint: Path) -> Path:
+    """Return a path that names the folder of the run, as that of ``last.ckpt`` in the current folder does not.
+
+    >>> with_folders(Path("version_3/checkpoints/last.ckpt")).as_posix()
+    'version_3/checkpoints/last.ckpt'
+    >>> with_folders(Path("last.ckpt")).parent == Path.cwd()
+    True
+    """
+    named = len(checkpoint.parts) > 2 and ".." not in checkpoint.parts
+    return checkpoint if named else Path(os.path.abspath(checkpoint))
 
 
 def _newest(path: str) -> str:

@@ -14,6 +14,7 @@ def policy_from(place: str) -> Calibration:
         place: A folder that calibrate wrote, its ``calibration.json``, a bundle (also ``hf-hub:``), a calibrated
             checkpoint, or the run of one.
     """
+    from dynadapter.cli.resume import checkpoint_folder
     from dynadapter.serve.bundle.hub import HUB, local
 
     path = Path(os.path.expanduser(place))
@@ -22,7 +23,8 @@ def policy_from(place: str) -> Calibration:
             return _of_bundle(local(place))
         if (path / "config.json").is_file():
             return _of_bundle(path)
-        runs = sorted(path.glob(f"checkpoints/*.{RESULT}"), key=lambda file: file.stat().st_mtime)
+        saved = checkpoint_folder(path) if (path / "config.yaml").is_file() else path / "checkpoints"
+        runs = sorted(saved.glob(f"*.{RESULT}"), key=lambda file: file.stat().st_mtime)
         for file in (path / RESULT, calibration_path(path) if path.suffix == ".ckpt" else path, *runs[-1:]):
             if file.is_file():
                 return read_calibration(file)

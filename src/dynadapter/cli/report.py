@@ -22,6 +22,7 @@ PAGE = "report.html"
 MARK = b"<title>dynadapter: "
 """Every page has it; another file is not replaced."""
 CHECKPOINTS = ("best.ckpt", "last.ckpt", "weights.ckpt")
+"""The checkpoints that are measured first."""
 OPTIONS: Options = {
     "split": (Literal["val", "test"], "val", "The images that are measured."),
     "out": (str | None, None, "Folder of the page and the figures, by default RUN/report; for several runs the page."),
@@ -79,7 +80,10 @@ def find_run(place: str) -> Given:
     """Return the run at a place: its folder, or a checkpoint in it."""
     path = Path(os.path.expanduser(place))
     if path.is_file() and path.suffix == ".ckpt":
-        return Given(path.parent.parent if path.parent.name == "checkpoints" else path.parent, path)
+        from dynadapter.cli.layers import with_folders
+
+        folder = with_folders(path).parent
+        return Given(folder.parent if folder.name == "checkpoints" else folder, path)
     if not path.is_dir():
         way = nearest_place(place) or "; give the folder of a run, such as runs/quickstart/version_0"
         raise Mistake(f"{place} does not exist{way}")
@@ -87,13 +91,25 @@ def find_run(place: str) -> Given:
         inside = sorted(one.name for one in path.glob("version_*") if one.is_dir())
         hint = f", such as {path / inside[-1]}" if inside else ""
         raise Mistake(f"{place} is not the folder of a run; give one that fit wrote{hint}")
-    saved = [path / "checkpoints" / name for name in CHECKPOINTS]
-    return Given(path, _calibrated(path) or next((file for file in saved if file.is_file()), None))
+    saved = _saved(path)
+    return Given(path, _calibrated(saved) or next(iter(saved), None))
 
 
-def _calibrated(run: Path) -> Path | None:
-    """Return the checkpoint of a run that was calibrated last; None if none was, or it has changed since."""
-    saved = {file: file.with_suffix(".calibration.json") for file in run.glob("checkpoints/*.ckpt")}
+def _saved(run: Path) -> list[Path]:
+    """Return the checkpoints of a run, in the order in which they are measured: the usual ones, then the newest."""
+    from dynadapter.cli.resume import checkpoint_folder
+
+    folder = run / "checkpoints"
+    with contextlib.suppress(Mistake, OSError):  # a damaged config, or none
+        folder = checkpoint_folder(run)
+    files = [file for file in folder.glob("*.ckpt") if file.is_file()]
+    files.sort(key=lambda file: file.stat().st_mtime, reverse=True)
+    return sorted(files, key=lambda file: (*CHECKPOINTS, file.name).index(file.name))
+
+
+def _calibrated(checkpoints: Sequence[Path]) -> Path | None:
+    """Return the checkpoint that was calibrated last; None if none was, or it has changed since."""
+    saved = {file: file.with_suffix(".calibration.json") for file in checkpoints}
     written = {file: result.stat().st_mtime for file, result in saved.items() if result.is_file()}
     if not written:
         return None

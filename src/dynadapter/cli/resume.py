@@ -17,7 +17,9 @@ from lightning.pytorch.utilities import rank_zero_only
 from dynadapter.cli import imports
 from dynadapter.cli.configs import take
 from dynadapter.cli.errors import Mistake, mistakes
+from dynadapter.cli.layers import OFF, assignments, with_folders
 from dynadapter.cli.runs import Metrics, is_first_process, read_lines
+from dynadapter.cli.safety import check_run
 from dynadapter.files import Busy, locked, write
 from dynadapter.limits import read_json, read_yaml
 from dynadapter.training.checkpoints import newest, read
@@ -59,9 +61,16 @@ class ToResume(NamedTuple):
     log: Path
 
 
-def resume_command(run: Path) -> str:
-    """Return the command line that continues a run."""
-    return shlex.join(["dynadapter", "fit", "--resume", str(run), *imports.given()])
+def resume_command(run: Path, settings: Mapping[str, Any]) -> str:
+    """Return the command line that continues a run; it names the run's config if the settings need trust."""
+    config = run / "config.yaml"
+    try:
+        check_run(config, settings, (), ())
+    except Mistake:
+        trusted = ["--config", str(config)]
+    else:
+        trusted = []
+    return shlex.join(["dynadapter", "fit", "--resume", str(run), *trusted, *imports.given()])
 
 
 class Resumed(NamedTuple):
@@ -90,8 +99,9 @@ def expand_resume(files: list[str], rest: list[str]) -> Resumed:
         raise Mistake("--resume names the run and its checkpoint; give it once, and no --ckpt_path")
     if not (folder := os.path.expanduser(folders[0])):
         raise Mistake(needs)
-    found = to_resume(folder, nothing_new=not files and not left)
     run = Path(folder)
+    own = os.path.realpath(run / "config.yaml")  # given to trust it
+    found = to_resume(folder, nothing_new=not left and all(os.path.realpath(file) == own for file in files))
     root = (run if run.name not in ("", "..") else run.resolve()).parent
     layer: dict[str, Any] = {"trainer": {"default_root_dir": str(root)}}
     data = read_yaml(found.config).get("data")
@@ -116,14 +126,14 @@ def to_resume(folder: str, nothing_new: bool) -> ToResume:
         runs = _newest_run(run)
         why = "is not the folder of a run" if runs else "holds no config.yaml: the run was killed before it began"
         raise Mistake(f"--resume {folder} {why}{runs or '; start again'}")
-    _require_ended(run, _checkpoint_folder(run, config))
+    _require_ended(run, checkpoint_folder(run))
     record = read_record(run)
     if nothing_new and record.get("how") == "finished":
         raise Mistake(f"{run} is finished, nothing is left to do; to train longer, add --trainer.max_epochs NUMBER")
     again = shlex.join(["dynadapter", "fit", "--config", str(config)])
     before = record.get("resumed_from")
     try:
-        if found := newest(_checkpoint_folder(run, config)):
+        if found := newest(checkpoint_folder(run)):
             for path in found.damaged:
                 _print_once(f"{path} is damaged and left out")
             return ToResume(config, found.path, run)
@@ -137,10 +147,11 @@ def to_resume(folder: str, nothing_new: bool) -> ToResume:
     return ToResume(config, Path(before), Path(before).parent.parent)
 
 
-def _checkpoint_folder(run: Path, config: Path) -> Path:
+def checkpoint_folder(run: Path) -> Path:
+    """Return the folder of a run's checkpoints."""
     try:
         with mistakes():
-            given = read_yaml(config)["checkpoint"]["dirpath"]
+            given = read_yaml(run / "config.yaml")["checkpoint"]["dirpath"]
     except (KeyError, TypeError):
         given = None
     return Path(given) if isinstance(given, str) and given else run / "checkpoints"
@@ -168,21 +179,25 @@ def _print_once(line: str) -> None:
     print(line, flush=True)
 
 
-def earlier_run(path: Path, log: Path | None = None) -> Earlier:
+def earlier_run(path: Path, log: Path | None = None, given: Sequence[str] = ()) -> Earlier:
     """Read the parts of the earlier run that a resumed training needs.
 
     Args:
         path: The checkpoint.
         log: The folder with the ``metrics.csv``; None if the checkpoint is in its run folder.
+        given: The command line. An ``init_from`` on it is refused; one in the config of the run has had its effect.
     """
-    _require_ended(path.parent.parent, path.parent)
+    if dict(assignments(given)).get("init_from", "null") not in OFF:
+        raise Mistake(f"init_from starts a training, and this one continues from {path}; leave one of them out")
+    run = with_folders(path).parent.parent
+    _require_ended(run, path.parent)
     checkpoint = read(path)
     if "optimizer_states" not in checkpoint:
         raise Mistake(f"{path} holds only the trained part, without the optimiser's state; give last.ckpt to continue")
     with mistakes(f"{path}: "):
         require_entries(checkpoint, TRAINING)
     step = checkpoint["global_step"]
-    file = (log or path.parent.parent) / "metrics.csv"
+    file = (log or run) / "metrics.csv"
     lines = read_lines(file) if file.is_file() else []
     lines = [line for line in lines if float(line.get("step", "inf")) < step]
     line = checkpoint.get(LINE, {})

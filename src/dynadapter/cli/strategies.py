@@ -1,15 +1,19 @@
-"""Values of ``--trainer.strategy``: FSDP2, and checks of strategies that would fail silently."""
+"""Values of ``--trainer.strategy``: FSDP2, and checks of trainers that would fail silently."""
 
+import os
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.accelerators import CPUAccelerator
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, StrategyRegistry
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
 from dynadapter.cli.cores import usable_cores
 from dynadapter.cli.errors import Mistake
+from dynadapter.cli.resume import Earlier
 
 
 class FSDP2(ModelParallelStrategy):
@@ -84,3 +88,19 @@ def require_own_processes(trainer: Trainer) -> None:
             f"trainer.devices={trainer.num_devices} would start as many processes on {cores} CPU core(s); "
             f"give at most {most}"
         )
+
+
+def require_own_folders(trainer: Trainer, before: Earlier | None) -> None:
+    """Refuse a folder with the checkpoints of another training: the two would overwrite and continue each other's.
+
+    Args:
+        trainer: The trainer of ``fit``.
+        before: The run that it continues, whose folder may be the same.
+    """
+    for saver in trainer.checkpoint_callbacks:
+        if not isinstance(saver, ModelCheckpoint) or saver.dirpath is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            continue
+        there = sorted(Path(saver.dirpath).glob(f"*{saver.FILE_EXTENSION}"))
+        own = before is not None and os.path.realpath(saver.dirpath) == os.path.realpath(before.checkpoint.parent)
+        if there and not own:
+            raise Mistake(f"dirpath={saver.dirpath} holds {there[0].name} of another training; give another folder")

@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING, Any
 from dynadapter.cli import imports
 from dynadapter.cli.configs import config_files, read_config, require_no_file
 from dynadapter.cli.errors import Mistake, Stopped, mistakes, nearest, nearest_place
-from dynadapter.cli.train_checks import Layers, mappings, require_checkpoints, require_steps, require_trained, values_of
+from dynadapter.cli.train_checks import (
+    Layers,
+    mappings,
+    require_checkpoints,
+    require_outside,
+    require_steps,
+    require_trained,
+    values_of,
+)
 
 if TYPE_CHECKING:  # Lightning takes seconds to import
     from dynadapter.data import ImageData
@@ -133,6 +141,10 @@ def _check_goal(goal: Sequence[str]) -> None:
             raise Mistake(f"goal.{key}: expected a number, not {value!r:.40}") from error
     with mistakes():
         Goal(**given)
+    if (place := given.get("reference")) and not Path(os.path.expanduser(place)).exists():
+        raise Mistake(
+            f"goal.reference={place} does not exist{nearest_place(place) or '; give a checkpoint or a bundle'}"
+        )
 
 
 def train(wanted: Wanted) -> None:
@@ -156,9 +168,11 @@ def train(wanted: Wanted) -> None:
     if checkpoint is None:
         raise Mistake(f"the training in {run_folder} saved no checkpoint; give another --out, and let it save some")
     require_trained(checkpoint)
+    where = values_of("trainer.accelerator", *_layers(wanted.settings)[1:])[-1:]
     if not bundle.exists():
-        DynCLI(["calibrate", f"--ckpt_path={checkpoint}", *wanted.goal, f"--bundle={bundle}"])
-    report.run([str(run_folder)])
+        on = [f"--trainer.accelerator={name}" for name in where]
+        DynCLI(["calibrate", f"--ckpt_path={checkpoint}", *wanted.goal, f"--bundle={bundle}", *on])
+    report.run([str(run_folder), *(["--device=cpu"] if where == ["cpu"] else [])])
     print(f"\nthe network is in {bundle}; {_next(bundle, wanted)}")
 
 
@@ -200,19 +214,33 @@ def _trained(wanted: Wanted, arguments: list[str]) -> Path:
         print(f"the training in {useful[-1]} is finished")
         return useful[-1]
     try:
-        cli = DynCLI(["fit", "--resume", str(useful[-1])] if useful else arguments)
+        cli = DynCLI([*arguments, *(_continuing(useful[-1]) if useful else [])])
     except Stopped as stop:
         raise Stopped(f"{str(stop).partition(';')[0]}; continue with: {wanted.line}", stop.code) from stop
     assert cli.run_folder is not None
     return cli.run_folder
 
 
+def _continuing(run: Path) -> list[str]:
+    """Return the arguments that continue a run. The other settings are the user's own, which need no trust."""
+    from dynadapter.cli.resume import to_resume
+
+    return [f"--ckpt_path={to_resume(str(run), nothing_new=False).checkpoint}", "--init_from=null"]
+
+
 def _begun(out: Path) -> list[str]:
     """Return the newest command line that began a training in a folder; empty without one."""
     from dynadapter.cli.resume import read_record
 
+    def continues(line: Sequence[str]) -> bool:
+        given = [arg.partition("=") for arg in line]
+        return any(
+            name == "--resume" or (name == "--ckpt_path" and Path(value).is_relative_to(out))
+            for name, _, value in given
+        )
+
     lines = [shlex.split(str(read_record(run).get("command_line", ""))) for run in _runs(out)]
-    return next((line for line in reversed(lines) if line and "--resume" not in line), [])
+    return next((line for line in reversed(lines) if line and not continues(line)), [])
 
 
 def _chosen_before(out: Path) -> dict[str, str]:
@@ -231,17 +259,14 @@ def _chosen_before(out: Path) -> dict[str, str]:
 
 def _fit_arguments(wanted: Wanted) -> list[str]:
     """Return the arguments of fit, including those that depend on the images and the machine."""
-    from dynadapter.cli.arguments import SECTIONS
-
-    files, rest = config_files(wanted.settings)
-    contents = [read_config(file, SECTIONS) for file in files]
-    layers = [*contents, mappings(rest)]
+    files, layers, rest = _layers(wanted.settings)
     require_checkpoints(layers, rest)
     require_steps(layers, rest)
     names_backbone = _names_backbone(layers, rest)
     place = ["--data=ImageTable", f"--data.file={wanted.place}"] if wanted.place.is_file() else []
     place = place or [f"--data.root={wanted.place}"]
-    data = _data([file for file, one in zip(files, contents, strict=True) if one.get("data")], [*place, *rest])
+    data = _data([file for file, one in zip(files, layers, strict=False) if one.get("data")], [*place, *rest])
+    require_outside(data, wanted.out, "--out")
     train, held_out = len(data.used("train")), len(data.samples("val"))
     if held_out < 2:
         raise Mistake(
@@ -261,6 +286,14 @@ def _fit_arguments(wanted: Wanted) -> list[str]:
     root = f"--trainer.default_root_dir={wanted.out}"
     configs = [f"--config={file}" for file in ("own_images", *files)]
     return ["fit", *configs, *chosen, *place, root, *_devices(layers, rest), *rest]
+
+
+def _layers(settings: Sequence[str]) -> tuple[list[str], Layers, list[str]]:
+    """Return the config files of the user, what they and the sections of the command line hold, and its arguments."""
+    from dynadapter.cli.arguments import SECTIONS
+
+    files, rest = config_files(settings)
+    return files, [*(read_config(file, SECTIONS) for file in files), mappings(rest)], rest
 
 
 def _names_backbone(contents: Layers, line: Sequence[str]) -> bool:

@@ -1,14 +1,18 @@
 """What ``dynadapter train`` refuses before it trains, and the settings that it reads for that."""
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from dynadapter.cli.errors import Mistake
+
+if TYPE_CHECKING:  # Lightning takes seconds to import
+    from dynadapter.data import ImageData
 
 Layers = Sequence[Mapping[str, Any]]
 """What the config files hold, then the sections that the command line gives as a whole."""
@@ -73,6 +77,25 @@ def _switch(key: str, layers: Layers, line: Sequence[str]) -> Any:
     with suppress(yaml.YAMLError, ValueError):  # the parser explains it
         return None if value == "None" else yaml.safe_load(value)
     return None
+
+
+def require_outside(data: "ImageData", out: Path, setting: str) -> None:
+    """Refuse results among the class folders, where they would be another class.
+
+    Args:
+        data: The images.
+        out: The folder of the results.
+        setting: The setting that names it.
+
+    Raises:
+        Mistake: It lies in a folder that holds class folders, and not in a hidden one.
+    """
+    from dynadapter.data import ImageFolder
+
+    for folder in data.class_folders if isinstance(data, ImageFolder) else ():
+        place, root = Path(os.path.realpath(out)), Path(os.path.realpath(folder))
+        if place == root or (place.is_relative_to(root) and not place.relative_to(root).parts[0].startswith(".")):
+            raise Mistake(f"{setting}={out} lies among the class folders of {folder}; give a folder elsewhere")
 
 
 def require_steps(layers: Layers, line: Sequence[str]) -> None:

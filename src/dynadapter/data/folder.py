@@ -65,6 +65,11 @@ class ImageFolder(HeldOutData):
         """The folder of all images."""
         return self.root
 
+    @property
+    def class_folders(self) -> list[Path]:
+        """The folders that hold the class folders."""
+        return list(self._folders.values())
+
     def samples(self, split: Split) -> list[Sample]:
         if split == "test" and self._whole:
             return [sample for part in self._folders for sample in self._list_samples(part)]
@@ -96,7 +101,7 @@ class ImageFolder(HeldOutData):
         folder = self._folder(split)
         if not folder.is_dir():
             there = _join(_subfolders(self.root)) or "no folder"
-            flat, bare = f" or {self.root.name}/CLASS/image.png" if not self._folders else "", ""
+            flat, bare = f" or {self.root.resolve().name}/CLASS/image.png" if not self._folders else "", ""
             if flat and len(empty := _without_images(self.root)) < len(_subfolders(self.root)):
                 bare = f"; no image directly in: {_join(empty)}" if empty else ""
             raise MissingSplit(
