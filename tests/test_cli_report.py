@@ -217,6 +217,14 @@ def test_page_is_whole_and_alone(run, capsys):
     main(["report", str(run / "checkpoints" / "last.ckpt")])  # again, by its checkpoint
 
 
+def with_dirpath(run: Path) -> Path:
+    """Turn a run into one with ``checkpoint.dirpath``; return that folder."""
+    folder = (run / "checkpoints").rename(run.parent / "own")
+    config = run / "config.yaml"
+    config.write_text(config.read_text().replace("dirpath: null", f"dirpath: {folder}"))
+    return folder
+
+
 def test_calibrated_checkpoint_is_measured(run):
     """The checkpoint whose policy ``--policy_from RUN`` takes: of several the last, of a changed one none."""
     saved = run / "checkpoints"
@@ -239,6 +247,9 @@ def test_calibrated_checkpoint_is_measured(run):
         assert result(measured).endswith(
             "These images may have chosen the policy; calibrate gives a cross-fitted accuracy."
         )
+    saved = with_dirpath(run)
+    assert find_run(str(run)).checkpoint == saved / "weights.ckpt"
+    assert policy_from(str(run)).policy == measured.policy
     shutil.copyfile(saved / "last.ckpt", saved / "weights.ckpt")
     assert find_run(str(run)).checkpoint == saved / "last.ckpt"
     for file in saved.glob("*.calibration.json"):
@@ -254,10 +265,9 @@ def test_checkpoint_of_any_name_is_measured(run):
         os.utime(saved / f"epoch={epoch}.ckpt", (epoch, epoch))
     (saved / "last.ckpt").unlink()
     assert find_run(str(run)).checkpoint == saved / "epoch=1.ckpt"
-    config = run / "config.yaml"
-    config.write_text(config.read_text().replace("dirpath: null", f"dirpath: {saved.rename(run / 'own')}"))
-    assert find_run(str(run)).checkpoint == run / "own" / "epoch=1.ckpt"
-    config.write_text("{")
+    saved = with_dirpath(run)
+    assert find_run(str(run)).checkpoint == saved / "epoch=1.ckpt"
+    (run / "config.yaml").write_text("{")
     assert find_run(str(run)).checkpoint is None
 
 
