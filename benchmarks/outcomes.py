@@ -16,6 +16,8 @@ from dynadapter.sweep.goals import goals_of
 from dynadapter.sweep.plan import FINAL, SEARCH
 
 Line = dict[str, Any]
+PROTOCOL = Path(__file__).parent / "transfer.yaml"
+"""The recipes of every reading."""
 
 
 class Missing(Exception):
@@ -130,11 +132,14 @@ class Outcomes:
             "seeds": (seeds.get(adapter) if isinstance(seeds, dict) else seeds, planned_seeds[adapter]),
             "epochs": ([self.sweep.get("settings", {}).get("trainer", {}).get("max_epochs")], [margins.EPOCHS]),
         }
-        return "; ".join(
+        words = [
             f"{name} {', '.join(f'{one}' for one in found or ())} instead of {', '.join(f'{one:g}' for one in planned)}"
             for name, (found, planned) in several.items()
             if list(found or ()) != list(planned)
-        )
+        ]
+        planned, own = yaml.safe_load(PROTOCOL.read_text(encoding="utf-8"))["recipes"], self.sweep.get("recipes", {})
+        words += [f"another recipe {name}" for name in planned if own.get(name, planned[name]) != planned[name]]
+        return "; ".join(words)
 
     def group(self, name: str) -> tuple[str, ...]:
         """Return the tasks of a group.

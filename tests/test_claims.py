@@ -19,13 +19,7 @@ IMAGES = 400
 COSTS = {4: [25.0, 50.0, 75.0, 100.0], 1: [100.0]}
 SWEEP: dict[str, Any] = {
     "tasks": {"leaves": "Natural", "cell_division": "Specialized", "chart_trend": None, "stacked_sheets": None},
-    "recipes": {
-        "static": [],
-        "static, tokens merged": {"layers": [], "scale_from": "static"},
-        **{f"static, cut at {k}": {"layers": [], "scale_from": "static", "seeds": [0]} for k in (3, 6, 9)},
-        "dynamic": [],
-        "dynamic, tokens merged": {"layers": [], "adapters": ["lora"]},
-    },
+    "recipes": yaml.safe_load((BENCHMARKS / "transfer.yaml").read_text())["recipes"],
     "adapters": ["lora"],
     "seeds": {"lora": [0, 1, 2]},
     "scales": [10.0, 30.0, 100.0],
@@ -265,6 +259,10 @@ def test_missing_task_leaves_claims_open(programs, tmp_path):
         ({"scales": [10.0, 30.0]}, "scales 10.0, 30.0 instead of 10, 30, 100"),
         ({"seeds": {"lora": [0, 1]}}, "seeds 0, 1 instead of 0, 1, 2"),
         ({"settings": {"trainer": {"max_epochs": 10}}}, "epochs 10 instead of 24"),
+        (
+            {"recipes": SWEEP["recipes"] | {"static": {"layers": ["vtab", "static"], "seeds": [0, 1]}}},
+            "another recipe static",
+        ),
     ],
 )
 def test_other_protocol_leaves_claims_open(change, words, programs, tmp_path):
