@@ -115,7 +115,7 @@ def accuracy_section(results: Path, figures: Path) -> str:
         name = path.stem.removeprefix(f"{reading.prefix}_")
         shutil.copy(path.with_suffix(".png"), figures / f"accuracy-{path.stem}.png")
         text, picture = path.read_text(encoding="utf-8"), f"![accuracy over cost](figures/accuracy-{path.stem}.png)\n"
-        parts += [f"### Accuracy: {name}\n", f"{reading.title}.\n", text, picture]
+        parts += [f"### {reading.title}, {name}\n", text, picture]
     return "\n".join(parts)
 
 
@@ -136,15 +136,20 @@ def claims_text(results: Path) -> str:
 
 def draw_routing(lines: list[Line]) -> Figure:
     """Draw the speed-up of routing over what its GMACs promise, for every line that is not void."""
+
+    def label(line: Line) -> str:
+        memory = ", glibc keeps its memory" if line["key"].get("memory") else ""
+        return f"{line['key']['backbone']}, batch {line['key']['batch']}{memory}"
+
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes: Axes = figure.subplots()
     lines = [line for line in lines if not is_void(line["control"])]
-    names = list(dict.fromkeys(f"{line['key']['backbone']}, batch {line['key']['batch']}" for line in lines))
+    names = list(dict.fromkeys(map(label, lines)))
     for number, name in enumerate(names):
         arms = [
             got
             for line in lines
-            if f"{line['key']['backbone']}, batch {line['key']['batch']}" == name
+            if label(line) == name
             for got in line.values()
             if isinstance(got, dict) and "efficiency" in got
         ]
@@ -154,7 +159,7 @@ def draw_routing(lines: list[Line]) -> Figure:
     axes.plot([0.8, most], [0.8, most], color="grey", linewidth=1, label="as the GMACs promise")
     axes.set(xlabel="speed-up in GMACs over static", ylabel="speed-up in time over static")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
+    axes.legend(fontsize="small", loc="lower right")
     return figure
 
 
