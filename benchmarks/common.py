@@ -87,8 +87,13 @@ def interleave(
 # ---- results
 
 
+LIBRARIES = ("torch", "timm")
+"""The libraries whose version changes a time."""
+
+
 class Log:
-    """A file with one JSON line a case. A case that is in the file is not run again on the same machine.
+    """A file with one JSON line a case. A case that is in the file is not run again on the same machine with
+    the same versions of torch and timm.
 
     The ``key`` of a line names the case, with the processor, the GPU and the settings of the memory allocator. Delete
     a line to run its case again.
@@ -109,8 +114,10 @@ class Log:
         self.lines: list[Line] = [json.loads(line) for line in text.splitlines()]
 
     def find(self, key: dict[str, Any]) -> Line | None:
-        """Return the line of a case that was run on this machine, or None."""
-        return next((line for line in self.lines if line["key"] == _here() | key), None)
+        """Return the newest line of a case that was run on this machine with the same libraries, or None."""
+        own, here = _here() | key, machine()
+        found = (line for line in reversed(self.lines) if line["key"] == own)
+        return next((line for line in found if all(line["machine"][name] == here[name] for name in LIBRARIES)), None)
 
     def add(self, key: dict[str, Any], **values: Any) -> Line:
         """Append a case with the machine and the time, and return its line."""

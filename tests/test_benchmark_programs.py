@@ -59,6 +59,10 @@ def test_log_finds_only_its_own_machine(program, tmp_path, monkeypatch):
     assert [line["value"] for line in read(file)] == [1, 2]
     assert common.Log(file).find(key)["value"] == 2
     assert read(file)[1]["key"] == {"cpu": cpu_name()} | key
+    older = read(file)[1]
+    older["machine"]["torch"] = "2.0"
+    file.write_text(json.dumps(older) + "\n")
+    assert common.Log(file).find(key) is None
 
 
 def test_log_cut_short_is_refused(program, tmp_path):
