@@ -16,7 +16,7 @@ import torch
 from commands import TINY
 from conftest import raises_one_line
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint
 from saved import fitted, read, same
 from tiny import loader, make_classifier, trainer
 from torch.utils.data import DataLoader
@@ -310,6 +310,21 @@ def test_best_is_of_a_validation_within_a_step(tmp_path: Path) -> None:
     fitting.fit(make_classifier(), loader(12), loader(1))
     assert names(tmp_path) == ["last.ckpt", "step=1.ckpt"]
     assert saver.best_model_score == 0.9
+
+
+def test_validations_within_a_step_are_compared_once(tmp_path: Path) -> None:
+    saver = RunCheckpoint(
+        dirpath=tmp_path, filename="{step}", monitor="val/score", mode="max", every_n_train_steps=1, save_top_k=3
+    )
+
+    def score(trainer: Trainer, *_: Any) -> None:
+        trainer.callback_metrics["val/score"] = torch.tensor(float(trainer.global_step))
+
+    options = {"accumulate_grad_batches": 4, "val_check_interval": 1}
+    scored = LambdaCallback(on_validation_epoch_end=score)
+    fitting = trainer(scored, saver, max_epochs=1, enable_checkpointing=True, **options)
+    fitting.fit(make_classifier(), loader(12), loader(1))
+    assert names(tmp_path) == ["step=1.ckpt", "step=2.ckpt", "step=3.ckpt"]
 
 
 def test_two_callbacks_save_into_one_folder(tmp_path: Path) -> None:

@@ -245,7 +245,7 @@ def test_calibrated_checkpoint_is_measured(run):
         assert measured.policy == policy_from(str(run)).policy
         assert measured.origin.startswith("calibrated: ")
         assert result(measured).endswith(
-            "These images may have chosen the policy; calibrate gives a cross-fitted accuracy."
+            "These images may have chosen the policy: quote the cross-fitted accuracy of calibrate."
         )
     saved = with_dirpath(run)
     assert find_run(str(run)).checkpoint == saved / "weights.ckpt"
@@ -271,10 +271,14 @@ def test_checkpoint_of_any_name_is_measured(run):
     assert find_run(str(run)).checkpoint is None
 
 
-def test_test_images_are_measured_on_request(run, folder):
+def test_test_images_are_measured_on_request(run, folder, capsys):
     main(["report", str(run), "--split=test", "--out", str(run / "tested")])
     assert "10 test images" in (run / "tested" / "report.html").read_text()
     main(["report", str(run), "--data.root", str(folder / "images"), "--data.batch_size", "3"])
+    page = (run / "report" / "report.html").read_bytes()
+    error = refused(["report", run, "--split=test", "--data.root=elsewhere"], capsys)
+    assert "the network is not measured: " in error
+    assert (run / "report" / "report.html").read_bytes() == page
 
 
 def test_text_of_files_is_escaped():

@@ -215,6 +215,7 @@ def test_line_that_began_a_training():
         Path("out", f"version_{number}").mkdir(parents=True)
         Path("out", f"version_{number}", "run.json").write_text(json.dumps({"command_line": f"dynadapter {line}"}))
     assert train._begun(Path("out")) == ["dynadapter", *lines[0].split()]
+    assert train._continuing(Path("out/version_1"), ["fit"]) == ["fit", "--resume", "out/version_1"]  # keeps its epochs
 
 
 @pytest.mark.parametrize(("given", "device"), [("cpu", ["--device=cpu"]), ("auto", [])])

@@ -24,7 +24,7 @@ from dynadapter.cli import main
 from dynadapter.cli.layers import run_root
 from dynadapter.cli.report import find_run
 from dynadapter.cli.resume import apply_settings, earlier_run
-from dynadapter.cli.runs import Metrics, read_lines
+from dynadapter.cli.runs import Metrics, is_numeric, read_lines
 from dynadapter.training.module import ExitClassifier
 
 COMMAND = [sys.executable, "-m", "dynadapter.cli"]
@@ -395,9 +395,11 @@ def test_own_folders_and_loggers_resume(at, tmp_path, monkeypatch, capsys):
         (tmp_path / name).mkdir()
     monkeypatch.chdir(tmp_path / "here")
     own = [*EPOCHS, "--checkpoint.dirpath=saved", "--trainer.logger=CSVLogger", "--trainer.logger.save_dir=logs"]
+    second = ["--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.dirpath=more"]
+    second += ["--trainer.callbacks.monitor=val/acc_exit1", "--trainer.callbacks.mode=max"]
     at(5, killed)
     with pytest.raises(Killed):
-        fit(tmp_path, *own)
+        fit(tmp_path, *own, *second)
     run, saved = tmp_path / "version_0", tmp_path / "here" / "saved"
     command = f"fit --resume {run} --config {run / 'config.yaml'}"
     assert f"results in {run}; if it is interrupted: dynadapter {command}\n" in capsys.readouterr().out
@@ -503,10 +505,13 @@ def test_resume_skips_damaged_checkpoints(at, tmp_path, monkeypatch, capsys):
 
 def test_metrics_line_cut_off_by_a_kill(tmp_path):
     (tmp_path / "metrics.csv").write_text("epoch,step,train/loss\n0,0,2.5\n0,x,2.5\n0,1,\n0,2")
-    assert read_lines(tmp_path / "metrics.csv") == [
+    lines = read_lines(tmp_path / "metrics.csv")
+    assert lines == [
         {"epoch": "0", "step": "0", "train/loss": "2.5"},
+        {"epoch": "0", "step": "x", "train/loss": "2.5"},  # a word stays in the file, and no resumed training reads it
         {"epoch": "0", "step": "1"},
     ]
+    assert list(map(is_numeric, lines)) == [True, False, True]
 
 
 def test_metrics_header_written_atomically(tmp_path, monkeypatch):

@@ -163,6 +163,7 @@ EDITS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "function": (callback("LambdaCallback", setup="os.getcwd"), "class_path is 'LambdaCallback'"),
     "workers": (lambda c: c["data"]["init_args"].update(num_workers=10**6), "num_workers=1000000"),
     "workers in a text": (lambda c: c["data"]["init_args"].update(num_workers="1000000"), "num_workers='1000000'"),
+    "workers in hex": (lambda c: c["data"]["init_args"].update(num_workers="0x3e8"), "num_workers='0x3e8'"),
     "workers of a part": (
         lambda c: c["data"]["init_args"].update(splits={"train": {"size": 10**9}}),
         "size=1000000000",
@@ -209,6 +210,14 @@ def test_hostile_run_is_refused(kind, run, tmp_path, monkeypatch, capsys):
     assert words in line
     assert contents(tmp_path) == before
     assert not (tmp_path / "mark").exists()
+
+
+def test_lock_of_another_folder_stays(run, tmp_path, capsys):
+    lock = tmp_path / ".kept.lock"
+    lock.write_text("precious")
+    folder = evil_run(run, tmp_path, lambda c: c["checkpoint"].update(dirpath=str(tmp_path / "kept")))
+    refused(["fit", "--resume", folder], capsys)
+    assert lock.read_text() == "precious"
 
 
 def test_named_config_is_trusted(run, tmp_path, capsys):

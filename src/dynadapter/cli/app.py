@@ -350,6 +350,8 @@ class DynCLI(LightningCLI):
             self.record.end(self.trainer, how, message)
 
     def _has_saved(self) -> bool:
+        if self.run_folder is None or not (self.run_folder / "config.yaml").is_file():  # nothing could continue it
+            return False
         saver = self.trainer.checkpoint_callback if hasattr(self, "trainer") else None
         try:
             return isinstance(saver, ModelCheckpoint) and bool(saver.dirpath and newest(Path(saver.dirpath)))

@@ -176,16 +176,19 @@ def git_state() -> dict[str, Any] | None:
 
     Returns:
         ``{commit, dirty}``, or None if there is no repository, no commit or no git. ``dirty`` is None if the
-        repository's settings name a program that the comparison would run.
+        repository's settings name a program that the comparison would run, or if git cannot compare.
     """
     try:
         commit = _git("rev-parse", "HEAD").strip()
+    except (OSError, subprocess.SubprocessError, UnicodeDecodeError):
+        return None
+    try:
         named = _git("config", "--show-scope", "--includes", "--name-only", "--get-regexp", PROGRAMS, codes=(0, 1))
         if any(not line.startswith(("system", "global")) for line in named.splitlines()):
             return {"commit": commit, "dirty": None}
         changes = _git("status", "--porcelain", "--untracked-files=no", "--ignore-submodules=all")
-    except (OSError, subprocess.SubprocessError, UnicodeDecodeError):
-        return None
+    except (OSError, subprocess.SubprocessError, UnicodeDecodeError):  # git before 2.26 does not tell whose they are
+        return {"commit": commit, "dirty": None}
     return {"commit": commit, "dirty": bool(changes.strip())}
 
 

@@ -18,7 +18,7 @@ from dynadapter.cli import imports
 from dynadapter.cli.configs import take
 from dynadapter.cli.errors import Mistake, mistakes
 from dynadapter.cli.layers import OFF, assignments, with_folders
-from dynadapter.cli.runs import Metrics, is_first_process, read_lines
+from dynadapter.cli.runs import Metrics, is_first_process, is_numeric, read_lines
 from dynadapter.cli.safety import check_run
 from dynadapter.files import Busy, locked, write
 from dynadapter.limits import read_json, read_yaml
@@ -126,7 +126,7 @@ def to_resume(folder: str, nothing_new: bool) -> ToResume:
         runs = _newest_run(run)
         why = "is not the folder of a run" if runs else "holds no config.yaml: the run was killed before it began"
         raise Mistake(f"--resume {folder} {why}{runs or '; start again'}")
-    _require_ended(run, checkpoint_folder(run))
+    _require_ended(run, run / "checkpoints")  # not yet a folder that an untrusted config names
     record = read_record(run)
     if nothing_new and record.get("how") == "finished":
         raise Mistake(f"{run} is finished, nothing is left to do; to train longer, add --trainer.max_epochs NUMBER")
@@ -198,11 +198,11 @@ def earlier_run(path: Path, log: Path | None = None, given: Sequence[str] = ()) 
         require_entries(checkpoint, TRAINING)
     step = checkpoint["global_step"]
     file = (log or run) / "metrics.csv"
-    lines = read_lines(file) if file.is_file() else []
+    lines = list(filter(is_numeric, read_lines(file))) if file.is_file() else []
     lines = [line for line in lines if float(line.get("step", "inf")) < step]
     line = checkpoint.get(LINE, {})
     pending = {str(key): str(value) for key, value in line.items()} if isinstance(line, dict) else {}
-    if pending and pending not in lines:
+    if pending and is_numeric(pending) and pending not in lines:
         lines.append(pending)
     return Earlier(path, step, lines)
 

@@ -5,7 +5,7 @@ import io
 import os
 import shutil
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -165,7 +165,7 @@ def _csv(lines: Iterable[dict[str, Any]], keys: Sequence[str]) -> bytes:
 def read_lines(path: Path) -> list[dict[str, str]]:
     """Read the complete lines of a ``metrics.csv``, without empty cells.
 
-    An incomplete last line is left out, and so are lines with a cell that is not a number.
+    An incomplete last line is left out.
 
     Raises:
         OSError: The file cannot be read.
@@ -177,13 +177,12 @@ def read_lines(path: Path) -> list[dict[str, str]]:
         whole = [line for line in reader if "" not in line and None not in line.values()]
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{path} is damaged: {error}; repair or delete it") from error
-    lines = [{key: value for key, value in line.items() if value} for line in whole]
-    return [line for line in lines if all(map(_is_number, line.values()))]
+    return [{key: value for key, value in line.items() if value} for line in whole]
 
 
-def _is_number(cell: str) -> bool:
+def is_numeric(line: Mapping[str, str]) -> bool:
+    """Check whether all cells of a line are numbers; a foreign file may hold words."""
     try:
-        float(cell)
+        return all(isinstance(float(cell), float) for cell in line.values())
     except ValueError:
         return False
-    return True

@@ -14,6 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path, PureWindowsPath
 from typing import Any, get_args, get_type_hints
 
+import yaml
 from jsonargparse import Namespace
 from lightning.pytorch import Callback, LightningDataModule
 from lightning.pytorch.accelerators import Accelerator
@@ -51,6 +52,8 @@ LARGEST = 2**17
 """Largest whole number among the other settings of data in a file, without those of `UNBOUNDED`."""
 UNBOUNDED = ("seed", "max_skipped")
 """Ends of the names of settings of data that cost nothing, however large they are."""
+DIGITS = re.compile(r"[-+]?\d[\da-fA-FobxOBX_:]*")
+"""What may be a whole number in YAML."""
 NAME = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)+")
 
 
@@ -185,10 +188,19 @@ def check_sizes(data: Any) -> None:
     while left:
         for name, part in left.pop().items():
             most = WORKERS if name == "num_workers" else LARGEST
-            is_number = isinstance(part, int | str) and str(part).isdecimal()  # a text is read as a number
-            if is_number and not str(name).endswith(UNBOUNDED) and int(part) > most:
+            if not str(name).endswith(UNBOUNDED) and _number(part) > most:
                 raise ValueError(f"it has {name}={part!r:.20}; a file may name at most {most:,}")
             left += [part] if isinstance(part, Mapping) else []
+
+
+def _number(value: Any) -> int:
+    """Return the whole number that the parser reads, also from a text such as ``0x3e8``; 0 for anything else."""
+    if isinstance(value, str) and DIGITS.fullmatch(value):
+        try:
+            value = yaml.safe_load(value)
+        except ValueError:  # thousands of digits
+            return LARGEST + 1
+    return value if isinstance(value, int) else 0
 
 
 def _text_settings() -> set[str]:

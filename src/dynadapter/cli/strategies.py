@@ -100,6 +100,8 @@ def require_own_folders(trainer: Trainer, before: Earlier | None) -> None:
     for saver in trainer.checkpoint_callbacks:
         if not isinstance(saver, ModelCheckpoint) or saver.dirpath is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
             continue
+        if before is not None and saver is not trainer.checkpoint_callback:  # its folder is that of the earlier run
+            continue
         there = sorted(Path(saver.dirpath).glob(f"*{saver.FILE_EXTENSION}"))
         own = before is not None and os.path.realpath(saver.dirpath) == os.path.realpath(before.checkpoint.parent)
         if there and not own:

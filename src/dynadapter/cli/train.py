@@ -128,6 +128,7 @@ def read(args: Sequence[str]) -> Wanted:
 def _check_goal(goal: Sequence[str]) -> None:
     """Raise a :class:`Mistake` for a goal that calibrate would refuse, before hours of training."""
     from dynadapter.calibrate import Goal
+    from dynadapter.cli.layers import OFF
 
     given: dict[str, Any] = {}
     for arg in goal:
@@ -141,7 +142,7 @@ def _check_goal(goal: Sequence[str]) -> None:
             raise Mistake(f"goal.{key}: expected a number, not {value!r:.40}") from error
     with mistakes():
         Goal(**given)
-    if (place := given.get("reference")) and not Path(os.path.expanduser(place)).exists():
+    if (place := given.get("reference")) not in (None, *OFF) and not Path(os.path.expanduser(place)).exists():
         raise Mistake(
             f"goal.reference={place} does not exist{nearest_place(place) or '; give a checkpoint or a bundle'}"
         )
@@ -214,18 +215,21 @@ def _trained(wanted: Wanted, arguments: list[str]) -> Path:
         print(f"the training in {useful[-1]} is finished")
         return useful[-1]
     try:
-        cli = DynCLI([*arguments, *(_continuing(useful[-1]) if useful else [])])
+        cli = DynCLI(_continuing(useful[-1], arguments) if useful else arguments)
     except Stopped as stop:
         raise Stopped(f"{str(stop).partition(';')[0]}; continue with: {wanted.line}", stop.code) from stop
     assert cli.run_folder is not None
     return cli.run_folder
 
 
-def _continuing(run: Path) -> list[str]:
-    """Return the arguments that continue a run. The other settings are the user's own, which need no trust."""
-    from dynadapter.cli.resume import to_resume
+def _continuing(run: Path, arguments: Sequence[str]) -> list[str]:
+    """Return the arguments that continue a run: the user's own, which need no trust, if the run has no others."""
+    from dynadapter.cli.resume import read_record, to_resume
 
-    return [f"--ckpt_path={to_resume(str(run), nothing_new=False).checkpoint}", "--init_from=null"]
+    line = shlex.split(str(read_record(run).get("command_line", "")))
+    if any(arg.partition("=")[0] == "--resume" for arg in line):  # by hand, perhaps with more epochs
+        return ["fit", "--resume", str(run)]
+    return [*arguments, f"--ckpt_path={to_resume(str(run), nothing_new=False).checkpoint}", "--init_from=null"]
 
 
 def _begun(out: Path) -> list[str]:
@@ -235,7 +239,7 @@ def _begun(out: Path) -> list[str]:
     def continues(line: Sequence[str]) -> bool:
         given = [arg.partition("=") for arg in line]
         return any(
-            name == "--resume" or (name == "--ckpt_path" and Path(value).is_relative_to(out))
+            name == "--resume" or (name == "--ckpt_path" and Path(value).absolute().is_relative_to(out.absolute()))
             for name, _, value in given
         )
 

@@ -34,7 +34,7 @@ CAPTIONS = {
         "Accuracy over cost",
         "Each threshold of the confidence gives one point of the blue line. The dashed line is what sending images to "
         "exits at random gives at the same cost; routing is worth what it gains above it. The star is the "
-        "policy of this report.",
+        "policy of this report. The grey points combine the exits as the policy does; the table has their own logits.",
     ),
     "shares": (
         "Where images stop",
@@ -115,7 +115,7 @@ def result(measured: Measured) -> str:
         f"{measured.accuracy:.1%} of {images} are right at {measured.cost:.1%} of the static network's cost, under "
         f"{measured.policy.name} ({measured.origin}); the last exit alone: {measured.accuracies[-1]:.1%} at "
         f"{measured.costs[-1]:.1%}."
-        + " These images may have chosen the policy; calibrate gives a cross-fitted accuracy."
+        + " These images may have chosen the policy: quote the cross-fitted accuracy of calibrate."
         * measured.chose_policy
     )
 

@@ -127,6 +127,7 @@ class RunCheckpoint(ModelCheckpoint):
     """
 
     _due = False  # a save by steps or by time that waits for the validation
+    _compared = 0  # the last step whose validation was compared
     _folder: contextlib.ExitStack | None = None  # what holds the folder
 
     @property
@@ -219,8 +220,8 @@ class RunCheckpoint(ModelCheckpoint):
         """Save what was due before the validation, and what is due after it."""
         candidates = self._monitor_candidates(trainer)
         compares = self._compares_later(trainer) and self.monitor in candidates
-        if compares:  # a save by steps may have stored these weights, but did not compare them
-            self._last_global_step_saved = 0
+        if compares and self._compared != trainer.global_step:  # a save by steps of this step compared nothing
+            self._compared, self._last_global_step_saved = trainer.global_step, 0
         if (self._due or compares) and not self._should_skip_saving_checkpoint(trainer):
             self._save_topk_checkpoint(trainer, candidates)
             self._save_last_checkpoint(trainer, candidates)
