@@ -497,7 +497,7 @@ def test_resume_skips_damaged_checkpoints(at, tmp_path, monkeypatch, capsys):
     assert f"from {saved / 'best.ckpt'}" in out
     (saved / "best.ckpt").write_bytes(b"")
     error = refused(["fit", "--resume", tmp_path / "version_0"], capsys)
-    assert "can be read: best.ckpt, last.ckpt; start again with" in error
+    assert "can be read: best.ckpt, last.ckpt; remove them, and start again with" in error
 
 
 # ---- the log ---------------------------------------------------------------------------------------------------------

@@ -28,7 +28,6 @@ from dynadapter.data import ImageFolder, UnreadableImage, VTAB1k, lists
 from dynadapter.images.reading import load_image
 from dynadapter.training.module import ExitClassifier
 
-PREPROCESSING = {"image_size": 32, "interpolation": "bicubic", "resize": "stretch", "normalization": "half"}
 ROOT = Path(__file__).parents[1]
 
 

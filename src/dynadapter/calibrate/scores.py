@@ -34,8 +34,8 @@ def thresholded(kind: type[Policy]) -> type[Thresholded]:
 class Scores:
     """The scores of one kind of policy, with a sign so that a greater score means a more certain sample.
 
-    A sample exits at the first early exit k with ``sure[k] >= cut[k]``. Cuts range from ``laxest``, where all samples
-    with finite logits exit, to ``strictest``, where only samples with the greatest possible score exit.
+    A sample exits at the first early exit k with ``sure[k] >= cut[k]``. At ``laxest``, all samples with finite logits
+    exit.
 
     Args:
         kind: A kind with thresholds.
@@ -48,7 +48,7 @@ class Scores:
     def __init__(self, kind: type[Policy], data: Stacked) -> None:
         self.kind = thresholded(kind)
         self.sign = 1 if self.kind.certain_above else -1
-        self.laxest, self.strictest = (0.0, 1.0) if self.sign > 0 else (-1.0, 0.0)
+        self.laxest = 0.0 if self.sign > 0 else -1.0
         early = data.predicted[:-1]
         values = self.sign * self.kind.score(early)
         self.sure = values.where(early.isfinite().all(-1) & ~values.isnan(), -torch.inf)

@@ -139,7 +139,7 @@ def to_resume(folder: str, nothing_new: bool) -> ToResume:
             return ToResume(config, found.path, run)
     except ValueError as error:
         if before is None:
-            raise Mistake(f"{error}; start again with: {again}") from error
+            raise Mistake(f"{error}; remove them, and start again with: {again}") from error
     if before is None:
         raise Mistake(f"{run} was interrupted before it saved a checkpoint; start again with: {again}")
     if not Path(before).is_file():
