@@ -29,7 +29,7 @@ from dynadapter.cli.policies import policy_from
 from dynadapter.cli.report import find_run, measure, read_run
 from dynadapter.files import sha256
 from dynadapter.report import Measured, Run, confusion, figures_of, on_one_scale, recall, reliability, run_page
-from dynadapter.report.figures import mixtures, png
+from dynadapter.report.figures import compared, mixtures, png
 from dynadapter.report.page import result
 from dynadapter.spec import plain
 from dynadapter.training.restoring import load_classifier
@@ -300,6 +300,25 @@ def test_figures_of_any_size_are_drawn(exits, classes):
         image = Image.open(io.BytesIO(png(figure)))
         assert min(image.size) > 100
         assert image.width < 1600
+
+
+@pytest.mark.parametrize(
+    ("origin", "label"), [("the training's", "the training's"), ("calibrated: a.json", "calibrated")]
+)
+def test_figures_of_a_perfect_run(origin, label):
+    """Axes of accuracy end just above 100 %, and no marker there is cut."""
+    one = replace(simple(), logits=torch.eye(4)[simple().targets].mul(50).repeat(3, 1, 1), origin=origin)
+    lines: Any = [{"epoch": "0", "val/acc_exit1": "1.0"}]
+    figures = figures_of(Run("r", lines=lines), one) | {"compared": compared([("r", one)])}
+    for name, place in (("cost", 0), ("compared", 0), ("learning", 1)):
+        axes = figures[name].axes[place]
+        png(figures[name])  # lays it out
+        assert 1 < axes.get_ylim()[1] < 1.01
+        assert max(tick for tick in axes.get_yticks() if tick <= axes.get_ylim()[1]) <= 1 + 1e-9
+        above = axes.transData.transform((0, axes.get_ylim()[1]))[1] - axes.transData.transform((0, 1))[1]
+        assert above > max(line.get_markersize() for line in axes.lines) / 2 * figures[name].dpi / 72 * 0.8
+    assert f"{label} policy: 100.0% at 30.0%" in [line.get_label() for line in figures["cost"].axes[0].lines]
+    assert not any(bubbles.get_clip_on() for axes in figures["reliability"].axes for bubbles in axes.collections)
 
 
 def test_what_is_missing_is_said(run, capsys):

@@ -106,6 +106,12 @@ def measured_data(solution: Solution, split: str, data: str) -> dict[str, Any]:
     }
 
 
+def cap_accuracy(axes: Any, full: float = 1.0) -> None:
+    """End an axis of accuracy just above 100 %, which is ``full``, so that markers there stay whole."""
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, min(high, full + 0.05 * (full - low)))
+
+
 def draw_curve(file: BinaryIO, solution: Solution, title: str) -> None:
     """Draw accuracy against cost on the calibration images, and the cross-fitted result."""
     from matplotlib.figure import Figure  # takes half a second to import
@@ -120,5 +126,6 @@ def draw_curve(file: BinaryIO, solution: Solution, title: str) -> None:
         x, y = [100 * point.cost for point in points], [100 * point.accuracy for point in points]
         axes.plot(x, y, style, label=label, markersize=14 if style == "*" else None)
     axes.set(xlabel="cost in % of static", ylabel=f"{solution.goal.measure} in %", title=title)
+    cap_accuracy(axes, 100)
     axes.legend()
     figure.savefig(file, dpi=150, format="png")

@@ -14,6 +14,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from PIL import Image
 
 from dynadapter.calibrate.curves import curve
+from dynadapter.calibrate.report import cap_accuracy
 from dynadapter.images.reading import UnreadableImage, is_source, load_image
 from dynadapter.report.measured import Measured, confusion, recall, reliability
 from dynadapter.report.run import Run
@@ -83,6 +84,7 @@ def learning(run: Run) -> Figure:
     for axes, percent in ((left, ""), (right, "y")):
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         _tidy(axes, percent)
+    cap_accuracy(right)
     _legend_below(figure)
     return figure
 
@@ -108,14 +110,16 @@ def accuracy_over_cost(measured: Measured) -> Figure:
         axes.annotate(
             f"{k + 1}", (cost, accuracy), xytext=(0, -13), textcoords="offset points", ha="center", color=GREY
         )
-    words = f"chosen: {measured.accuracy:.1%} at {measured.cost:.1%}"
+    whose = measured.origin.partition(":")[0]  # "calibrated", without the place
+    words = f"{whose} policy: {measured.accuracy:.1%} at {measured.cost:.1%}"
     axes.plot([measured.cost], [measured.accuracy], "*", markersize=15, color=CHOSEN, label=words)
     axes.margins(y=0.12)
+    cap_accuracy(axes)
     axes.set(
         xlabel="mean cost, % of the static network", ylabel="accuracy", title=f"Accuracy over cost ({measured.split})"
     )
     _tidy(axes, percent="xy")
-    _legend_below(figure)
+    _legend_below(figure, columns=2)
     return figure
 
 
@@ -229,9 +233,8 @@ def reliabilities(measured: Measured) -> Figure:
         found = reliability(measured.logits[k], measured.targets)
         axes.plot([0, 1], [0, 1], color=GREY, linewidth=0.8)
         sizes = 12 + 220 * found.counts / max(found.counts.sum(), 1)
-        axes.scatter(
-            found.confidence, found.accuracy, s=sizes, color=COLOURS[k % len(COLOURS)], alpha=0.8, edgecolors="white"
-        )
+        style: dict[str, Any] = {"color": COLOURS[k % len(COLOURS)], "alpha": 0.8, "edgecolors": "white"}
+        axes.scatter(found.confidence, found.accuracy, s=sizes, clip_on=False, **style)  # whole at 100 %
         axes.set(
             title=f"exit {k + 1}, ECE {found.error:.1%}", xlabel="confidence", xlim=(-0.04, 1.04), ylim=(-0.04, 1.04)
         )
@@ -289,9 +292,9 @@ def _short(name: str, most: int = 22) -> str:
     return name if len(name) <= most else name[: most - 1] + "…"
 
 
-def _legend_below(figure: Figure) -> None:
+def _legend_below(figure: Figure, columns: int = 3) -> None:
     if any(axes.get_legend_handles_labels()[0] for axes in figure.axes):
-        figure.legend(loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+        figure.legend(loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
 
 
 def _tidy(axes: Any, percent: str = "", grid: bool = True) -> None:
@@ -325,6 +328,7 @@ def compared(runs: Sequence[tuple[str, Measured]]) -> Figure:
                 **style,
             )
         axes.set(xlabel="mean cost, % of the static network", ylabel="accuracy", title="Accuracy over cost")
+        cap_accuracy(axes)
         _tidy(axes, percent="xy")
         _legend_below(figure)
     return figure
