@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> None:
     name = Path(args.backbone).stem
     out = Path(args.out or f"runs/{'tiny' if args.tiny else kind}_{name}")
     out.mkdir(parents=True, exist_ok=True)
-    file = out / "transfer.yaml"
+    file = out / f"{'tiny' if args.tiny else kind}_{name}.yaml"  # names the experiment in the title of the figure
     sweep = plan(args)
     root = shorten(Path(args.data), out / "tasks", sweep["tasks"]) if args.tiny else args.data
     file.write_text(yaml.safe_dump(sweep | {"root": str(root), "out": str(out)}, sort_keys=False), encoding="utf-8")
@@ -164,7 +164,7 @@ def keep(file: Path, sweep: dict[str, Any], place: Path) -> None:
     place.parent.mkdir(parents=True, exist_ok=True)
     kept_lines(place).write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     place.with_name(f"{place.name}.yaml").write_text(yaml.safe_dump(sweep, sort_keys=False), encoding="utf-8")
-    for ending in ("md", "csv", "png"):
+    for ending in ("md", "csv"):
         if (table := plan.out / f"table.{ending}").exists():
             shutil.copy(table, place.with_name(f"{place.name}.{ending}"))
 

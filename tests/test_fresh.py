@@ -131,29 +131,29 @@ def test_sweep_of_the_set(programs, tmp_path, monkeypatch):
     argv = ["--data", "TASKS", "--recipes", "static", "dynamic", "--adapters", "lora", "--dry_run"]
     monkeypatch.chdir(tmp_path)
     transfer.main([*argv, "--fresh", "second"])
-    sweep = yaml.safe_load((tmp_path / "runs" / "second_micro" / "transfer.yaml").read_text())
+    sweep = yaml.safe_load((tmp_path / "runs" / "second_micro" / "second_micro.yaml").read_text())
     assert tuple(sweep["tasks"]) == margins.SECOND
     assert sweep["tasks"]["chart_trend"] == {"group": "Structured", "fresh": True}
     assert (sweep["adapters"], list(sweep["recipes"])) == (["lora"], ["static", "dynamic"])
     outcomes = programs("outcomes").Outcomes.of("micro", sweep, [], margins.SECOND)
     assert outcomes.departures("lora") == ""
     transfer.main([*argv, "--fresh", "first"])
-    sweep = yaml.safe_load((tmp_path / "runs" / "transfer_micro" / "transfer.yaml").read_text())
+    sweep = yaml.safe_load((tmp_path / "runs" / "transfer_micro" / "transfer_micro.yaml").read_text())
     assert [task for task in sweep["tasks"] if task in margins.FIRST] == list(margins.FIRST)
     assert sweep["tasks"]["gtsrb"] == "Specialized"
     transfer.main([*argv, "--fresh", "third"])
-    sweep = yaml.safe_load((tmp_path / "runs" / "third_micro" / "transfer.yaml").read_text())
+    sweep = yaml.safe_load((tmp_path / "runs" / "third_micro" / "third_micro.yaml").read_text())
     assert tuple(sweep["tasks"]) == margins.THIRD
     assert sweep["seeds"] == {adapter: [0, 1, 2] for adapter in margins.SEEDS}
     transfer.main([*argv, "--fresh", "photographs", "--tasks", "cifar10", "--backbone", "plain.safetensors"])
-    sweep = yaml.safe_load((tmp_path / "runs" / "photographs_plain" / "transfer.yaml").read_text())
+    sweep = yaml.safe_load((tmp_path / "runs" / "photographs_plain" / "photographs_plain.yaml").read_text())
     assert sweep["tasks"] == {"cifar10": "Natural", "unseen10": {"group": "Natural", "fresh": True}}
 
 
 def planned(programs: Any, tmp_path: Path, *argv: str) -> dict[str, Any]:
     """Return the file of the sweep of a call."""
     programs("transfer").main(["--data", "TASKS", "--out", str(tmp_path), *argv])
-    plan: dict[str, Any] = yaml.safe_load((tmp_path / "transfer.yaml").read_text())
+    plan: dict[str, Any] = yaml.safe_load((tmp_path / "tiny_micro.yaml").read_text())
     return plan
 
 

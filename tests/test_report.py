@@ -26,13 +26,19 @@ def test_document_of_a_sweep(report, tmp_path):
     results = tmp_path / "results"
     results.mkdir()
     (results / "transfer_micro.md").write_text("| | lora, exits |\n|---|---:|\n| cars | 75.0 (60 %) |\n")
-    (results / "transfer_micro.png").write_bytes(b"a picture")
+    head = "adapter,recipe,reading,what,scale,seeds,accuracy,accuracy_std,percent_of_static,percent_of_static_std"
+    line = "lora,dynamic,exit 1,mean of 4 fresh tasks,,3,70.000,0.500,25.000,0.000"
+    (results / "transfer_micro.csv").write_text(f"{head}\n{line}\n")
     out = tmp_path / "RESULTS.md"
     report.main(["--results", str(results), "--out", str(out)])
     text = out.read_text()
     assert "| cars | 75.0 (60 %) |" in text
     assert "seed, lora" in text
-    assert (tmp_path / "figures" / "accuracy-transfer_micro.png").read_bytes() == b"a picture"
+    assert (tmp_path / "figures" / "accuracy-transfer_micro.png").read_bytes().startswith(b"\x89PNG")
+    first = next(reading for reading in report.margins.READINGS if reading.prefix == "transfer")
+    [axes] = report.draw_accuracy(results / "transfer_micro.csv", first, "title").axes
+    assert axes.get_ylabel() == "test accuracy in %, mean of 4 fresh tasks, axis cut"
+    assert axes.lines[0].get_label() == "lora, dynamic (3 seeds)"
 
 
 def test_claims_without_runs_are_open(report, tmp_path, capsys):

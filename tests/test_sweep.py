@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from dynadapter.sweep.checks import check_lines
 from dynadapter.sweep.goals import SweepGoal
 from dynadapter.sweep.measure import measure, measure_policy
 from dynadapter.sweep.plan import FINAL, SEARCH, Arm, Choice, Sweep, Unit, as_dict, fingerprint, score
-from dynadapter.sweep.table import as_csv, as_markdown, draw, rows
+from dynadapter.sweep.table import as_csv, as_markdown, draw, from_csv, mean_of, rows
 from dynadapter.training.callbacks import LearningCheck
 
 GOAL = SweepGoal(Goal(accuracy_drop=0.0))
@@ -493,9 +494,24 @@ def test_table_as_text():
     assert {row["reading"] for row in read} == {"exit 1", "exit 2", GOAL.name, *baselines}
     row = next(row for row in read if (row["what"], row["recipe"], row["reading"]) == ("dtd", "static", "exit 2"))
     assert (row["accuracy"], row["accuracy_std"], row["percent_of_static"]) == ("50.500", "0.707", "100.000")
-    assert draw(table, sweep, "title").axes[0].get_ylabel() == "test accuracy in %, mean of 4 tasks"
-    searched = make_sweep(recipes=["dynamic", "static"], seeds=[])
-    assert draw([], searched, "title").axes[0].get_ylabel() == "val200 accuracy in %, mean of 4 tasks"
+    assert as_csv(from_csv(as_csv(table))) == as_csv(table)
+
+
+def test_figure_names_arms_alike_in_any_order():
+    """Colour and marker are those of adapter and recipe; a star has the mark of its recipe."""
+    drawn = []
+    for changes in ({"recipes": ["dynamic", "static"]}, {"recipes": ["other", "static", "dynamic"]}):
+        sweep = make_sweep(**changes)
+        table = rows(sweep, finish(sweep, lambda unit: 0.5 + 0.01 * unit.seed))
+        axes = draw(table, "title", mean_of(sweep.tasks)).axes[0]
+        assert axes.get_ylabel() == "test accuracy in %, mean of 4 tasks, axis cut"
+        drawn.append({line.get_label(): (line.get_color(), line.get_marker()) for line in axes.lines})
+        stars = [(line.get_marker(), after.get_marker()) for line, after in pairwise(axes.lines)]
+        assert {after for marker, after in stars if marker == "*"} == {look[1] for look in drawn[-1].values()} - {"*"}
+    for label, look in (("lora, static (2 seeds)", ("C0", "o")), ("lora, dynamic (2 seeds)", ("C0", "X"))):
+        assert [one[label] for one in drawn] == [look, look]
+    assert drawn[1]["lora, other (2 seeds)"] == ("C0", "s")
+    assert draw([], "title", "cifar", "val200").axes[0].get_ylabel() == "val200 accuracy in %, cifar"
 
 
 def test_table_leaves_out_a_run_without_its_twin():

@@ -8,8 +8,8 @@ from dynadapter.cli.sweep_estimate import estimate
 from dynadapter.cli.sweep_file import SweepFile, read
 from dynadapter.files import replacing
 from dynadapter.sweep import lines
-from dynadapter.sweep.plan import Unit
-from dynadapter.sweep.table import as_csv, as_markdown, draw, rows
+from dynadapter.sweep.plan import FINAL, Unit
+from dynadapter.sweep.table import as_csv, as_markdown, draw, mean_of, rows
 
 TABLE = ("table.md", "table.csv", "table.png")
 
@@ -91,7 +91,8 @@ def write_table(file: SweepFile) -> str:
     diverged = [f"{arm.task}, {arm.adapter}, {arm.recipe}" for arm in file.sweep.diverged(done)]
     if diverged:
         text += f"\nA training failed at every scale: {'; '.join(diverged)}.\n"
-    figure = draw(table, file.sweep, file.path.stem)
+    images = "test" if file.sweep.split == FINAL else "val200"
+    figure = draw(table, file.path.stem, mean_of(file.sweep.tasks), images)
     with lines.claim(file.out, wait=True):  # several processes may end together
         for name, data in zip(TABLE, (text.encode(), as_csv(table).encode()), strict=False):
             with replacing(file.out / name) as opened:

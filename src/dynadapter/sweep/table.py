@@ -3,15 +3,18 @@
 import csv
 import io
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from dynadapter.calibrate.report import cap_accuracy
 from dynadapter.sweep.baselines import ORACLE, SLACK, readings
 from dynadapter.sweep.lines import right_of
 from dynadapter.sweep.plan import FINAL, Arm, Line, Sweep, Unit
 
 GROUPS = ("Natural", "Specialized", "Structured")
+NAMES = ("adapter", "recipe", "reading", "what")
+"""The columns of the CSV file that hold text."""
 
 
 @dataclass(frozen=True)
@@ -140,9 +143,9 @@ def _with_means(sweep: Sweep, numbers: Mapping[str, Numbers]) -> Iterator[tuple[
     if mean := _mean(groups):
         yield "mean of groups", mean
     if 0 < len(sweep.fresh) < len(sweep.tasks) and (mean := _mean([numbers.get(task, {}) for task in sweep.fresh])):
-        yield f"mean of {_count(len(sweep.fresh), 'fresh task')}", mean
+        yield mean_of(sweep.fresh, "fresh task"), mean
     if mean := _mean([numbers.get(task, {}) for task in sweep.tasks]):
-        yield f"mean of {_count(len(sweep.tasks), 'task')}", mean
+        yield mean_of(sweep.tasks), mean
 
 
 def _mean(parts: Sequence[Numbers]) -> Numbers:
@@ -165,14 +168,28 @@ def as_csv(table: Sequence[Row]) -> str:
     """Return all rows as CSV, numbers with three decimals."""
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
-    head = ["adapter", "recipe", "reading", "what", "scale", "seeds"]
-    writer.writerow([*head, "accuracy", "accuracy_std", "percent_of_static", "percent_of_static_std"])
+    measured = ["accuracy", "accuracy_std", "percent_of_static", "percent_of_static_std"]
+    writer.writerow([*NAMES, "scale", "seeds", *measured])
     for row in table:
         values = [number for value in (row.accuracy, row.percent_of_static) for number in (value.mean, value.std)]
         shown = ["" if number is None else f"{number:.3f}" for number in values]
         scale = "" if row.scale is None else f"{row.scale:g}"
         writer.writerow([row.adapter, row.recipe, row.reading, row.what, scale, row.accuracy.seeds, *shown])
     return text.getvalue()
+
+
+def from_csv(text: str) -> list[Row]:
+    """Return the rows of :func:`as_csv`."""
+    found = []
+    for row in csv.DictReader(io.StringIO(text)):
+        numbers = {key: float(value) for key, value in row.items() if key not in NAMES and value}
+        accuracy, cost = (
+            Value(numbers[name], numbers.get(f"{name}_std"), int(numbers["seeds"]))
+            for name in ("accuracy", "percent_of_static")
+        )
+        adapter, recipe, reading, what = (row[name] for name in NAMES)
+        found.append(Row(adapter, recipe, reading, what, numbers.get("scale"), accuracy, cost))
+    return found
 
 
 def as_markdown(table: Sequence[Row], sweep: Sweep) -> str:
@@ -205,7 +222,7 @@ def _by_reading(table: Sequence[Row], sweep: Sweep) -> list[str]:
 
     A network with one exit has one row, because every goal reads that exit.
     """
-    mean = f"mean of {_count(len(sweep.tasks), 'task')}"
+    mean = mean_of(sweep.tasks)
     columns = [what for what in (*sweep.tasks, mean) if any(row.what == what for row in table)]
     cells = {(row.adapter, row.recipe, row.reading, row.what): _cell(row) for row in table}
     lines = ["| | " + " | ".join(columns) + " |", "|---|" + "---:|" * len(columns)]
@@ -225,8 +242,8 @@ def _cell(row: Row) -> str:
 
 def _order(sweep: Sweep) -> Callable[[str], tuple[int, str]]:
     """Return the sort key: tasks in the order of the sweep, then means."""
-    fresh, tasks = (f"mean of {_count(len(n), one)}" for n, one in ((sweep.fresh, "fresh task"), (sweep.tasks, "task")))
-    means = [*(f"mean of {group}" for group in GROUPS), "mean of groups", fresh, tasks]
+    means = [*(f"mean of {group}" for group in GROUPS), "mean of groups", mean_of(sweep.fresh, "fresh task")]
+    means.append(mean_of(sweep.tasks))
     places = {what: place for place, what in enumerate([*sweep.tasks, *means])}
     return lambda what: (places[what], what)
 
@@ -237,32 +254,67 @@ def _count(number: int, one: str) -> str:
 
 # ---- as a picture
 
+COLOURS = {"lora": "C0", "adapter": "C1", "repadapter": "C2"}
+"""Colours of adapters that are the same in every figure; others take the next ones."""
+MARKERS = {"static": "o", "dynamic": "X"}
+"""Markers of recipes that are the same in every figure; others take the next ones."""
 
-def draw(table: Sequence[Row], sweep: Sweep, title: str) -> Any:
-    """Draw mean accuracy over % of static: a line through the exits of each arm, and a star for each policy."""
+
+def mean_of(tasks: Collection[str], one: str = "task") -> str:
+    """Return what :class:`Row` calls the mean of some tasks.
+
+    >>> mean_of(["cifar", "dtd"])
+    'mean of 2 tasks'
+    """
+    return f"mean of {_count(len(tasks), one)}"
+
+
+def draw(table: Sequence[Row], title: str, what: str, images: str = "test") -> Any:
+    """Draw accuracy over % of static: a line through the exits of each arm, and a star for each policy.
+
+    Args:
+        table: The rows of a sweep.
+        title: Of the figure.
+        what: The task, or the mean, whose rows are drawn.
+        images: On which the accuracies were measured.
+    """
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     axes = figure.subplots()
-    what = f"mean of {_count(len(sweep.tasks), 'task')}"
-    images = "test" if sweep.split == FINAL else "val200"
-    for a, adapter in enumerate(sweep.adapters):
-        for r, recipe in enumerate(sweep.recipes):
-            here = [row for row in table if (row.adapter, row.recipe, row.what) == (adapter, recipe, what)]
-            exits = [row for row in here if row.reading.startswith("exit ")]
-            style: dict[str, Any] = {"color": f"C{a}", "linestyle": ("-", "--", ":", "-.")[r % 4], "linewidth": 1.2}
-            if exits:
-                points = [(row.percent_of_static.mean, row.accuracy.mean) for row in exits]
-                axes.plot(*zip(*points, strict=True), marker="os^vDPXph"[r % 9], label=f"{adapter}, {recipe}", **style)
-            for row in here:
-                if row.reading in {goal.name for goal in sweep.goals} and len(exits) > 1:
-                    place = (row.percent_of_static.mean, row.accuracy.mean)
-                    axes.plot(*place, "*", color=f"C{a}", markersize=10, markeredgecolor="black", zorder=3)
+    arms: dict[tuple[str, str], list[Row]] = {}
+    for row in table:
+        if row.what == what:
+            arms.setdefault((row.adapter, row.recipe), []).append(row)
+    colours = _styles((adapter for adapter, _ in arms), COLOURS, [f"C{k}" for k in range(3, 10)])
+    markers = _styles((recipe for _, recipe in arms), MARKERS, list("s^vDPph<>"))
+    for (adapter, recipe), here in arms.items():
+        exits = [row for row in here if row.reading.startswith("exit ")]
+        policies = [row for row in here if row not in exits and ":" not in row.reading and row.reading != ORACLE]
+        style: dict[str, Any] = {"color": colours[adapter], "marker": markers[recipe]}
+        label = f"{adapter}, {recipe} ({_count(here[0].accuracy.seeds, 'seed')})"
+        axes.plot(*_places(exits), linestyle="-" if len(exits) > 1 else "", linewidth=1.2, label=label, **style)
+        if len(exits) > 1:
+            axes.plot(*_places(policies), "*", color=style["color"], markersize=13, markeredgecolor="black", zorder=3)
+            axes.plot(*_places(policies), style["marker"], color="white", markersize=4, markeredgewidth=0, zorder=4)
     handles, labels = axes.get_legend_handles_labels()
-    star = Line2D([], [], marker="*", linestyle="", color="white", markersize=10, markeredgecolor="black")
-    figure.legend([*handles, star], [*labels, "by a policy"], fontsize="small", loc="outside right upper")
-    axes.set(xlabel="cost in % of static", ylabel=f"{images} accuracy in %, {what}", title=title)
+    star = Line2D([], [], marker="*", linestyle="", color="white", markersize=13, markeredgecolor="black")
+    words = [*labels, "by a policy, with the recipe's mark"]
+    figure.legend([*handles, star], words, fontsize="small", loc="outside right upper")
+    cap_accuracy(axes, 100)
+    cut = ", axis cut" if axes.get_ylim()[0] > 0 else ""
+    axes.set(xlabel="cost in % of static", ylabel=f"{images} accuracy in %, {what}{cut}", title=title)
     axes.set_xlim(left=0)
     axes.grid(alpha=0.3)
     return figure
+
+
+def _places(several: Sequence[Row]) -> tuple[list[float], list[float]]:
+    return [row.percent_of_static.mean for row in several], [row.accuracy.mean for row in several]
+
+
+def _styles(names: Iterable[str], known: Mapping[str, str], others: Sequence[str]) -> dict[str, str]:
+    """Return a style for each name: the known one, or in their order the next of the others."""
+    unknown = [name for name in dict.fromkeys(names) if name not in known]
+    return {**known, **{name: others[k % len(others)] for k, name in enumerate(unknown)}}
