@@ -24,9 +24,9 @@ from PIL import Image
 
 from dynadapter import AtExit, Combined, Confidence
 from dynadapter.calibrate.stored import calibration_path
-from dynadapter.cli import main
+from dynadapter.cli import main, report
 from dynadapter.cli.policies import policy_from
-from dynadapter.cli.report import find_run, measure, read_run
+from dynadapter.cli.report import find_run, measure, other_data, read_run
 from dynadapter.files import sha256
 from dynadapter.report import Measured, Run, confusion, figures_of, on_one_scale, recall, reliability, run_page
 from dynadapter.report.figures import compared, mixtures, png
@@ -381,6 +381,7 @@ def test_runs_are_compared(folder, run, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     static = fit(folder, "--model.exit_depths=[]", "--exit_weights=null")
     main(["report", str(run), str(static)])
+    assert "measured on other" not in capsys.readouterr().out
     page = Page(Path("report.html").read_text())
     assert len(page.images) == 1
     [head, first, second] = page.rows
@@ -398,6 +399,23 @@ def test_runs_are_compared(folder, run, tmp_path, monkeypatch, capsys):
     (tmp_path / "version_1" / "run.json").write_text("{}")
     main(["report", str(run), "version_1"])  # replaces the page
     assert "version_1 is not measured: the run saved no checkpoint" in capsys.readouterr().out
+
+
+def test_runs_on_other_data_are_noted(folder, run, tmp_path, monkeypatch, capsys):
+    one, other = simple(), replace(simple(), sources=simple().sources[::-1])
+    for what, second in (("classes", replace(other, class_names=tuple("abcd"))), ("images", other)):
+        [note] = other_data([("first", one), ("same", simple()), ("second", second)])
+        assert note == f"second was measured on other {what} than first: do not compare their accuracies"
+    root, images = shutil.copytree(folder / "images", tmp_path / "images"), report.images
+    Image.new("RGB", (20, 24), "white").save(root / "val" / "one" / "3.png")
+    monkeypatch.setattr(
+        report, "images", lambda file, _: images(file, {"root": str(root)} if run in file.parents else {})
+    )
+    monkeypatch.chdir(tmp_path)
+    main(["report", str(folder / "version_0"), str(run)])
+    words = f"{run} was measured on other images than {folder / 'version_0'}"
+    assert words in capsys.readouterr().out
+    assert words in Path("report.html").read_text()
 
 
 def test_costs_are_relative_to_one_network():

@@ -208,10 +208,11 @@ def described(data: ImageData, split: Split) -> dict[str, Any]:
     count = Counter(label for _, label in samples)
     names = data.class_names
     classes = {names[k]: count[k] for k in range(len(names))}
-    return {"images": len(samples), "classes": classes, "hash": _hash(samples)}
+    return {"images": len(samples), "classes": classes, "hash": hash_of(samples)}
 
 
-def _hash(samples: Any) -> str | None:
+def hash_of(samples: Any) -> str | None:
+    """Return the hash of pairs of an image and a label; None if they are too large, or one cannot be read."""
     try:
         from dynadapter.data.identity import HASHED_BYTES, data_hash, size_of
 

@@ -176,13 +176,26 @@ def compare(places: Sequence[Given], out: Path, given: Any) -> None:
                 f"{run.name}: these images may have chosen the policy: quote calibrate's cross-fitted accuracy"
             )
     runs, remarks = on_one_scale(runs)
-    notes += remarks
     known = [(run.name, one) for run, one in runs if one is not None]
+    notes += [*remarks, *other_data(known)]
     out.parent.mkdir(parents=True, exist_ok=True)
     write(out, comparison_page(runs, png(compared(known)) if known else None, notes).encode())
     for note in notes:
         print(note)
     print(f"the comparison is in {out}")
+
+
+def other_data(runs: "Sequence[tuple[str, Measured]]") -> list[str]:
+    """Return a note for each run that was measured on other classes or images than the first one."""
+    from dynadapter.cli.record import hash_of
+
+    hashes = [hash_of(list(zip(one.sources, one.targets.tolist(), strict=True))) for _, one in runs]
+    notes = []
+    for (name, one), found in list(zip(runs, hashes, strict=True))[1:]:
+        what = "classes" if one.class_names != runs[0][1].class_names else "images"
+        if what == "classes" or (found != hashes[0] and None not in (found, hashes[0])):  # None: not known
+            notes.append(f"{name} was measured on other {what} than {runs[0][0]}: do not compare their accuracies")
+    return notes
 
 
 def read_run(folder: Path) -> "Run":
