@@ -4,7 +4,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -91,6 +91,14 @@ LIBRARIES = ("torch", "timm")
 """The libraries whose version changes a time."""
 
 
+def newest(lines: Sequence[Line]) -> list[Line]:
+    """Return the newest line of each case, with one torch and one timm, in the order of the file."""
+    found = {}
+    for line in sorted(lines, key=lambda line: line["time"]):
+        found[json.dumps([line["key"], *(line["machine"][name] for name in LIBRARIES)], sort_keys=True)] = line
+    return [line for line in lines if any(line is one for one in found.values())]
+
+
 class Log:
     """A file with one JSON line a case. A case that is in the file is not run again on the same machine with
     the same versions of torch and timm.
@@ -116,7 +124,7 @@ class Log:
     def find(self, key: dict[str, Any]) -> Line | None:
         """Return the newest line of a case that was run on this machine with the same libraries, or None."""
         own, here = _here() | key, machine()
-        found = (line for line in reversed(self.lines) if line["key"] == own)
+        found = newest([line for line in self.lines if line["key"] == own])
         return next((line for line in found if all(line["machine"][name] == here[name] for name in LIBRARIES)), None)
 
     def add(self, key: dict[str, Any], **values: Any) -> Line:

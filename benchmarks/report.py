@@ -21,7 +21,7 @@ import claims
 import margins
 import matplotlib
 import pandas as pd
-from common import RESULTS, Line, cell
+from common import RESULTS, Line, cell, newest
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from outcomes import Outcomes
@@ -262,11 +262,12 @@ def document(results: Path, figures: Path) -> str:
     """Return RESULTS.md; write its figures."""
     parts = [
         "# Results\n",
-        "`python benchmarks/report.py` prints this page from the files in `benchmarks/results`; none of it is typed.\n",
+        "`python benchmarks/report.py` prints this page from the files in `benchmarks/results`; none of it is typed. "
+        "Where a case was timed several times, the newest time stands here.\n",
         accuracy_section(results, figures),
     ]
     for title, program, file in SECTIONS:
-        if lines := read(results / file):
+        if lines := newest(read(results / file)):
             parts.append(time_section(title, program, lines, figures))
     return "\n".join(
         part

@@ -59,8 +59,13 @@ def test_log_finds_only_its_own_machine(program, tmp_path, monkeypatch):
     assert [line["value"] for line in read(file)] == [1, 2]
     assert common.Log(file).find(key)["value"] == 2
     assert read(file)[1]["key"] == {"cpu": cpu_name()} | key
-    older = read(file)[1]
-    older["machine"]["torch"] = "2.0"
+    line = read(file)[1]
+    older = line | {"time": "2026-01-01T00:00:00+00:00", "value": 1}
+    file.write_text("".join(json.dumps(one) + "\n" for one in (line, older)))  # the time decides, not the place
+    assert common.Log(file).find(key)["value"] == 2
+    assert common.newest([line, older]) == [line]
+    older["machine"] = older["machine"] | {"torch": "2.0"}
+    assert common.newest([line, older]) == [line, older]
     file.write_text(json.dumps(older) + "\n")
     assert common.Log(file).find(key) is None
 
