@@ -17,7 +17,7 @@ from dynadapter.sweep.plan import FINAL, SEARCH
 
 Line = dict[str, Any]
 PROTOCOL = Path(__file__).parent / "transfer.yaml"
-"""The recipes of every reading."""
+"""The recipes, goals and seeds of the search of every reading."""
 
 
 class Missing(Exception):
@@ -126,20 +126,29 @@ class Outcomes:
             adapter: The adapter whose seeds are compared.
             planned_seeds: Seeds of the final runs by adapter.
         """
-        seeds = self.sweep.get("seeds", [])
+        trainer = self.sweep.get("settings", {}).get("trainer", {})
         several = {
-            "scales": (self.sweep.get("scales"), margins.SCALES_OF.get(self.name, margins.SCALES)),
-            "seeds": (seeds.get(adapter) if isinstance(seeds, dict) else seeds, planned_seeds[adapter]),
-            "epochs": ([self.sweep.get("settings", {}).get("trainer", {}).get("max_epochs")], [margins.EPOCHS]),
+            "scales": (self._of(adapter, "scales"), margins.SCALES_OF.get(self.name, margins.SCALES)),
+            "seeds": (self._of(adapter, "seeds"), planned_seeds[adapter]),
+            "epochs": ([trainer.get("max_epochs")], [margins.EPOCHS]),
         }
         words = [
             f"{name} {', '.join(f'{one}' for one in found or ())} instead of {', '.join(f'{one:g}' for one in planned)}"
             for name, (found, planned) in several.items()
             if list(found or ()) != list(planned)
         ]
-        planned, own = yaml.safe_load(PROTOCOL.read_text(encoding="utf-8"))["recipes"], self.sweep.get("recipes", {})
-        words += [f"another recipe {name}" for name in planned if own.get(name, planned[name]) != planned[name]]
+        protocol = yaml.safe_load(PROTOCOL.read_text(encoding="utf-8"))
+        pairs = {name: (self.sweep.get(name), protocol[name]) for name in ("goal", "search_seeds")}
+        pairs["trainer"] = (trainer | {"max_epochs": margins.EPOCHS}, protocol["settings"]["trainer"])
+        words += [f"{name} not as planned" for name, (found, planned) in pairs.items() if found != planned]
+        recipes, own = protocol["recipes"], self.sweep.get("recipes", {})
+        words += [f"another recipe {name}" for name in recipes if own.get(name, recipes[name]) != recipes[name]]
         return "; ".join(words)
+
+    def _of(self, adapter: str, name: str) -> Any:
+        """Return the scales or the seeds of an adapter."""
+        given = self.sweep.get(name)
+        return given.get(adapter) if isinstance(given, dict) else given
 
     def group(self, name: str) -> tuple[str, ...]:
         """Return the tasks of a group.
@@ -168,7 +177,7 @@ class Outcomes:
         if entry is None or adapter not in self.adapters:
             raise Missing(f"{self.name}: there is no sweep with {adapter}, {recipe}")
         entry = entry if isinstance(entry, dict) else {}
-        seeds = self.sweep["seeds"][adapter] if isinstance(self.sweep["seeds"], dict) else self.sweep["seeds"]
+        seeds = self._of(adapter, "seeds")
         if adapter not in entry.get("adapters", [adapter]):
             raise Missing(f"{self.name}: {adapter} has no arm {recipe}")
         return [seed for seed in seeds if seed in entry.get("seeds", seeds)]

@@ -17,9 +17,12 @@ from dynadapter.sweep.lines import as_text, right_of
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 IMAGES = 400
 COSTS = {4: [25.0, 50.0, 75.0, 100.0], 1: [100.0]}
+PROTOCOL = yaml.safe_load((BENCHMARKS / "transfer.yaml").read_text())
 SWEEP: dict[str, Any] = {
     "tasks": {"leaves": "Natural", "cell_division": "Specialized", "chart_trend": None, "stacked_sheets": None},
-    "recipes": yaml.safe_load((BENCHMARKS / "transfer.yaml").read_text())["recipes"],
+    "recipes": PROTOCOL["recipes"],
+    "goal": PROTOCOL["goal"],
+    "search_seeds": [0],
     "adapters": ["lora"],
     "seeds": {"lora": [0, 1, 2]},
     "scales": [10.0, 30.0, 100.0],
@@ -28,7 +31,7 @@ SWEEP: dict[str, Any] = {
 WORLD: dict[str, Any] = {
     "X": 60.0,  # accuracy in % of the static network, at every depth and with merged tokens
     "exits": [58.0, 60.0, 62.0, 62.0],  # of the dynamic ones
-    "policy": {"cost 0.45": (62.0, 45.0), "cost 0.24": (61.0, 24.0), "cost 0.55": (63.0, 55.0)},
+    "policy": {"cost 0.45": (62.0, 45.0), "cost 0.25": (61.0, 24.0), "accuracy_drop -1 from static": (63.0, 55.0)},
     "val_cost": 0.0,  # added on val200
     "epoch": 1.1,  # seconds; those of X take 1, less where it is cut
     "extra": {},  # points added to the policies of a task
@@ -97,7 +100,7 @@ def write(
     folder: Path, name: str = "micro", prefix: str = "second", sweep: dict[str, Any] | None = None, **changes: Any
 ) -> None:
     world = WORLD | changes
-    sweep = SWEEP | {"goal": [{"cost": float(goal.split()[1])} for goal in world["policy"]]} | (sweep or {})
+    sweep = SWEEP | (sweep or {})
     lines = [
         make_line(world, task, recipe, seed, split)
         for task in sweep["tasks"]
@@ -118,7 +121,8 @@ def verdicts(programs: Any, folder: Path, reading: int = 0) -> dict[str, Any]:
 
 
 def test_goals_of_former_files_do_not_count(programs, tmp_path):
-    write(tmp_path, sweep={"goal": [{"cost": 0.45}, {"cost": 0.55}]})  # lines have cost 0.24, too
+    policy = WORLD["policy"] | {"cost 0.55": (63.0, 55.0)}
+    write(tmp_path, sweep={"goal": [{"cost": 0.45}, {"cost": 0.55}]}, policy=policy)  # lines have cost 0.25, too
     found = programs("outcomes").Outcomes.read_all(tmp_path, programs("margins").READINGS[0])["micro"]
     assert found.best_goal("lora", "dynamic", 50.0) == "cost 0.45"
     assert found.cost_goals("lora", "dynamic", 0.2, 0.6) == ["cost 0.45", "cost 0.55"]
@@ -180,14 +184,14 @@ ALL = {
         ),
         ({"epoch": 1.3}, {"elastic, time over X": "missed", "elastic, time over all depths": "missed"}),
         (
-            {"policy": {"cost 0.45": (59.0, 45.0), "cost 0.24": (58.0, 24.0)}},
+            {"policy": {"cost 0.45": (59.0, 45.0), "cost 0.25": (58.0, 24.0)}},
             dict.fromkeys(
                 ("seed, lora", "routing", "beyond, X", "beyond, token-merged X", "X at 33 %, exits"), "missed"
             )
             | dict.fromkeys(("X +1 at 45 %, exits", "X +1 at 30 %, tokens"), "missed"),
         ),
         (
-            {"policy": {"cost 0.45": (62.0, 50.5), "cost 0.24": (61.0, 24.0)}, "val_cost": -2.0},
+            {"policy": {"cost 0.45": (62.0, 50.5), "cost 0.25": (61.0, 24.0)}, "val_cost": -2.0},
             {"seed, lora": "missed", "routing": "held", "beyond, token-merged X": "missed"}
             | {"X +1 at 45 %, exits": "held"},
         ),
@@ -258,7 +262,11 @@ def test_missing_task_leaves_claims_open(programs, tmp_path):
     [
         ({"scales": [10.0, 30.0]}, "scales 10.0, 30.0 instead of 10, 30, 100"),
         ({"seeds": {"lora": [0, 1]}}, "seeds 0, 1 instead of 0, 1, 2"),
+        ({"scales": {"lora": [10, 30]}}, "scales 10, 30 instead of 10, 30, 100"),
         ({"settings": {"trainer": {"max_epochs": 10}}}, "epochs 10 instead of 24"),
+        ({"settings": {"trainer": {"max_epochs": 24, "max_steps": 50}}}, "trainer not as planned"),
+        ({"goal": [{"cost": 0.45}, {"cost": 0.5}]}, "goal not as planned"),
+        ({"search_seeds": [0, 1]}, "search_seeds not as planned"),
         (
             {"recipes": SWEEP["recipes"] | {"static": {"layers": ["vtab", "static"], "seeds": [0, 1]}}},
             "another recipe static",
@@ -274,7 +282,7 @@ def test_other_protocol_leaves_claims_open(change, words, programs, tmp_path):
 
 
 def test_protocol_is_that_of_the_sweep(programs):
-    margins, sweep = programs("margins"), yaml.safe_load((BENCHMARKS / "transfer.yaml").read_text())
+    margins, sweep = programs("margins"), PROTOCOL
     assert list(margins.SCALES) == sweep["scales"]
     assert {adapter: list(seeds) for adapter, seeds in margins.SEEDS.items()} == sweep["seeds"]
     assert list(margins.SEEDS) == sweep["adapters"]
