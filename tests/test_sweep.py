@@ -797,20 +797,25 @@ def test_dry_run_measures_one_training(data, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("trainer", "steps"),
+    ("trainer", "steps", "final"),
     [
-        ({"max_epochs": -1, "max_steps": 500}, 500),
-        ({"max_epochs": None, "max_steps": 500}, 500),
-        ({"max_epochs": 3, "max_steps": 500}, 60),
-        ({"max_epochs": 30, "max_steps": 500}, 500),
-        ({"max_epochs": None}, 20000),
-        ({}, 2000),
+        ({"max_epochs": -1, "max_steps": 500}, 500, 500),
+        ({"max_epochs": None, "max_steps": 500}, 500, 500),
+        ({"max_epochs": 3, "max_steps": 500}, 60, 75),
+        ({"max_epochs": 30, "max_steps": 500}, 500, 500),
+        ({"max_epochs": None}, 20000, 25000),
+        ({}, 2000, 2500),
     ],
 )
-def test_steps_of_a_run(trainer, steps, data, tmp_path):
+def test_steps_of_a_run(trainer, steps, final, data, tmp_path):
+    """A final run has a quarter more images, and more steps where their number follows from the epochs."""
     recipes = {"dynamic": ["vtab", {"trainer": trainer}]}
     file = sweep_file.read(str(write_sweep(tmp_path, data, recipes=recipes, settings={})))
-    assert file.steps(file.sweep.ready({})[0], 20) == steps
+    unit = file.sweep.ready({})[0]
+    assert file.steps(unit, 20) == steps
+    line = {"run": as_dict(unit), "images": 10, "seconds": {"training": 8.0, "all": 9.0}}
+    for more, longer in (({"steps_of_epoch": 20}, final / steps), ({}, 1.25)):
+        assert sweep_estimate.seconds_of(file, FINAL, [line | more], 10) == pytest.approx(8 * longer + 1)
 
 
 def test_estimate_counts_steps_as_trained(data, tmp_path, monkeypatch):

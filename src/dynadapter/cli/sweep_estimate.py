@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dynadapter.cli.sweep_file import SweepFile
-from dynadapter.sweep.plan import FINAL, SEARCH, Line, Split
+from dynadapter.sweep.plan import FINAL, SEARCH, Line, Split, as_unit
 
 
 def estimate(file: SweepFile) -> str:
@@ -37,23 +37,31 @@ def estimate(file: SweepFile) -> str:
     if not finished:
         finished, source = [probe(file)], "a short training"
     test_images = statistics.fmean(count_images(file, task, "test") for task in file.sweep.tasks)
-    seconds = sum(left[split] * seconds_of(split, finished, test_images) for split in left)
+    seconds = sum(left[split] * seconds_of(file, split, finished, test_images) for split in left)
     size = sum(left.values()) * statistics.fmean(line["bytes"] for line in finished)
     text.append(f"about {as_duration(seconds)} in one process, measured by {source}")
     text.append(f"about {size / 1e6:,.0f} MB in {file.out}; the checkpoints of scales that were not chosen are deleted")
     return "\n".join(text)
 
 
-def seconds_of(split: Split, finished: Sequence[Line], test_images: float) -> float:
+def seconds_of(file: SweepFile, split: Split, finished: Sequence[Line], test_images: float) -> float:
     """Return the mean time of a run; for final runs, estimated from train800 runs if none is finished."""
     same = [line["seconds"]["all"] for line in finished if line["run"]["split"] == split]
     if same:
         return statistics.fmean(same)
-    training = statistics.fmean(line["seconds"]["training"] for line in finished)
+    training = statistics.fmean(line["seconds"]["training"] * _longer(file, line) for line in finished)
     image = statistics.fmean(
         (line["seconds"]["all"] - line["seconds"]["training"]) / line["images"] for line in finished
     )
-    return 1.25 * training + test_images * image  # 1000 training images instead of 800
+    return training + test_images * image
+
+
+def _longer(file: SweepFile, line: Line) -> float:
+    """Return the steps of a training on 1000 images over those on 800; the same under ``max_steps``."""
+    unit, of_epoch = as_unit(line), line.get("steps_of_epoch")
+    if of_epoch is None:  # a line of an earlier version
+        return 1.25
+    return file.steps(unit, 1.25 * of_epoch) / file.steps(unit, of_epoch)
 
 
 def count_images(file: SweepFile, task: str, split: str) -> int:

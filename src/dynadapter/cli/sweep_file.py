@@ -124,7 +124,7 @@ class SweepFile:
         """Return the folder of a run."""
         return self.out / "runs" / unit.name
 
-    def steps(self, unit: Unit, of_epoch: int) -> int:
+    def steps(self, unit: Unit, of_epoch: float) -> float:
         """Return the number of optimiser steps in the configs of a run; 100 epochs if none names a length.
 
         Args:
