@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import raises_one_line
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import StochasticWeightAveraging
 from tiny import SaveFirstEpoch, TinyModule, loader, make_classifier, trainer
 from torch import Tensor
 
@@ -95,6 +96,12 @@ def test_checkpoints_of_weights_only_are_refused(tmp_path: Path) -> None:
     with raises_one_line(ValueError, match="save_weights_only=True leaves the average out; leave save_weights_only"):
         trainer(saver, WeightAverage(), enable_checkpointing=True).fit(make_classifier(), loader(1), loader(1))
     trainer(saver, WeightAverage(), enable_checkpointing=True).validate(make_classifier(), loader(1), verbose=False)
+
+
+def test_averaging_of_lightning_alone_is_refused() -> None:
+    """Its average would be in no checkpoint, and a frozen backbone would lose its batch statistics."""
+    with raises_one_line(ValueError, match="StochasticWeightAveraging is not supported.*give WeightAverage"):
+        trainer(StochasticWeightAveraging(swa_lrs=0.01)).fit(make_classifier(), loader(1), loader(1))
 
 
 def test_resume_continues_the_average(tmp_path: Path) -> None:

@@ -104,6 +104,31 @@ def agrees(written: dict[str, Any], logits: Tensor, targets: Tensor, costs: Exit
     assert (written["samples"], written["goal"]) == (len(targets), found.goal.given)
 
 
+# ---- precision
+
+
+def test_other_precision_is_noted(checkpoint, tmp_path):
+    """`predict` runs in 32 bits."""
+    run(checkpoint, "--goal.cost=0.8", "--trainer.precision=bf16-mixed", f"--out={tmp_path / 'out'}")
+    assert any("trainer.precision=bf16-mixed; predict, serve" in note for note in result(tmp_path / "out")["notes"])
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["--goal.risk=0.5", "--trainer.precision=bf16-mixed"], "goal.risk is guaranteed for the network of predict"),
+        (
+            ["--goal.cost=0.8", "--merge=true", "--bundle=never", "--trainer.precision=bf16-true"],
+            "adapters cannot be merged",
+        ),
+    ],
+)
+def test_unsuitable_precision(checkpoint, capsys, args, said):
+    line = refused([*command(checkpoint), *args], capsys)
+    assert said in line
+    assert line.endswith("give --trainer.precision 32-true")
+
+
 # ---- goals
 
 

@@ -6,7 +6,7 @@ from conftest import raises_one_line
 from tiny import loader, make_classifier, trainer
 from torch.nn import functional as F
 
-from dynadapter.training.losses import Distillation, exit_losses, joint_loss
+from dynadapter.training.losses import IGNORED, Distillation, exit_losses, joint_loss
 
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
 
@@ -49,6 +49,25 @@ def test_half_precision_becomes_float32(logits, targets, dtype: torch.dtype) -> 
     half = logits.detach().to(dtype)
     assert torch.equal(exit_losses(half, targets), exit_losses(half.float(), targets))
     assert exit_losses(half.double(), targets).dtype == torch.float64
+
+
+@pytest.mark.parametrize("classes", [5, 200])  # of 200 classes the padding label -100 would be a valid index
+def test_padding_counts_nowhere(classes: int) -> None:
+    logits, weights = torch.randn(3, 6, classes), torch.rand(classes)
+    targets = torch.tensor([0, IGNORED, 2, IGNORED, 1, 3])
+    own = targets != IGNORED
+    for given in (None, weights):
+        padded = exit_losses(logits, targets, class_weights=given)
+        torch.testing.assert_close(padded, exit_losses(logits[:, own], targets[own], class_weights=given))
+
+
+def test_class_weights_are_exact_in_autocast(logits, targets) -> None:
+    weights, mixed = torch.rand(5), F.one_hot(targets, 5).float().lerp(torch.full((6, 5), 0.2), 0.3)
+    expected = exit_losses(logits, mixed, class_weights=weights)
+    by_hand = -((mixed @ weights)[:, None] * mixed * logits.log_softmax(-1)).sum(-1).mean(-1)
+    torch.testing.assert_close(expected, by_hand)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(exit_losses(logits, mixed, class_weights=weights), expected)
 
 
 @pytest.mark.parametrize("shape", [(5,), (6, 4), (3, 6), ()])

@@ -287,6 +287,16 @@ def test_invalid_settings_are_named(options: dict, message: str) -> None:
         make_classifier(**options)
 
 
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
+def test_model_in_another_default_type(precision: str) -> None:
+    """The backbone's hash would be another, so that no checkpoint could be loaded."""
+    with (
+        trainer(precision=precision).init_module(),
+        raises_one_line(ValueError, match="outside of trainer.init_module"),
+    ):
+        make_classifier()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -212,7 +212,8 @@ def _held(out: str | None) -> Iterator[None]:
 def _calibrate(trainer: Trainer, model: ExitClassifier, data: ImageData, settings: Settings) -> Solution:
     risk = settings.goal is not None and settings.goal.name == "risk"
     split, place = settings.data_split, None if settings.goal is None else settings.goal.reference
-    notes = check_images(data, split, settings.ckpt_path, risk)
+    notes = _check_precision(str(trainer.precision), settings)
+    notes += check_images(data, split, settings.ckpt_path, risk)
     network, more = load_reference(place, data, split, model.class_names) if place is not None else (None, ())
     logits, targets = stack_logits(trainer, model, data, split, settings.ckpt_path)
     costs, notes = _costs(model, data, settings), (*notes, *more)
@@ -265,6 +266,18 @@ def _folder(trainer: Trainer, settings: Settings) -> Path:
     folder = Path(settings.out)
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def _check_precision(precision: str, settings: Settings) -> tuple[str, ...]:
+    """Return a note if the images run in another precision than that of `predict`; raise if that cannot be."""
+    if precision == "32-true":
+        return ()
+    given, advice = f"trainer.precision={precision}", "give --trainer.precision 32-true"
+    if settings.goal is not None and settings.goal.name == "risk":
+        raise Mistake(f"goal.risk is guaranteed for the network of predict, in 32-true, not for {given}; {advice}")
+    if settings.merge and precision.endswith("16-true"):
+        raise Mistake(f"with {given} adapters cannot be merged; {advice}")
+    return (f"measured with {given}; predict, serve and graphs run in 32-true, where some images differ: {advice}",)
 
 
 def _check_mergeable(model: ExitClassifier) -> None:

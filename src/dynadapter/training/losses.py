@@ -10,7 +10,7 @@ from dynadapter.exits.policies import wide
 from dynadapter.spec import Spec
 
 IGNORED = -100
-"""Padding label, ignored: cross-entropy leaves such samples out, and so do all measures."""
+"""Padding label of evaluation, ignored: cross-entropy leaves such samples out, and so do all measures."""
 
 
 def exit_losses(
@@ -40,9 +40,12 @@ def exit_losses(
         )
     if class_weights is None:
         return torch.stack([F.cross_entropy(one, targets, label_smoothing=label_smoothing) for one in wide(logits)])
-    factors = class_weights[targets] if targets.dim() == 1 else targets @ class_weights.to(targets.dtype)
+    if targets.dim() == 1:
+        factors, counted = class_weights[targets.clamp(min=0)], (targets != IGNORED).sum()
+    else:  # a product of elements: autocast would round a product of matrices
+        factors, counted = (targets.float() * class_weights).sum(-1), len(targets)
     each = [F.cross_entropy(one, targets, reduction="none", label_smoothing=label_smoothing) for one in wide(logits)]
-    return torch.stack([(factors * losses).mean() for losses in each])
+    return torch.stack([(factors * losses).sum() / counted for losses in each])
 
 
 def joint_loss(logits: Tensor, targets: Tensor, weights: Tensor, label_smoothing: float = 0.0) -> Tensor:

@@ -19,7 +19,7 @@ from dynadapter.exits.net import ExitNet
 from dynadapter.exits.policies import Never, Policy, Routed, confidence, read_off, wide
 from dynadapter.exits.token_merging import TokenMerging
 from dynadapter.training.batches import named_images, require_classes
-from dynadapter.training.callbacks._common import data_module, test_label
+from dynadapter.training.callbacks._common import data_module, require_supported, test_label
 from dynadapter.training.callbacks.finite_check import FiniteCheck, require_finite_weights
 from dynadapter.training.class_weights import ClassWeights, check_class_weights, class_weights, count_classes
 from dynadapter.training.contents import (
@@ -172,6 +172,7 @@ class ExitClassifier(CheckedLoading):
     def configure_callbacks(self) -> list[Callback]:
         """Add :class:`FiniteCheck` to every trainer."""
         callbacks: list[Callback] = getattr(self.trainer, "callbacks", [])
+        require_supported(callbacks)
         return [] if any(isinstance(callback, FiniteCheck) for callback in callbacks) else [FiniteCheck()]
 
     def match_data(self, data: Any) -> None:
@@ -180,16 +181,12 @@ class ExitClassifier(CheckedLoading):
         Raises:
             ValueError: The data have a class that this model does not know, or images that do not fit it.
         """
-        match(self, data, self._stage)
+        function = self._trainer.state.fn if self._trainer is not None else None
+        match(self, data, "test" if function is None else function.value)
 
     @property
     def _datamodule(self) -> Any:
         return data_module(self._trainer)
-
-    @property
-    def _stage(self) -> str:
-        function = self._trainer.state.fn if self._trainer is not None else None
-        return "test" if function is None else function.value
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits ``(exits, batch, classes)`` of images ``(batch, channels, height, width)``."""
@@ -392,6 +389,8 @@ def _check_settings(
     num_classes: int, label_smoothing: float, class_names: list[str] | None, weights: ClassWeights | None
 ) -> None:
     check_class_weights(weights)
+    if (kind := torch.get_default_dtype()) != torch.float32:  # the hash of the backbone would differ
+        raise ValueError(f"{kind} is torch's default type here; create the model outside of trainer.init_module()")
     if num_classes < 2:
         raise ValueError(f"num_classes={num_classes} must be at least 2")
     if not 0 <= label_smoothing < 1:

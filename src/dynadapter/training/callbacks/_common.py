@@ -1,10 +1,21 @@
-"""Find the network in a module, and the split that a trainer measures, for the callbacks."""
+"""Find the network in a module, and the split that a trainer measures; check callbacks."""
 
+from collections.abc import Iterable
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import StochasticWeightAveraging
 
 from dynadapter.exits.net import ExitNet
+
+
+def require_supported(callbacks: Iterable[Callback]) -> None:
+    """Raise a ValueError if a callback of Lightning would spoil the training without an error."""
+    if any(isinstance(callback, StochasticWeightAveraging) for callback in callbacks):
+        raise ValueError(
+            "StochasticWeightAveraging is not supported: no checkpoint would hold its average, and it resets the batch "
+            "statistics of the frozen backbone; give WeightAverage"
+        )
 
 
 def exit_net(module: LightningModule, caller: object) -> ExitNet:
