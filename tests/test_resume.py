@@ -21,9 +21,10 @@ import yaml
 from commands import TINY, refused
 
 from dynadapter.cli import main
+from dynadapter.cli.continuing import apply_settings
 from dynadapter.cli.layers import run_root
 from dynadapter.cli.report import find_run
-from dynadapter.cli.resume import apply_settings, earlier_run
+from dynadapter.cli.resume import earlier_run
 from dynadapter.cli.runs import Metrics, is_numeric, read_lines
 from dynadapter.training.module import ExitClassifier
 
@@ -275,7 +276,7 @@ def test_resume_of_a_resume_without_checkpoint(whole, at, tmp_path, monkeypatch)
     expected = whole("plain")
     at(5, killed)
     assert interrupted(tmp_path, "plain", monkeypatch) is None
-    monkeypatch.setattr("dynadapter.cli.resume.Continue.on_load_checkpoint", lambda *args: killed())
+    monkeypatch.setattr("dynadapter.cli.continuing.Continue.on_load_checkpoint", lambda *args: killed())
     monkeypatch.setattr("dynadapter.cli.app.remove_if_empty", lambda folder: None)  # a kill cleans nothing up
     with pytest.raises(Killed):
         main(["fit", "--resume", str(tmp_path / "version_0")])
@@ -326,7 +327,7 @@ def test_full_disk_when_checkpoints_are_copied(finished, tmp_path, monkeypatch, 
     def full(path, data):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
-    monkeypatch.setattr("dynadapter.cli.resume.write", full)
+    monkeypatch.setattr("dynadapter.cli.continuing.write", full)
     line = refused(["fit", "--resume", run, "--epochs=2"], capsys)
     assert "the disk is full" in line
     assert f"continue with: dynadapter fit --resume {run} --epochs=2" in line
@@ -412,6 +413,39 @@ def test_own_folders_and_loggers_resume(at, tmp_path, monkeypatch, capsys):
     main(command.split())
     assert torch.load(saved / "last.ckpt", weights_only=True)["global_step"] == 12
     assert sorted(path.name for path in tmp_path.iterdir()) == ["elsewhere", "here", "version_0", "version_1"]
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")  # that of the resumed run
+@pytest.mark.parametrize("shared", [True, False], ids=["shared folder", "own folders"])
+def test_resume_of_a_run_that_was_continued(shared, at, tmp_path, monkeypatch, capsys):
+    """With a shared folder it continues from the later run, and keeps all lines; after the end it does nothing."""
+    folder = ["--checkpoint.dirpath=saved"] if shared else []
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "version_0"
+    resume = ["fit", f"--resume={run}", f"--config={run / 'config.yaml'}"]
+    at(3, terminated)
+    with pytest.raises(SystemExit):
+        fit(tmp_path, *EPOCHS, *folder)
+    for batch in (7, None):
+        monkeypatch.undo()
+        monkeypatch.chdir(tmp_path)
+        if batch is None:
+            main(resume)
+        else:
+            at(batch, terminated)
+            with pytest.raises(SystemExit):
+                main(resume)
+    assert {line["step"] for line in lines(tmp_path / "version_2" / "metrics.csv")} == {str(step) for step in range(12)}
+    words = f"{tmp_path / 'version_2'} continued {run} and is finished; nothing is left to do; to train longer, give"
+    assert words in refused(resume, capsys)
+    if shared:
+        shutil.rmtree(tmp_path / "version_2")
+        before = earlier_run(tmp_path / "saved" / "last.ckpt", run)
+        assert {line["step"] for line in before.lines} < {str(step) for step in range(12)}
+        assert (
+            f"is of the run {tmp_path / 'version_2'}, which is missing: its metrics are left out"
+            in capsys.readouterr().out
+        )
 
 
 @pytest.mark.parametrize("place", ["last.ckpt", "../checkpoints/last.ckpt"])

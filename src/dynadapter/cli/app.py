@@ -19,6 +19,7 @@ from dynadapter.calibrate.stored import Calibration
 from dynadapter.cli import arguments, calibrate, imports
 from dynadapter.cli.arguments import CALLBACKS, SECTIONS
 from dynadapter.cli.configs import config_files, find_config, read_config, require_no_file
+from dynadapter.cli.continuing import Continue
 from dynadapter.cli.errors import Mistake, Stopped, Terminated, describe, mistakes, one_line, outage
 from dynadapter.cli.help import short_help
 from dynadapter.cli.layers import (
@@ -37,7 +38,7 @@ from dynadapter.cli.layers import (
 )
 from dynadapter.cli.policies import policy_from
 from dynadapter.cli.record import Record
-from dynadapter.cli.resume import Continue, Earlier, Resumed, earlier_run, expand_resume, resume_command
+from dynadapter.cli.resume import Earlier, Resumed, earlier_run, expand_resume, resume_command
 from dynadapter.cli.runs import RUN_FOLDERS, SaveConfig, create_run_folder, loggers, place_checkpoints, remove_if_empty
 from dynadapter.cli.safety import check_config, check_run
 from dynadapter.cli.signals import StopOnSignal

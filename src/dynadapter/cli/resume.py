@@ -1,35 +1,31 @@
-"""Continue an interrupted training so that the result equals that of an uninterrupted one."""
+"""Find what an interrupted training continues from: the run, its checkpoint and its ``metrics.csv``."""
 
-import inspect
+import contextlib
 import os
 import shlex
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only
 
 from dynadapter.cli import imports
 from dynadapter.cli.configs import take
 from dynadapter.cli.errors import Mistake, mistakes
 from dynadapter.cli.layers import OFF, assignments, with_folders
-from dynadapter.cli.runs import Metrics, is_first_process, is_numeric, read_lines
+from dynadapter.cli.runs import is_first_process, is_numeric, list_runs, read_lines
 from dynadapter.cli.safety import check_run
-from dynadapter.files import Busy, locked, write
+from dynadapter.files import Busy, locked
 from dynadapter.limits import read_json, read_yaml
 from dynadapter.training.checkpoints import newest, read
-from dynadapter.training.entries import ADVICE, TRAINING, require_entries
+from dynadapter.training.entries import TRAINING, require_entries
 
 LINE = "dynadapter_line"
 """Key in a checkpoint: the line of ``metrics.csv`` that was about to be written when it was saved."""
-
-
-# ---- from where ------------------------------------------------------------------------------------------------------
+RUN = "dynadapter_run"
+"""Key in a checkpoint: the folder of its run, because several runs may save into one ``checkpoint.dirpath``."""
 
 
 @dataclass(frozen=True)
@@ -130,6 +126,11 @@ def to_resume(folder: str, nothing_new: bool) -> ToResume:
     record = read_record(run)
     if nothing_new and record.get("how") == "finished":
         raise Mistake(f"{run} is finished, nothing is left to do; to train longer, add --trainer.max_epochs NUMBER")
+    if nothing_new and (later := _finished_later(run)):
+        raise Mistake(
+            f"{later} continued {run} and is finished; nothing is left to do; to train longer, give --resume {later} "
+            "--trainer.max_epochs NUMBER"
+        )
     again = shlex.join(["dynadapter", "fit", "--config", str(config)])
     before = record.get("resumed_from")
     try:
@@ -168,9 +169,24 @@ def _require_ended(run: Path, checkpoints: Path) -> None:
         raise Mistake(f"{run} is still running: {str(error).rpartition(';')[0]}; wait for it or stop it") from error
 
 
+def _finished_later(run: Path) -> Path | None:
+    """Return a later run in the same folder that continued a run, perhaps through others, and is finished."""
+    runs = list_runs(run.resolve().parent)
+    number = next((number for number, one in enumerate(runs) if one.name == run.resolve().name), len(runs))
+    saved = {os.path.realpath(checkpoint_folder(run))}
+    for later in runs[number + 1 :]:
+        record = read_record(later)
+        if os.path.realpath(Path(str(record.get("resumed_from"))).parent) not in saved:
+            continue
+        if record.get("how") == "finished":
+            return run.parent / later.name
+        with contextlib.suppress(Mistake, OSError):  # a damaged config, or none
+            saved.add(os.path.realpath(checkpoint_folder(later)))
+    return None
+
+
 def _newest_run(folder: Path) -> str:
-    there = [path for path in folder.glob("version_*") if (path / "config.yaml").is_file()]
-    there.sort(key=lambda path: int(path.name.removeprefix("version_")) if path.name[8:].isdecimal() else -1)
+    there = [path for path in list_runs(folder) if (path / "config.yaml").is_file()]
     return f", such as {there[-1]}" if there else ""
 
 
@@ -197,7 +213,7 @@ def earlier_run(path: Path, log: Path | None = None, given: Sequence[str] = ()) 
     with mistakes(f"{path}: "):
         require_entries(checkpoint, TRAINING)
     step = checkpoint["global_step"]
-    file = (log or run) / "metrics.csv"
+    file = _log(checkpoint, path, log or run) / "metrics.csv"
     lines = list(filter(is_numeric, read_lines(file))) if file.is_file() else []
     lines = [line for line in lines if float(line.get("step", "inf")) < step]
     line = checkpoint.get(LINE, {})
@@ -207,6 +223,17 @@ def earlier_run(path: Path, log: Path | None = None, given: Sequence[str] = ()) 
     return Earlier(path, step, lines)
 
 
+def _log(checkpoint: Mapping[str, Any], path: Path, run: Path) -> Path:
+    """Return the folder of the ``metrics.csv`` of a checkpoint: with a folder of its own, that of the run it names."""
+    named = checkpoint.get(RUN)
+    if not isinstance(named, str) or os.path.realpath(path.parent) == os.path.realpath(run / "checkpoints"):
+        return run  # also where it was moved
+    if not Path(named).is_dir():
+        _print_once(f"{path} is of the run {named}, which is missing: its metrics are left out")
+        return run
+    return Path(named)
+
+
 def read_record(run: Path) -> dict[str, Any]:
     """Read the ``run.json`` of a run; return an empty mapping if there is none."""
     try:
@@ -214,179 +241,3 @@ def read_record(run: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return record if isinstance(record, dict) else {}
-
-
-# ---- restore the training exactly ------------------------------------------------------------------------------------
-
-
-class Continue(Callback):
-    """Restore the state of a training exactly, in a new folder.
-
-    Lightning restores the model, the optimiser and the progress of the loops. This callback adds the lines of
-    ``metrics.csv`` and the best checkpoint so far, with which later ones are compared. It also corrects the progress
-    that Lightning 2.6 restores one too high, and applies changed settings of the optimiser, which Lightning replaces by
-    those of the checkpoint.
-    """
-
-    def __init__(self, before: Earlier | None) -> None:
-        self.before = before
-        self._groups: list[list[dict[str, Any]]] = []
-        self._counted = before is None
-
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Store the line that is about to be logged, because a training resumed from here will not log it."""
-        if line := _pending_line(trainer):
-            checkpoint[LINE] = line
-
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Copy lines and files into the new folder, and point ModelCheckpoint to them."""
-        if self.before is None or trainer.state.fn != "fit":
-            return
-        for logger in trainer.loggers:
-            if isinstance(logger, Metrics):
-                logger.write_earlier()
-        for saver in trainer.checkpoint_callbacks:
-            state = checkpoint["callbacks"].get(saver.state_key)
-            if isinstance(saver, ModelCheckpoint) and state is not None:
-                moved = trainer.strategy.broadcast(self._move(saver, state) if trainer.is_global_zero else state)
-                checkpoint["callbacks"][saver.state_key] = moved
-                saver._last_checkpoint_saved = moved["best_model_path"] or moved["last_model_path"]
-        _complete_epoch(checkpoint["loops"]["fit_loop"])
-
-    def _move(self, saver: ModelCheckpoint, state: dict[str, Any]) -> dict[str, Any]:
-        """Copy the checkpoints that a state names into the new folder, unless they are later than the resumed one."""
-        assert self.before is not None
-        old, new = self.before.checkpoint.parent, Path(str(saver.dirpath))
-        maintained = {Path(path).name for path in (*state["best_k_models"], state["best_model_path"]) if path}
-        if saver.save_last or saver.filename == saver.CHECKPOINT_NAME_LAST:
-            maintained.add(f"last{saver.FILE_EXTENSION}")
-        new.mkdir(parents=True, exist_ok=True)
-        here = {name: str(new / name) for name in sorted(maintained) if self._copy(old / name, new / name)}
-        best = {here[Path(p).name]: score for p, score in state["best_k_models"].items() if Path(p).name in here}
-
-        def there(path: str) -> str:
-            return here.get(Path(path).name, "") if path else ""
-
-        last = here.get(f"last{saver.FILE_EXTENSION}", "")
-        plain = saver.monitor is None and saver.filename == saver.CHECKPOINT_NAME_LAST
-        scored = there(state["best_model_path"])
-        return state | {
-            "dirpath": saver.dirpath,
-            "best_k_models": best,
-            "best_model_path": last if plain else scored,  # else the next one would be called last-v1
-            "best_model_score": state["best_model_score"] if scored else None,
-            "kth_best_model_path": there(state["kth_best_model_path"]),
-            "last_model_path": last if saver.save_last else "",
-        }
-
-    def _copy(self, source: Path, target: Path) -> bool:
-        assert self.before is not None
-        try:
-            if read(source)["global_step"] > self.before.step:
-                return False  # the training will write it again
-            if target.exists() and source.samefile(target):
-                return True
-            content = source.read_bytes()
-        except (OSError, ValueError, KeyError):
-            return False
-        write(target, content)  # if the disk is full, the command ends, and no checkpoint is lost
-        shutil.copystat(source, target)
-        return True
-
-    # ---- what Lightning restores too far, and what it counts twice
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep the optimiser's settings as given, before Lightning restores those of the checkpoint."""
-        self._groups = [optimizer.state_dict()["param_groups"] for optimizer in trainer.optimizers]
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.before is not None and trainer.global_step != self.before.step:  # then schedules would start anew
-            raise Mistake(
-                f"{self.before.checkpoint} says that {self.before.step} steps are done, and its loops say "
-                f"{trainer.global_step}; {ADVICE}"
-            )
-        if self.before is not None:
-            _require_moments(trainer)
-            apply_settings(trainer, self._groups)
-            epoch = trainer.fit_loop.epoch_progress.current
-            if epoch.ready == epoch.completed:
-                trainer.fit_loop.epoch_loop.restarting = False  # Lightning sets it for a training by max_steps
-
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._count_steps(trainer)
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self._count_steps(trainer)
-
-    def _count_steps(self, trainer: Trainer) -> None:
-        """Set the loggers' count to the optimiser's steps, as in a training that was not interrupted."""
-        if not self._counted:
-            trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
-            self._counted = True
-
-
-def _require_moments(trainer: Trainer) -> None:
-    """Check the moments of optimisers such as Adam: a wrong shape would fail in the middle of a step."""
-    for optimizer in trainer.optimizers:
-        for parameter, state in optimizer.state.items():
-            for name, value in state.items():
-                if name in ("exp_avg", "exp_avg_sq") and getattr(value, "shape", None) != parameter.shape:
-                    raise Mistake(f"its entry optimizer_states holds {name} of another shape than its tensor; {ADVICE}")
-
-
-def apply_settings(trainer: Trainer, given: Sequence[Sequence[dict[str, Any]]]) -> None:
-    """Set changed settings of restored optimisers; the state of each parameter stays.
-
-    Only arguments of the optimiser's class are settings, because some optimisers count their steps in their groups. The
-    learning rate is scaled, so that it stays where its schedule is.
-
-    Args:
-        trainer: A trainer whose optimisers and schedules are restored.
-        given: The parameter groups of each optimiser before that.
-    """
-    for optimizer, groups in zip(trainer.optimizers, given, strict=True):
-        state, names = optimizer.state_dict(), inspect.signature(type(optimizer)).parameters.keys() - {"lr"}
-        scaled, changed = {}, False
-        for number, (group, new) in enumerate(zip(state["param_groups"], groups, strict=True)):
-            settings = {name: new[name] for name in names & new.keys()}
-            before, lr = group.get("initial_lr"), new.get("initial_lr")
-            if before != lr is not None:
-                settings |= {"initial_lr": lr, "lr": group["lr"] * (lr / before) if before else lr}
-                scaled[number] = lr
-            changed |= group != group | settings
-            group |= settings
-        if changed:
-            optimizer.load_state_dict(state)  # some settings decide where the state lies
-        for config in trainer.lr_scheduler_configs:
-            if config.scheduler.optimizer is optimizer and hasattr(config.scheduler, "base_lrs"):
-                for number, lr in scaled.items():
-                    config.scheduler.base_lrs[number] = lr
-
-
-def _complete_epoch(loops: dict[str, Any]) -> None:
-    """Mark an epoch complete if it was saved after its last step and no validation follows."""
-    batches = loops["epoch_loop.batch_progress"]
-    for part in ("total", "current"):
-        epochs, batch = loops["epoch_progress"][part], batches[part]
-        if batches["is_last_batch"] and batch["processed"] > batch["completed"]:  # no validation was to come
-            batch["completed"] = batch["processed"]
-            epochs["processed"] = epochs["started"]
-        if epochs["processed"] == epochs["started"]:
-            epochs["completed"] = epochs["processed"]
-
-
-def _pending_line(trainer: Trainer) -> dict[str, Any] | None:
-    """Return the line that Lightning logs after this save for a finished step or epoch."""
-    connector, loop = trainer._logger_connector, trainer.fit_loop.epoch_loop
-    batch, epoch = loop.batch_progress.current, trainer.fit_loop.epoch_progress.current
-    in_step = batch.processed > batch.completed  # type: ignore[attr-defined]
-    if not trainer.training or not (in_step or epoch.processed > epoch.completed):  # type: ignore[attr-defined]
-        return None
-    if in_step and (loop._should_accumulate() or not connector.should_update_logs):
-        return None
-    metrics = connector.metrics["log"]
-    if not metrics:
-        return None
-    values = {name: value.item() if hasattr(value, "item") else value for name, value in metrics.items()}
-    step = int(values.pop("step", loop._batches_that_stepped - (0 if in_step else 1)))
-    return {"epoch": trainer.current_epoch} | values | {"step": step}

@@ -64,6 +64,12 @@ def next_folder(root: Path, kind: str) -> Path:
         ) from error
 
 
+def list_runs(root: Path) -> list[Path]:
+    """List the folders of trainings in a folder, the oldest first."""
+    runs = [run for run in root.glob("version_*") if run.name.removeprefix("version_").isdecimal()]
+    return sorted(runs, key=lambda run: int(run.name.removeprefix("version_")))
+
+
 def remove_if_empty(folder: Path) -> None:
     """Remove the folder of a run that failed before it measured or saved anything."""
     started = ("config.yaml", "hparams.yaml", "run.json", "validation.txt", "skipped.csv", ".")

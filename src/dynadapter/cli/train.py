@@ -177,18 +177,13 @@ def train(wanted: Wanted) -> None:
     print(f"\nthe network is in {bundle}; {_next(bundle, wanted)}")
 
 
-def _runs(out: Path) -> list[Path]:
-    """List the run folders, the oldest first."""
-    runs = [run for run in out.glob("version_*") if run.name.removeprefix("version_").isdecimal()]
-    return sorted(runs, key=lambda run: int(run.name.removeprefix("version_")))
-
-
 def _lacks_report(out: Path) -> bool:
     """Check whether the newest run is finished but has no report, because the command was interrupted there."""
     from dynadapter.cli.report import PAGE
     from dynadapter.cli.resume import read_record
+    from dynadapter.cli.runs import list_runs
 
-    newest = next(reversed(_runs(out)), None)
+    newest = next(reversed(list_runs(out)), None)
     return (
         newest is not None and read_record(newest).get("how") == "finished" and not (newest / "report" / PAGE).exists()
     )
@@ -204,8 +199,9 @@ def _trained(wanted: Wanted, arguments: list[str]) -> Path:
     """Return the folder of the finished training: continue an existing one, or train."""
     from dynadapter.cli.app import DynCLI
     from dynadapter.cli.resume import read_record
+    from dynadapter.cli.runs import list_runs
 
-    runs, begun = _runs(wanted.out), _begun(wanted.out)
+    runs, begun = list_runs(wanted.out), _begun(wanted.out)
     if begun and begun != ["dynadapter", *arguments, *imports.given()]:
         raise Mistake(f"{wanted.out} holds a training with other settings: {shlex.join(begun)}; give another --out")
     finished = {run for run in runs if read_record(run).get("how") == "finished"}
@@ -235,6 +231,7 @@ def _continuing(run: Path, arguments: Sequence[str]) -> list[str]:
 def _begun(out: Path) -> list[str]:
     """Return the newest command line that began a training in a folder; empty without one."""
     from dynadapter.cli.resume import read_record
+    from dynadapter.cli.runs import list_runs
 
     def continues(line: Sequence[str]) -> bool:
         given = [arg.partition("=") for arg in line]
@@ -243,7 +240,7 @@ def _begun(out: Path) -> list[str]:
             for name, _, value in given
         )
 
-    lines = [shlex.split(str(read_record(run).get("command_line", ""))) for run in _runs(out)]
+    lines = [shlex.split(str(read_record(run).get("command_line", ""))) for run in list_runs(out)]
     return next((line for line in reversed(lines) if line and not continues(line)), [])
 
 
