@@ -415,6 +415,17 @@ def test_own_folders_and_loggers_resume(at, tmp_path, monkeypatch, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["elsewhere", "here", "version_0", "version_1"]
 
 
+def test_resume_command_with_an_own_class(tmp_path, monkeypatch, capsys):
+    """It names the config, unless the module is loaded before the configuration is read, as by ``--import``."""
+    (tmp_path / "own_watch.py").write_text("from lightning.pytorch import Callback\n\nclass Watch(Callback): ...\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    for number, trusted in enumerate((True, False)):
+        fit(tmp_path, "--trainer.max_steps=1", "--trainer.callbacks+=own_watch.Watch")
+        run = tmp_path / f"version_{number}"
+        more = f" --config {run / 'config.yaml'}" if trusted else ""
+        assert f"; if it is interrupted: dynadapter fit --resume {run}{more}\n" in capsys.readouterr().out
+
+
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")  # that of the resumed run
 @pytest.mark.parametrize("shared", [True, False], ids=["shared folder", "own folders"])
 def test_resume_of_a_run_that_was_continued(shared, at, tmp_path, monkeypatch, capsys):

@@ -2,7 +2,7 @@
 
 import shlex
 import signal
-from collections import Counter
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
@@ -14,7 +14,6 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from dynadapter.adapters import adapter_layers
 from dynadapter.calibrate.stored import Calibration
 from dynadapter.cli import arguments, calibrate, imports
 from dynadapter.cli.arguments import CALLBACKS, SECTIONS
@@ -43,8 +42,8 @@ from dynadapter.cli.runs import RUN_FOLDERS, SaveConfig, create_run_folder, logg
 from dynadapter.cli.safety import check_config, check_run
 from dynadapter.cli.signals import StopOnSignal
 from dynadapter.cli.strategies import require_known, require_own_folders, require_own_processes
+from dynadapter.cli.summary import costs_of, network_lines
 from dynadapter.cli.train_checks import require_outside
-from dynadapter.cost import cost_table, exit_costs, exit_parameters
 from dynadapter.data import ImageData
 from dynadapter.printing import print_tables
 from dynadapter.spec import plain
@@ -66,6 +65,7 @@ class DynCLI(LightningCLI):
     parser: arguments.ConfigParser
 
     def __init__(self, args: list[str]) -> None:
+        self.loaded = frozenset(sys.modules)  # what a resume in another process can name, too
         self.args = args
         self.command = args[0]
         self.run_folder: Path | None = None
@@ -301,7 +301,7 @@ class DynCLI(LightningCLI):
             trainer.fit(**parts, ckpt_path=path)
             self.after_fit()
         elif self.command == "flops":
-            self._print_costs(config.merged)
+            print_tables(costs_of(self.model, self.datamodule.image_size, config.merged))
         elif self.command == "calibrate":
             calibrate.calibrate(trainer, self.model, self.datamodule, self.calibration)
         else:
@@ -309,14 +309,6 @@ class DynCLI(LightningCLI):
             measure(**parts, ckpt_path=config.ckpt_path, verbose=config.verbose)
             if self.command == "test":
                 self._test_further(config.verbose)
-
-    def _print_costs(self, merged: bool) -> None:
-        parameters = [f"{count:,}" for count in exit_parameters(self.model.net)]  # those trained, merged or not
-        if merged:
-            self.model.merge()
-        table = cost_table(exit_costs(self.model.net, self.datamodule.image_size), parameters=parameters)
-        table.title = f"{self.model.backbone_name}, one image{', adapters merged' if merged else ''}"
-        print_tables(table)
 
     def _start_from(self, path: str) -> None:
         with mistakes():
@@ -371,17 +363,12 @@ class DynCLI(LightningCLI):
 
     def _resume_command(self) -> str:
         assert self.run_folder is not None
-        return resume_command(self.run_folder, yaml.safe_load(self.parser.dump(self.config, skip_none=False)))
+        settings = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
+        return resume_command(self.run_folder, settings, self.loaded)
 
     @rank_zero_only
     def _print_summary(self) -> None:
-        net = self.model.net
-        trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
-        frozen = sum(p.numel() for p in net.parameters() if not p.requires_grad)
-        adapters = Counter(layer.kind for layer in adapter_layers(net.backbone).values())
-        parts = " and ".join([*(f"{count} x {kind}" for kind, count in adapters.items()), "the heads"])
-        print(f"{self.model.backbone_name}: {frozen:,} frozen and {trained:,} trained parameters, in {parts}")
-        print(f"exits after blocks {', '.join(map(str, net.exit_depths))} of {net.depth}")
+        print(*network_lines(self.model), sep="\n")
         if self.stored is not None and "early_exit" not in self.off:
             policies = self.config_init["early_exit"].policies
             origin = self.stored.origin if tuple(policies) == self.stored.policies else "as given"

@@ -3,7 +3,7 @@
 import contextlib
 import os
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -16,7 +16,7 @@ from dynadapter.cli.configs import take
 from dynadapter.cli.errors import Mistake, mistakes
 from dynadapter.cli.layers import OFF, assignments, with_folders
 from dynadapter.cli.runs import is_first_process, is_numeric, list_runs, read_lines
-from dynadapter.cli.safety import check_run
+from dynadapter.cli.safety import check_run, require_loaded
 from dynadapter.files import Busy, locked
 from dynadapter.limits import read_json, read_yaml
 from dynadapter.training.checkpoints import newest, read
@@ -57,11 +57,18 @@ class ToResume(NamedTuple):
     log: Path
 
 
-def resume_command(run: Path, settings: Mapping[str, Any]) -> str:
-    """Return the command line that continues a run; it names the run's config if the settings need trust."""
+def resume_command(run: Path, settings: Mapping[str, Any], loaded: Container[str]) -> str:
+    """Return the command line that continues a run; it names the run's config if the settings need trust.
+
+    Args:
+        run: The run folder.
+        settings: Its configuration.
+        loaded: The modules that are loaded before a configuration is parsed; a class of another one needs trust.
+    """
     config = run / "config.yaml"
     try:
         check_run(config, settings, (), ())
+        require_loaded(settings, loaded)
     except Mistake:
         trusted = ["--config", str(config)]
     else:

@@ -9,7 +9,7 @@ classes that are known already: no module is imported for it.
 import dataclasses
 import re
 import sys
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path, PureWindowsPath
 from typing import Any, get_args, get_type_hints
@@ -111,6 +111,13 @@ def check_run(file: Path, content: Mapping[str, Any], trusted: Iterable[Any], gi
             f"{file} cannot be used as it is: {error}; a run folder may name no class that is not loaded, no logger, "
             f"and no folder to write into: if you trust it, add -c {file}"
         ) from error
+
+
+def require_loaded(content: Mapping[str, Any], modules: Container[str]) -> None:
+    """Refuse a configuration with a class whose module is not among some loaded ones."""
+    for key, name in _texts(content):
+        if key == "class_path" and getattr(_imported(name), "__module__", None) not in modules:
+            raise Mistake(f"{name} is of a module that is not loaded")
 
 
 def _without_paths(sections: Mapping[str, Any]) -> dict[str, Any]:
