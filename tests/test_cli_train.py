@@ -49,6 +49,9 @@ def photos(tmp_path) -> Path:
     return tmp_path / "photos"
 
 
+SAME = "give the same command with another goal"
+
+
 def train_on(place: object, *more: str) -> list[str]:
     return [
         "train",
@@ -181,8 +184,10 @@ def test_same_command_continues(photos, monkeypatch, capsys):
     fails(line, f"continue with: dynadapter train {photos} --backbone", capsys, code=143)
     monkeypatch.setattr(ExitClassifier, "on_train_epoch_end", after_epoch)
     fails([*line, "--lr=1e-4"], "runs/photos holds a training with other settings: dynadapter fit", capsys)
-    fails([*line, "--cost=0.001"], "goal.cost=0.001 cannot be reached", capsys)
-    assert "continuing after step 1" in capsys.readouterr().out or Path("runs/photos/version_1").is_dir()
+    fails([*line, "--cost=0.001"], f"the training in runs/photos/version_0 is kept: {SAME}", capsys)
+    assert not Path("runs/photos/version_1").exists()
+    accuracy = [*(arg for arg in line if not arg.startswith("--cost")), "--goal.accuracy_drop=-90"]
+    fails(accuracy, f"the training in runs/photos/version_1 is kept: {SAME}", capsys)
     begun = time.time()
     main(line)
     assert "the training in runs/photos/version_1 is finished" in capsys.readouterr().out
@@ -218,17 +223,26 @@ def test_line_that_began_a_training():
     assert train._continuing(Path("out/version_1"), ["fit"]) == ["fit", "--resume", "out/version_1"]  # keeps its epochs
 
 
-@pytest.mark.parametrize(("given", "device"), [("cpu", ["--device=cpu"]), ("auto", [])])
-def test_accelerator_of_the_training_measures(given, device, photos, monkeypatch):
+@pytest.mark.parametrize(
+    ("given", "arguments", "device"),
+    [
+        ("accelerator: cpu", ["accelerator=cpu"], ["--device=cpu"]),
+        ("accelerator: cpu, devices: 2", ["accelerator=cpu"], ["--device=cpu"]),  # calibrate runs on one
+        ("accelerator: auto", ["accelerator=auto"], []),
+        ("accelerator: gpu, devices: [1]", ["accelerator=gpu", "devices=[1]"], []),
+        ("devices: '3, 1'", ["devices=[3]"], []),
+    ],
+)
+def test_device_of_the_training_measures(given, arguments, device, photos, monkeypatch):
     calls = []
     monkeypatch.setattr(train, "_trained", lambda *_: Path("run"))
     monkeypatch.setattr(train, "require_trained", lambda _: None)
     monkeypatch.setattr("dynadapter.cli.report.find_run", lambda run: Given(Path(run), Path("last.ckpt")))
     monkeypatch.setattr("dynadapter.cli.app.DynCLI", calls.append)
     monkeypatch.setattr("dynadapter.cli.report.run", calls.append)
-    Path("own.yaml").write_text(f"trainer: {{accelerator: {given}}}")
+    Path("own.yaml").write_text(f"trainer: {{{given}}}")
     main(["train", str(photos), "--backbone=micro", "-c", "own.yaml"])
-    assert calls[0][-1] == f"--trainer.accelerator={given}"
+    assert [arg for arg in calls[0] if "trainer" in arg] == [f"--trainer.{one}" for one in arguments]
     assert calls[1] == ["run", *device]
 
 
@@ -317,21 +331,30 @@ MISTAKES = [
     (["photos", "--epoch=3"], "there is no key 'epoch'; did you mean"),
     (["photos", "--out"], "--out needs a value"),
     (["photos", "--cost=2"], "goal.cost"),
+    (["photos", "--backbone=vit_tiny_patch16_224", "--cost=0.1"], "goal.cost=0.1 cannot be reached: with all samples"),
+    ([], "train needs the images first, as in: dynadapter train FOLDER"),
     (["photos", "--cost=half"], "goal.cost: expected a number, not 'half'"),
     (["photos", "--goal.cost=0.5", "--goal.risk=0.1"], "are 2 goals"),
     (["photos", "--goal.reference=no.ckpt"], "goal.reference=no.ckpt does not exist; give a checkpoint or a bundle"),
     (["photos", "--goal.metric=f1"], "goal.metric=f1 must be accuracy or balanced_accuracy"),
     (["photos", "--goal.speed=2"], "there is no goal 'speed'; choose from cost"),
     (["photos", "--data.val_fraction=0"], "photos has 0 images to choose exits on; val_fraction above 0"),
-    (["photos/red"], "photos/red/train does not exist; expected train/CLASS/image.png or red/CLASS/image.png"),
+    (["photos/red"], "photos/red holds 20 images and no folder for each class; expected train/CLASS/image.png or red/"),
     (["photos", "--backbone=vit_tyny_patch16_224", "--model.pretrained=false"], "timm has no model"),
 ]
 
 
-@pytest.mark.parametrize("given", [["--epochs=0"], ["--trainer={max_epochs: 0}"], ["-c", "none.yaml"]])
+@pytest.mark.parametrize("given", [["--epochs=0"], ["--trainer={max_epochs: 0}"], ["-c", "none.yaml"], ["--epochs=-3"]])
 def test_training_without_a_step_is_refused(given, photos, capsys):
     Path("none.yaml").write_text("trainer: {max_epochs: 0}")
-    fails(["train", "photos", "--backbone=micro", *given], "trainer.max_epochs=0 trains nothing", capsys)
+    words = f"trainer.max_epochs={'-3' if given == ['--epochs=-3'] else '0'} trains nothing; give more than 0"
+    fails(["train", "photos", "--backbone=micro", *given], words, capsys)
+
+
+def test_training_needs_an_end(photos, capsys):
+    fails(["train", "photos", "--epochs=-1"], "trainer.max_epochs=-1 has no end; give more than 0", capsys)
+    for end in ("--trainer.max_steps=5", "--trainer.max_time=00:00:01:00"):
+        train_checks.require_steps([], ["--trainer.max_epochs=-1", end])
 
 
 def test_complete_config_is_no_mistake():

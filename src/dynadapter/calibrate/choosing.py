@@ -336,10 +336,24 @@ def _certified(data: Samples, goal: Goal) -> Calibrated:
 def _reachable(budget: float, data: Stacked) -> float:
     """Return the budget, raised to the lowest cost if they differ only by rounding."""
     lowest = data.cost(data.counts(route(at_exit(0, data.exits), data.predicted))).item()
-    if budget >= lowest or math.isclose(budget, lowest, rel_tol=1e-9):
-        return max(budget, lowest)
     nonfinite = int((~data.logits[0].isfinite().all(-1)).sum())
     without = f" (but {nonfinite}, whose logits there are not finite)" if nonfinite and data.exits > 1 else ""
+    return reachable(budget, lowest, without)
+
+
+def reachable(budget: float, lowest: float, without: str = "") -> float:
+    """Return a greatest average cost, raised to the lowest possible one if they differ only by rounding.
+
+    Args:
+        budget: The greatest average cost, as a fraction of static.
+        lowest: The cost of exit 1, likewise.
+        without: Samples that cannot take exit 1, for the message.
+
+    Raises:
+        ValueError: The budget is lower.
+    """
+    if budget >= lowest or math.isclose(budget, lowest, rel_tol=1e-9):
+        return max(budget, lowest)
     raise ValueError(
         f"goal.cost={budget:g} cannot be reached: with all samples at exit 1{without} the average cost is "
         f"{math.ceil(lowest * 1e4) / 1e4:g} of static; give that or more, or put the first exit earlier"

@@ -4,20 +4,24 @@ import argparse
 import os
 import shlex
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dynadapter.cli import imports
 from dynadapter.cli.configs import config_files, read_config, require_no_file
-from dynadapter.cli.errors import Mistake, Stopped, mistakes, nearest, nearest_place
+from dynadapter.cli.errors import Mistake, Stopped, nearest, nearest_place
 from dynadapter.cli.train_checks import (
     Layers,
+    check_goal,
+    device_arguments,
     mappings,
     require_checkpoints,
     require_outside,
+    require_reachable,
     require_steps,
     require_trained,
     values_of,
@@ -73,7 +77,7 @@ class Wanted:
 
 def run(args: list[str]) -> None:
     """Run the command."""
-    if not args or {"-h", "--help"} & set(args):
+    if {"-h", "--help"} & {*args}:
         print(USAGE, end="")
         return
     wanted = read(args)
@@ -93,7 +97,7 @@ def parser() -> argparse.ArgumentParser:
 
 def read(args: Sequence[str]) -> Wanted:
     """Read the command line."""
-    if args[0].startswith("-"):
+    if not args or args[0].startswith("-"):
         raise Mistake("train needs the images first, as in: dynadapter train FOLDER --epochs 20")
     try:
         given, rest = parser().parse_known_args(args[1:])
@@ -118,34 +122,11 @@ def read(args: Sequence[str]) -> Wanted:
         settings.append(f"--model.backbone={given.backbone}")
     if all(arg.startswith(("--goal.metric", "--goal.reference")) for arg in goal):
         goal.append("--goal.cost=0.5")
-    _check_goal(goal)
+    check_goal(goal)
     name = place.resolve().name if place.is_dir() else place.resolve().stem
     out = Path("runs", name) if given.out is None else Path(os.path.expanduser(given.out))
     line = shlex.join(["dynadapter", "train", *args, *imports.given()])
     return Wanted(place, out, tuple(goal), tuple(settings), line)
-
-
-def _check_goal(goal: Sequence[str]) -> None:
-    """Raise a :class:`Mistake` for a goal that calibrate would refuse, before hours of training."""
-    from dynadapter.calibrate import Goal
-    from dynadapter.cli.layers import OFF
-
-    given: dict[str, Any] = {}
-    for arg in goal:
-        key, _, value = arg.removeprefix("--goal.").partition("=")
-        if key not in Goal.__dataclass_fields__:
-            hint = nearest(key, Goal.__dataclass_fields__)
-            raise Mistake(f"there is no goal {key!r}{hint or ';'} choose from {', '.join(Goal.__dataclass_fields__)}")
-        try:
-            given[key] = value if key in ("reference", "metric") else float(value)
-        except ValueError as error:
-            raise Mistake(f"goal.{key}: expected a number, not {value!r:.40}") from error
-    with mistakes():
-        Goal(**given)
-    if (place := given.get("reference")) not in (None, *OFF) and not Path(os.path.expanduser(place)).exists():
-        raise Mistake(
-            f"goal.reference={place} does not exist{nearest_place(place) or '; give a checkpoint or a bundle'}"
-        )
 
 
 def train(wanted: Wanted) -> None:
@@ -169,11 +150,11 @@ def train(wanted: Wanted) -> None:
     if checkpoint is None:
         raise Mistake(f"the training in {run_folder} saved no checkpoint; give another --out, and let it save some")
     require_trained(checkpoint)
-    where = values_of("trainer.accelerator", *_layers(wanted.settings)[1:])[-1:]
+    where = device_arguments(*_layers(wanted.settings)[1:])
     if not bundle.exists():
-        on = [f"--trainer.accelerator={name}" for name in where]
-        DynCLI(["calibrate", f"--ckpt_path={checkpoint}", *wanted.goal, f"--bundle={bundle}", *on])
-    report.run([str(run_folder), *(["--device=cpu"] if where == ["cpu"] else [])])
+        with _naming_what_is_kept(run_folder):
+            DynCLI(["calibrate", f"--ckpt_path={checkpoint}", *wanted.goal, f"--bundle={bundle}", *where])
+    report.run([str(run_folder), *(["--device=cpu"] if "--trainer.accelerator=cpu" in where else [])])
     print(f"\nthe network is in {bundle}; {_next(bundle, wanted)}")
 
 
@@ -195,6 +176,17 @@ def _next(bundle: Path, wanted: Wanted) -> str:
     )
 
 
+@contextmanager
+def _naming_what_is_kept(run: Path | None) -> Iterator[None]:
+    """Add to an error about the goal that another one needs no new training, if there is a run."""
+    try:
+        yield
+    except Mistake as error:
+        if run is None or not str(error).startswith("goal."):
+            raise
+        raise Mistake(f"{error}; the training in {run} is kept: give the same command with another goal") from error
+
+
 def _trained(wanted: Wanted, arguments: list[str]) -> Path:
     """Return the folder of the finished training: continue an existing one, or train."""
     from dynadapter.cli.app import DynCLI
@@ -210,8 +202,15 @@ def _trained(wanted: Wanted, arguments: list[str]) -> Path:
     if useful and useful[-1] in finished:
         print(f"the training in {useful[-1]} is finished")
         return useful[-1]
+
+    class Training(DynCLI):
+        def run(self) -> None:
+            require_reachable(self.model, self.datamodule.image_size, wanted.goal)
+            super().run()
+
     try:
-        cli = DynCLI(_continuing(useful[-1], arguments) if useful else arguments)
+        with _naming_what_is_kept(useful[-1] if useful else None):
+            cli = Training(_continuing(useful[-1], arguments) if useful else arguments)
     except Stopped as stop:
         raise Stopped(f"{str(stop).partition(';')[0]}; continue with: {wanted.line}", stop.code) from stop
     assert cli.run_folder is not None

@@ -9,13 +9,37 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from dynadapter.cli.errors import Mistake
+from dynadapter.cli.errors import Mistake, mistakes, nearest, nearest_place
 
 if TYPE_CHECKING:  # Lightning takes seconds to import
     from dynadapter.data import ImageData
+    from dynadapter.training.module import ExitClassifier
 
 Layers = Sequence[Mapping[str, Any]]
 """What the config files hold, then the sections that the command line gives as a whole."""
+
+
+def check_goal(goal: Sequence[str]) -> None:
+    """Raise a :class:`Mistake` for a goal that calibrate would refuse, before hours of training."""
+    from dynadapter.calibrate import Goal
+    from dynadapter.cli.layers import OFF
+
+    given: dict[str, Any] = {}
+    for arg in goal:
+        key, _, value = arg.removeprefix("--goal.").partition("=")
+        if key not in Goal.__dataclass_fields__:
+            hint = nearest(key, Goal.__dataclass_fields__)
+            raise Mistake(f"there is no goal {key!r}{hint or ';'} choose from {', '.join(Goal.__dataclass_fields__)}")
+        try:
+            given[key] = value if key in ("reference", "metric") else float(value)
+        except ValueError as error:
+            raise Mistake(f"goal.{key}: expected a number, not {value!r:.40}") from error
+    with mistakes():
+        Goal(**given)
+    if (place := given.get("reference")) not in (None, *OFF) and not Path(os.path.expanduser(place)).exists():
+        raise Mistake(
+            f"goal.reference={place} does not exist{nearest_place(place) or '; give a checkpoint or a bundle'}"
+        )
 
 
 def mappings(line: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -99,15 +123,50 @@ def require_outside(data: "ImageData", out: Path, setting: str) -> None:
 
 
 def require_steps(layers: Layers, line: Sequence[str]) -> None:
-    """Refuse a training without a step, which would deploy untrained heads.
+    """Refuse a training without a step, which would deploy untrained heads, and one without an end.
 
     Raises:
-        Mistake: The epochs, steps or batches are 0.
+        Mistake: The epochs, steps or batches are 0 or less, and not the -1 that leaves the end to another setting.
     """
-    for key in ("trainer.max_epochs", "trainer.max_steps", "trainer.limit_train_batches"):
-        value = next(reversed(values_of(key, layers, line)), "")
-        if re.fullmatch(r"[-+]?0+(\.0*)?", value):
-            raise Mistake(f"{key}={value} trains nothing; give more than 0")
+    given = {
+        key: next(reversed(values_of(f"trainer.{key}", layers, line)), "")
+        for key in ("max_epochs", "max_steps", "limit_train_batches", "max_time")
+    }
+    ends = given["max_steps"] not in ("", "-1", "None", "null") or given["max_time"] not in ("", "None", "null")
+    for key, value in given.items():
+        if re.fullmatch(r"[-+]?0+(\.0*)?|-[\d.]+", value) and (value != "-1" or key == "limit_train_batches"):
+            raise Mistake(f"trainer.{key}={value} trains nothing; give more than 0")
+    if given["max_epochs"] == "-1" and not ends:
+        raise Mistake("trainer.max_epochs=-1 has no end; give more than 0, or also trainer.max_steps")
+
+
+def require_reachable(model: "ExitClassifier", image_size: int, goal: Sequence[str]) -> None:
+    """Refuse a goal below the cost of exit 1, which is known before the training.
+
+    Args:
+        model: The network.
+        image_size: Height and width in pixels.
+        goal: Arguments ``--goal...`` of calibrate.
+
+    Raises:
+        Mistake: No exit is as cheap.
+    """
+    from dynadapter.calibrate.choosing import reachable
+    from dynadapter.cli.layers import assignments
+    from dynadapter.cost import exit_costs
+
+    if (cost := dict(assignments(goal)).get("goal.cost")) is not None:
+        with mistakes():
+            reachable(float(cost), exit_costs(model.net, image_size).relative[0])
+
+
+def device_arguments(layers: Layers, line: Sequence[str]) -> list[str]:
+    """Return the arguments by which calibrate runs where the training ran, on one device."""
+    found = [f"--trainer.accelerator={name}" for name in values_of("trainer.accelerator", layers, line)[-1:]]
+    for devices in values_of("trainer.devices", layers, line)[-1:]:
+        numbers = re.findall(r"\d+", devices) if "," in devices or "[" in devices else []  # else it is a count
+        found += [f"--trainer.devices=[{number}]" for number in numbers[:1]]
+    return found
 
 
 def require_trained(checkpoint: Path) -> None:

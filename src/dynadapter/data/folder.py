@@ -104,10 +104,13 @@ class ImageFolder(HeldOutData):
             flat, bare = f" or {self.root.resolve().name}/CLASS/image.png" if not self._folders else "", ""
             if flat and len(empty := _without_images(self.root)) < len(_subfolders(self.root)):
                 bare = f"; no image directly in: {_join(empty)}" if empty else ""
-            raise MissingSplit(
-                f"{folder} does not exist; expected {split}/CLASS/image.png{flat}, but root contains: "
-                f"{there}{bare}{self._taken()}"
-            )
+            expected = f"expected {split}/CLASS/image.png{flat}"
+            if flat and not _subfolders(self.root) and (images := len(image_files(self.root))):
+                raise MissingSplit(
+                    f"{self.root} holds {images:,} image{'s' * (images != 1)} and no folder for each class; "
+                    f"{expected}: if it is a class, give the folder that holds it"
+                )
+            raise MissingSplit(f"{folder} does not exist; {expected}, but root contains: {there}{bare}{self._taken()}")
         return _subfolders(folder)
 
     def _taken(self) -> str:
