@@ -300,7 +300,7 @@ def test_way_out_of_a_damaged_image(photos, capsys):
     """The failed run leaves no folder that would block the same command with one setting more."""
     for damaged in sorted((photos / "red").glob("*.png"))[:8]:
         damaged.write_bytes(damaged.read_bytes()[:60])
-    fails(train_on(photos), "set on_error: skip", capsys)
+    fails(train_on(photos), "remove it, or give --data.on_error skip", capsys)
     main(train_on(photos, "--data.on_error", "skip"))
     assert Path("runs/photos/bundle").is_dir()
 

@@ -122,7 +122,9 @@ def test_unreadable_file_gives_one_line(tmp_path: Path) -> None:
         with pytest.raises(UnreadableImage) as caught:
             load_image(file)
         reason = why_unreadable(file)
-        assert str(caught.value) == f"cannot read image {file}: {reason}; repair it, remove it, or set on_error: skip"
+        words = f"cannot read image {file}: {reason}; repair it, remove it, or"
+        words = words if file.exists() else f"image {file} does not exist; correct the path, or"
+        assert str(caught.value) == f"{words} set on_error: skip"
         assert caught.value.reason == reason
         assert "\n" not in str(caught.value)
     assert why_unreadable(tmp_path / "whole.jpg") is None

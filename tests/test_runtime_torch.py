@@ -336,6 +336,9 @@ def test_command_errors_are_one_line(
     assert predict.main(args, deployed.folder) == 2
     [line] = capfd.readouterr().err.splitlines()
     assert line.startswith(f"error: cannot read image {tmp_path / 'text.png'}: not an image")
+    assert line.endswith("; repair it, remove it, or give --on_error skip")
+    assert predict.main(["nope"], deployed.folder) == 2
+    assert capfd.readouterr().err == "error: image nope does not exist; correct the path, or give --on_error skip\n"
     assert predict.main([*args, "--on_error", "skip"], deployed.folder) == 0
     shown = capfd.readouterr()
     assert shown.err.startswith("warning: skipped 1 of 2 images")

@@ -79,6 +79,7 @@ TYPED = {
     "pretrained=True": "--pretrained true",
     "overwrite=True": "--overwrite true",
     "or overwrite it": "or --overwrite true",
+    "set on_error: skip": "give --data.on_error skip",
 }
 """Settings in messages for Python, and as they are typed on the command line."""
 
@@ -89,10 +90,13 @@ def mistakes(before: str = "", after: str = "", kinds: tuple[type[Exception], ..
     try:
         yield
     except kinds as error:
-        line = one_line(error)
-        for python, typed in TYPED.items():
-            line = line.replace(python, typed)
-        raise Mistake(f"{before}{line}{after}") from error
+        raise Mistake(f"{before}{_as_typed(one_line(error))}{after}") from error
+
+
+def _as_typed(line: str) -> str:
+    for python, typed in TYPED.items():
+        line = line.replace(python, typed)
+    return line
 
 
 def closest(given: str, names: Iterable[str], cutoff: float = 0.7) -> str | None:
@@ -185,7 +189,7 @@ def describe(error: Exception) -> tuple[str, int]:
     if words := outage(error):
         return f"error: {words} ({line}){notes} (--debug shows where)", 2
     if _is_input_error(error, message, on_purpose):
-        return f"error: {one_line(innermost(message or kind).text)}{notes} (--debug shows where)", 2
+        return f"error: {_as_typed(one_line(innermost(message or kind).text))}{notes} (--debug shows where)", 2
     return f"bug: {kind}: {line} (please report this with what --debug shows)", 1
 
 

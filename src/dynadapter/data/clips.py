@@ -92,6 +92,8 @@ class Clip:
                 raise
             why = reason(error)
             message = f"cannot read video {shown(self)}: {why}; repair it, remove it, or set on_error: skip"
+            if isinstance(error, FileNotFoundError):
+                message = f"video {shown(self)} does not exist; correct the path, or set on_error: skip"
             raise UnreadableImage(message, why) from None
 
     def _read(self, number: int | None) -> list[Image.Image]:

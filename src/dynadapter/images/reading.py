@@ -194,6 +194,8 @@ def _failure(error: Exception, source: object) -> Exception:
     if isinstance(error, OSError) and is_of_the_machine(error):
         return OSError(error.errno, error.strerror, name)
     why = reason(error)
+    if isinstance(error, FileNotFoundError):
+        return UnreadableImage(f"image {name} does not exist; correct the path, or set on_error: skip", why)
     return UnreadableImage(f"cannot read image {name}: {why}; repair it, remove it, or set on_error: skip", why)
 
 

@@ -46,7 +46,7 @@ def main(args: Sequence[str] | None = None, folder: Path = Path(__file__).parent
     except BrokenPipeError:  # the reader, such as head, has closed
         return 1
     except (ValueError, ImportError, OSError, MemoryError) as error:
-        print(f"error: {shown(error)}", file=sys.stderr)
+        print(f"error: {shown(error)}".replace("set on_error: skip", "give --on_error skip"), file=sys.stderr)
         return 2
     return 0
 
