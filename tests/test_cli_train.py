@@ -6,6 +6,7 @@ import re
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
@@ -14,7 +15,8 @@ from PIL import Image
 
 from dynadapter import load
 from dynadapter.backbones.availability import is_available
-from dynadapter.cli import imports, main, train, train_checks
+from dynadapter.calibrate import Goal
+from dynadapter.cli import calibrate, imports, main, train, train_checks
 from dynadapter.cli.errors import Mistake
 from dynadapter.cli.report import Given
 from dynadapter.data import ImageFolder
@@ -255,6 +257,17 @@ def test_results_among_the_classes_are_refused(out, photos, capsys):
     fails([*fit, f"--trainer.default_root_dir={out}"], f"trainer.default_root_dir{words}", capsys)
     assert {path.name for path in photos.iterdir()} == {"blue", "red"}
     assert not (photos / "red" / "runs").exists()
+
+
+@pytest.mark.parametrize("setting", ["out", "bundle", "trainer.default_root_dir"])
+def test_calibrate_refuses_places_among_classes(setting, photos):
+    place = "photos/red/more"
+    trainer = SimpleNamespace(world_size=1, default_root_dir=place if setting.startswith("trainer") else "runs")
+    given = {} if setting.startswith("trainer") else {setting: place}
+    settings = calibrate.Settings(Goal(cost=0.5), "last.ckpt", **given)
+    with pytest.raises(Mistake, match=f"{setting}={place} lies among the class folders of photos"):
+        calibrate.calibrate(trainer, None, ImageFolder("photos"), settings)
+    assert not Path(place).exists()
 
 
 def test_results_beside_the_classes_are_allowed(photos, tmp_path):

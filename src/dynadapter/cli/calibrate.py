@@ -33,6 +33,7 @@ from dynadapter.cli.calibration_images import (
 from dynadapter.cli.errors import Mistake, mistakes
 from dynadapter.cli.policies import policy_from
 from dynadapter.cli.runs import create_run_folder
+from dynadapter.cli.train_checks import require_outside
 from dynadapter.cost import ExitCosts, exit_costs
 from dynadapter.data import ImageData
 from dynadapter.exits.policies import Policy
@@ -182,6 +183,13 @@ def calibrate(trainer: Trainer, model: ExitClassifier, data: ImageData, settings
         raise Mistake(f"calibrate runs on one device, not on {trainer.world_size}; give --trainer.devices 1")
     if settings.merge:
         _check_mergeable(model)
+    for setting, place in (
+        ("out", settings.out),
+        ("trainer.default_root_dir", None if settings.out else trainer.default_root_dir),
+        ("bundle", settings.bundle),
+    ):
+        if place is not None:
+            require_outside(data, Path(place), setting)
     _require_writable(Path(trainer.default_root_dir if settings.out is None else settings.out))
     with _held(settings.out):
         if settings.policy_from is None:
