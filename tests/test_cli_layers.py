@@ -40,6 +40,17 @@ def test_printed_config_has_parts_that_are_off(more, capsys):
     assert config["checkpoint"]["filename"] == "last"
 
 
+def test_text_like_a_number_stays_text(tmp_path, capsys):
+    """YAML has several forms of numbers; PyYAML writes ``1e3`` as jsonargparse reads a number."""
+    names = ["--data=ImageFolder", "--data.root=1e3", "--trainer.default_root_dir=-2E+4"]
+    text = printed(["fit", "-c", TINY, *names, "--model.optimizer.lr=1e-5", "--print_config"], capsys)
+    (tmp_path / "saved.yaml").write_text(text)
+    config = yaml.safe_load(text)
+    assert (config["data"]["init_args"]["root"], config["trainer"]["default_root_dir"]) == ("1e3", "-2E+4")
+    assert config["model"]["optimizer"]["init_args"]["lr"] == 1e-5
+    assert printed(["fit", "-c", str(tmp_path / "saved.yaml"), "--print_config"], capsys) == text
+
+
 WEIGHTED = "--exit_weights.weighting=LateToEarly --exit_weights.weighting.floor=0.2"
 LORA = {"class_path": "LoRA", "init_args": {"targets": ["blocks.*.mlp.fc1"], "scale": 4}}
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import fields
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
-from jsonargparse import Namespace
+from jsonargparse import Namespace, set_dumper
 
 from dynadapter.cli.errors import Mistake, mistakes
 from dynadapter.cli.help import SHORT
@@ -36,9 +37,24 @@ Contents = Mapping[str, Mapping[str, Any]]
 """What the config files hold, by path."""
 
 
+class _Dumper(yaml.SafeDumper):
+    """A dumper that quotes texts such as ``1e3``, which jsonargparse reads as numbers, but not PyYAML."""
+
+
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?[\d_.]+[eE][-+]?\d+"), list("-+.0123456789"))
+
+
+def _dump(content: Any) -> str:
+    """Return settings as YAML; this is the dumper of the parsers, which write the configs of runs."""
+    return str(yaml.dump(content, Dumper=_Dumper, allow_unicode=True, sort_keys=False))
+
+
+set_dumper("yaml", _dump)
+
+
 def inline(config: Mapping[str, Any]) -> str:
     """Return a configuration as text; the parser reads ``--config`` as a file or as YAML."""
-    return yaml.safe_dump(dict(config))
+    return str(yaml.dump(dict(config), Dumper=_Dumper))
 
 
 def assignments(args: Sequence[str]) -> Iterator[tuple[str, str]]:
@@ -109,7 +125,7 @@ def without_training(files: Sequence[str], contents: Contents) -> tuple[list[str
         content = contents[file]
         if any(key in content for key in TRAINING):
             content = {key: value for key, value in content.items() if key not in TRAINING}
-            file = inline(content)
+            file = yaml.safe_dump(content)  # as in the file, where jsonargparse reads 1e-5 as a number
         layers.append(file)
         found[file] = content
     return layers, found
