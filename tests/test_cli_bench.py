@@ -299,6 +299,7 @@ def test_file_written_meanwhile_stays(tmp_path):
         (["--bundle=nowhere"], "nowhere is not a folder; give a bundle's folder"),
         (["--rounds=0"], "rounds=0 must be at least 1"),
         (["--threads=0"], "threads=0 must be at least 1"),
+        (["--batch_sizes=1"], "batch_sizes: expected a list such as [1], not '1'"),
         (["--batch_sizes=[]"], "batch_sizes=[] must be some whole numbers of at least 1"),
         (["--batch_sizes=[0,8]"], "batch_sizes=[0, 8] must be some whole numbers of at least 1"),
         (["--batch_sizes=[a]"], "batch_sizes"),

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from commands import printed
 from rich.console import Console
 from test_data_verify import make_folder, make_task
 
@@ -41,6 +42,13 @@ def test_data_without_faults_exit_with_0(root, capsys):
     assert ["train", "9", "0", "3", "to", "3", "7x5", "9x5"] in [row[:8] for row in rows]
     assert ["red", "3", "1", "2"] in rows
     assert out.splitlines()[-1] == "0 errors, 0 warnings"
+
+
+def test_help_is_for_users(capsys):
+    text = printed(["verify", "--help"], capsys)
+    assert "--data CLASS" in text
+    assert "ImageFolder" in text
+    assert all(words not in text for words in ("subclass sets", "Optional[", "init_args", "INIT_ARG"))
 
 
 def test_errors_exit_with_1(root, capsys):

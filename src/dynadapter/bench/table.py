@@ -12,7 +12,9 @@ def bench_table(batch: dict[str, Any], result: dict[str, Any]) -> Table:
         title=f"batch {batch['batch']}: {batch['images']} images a round, exit shares {shares} %, control "
         f"{batch['control']:.3f}{' VOID' if batch['void'] else ''}",
         caption=f"ms: wall-clock milliseconds; speed-up over static in {result['clock_in_words']}, median of "
-        f"{result['settings']['rounds']} ratios; GMACs run: with the class token's row first, where routing does so; "
+        f"{result['settings']['rounds']} ratios; % of static: of the arm static, whose adapters are merged if possible "
+        "(calibrate compares with a static network merged as the bundle is); GMACs run: with the class token's row "
+        "first, where routing does so; "
         "efficiency: speed-up x cost, of onnx staged over onnx static where that is timed",
     )
     table.add_column("arm")

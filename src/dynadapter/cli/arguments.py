@@ -110,7 +110,7 @@ def add_command_arguments(parser: LightningArgumentParser, command: str) -> None
         what = "Use the policy of this calibration, calibrated checkpoint or run, or bundle."
         parser.add_argument("--policy_from", type=str | None, help=what)
         parser.add_argument("--verbose", type=bool, default=False, help="Print all logged values as well.")
-    what = "Random seed; true draws one, false sets none."
+    what = "Random seed; true takes that of the variable PL_GLOBAL_SEED, or else 0; false sets none."
     parser.add_argument("--seed_everything", type=bool | int, default=0, help=what)
 
 

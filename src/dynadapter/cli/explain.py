@@ -201,17 +201,22 @@ def _wrong_type(error: ParserError, given: str, sections: Sections, keys: list[s
             choices += [choice.strip().strip("'") for choice in kind.partition("[")[2].rstrip("]").split(",")]
     if choices:
         words.insert(0, f"one of {', '.join(dict.fromkeys(choices))}")
-    return f"{_about(error)}expected {' or '.join(words)}, not {value!r}{nearest(value, choices)}"
+    kinds = " or ".join(words)
+    if re.fullmatch(r"[\w.,-]+", value):
+        kinds = kinds.replace(LIST, f"[{value}]")
+    return f"{_about(error)}expected {kinds}, not {value!r}{nearest(value, choices)}"
 
 
 _TYPE = r"Expected (?:an? )?(<class '.+?'>|\S*Literal\[.+?\])"
+LIST = "[3, 6]"
+"""A list as an example, if the given value is not one without brackets."""
 TYPES = {
     "int": "a whole number",
     "float": "a number",
     "bool": "true or false",
     "str": "text",
     "dict": "a mapping such as {depth: 6}",
-    "list": "a list such as [3, 6]",
+    "list": f"a list such as {LIST}",
     "tuple": "a list",
     "Sequence": "a list",
     "Iterable": "a list",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from dynadapter.cli.configs import config_files, read_config
 from dynadapter.cli.errors import Mistake
+from dynadapter.cli.help import ESSENTIAL, TITLES
 from dynadapter.cli.parser import CommandParser
 from dynadapter.files import shown, write
 
@@ -32,11 +33,15 @@ def parser() -> CommandParser:
         "Decode every image of a data set, count images and classes, and find duplicates. "
         "The exit code is 0 for data without errors, 1 for errors in the data, and 2 for invalid input.",
         {"data": ImageData},
+        short=True,
         usage="dynadapter verify --data CLASS --data.root FOLDER [--KEY VALUE ...]",
     )
     words = "Config file whose data section is checked, or its name; the command line wins over it."
     made.add_argument("--config", "-c", type=str | None, help=words)  # read by `config_files`, here for the help
     made.add_subclass_arguments(ImageData, "data", required=True)
+    made.groups["data"].title = TITLES["data"]
+    one = next(action for action in made._actions if action.dest == "data")
+    one.help, one.metavar = f"{ESSENTIAL['data'].rpartition(';')[0]}; their settings are --data.NAME VALUE.", "CLASS"
     made.add_argument("--out", type=str | None, help="File for the whole report, as JSON.")
     words = "Images decoded at once; by default a few more than there are cores."
     made.add_argument("--threads", type=int | None, help=words)
