@@ -541,6 +541,7 @@ def test_resume_skips_damaged_checkpoints(at, tmp_path, monkeypatch, capsys):
     assert f"{saved / 'last.ckpt'} is damaged and left out" in out
     assert f"from {saved / 'best.ckpt'}" in out
     (saved / "best.ckpt").write_bytes(b"")
+    shutil.rmtree(tmp_path / "version_1")  # it is finished
     error = refused(["fit", "--resume", tmp_path / "version_0"], capsys)
     assert "can be read: best.ckpt, last.ckpt; remove them, and start again with" in error
 

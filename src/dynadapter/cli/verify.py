@@ -39,7 +39,7 @@ def parser() -> CommandParser:
     words = "Config file whose data section is checked, or its name; the command line wins over it."
     made.add_argument("--config", "-c", type=str | None, help=words)  # read by `config_files`, here for the help
     made.add_subclass_arguments(ImageData, "data", required=True)
-    made.groups["data"].title = TITLES["data"]
+    (made.groups or {})["data"].title = TITLES["data"]
     one = next(action for action in made._actions if action.dest == "data")
     one.help, one.metavar = f"{ESSENTIAL['data'].rpartition(';')[0]}; their settings are --data.NAME VALUE.", "CLASS"
     made.add_argument("--out", type=str | None, help="File for the whole report, as JSON.")
