@@ -6,7 +6,7 @@ import subprocess
 import pytest
 
 from dynadapter.cli import sweep_workers
-from dynadapter.cli.cores import usable_cores
+from dynadapter.images.memory import usable_cores
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import CLASSES, raises_one_line
+from conftest import CLASSES, VIT, raises_one_line
 from lightning.pytorch import LightningDataModule
 from PIL import Image
 from tiny import loader, make_classifier, trainer
@@ -356,6 +356,28 @@ def test_image_size_changes_from_what_was_loaded_or_trained():
     set_image_size(nets[0], 32)
     set_image_size(nets[0], 64)
     assert nets[0].pos_embed.float().mean() > trained.float().mean() - 0.5
+
+
+def test_wide_backbone_takes_no_square_images(three):
+    model = learner(backbone_args=VIT | {"img_size": (32, 48)})
+    data = ImageFolder(three, image_size=32, batch_size=8)
+    for use in (lambda: set_image_size(model.net.backbone, 32), lambda: trainer().fit(model, datamodule=data)):
+        with raises_one_line(
+            ValueError, match=r"img_size=\(32, 48\): the backbone was built for images that are not sq"
+        ):
+            use()
+
+
+def test_image_size_on_meta():
+    tiny = {"depth": 1, "embed_dim": 48, "num_heads": 3, "img_size": 32, "patch_size": 8}
+    net, real = create_backbone("vit_tiny_patch16_224", 3, **tiny).to("meta"), torch.rand(1, 37, 48)
+    for size in (48, 64, 48):
+        set_image_size(net, size)
+    net.to_empty(device="cpu").pos_embed.data.copy_(real)
+    set_image_size(net, 64)
+    assert net.pos_embed.shape == (1, 65, 48)
+    set_image_size(net, 48)
+    assert torch.equal(net.pos_embed, real)
 
 
 def test_training_on_another_size_raises(three):

@@ -92,12 +92,11 @@ def locked(place: Path, wait: bool = False) -> Iterator[None]:
     while True:
         try:
             file = _hold(place, path)
+            break
         except Busy:
             if not wait:
                 raise
             time.sleep(WAIT)
-        else:
-            break
     try:
         yield
     finally:
@@ -172,8 +171,7 @@ def replacing_folder(folder: Path, overwrite: bool = True) -> Iterator[Path]:
     with locked(folder):
         if os.path.lexists(folder) and not overwrite:  # since the caller looked
             raise ValueError(f"{folder} exists; name another folder")
-        # Beside the target, because a rename is one step only inside one file system. Not by tempfile, because its
-        # folders are closed to other users.
+        # Beside the target, where a rename is one step. Not by tempfile, whose folders are closed to other users.
         unfinished = folder.parent / f".{folder.name}.{secrets.token_hex(4)}{PARTIAL}"
         unfinished.mkdir()
         try:
@@ -267,6 +265,11 @@ def listed(names: Iterable[object], most: int = 10) -> str:
     return ", ".join(named[:most]) + (f" and {len(named) - most:,} more" if len(named) > most else "")
 
 
+def one_line(error: BaseException | str) -> str:
+    """Return a message without line breaks; the name of the error's class where it has no message."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def checksum(content: Mapping[str, Any]) -> str:
     """Return the SHA-256 of a JSON object; whitespace and the order of the keys do not change it.
 
@@ -338,8 +341,7 @@ def require_room(path: str | os.PathLike[str], size: int, copies: int = 1) -> No
     Raises:
         ValueError: It does not fit.
     """
-    needed, there = size * copies, machine_memory()
-    if needed > there:
+    if (needed := size * copies) > (there := machine_memory()):
         raise ValueError(
             f"loading {path} takes {needed / 1e9:,.1f} GB, this machine has {there / 1e9:,.1f} GB; the file is "
             "damaged, or needs a larger machine"

@@ -16,6 +16,7 @@ from dynadapter.adapters.injection import Layers, build_wrappers, require_bare
 from dynadapter.adapters.lora import LoRA
 from dynadapter.adapters.peft_arguments import checked, described
 from dynadapter.backbones import classifier
+from dynadapter.files import one_line
 
 ADAPTER = "default"
 """peft's name for the only adapter of a layer."""
@@ -147,7 +148,7 @@ def _(spec: Peft, model: nn.Module, layers: Layers) -> dict[str, AdapterLayer]:
     try:
         host = _injected(_tree(plain), spec.settings(model, bare, plain))
     except (ValueError, TypeError, KeyError, NotImplementedError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise ValueError(reason if reason.startswith("Peft needs") else f"{spec.label}: {reason:.300}") from error
     finally:
         for parameter, requires_grad in trained.items():

@@ -177,8 +177,18 @@ def size_step(model: nn.Module) -> int:
 
 
 def fixed_size(model: nn.Module) -> int | None:
-    """Return the height and width in pixels that images must have, or None if the model takes several sizes."""
-    return built_for(model) if getattr(getattr(model, "patch_embed", None), "strict_img_size", True) else None
+    """Return the height and width in pixels that images must have, or None if the model takes several sizes.
+
+    Raises:
+        ValueError: The model was built for images that are not square.
+    """
+    embed = getattr(model, "patch_embed", None)
+    if not getattr(embed, "strict_img_size", True):
+        return None
+    size = getattr(embed, "img_size", None) or getattr(model, "img_size", None)
+    if isinstance(size, tuple) and len(set(size)) > 1:
+        raise ValueError(f"img_size={size}: the backbone was built for images that are not square; give one number")
+    return built_for(model)
 
 
 @singledispatch

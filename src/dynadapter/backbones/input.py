@@ -44,9 +44,11 @@ def set_image_size(model: nn.Module, image_size: int) -> None:
     if built in (None, image_size):
         return
     own: Any = model
-    current = getattr(model, "pos_embed", None)
+    current: Any = getattr(model, "pos_embed", None)
     size, position, resampled = getattr(model, "_own_position", None) or (built, current, None)
-    if resampled is not None and not torch.equal(own.pos_embed, resampled.to(own.pos_embed)):  # loaded or trained
+    if resampled is not None and (
+        current.is_meta or resampled.is_meta or not torch.equal(current, resampled.to(current))
+    ):  # loaded or trained
         size, position = built, current
     # Other families have further tensors of one size, such as biases of relative positions
     if not isinstance(model, VisionTransformer | Eva) or image_size % size_step(model) or position is None:

@@ -166,13 +166,13 @@ def is_void(control: float) -> bool:
 
 
 def best_chunk(
-    make: Callable[[int], Call], batch: int, clock: Clock = "cpu", device: torch.device | str = "cpu", rounds: int = 3
+    make: Callable[[int], Call], batch: int, clock: Clock = "cpu", device: torch.device | str = "cpu"
 ) -> int:
     """Return the chunk size with which an arm is fastest; a large batch may exceed a CPU's caches."""
     chunks = [*(chunk for chunk in CHUNKS if chunk < batch), batch]
     if len(chunks) == 1:
         return batch
-    times = interleave({str(chunk): make(chunk) for chunk in chunks}, rounds, 1, device)
+    times = interleave({str(chunk): make(chunk) for chunk in chunks}, 3, 1, device)
     return min(chunks, key=lambda chunk: statistics.median(times[str(chunk)].rounds(clock)))
 
 

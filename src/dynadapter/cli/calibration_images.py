@@ -114,10 +114,10 @@ def stack_logits(
     return stacked.logits, stacked.targets
 
 
-def some_images(data: ImageData, split: Split, most: int = 64) -> Tensor:
-    """Return images (images, 3, size, size), evenly spread over a split, to compare a merged network on."""
+def some_images(data: ImageData, split: Split) -> Tensor:
+    """Return at most 64 images (images, 3, size, size), evenly spread over a split, to compare a merged network on."""
     images = ImageDataset(data.dataset(split).samples, data.preprocess)
-    count = min(most, len(images))
+    count = min(64, len(images))
     return collate([images[k * len(images) // count] for k in range(count)])[0]
 
 

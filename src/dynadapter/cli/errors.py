@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
+from dynadapter.files import one_line as one_line
+
 
 class Mistake(Exception):
     """Invalid input (exit code 2). The message is one line: what was given, what is allowed, what to do.
@@ -67,11 +69,6 @@ def stoppable() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def one_line(error: BaseException | str) -> str:
-    """Return a message without line breaks; the name of the error's class where it has no message."""
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 TYPED = {

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any, Literal
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from dynadapter.cli.cores import usable_cores
 from dynadapter.cli.errors import Mistake, Stopped, Terminated, mistakes, one_line, stoppable
 from dynadapter.cli.imports import import_own
 from dynadapter.cli.networks import BACKEND, BUNDLE, POLICY, WEIGHTS, check_network, load_network
 from dynadapter.cli.parser import CommandParser, Options
 from dynadapter.images.accounting import account
+from dynadapter.images.memory import usable_cores
 from dynadapter.serve.formats import check_output
 from dynadapter.serve.inputs import list_images
 from dynadapter.serve.table import OtherRun, PredictionTable

@@ -11,9 +11,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, StrategyRegistry
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
-from dynadapter.cli.cores import usable_cores
 from dynadapter.cli.errors import Mistake
 from dynadapter.cli.resume import Earlier
+from dynadapter.images.memory import usable_cores
 
 
 class FSDP2(ModelParallelStrategy):

@@ -7,10 +7,10 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from dynadapter.cli.cores import usable_cores
 from dynadapter.cli.errors import Failed, Mistake, Stopped, one_line
 from dynadapter.cli.ray_session import ray_session
 from dynadapter.cli.sweep_file import SweepFile
+from dynadapter.images.memory import usable_cores
 from dynadapter.sweep.plan import Unit
 
 WAIT = 1.0

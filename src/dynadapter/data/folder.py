@@ -10,7 +10,7 @@ from dynadapter.data.dataset import Sample
 from dynadapter.data.held_out import HeldOutData
 from dynadapter.data.splits import MissingSplit
 from dynadapter.data.test_sets import check_test_sets, open_test_sets
-from dynadapter.files import shown
+from dynadapter.files import listed, shown
 from dynadapter.images.reading import SUFFIXES, image_files
 
 SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
@@ -100,10 +100,10 @@ class ImageFolder(HeldOutData):
     def _list_classes(self, split: str) -> list[str]:
         folder = self._folder(split)
         if not folder.is_dir():
-            there = _join(_subfolders(self.root)) or "no folder"
+            there = listed(_subfolders(self.root)) or "no folder"
             flat, bare = f" or {self.root.resolve().name}/CLASS/image.png" if not self._folders else "", ""
             if flat and len(empty := _without_images(self.root)) < len(_subfolders(self.root)):
-                bare = f"; no image directly in: {_join(empty)}" if empty else ""
+                bare = f"; no image directly in: {listed(empty)}" if empty else ""
             expected = f"expected {split}/CLASS/image.png{flat}"
             if flat and not _subfolders(self.root) and (images := len(image_files(self.root))):
                 raise MissingSplit(
@@ -125,8 +125,8 @@ class ImageFolder(HeldOutData):
         labels = dict(zip(classes, positions(classes, self.class_names), strict=True))
         if unknown := [name for name, label in labels.items() if label is None]:
             raise ValueError(
-                f"{self._folder(split)} has classes that train does not have: {_join(unknown)}; "
-                f"train has: {_join(self.class_names)}"
+                f"{self._folder(split)} has classes that train does not have: {listed(unknown)}; "
+                f"train has: {listed(self.class_names)}"
             )
         index = {name: label for name, label in labels.items() if label is not None}
         found = [(path, index[name]) for name in classes for path in image_files(self._folder(split) / name)]
@@ -134,7 +134,7 @@ class ImageFolder(HeldOutData):
         without = [name for name in classes if index[name] not in with_images]
         if not found or (split == "train" and without and not self._whole):
             raise ValueError(
-                f"no image in {self._folder(split)} for: {_join(without) or 'any class'}; "
+                f"no image in {self._folder(split)} for: {listed(without) or 'any class'}; "
                 f"looked for files ending in {', '.join(SUFFIXES)}"
             )
         return list(found)
@@ -167,7 +167,3 @@ def _without_images(root: Path) -> list[str]:
 def _subfolders(folder: Path) -> list[str]:
     """Return the names of the folders in a folder, without hidden ones."""
     return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-
-
-def _join(names: list[str]) -> str:
-    return ", ".join(map(shown, names))

@@ -16,7 +16,7 @@ from dynadapter.data.library_images import LibraryImages
 from dynadapter.data.lists import PathCheck
 from dynadapter.data.mapped import MappedData
 from dynadapter.data.table import COLUMNS, ONE_LABEL
-from dynadapter.files import shown
+from dynadapter.files import listed, one_line, shown
 
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 
@@ -73,7 +73,7 @@ class HubDataset(MappedData):
         given = {"train": train_split, "val": val_split, "test": test_split}
         self.splits = {split: name for split in given if (name := _split(self.path, split, given[split], found))}
         if not self.splits:
-            raise ValueError(f"{self.path} has the splits {_named(found)}; give train_split, val_split or test_split")
+            raise ValueError(f"{self.path} has the splits {listed(found)}; give train_split, val_split or test_split")
         first = next(iter(self.splits.values()))
         self.columns = _columns(self.path, found[first].features, image_column, label_column)
         for split, name in list(self.splits.items()):
@@ -128,7 +128,7 @@ def _on_disk(folder: Path) -> dict[str, Any]:
             f"{folder} was not written by save_to_disk of datasets; for folders of images use ImageFolder"
         ) from error
     except Exception as error:  # damaged files fail in many ways
-        raise ValueError(f"{folder} cannot be read by datasets: {_line(error)}") from error
+        raise ValueError(f"{folder} cannot be read by datasets: {one_line(error):.300}") from error
     return {"train": found} if isinstance(found, Dataset) else dict(found)
 
 
@@ -147,13 +147,15 @@ def _on_hub(name: str, config: str | None, revision: str | None, download: bool)
     try:
         found = datasets.load_dataset(name, config, revision=revision)
     except Exception as error:  # of the network, the Hub, or the data set
-        raise ValueError(f"{name} cannot be loaded from the Hub: {type(error).__name__}: {_line(error)}") from error
+        raise ValueError(
+            f"{name} cannot be loaded from the Hub: {type(error).__name__}: {one_line(error):.300}"
+        ) from error
     return dict(found), [Path(datasets.config.HF_DATASETS_CACHE), Path(HF_HUB_CACHE)]
 
 
 def _split(path: str, split: str, given: str | None, found: Mapping[str, Any]) -> str | None:
     if given is not None and given not in found:
-        raise ValueError(f"{path} has no split {given!r:.80}; {split}_split may be one of: {_named(found)}")
+        raise ValueError(f"{path} has no split {given!r:.80}; {split}_split may be one of: {listed(found)}")
     return given or next((name for name in found if name.lower() in SPLITS[split]), None)
 
 
@@ -164,18 +166,18 @@ def _columns(path: str, features: Mapping[str, Any], image: str | None, label: s
 
     for part, given in (("image", image), ("label", label)):
         if given is not None and given not in features:
-            raise ValueError(f"{path} has no column {given!r:.80}; {part}_column may be one of: {_named(features)}")
+            raise ValueError(f"{path} has no column {given!r:.80}; {part}_column may be one of: {listed(features)}")
     images = [name for name, feature in features.items() if isinstance(feature, Encoded)]
     if image is None and len(images) != 1:
-        raise ValueError(f"{path} has {len(images)} columns of images; set image_column to one of: {_named(features)}")
+        raise ValueError(f"{path} has {len(images)} columns of images; set image_column to one of: {listed(features)}")
     image = image or images[0]
     if image not in images:
-        raise ValueError(f"{path}: column {image} holds no images; columns of images are: {_named(images) or 'none'}")
+        raise ValueError(f"{path}: column {image} holds no images; columns of images are: {listed(images) or 'none'}")
     usual = next((name for word in COLUMNS["label"] for name in features if name.lower() == word), None)
     named = [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
     label = label or usual or (named[0] if len(named) == 1 else None)
     if label is None:
-        raise ValueError(f"{path} has no column called label or class; set label_column to one of: {_named(features)}")
+        raise ValueError(f"{path} has no column called label or class; set label_column to one of: {listed(features)}")
     return image, label
 
 
@@ -209,11 +211,3 @@ def _classes(rows: Any, column: str, labels: dict[str, list[Any]]) -> tuple[list
     names = sorted_names({str(label) for part in labels.values() for label in part})
     index = {name: k for k, name in enumerate(names)}
     return names, {split: [index[str(label)] for label in part] for split, part in labels.items()}
-
-
-def _named(names: Mapping[str, Any] | list[str]) -> str:
-    return ", ".join(map(shown, names))
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from PIL import Image
 
+from dynadapter.files import one_line
+
 
 class LibraryImages(ABC):
     """The images of one split with their labels.
@@ -72,4 +74,4 @@ class LibraryImage:
         except (OSError, MemoryError):
             raise
         except Exception as error:  # of any library
-            raise OSError(" ".join(str(error).split()) or type(error).__name__) from error
+            raise OSError(one_line(error)) from error

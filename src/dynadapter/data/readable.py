@@ -53,7 +53,7 @@ def _why_unreadable(source: Any, value_range: Range | None) -> str | None:
     return None
 
 
-def _shortened(broken: Mapping[str, str], most: int = 20) -> str:
+def _shortened(broken: Mapping[str, str]) -> str:
     lines = [f"{path} ({why})" for path, why in broken.items()]
-    rest = [f"and {len(lines) - most} more"] if len(lines) > most else []
-    return "; ".join(lines[:most] + rest)
+    rest = [f"and {len(lines) - 20} more"] if len(lines) > 20 else []
+    return "; ".join(lines[:20] + rest)

@@ -31,14 +31,15 @@ def _polygon(corners: int, inner: float = 1.0) -> Outline:
     ]
 
 
-def _arc(start: float, end: float, radius: float = 1.0, centre: Point = (0.0, 0.0), points: int = 40) -> Outline:
+def _arc(start: float, end: float, radius: float = 1.0, centre: Point = (0.0, 0.0)) -> Outline:
     """Return points on a circle from one angle to another, in degrees, clockwise on the screen."""
-    steps = [math.radians(start + (end - start) * k / (points - 1)) for k in range(points)]
+    steps = [math.radians(start + (end - start) * k / 39) for k in range(40)]
     return [(centre[0] + radius * math.cos(angle), centre[1] + radius * math.sin(angle)) for angle in steps]
 
 
-def _cross(half: float = 0.34) -> Outline:
-    """Return a plus sign with arms `half` wide on either side."""
+def _cross() -> Outline:
+    """Return a plus sign."""
+    half = 0.34  # half the width of an arm
     corner = [(-half, -0.95), (half, -0.95), (half, -half)]
     return [(x, y) if k == 0 else _turned((x, y), k) for k in range(4) for x, y in corner]
 

@@ -22,6 +22,7 @@ from dynadapter.data.library_images import LibraryImage
 from dynadapter.data.splits import MissingSplit
 from dynadapter.data.test_sets import with_one_test_set
 from dynadapter.data.vtab import VTAB1k
+from dynadapter.files import one_line
 from dynadapter.images.accounting import Account
 from dynadapter.images.reading import UnreadableImage, load_image
 from dynadapter.images.values import Range
@@ -141,14 +142,14 @@ def verify(
             listed += [(split, source, int(label)) for source, label in data.used(split)]
         except (ValueError, OSError) as error:
             level: Level = "warning" if isinstance(error, MissingSplit) and split == "test" else "error"
-            findings.append(Finding(level, "split", " ".join(str(error).split())))
+            findings.append(Finding(level, "split", one_line(error)))
     for part in with_one_test_set(data):
         try:
             for other in part.further_tests():
                 index = match_classes(other.class_names, data.class_names)
                 listed += [(other.test_label, source, index[label]) for source, label in other.samples("test")]
         except (ValueError, OSError) as error:
-            findings.append(Finding("error", "split", " ".join(str(error).split())))
+            findings.append(Finding("error", "split", one_line(error)))
     entries = _look_at_all(listed, folder, threads, progress, data.preprocess.value_range)
     lenient = isinstance(data, VTAB1k) and data.task is not None
     findings += _find_unreadable(entries)

@@ -1,4 +1,4 @@
-"""Limit the memory for decoding over all threads of a process.
+"""Count the cores of this process, and limit the memory for decoding over all its threads.
 
 This file imports the standard library alone: an exported folder holds a copy of it.
 """
@@ -7,6 +7,11 @@ import contextlib
 import os
 import threading
 from collections.abc import Iterator
+
+
+def usable_cores() -> int:
+    """Return the number of cores: those of the process's CPU affinity where the system has one, else all."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Budget:

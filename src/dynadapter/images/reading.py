@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from dynadapter.files import open_regular, shown
+from dynadapter.files import one_line, open_regular, shown
 from dynadapter.images.memory import Budget
 from dynadapter.images.values import Range, decode_deep_colour, from_array, to_rgb
 
@@ -281,7 +281,7 @@ def reason(error: Exception) -> str:
     """Return in a few words why decoding failed."""
     if isinstance(error, UnidentifiedImageError):  # Pillow's message repeats the path
         return f"not an image of a known format ({', '.join(FORMATS)})"
-    return " ".join(str(getattr(error, "strerror", None) or error or type(error).__name__).split())
+    return one_line(getattr(error, "strerror", None) or error)
 
 
 def upright(image: Image.Image, in_place: bool = False) -> Image.Image:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dynadapter.backbones import in_chans
 from dynadapter.exits.stages import Step
-from dynadapter.files import write
+from dynadapter.files import one_line, write
 from dynadapter.limits import read_json
 from dynadapter.serve.backends import NEEDED, Backend, cache_of, image_size, missing, open_graphs, version_of
 from dynadapter.serve.drift import Reference
@@ -59,7 +59,7 @@ def fastest(bundle: "Bundle", batch_size: int) -> tuple[Backend, str]:
         try:
             seconds = measure(bundle, offered, batch_size)
         except Exception as error:  # not every network can be exported, and exporters fail in many ways
-            reason = (" ".join(str(error).split()) or type(error).__name__)[:200]
+            reason = one_line(error)[:200]
             return "torch", f"backend torch (auto: the graphs of the others failed: {reason})"
         with suppress(OSError):  # a cache that cannot be written: measured again at the next start
             write(file, json.dumps({**stored, here: seconds}, indent=1).encode())

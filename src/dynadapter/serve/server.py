@@ -19,6 +19,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 import dynadapter
+from dynadapter.files import one_line
 from dynadapter.images.reading import FORMATS, UnreadableImage
 from dynadapter.serve.bundle.config import Config
 from dynadapter.serve.bundle.reading import read_config
@@ -303,7 +304,7 @@ def _as_problem() -> Iterator[None]:
         raise Problem(504, str(error)) from None
     except (RuntimeError, ValueError, OSError, MemoryError) as error:
         LOG.error("an image could not be answered: %s", error)
-        raise Problem(500, " ".join(str(error).split()) or type(error).__name__) from None
+        raise Problem(500, one_line(error)) from None
 
 
 def _check_parameters(request: Request) -> None:

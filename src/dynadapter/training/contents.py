@@ -108,16 +108,10 @@ def saved_contents(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(
             "this checkpoint was not written by dynadapter: it names no backbone; load its weights with torch.load"
         )
-    format = saved.get("format", 0)
-    if not isinstance(format, int):
-        raise ValueError(f"this checkpoint has format {format!r:.40}, this dynadapter reads {FORMAT}; it is damaged")
-    if format > FORMAT:
-        raise ValueError(f"this checkpoint has format {format}, this dynadapter reads {FORMAT}; update dynadapter")
-    if format < FORMAT:
-        raise ValueError(
-            f"this checkpoint has the old format {format}, this dynadapter reads {FORMAT}; train again, or use the "
-            "version of dynadapter that wrote it"
-        )
+    if (format := saved.get("format")) != FORMAT:
+        newer = isinstance(format, int) and format > FORMAT
+        advice = "update dynadapter" if newer else "train again, or use the version of dynadapter that wrote it"
+        raise ValueError(f"this checkpoint has format {format!r:.40}, this dynadapter reads {FORMAT}; {advice}")
     require_entries(checkpoint, MODEL)
     require_entries(saved, OURS, "dynadapter.")
     require_bounded(saved, "the checkpoint")

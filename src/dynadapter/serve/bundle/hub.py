@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from dynadapter.files import read_bytes
+from dynadapter.files import one_line, read_bytes
 from dynadapter.limits import MAX_JSON
 from dynadapter.serve.bundle.card import PLACE
 from dynadapter.serve.bundle.config import CARD, CONFIG, FILES, MODEL
@@ -55,7 +55,7 @@ def push_to_hub(
         text = read_bytes(place / CARD, MAX_JSON).decode("utf-8")
         card = ModelCard(text.replace(PLACE, HUB + repo_id + (f"@{revision}" if revision else "")))
     except (OSError, ValueError) as error:
-        raise ValueError(f"{place / CARD} cannot be read ({_one_line(error)}); write the bundle again") from error
+        raise ValueError(f"{place / CARD} cannot be read ({one_line(error)}); write the bundle again") from error
     if license is not None:
         card.data.license = license  # type: ignore[attr-defined]  # of ModelCardData
     contents: dict[str, Any] = {CARD: card.content.encode()}
@@ -112,7 +112,7 @@ def _explained(error: Exception) -> str:
     answers = [getattr(one, "response", None) for one in chain]
     status = next((answer.status_code for answer in answers if answer is not None), None)
     if isinstance(error, errors.HFValidationError):
-        return f"{_one_line(error).rstrip('.')}; give OWNER/NAME"
+        return f"{one_line(error).rstrip('.')}; give OWNER/NAME"
     if isinstance(error, errors.RevisionNotFoundError):
         return "it has no such revision; give a branch, a tag or a commit of it"
     if isinstance(error, errors.GatedRepoError):
@@ -124,11 +124,7 @@ def _explained(error: Exception) -> str:
     if status == 403:
         return "your token has no right to write there; give your own name as OWNER, or a token with write access"
     if status is not None or isinstance(error, ValueError):
-        return _one_line(error)
+        return one_line(error)
     offline = any(isinstance(one, errors.OfflineModeIsEnabled) for one in chain)
-    what = "HF_HUB_OFFLINE is set" if offline else f"the hub does not answer ({_one_line(chain[-1])})"
+    what = "HF_HUB_OFFLINE is set" if offline else f"the hub does not answer ({one_line(chain[-1])})"
     return f"{what}; without it nothing is uploaded, and only bundles in the cache can be used; check the network"
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -28,9 +28,7 @@ class MergeProof:
     policy: str
 
 
-def merged_copy(
-    net: ExitNet, images: Tensor, policy: Policy, tolerance: float = 1e-4, batch_size: int = 32
-) -> tuple[ExitNet, MergeProof]:
+def merged_copy(net: ExitNet, images: Tensor, policy: Policy, tolerance: float = 1e-4) -> tuple[ExitNet, MergeProof]:
     """Merge the adapters of a copy into its backbone, in float64, and check that its predictions are the same.
 
     Args:
@@ -39,7 +37,6 @@ def merged_copy(
         policy: The policy that the network will be used with: each image must stop at the same exit.
         tolerance: Largest allowed difference, of each merged layer on random tokens (relative, Frobenius norm) and of
             the logits of each exit on the images (relative to the exit's largest logit).
-        batch_size: Images that are run at once.
 
     Returns:
         The merged network in evaluation mode, and the proof.
@@ -56,10 +53,10 @@ def merged_copy(
             "(images, channels, height, width)"
         )
     merged = copy.deepcopy(net).eval()
-    before = _logits(merged, images, batch_size)  # (exits, images, classes), still with adapters
+    before = _logits(merged, images)  # (exits, images, classes), still with adapters
     merged.merge(tolerance)
-    after = _logits(merged, images, batch_size)
-    tied = tied_images(net, images, batch_size)
+    after = _logits(merged, images)
+    tied = tied_images(net, images)
     largest = before.double().abs().amax((1, 2)).clamp_min(torch.finfo(torch.float64).tiny)
     by_image = (after.double() - before.double()).abs().amax(2) / largest[:, None]
     by_image[:, tied & (by_image.amax(0) > tolerance)] = 0  # judged by exit and class alone
@@ -85,5 +82,5 @@ def merged_copy(
 
 
 @torch.no_grad()
-def _logits(net: ExitNet, images: Tensor, batch_size: int) -> Tensor:
-    return torch.cat([net(batch).cpu() for batch in images.split(batch_size)], dim=1)
+def _logits(net: ExitNet, images: Tensor) -> Tensor:
+    return torch.cat([net(batch).cpu() for batch in images.split(32)], dim=1)

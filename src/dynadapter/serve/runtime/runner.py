@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dynadapter.files import read_whole
+from dynadapter.images.memory import usable_cores
 from dynadapter.images.reading import SOURCES, Source, UnreadableImage, find_images, is_source, source_name
 from dynadapter.serve.runtime.manifest import Stage, read_manifest
 from dynadapter.serve.runtime.policies import Floats, confidence
@@ -78,7 +79,7 @@ class Runner:
         self.manifest = read_manifest(folder)
         self.engine.check(self.manifest.content)
         self.policy = self.manifest.policy
-        self.chunk = CHUNK * (threads or _usable_cores()) if self.engine.on_cpu else None
+        self.chunk = CHUNK * (threads or usable_cores()) if self.engine.on_cpu else None
         self._sessions: dict[int, Session] = {}
         self._lock = threading.Lock()
 
@@ -264,11 +265,6 @@ class Runner:
             shape = ", ".join(map(str, wanted))
             raise ValueError(f"images are {given}; give a float32 array (batch, {shape}), or files")
         return images
-
-
-def _usable_cores() -> int:
-    """Return the number of cores: those of the process's CPU affinity where the system has one, else all."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def list_sources(images: Source | Iterable[Source]) -> list[Source]:
