@@ -2,9 +2,12 @@
 
 import copy
 import functools
+import importlib
 import io
 import pickle
+import shutil
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -124,6 +127,31 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("tiny")
     main(["fit", "-c", TINY, f"--trainer.default_root_dir={root}"])
     return root / "version_0"
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Train on drawn shapes, long enough that the exits differ; return the checkpoint, which no test may change."""
+    root = tmp_path_factory.mktemp("runs")
+    more = ["--trainer.limit_train_batches=1.0", "--trainer.max_epochs=2", "--trainer.logger=false"]
+    main(["fit", "-c", TINY, f"--trainer.default_root_dir={root}", "--model.optimizer.lr=0.01", *more])
+    return root / "version_0" / "checkpoints" / "last.ckpt"
+
+
+@pytest.fixture
+def checkpoint(trained: Path, tmp_path: Path) -> Path:
+    """Copy the checkpoint into a run folder of its own."""
+    folder = tmp_path / "runs" / "version_0" / "checkpoints"
+    folder.mkdir(parents=True)
+    return Path(shutil.copy(trained, folder))
+
+
+@pytest.fixture(scope="module")
+def program() -> Iterator[Callable[[str], Any]]:
+    """Import a program from the folder of benchmarks."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "path", [str(Path(__file__).parents[1] / "benchmarks"), *sys.path])
+        yield importlib.import_module
 
 
 @pytest.fixture

@@ -10,10 +10,12 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tiny
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -36,11 +38,11 @@ from dynadapter.training.callbacks import (
     WeightAverage,
 )
 from dynadapter.training.mixing import Mixing
-from dynadapter.training.module import ExitClassifier
 from dynadapter.training.schedules import Constant
 from dynadapter.training.weighting import PerExit
 
 NAMES = ["a", "b", "c", "d", "e"]
+shaken = partial(tiny.shaken, by=0.1)
 PROCESSES = (2, 1, 3)  # the others resume what two have saved
 
 
@@ -97,16 +99,6 @@ class Where:
         run = self.trainer(*callbacks, **({"limit_val_batches": 0} | options))
         run.fit(module, datamodule=data or Noise(), ckpt_path=checkpoint)
         return module.state_dict(), run
-
-
-def shaken(module: ExitClassifier) -> ExitClassifier:
-    """Change all trained tensors, so that every element has a gradient and exits differ."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for p in module.parameters():
-            if p.requires_grad:
-                p.add_(torch.randn(p.shape, generator=generator) * 0.1)
-    return module
 
 
 class Losses(Callback):

@@ -1,6 +1,7 @@
 """Bundles of a tiny ViT with three exits that images really take, for the tests of serving."""
 
 import io
+import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -50,6 +51,18 @@ def parts_of(net: ExitNet, policy: Policy = POLICY, **more: Any) -> dict[str, An
 def make_bundle(policy: Policy = POLICY, net: ExitNet | None = None, **more: Any) -> Bundle:
     net = net or make_net()
     return Bundle(net, policy, describe(net, **parts_of(net, policy, **more)))
+
+
+def fails_at(function: Callable[..., Any], call: int, kind: type[BaseException]) -> Callable[..., Any]:
+    """Return the function with an error at one of its calls."""
+    calls = itertools.count(1)
+
+    def fails(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) == call:
+            raise kind("broken")
+        return function(*args, **kwargs)
+
+    return fails
 
 
 def photos(count: int) -> list[bytes]:

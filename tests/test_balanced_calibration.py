@@ -8,7 +8,7 @@ import pytest
 import torch
 from scipy import stats
 from test_calibrate import COSTS, fake
-from test_cli_calibrate import checkpoint, run, trained  # noqa: F401
+from test_cli_calibrate import run
 from torch import Tensor
 
 from dynadapter import load
@@ -128,7 +128,7 @@ def test_refused_in_one_line() -> None:
 # ---- the command
 
 
-def test_command_writes_balanced_numbers(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
+def test_command_writes_balanced_numbers(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, bundle = tmp_path / "out", tmp_path / "bundle"
     run(checkpoint, "--goal.cost=0.8", f"--goal.metric={BALANCED}", f"--out={out}", f"--bundle={bundle}")
     printed = capsys.readouterr().out

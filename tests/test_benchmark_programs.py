@@ -2,7 +2,6 @@
 
 import hashlib
 import http.client
-import importlib
 import json
 import os
 import shutil
@@ -12,7 +11,7 @@ import subprocess
 import sys
 import tarfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -30,14 +29,6 @@ ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT / "benchmarks"
 QUICK = ["--tiny", "--rounds", "2"]
 SHARES = [0.5, 0.3, 0.15, 0.05]
-
-
-@pytest.fixture(scope="module")
-def program() -> Iterator[Callable[[str], Any]]:
-    """Import a program from the folder of benchmarks."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "path", [str(BENCHMARKS), *sys.path])
-        yield importlib.import_module
 
 
 def read(path: Path) -> list[dict[str, Any]]:

@@ -1,9 +1,6 @@
 """The claims, judged from synthetic lines whose truth is known, and the interval behind them."""
 
-import importlib
 import json
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +35,6 @@ WORLD: dict[str, Any] = {
     "without": None,  # a run that is missing: task, recipe, seed
     "failed": [],  # trainings that failed: task, recipe, scale
 }
-
-
-@pytest.fixture(scope="module")
-def programs() -> Iterator[Any]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "path", [str(BENCHMARKS), *sys.path])
-        yield importlib.import_module
 
 
 def first(accuracy: float) -> np.ndarray:
@@ -114,19 +104,19 @@ def write(
     (folder / f"{prefix}_{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def verdicts(programs: Any, folder: Path, reading: int = 0) -> dict[str, Any]:
-    claims, reading = programs("claims"), programs("margins").READINGS[reading]
-    found = programs("outcomes").Outcomes.read_all(folder, reading)
+def verdicts(program: Any, folder: Path, reading: int = 0) -> dict[str, Any]:
+    claims, reading = program("claims"), program("margins").READINGS[reading]
+    found = program("outcomes").Outcomes.read_all(folder, reading)
     return {claim.name: claim for claim in (*claims.claims(found, reading), *claims.aims(found, reading))}
 
 
-def test_goals_of_former_files_do_not_count(programs, tmp_path):
+def test_goals_of_former_files_do_not_count(program, tmp_path):
     policy = WORLD["policy"] | {"cost 0.55": (63.0, 55.0)}
     write(tmp_path, sweep={"goal": [{"cost": 0.45}, {"cost": 0.55}]}, policy=policy)  # lines have cost 0.25, too
-    found = programs("outcomes").Outcomes.read_all(tmp_path, programs("margins").READINGS[0])["micro"]
+    found = program("outcomes").Outcomes.read_all(tmp_path, program("margins").READINGS[0])["micro"]
     assert found.best_goal("lora", "dynamic", 50.0) == "cost 0.45"
     assert found.cost_goals("lora", "dynamic", 0.2, 0.6) == ["cost 0.45", "cost 0.55"]
-    with pytest.raises(programs("outcomes").Missing):
+    with pytest.raises(program("outcomes").Missing):
         found.best_goal("lora", "dynamic", 40.0)
 
 
@@ -134,7 +124,7 @@ def test_goals_of_former_files_do_not_count(programs, tmp_path):
     ("task", "verdict", "words"),
     [("cars", "held", "; cars, lora, dynamic, seed 1 has no policy for cost 0.45"), ("leaves", "open", "no goal")],
 )
-def test_unreached_goal_is_named(task, verdict, words, programs, tmp_path):
+def test_unreached_goal_is_named(task, verdict, words, program, tmp_path):
     """Beside the deciding tasks it leaves out the words on these; on one that decides the claim is open."""
     write(tmp_path, sweep={"tasks": SWEEP["tasks"] | {"cars": "Natural"}}, policy={"cost 0.45": (62.0, 45.0)})
     path = tmp_path / "second_micro.jsonl"
@@ -145,11 +135,11 @@ def test_unreached_goal_is_named(task, verdict, words, programs, tmp_path):
             line["policies"] = {"cost 0.45": {"unreached": "exit 1 costs more"}}
             line["per_image"] = as_text({"right": right, "routed": np.zeros((0, IMAGES), dtype=bool)})
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    found = verdicts(programs, tmp_path)
+    found = verdicts(program, tmp_path)
     for name in ("seed, lora", "routing"):
         assert (found[name].verdict, words in found[name].note) == (verdict, True), found[name]
-    outcomes = programs("outcomes")
-    found = outcomes.Outcomes.read_all(tmp_path, programs("margins").READINGS[0])["micro"]
+    outcomes = program("outcomes")
+    found = outcomes.Outcomes.read_all(tmp_path, program("margins").READINGS[0])["micro"]
     if task == "leaves":
         with pytest.raises(outcomes.Missing, match="leaves, lora, dynamic, seed 1 has no policy"):
             found.cost("lora", "dynamic", "cost 0.45")
@@ -198,16 +188,16 @@ ALL = {
     ],
     ids=["", "exits", "cut", "epoch", "worse", "dearer"],
 )
-def test_verdicts(changes, others, programs, tmp_path):
+def test_verdicts(changes, others, program, tmp_path):
     write(tmp_path, **changes)
-    found = verdicts(programs, tmp_path)
+    found = verdicts(program, tmp_path)
     expected = ALL | others
     assert {name: found[name].verdict for name in expected} == expected
 
 
-def test_estimates(programs, tmp_path):
+def test_estimates(program, tmp_path):
     write(tmp_path)
-    found = verdicts(programs, tmp_path)
+    found = verdicts(program, tmp_path)
     assert found["seed, lora"].estimate == pytest.approx(2.0)
     assert "45.0 % by cost 0.45" in found["seed, lora"].note
     assert found["elastic, accuracy"].estimate == pytest.approx(-2.0)
@@ -217,44 +207,42 @@ def test_estimates(programs, tmp_path):
     assert found["routing"].estimate == pytest.approx(62 - hull)
 
 
-def test_other_tasks_stand_beside(programs, tmp_path):
+def test_other_tasks_stand_beside(program, tmp_path):
     tasks = SWEEP["tasks"] | {"cars": "Natural", "birds": None}
     write(tmp_path, sweep={"tasks": tasks}, extra={"leaves": -8.0, "chart_trend": -4.0})
-    claim = verdicts(programs, tmp_path)["seed, lora"]
+    claim = verdicts(program, tmp_path)["seed, lora"]
     assert claim.verdict == "missed"
     assert claim.estimate == pytest.approx(-1.0)
     assert "other 2 tasks +2.00" in claim.note
 
 
-def test_ordinary_backbone(programs, tmp_path):
+def test_ordinary_backbone(program, tmp_path):
     write(tmp_path)
     write(tmp_path, "plain", policy={"cost 0.45": (59.0, 45.0)})
-    found = verdicts(programs, tmp_path)
+    found = verdicts(program, tmp_path)
     assert (found["seed, lora"].verdict, found["ordinary, plain"].verdict) == ("held", "missed")
     assert found["no natural task below X, plain"].verdict == "missed"
 
 
-def test_backbone_has_scales_of_its_own(programs, tmp_path):
+def test_backbone_has_scales_of_its_own(program, tmp_path):
     write(tmp_path)
     write(tmp_path, "vit_small_14", sweep={"scales": [1.0, 3.0, 10.0]})
-    assert verdicts(programs, tmp_path)["ordinary, vit_small_14"].verdict == "held"
+    assert verdicts(program, tmp_path)["ordinary, vit_small_14"].verdict == "held"
     write(tmp_path, "vit_small_14")
-    assert verdicts(programs, tmp_path)["ordinary, vit_small_14"].verdict == "open"
+    assert verdicts(program, tmp_path)["ordinary, vit_small_14"].verdict == "open"
 
 
 @pytest.mark.parametrize("run", [("leaves", "static", 1), ("chart_trend", "dynamic", 0)])
-def test_missing_run_leaves_a_claim_open(run, programs, tmp_path):
+def test_missing_run_leaves_a_claim_open(run, program, tmp_path):
     write(tmp_path, without=run)
-    claim = verdicts(programs, tmp_path)["seed, lora"]
+    claim = verdicts(program, tmp_path)["seed, lora"]
     assert (claim.verdict, claim.estimate) == ("open", None)
     assert claim.note == f"micro: {run[0]}, lora, {run[1]}, seed {run[2]} is not finished"
 
 
-def test_missing_task_leaves_claims_open(programs, tmp_path):
+def test_missing_task_leaves_claims_open(program, tmp_path):
     write(tmp_path, sweep={"tasks": {"leaves": "Natural", "cell_division": "Specialized", "chart_trend": None}})
-    assert verdicts(programs, tmp_path)["routing"].note.startswith(
-        "micro: stacked_sheets, lora, dynamic, seed 0 is not"
-    )
+    assert verdicts(program, tmp_path)["routing"].note.startswith("micro: stacked_sheets, lora, dynamic, seed 0 is not")
 
 
 @pytest.mark.parametrize(
@@ -273,46 +261,46 @@ def test_missing_task_leaves_claims_open(programs, tmp_path):
         ),
     ],
 )
-def test_other_protocol_leaves_claims_open(change, words, programs, tmp_path):
+def test_other_protocol_leaves_claims_open(change, words, program, tmp_path):
     write(tmp_path, sweep=change)
-    claim = verdicts(programs, tmp_path)["seed, lora"]
+    claim = verdicts(program, tmp_path)["seed, lora"]
     assert claim.verdict == "open"
     assert claim.note.startswith(f"{words}; otherwise held; 45.0 % by cost 0.45")
     assert claim.estimate == pytest.approx(2.0)
 
 
-def test_protocol_is_that_of_the_sweep(programs):
-    margins, sweep = programs("margins"), PROTOCOL
+def test_protocol_is_that_of_the_sweep(program):
+    margins, sweep = program("margins"), PROTOCOL
     assert list(margins.SCALES) == sweep["scales"]
     assert {adapter: list(seeds) for adapter, seeds in margins.SEEDS.items()} == sweep["seeds"]
     assert list(margins.SEEDS) == sweep["adapters"]
     assert sweep["settings"]["trainer"]["max_epochs"] == margins.EPOCHS
 
 
-def test_reading_of_each_set(programs, tmp_path):
+def test_reading_of_each_set(program, tmp_path):
     """A file is read under one rule: the later rule gives the first four no verdict."""
-    readings = programs("margins").READINGS
+    readings = program("margins").READINGS
     for reading in readings:
         seeds = {adapter: list(seeds) for adapter, seeds in reading.seeds.items()}
         write(tmp_path, prefix=reading.prefix, sweep={"tasks": dict.fromkeys(reading.tasks), "seeds": seeds})
-    read_all, claims = programs("outcomes").Outcomes.read_all, programs("claims").claims
+    read_all, claims = program("outcomes").Outcomes.read_all, program("claims").claims
     found = [next(claims(read_all(tmp_path, reading), reading)) for reading in readings if reading.judges != "ordinary"]
     assert [claim.verdict for claim in found] == ["held", "held", "shown", "held"]
     assert len({claim.estimate for claim in found}) == 1
 
 
-def place_of(programs: Any, prefix: str) -> int:
+def place_of(program: Any, prefix: str) -> int:
     """Return the place of a reading in the list of them."""
-    return [reading.prefix for reading in programs("margins").READINGS].index(prefix)
+    return [reading.prefix for reading in program("margins").READINGS].index(prefix)
 
 
-def test_third_set_judges_seed_alone(programs, tmp_path):
+def test_third_set_judges_seed_alone(program, tmp_path):
     """With two seeds of an adapter instead of three it is open."""
-    third = place_of(programs, "third")
-    tasks = dict.fromkeys(programs("margins").THIRD)
+    third = place_of(program, "third")
+    tasks = dict.fromkeys(program("margins").THIRD)
     for seeds, verdict in (([0, 1, 2], "held"), ([0, 1], "open")):
         write(tmp_path, prefix="third", sweep={"tasks": tasks, "seeds": {"lora": seeds}})
-        found = verdicts(programs, tmp_path, third)
+        found = verdicts(program, tmp_path, third)
         assert {name: claim.verdict for name, claim in found.items()} == {
             "seed, lora": verdict,
             "seed, adapter": "open",
@@ -320,11 +308,11 @@ def test_third_set_judges_seed_alone(programs, tmp_path):
         }
 
 
-def test_photographs_judge_an_ordinary_backbone_alone(programs, tmp_path):
+def test_photographs_judge_an_ordinary_backbone_alone(program, tmp_path):
     """Other tasks of their sweep stand beside them."""
     tasks = {"unseen10": {"group": "Natural", "fresh": True}, "cifar10": "Natural"}
     write(tmp_path, name="plain", prefix="photographs", sweep={"tasks": tasks}, extra={"cifar10": -5.0})
-    found = verdicts(programs, tmp_path, place_of(programs, "photographs"))
+    found = verdicts(program, tmp_path, place_of(program, "photographs"))
     assert list(found) == ["ordinary, plain", "no natural task below X, plain"]
     ordinary, below = found.values()
     assert (ordinary.verdict, below.verdict) == ("held", "missed")
@@ -333,12 +321,12 @@ def test_photographs_judge_an_ordinary_backbone_alone(programs, tmp_path):
     assert below.note.startswith("cifar10, the worst of 2")
 
 
-def test_failed_training_is_printed(programs, tmp_path):
+def test_failed_training_is_printed(program, tmp_path):
     write(tmp_path, failed=[("leaves", "dynamic", 100.0)])
-    found = programs("outcomes").Outcomes.read_all(tmp_path, programs("margins").VERDICT)
-    claim = next(programs("claims").claims(found, programs("margins").VERDICT))
+    found = program("outcomes").Outcomes.read_all(tmp_path, program("margins").VERDICT)
+    claim = next(program("claims").claims(found, program("margins").VERDICT))
     assert (claim.name, claim.verdict) == ("seed, lora", "held")
-    assert list(programs("claims").failures(found)) == [
+    assert list(program("claims").failures(found)) == [
         "scale dropped: micro: leaves, lora, dynamic, scale 100, seed 1, train800val200: the training learned nothing"
     ]
 
@@ -351,9 +339,9 @@ def test_failed_training_is_printed(programs, tmp_path):
         ("static", (10.0, 30.0, 100.0), "open"),
     ],
 )
-def test_failure_at_every_scale(recipe, scales, verdict, programs, tmp_path):
+def test_failure_at_every_scale(recipe, scales, verdict, program, tmp_path):
     write(tmp_path, failed=[("leaves", recipe, scale) for scale in scales])
-    claim = verdicts(programs, tmp_path)["seed, lora"]
+    claim = verdicts(program, tmp_path)["seed, lora"]
     words = "failed at every scale" if len(scales) == 3 else "seed 0 is not finished"
     assert (claim.verdict, claim.note) == (
         verdict,
@@ -361,12 +349,12 @@ def test_failure_at_every_scale(recipe, scales, verdict, programs, tmp_path):
     )
 
 
-def test_other_images_are_refused(programs, tmp_path):
+def test_other_images_are_refused(program, tmp_path):
     write(tmp_path)
     path = tmp_path / "second_micro.jsonl"
     path.write_text(path.read_text().replace('"images_hash": "leaves"', '"images_hash": "cars"', 3))
     with pytest.raises(ValueError, match="were tested on other images"):
-        verdicts(programs, tmp_path)
+        verdicts(program, tmp_path)
 
 
 # ---- the interval
@@ -388,8 +376,8 @@ def draw_tasks(
 @pytest.mark.parametrize(
     ("seeds", "spread", "first"), [(1, 0.0, 1.0), (3, 0.0, 1.0), (2, 0.1, 1.0), (3, 0.1, 1.0), (3, 0.02, 20.0)]
 )
-def test_interval_covers_the_truth(seeds, spread, first, programs):
-    compare, generator = programs("paired").compare, np.random.default_rng(0)
+def test_interval_covers_the_truth(seeds, spread, first, program):
+    compare, generator = program("paired").compare, np.random.default_rng(0)
     many = [draw_tasks(generator, 4, 300, spread, first) for _ in range(3)]
     truth = 100 * np.mean([task.mean() for tasks in many for task in tasks])
     found = [compare(draw_tasks(generator, 4, seeds, spread, first), draws=400, seed=k) for k in range(80)]
@@ -402,22 +390,22 @@ def test_interval_covers_the_truth(seeds, spread, first, programs):
         )  # and no wider than it must be
 
 
-def test_interval_of_seeds_is_welchs(programs):
+def test_interval_of_seeds_is_welchs(program):
     """Where images are alike, the mean over two tasks is a difference of two means of unequal variance."""
     generator = np.random.default_rng(2)
     for sizes, spreads in (((10, 10), (0.1, 0.1)), ((10, 10), (0.2, 0.01)), ((12, 8), (0.05, 0.2))):
         seeds = [spread * generator.normal(size=size) for size, spread in zip(sizes, spreads, strict=True)]
-        found = programs("paired").compare([np.repeat(one[:, None], 50, axis=1) for one in seeds])
+        found = program("paired").compare([np.repeat(one[:, None], 50, axis=1) for one in seeds])
         welch = stats.ttest_ind(seeds[0], -seeds[1], equal_var=False).confidence_interval()
         expected = [50 * welch.low, 50 * welch.high]
         assert (found.low, found.high) == pytest.approx(expected, abs=0.06 * (expected[1] - expected[0]))
 
 
-def test_interval_against_a_loop(programs):
+def test_interval_against_a_loop(program):
     """With one seed: draw the images of each task again and again."""
     generator = np.random.default_rng(1)
     tasks = draw_tasks(generator, 2, 1, 0.0)
     means = [np.mean([task[0][generator.integers(600, size=600)].mean() for task in tasks]) * 100 for _ in range(4000)]
-    found = programs("paired").compare(tasks)
+    found = program("paired").compare(tasks)
     assert (found.low, found.high) == pytest.approx(np.quantile(means, [0.025, 0.975]), abs=0.25)
     assert found.estimate == pytest.approx(100 * np.mean([task.mean() for task in tasks]))

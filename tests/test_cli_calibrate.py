@@ -10,7 +10,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from commands import TINY, refused
+from commands import refused
 from jsonargparse import Namespace
 from PIL import Image
 from test_calibrate import lost
@@ -46,23 +46,6 @@ from dynadapter.training.callbacks.stacked_logits import StackedLogits
 from dynadapter.training.module import ExitClassifier
 
 QUIET = ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Train on drawn shapes, long enough that the exits differ, and return the checkpoint."""
-    root = tmp_path_factory.mktemp("runs")
-    more = ["--trainer.limit_train_batches=1.0", "--trainer.max_epochs=2", "--trainer.logger=false"]
-    main(["fit", "-c", TINY, f"--trainer.default_root_dir={root}", "--model.optimizer.lr=0.01", *more])
-    return root / "version_0" / "checkpoints" / "last.ckpt"
-
-
-@pytest.fixture
-def checkpoint(trained: Path, tmp_path: Path) -> Path:
-    """Copy the checkpoint into a run folder of its own."""
-    folder = tmp_path / "runs" / "version_0" / "checkpoints"
-    folder.mkdir(parents=True)
-    return Path(shutil.copy(trained, folder))
 
 
 @pytest.fixture(scope="module")

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import test_cli_predict
 import torch
 from commands import printed, refused
 from safetensors.torch import save_file
-from test_cli_predict import ARGUMENTS, NAME, NAMES, PREPROCESS, write_bundle, write_images
+from test_cli_predict import ARGUMENTS, NAME, NAMES, PREPROCESS, write_bundle
 
 from dynadapter.adapters import AdaptFormer
 from dynadapter.backbones import create_backbone
@@ -31,14 +32,7 @@ pytest.importorskip("onnxscript")
 pytest.importorskip("onnxruntime")
 
 
-@pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_images(tmp_path_factory.mktemp("images") / "photos")
-
-
-@pytest.fixture(scope="module")
-def bundle(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_bundle(tmp_path_factory.mktemp("bundles") / "bundle", images)
+images, bundle = test_cli_predict.images, test_cli_predict.bundle  # fixtures
 
 
 def run(bundle: Path, out: Path, *more: str) -> Path:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from served import COSTS, Gate, make_bundle, make_net, photos, tensors, until
+from served import COSTS, Gate, fails_at, make_bundle, make_net, photos, tensors, until
 from test_together import bundle as task
 
 from dynadapter.exits.combining import Combined, with_threshold
@@ -485,14 +485,7 @@ def test_numbers_out_of_range(wrong):
 
 @pytest.mark.parametrize("kind", [RuntimeError, SystemExit])
 def test_failed_stage_answers_its_batch_only(kind, monkeypatch, caplog):
-    real, calls = NET.begin, [0]
-
-    def fails(*args, **kwargs):
-        calls[0] += 1
-        if calls[0] == 3:
-            raise kind("broken")
-        return real(*args, **kwargs)
-
+    fails = fails_at(NET.begin, 3, kind)
     with engine_of(batch=4) as engine, monkeypatch.context() as patch:
         patch.setattr(NET, "begin", fails)
         futures = [engine.submit(image) for image in IMAGES[:20]]

@@ -1,10 +1,7 @@
 """benchmarks/fresh.py: the folders that it writes, again the same, and what is drawn in them."""
 
-import importlib
 import json
-import sys
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +25,8 @@ CLASSES |= dict.fromkeys(["scene_distance", *SECOND[1:]], 6)
 
 
 @pytest.fixture(scope="module")
-def fresh() -> Iterator[Any]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "path", [str(Path(__file__).parents[1] / "benchmarks"), *sys.path])
-        yield importlib.import_module("fresh")
+def fresh(program) -> Any:
+    return program("fresh")
 
 
 @pytest.fixture(scope="module")
@@ -106,27 +101,20 @@ def test_digits_are_each_in_one_list(fresh, monkeypatch):
 # ---- the second set of tasks
 
 
-@pytest.fixture(scope="module")
-def programs() -> Iterator[Any]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "path", [str(Path(__file__).parents[1] / "benchmarks"), *sys.path])
-        yield importlib.import_module
-
-
 def pixels(task: Any, split: str) -> list[bytes]:
     return [image.tobytes() for image, _ in task.images(split, 4)]
 
 
-def test_set_is_that_of_the_margins(programs, written):
-    margins, tasks = programs("margins"), programs("fresh").tasks(written[1])
+def test_set_is_that_of_the_margins(program, written):
+    margins, tasks = program("margins"), program("fresh").tasks(written[1])
     assert all(name in tasks for names in margins.SETS.values() for name in names)
     assert not set(margins.FIRST) & set(margins.SECOND) | set(margins.THIRD) & {*margins.FIRST, *margins.SECOND}
     for names in (margins.SECOND, margins.THIRD):
         assert {tasks[name].group for name in names} == {"Natural", "Specialized", "Structured"}
 
 
-def test_sweep_of_the_set(programs, tmp_path, monkeypatch):
-    transfer, margins = programs("transfer"), programs("margins")
+def test_sweep_of_the_set(program, tmp_path, monkeypatch):
+    transfer, margins = program("transfer"), program("margins")
     monkeypatch.setattr(transfer, "dynadapter", lambda arguments: None)
     argv = ["--data", "TASKS", "--recipes", "static", "dynamic", "--adapters", "lora", "--dry_run"]
     monkeypatch.chdir(tmp_path)
@@ -135,7 +123,7 @@ def test_sweep_of_the_set(programs, tmp_path, monkeypatch):
     assert tuple(sweep["tasks"]) == margins.SECOND
     assert sweep["tasks"]["chart_trend"] == {"group": "Structured", "fresh": True}
     assert (sweep["adapters"], list(sweep["recipes"])) == (["lora"], ["static", "dynamic"])
-    outcomes = programs("outcomes").Outcomes.of("micro", sweep, [], margins.SECOND)
+    outcomes = program("outcomes").Outcomes.of("micro", sweep, [], margins.SECOND)
     assert outcomes.departures("lora") == ""
     transfer.main([*argv, "--fresh", "first"])
     sweep = yaml.safe_load((tmp_path / "runs" / "transfer_micro" / "transfer_micro.yaml").read_text())
@@ -150,26 +138,26 @@ def test_sweep_of_the_set(programs, tmp_path, monkeypatch):
     assert sweep["tasks"] == {"cifar10": "Natural", "unseen10": {"group": "Natural", "fresh": True}}
 
 
-def planned(programs: Any, tmp_path: Path, *argv: str) -> dict[str, Any]:
+def planned(program: Any, tmp_path: Path, *argv: str) -> dict[str, Any]:
     """Return the file of the sweep of a call."""
-    programs("transfer").main(["--data", "TASKS", "--out", str(tmp_path), *argv])
+    program("transfer").main(["--data", "TASKS", "--out", str(tmp_path), *argv])
     plan: dict[str, Any] = yaml.safe_load((tmp_path / "tiny_micro.yaml").read_text())
     return plan
 
 
-def test_tiny_follows_other_options(programs, tmp_path, monkeypatch):
-    monkeypatch.setattr(programs("transfer"), "dynadapter", lambda arguments: None)
-    plan = planned(programs, tmp_path, "--tiny")
+def test_tiny_follows_other_options(program, tmp_path, monkeypatch):
+    monkeypatch.setattr(program("transfer"), "dynadapter", lambda arguments: None)
+    plan = planned(program, tmp_path, "--tiny")
     assert (plan["adapters"], plan["scales"], plan["seeds"], len(plan["tasks"])) == (["lora"], [10], [0], 1)
-    plan = planned(programs, tmp_path, "--tiny", "--adapters", "repadapter", "--scales", "3")
+    plan = planned(program, tmp_path, "--tiny", "--adapters", "repadapter", "--scales", "3")
     assert (plan["adapters"], plan["scales"]) == (["repadapter"], [3.0])
-    plan = planned(programs, tmp_path, "--tiny", "--validation")
+    plan = planned(program, tmp_path, "--tiny", "--validation")
     assert (plan["seeds"], plan["search_seeds"]) == ([], [0])  # no test image
 
 
-def test_part_of_a_sweep_replaces_nothing(programs, tmp_path):
+def test_part_of_a_sweep_replaces_nothing(program, tmp_path):
     """The kept files stay if they have runs that a call lacks; a call without a table keeps the lines."""
-    transfer, out = programs("transfer"), tmp_path / "out"
+    transfer, out = program("transfer"), tmp_path / "out"
     (tmp_path / "cifar10").mkdir()
     out.mkdir()
     recipes = {"static": ["vtab", "static"], "dynamic": ["vtab"]}
@@ -202,9 +190,9 @@ def test_part_of_a_sweep_replaces_nothing(programs, tmp_path):
     assert not set(changed) & set(both)
 
 
-def test_part_is_refused_before_training(programs, tmp_path, monkeypatch):
+def test_part_is_refused_before_training(program, tmp_path, monkeypatch):
     """Runs that the call cannot have are found at once; --dry_run and --tiny keep nothing."""
-    transfer, calls = programs("transfer"), []
+    transfer, calls = program("transfer"), []
     monkeypatch.setattr(transfer, "dynadapter", calls.append)
     run = {"task": "cifar10", "adapter": "adapter", "recipe": "static", "seed": 1, "split": "train800val200"}
     (tmp_path / "transfer_micro.jsonl").write_text(json.dumps({"run": run}) + "\n")
@@ -228,18 +216,18 @@ def test_part_is_refused_before_training(programs, tmp_path, monkeypatch):
         ["--sweep", "recipes"],
     ],
 )
-def test_set_is_read_alone(extra, programs, tmp_path, monkeypatch, capsys):
+def test_set_is_read_alone(extra, program, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     fresh = [] if "--fresh" in extra else ["--fresh", "second"]
     with pytest.raises(SystemExit):
-        programs("transfer").main(["--data", "TASKS", *fresh, *extra])
+        program("transfer").main(["--data", "TASKS", *fresh, *extra])
     assert "name no other task" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["leaves", "cell_division", "chart_trend", "stacked_sheets"])
-def test_images_depend_on_list_and_drawing(name, programs):
+def test_images_depend_on_list_and_drawing(name, program):
     """The same numbers draw the same images; every list and every drawing has others."""
-    task, other = (programs("fresh").tasks(drawing_of=k)[name] for k in (0, 1))
+    task, other = (program("fresh").tasks(drawing_of=k)[name] for k in (0, 1))
     assert pixels(task, "train800") == pixels(task, "train800")
     lists = [pixels(one, split) for one in (task, other) for split in ("train800", "val200", "test")]
     assert len({image for images in lists for image in images}) == 6 * 4
@@ -257,8 +245,8 @@ def trend(heights: np.ndarray) -> str:
     return "rising" if line > 0 else "falling"
 
 
-def test_trend_is_seen(programs):
-    second = programs("second")
+def test_trend_is_seen(program):
+    second = program("second")
     names = list(second.TRENDS)
     right = 0
     for k in range(300):
@@ -268,9 +256,9 @@ def test_trend_is_seen(programs):
     assert right > 285
 
 
-def test_order_of_sheets_is_seen(programs, monkeypatch):
+def test_order_of_sheets_is_seen(program, monkeypatch):
     """Where two sheets overlap, the colour of the upper one is seen."""
-    second, seen = programs("second"), []
+    second, seen = program("second"), []
     plain = second.sheets
     monkeypatch.setattr(second, "sheets", lambda rng: seen.append(plain(rng)) or seen[-1])
     for k in range(24):
@@ -299,17 +287,17 @@ def stage(bodies: np.ndarray, solid: np.ndarray, threads: bool) -> str:
     return "telophase" if waist else "anaphase"
 
 
-def test_stage_is_seen(programs):
-    second = programs("second")
+def test_stage_is_seen(program):
+    second = program("second")
     for k in range(60):
         bodies, solid, threads = second.division(np.random.default_rng(k), k % 6)
         masks = [np.max([np.zeros((64, 64)), *map(second.filled, some)], axis=0) > 0.5 for some in (bodies, solid)]
         assert stage(*masks, bool(threads)) == second.STAGES[k % 6]
 
 
-def test_leaves_are_of_different_kinds(programs):
+def test_leaves_are_of_different_kinds(program):
     """Leaflets and lobes are as many as the plant has, and no two kinds have the same outline."""
-    second = programs("second")
+    second = program("second")
     outlines = {name: draw() for name, draw in second.LEAVES.items()}
     leaflets = {name: len(parts) for name, parts in outlines.items() if len(parts) > 1}
     assert leaflets == {"chestnut": 5, "clover": 3, "rowan": 11}
@@ -327,8 +315,8 @@ def test_leaves_are_of_different_kinds(programs):
 # ---- the third set of tasks
 
 
-def test_place_of_the_disc_is_seen(programs):
-    third = programs("third")
+def test_place_of_the_disc_is_seen(program):
+    third = program("third")
     for k in range(100):
         frame, half, disc, radius = third.two_things(np.random.default_rng(k), k % 5)
         assert np.abs([frame - half, frame + half, disc - radius, disc + radius]).max() < 1.1
@@ -339,9 +327,9 @@ def test_place_of_the_disc_is_seen(programs):
         assert ("inside" if inside else names[int(way[0 if across else 1] > 0)]) == list(third.SIDES)[k % 5]
 
 
-def test_largest_disc_is_seen(programs):
+def test_largest_disc_is_seen(program):
     """It is the largest by far, and its centre is in the row and the column of the label."""
-    third = programs("third")
+    third = program("third")
     for k in range(90):
         radii, centres = third.nine(np.random.default_rng(k), k % 9)
         smaller, largest = np.sort(radii)[-2:]
@@ -352,9 +340,9 @@ def test_largest_disc_is_seen(programs):
         assert rank == [["upper", "middle", "lower"].index(row), ["left", "centre", "right"].index(column)]
 
 
-def test_wings_and_land_are_of_different_kinds(programs):
+def test_wings_and_land_are_of_different_kinds(program):
     """The tails are as far from the middle as they should be, and the uses of land differ in direction and scale."""
-    third, far = programs("third"), np.linspace(-0.97, 0.97, 200)
+    third, far = program("third"), np.linspace(-0.97, 0.97, 200)
     radii = {name: wing(far) for name, wing in third.WINGS.items()}
     assert {name: round(float(far[radius.argmax()]), 1) for name, radius in radii.items() if name != "scalloped"} == {
         "round": -0.5,

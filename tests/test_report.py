@@ -1,9 +1,6 @@
 """benchmarks/report.py: what it prints of the lines of a sweep and of the timing programs."""
 
-import importlib
 import shutil
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +13,8 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
 @pytest.fixture(scope="module")
-def report() -> Iterator[Any]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "path", [str(BENCHMARKS), *sys.path])
-        yield importlib.import_module("report")
+def report(program) -> Any:
+    return program("report")
 
 
 def test_document_of_a_sweep(report, tmp_path):

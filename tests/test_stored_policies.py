@@ -3,14 +3,13 @@
 import csv
 import json
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from commands import refused
-from test_cli_calibrate import QUIET, trained  # noqa: F401  # a fixture
+from test_cli_calibrate import QUIET
 from tiny import make_classifier, trainer
 
 from dynadapter import load
@@ -22,13 +21,6 @@ from dynadapter.exits.policies import Confidence, Margin, Never, Policy
 from dynadapter.spec import plain, restore
 from dynadapter.training.callbacks import EarlyExit
 from dynadapter.training.restoring import load_classifier, stored_policies
-
-
-@pytest.fixture
-def checkpoint(trained: Path, tmp_path: Path) -> Path:  # noqa: F811
-    folder = tmp_path / "runs" / "version_0" / "checkpoints"
-    folder.mkdir(parents=True)
-    return Path(shutil.copy(trained, folder))
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import torch
 from conftest import CLASSES, VIT, make_convnext, make_swin, make_vit
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from served import lively, make_net
+from served import fails_at, lively, make_net
 from tiny import QUIET, loader, make_classifier, trainer
 from torch import Tensor
 
@@ -186,14 +186,7 @@ def test_failed_stage_answers_its_batch_only(net, part, kind, monkeypatch):
         "head": (net, "head"),
         "policy": (Confidence, "should_exit"),
     }[part]
-    real, calls = getattr(owner, name), [0]
-
-    def fails(*args, **kwargs):
-        calls[0] += 1
-        if calls[0] == 3:
-            raise kind("broken")
-        return real(*args, **kwargs)
-
+    fails = fails_at(getattr(owner, name), 3, kind)
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, fails)
         answers = []

@@ -130,13 +130,13 @@ def noise_batches(samples: int, batch_size: int) -> DataLoader:
     return DataLoader(TensorDataset(images, targets), batch_size=batch_size)
 
 
-def shaken(module: ExitClassifier) -> ExitClassifier:
+def shaken(module: ExitClassifier, by: float = 0.3) -> ExitClassifier:
     """Change all trained tensors, so that exits differ and logits are not uniform."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for p in module.parameters():
             if p.requires_grad:
-                p.add_(torch.randn(p.shape, generator=generator) * 0.3)
+                p.add_(torch.randn(p.shape, generator=generator) * by)
     return module
 
 
