@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from dynadapter.backbones import create_backbone
 from dynadapter.cli import main
+from dynadapter.cli.app import DynCLI
 from dynadapter.cli.ray_session import LOOPBACK
 from dynadapter.exits.policies import Confidence
 
@@ -144,6 +145,19 @@ def checkpoint(trained: Path, tmp_path: Path) -> Path:
     folder = tmp_path / "runs" / "version_0" / "checkpoints"
     folder.mkdir(parents=True)
     return Path(shutil.copy(trained, folder))
+
+
+@pytest.fixture
+def built(monkeypatch: pytest.MonkeyPatch) -> Callable[..., DynCLI]:
+    """Return a function that builds everything that a command line stands for, and runs nothing."""
+
+    def build(*args: str | Path) -> DynCLI:
+        made: list[DynCLI] = []
+        monkeypatch.setattr(DynCLI, "run", lambda self: made.append(self))
+        main([str(arg) for arg in args])
+        return made[0]
+
+    return build
 
 
 @pytest.fixture(scope="module")

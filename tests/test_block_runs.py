@@ -30,19 +30,17 @@ def assert_equal(net: nn.Module, images: Tensor) -> None:
     assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("adapter", ADAPTERS, ids=str)
-def test_equal_with_every_adapter(adapter):
-    assert_equal(network(make_vit(), adapter), pictures())
-
-
-@pytest.mark.parametrize("options", VITS.values(), ids=VITS)
-def test_equal_on_every_kind_of_vit(options):
-    assert_equal(network(make_vit(**options)), pictures())
-
-
-@pytest.mark.parametrize("family", BACKBONES)
-def test_equal_on_every_family(family):
-    assert_equal(network(BACKBONES[family]()), pictures())
+@pytest.mark.parametrize(
+    ("family", "options", "adapter"),
+    [
+        *(("vit", {}, adapter) for adapter in ADAPTERS),
+        *(("vit", options, None) for options in VITS.values()),
+        *((family, {}, None) for family in BACKBONES),
+    ],
+    ids=str,
+)
+def test_equal_on_every_network(family, options, adapter):
+    assert_equal(network(BACKBONES[family](**options), adapter), pictures())
 
 
 def test_run_half_precision_and_autocast():

@@ -9,12 +9,10 @@ import yaml
 from commands import printed
 from conftest import BACKBONES, CLASSES, VIT, make_vit
 from test_configs import small, stacked
-from tiny import make_classifier, shaken, trainer
+from tiny import make_classifier, shaken, write_checkpoint
 
 from dynadapter import Adapter, ByBlocks, Confidence, ExitClassifier, LoRA, RepAdapter, exit_costs, inject, load, merge
 from dynadapter.adapters import Adapters, adapter_layers
-from dynadapter.cli import main
-from dynadapter.cli.app import DynCLI
 from dynadapter.serve.bundle import bundle_from_classifier
 from dynadapter.spec import plain, restore
 
@@ -63,9 +61,7 @@ def test_merging_and_training(images):
 
 def test_checkpoint_and_bundle(images, tmp_path):
     module = shaken(make_classifier(adapter=SPEC)).eval()
-    fitting = trainer()
-    fitting.strategy.connect(module)
-    fitting.save_checkpoint(tmp_path / "a.ckpt")
+    write_checkpoint(module, tmp_path / "a.ckpt")
     again = ExitClassifier.load_from_checkpoint(tmp_path / "a.ckpt").eval()
     assert again.hparams["adapter"] == SPEC
     assert torch.equal(again(images), module(images))
@@ -134,14 +130,8 @@ def test_ranges_with_another_injection(images):
 
 
 @pytest.fixture
-def build(monkeypatch: pytest.MonkeyPatch):
-    def build(*args: str) -> ExitClassifier:
-        made: list[DynCLI] = []
-        monkeypatch.setattr(DynCLI, "run", lambda self: made.append(self))
-        main(["flops", *args, *small(), "--data=Shapes", "--data.image_size=32"])
-        return made[0].model
-
-    return build
+def build(built):
+    return lambda *args: built("flops", *args, *small(), "--data=Shapes", "--data.image_size=32").model
 
 
 def test_config_and_command_line(build, tmp_path):

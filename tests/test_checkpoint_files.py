@@ -15,7 +15,7 @@ import pytest
 import torch
 from commands import TINY
 from conftest import raises_one_line
-from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint
 from saved import fitted, read, same
 from tiny import loader, make_classifier, trainer
@@ -275,20 +275,25 @@ def test_saves_by_time_if_every_step_validates(tmp_path: Path) -> None:
     assert names(tmp_path) == ["step=1.ckpt", "step=2.ckpt"]
 
 
+def scored_training(
+    folder: Path, batches: int, scores: dict[int, float], options: dict[str, Any], **saving: Any
+) -> RunCheckpoint:
+    """Train an epoch in which a validation after a step of `scores` has that score, and others 0; return the saver."""
+
+    def score(trainer: Trainer, *_: Any) -> None:
+        trainer.callback_metrics["val/score"] = torch.tensor(scores.get(trainer.global_step, 0.0))
+
+    saver = RunCheckpoint(dirpath=folder, filename="{step}", monitor="val/score", mode="max", **saving)
+    scored = LambdaCallback(on_validation_epoch_end=score)
+    fitting = trainer(scored, saver, max_epochs=1, enable_checkpointing=True, **options)
+    fitting.fit(make_classifier(), loader(batches), loader(1))
+    return saver
+
+
 def test_best_is_of_a_validated_step(tmp_path: Path) -> None:
     """Between validations the metric is that of earlier weights, so saves by steps compare nothing."""
-
-    class Scored(RunCheckpoint):
-        def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-            score = {2: 0.1, 4: 0.9, 6: 0.5, 8: 0.2}.get(trainer.global_step, 0.0)
-            trainer.callback_metrics["val/score"] = torch.tensor(score)
-            super().on_validation_end(trainer, pl_module)
-
-    saver = Scored(
-        dirpath=tmp_path, filename="{step}", monitor="val/score", mode="max", every_n_train_steps=3, save_last=True
-    )
-    fitting = trainer(saver, max_epochs=1, enable_checkpointing=True, val_check_interval=2)
-    fitting.fit(make_classifier(), loader(9), loader(1))
+    scores = {2: 0.1, 4: 0.9, 6: 0.5, 8: 0.2}
+    saver = scored_training(tmp_path, 9, scores, {"val_check_interval": 2}, every_n_train_steps=3, save_last=True)
     assert names(tmp_path) == ["last.ckpt", "step=4.ckpt"]
     assert saver.best_model_score == 0.9
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 9
@@ -296,34 +301,15 @@ def test_best_is_of_a_validated_step(tmp_path: Path) -> None:
 
 def test_best_is_of_a_validation_within_a_step(tmp_path: Path) -> None:
     """The step before was saved already, as the last checkpoint: its validation is compared nevertheless."""
-
-    class Scored(RunCheckpoint):
-        def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-            trainer.callback_metrics["val/score"] = torch.tensor(0.9 if trainer.global_step == 1 else 0.1)
-            super().on_validation_end(trainer, pl_module)
-
-    saver = Scored(
-        dirpath=tmp_path, filename="{step}", monitor="val/score", mode="max", every_n_train_steps=1, save_last=True
-    )
     options = {"accumulate_grad_batches": 2, "val_check_interval": 3}
-    fitting = trainer(saver, max_epochs=1, enable_checkpointing=True, **options)
-    fitting.fit(make_classifier(), loader(12), loader(1))
+    saver = scored_training(tmp_path, 12, {1: 0.9}, options, every_n_train_steps=1, save_last=True)
     assert names(tmp_path) == ["last.ckpt", "step=1.ckpt"]
     assert saver.best_model_score == 0.9
 
 
 def test_validations_within_a_step_are_compared_once(tmp_path: Path) -> None:
-    saver = RunCheckpoint(
-        dirpath=tmp_path, filename="{step}", monitor="val/score", mode="max", every_n_train_steps=1, save_top_k=3
-    )
-
-    def score(trainer: Trainer, *_: Any) -> None:
-        trainer.callback_metrics["val/score"] = torch.tensor(float(trainer.global_step))
-
     options = {"accumulate_grad_batches": 4, "val_check_interval": 1}
-    scored = LambdaCallback(on_validation_epoch_end=score)
-    fitting = trainer(scored, saver, max_epochs=1, enable_checkpointing=True, **options)
-    fitting.fit(make_classifier(), loader(12), loader(1))
+    scored_training(tmp_path, 12, {1: 1.0, 2: 2.0, 3: 3.0}, options, every_n_train_steps=1, save_top_k=3)
     assert names(tmp_path) == ["step=1.ckpt", "step=2.ckpt", "step=3.ckpt"]
 
 

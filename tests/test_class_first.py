@@ -86,16 +86,11 @@ def assert_same(net: ExitNet) -> None:
             torch.testing.assert_close(first.logits, plain.logits, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("adapter", ADAPTERS, ids=str)
-def test_same_answers_with_every_adapter(adapter):
-    net = network(make_vit(), adapter)
-    assert all(net.splits(k) for k in range(net.num_exits))
-    assert_same(net)
-
-
-@pytest.mark.parametrize("options", VITS.values(), ids=VITS)
-def test_same_answers_on_every_kind_of_vit(options):
-    net = network(make_vit(**options))
+@pytest.mark.parametrize(
+    ("options", "adapter"), [*(({}, one) for one in ADAPTERS), *((one, None) for one in VITS.values())], ids=str
+)
+def test_same_answers_on_every_network(options, adapter):
+    net = network(make_vit(**options), adapter)
     assert all(net.splits(k) for k in range(net.num_exits))
     assert_same(net)
 

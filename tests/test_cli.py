@@ -13,7 +13,6 @@ from lightning.pytorch import Trainer
 
 from dynadapter.adapters import LoRA
 from dynadapter.cli import main
-from dynadapter.cli.app import DynCLI
 from dynadapter.cli.runs import RUN_VARIABLE, create_run_folder
 from dynadapter.data import Shapes
 from dynadapter.training.module import ExitClassifier
@@ -27,19 +26,6 @@ pytestmark = pytest.mark.filterwarnings(  # about a user's own settings
 def checkpoint(tiny_run: Path, tmp_path: Path) -> Path:
     """A copy of that run's checkpoint, in a run of its own."""
     return Path(shutil.copytree(tiny_run, tmp_path / "runs" / "version_0")) / "checkpoints" / "last.ckpt"
-
-
-@pytest.fixture
-def built(monkeypatch: pytest.MonkeyPatch):
-    """Build everything that a command line stands for, and run nothing."""
-
-    def build(*args: str | Path) -> DynCLI:
-        made: list[DynCLI] = []
-        monkeypatch.setattr(DynCLI, "run", lambda self: made.append(self))
-        main([str(arg) for arg in args])
-        return made[0]
-
-    return build
 
 
 def rows(path: Path) -> list[dict[str, str]]:

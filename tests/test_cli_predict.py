@@ -260,7 +260,7 @@ def test_chosen_policy():
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint in a run folder whose config names a policy."""
-    from tiny import make_classifier, trainer
+    from tiny import make_classifier, write_checkpoint
 
     run = tmp_path_factory.mktemp("runs") / "version_0"
     classifier = make_classifier(class_names=["ant", "bee", "cat", "dog", "eel"])
@@ -269,13 +269,10 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for p in classifier.parameters():
             if p.requires_grad:
                 p += 0.5 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
-    fitting = trainer(EarlyExit([Never(), Confidence(0.5)]))
-    fitting.strategy.connect(classifier)
-    classifier.trainer = fitting
     (run / "checkpoints").mkdir(parents=True)
-    fitting.save_checkpoint(run / "checkpoints" / "last.ckpt")
+    path = write_checkpoint(classifier, run / "checkpoints" / "last.ckpt", EarlyExit([Never(), Confidence(0.5)]))
     bundle_from_classifier(classifier, run / "bundle", policy=Never())
-    return run / "checkpoints" / "last.ckpt"
+    return path
 
 
 def test_checkpoint_gives_its_bundles_rows(checkpoint, images, tmp_path):

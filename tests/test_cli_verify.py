@@ -12,7 +12,6 @@ from rich.console import Console
 from test_data_verify import make_folder, make_task
 
 from dynadapter.cli import main
-from dynadapter.cli import verify as command
 
 
 @pytest.fixture
@@ -143,7 +142,7 @@ def test_names_are_escaped_on_the_terminal(root, capsys):
 
 def test_terminal_shows_a_progress_bar(root, capsys, monkeypatch):
     console = Console(force_terminal=True, width=100, record=True, stderr=True)
-    monkeypatch.setattr(command, "error_console", lambda: console)
+    monkeypatch.setattr("rich.console.Console", lambda **_: console)
     assert run(f"--data VTAB1k --data.root {root} --data.task toys", capsys)[0] == 0
     assert "18/18" in console.export_text()
 

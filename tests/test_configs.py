@@ -1,7 +1,6 @@
 """The config files that ship: each trains over vtab.yaml, they compose in any order, and they hold what they claim."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -79,19 +78,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for k in range(10):
             Image.new("RGB", (20, 24), (value, 3 * k, 60)).save(root / name / f"{k}.png")
     return root
-
-
-@pytest.fixture
-def built(monkeypatch: pytest.MonkeyPatch) -> Callable[..., DynCLI]:
-    """Return a function that builds all parts of a command line and runs nothing."""
-
-    def build(*args: str) -> DynCLI:
-        made: list[DynCLI] = []
-        monkeypatch.setattr(DynCLI, "run", lambda self: made.append(self))
-        main(list(args))
-        return made[0]
-
-    return build
 
 
 def stacked(*names: str) -> list[str]:

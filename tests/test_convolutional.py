@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -113,12 +114,7 @@ def test_depth_rises_from_0_to_1(name: str) -> None:
 def test_checkpointing_keeps_gradients(name: str, images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     net = ExitNet(made(name), every=2).train()
     inject(net.backbone, LoRA(rank=2))
-    calls, real = [0], torch.utils.checkpoint.checkpoint
-
-    def count(*args: Any, **kwargs: Any) -> Any:
-        calls[0] += 1
-        return real(*args, **kwargs)
-
+    count = Mock(wraps=torch.utils.checkpoint.checkpoint)
     monkeypatch.setattr(torch.utils.checkpoint, "checkpoint", count)
     gradients = []
     for on in (False, True):
@@ -126,7 +122,7 @@ def test_checkpointing_keeps_gradients(name: str, images: Tensor, monkeypatch: p
         net.zero_grad()
         net(images).pow(2).sum().backward()
         gradients.append([p.grad for p in net.parameters() if p.grad is not None])
-        assert calls[0] == net.depth * on
+        assert count.call_count == net.depth * on
     for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(one, other)
 

@@ -2,6 +2,7 @@
 
 import copy
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import timm
@@ -145,13 +146,7 @@ def test_dropout_without_effect_is_refused(name: str) -> None:
 
 @pytest.mark.parametrize("family", PLAIN)
 def test_checkpointing_keeps_gradients(family: str, images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = [0]
-    real = torch.utils.checkpoint.checkpoint
-
-    def count(*args: Any, **kwargs: Any) -> Any:
-        calls[0] += 1
-        return real(*args, **kwargs)
-
+    count = Mock(wraps=torch.utils.checkpoint.checkpoint)
     monkeypatch.setattr(torch.utils.checkpoint, "checkpoint", count)
     backbone = BACKBONES[family](drop_path_rate=0.3)
     inject(backbone, LoRA(rank=2, dropout=0.2, targets=("*.mlp.fc1",)))
@@ -163,13 +158,13 @@ def test_checkpointing_keeps_gradients(family: str, images: Tensor, monkeypatch:
         torch.manual_seed(0)
         joint_loss(net(images), torch.arange(4), net.exit_weights).backward()
         gradients.append({name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None})
-        assert calls[0] == 6 * on  # one for each block
+        assert count.call_count == 6 * on  # one for each block
     assert gradients[0].keys() == gradients[1].keys() == added(net)
     assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
     with torch.no_grad():
         net(images)
         net.eval().early(images, Confidence(0.5))
-    assert calls[0] == 6
+    assert count.call_count == 6
 
 
 # ---- channels

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 from commands import refused
-from conftest import VIT, make_vit, raises_one_line
+from conftest import VIT, raises_one_line
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
 from safetensors.torch import save_file
-from tiny import Losses, make_classifier, noise_batches, trainer
+from tiny import Losses, make_classifier, noise_batches, trainer, write_checkpoint
 
 from dynadapter.backbones import create_backbone
 from dynadapter.data import ImageFolder
@@ -29,11 +29,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` 
 def checkpoint(tmp_path: Path) -> Path:
     module, path = make_classifier(), tmp_path / "a.ckpt"
     module.preprocessing = {"image_size": 32, "normalization": "half"}
-    fitting = trainer()
-    fitting.strategy.connect(module)
-    module.trainer = fitting
-    fitting.save_checkpoint(path)
-    return path
+    return write_checkpoint(module, path)
 
 
 def spoil(path: Path, change: Callable[[torch.Tensor], None], name: str = "lora") -> None:
@@ -54,22 +50,20 @@ def test_broken_checkpoint_is_not_loaded(checkpoint: Path, value: float) -> None
         trainer().test(make_classifier(), noise_batches(4, 2), ckpt_path=str(checkpoint))
 
 
-@pytest.mark.parametrize("name", ["running_mean", "weight"])
-def test_broken_batch_norm_is_refused(name: str, tmp_path: Path) -> None:
-    model = create_backbone("regnetx_002", 5)
-    state = model.state_dict()
-    state[f"s1.b1.conv1.bn.{name}"][0] = torch.nan
+@pytest.mark.parametrize(
+    ("name", "options", "tensor"),
+    [
+        ("regnetx_002", {}, "s1.b1.conv1.bn.running_mean"),
+        ("regnetx_002", {}, "s1.b1.conv1.bn.weight"),
+        ("vit_tiny_patch16_224", VIT, "blocks.1.mlp.fc1.weight"),
+    ],
+)
+def test_broken_backbone_weights_are_refused(name: str, options: dict, tensor: str, tmp_path: Path) -> None:
+    state = create_backbone(name, 5, **options).state_dict()
+    state[tensor].view(-1)[0] = torch.nan
     save_file(state, tmp_path / "w.safetensors")
-    with pytest.raises(ValueError, match=rf"1 weights of 'regnetx_002' hold NaN or infinity, s1.b1.conv1.bn.{name}"):
-        create_backbone("regnetx_002", 5, weights=tmp_path / "w.safetensors")
-
-
-def test_broken_backbone_weights_are_refused(tmp_path: Path) -> None:
-    state = make_vit().state_dict()
-    state["blocks.1.mlp.fc1.weight"][0, 0] = torch.nan
-    save_file(state, tmp_path / "w.safetensors")
-    with pytest.raises(ValueError, match=r"1 weights of 'vit_tiny_patch16_224' hold NaN or infinity, blocks.1.mlp.fc1"):
-        create_backbone("vit_tiny_patch16_224", 5, weights=tmp_path / "w.safetensors", **VIT)
+    with pytest.raises(ValueError, match=rf"1 weights of '{name}' hold NaN or infinity, {tensor}"):
+        create_backbone(name, 5, weights=tmp_path / "w.safetensors", **options)
 
 
 def test_predict_stops_at_broken_logits(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,7 @@ from exported_networks import NAMES, noise
 from jsonargparse import Namespace
 from test_backbones import shake
 from test_configs import small
-from tiny import make_classifier, shaken, trainer
+from tiny import make_classifier, shaken, write_checkpoint
 from torch import nn
 
 import dynadapter
@@ -36,7 +36,6 @@ from dynadapter import (
 )
 from dynadapter.adapters import Adapters, adapter_layers
 from dynadapter.cli import main
-from dynadapter.cli.app import DynCLI
 from dynadapter.cli.export import _backbone_call
 from dynadapter.exits.policies import read_off
 from dynadapter.serve import graphs
@@ -184,9 +183,7 @@ def test_our_dora_is_that_of_peft(make, images):
 def test_checkpoint_and_bundle(method, images, tmp_path):
     spec = spec_of(method)
     module = shaken(make_classifier(adapter=spec)).eval()
-    fitting = trainer()
-    fitting.strategy.connect(module)
-    fitting.save_checkpoint(tmp_path / "a.ckpt")
+    write_checkpoint(module, tmp_path / "a.ckpt")
     saved = torch.load(tmp_path / "a.ckpt", weights_only=True)["state_dict"]
     assert not [name for name in saved if "base_layer" in name or "vera_A" in name]  # what is trained alone
     again = ExitClassifier.load_from_checkpoint(tmp_path / "a.ckpt").eval()
@@ -276,13 +273,11 @@ def make_vit_with(method: str) -> nn.Module:
     return backbone
 
 
-def test_command_line_reads_it(monkeypatch):
-    made: list[DynCLI] = []
-    monkeypatch.setattr(DynCLI, "run", lambda self: made.append(self))
-    options = ["--model.adapter=Peft", "--model.adapter.config=LoraConfig"]
-    main(["flops", *small(), "--data=Shapes", "--data.image_size=32", *options, "--model.adapter.arguments={r: 3}"])
-    assert len(adapter_layers(made[0].model.net.backbone)) == 5
-    assert len(own(made[0].model.net.backbone)[0]) == 3
+def test_command_line_reads_it(built):
+    options = ["--model.adapter=Peft", "--model.adapter.config=LoraConfig", "--model.adapter.arguments={r: 3}"]
+    backbone = built("flops", *small(), "--data=Shapes", "--data.image_size=32", *options).model.net.backbone
+    assert len(adapter_layers(backbone)) == 5
+    assert len(own(backbone)[0]) == 3
 
 
 # ---- from here to peft

@@ -96,6 +96,12 @@ def test_schedules_are_pure(kind: Schedule) -> None:
         (lambda: Step(math.nan, 1.0, 0.5), "start=nan must be a finite number"),
         (lambda: Warmup(1.0, 0.0, Constant(1.0)), "fraction=1.0 must be a fraction of training"),
         (lambda: Warmup(0.5, math.nan, Constant(1.0)), "start=nan must be a finite number"),
+        (lambda: PerExit((Constant(1.0),))(0.0, 4), "gives 1 weights, this network has 4 exits; give one per exit"),
+        (lambda: EarlyToLate(ease=Linear(0.0, 2.0))(1.0, 4), r"gives 2.0 at progress 1; it must stay in \[0, 1\]"),
+        (lambda: EarlyToLate(floor=1.5), r"floor=1.5 must be in \[0, 1\]"),
+        (lambda: LateToEarly(last=1.0), "last=1.0 must be above 0 and below 1"),
+        (lambda: EarlyToLate(last=math.nan), "last=nan must be above 0 and below 1"),
+        (lambda: LateToEarly(floor=math.nan), r"floor=nan must be in \[0, 1\]"),
     ],
 )
 def test_invalid_settings_are_one_line(make, message: str) -> None:
@@ -204,22 +210,6 @@ def test_invalid_weights_are_refused(values: tuple[float, ...]) -> None:
         Broken(values)(0.5, 2)
 
 
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: PerExit((Constant(1.0),))(0.0, 4), "gives 1 weights, this network has 4 exits; give one per exit"),
-        (lambda: EarlyToLate(ease=Linear(0.0, 2.0))(1.0, 4), r"gives 2.0 at progress 1; it must stay in \[0, 1\]"),
-        (lambda: EarlyToLate(floor=1.5), r"floor=1.5 must be in \[0, 1\]"),
-        (lambda: LateToEarly(last=1.0), "last=1.0 must be above 0 and below 1"),
-        (lambda: EarlyToLate(last=math.nan), "last=nan must be above 0 and below 1"),
-        (lambda: LateToEarly(floor=math.nan), r"floor=nan must be in \[0, 1\]"),
-    ],
-)
-def test_invalid_weightings_are_one_line(make, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        make()
-
-
 def test_config_holds_a_schedule_per_exit() -> None:
     parser = ArgumentParser()
     parser.add_argument("--weighting", type=Weighting, default=EarlyToLate())
@@ -263,24 +253,18 @@ def test_weights_are_logged(tmp_path: Path) -> None:
     assert logged == profile(EarlyToLate(), *(step / 5 for step in range(6)))
 
 
-def test_accumulated_batches_share_weights() -> None:
+@pytest.mark.parametrize(
+    ("options", "progress"),
+    [
+        ({"accumulate_grad_batches": 2}, (0, 0, 2 / 5, 3 / 5, 3 / 5, 1)),  # windows of 2 and 1 batches per epoch
+        ({"max_steps": 1}, (0,)),
+        *(({"precision": name, "max_epochs": 1}, (0, 0.5, 1)) for name in ("bf16-true", "16-true", "64-true")),
+    ],
+)
+def test_weights_under_options(options: dict, progress: tuple[float, ...]) -> None:
     module = TinyModule()
-    # windows of 2 and 1 batches per epoch
-    trainer(ExitWeights(EarlyToLate()), accumulate_grad_batches=2).fit(module, loader(3))
-    assert module.seen == profile(EarlyToLate(), 0, 0, 2 / 5, 3 / 5, 3 / 5, 1)
-
-
-@pytest.mark.parametrize("precision", ["bf16-true", "16-true", "64-true"])
-def test_weights_keep_32_bits(precision: str) -> None:
-    module = TinyModule()
-    trainer(ExitWeights(EarlyToLate()), precision=precision, max_epochs=1).fit(module, loader(3))
-    assert module.seen == profile(EarlyToLate(), 0, 0.5, 1)
-
-
-def test_single_step_has_the_first_weights() -> None:
-    module = TinyModule()
-    trainer(ExitWeights(EarlyToLate()), max_steps=1).fit(module, loader(3))
-    assert module.seen == profile(EarlyToLate(), 0)
+    trainer(ExitWeights(EarlyToLate()), **options).fit(module, loader(3))
+    assert module.seen == profile(EarlyToLate(), *progress)
 
 
 def test_resume_continues_exactly(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from commands import refused
 from test_cli_calibrate import QUIET
-from tiny import make_classifier, trainer
+from tiny import make_classifier, write_checkpoint
 
 from dynadapter import load
 from dynadapter.calibrate.stored import calibration_of, calibration_path
@@ -42,10 +42,7 @@ def change(path: Path, **changes: Any) -> None:
 def test_training_policies_are_in_its_checkpoint(tmp_path: Path) -> None:
     given = [Margin(0.25), Confidence((0.5, 0.75))]
     module, path = make_classifier(), tmp_path / "a.ckpt"
-    fitting = trainer(EarlyExit(given))
-    fitting.strategy.connect(module)
-    module.trainer = fitting
-    fitting.save_checkpoint(path, weights_only=True)  # without the state of callbacks, as weights.ckpt
+    write_checkpoint(module, path, EarlyExit(given), weights_only=True)  # without the state of callbacks
     assert stored_policies(path) == (tuple(given), "the training's")
     change(path, policies=[])
     assert stored_policies(path) == ((Confidence(0.9),), "the default")

@@ -417,13 +417,17 @@ def test_logits_that_are_not_finite():
     assert images["routed"].shape == (0, 2)
 
 
+def rising_logits(samples: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return logits of three exits, each more often right than the one before, and the targets."""
+    generator = torch.Generator().manual_seed(2)
+    targets = torch.randint(4, (samples,), generator=generator)
+    noise, right = torch.randn(3, samples, 4, generator=generator), torch.nn.functional.one_hot(targets, 4)
+    return torch.tensor([1, 2, 3])[:, None, None] * right + noise, targets
+
+
 @pytest.mark.parametrize(("goal", "bound"), [(Goal(cost=0.5), 0.5), (Goal(accuracy_drop=2.0), None)])
 def test_goal_holds_where_it_was_calibrated(goal, bound):
-    generator = torch.Generator().manual_seed(2)
-    targets = torch.randint(4, (200,), generator=generator)
-    right = torch.nn.functional.one_hot(targets, 4)
-    logits = torch.stack([strength * right + torch.randn(200, 4, generator=generator) for strength in (1, 2, 3)])
-    costs = [0.25, 0.6, 1.0]
+    (logits, targets), costs = rising_logits(200), [0.25, 0.6, 1.0]
     found = measure_policy(SweepGoal(goal).policy(logits, targets, costs, 1.0), logits, targets, costs, 1.0)
     if bound is not None:
         assert found["percent_of_static"] <= 100 * bound
@@ -434,10 +438,7 @@ def test_goal_holds_where_it_was_calibrated(goal, bound):
 
 @pytest.mark.parametrize(("reference", "reached"), [(0.7, True), (1.0, False)])
 def test_goal_from_a_reference(reference, reached):
-    generator = torch.Generator().manual_seed(2)
-    targets = torch.randint(4, (400,), generator=generator)
-    right = torch.nn.functional.one_hot(targets, 4)
-    logits = torch.stack([strength * right + torch.randn(400, 4, generator=generator) for strength in (1, 2, 3)])
+    logits, targets = rising_logits(400)
     goal, costs = SweepGoal(Goal(accuracy_drop=0.0), "static"), [0.25, 0.6, 1.0]
     found = measure_policy(goal.policy(logits, targets, costs, 1.0, reference), logits, targets, costs, 1.0)
     assert (found["accuracy"] >= reference) == reached

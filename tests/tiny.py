@@ -116,11 +116,16 @@ def make_classifier(family: str = "vit", **changes: Any) -> ExitClassifier:
         return ExitClassifier(**(options | FAMILIES[family] | changes))
 
 
+def write_checkpoint(module: ExitClassifier, path: Path, *callbacks: Any, **options: Any) -> Path:
+    """Save a checkpoint as a training would at its start."""
+    module.trainer = fitting = trainer(*callbacks)
+    fitting.strategy.connect(module)
+    fitting.save_checkpoint(path, **options)
+    return path
+
+
 def loader(batches: int = 3) -> DataLoader:
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn(2 * batches, 3, 32, 32, generator=generator)
-    targets = torch.randint(CLASSES, (2 * batches,), generator=generator)
-    return DataLoader(TensorDataset(images, targets), batch_size=2)
+    return noise_batches(2 * batches, 2)
 
 
 def noise_batches(samples: int, batch_size: int) -> DataLoader:

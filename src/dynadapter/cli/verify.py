@@ -14,8 +14,6 @@ from dynadapter.cli.parser import CommandParser
 from dynadapter.files import shown, write
 
 if TYPE_CHECKING:  # Lightning takes seconds to import
-    from rich.console import Console
-
     from dynadapter.data.verify import Finding, Report, SplitReport
 
 ITEMS = 5
@@ -107,21 +105,13 @@ def _check_out(out: Path) -> None:
 @contextmanager
 def progress_bar() -> Iterator[Callable[[int, int], None]]:
     """Show a progress bar on a terminal; yield the function that updates it."""
+    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
-    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=error_console(), transient=True) as bar:
+    columns, console = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()), Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("images", total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
-def error_console() -> "Console":
-    """Return a console for progress and remarks; it prints nothing if standard error is not a terminal."""
-    from rich.console import Console
-
-    console = Console(stderr=True)
-    console.quiet = not console.is_terminal
-    return console
 
 
 # ---- the printed report ----------------------------------------------------------------------------------------------
