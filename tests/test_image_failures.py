@@ -70,6 +70,14 @@ def test_failing_disk_is_no_damaged_image(name: str, tmp_path: Path, monkeypatch
     assert why_unreadable(path)
 
 
+def test_failure_without_a_message_has_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(file: object, **_: object) -> None:
+        raise ValueError
+
+    monkeypatch.setattr(Image, "open", fail)
+    assert why_unreadable(b"image") == "ValueError"
+
+
 @pytest.mark.parametrize("code", [*MACHINE, *FILE], ids=errno.errorcode.get)
 def test_which_errors_are_the_images(code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(path: Path) -> None:
