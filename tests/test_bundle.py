@@ -867,15 +867,24 @@ def test_predict_takes_every_source(whole, pictures):
     assert bundle.predict(np.stack([arrays[0]] * 2), batch_size=1) == expected[:1] * 2
 
 
-def test_other_channels_take_tensors_alone(tmp_path):
+def vit_with(**changes) -> dict[str, object]:
     name, arguments = SOURCES["vit"]
-    arguments = arguments | {"in_chans": 5}
-    backbone = create_backbone(name, CLASSES, **arguments)
-    source = BackboneSource(name, fingerprint(backbone), "seed", arguments)
-    net = ExitNet(backbone, Balanced(), every=2)
+    backbone = create_backbone(name, CLASSES, **(arguments | changes))
+    source = BackboneSource(name, fingerprint(backbone), "seed", arguments | changes)
+    return {"net": ExitNet(backbone, Balanced(), every=2), "backbone": source, "adapter": None}
+
+
+def test_wide_images_are_refused(tmp_path):
+    for preprocessing in (PREPROCESS, None):
+        with raises_one_line(ValueError, match=r"img_size=\(32, 48\): the backbone was built for images that are not"):
+            save(tmp_path / "b", **vit_with(img_size=(32, 48)), preprocessing=preprocessing)
+
+
+def test_other_channels_take_tensors_alone(tmp_path):
+    parts = vit_with(in_chans=5)
     with pytest.raises(ValueError, match="images of 3 channels, the backbone takes 5"):
-        save(tmp_path / "b", net=net, backbone=source, adapter=None)
-    bundle = load(save(tmp_path / "b", net=net, backbone=source, adapter=None, preprocessing=None)[1])
+        save(tmp_path / "b", **parts)
+    bundle = load(save(tmp_path / "b", **parts | {"preprocessing": None})[1])
     assert len(bundle.predict(torch.zeros(2, 5, 32, 32))) == 2
 
 

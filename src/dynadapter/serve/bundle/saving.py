@@ -9,7 +9,7 @@ from typing import Any, NotRequired, TypedDict, Unpack
 from torch import nn
 
 from dynadapter.adapters import Adapters, adapter_layers
-from dynadapter.backbones import built_for, frames, in_chans
+from dynadapter.backbones import built_for, fixed_size, frames, in_chans
 from dynadapter.backbones.stored import check_name
 from dynadapter.cost import ExitCosts
 from dynadapter.exits.heads import Heads
@@ -122,6 +122,7 @@ def as_preprocess(given: Preprocessing | None, backbone: nn.Module) -> Preproces
 
     There is none for a backbone of videos: which frames of a file are taken is up to the data.
     """
+    fixed_size(backbone)  # refuses a backbone for images that are not square
     if isinstance(given, Preprocess):
         preprocess = given
     elif given:
