@@ -40,10 +40,11 @@ def exit_losses(
         )
     if class_weights is None:
         return torch.stack([F.cross_entropy(one, targets, label_smoothing=label_smoothing) for one in wide(logits)])
+    counted: Tensor | int = batch
     if targets.dim() == 1:
         factors, counted = class_weights[targets.clamp(min=0)], (targets != IGNORED).sum()
     else:  # a product of elements: autocast would round a product of matrices
-        factors, counted = (targets.float() * class_weights).sum(-1), len(targets)
+        factors = (targets.float() * class_weights).sum(-1)
     each = [F.cross_entropy(one, targets, reduction="none", label_smoothing=label_smoothing) for one in wide(logits)]
     return torch.stack([(factors * losses).sum() / counted for losses in each])
 
