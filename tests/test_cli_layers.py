@@ -5,8 +5,10 @@ from pathlib import Path
 import pytest
 import yaml
 from commands import TINY, printed, refused
+from jsonargparse import get_loader
 
 from dynadapter.cli import main
+from dynadapter.cli.layers import TRAINING, without_training
 
 
 @pytest.fixture
@@ -49,6 +51,9 @@ def test_text_like_a_number_stays_text(tmp_path, capsys):
     assert (config["data"]["init_args"]["root"], config["trainer"]["default_root_dir"]) == ("1e3", "-2E+4")
     assert config["model"]["optimizer"]["init_args"]["lr"] == 1e-5
     assert printed(["fit", "-c", str(tmp_path / "saved.yaml"), "--print_config"], capsys) == text
+    file, read = str(tmp_path / "saved.yaml"), get_loader("yaml")
+    [layer], _ = without_training([file], {file: config})  # for the other commands
+    assert read(layer) == {key: value for key, value in read(text).items() if key not in TRAINING}
 
 
 WEIGHTED = "--exit_weights.weighting=LateToEarly --exit_weights.weighting.floor=0.2"

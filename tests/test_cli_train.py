@@ -366,8 +366,10 @@ def test_training_without_a_step_is_refused(given, photos, capsys):
 
 def test_training_needs_an_end(photos, capsys):
     fails(["train", "photos", "--epochs=-1"], "trainer.max_epochs=-1 has no end; give more than 0", capsys)
-    for end in ("--trainer.max_steps=5", "--trainer.max_time=00:00:01:00"):
-        train_checks.require_steps([], ["--trainer.max_epochs=-1", end])
+    ends = ("max_steps=5", "max_time=00:00:01:00", "max_time.seconds=3", "callbacks+=EarlyStopping")
+    for end in ends:
+        train_checks.require_steps([], ["--trainer.max_epochs=-1", f"--trainer.{end}"])
+    train_checks.require_steps([{"trainer": {"max_epochs": -1, "callbacks": [{"class_path": "EarlyStopping"}]}}], [])
 
 
 def test_complete_config_is_no_mistake():

@@ -20,7 +20,7 @@ import torch
 import yaml
 from commands import TINY, refused
 
-from dynadapter.cli import main
+from dynadapter.cli import app, main
 from dynadapter.cli.continuing import apply_settings
 from dynadapter.cli.layers import run_root
 from dynadapter.cli.report import find_run
@@ -420,6 +420,8 @@ def test_resume_command_with_an_own_class(tmp_path, monkeypatch, capsys):
     (tmp_path / "own_watch.py").write_text("from lightning.pytorch import Callback\n\nclass Watch(Callback): ...\n")
     monkeypatch.syspath_prepend(tmp_path)
     for number, trusted in enumerate((True, False)):
+        if not trusted:
+            monkeypatch.setattr(app, "LOADED", app.LOADED | {"own_watch"})
         fit(tmp_path, "--trainer.max_steps=1", "--trainer.callbacks+=own_watch.Watch")
         run = tmp_path / f"version_{number}"
         more = f" --config {run / 'config.yaml'}" if trusted else ""
@@ -447,16 +449,21 @@ def test_resume_of_a_run_that_was_continued(shared, at, tmp_path, monkeypatch, c
             with pytest.raises(SystemExit):
                 main(resume)
     assert {line["step"] for line in lines(tmp_path / "version_2" / "metrics.csv")} == {str(step) for step in range(12)}
-    words = f"{tmp_path / 'version_2'} continued {run} and is finished; nothing is left to do; to train longer, give"
+    words = f"{tmp_path / 'version_2'} continued {run} and is finished; to train it longer, add"
     assert words in refused(resume, capsys)
+    monkeypatch.chdir(run)
+    assert words.replace(f" {run} ", " . ") in refused(["fit", "--resume=.", "--config=config.yaml"], capsys)
+    monkeypatch.chdir(tmp_path)
     if shared:
         shutil.rmtree(tmp_path / "version_2")
-        before = earlier_run(tmp_path / "saved" / "last.ckpt", run)
-        assert {line["step"] for line in before.lines} < {str(step) for step in range(12)}
-        assert (
-            f"is of the run {tmp_path / 'version_2'}, which is missing: its metrics are left out"
-            in capsys.readouterr().out
-        )
+        for other in (False, True):
+            if other:  # a later run at the same place, which saves elsewhere
+                shutil.copytree(run, tmp_path / "version_2")
+                config = tmp_path / "version_2" / "config.yaml"
+                config.write_text(config.read_text().replace("/saved\n", "/other\n"))
+            before = earlier_run(tmp_path / "saved" / "last.ckpt", tmp_path / "version_1")
+            assert {line["step"] for line in before.lines} < {str(step) for step in range(12)}
+            assert f"was saved by {tmp_path / 'version_2'}, which is not there any more" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("place", ["last.ckpt", "../checkpoints/last.ckpt"])
@@ -629,7 +636,7 @@ def test_sigkill_at_random_moments(seed, digits, tmp_path):
 KILLED_WHEN = """
 import os, signal, sys
 import dynadapter.training.checkpoints as target
-from dynadapter.cli import main
+from dynadapter.cli import app, main
 count = 0
 def killing(function, before):
     def call(*args, **kwargs):

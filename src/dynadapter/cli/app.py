@@ -56,6 +56,9 @@ from dynadapter.training.module import ExitClassifier
 from dynadapter.training.restoring import StoredPolicies, stored_policies
 from dynadapter.training.starting import start_from
 
+LOADED = frozenset(sys.modules)
+"""The modules that a resume in another process has loaded, too: no class of the user's but those of ``--import``."""
+
 
 class DynCLI(LightningCLI):
     """Build model, data and callbacks from a configuration in layers, and run a command on them."""
@@ -65,7 +68,6 @@ class DynCLI(LightningCLI):
     parser: arguments.ConfigParser
 
     def __init__(self, args: list[str]) -> None:
-        self.loaded = frozenset(sys.modules)  # what a resume in another process can name, too
         self.args = args
         self.command = args[0]
         self.run_folder: Path | None = None
@@ -364,7 +366,7 @@ class DynCLI(LightningCLI):
     def _resume_command(self) -> str:
         assert self.run_folder is not None
         settings = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
-        return resume_command(self.run_folder, settings, self.loaded)
+        return resume_command(self.run_folder, settings, LOADED)
 
     @rank_zero_only
     def _print_summary(self) -> None:

@@ -87,10 +87,11 @@ def mistakes(before: str = "", after: str = "", kinds: tuple[type[Exception], ..
     try:
         yield
     except kinds as error:
-        raise Mistake(f"{before}{_as_typed(one_line(error))}{after}") from error
+        raise Mistake(f"{before}{as_typed(one_line(error))}{after}") from error
 
 
-def _as_typed(line: str) -> str:
+def as_typed(line: str) -> str:
+    """Replace settings in a message for Python by those of the command line."""
     for python, typed in TYPED.items():
         line = line.replace(python, typed)
     return line
@@ -186,7 +187,7 @@ def describe(error: Exception) -> tuple[str, int]:
     if words := outage(error):
         return f"error: {words} ({line}){notes} (--debug shows where)", 2
     if _is_input_error(error, message, on_purpose):
-        return f"error: {_as_typed(one_line(innermost(message or kind).text))}{notes} (--debug shows where)", 2
+        return f"error: {as_typed(one_line(innermost(message or kind).text))}{notes} (--debug shows where)", 2
     return f"bug: {kind}: {line} (please report this with what --debug shows)", 1
 
 

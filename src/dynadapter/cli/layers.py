@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import yaml
 from jsonargparse import Namespace, set_dumper
 
+from dynadapter.cli.configs import find_config
 from dynadapter.cli.errors import Mistake, mistakes
 from dynadapter.cli.help import SHORT
 from dynadapter.cli.safety import check_saved, check_sizes, data_class
@@ -125,7 +126,10 @@ def without_training(files: Sequence[str], contents: Contents) -> tuple[list[str
         content = contents[file]
         if any(key in content for key in TRAINING):
             content = {key: value for key, value in content.items() if key not in TRAINING}
-            file = yaml.safe_dump(content)  # as in the file, where jsonargparse reads 1e-5 as a number
+            tree = yaml.compose(find_config(file).read_text("utf-8-sig"), Loader=yaml.SafeLoader)
+            assert isinstance(tree, yaml.MappingNode)
+            tree.value = [(key, value) for key, value in tree.value if key.value not in TRAINING]
+            file = yaml.serialize(tree)  # quotes as in the file: jsonargparse reads 1e3 as a number, and '1e3' as text
         layers.append(file)
         found[file] = content
     return layers, found

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from dynadapter.cli.errors import Mistake, nearest_place, one_line
+from dynadapter.cli.errors import Mistake, as_typed, nearest_place, one_line
 from dynadapter.cli.networks import DEVICE, WEIGHTS, device_of
 from dynadapter.cli.parser import CommandParser, Options
 from dynadapter.files import read_bytes, write
@@ -233,7 +233,7 @@ def measure(place: Given, given: Any) -> "tuple[Measured | None, str]":
         data = images(place.checkpoint, given.data)
         parts = list(stacked(bundle, data, given.split))
     except (Mistake, ValueError, OSError, RuntimeError, KeyError, TypeError, MemoryError) as error:
-        return None, one_line(error) or type(error).__name__
+        return None, as_typed(one_line(error))
     import torch
 
     logits, targets = torch.cat([part[0] for part in parts], 1), torch.cat([part[1] for part in parts])

@@ -17,7 +17,7 @@ from dynadapter.cli.errors import Mistake, mistakes
 from dynadapter.cli.layers import OFF, assignments, with_folders
 from dynadapter.cli.runs import is_first_process, is_numeric, list_runs, read_lines
 from dynadapter.cli.safety import check_run, require_loaded
-from dynadapter.files import Busy, locked
+from dynadapter.files import Busy, locked, shown
 from dynadapter.limits import read_json, read_yaml
 from dynadapter.training.checkpoints import newest, read
 from dynadapter.training.entries import TRAINING, require_entries
@@ -135,8 +135,8 @@ def to_resume(folder: str, nothing_new: bool) -> ToResume:
         raise Mistake(f"{run} is finished, nothing is left to do; to train longer, add --trainer.max_epochs NUMBER")
     if nothing_new and (later := _finished_later(run)):
         raise Mistake(
-            f"{later} continued {run} and is finished; nothing is left to do; to train longer, give --resume {later} "
-            "--trainer.max_epochs NUMBER"
+            f"{later} continued {run} and is finished; to train it longer, add --trainer.max_epochs NUMBER to --resume "
+            f"{later}; to continue {run} once more, add a setting, such as its own --trainer.max_epochs NUMBER"
         )
     again = shlex.join(["dynadapter", "fit", "--config", str(config)])
     before = record.get("resumed_from")
@@ -186,7 +186,7 @@ def _finished_later(run: Path) -> Path | None:
         if os.path.realpath(Path(str(record.get("resumed_from"))).parent) not in saved:
             continue
         if record.get("how") == "finished":
-            return run.parent / later.name
+            return later if run.name in ("", "..") else run.parent / later.name
         with contextlib.suppress(Mistake, OSError):  # a damaged config, or none
             saved.add(os.path.realpath(checkpoint_folder(later)))
     return None
@@ -232,13 +232,14 @@ def earlier_run(path: Path, log: Path | None = None, given: Sequence[str] = ()) 
 
 def _log(checkpoint: Mapping[str, Any], path: Path, run: Path) -> Path:
     """Return the folder of the ``metrics.csv`` of a checkpoint: with a folder of its own, that of the run it names."""
-    named = checkpoint.get(RUN)
-    if not isinstance(named, str) or os.path.realpath(path.parent) == os.path.realpath(run / "checkpoints"):
+    named, here = checkpoint.get(RUN), os.path.realpath(path.parent)
+    if not isinstance(named, str) or here == os.path.realpath(run / "checkpoints"):
         return run  # also where it was moved
-    if not Path(named).is_dir():
-        _print_once(f"{path} is of the run {named}, which is missing: its metrics are left out")
-        return run
-    return Path(named)
+    with contextlib.suppress(Mistake, OSError):  # a damaged config
+        if Path(named).is_dir() and os.path.realpath(checkpoint_folder(Path(named))) == here:
+            return Path(named)
+    _print_once(f"{path} was saved by {shown(named)}, which is not there any more: metrics.csv starts as that of {run}")
+    return run
 
 
 def read_record(run: Path) -> dict[str, Any]:

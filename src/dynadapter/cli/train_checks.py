@@ -128,16 +128,20 @@ def require_steps(layers: Layers, line: Sequence[str]) -> None:
     Raises:
         Mistake: The epochs, steps or batches are 0 or less, and not the -1 that leaves the end to another setting.
     """
+    from dynadapter.cli.layers import assignments
+
     given = {
         key: next(reversed(values_of(f"trainer.{key}", layers, line)), "")
         for key in ("max_epochs", "max_steps", "limit_train_batches", "max_time")
     }
     ends = given["max_steps"] not in ("", "-1", "None", "null") or given["max_time"] not in ("", "None", "null")
+    ends |= any(key.startswith(("trainer.max_time.", "trainer.callbacks")) for key, _ in assignments(line))
+    ends |= any(isinstance(one.get("trainer"), dict) and one["trainer"].get("callbacks") for one in layers)
     for key, value in given.items():
         if re.fullmatch(r"[-+]?0+(\.0*)?|-[\d.]+", value) and (value != "-1" or key == "limit_train_batches"):
             raise Mistake(f"trainer.{key}={value} trains nothing; give more than 0")
     if given["max_epochs"] == "-1" and not ends:
-        raise Mistake("trainer.max_epochs=-1 has no end; give more than 0, or also trainer.max_steps")
+        raise Mistake("trainer.max_epochs=-1 has no end; give more than 0, or also trainer.max_steps or max_time")
 
 
 def require_reachable(model: "ExitClassifier", image_size: int, goal: Sequence[str]) -> None:
