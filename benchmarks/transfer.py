@@ -47,7 +47,10 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="folder that holds the tasks, in the layout of VTAB-1k")
     parser.add_argument(
-        "--sweep", default="transfer", choices=["transfer", "recipes", "epochs", "kinds"], help="the file of the sweep"
+        "--sweep",
+        default="transfer",
+        choices=["transfer", "recipes", "parts", "epochs", "kinds"],
+        help="the file of the sweep",
     )
     parser.add_argument("--backbone", default="micro", help="micro, a file of weights for it, or a YAML file")
     parser.add_argument("--tasks", nargs="*", help="by default those of the file")

@@ -51,6 +51,6 @@ def test_calibration_beside_the_checkpoint(tmp_path: Path, monkeypatch: pytest.M
 def test_calibrate_measures_nothing_in_vain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     trainer: Any = SimpleNamespace(world_size=1, default_root_dir=str(tmp_path / "new"))
-    settings: Any = SimpleNamespace(merge=False, out=None)
+    settings: Any = SimpleNamespace(merge=False, out=None, bundle=None)
     with pytest.raises(Mistake, match="give another folder by --out FOLDER"):
         calibrate.calibrate(trainer, None, None, settings)  # type: ignore[arg-type]
